@@ -1,0 +1,199 @@
+"""The types that every other module speaks: model, state, teachers, streams.
+
+Shape suffixes: B examples of a batch (or rows of a language model), T tokens,
+D features, C classes, P peers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+PyTree = Any
+Array = Any  # jax.Array or numpy.ndarray
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class Variables:
+  """What a group publishes: everything `Model.apply` needs of a trained model.
+
+  Attributes:
+    params: Trainable parameters.
+    model_state: Non-trainable state, such as running batch statistics; `{}`
+      for models that have none.
+  """
+
+  params: PyTree
+  model_state: PyTree = struct.field(default_factory=dict)
+
+
+class HeadOutputs(NamedTuple):
+  """Features and the linear head that makes logits of them.
+
+  A model returns this instead of logits so that a loss may work on blocks of
+  examples and never hold all logits at once.
+  """
+
+  features: Array  # (..., D)
+  kernel: Array  # (D, C)
+  bias: Array  # (C,)
+
+
+Outputs = Array | HeadOutputs
+
+
+def logits_of(outputs: Outputs) -> jax.Array:
+  """Logits (..., C), in float32, of either form of model output."""
+  if isinstance(outputs, HeadOutputs):
+    logits = jnp.dot(
+        outputs.features,
+        outputs.kernel,
+        preferred_element_type=jnp.float32,
+    )
+    bias = outputs.bias.astype(jnp.float32)
+    return logits + jnp.reshape(bias, (1,) * (logits.ndim - 1) + (-1,))
+  return jnp.asarray(outputs, jnp.float32)
+
+
+class Updates(NamedTuple):
+  """What a call of `Model.apply` changes besides its outputs.
+
+  Attributes:
+    model_state: The new `Variables.model_state` (unchanged in eval mode).
+    carry: The recurrent state after the batch; `()` for models without one.
+  """
+
+  model_state: PyTree
+  carry: PyTree
+
+
+def _no_carry(batch_size: int) -> tuple[()]:
+  del batch_size
+  return ()
+
+
+class Model(NamedTuple):
+  """A model as pure functions.
+
+  Attributes:
+    init: `init(rng, batch) -> Variables`.
+    apply: `apply(variables, batch, carry, rng, train) -> (Outputs, Updates)`.
+      `rng` may be None when `train` is False. In eval mode nothing is random
+      and running statistics are used.
+    init_carry: `init_carry(batch_size) -> carry`: the recurrent state at the
+      start of every row; `()` for models without one. The leading axis of each
+      of its leaves is the batch axis.
+  """
+
+  init: Callable[[Array, Batch], Variables]
+  apply: Callable[..., tuple[Outputs, Updates]]
+  init_carry: Callable[[int], PyTree] = _no_carry
+
+
+@struct.dataclass
+class TrainState:
+  """All that one group carries from update to update.
+
+  Attributes:
+    step: int32 scalar; the number of updates done.
+    variables: The student.
+    opt_state: State of the optax transformation.
+    rng: Key; never advanced, folded with `step` and the replica's index.
+    carry: Recurrent state of the student on this group's rows (B, ...).
+    teacher_carry: Recurrent state of each teacher on the same rows
+      (P, B, ...); kept when the teachers' parameters are swapped.
+  """
+
+  step: Array
+  variables: Variables
+  opt_state: PyTree
+  rng: Array
+  carry: PyTree
+  teacher_carry: PyTree
+
+
+@struct.dataclass
+class Teachers:
+  """Frozen copies of the peers, stacked along a leading axis of fixed length P.
+
+  Attributes:
+    variables: `Variables` whose leaves have a leading axis P. The slot of an
+      absent peer holds any finite values.
+    present_P: float32 (P,); 1 where the peer is present, else 0.
+  """
+
+  variables: Variables
+  present_P: Array
+
+
+class Agreement(NamedTuple):
+  """How the processes of one group decide together.
+
+  Attributes:
+    is_primary: Whether this process writes and chooses for the group.
+    choose: `choose(array)` gives the primary's array on every process.
+    all_true: `all_true(flags)` is true where it is true on every process.
+  """
+
+  is_primary: bool
+  choose: Callable[[np.ndarray], np.ndarray]
+  all_true: Callable[[np.ndarray], np.ndarray]
+
+
+ALONE = Agreement(True, lambda x: x, lambda x: x)  # A group of one process.
+
+
+class Stream(Protocol):
+  """A deterministic source of batches."""
+
+  def batch(self, step: int) -> dict[str, Array]:
+    """The batch of update `step`: the same arrays for the same step, always."""
+
+
+class Task(NamedTuple):
+  """A data set as the binaries see it.
+
+  Attributes:
+    train_stream: `train_stream(group_id=, num_groups=, group_batch=, rows=)`
+      gives the `Stream` of one group. `rows` is a slice of the group batch:
+      the rows that this process loads (None: all).
+    eval_batches: `eval_batches(batch_size)` gives the validation set once, in
+      order, as a sequence of batches of that many rows; padding has weight 0.
+    num_classes: C, or the vocabulary size V of a language model.
+    identity: What two groups must agree on to exchange predictions, as
+      strings: task name, number of classes, tokenizer hash, ...
+    example_name: What one example is: 'token', 'image', 'click'.
+  """
+
+  train_stream: Callable[..., Stream]
+  eval_batches: Callable[[int], Sequence[dict[str, Array]]]
+  num_classes: int
+  identity: Mapping[str, str]
+  example_name: str
+
+
+def host_copy(tree: PyTree) -> PyTree:
+  """Numpy copies of (replicated) arrays, safe from what happens to `tree`.
+
+  A copy, even on CPU, where `numpy.asarray` gives a view of the device buffer:
+  the next step may reuse a donated buffer while a background thread still
+  writes it to disk.
+  """
+  return jax.tree.map(np.array, tree)
+
+
+def cast_floats(tree: PyTree, dtype: str | None) -> PyTree:
+  """Casts the floating leaves (numpy) to `dtype`; None leaves them."""
+  if dtype is None:
+    return tree
+  return jax.tree.map(
+      lambda x: (
+          x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+      ),
+      tree,
+  )

@@ -1,0 +1,216 @@
+"""One pass over a data set: a model's metrics, an ensemble's, and churn.
+
+Nothing of a whole data set is kept: batches leave sums and counts. They stay on
+the device for some batches, so that the host runs ahead of it, and add up on
+the host in float64, where a count beyond 2**24 is exact.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codistill_jax import base, metrics
+
+# Batches that may be under way on the device: bounds the memory they hold, and
+# the time that passes between `should_stop` and the return.
+_IN_FLIGHT = 32
+
+
+class Comparison(NamedTuple):
+  """What `compare` finds.
+
+  Attributes:
+    members: For each set of variables 'eval/loss' (nats), 'eval/accuracy' and
+      'eval/perplexity'.
+    ensemble: The same three of the ensemble.
+    pairs: For each pair of indices a < b 'churn/mean_abs' and
+      'churn/disagreement'.
+  """
+
+  members: list[dict[str, float]]
+  ensemble: dict[str, float]
+  pairs: dict[tuple[int, int], dict[str, float]]
+
+
+def never() -> bool:
+  """The `should_stop` of a pass that nothing stops."""
+  return False
+
+
+def evaluate(
+    eval_step: Callable[..., tuple[dict[str, metrics.Mean], base.PyTree]],
+    variables: base.Variables,
+    batches: Iterable[base.Batch],
+    carry: base.PyTree,
+    *,
+    should_stop: Callable[[], bool] = never,
+) -> dict[str, float] | None:
+  """Metrics of one set of variables over `batches`, in one pass.
+
+  Args:
+    eval_step: `eval_step(variables, batch, carry) -> (metrics, carry)`, where
+      metrics are `Mean`s by key; jit it.
+    variables: The model's.
+    batches: Every batch once, in order; padding has weight 0.
+    carry: The recurrent state before the first batch.
+    should_stop: Asked before every batch.
+
+  Returns:
+    The means by key, and 'eval/perplexity' if there is an 'eval/loss'; NaN if
+    nothing had weight. None if `should_stop` said so.
+
+  Raises:
+    ValueError: If there is no batch.
+  """
+  step = lambda batch, carry: eval_step(variables, batch, carry)
+  sums = _sum_over(step, batches, carry, should_stop)
+  return None if sums is None else _values(sums)
+
+
+def make_compare_step(model: base.Model) -> Callable[..., tuple]:
+  """A pure step that compares sets of variables on a batch.
+
+  Returns:
+    `compare_step(variables_list, batch, carries) -> (sums, carries)`, where
+    sums is a pytree of `Mean` shaped like `Comparison`, less perplexity.
+  """
+
+  def compare_step(variables_list, batch, carries):
+    labels, weights = batch['labels'], batch.get('weights')
+    results = [
+        model.apply(variables, batch, carry, None, False)
+        for variables, carry in zip(variables_list, carries)
+    ]
+    log_probs = [
+        jax.nn.log_softmax(
+            metrics.class_logits(base.logits_of(outputs), labels)
+        )
+        for outputs, _ in results
+    ]
+    sums = Comparison(
+        members=[_member(logits, labels, weights) for logits in log_probs],
+        ensemble=_member(_mean_prediction(log_probs), labels, weights),
+        pairs={
+            pair: _differences(*(log_probs[i] for i in pair), weights)
+            for pair in itertools.combinations(range(len(log_probs)), 2)
+        },
+    )
+    return sums, [updates.carry for _, updates in results]
+
+  return compare_step
+
+
+def compare(
+    model: base.Model,
+    variables_list: Sequence[base.Variables],
+    batches: Iterable[base.Batch],
+    *,
+    should_stop: Callable[[], bool] = never,
+) -> Comparison | None:
+  """Metrics of each set of variables, of their ensemble, and between them.
+
+  The ensemble predicts the mean of the members' probabilities; its loss and
+  accuracy are those of that prediction, not means of the members'. A model
+  whose logits have the shape of the labels has a sigmoid output.
+
+  Args:
+    model: One model.
+    variables_list: N >= 1 sets of its variables.
+    batches: Every batch once, in order, all with the same number of rows;
+      padding has weight 0.
+    should_stop: Asked before every batch.
+
+  Returns:
+    A `Comparison`; None if `should_stop` said so.
+
+  Raises:
+    ValueError: If there is no batch, or nothing to compare.
+  """
+  variables_list = list(variables_list)
+  if not variables_list:
+    raise ValueError('Expected at least one set of variables, got none.')
+  batches = iter(batches)
+  first = next(batches, None)
+  if first is None:
+    raise ValueError(_NO_BATCH)
+  rows = first['labels'].shape[0]
+  carries = [model.init_carry(rows) for _ in variables_list]
+  compare_step = jax.jit(make_compare_step(model))
+  step = lambda batch, carries: compare_step(variables_list, batch, carries)
+  sums = _sum_over(
+      step, itertools.chain([first], batches), carries, should_stop
+  )
+  if sums is None:
+    return None
+  return Comparison(
+      members=[_values(member) for member in sums.members],
+      ensemble=_values(sums.ensemble),
+      pairs={pair: _values(found) for pair, found in sums.pairs.items()},
+  )
+
+
+_NO_BATCH = 'Expected at least one batch to evaluate on, got none.'
+
+
+def _member(logits, labels, weights):
+  return {
+      'eval/loss': metrics.cross_entropy(logits, labels, weights),
+      'eval/accuracy': metrics.accuracy(logits, labels, weights),
+  }
+
+
+def _mean_prediction(log_probs):
+  """Logarithm of the mean of probabilities."""
+  stacked = jnp.stack(log_probs)
+  return jax.nn.logsumexp(stacked, axis=0) - np.log(len(log_probs))
+
+
+def _differences(log_probs_a, log_probs_b, weights):
+  return {
+      'churn/mean_abs': metrics.churn(
+          jnp.exp(log_probs_a), jnp.exp(log_probs_b), weights
+      ),
+      'churn/disagreement': metrics.disagreement(
+          log_probs_a, log_probs_b, weights
+      ),
+  }
+
+
+def _sum_over(step, batches, carry, should_stop):
+  """Sums of `step(batch, carry) -> (sums, carry)`; None if stopped."""
+  sums, pending = None, []
+  for batch in batches:
+    if should_stop():
+      return None
+    found, carry = step(batch, carry)
+    pending.append(found)
+    if len(pending) == _IN_FLIGHT:
+      sums, pending = _add(sums, pending), []
+  sums = _add(sums, pending)
+  if sums is None:
+    raise ValueError(_NO_BATCH)
+  return sums
+
+
+def _add(sums, pending):
+  """`sums` (None: nothing yet) plus what the device has, in float64."""
+  for found in jax.device_get(pending):
+    found = jax.tree.map(np.float64, found)
+    sums = found if sums is None else jax.tree.map(np.add, sums, found)
+  return sums
+
+
+def _values(sums):
+  """Means by key as floats, with the perplexity of 'eval/loss'."""
+  values = {
+      key: float(mean.total / mean.count) if mean.count else float('nan')
+      for key, mean in sums.items()
+  }
+  if 'eval/loss' in values:
+    with np.errstate(over='ignore'):
+      values['eval/perplexity'] = float(np.exp(values['eval/loss']))
+  return values

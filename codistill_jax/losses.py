@@ -1,0 +1,378 @@
+"""Per-example losses in nats. Pure; no reduction over examples here.
+
+Logits have any leading axes: (B, C) for images, (B, T, C) for a language
+model; teachers have one more axis P in front. A sigmoid output has no C.
+Everything is computed in float32, whatever the dtype of the logits. A logit of
+minus infinity (a padded class) has probability 0 and does no harm.
+
+Shape suffixes: B examples, C classes, P peers; `...` any axes of examples.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codistill_jax import base
+
+# Stands for minus infinity: exp of it is 0, and 0 times it is 0 and not NaN,
+# so that x log x and its gradient are right at 0 without a mask.
+_LOWEST = -1e30
+
+
+def task_loss(
+    logits: base.Array,
+    labels: base.Array,
+    *,
+    label_smoothing: float = 0.0,
+    smoothing_distribution: base.Array | None = None,
+) -> jax.Array:
+  """Softmax cross entropy against integer labels.
+
+  Args:
+    logits: (..., C).
+    labels: Integers (...). Outside [0, C) the loss is NaN: pad with any class
+      and weight 0.
+    label_smoothing: Share of the target, in [0, 1), that is taken from the
+      label and given to `smoothing_distribution`. A Python number.
+    smoothing_distribution: (C,); the uniform distribution if None. The unigram
+      frequencies of a corpus are the other usual choice. It must be 0 where a
+      logit is minus infinity.
+
+  Returns:
+    Loss per example in nats, (...).
+
+  Raises:
+    ValueError: If shapes disagree, or an argument is out of range.
+  """
+  logits = _finite(logits)
+  labels = jnp.asarray(labels)
+  if logits.shape[:-1] != labels.shape or not logits.ndim:
+    raise ValueError(
+        f'Expected logits (..., C) and labels (...), got {logits.shape} and'
+        f' {labels.shape}.'
+    )
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f'Labels must be integers, got dtype {labels.dtype}.')
+  _check_smoothing(label_smoothing)
+  log_q = jax.nn.log_softmax(logits)
+  num_classes = logits.shape[-1]
+  index = jnp.asarray(labels, jnp.int32)
+  # A negative index would count from the end; beyond the end it gives NaN.
+  index = jnp.where(index < 0, num_classes, index)
+  picked = jnp.take_along_axis(log_q, index[..., None], axis=-1, mode='fill')
+  loss = -picked[..., 0]
+  if not label_smoothing:
+    return loss
+  if smoothing_distribution is None:
+    smooth = -jnp.mean(log_q, axis=-1)
+  else:
+    target = _check_distribution(smoothing_distribution, num_classes)
+    smooth = -jnp.sum(jnp.broadcast_to(target, log_q.shape) * log_q, axis=-1)
+  return (1.0 - label_smoothing) * loss + label_smoothing * smooth
+
+
+def sigmoid_task_loss(
+    logits: base.Array,
+    labels: base.Array,
+    *,
+    label_smoothing: float = 0.0,
+    smoothing_probability: float = 0.5,
+) -> jax.Array:
+  """Log loss of a single logistic output.
+
+  Args:
+    logits: (...).
+    labels: (...); 0 or 1 (or a probability), of any dtype.
+    label_smoothing: Share of the target, in [0, 1), that is taken from the
+      label and given to `smoothing_probability`.
+    smoothing_probability: Of the positive class; 0.5 is the uniform
+      distribution, the base rate of the data the unigram one.
+
+  Returns:
+    Loss per example in nats, (...).
+
+  Raises:
+    ValueError: If shapes disagree, or an argument is out of range.
+  """
+  logits = _finite(logits)
+  labels = jnp.asarray(labels, jnp.float32)
+  if logits.shape != labels.shape:
+    raise ValueError(
+        'Expected logits and labels of one shape, got'
+        f' {logits.shape} and {labels.shape}.'
+    )
+  _check_smoothing(label_smoothing)
+  if not 0.0 <= smoothing_probability <= 1.0:
+    raise ValueError(
+        'smoothing_probability must lie in [0, 1], got'
+        f' {smoothing_probability}.'
+    )
+  positive = (
+      1.0 - label_smoothing
+  ) * labels + label_smoothing * smoothing_probability
+  return _log_loss(logits, positive, 1.0 - positive)
+
+
+def soft_target(
+    teacher_logits_P: base.Array, present_P: base.Array
+) -> jax.Array:
+  """Mean probability of the teachers that are present.
+
+  A mean, never a sum: it does not grow with P. What an absent teacher says is
+  ignored, be it NaN.
+
+  Args:
+    teacher_logits_P: (P, ..., C).
+    present_P: (P,); nonzero where the teacher is present.
+
+  Returns:
+    Probabilities (..., C); the uniform distribution if nobody is present.
+  """
+  logits = _checked_teachers(teacher_logits_P, present_P)
+  num_classes = logits.shape[-1]
+  mean = _mean_over_present(jax.nn.softmax(logits), present_P)
+  return jnp.where(_anyone(present_P), mean, 1.0 / num_classes)
+
+
+def log_soft_target(
+    teacher_logits_P: base.Array, present_P: base.Array
+) -> jax.Array:
+  """Logarithm of `soft_target`, exact also where that underflows to 0."""
+  logits = _checked_teachers(teacher_logits_P, present_P)
+  num_classes = logits.shape[-1]
+  present = jnp.broadcast_to(_align(present_P, logits.ndim), logits.shape)
+  # -1e30 rather than `logsumexp(where=)`: nobody present stays finite.
+  log_p = jnp.where(present, jax.nn.log_softmax(logits), _LOWEST)
+  count = jnp.maximum(_count(present_P), 1.0)
+  mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(count)
+  return jnp.where(_anyone(present_P), mean, -np.log(num_classes))
+
+
+def _distillation(core):
+  """A distillation loss with the common arguments around its formula.
+
+  `core(student_logits, teacher_logits_P, present_P)` gets checked float32
+  logits, divided by the temperature; the teachers are detached.
+  """
+
+  def loss(
+      student_logits: base.Array,
+      teacher_logits_P: base.Array,
+      present_P: base.Array,
+      *,
+      temperature: float = 1.0,
+      scale_by_temperature_squared: bool = False,
+  ) -> jax.Array:
+    student, teachers = _prepare(
+        student_logits, teacher_logits_P, present_P, temperature
+    )
+    values = core(student, teachers, present_P)
+    if scale_by_temperature_squared:
+      values = values * temperature**2
+    return jnp.where(_anyone(present_P), values, 0.0)
+
+  # Not functools.wraps, which would show the signature of `core`.
+  loss.__name__ = loss.__qualname__ = core.__name__
+  loss.__doc__ = core.__doc__
+  return loss
+
+
+@_distillation
+def cross_entropy(student_logits, teacher_logits_P, present_P):
+  """Cross entropy of the student against the soft target: -sum p log q.
+
+  The distillation loss of Anil et al. 2018, algorithm 1. Teachers are averaged
+  as probabilities. Its gradient is that of `kl`; at agreement it is 0, while
+  the loss is the entropy of the soft target.
+
+  Args:
+    student_logits: (..., C).
+    teacher_logits_P: (P, ..., C); no gradient flows into them.
+    present_P: (P,); nonzero where the teacher is present.
+    temperature: Divides the logits of both sides.
+    scale_by_temperature_squared: Multiplies the loss by temperature**2, which
+      keeps the size of the gradient (Hinton et al. 2015).
+
+  Returns:
+    Loss per example in nats, (...); 0 if nobody is present.
+
+  Raises:
+    ValueError: If shapes disagree, or `temperature` is not positive.
+  """
+  p = soft_target(teacher_logits_P, present_P)
+  return -jnp.sum(p * jax.nn.log_softmax(student_logits), axis=-1)
+
+
+@_distillation
+def kl(student_logits, teacher_logits_P, present_P):
+  """KL(p || q) of the soft target p from the student q: sum p log(p / q).
+
+  `cross_entropy` less the entropy of the soft target; arguments as there.
+  """
+  log_p = log_soft_target(teacher_logits_P, present_P)
+  return _kl(log_p, jax.nn.log_softmax(student_logits))
+
+
+@_distillation
+def reverse_kl(student_logits, teacher_logits_P, present_P):
+  """KL(q || p) of the student q from the soft target p: sum q log(q / p).
+
+  Arguments as in `cross_entropy`.
+  """
+  log_p = log_soft_target(teacher_logits_P, present_P)
+  return _kl(jax.nn.log_softmax(student_logits), log_p)
+
+
+@_distillation
+def jsd(student_logits, teacher_logits_P, present_P):
+  """Jensen-Shannon divergence of student and soft target, in [0, log 2].
+
+  (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Arguments as in
+  `cross_entropy`.
+  """
+  log_p = log_soft_target(teacher_logits_P, present_P)
+  log_q = jax.nn.log_softmax(student_logits)
+  log_m = jnp.logaddexp(log_p, log_q) - np.log(2.0)
+  return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+@_distillation
+def squared_logits(student_logits, teacher_logits_P, present_P):
+  """Half the mean over C of the squared difference of centred logits.
+
+  The one loss here that averages teachers as LOGITS, not as probabilities
+  (after Ba & Caruana 2014). The difference is centred over C, because a
+  constant added to all logits changes no prediction. So defined, it is what
+  temperature**2 times `kl` of a single teacher tends to as the temperature
+  grows. A class that student and teachers all hold at minus infinity counts
+  as agreement. Arguments as in `cross_entropy`.
+  """
+  teacher = _mean_over_present(teacher_logits_P, present_P)
+  padded = (student_logits <= _LOWEST) & (teacher <= 0.5 * _LOWEST)
+  difference = jnp.where(padded, 0.0, student_logits - teacher)
+  centred = difference - jnp.mean(difference, axis=-1, keepdims=True)
+  return 0.5 * jnp.mean(jnp.square(centred), axis=-1)
+
+
+@_distillation
+def sigmoid_cross_entropy(student_logits, teacher_logits_P, present_P):
+  """Log loss of a logistic output against the peers' mean probability.
+
+  Logits (...) and (P, ...) without a class axis; else as `cross_entropy`.
+  """
+  positive = _mean_over_present(jax.nn.sigmoid(teacher_logits_P), present_P)
+  # Not 1 - positive, which loses what a confident teacher leaves to the rest.
+  negative = _mean_over_present(jax.nn.sigmoid(-teacher_logits_P), present_P)
+  return _log_loss(student_logits, positive, negative)
+
+
+DISTILL_LOSSES: dict[str, Callable[..., jax.Array]] = {
+    'cross_entropy': cross_entropy,
+    'kl': kl,
+    'reverse_kl': reverse_kl,
+    'jsd': jsd,
+    'squared_logits': squared_logits,
+    'sigmoid_cross_entropy': sigmoid_cross_entropy,
+}
+
+
+def distill_loss(name: str) -> Callable[..., jax.Array]:
+  """The distillation loss of that name.
+
+  Raises:
+    ValueError: If there is none; the message lists the names.
+  """
+  if name not in DISTILL_LOSSES:
+    raise ValueError(
+        f'Unknown distillation loss {name!r}; choose one of'
+        f' {", ".join(DISTILL_LOSSES)}.'
+    )
+  return DISTILL_LOSSES[name]
+
+
+def _finite(logits):
+  """Float32 logits with minus infinity replaced; NaN stays NaN."""
+  return jnp.maximum(jnp.asarray(logits, jnp.float32), _LOWEST)
+
+
+def _kl(log_p, log_q):
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _log_loss(logits, positive, negative):
+  return positive * jax.nn.softplus(-logits) + negative * jax.nn.softplus(
+      logits
+  )
+
+
+def _align(present_P, ndim):
+  """Presence as booleans (P, 1, ...) of `ndim` axes."""
+  return jnp.reshape(jnp.asarray(present_P) != 0, (-1,) + (1,) * (ndim - 1))
+
+
+def _anyone(present_P):
+  return jnp.any(jnp.asarray(present_P) != 0)
+
+
+def _count(present_P):
+  return jnp.sum(jnp.asarray(present_P) != 0, dtype=jnp.float32)
+
+
+def _checked_teachers(teacher_logits_P, present_P):
+  """Finite float32 teacher logits whose P is that of `present_P`."""
+  logits = _finite(teacher_logits_P)
+  shape = jnp.shape(present_P)
+  if not logits.ndim or not logits.shape[0] or shape != logits.shape[:1]:
+    raise ValueError(
+        'Expected teacher logits (P, ...) and presence (P,) with P >= 1, got'
+        f' {logits.shape} and {shape}.'
+    )
+  return logits
+
+
+def _mean_over_present(values_P, present_P):
+  """Mean over the leading axis, of those present; 0 if nobody is."""
+  present = _align(present_P, values_P.ndim)
+  total = jnp.sum(jnp.where(present, values_P, 0.0), axis=0)
+  return total / jnp.maximum(_count(present_P), 1.0)
+
+
+def _prepare(student_logits, teacher_logits_P, present_P, temperature):
+  """Checked float32 student and teacher logits over the temperature."""
+  if isinstance(temperature, int | float) and not temperature > 0:
+    raise ValueError(f'temperature must be positive, got {temperature}.')
+  student = jnp.asarray(student_logits, jnp.float32)
+  if jnp.shape(teacher_logits_P)[1:] != student.shape:
+    raise ValueError(
+        'Expected teacher logits (P,) + the shape of the student logits, got'
+        f' {jnp.shape(teacher_logits_P)} and {student.shape}.'
+    )
+  teachers = jax.lax.stop_gradient(jnp.asarray(teacher_logits_P, jnp.float32))
+  teachers = _checked_teachers(teachers / temperature, present_P)
+  return _finite(student / temperature), teachers
+
+
+def _check_smoothing(label_smoothing):
+  if not 0.0 <= label_smoothing < 1.0:
+    raise ValueError(
+        f'label_smoothing must lie in [0, 1), got {label_smoothing}.'
+    )
+
+
+def _check_distribution(distribution, num_classes):
+  """The distribution as float32 (C,); checked where its values are known."""
+  if jnp.shape(distribution) != (num_classes,):
+    raise ValueError(
+        'smoothing_distribution must have the shape of the classes,'
+        f' {(num_classes,)}, got {jnp.shape(distribution)}.'
+    )
+  if not isinstance(distribution, jax.core.Tracer):
+    values = np.asarray(distribution, np.float64)
+    if not (np.all(values >= 0) and abs(values.sum() - 1) < 1e-3):
+      raise ValueError(
+          'smoothing_distribution must be >= 0 and sum to 1, got a sum of'
+          f' {values.sum():.6g} and a minimum of {values.min():.6g}.'
+      )
+  return jnp.asarray(distribution, jnp.float32)

@@ -1,0 +1,176 @@
+"""Metrics as sums and counts, so that batches of any size add up. Pure.
+
+Weights are per example and 0 for padding, whose values are ignored, be they
+NaN. Logits of the shape of their labels belong to a sigmoid output; all others
+have a class axis C at the end.
+
+Shape suffixes: C classes; `...` any axes of examples.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from codistill_jax import base
+
+
+class Mean(NamedTuple):
+  """A weighted mean in the making: a pytree of two float32 scalars."""
+
+  total: base.Array
+  count: base.Array
+
+  @property
+  def value(self) -> jax.Array:
+    """The mean; NaN if nothing was counted."""
+    return jnp.divide(self.total, self.count)
+
+
+def merge(a: base.PyTree, b: base.PyTree) -> base.PyTree:
+  """The sum of two pytrees of `Mean`: the metrics of both batches together."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+def mean(values: base.Array, weights: base.Array | None = None) -> Mean:
+  """Weighted mean over all axes.
+
+  Args:
+    values: (...).
+    weights: (...) of the same shape; 1 everywhere if None. The value of an
+      example of weight 0 is ignored, be it NaN.
+
+  Raises:
+    ValueError: If the shapes disagree.
+  """
+  values = jnp.asarray(values, jnp.float32)
+  if weights is None:
+    return Mean(jnp.sum(values), jnp.float32(values.size))
+  weights = jnp.asarray(weights, jnp.float32)
+  _check_same_shape('values', values, 'weights', weights)
+  weighted = jnp.where(weights == 0, 0.0, values) * weights
+  return Mean(jnp.sum(weighted), jnp.sum(weights))
+
+
+def accuracy(
+    logits: base.Array, labels: base.Array, weights: base.Array | None = None
+) -> Mean:
+  """Fraction of examples whose label has the highest logit."""
+  logits = class_logits(logits, labels)
+  return mean(jnp.argmax(logits, axis=-1) == jnp.asarray(labels), weights)
+
+
+def cross_entropy(
+    logits: base.Array, labels: base.Array, weights: base.Array | None = None
+) -> Mean:
+  """Log loss in nats against integer labels; of a sigmoid output too."""
+  log_probs = jax.nn.log_softmax(class_logits(logits, labels))
+  index = jnp.asarray(labels, jnp.int32)[..., None]
+  picked = jnp.take_along_axis(log_probs, index, axis=-1, mode='fill')
+  return mean(-picked[..., 0], weights)
+
+
+def perplexity(task_loss: Mean) -> jax.Array:
+  """exp of a mean task loss in nats.
+
+  Of the task loss only: the exp of a loss that has a distillation term, or
+  label smoothing, in it is no perplexity.
+  """
+  return jnp.exp(task_loss.value)
+
+
+def churn(
+    probs_a: base.Array,
+    probs_b: base.Array,
+    weights: base.Array | None = None,
+) -> Mean:
+  """Mean absolute difference of two models' predictions on the same examples.
+
+  For C classes this is the total variation, half the L1 distance: the most by
+  which the two models can differ on the probability of any event. For two
+  classes it is |p_a - p_b| of the positive class, the mean absolute difference
+  of Anil et al. 2018. For a sigmoid output see `binary_churn`.
+
+  Args:
+    probs_a: Probabilities (..., C).
+    probs_b: Probabilities (..., C).
+    weights: (...).
+  """
+  probs_a, probs_b = _pair(probs_a, probs_b)
+  return mean(0.5 * jnp.sum(jnp.abs(probs_a - probs_b), axis=-1), weights)
+
+
+def binary_churn(
+    probs_a: base.Array,
+    probs_b: base.Array,
+    weights: base.Array | None = None,
+) -> Mean:
+  """`churn` of two sigmoid outputs: |p_a - p_b|, probabilities (...)."""
+  probs_a, probs_b = _pair(probs_a, probs_b)
+  return mean(jnp.abs(probs_a - probs_b), weights)
+
+
+def relative_difference(
+    probs_a: base.Array,
+    probs_b: base.Array,
+    weights: base.Array | None = None,
+) -> Mean:
+  """2 |p_a - p_b| / (p_a + p_b) of two sigmoid outputs, probabilities (...).
+
+  In [0, 2]; 0 where both are 0 (Shamir & Coviello 2020).
+  """
+  probs_a, probs_b = _pair(probs_a, probs_b)
+  both = probs_a + probs_b
+  relative = 2.0 * jnp.abs(probs_a - probs_b) / jnp.where(both > 0, both, 1.0)
+  return mean(relative, weights)
+
+
+def disagreement(
+    logits_a: base.Array,
+    logits_b: base.Array,
+    weights: base.Array | None = None,
+) -> Mean:
+  """Fraction of examples where the argmax over C differs.
+
+  Logits or probabilities (..., C); a sigmoid output through `binary_logits`.
+  """
+  logits_a, logits_b = _pair(logits_a, logits_b)
+  differ = jnp.argmax(logits_a, axis=-1) != jnp.argmax(logits_b, axis=-1)
+  return mean(differ, weights)
+
+
+def binary_logits(logits: base.Array) -> jax.Array:
+  """The two-class logits (..., 2) with the predictions of a sigmoid (...)."""
+  logits = jnp.asarray(logits, jnp.float32)
+  return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
+
+
+def class_logits(logits: base.Array, labels: base.Array) -> jax.Array:
+  """Float32 logits (..., C) for labels (...), of a sigmoid output too.
+
+  Raises:
+    ValueError: If the shapes fit neither.
+  """
+  logits = jnp.asarray(logits, jnp.float32)
+  if logits.shape == jnp.shape(labels):
+    return binary_logits(logits)
+  if logits.shape[:-1] != jnp.shape(labels):
+    raise ValueError(
+        'Expected logits (..., C) or (...) for labels (...), got'
+        f' {logits.shape} and {jnp.shape(labels)}.'
+    )
+  return logits
+
+
+def _pair(a, b):
+  a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+  _check_same_shape('one model', a, 'the other', b)
+  return a, b
+
+
+def _check_same_shape(name_a, a, name_b, b):
+  if a.shape != b.shape:
+    raise ValueError(
+        f'Expected one shape, got {a.shape} for {name_a} and {b.shape} for'
+        f' {name_b}.'
+    )

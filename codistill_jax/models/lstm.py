@@ -1,0 +1,197 @@
+"""The language model of Anil et al. 2018: an LSTM with layer normalisation.
+
+The layer is Ba, Kiros & Hinton 2016, equations 20 to 22:
+
+  (f, i, o, g) = LN(W_h h) + LN(W_x x) + b
+  c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+  h' = sigmoid(o) * tanh(LN(c'))
+
+LN(W .) normalises all 4 D values of the four gates together. Its two shifts and
+b only ever occur as their sum, so one vector b is kept, which starts at 1 for
+the forget gate and 0 elsewhere. Without layer normalisation LN is left out.
+
+Parameters, the recurrent state, gates and statistics are float32. Matrix
+products and the activations between layers are in `dtype`. A bfloat16 cell
+would stop counting: its 8 bits lose what a step adds to a larger sum.
+
+Shape suffixes: B rows, T tokens, E embedding, D units, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from codistill_jax import base
+from codistill_jax.models import linen
+
+_EPSILON = 1e-6
+
+
+def language_model(
+    vocab_size: int,
+    layers: int = 2,
+    units: int = 1024,
+    embedding: int = 256,
+    layer_norm: bool = True,
+    dropout: float = 0.0,
+    dtype: str = 'float32',
+) -> base.Model:
+  """The LSTM language model; the defaults are the paper's size.
+
+  A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
+  within it, `resets` (B, T): True where the state of a row becomes 0 before
+  that token is processed. The outputs are `base.HeadOutputs`.
+
+  Args:
+    vocab_size: V.
+    layers: Number of LSTM layers.
+    units: D, the size of state and output of each layer.
+    embedding: E.
+    layer_norm: Whether layers normalise.
+    dropout: Probability of dropping a value of a layer's input or of the last
+      layer's output, in training; recurrent connections are never dropped.
+    dtype: Of matrix products and activations: 'float32' or 'bfloat16'.
+
+  Raises:
+    ValueError: If an argument is out of range.
+  """
+  sizes = {
+      'vocab_size': vocab_size,
+      'layers': layers,
+      'units': units,
+      'embedding': embedding,
+  }
+  for name, value in sizes.items():
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}.')
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+  module = LanguageModel(
+      **sizes,
+      layer_norm=layer_norm,
+      dropout=dropout,
+      dtype=jnp.dtype(dtype),
+  )
+  return linen.from_linen(module)
+
+
+class LanguageModel(nn.Module):
+  """Embedding, LSTM layers, and the head for a full softmax."""
+
+  vocab_size: int
+  layers: int
+  units: int
+  embedding: int
+  layer_norm: bool
+  dropout: float
+  dtype: Any
+
+  def init_carry(self, batch_size: int) -> base.PyTree:
+    """Zeros: for each layer the cell and the output, float32 (B, D)."""
+    zeros = lambda: jnp.zeros((batch_size, self.units), jnp.float32)
+    return tuple((zeros(), zeros()) for _ in range(self.layers))
+
+  @nn.compact
+  def __call__(self, inputs_BT, carry, resets=None, train=False):
+    """`(HeadOutputs, carry)` of tokens; `resets` (B, T) or None."""
+    if carry[0][0].shape[0] != inputs_BT.shape[0]:
+      raise ValueError(
+          f'The carry has {carry[0][0].shape[0]} rows, the inputs have'
+          f' {inputs_BT.shape[0]}; make it with init_carry of that number.'
+      )
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    embed = nn.Embed(self.vocab_size, self.embedding, dtype=self.dtype)
+    x_BTE = drop(embed(inputs_BT))
+    # Time goes first, because the scan runs over the leading axis.
+    x_TBD = jnp.swapaxes(x_BTE, 0, 1)
+    if resets is None:
+      resets = jnp.zeros(inputs_BT.shape, bool)
+    resets_TB = jnp.swapaxes(jnp.asarray(resets, bool), 0, 1)
+    new_carry = []
+    for i in range(self.layers):
+      layer = LSTM(self.units, self.layer_norm, self.dtype, name=f'lstm_{i}')
+      x_TBD, last = layer(x_TBD, carry[i], resets_TB)
+      x_TBD = drop(x_TBD)
+      new_carry.append(last)
+    head = self.param(
+        'head_kernel',
+        nn.initializers.lecun_normal(),
+        (self.units, self.vocab_size),
+    )
+    bias = self.param('head_bias', nn.initializers.zeros, (self.vocab_size,))
+    features_BTD = jnp.swapaxes(x_TBD, 0, 1)
+    outputs = base.HeadOutputs(features_BTD, head.astype(self.dtype), bias)
+    return outputs, tuple(new_carry)
+
+
+class LSTM(nn.Module):
+  """One layer over a window of tokens; E is the size of its input."""
+
+  units: int
+  layer_norm: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_TBE, carry, resets_TB):
+    """`(h_TBD, (c_BD, h_BD))`: all outputs and the last state."""
+    size = 4 * self.units
+    matrix = nn.initializers.lecun_normal()
+    x_kernel = self.param('x_kernel', matrix, (x_TBE.shape[-1], size))
+    h_kernel = self.param('h_kernel', matrix, (self.units, size))
+    bias = self.param('bias', _forget_bias, (size,))
+    x_norm = self._norm('x_norm', size, shift=False)
+    h_norm = self._norm('h_norm', size, shift=False)
+    c_norm = self._norm('c_norm', self.units, shift=True)
+    # All that does not depend on the state happens outside the scan, in one
+    # large product over T * B rows.
+    inputs = x_norm(self._dot(x_TBE, x_kernel)) + bias.reshape(1, 1, -1)
+    inputs_TBF = inputs.astype(self.dtype)
+    h_kernel = h_kernel.astype(self.dtype)
+
+    def step(state, now):
+      inputs_BF, resets_B = now
+      # Before the token is processed: it is the first of its document.
+      c, h = (jnp.where(resets_B[:, None], 0.0, s) for s in state)
+      gates = h_norm(self._dot(h, h_kernel)) + inputs_BF.astype(jnp.float32)
+      f, i, o, g = jnp.split(gates, 4, axis=-1)
+      c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+      h = jax.nn.sigmoid(o) * jnp.tanh(c_norm(c))
+      return (c, h), h.astype(self.dtype)
+
+    carry, h_TBD = jax.lax.scan(step, carry, (inputs_TBF, resets_TB))
+    return h_TBD, carry
+
+  def _dot(self, x, kernel):
+    """Product in `dtype`, summed up in float32."""
+    return jnp.dot(
+        x.astype(self.dtype),
+        kernel.astype(self.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+  def _norm(self, name, size, shift):
+    """A function that normalises the last axis; identity without layer norm."""
+    if not self.layer_norm:
+      return lambda x: x
+    scale = self.param(f'{name}_scale', nn.initializers.ones, (size,))
+    offset = jnp.zeros(())
+    if shift:
+      offset = self.param(f'{name}_shift', nn.initializers.zeros, (size,))
+
+    def norm(x):
+      centred = x - jnp.mean(x, axis=-1, keepdims=True)
+      variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+      row = (1,) * (x.ndim - 1) + (-1,)
+      unit = centred * jax.lax.rsqrt(variance + _EPSILON)
+      return unit * scale.reshape(row) + offset.reshape(row)
+
+    return norm
+
+
+def _forget_bias(rng, shape, dtype=jnp.float32):
+  del rng
+  return jnp.zeros(shape, dtype).at[: shape[0] // 4].set(1.0)

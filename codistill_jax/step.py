@@ -1,0 +1,260 @@
+"""One update of one replica, and one evaluation step; pure functions.
+
+The only module that differentiates. What is static (model, optimiser, losses,
+axis name) is closed over; arrays go in and come out, so jit, pmap and vmap are
+the caller's choice.
+
+Shape suffixes: B examples of this replica, C classes, P peers. A language
+model has T tokens behind B; losses and weights then have shape (B, T).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from codistill_jax import losses
+from codistill_jax import metrics as metrics_lib
+from codistill_jax.base import (
+    Array,
+    Batch,
+    Metrics,
+    Model,
+    PyTree,
+    Teachers,
+    TrainState,
+    Variables,
+    logits_of,
+)
+
+TrainStep = Callable[
+    [TrainState, Batch, Teachers | None, Array], tuple[TrainState, Metrics]
+]
+EvalStep = Callable[
+    [Variables, Batch, PyTree],
+    tuple[dict[str, metrics_lib.Mean], PyTree],
+]
+
+
+def init_state(
+    model: Model,
+    tx: optax.GradientTransformation,
+    rng: Array,
+    batch: Batch,
+    *,
+    num_peers: int = 0,
+    group_batch: int | None = None,
+) -> TrainState:
+  """The state before the first update.
+
+  Args:
+    model: The model of every group.
+    tx: The optimiser.
+    rng: Raw key (`jax.random.PRNGKey(seed)`); groups that should start
+      from different parameters are given different keys.
+    batch: Any batch of the task; only shapes and dtypes matter.
+    num_peers: P, the length of the teachers' axis; 0 trains alone.
+    group_batch: Rows of the whole group, if `batch` holds only some of them.
+
+  Returns:
+    A `TrainState` whose carries have one row for each row of the group batch.
+  """
+  rows = group_batch or len(jax.tree.leaves(dict(batch))[0])
+
+  def init(rng: Array, batch: Batch) -> TrainState:
+    init_rng, step_rng = jax.random.split(rng)
+    variables = model.init(init_rng, batch)
+    carry = model.init_carry(rows)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        opt_state=tx.init(variables.params),
+        rng=step_rng,
+        carry=carry,
+        teacher_carry=_stack_copies(carry, num_peers),
+    )
+
+  return jax.jit(init)(jnp.asarray(rng), dict(batch))
+
+
+def make_train_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    task_loss: Callable[[Array, Array], Array] = losses.task_loss,
+    distill_loss: Callable[..., Array] = losses.cross_entropy,
+    axis_name: str | None = None,
+) -> TrainStep:
+  """Builds the update of algorithm 1 of Anil et al. 2018.
+
+  The objective is the mean over the examples of the whole group batch of
+  `task + distill_weight * distill`, in float32, where `distill` compares the
+  student with the mean probability of the teachers that are present. Examples
+  with weight 0 (padding) count nowhere.
+
+  Args:
+    model: Pure functions of the model, shared by student and teachers.
+    tx: The optimiser.
+    task_loss: `(logits (B, C), labels (B,)) -> (B,)`.
+    distill_loss: `(student (B, C), teachers (P, B, C), present (P,)) -> (B,)`.
+    axis_name: The pmap axis of the replicas, or None for a single one.
+
+  Returns:
+    `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
+    With `teachers=None` (burn-in, or a group without peers) no teacher is
+    evaluated and the metrics have no `loss/distill`. `state.rng` is never
+    advanced: the step folds in `state.step` and the replica's index.
+  """
+
+  def train_step(
+      state: TrainState,
+      batch: Batch,
+      teachers: Teachers | None,
+      distill_weight: Array,
+  ) -> tuple[TrainState, Metrics]:
+    weights = example_weights(batch)
+    count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
+    distill_weight = jnp.asarray(distill_weight, jnp.float32)
+    if teachers is None:
+      teacher_logits, teacher_carry = None, state.teacher_carry
+    else:
+      # Outside the differentiated function: no residual of a teacher is kept.
+      teacher_logits, teacher_carry = _teacher_logits(
+          model, teachers, batch, state.teacher_carry
+      )
+
+    def objective(params: PyTree) -> tuple[Array, tuple]:
+      outputs, updates = model.apply(
+          state.variables.replace(params=params),
+          batch,
+          state.carry,
+          _step_rng(state, axis_name),
+          True,
+      )
+      logits = logits_of(outputs)
+      sums = {
+          'loss/task': _weighted_sum(
+              task_loss(logits, batch['labels']), weights
+          )
+      }
+      total = sums['loss/task']
+      if teachers is not None:
+        sums['loss/distill'] = _weighted_sum(
+            distill_loss(logits, teacher_logits, teachers.present_P), weights
+        )
+        total += distill_weight * sums['loss/distill']
+      sums['loss/total'] = total
+      # Divided by the count of the *group*: the sum of the replicas'
+      # gradients is then the gradient of the group's mean, however padding
+      # falls on the replicas.
+      return total / count, (sums, updates)
+
+    grads, (sums, updates) = jax.grad(objective, has_aux=True)(
+        state.variables.params
+    )
+    grads = _psum(grads, axis_name)
+    metrics = {key: x / count for key, x in _psum(sums, axis_name).items()}
+    metrics['optim/grad_norm'] = optax.global_norm(grads)
+    opt_updates, opt_state = tx.update(
+        grads, state.opt_state, state.variables.params
+    )
+    params = optax.apply_updates(state.variables.params, opt_updates)
+    return (
+        TrainState(
+            step=state.step + 1,
+            variables=Variables(
+                params, _pmean_floats(updates.model_state, axis_name)
+            ),
+            opt_state=opt_state,
+            rng=state.rng,
+            carry=updates.carry,
+            teacher_carry=teacher_carry,
+        ),
+        metrics,
+    )
+
+  return train_step
+
+
+def make_eval_step(
+    model: Model, *, task_loss: Callable[[Array, Array], Array] | None = None
+) -> EvalStep:
+  """Builds `eval_step(variables, batch, carry) -> (sums, carry)`.
+
+  The sums are `metrics.Mean` pairs under `eval/loss` (nats per example, of the
+  task alone) and `eval/accuracy`; add them over batches, then divide.
+  """
+  loss_fn = task_loss or losses.task_loss
+
+  def eval_step(
+      variables: Variables, batch: Batch, carry: PyTree
+  ) -> tuple[dict[str, metrics_lib.Mean], PyTree]:
+    outputs, updates = model.apply(variables, batch, carry, None, False)
+    logits, labels = logits_of(outputs), batch['labels']
+    weights = example_weights(batch)
+    sums = {
+        'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
+        'eval/accuracy': metrics_lib.accuracy(logits, labels, weights),
+    }
+    return sums, updates.carry
+
+  return eval_step
+
+
+def example_weights(batch: Batch) -> jax.Array:
+  """The batch's weights, or 1 for each example; float32, shaped as labels."""
+  if 'weights' in batch:
+    return jnp.asarray(batch['weights'], jnp.float32)
+  return jnp.ones(np.shape(batch['labels']), jnp.float32)
+
+
+def _weighted_sum(values: Array, weights: Array) -> jax.Array:
+  # A value of weight 0 is ignored, be it NaN: padding holds anything.
+  return jnp.sum(jnp.where(weights == 0, 0.0, values) * weights)
+
+
+def _teacher_logits(
+    model: Model, teachers: Teachers, batch: Batch, carry_PB: PyTree
+) -> tuple[jax.Array, PyTree]:
+  """Logits (P, B, C) of the teachers in eval mode, and their new carries."""
+
+  def one(variables: Variables, carry: PyTree) -> tuple[jax.Array, PyTree]:
+    outputs, updates = model.apply(variables, batch, carry, None, False)
+    return logits_of(outputs), updates.carry
+
+  logits_PBC, carry_PB = jax.vmap(one)(teachers.variables, carry_PB)
+  return jax.lax.stop_gradient((logits_PBC, carry_PB))
+
+
+def _step_rng(state: TrainState, axis_name: str | None) -> Array:
+  rng = jax.random.fold_in(state.rng, state.step)
+  if axis_name is None:
+    return jax.random.fold_in(rng, 0)
+  return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def _stack_copies(carry: PyTree, num_peers: int) -> PyTree:
+  """The start of each teacher's carry (P, B, ...); () without peers."""
+  if not num_peers:
+    return ()
+  return jax.tree.map(lambda x: jnp.stack([x] * num_peers), carry)
+
+
+def _psum(tree: PyTree, axis_name: str | None) -> PyTree:
+  return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _pmean_floats(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Averages running statistics; counters are the same on all replicas."""
+  if axis_name is None:
+    return tree
+  return jax.tree.map(
+      lambda x: (
+          jax.lax.pmean(x, axis_name)
+          if jnp.issubdtype(x.dtype, jnp.floating)
+          else x
+      ),
+      tree,
+  )

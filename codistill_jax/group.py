@@ -1,0 +1,107 @@
+"""The life of one group: fetch, step, publish, report; in that order.
+
+A group publishes at the end of a turn, not at the start of the next: then
+groups that are stepped in turn in one process find each other's publications
+of the same step, in whatever order they are stepped. A run that starts on an
+exchange step publishes first, in case a killed predecessor did not get to.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from codistill_jax.base import Batch, Metrics, Stream, TrainState
+from codistill_jax.exchange import Exchange, NoExchange, staleness_metrics
+from codistill_jax.replicas import PmapStep
+
+
+class StepResult(NamedTuple):
+  """One turn of `run_group`.
+
+  Attributes:
+    step: Updates done.
+    state: The state after them, on the devices; donated to the next turn, so
+      read it (`PmapStep.collect`) before taking the next result.
+    metrics: Of this update; device arrays and floats. `exchange/stall_ms` is
+      the time that the loop was held by the exchange in this turn.
+  """
+
+  step: int
+  state: TrainState
+  metrics: Metrics
+
+
+def run_group(
+    train_step: PmapStep,
+    state: TrainState,
+    stream: Stream,
+    *,
+    num_steps: int,
+    exchange: Exchange | None = None,
+    distill_weight: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[StepResult]:
+  """Trains one group from `state.step` to `num_steps`; writes nothing.
+
+  Args:
+    train_step: The step on all replicas.
+    state: Fresh from `init_state`, or restored; not altered.
+    stream: Batches by step; this process's rows of the group batch.
+    num_steps: The step to stop at.
+    exchange: Default: none, the group trains alone. Not closed.
+    distill_weight: Step to weight. While it is 0 (burn-in) nothing is fetched
+      and no teacher is evaluated.
+
+  Yields:
+    A `StepResult` for each update.
+  """
+  exchange = exchange or NoExchange()
+  step = int(state.step)
+  state = train_step.place(state)
+  exchange.publish_if_due(step, state.variables)
+  teachers = placed = None
+  for batch in prefetch(stream, step, num_steps):
+    held = time.perf_counter()
+    weight = float(distill_weight(step))
+    # No weight, no fetch: burn-in costs nothing.
+    fetched = exchange.fetch(step) if weight else None
+    if fetched is not teachers:
+      teachers = fetched
+      placed = None if fetched is None else train_step.place_teachers(fetched)
+    held = time.perf_counter() - held
+
+    state, metrics = train_step(state, batch, placed, weight)
+    if placed is None:
+      metrics['distill/weight'] = 0.0
+    else:
+      metrics['distill/weight'] = weight
+      metrics |= staleness_metrics(step, exchange.in_use)
+    step += 1
+
+    start = time.perf_counter()
+    exchange.publish_if_due(step, state.variables)
+    held += time.perf_counter() - start
+    metrics['exchange/stall_ms'] = 1e3 * held
+    yield StepResult(step, state, metrics)
+
+
+def prefetch(
+    stream: Stream, start: int, stop: int, ahead: int = 2
+) -> Iterator[Batch]:
+  """`stream.batch(n)` for n in start..stop-1, loaded ahead in a thread."""
+  loader = concurrent.futures.ThreadPoolExecutor(1, 'load')
+  steps = iter(range(start, stop))
+  pending = collections.deque(
+      loader.submit(stream.batch, n) for n in itertools.islice(steps, ahead)
+  )
+  try:
+    while pending:
+      batch = pending.popleft().result()
+      for n in itertools.islice(steps, 1):
+        pending.append(loader.submit(stream.batch, n))
+      yield batch
+  finally:
+    # Without waiting: this may run while the interpreter shuts down.
+    loader.shutdown(wait=False, cancel_futures=True)

@@ -1,49 +1,44 @@
-"""Codistillation in JAX and Flax: the public names."""
+"""Codistillation in JAX and Flax: the public names.
 
-from codistill_jax.base import (
-    HeadOutputs,
-    Model,
-    Task,
-    Teachers,
-    TrainState,
-    Updates,
-    Variables,
-)
-from codistill_jax.checkpoint import Checkpoints
-from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
-from codistill_jax.exchange import Exchange, NoExchange, Plan
-from codistill_jax.group import StepResult, run_group
-from codistill_jax.losses import DISTILL_LOSSES
-from codistill_jax.memory_exchange import MemoryExchange, memory_exchanges
-from codistill_jax.models.linen import from_linen
-from codistill_jax.replicas import REPLICA_AXIS, PmapStep
-from codistill_jax.schedules import distill_weight
-from codistill_jax.step import init_state, make_eval_step, make_train_step
+They load when they are first used, so that `codistill_jax.run_directory` and
+what builds on it start without jax.
+"""
 
-__all__ = [
-    'DISTILL_LOSSES',
-    'REPLICA_AXIS',
-    'CheckpointExchange',
-    'Checkpoints',
-    'Exchange',
-    'HeadOutputs',
-    'MemoryExchange',
-    'Model',
-    'NoExchange',
-    'Plan',
-    'PmapStep',
-    'StepResult',
-    'Task',
-    'Teachers',
-    'TrainState',
-    'Updates',
-    'Variables',
-    'Waiting',
-    'distill_weight',
-    'from_linen',
-    'init_state',
-    'make_eval_step',
-    'make_train_step',
-    'memory_exchanges',
-    'run_group',
-]
+import importlib
+
+_HOMES = {
+    'base': (
+        'HeadOutputs',
+        'Model',
+        'Task',
+        'Teachers',
+        'TrainState',
+        'Updates',
+        'Variables',
+    ),
+    'checkpoint': ('Checkpoints',),
+    'checkpoint_exchange': ('CheckpointExchange', 'Waiting'),
+    'exchange': ('Exchange', 'NoExchange', 'Plan'),
+    'group': ('StepResult', 'run_group'),
+    'losses': ('DISTILL_LOSSES',),
+    'memory_exchange': ('MemoryExchange', 'memory_exchanges'),
+    'models.linen': ('from_linen',),
+    'replicas': ('REPLICA_AXIS', 'PmapStep'),
+    'schedules': ('distill_weight',),
+    'step': ('init_state', 'make_eval_step', 'make_train_step'),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+  if name not in _HOME:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module = importlib.import_module(f'{__name__}.{_HOME[name]}')
+  globals()[name] = getattr(module, name)
+  return globals()[name]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

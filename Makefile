@@ -1,0 +1,39 @@
+# Two groups codistil on real text:   make demo
+# Lint and the whole test suite:      make test
+# Both do all set-up, in .venv.
+
+PYTHON ?= python3
+DEMO ?= runs/demo
+RUN = .venv/bin/python -m
+
+.PHONY: demo test lint clean
+
+# Made again when the requirements change; `touch` comes last, so an
+# interrupted installation is repeated.
+.venv/ready: requirements.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	touch $@
+
+demo: .venv/ready
+	$(RUN) experiments.prepare_data --source=bible \
+	    --vocab_size=2048 --output=data/bible
+	$(RUN) experiments.train_local --workdir=$(DEMO)/codistillation \
+	    --num_groups=2 --gin_file=gin_configs/tasks/bible_lm.gin --noreport
+	$(RUN) experiments.train_local --workdir=$(DEMO)/baseline \
+	    --num_groups=1 --gin_file=gin_configs/tasks/bible_lm.gin --noreport
+	$(RUN) experiments.evaluate --workdir=$(DEMO)/codistillation \
+	    --workdir=$(DEMO)/baseline
+	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
+	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/pyink --check --quiet .
+
+test: lint
+	$(RUN) pytest
+
+clean:
+	rm -rf .venv runs data

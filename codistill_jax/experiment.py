@@ -1,0 +1,122 @@
+"""What one run trains, as one record that gin fills: the root of every config.
+
+experiment.Experiment.task = @text.language_model_task()
+experiment.Experiment.model = @lstm.language_model
+experiment.Experiment.optimizer = @optax.adam()
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import optax
+
+from codistill_jax import losses, replicas, schedules, step
+from codistill_jax.base import Model, Task
+from codistill_jax.exchange import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The configuration of a run; the same for all of its groups.
+
+  Attributes:
+    task: Data; see `base.Task`.
+    model: Number of classes -> `base.Model`.
+    optimizer: An optax transformation.
+    distill_weight: Step -> weight of the distillation loss; see
+      `schedules.distill_weight`.
+    distill_loss: Name in `losses.DISTILL_LOSSES`.
+    num_steps: Updates of each group.
+    group_batch: Examples (rows, for a language model) per update of one group.
+    seed: Of parameters; group g starts from `fold_in(seed, g)`.
+    exchange_every: Steps between exchanges.
+    exchange_mode: 'freshest' or 'lockstep'.
+    staleness: In lockstep, age of a publication when it comes into use.
+    publish_dtype: 'float32' or 'bfloat16'.
+    teacher_dtype: 'float32' or 'bfloat16'.
+    exchange_timeout_seconds: How long lockstep waits for a peer.
+    log_every: Steps between records of training metrics.
+    eval_every: Steps between validation passes; there is one at the end too.
+    eval_batch: Rows of a validation batch.
+    checkpoint_every: Steps between resume checkpoints.
+  """
+
+  task: Task
+  model: Callable[[int], Model]
+  optimizer: optax.GradientTransformation
+  distill_weight: Callable[[int], float] = dataclasses.field(
+      default_factory=schedules.distill_weight
+  )
+  distill_loss: str = 'cross_entropy'
+  num_steps: int = 1000
+  group_batch: int = 128
+  seed: int = 0
+  exchange_every: int = 50
+  exchange_mode: str = 'freshest'
+  staleness: int = 0
+  publish_dtype: str = 'float32'
+  teacher_dtype: str = 'float32'
+  exchange_timeout_seconds: float = 600.0
+  log_every: int = 20
+  eval_every: int = 200
+  eval_batch: int = 128
+  checkpoint_every: int = 200
+
+  def __post_init__(self):
+    if not isinstance(self.task, Task):
+      raise ValueError(
+          f'Experiment.task={self.task!r}; bind it to a task, such as'
+          ' @text.language_model_task()'
+      )
+    for name in ('model', 'distill_weight'):
+      if not callable(getattr(self, name)):
+        raise ValueError(
+            f'Experiment.{name}={getattr(self, name)!r}; bind it to a'
+            ' reference, such as @lstm.language_model or'
+            ' @schedules.distill_weight()'
+        )
+    for name in (
+        'num_steps',
+        'group_batch',
+        'log_every',
+        'eval_every',
+        'eval_batch',
+        'checkpoint_every',
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f'Experiment.{name}={value!r}; set it to a whole number of at'
+            ' least 1'
+        )
+    losses.distill_loss(self.distill_loss)  # Raises on an unknown name.
+    self.plan  # noqa: B018  Raises on what does not fit together.
+
+  @property
+  def plan(self) -> Plan:
+    """When to exchange what."""
+    return Plan(
+        every=self.exchange_every,
+        mode=self.exchange_mode,
+        staleness=self.staleness,
+        publish_dtype=self.publish_dtype,
+        teacher_dtype=self.teacher_dtype,
+    )
+
+
+def make_model(experiment: Experiment) -> Model:
+  """The model of every group."""
+  return experiment.model(experiment.task.num_classes)
+
+
+def make_replicated_step(
+    experiment: Experiment, model: Model, devices=None
+) -> replicas.PmapStep:
+  """The train step on all replicas of a group (or on `devices`)."""
+  train_step = step.make_train_step(
+      model,
+      experiment.optimizer,
+      distill_loss=losses.distill_loss(experiment.distill_loss),
+      axis_name=replicas.REPLICA_AXIS,
+  )
+  return replicas.PmapStep(train_step, devices)

@@ -1,0 +1,169 @@
+"""Gin for the binaries: flags, one-line errors, dead bindings, saved config.
+
+The only module that imports gin. Library code carries no decorators: config
+files begin with `from __gin__ import dynamic_registration`.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+from absl import flags
+from gin import config_parser
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    'gin_file',
+    [],
+    'Gin config file; repeatable, later files override earlier ones. Relative'
+    ' to the working directory or to the root of the project.',
+)
+_GIN = flags.DEFINE_multi_string(
+    'gin',
+    [],
+    'One gin binding, e.g. --gin="Experiment.num_steps=500"; repeatable,'
+    ' overrides the files.',
+)
+
+
+def parse_flags() -> None:
+  """Parses `--gin_file` and `--gin`; raises ValueError on any mistake."""
+  parse(_GIN_FILE.value, _GIN.value)
+
+
+def flag_arguments() -> list[str]:
+  """The gin flags of this process, to start another one alike."""
+  return [f'--gin_file={f}' for f in _GIN_FILE.value] + [
+      f'--gin={b}' for b in _GIN.value
+  ]
+
+
+def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+  """Makes files and bindings the configuration of this process.
+
+  Args:
+    files: Gin files, in order.
+    bindings: `Configurable.argument=value` strings, applied last.
+
+  Raises:
+    ValueError: If a file is missing, a name is unknown or a line does not
+      parse; one line, with the place.
+  """
+  gin.clear_config()
+  root = pathlib.Path(__file__).resolve().parents[1]
+  gin.add_config_file_search_path(str(root))
+  for file in files:
+    if not pathlib.Path(file).is_file() and not (root / file).is_file():
+      raise ValueError(
+          f'--gin_file={file}: no such file, neither here nor in {root}'
+      )
+    with _one_line_errors(f'--gin_file={file}'):
+      gin.parse_config_file(file)
+  for binding in bindings:
+    with _one_line_errors(f'--gin={binding}'):
+      gin.parse_config(binding)
+
+
+def make(configurable: Callable[..., Any], *args: Any) -> Any:
+  """Calls `configurable` with the arguments that the configuration binds.
+
+  Raises:
+    ValueError: One line, if the configuration says nothing of it, or if it
+      cannot be made as configured.
+  """
+  name = configurable.__qualname__
+  try:
+    configured = gin.get_configurable(configurable)
+  except ValueError as e:
+    raise ValueError(
+        f'the configuration says nothing of {name}; give a task, such as'
+        ' --gin_file=gin_configs/tasks/bible_lm.gin'
+    ) from e
+  try:
+    return configured(*args)
+  except TypeError as e:
+    # A missing or misspelled argument of something configured.
+    raise ValueError(f'configuration of {name}: {_first_line(e)}') from e
+  except ValueError as e:
+    # Gin appends where in the configuration the call was made.
+    raise ValueError(_first_line(e)) from e
+  except OSError as e:
+    raise OSError(_first_line(e)) from e
+
+
+@contextlib.contextmanager
+def _one_line_errors(where: str) -> Iterator[None]:
+  try:
+    yield
+  except (
+      OSError,
+      ValueError,
+      SyntaxError,
+      NameError,
+      AttributeError,
+      TypeError,
+      ImportError,
+  ) as e:
+    if isinstance(e, SyntaxError):
+      reason = f'line {e.lineno}: {e.msg}'
+    else:
+      reason = ' '.join(str(e).split())
+    raise ValueError(f'{where}: {reason}') from e
+
+
+def configuration() -> list[str]:
+  """The bindings made, one normalised statement each, for comparison."""
+  return [_text(s) for s in _bindings(gin.config_str())]
+
+
+def operative_configuration() -> str:
+  """All parameters in force, defaults included; complete after a first step."""
+  return gin.operative_config_str()
+
+
+def check_no_dead_bindings() -> None:
+  """Raises ValueError if a binding acted nowhere; after the first step.
+
+  Gin silently ignores a binding to something that nothing references: a
+  misspelled ablation would be reported as a negative result.
+  """
+  used = {_key(s) for s in _bindings(gin.operative_config_str())}
+  dead = [s for s in _bindings(gin.config_str()) if _key(s) not in used]
+  if dead:
+    raise ValueError(
+        f'gin binding {_text(dead[0])!r} acts nowhere: nothing in this'
+        ' configuration uses it; remove it, or reference it with @'
+    )
+
+
+class _AsText(config_parser.ParserDelegate):
+  """Leaves references and macros as text."""
+
+  def configurable_reference(self, scoped_name, evaluate):
+    return f'@{scoped_name}' + ('()' if evaluate else '')
+
+  def macro(self, scoped_name):
+    return f'%{scoped_name}'
+
+
+def _bindings(text: str) -> list[config_parser.BindingStatement]:
+  return [
+      s
+      for s in config_parser.ConfigParser(text, _AsText())
+      if isinstance(s, config_parser.BindingStatement)
+  ]
+
+
+def _key(statement: config_parser.BindingStatement) -> tuple[str, str, str]:
+  return (statement.scope, statement.selector, statement.arg_name)
+
+
+def _text(statement: config_parser.BindingStatement) -> str:
+  scope = f'{statement.scope}/' if statement.scope else ''
+  name = f'.{statement.arg_name}' if statement.arg_name else ''
+  return f'{scope}{statement.selector}{name} = {statement.value!r}'
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[0] if str(error) else repr(error)

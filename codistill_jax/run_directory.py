@@ -1,0 +1,346 @@
+"""The run directory as a contract: every path in it, and its readers.
+
+    <workdir>/config.gin                            operative config
+    <workdir>/run.json                              the run, see `write_run`
+    <workdir>/exchange/group_<i>/<step>/            publications
+    <workdir>/groups/group_<i>/checkpoints/<step>/  resume state
+    <workdir>/groups/group_<i>/metrics.jsonl        see writers.JsonlWriter
+    <workdir>/groups/group_<i>/tensorboard/         TensorBoard events
+    <workdir>/groups/group_<i>/status.json          see `write_status`
+    <workdir>/groups/group_<i>/DONE                 the last step was reached
+    <workdir>/report/                               pages, comparison.json
+
+Readers work beside a live writer: a missing file is None or empty, a damaged
+line is skipped and counted. Nothing here imports jax, so that
+`experiments/status.py` starts at once.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+PathLike = str | os.PathLike[str]
+
+# JSON has no such numbers; metrics.jsonl holds these strings instead.
+_NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+
+# --- Paths -------------------------------------------------------------------
+
+
+def config_path(workdir: PathLike) -> epath.Path:
+  """The operative gin config, written once."""
+  return epath.Path(workdir) / 'config.gin'
+
+
+def run_path(workdir: PathLike) -> epath.Path:
+  """What the run is, as JSON."""
+  return epath.Path(workdir) / 'run.json'
+
+
+def exchange_root(workdir: PathLike) -> epath.Path:
+  """The directory in which all groups publish."""
+  return epath.Path(workdir) / 'exchange'
+
+
+def publications_dir(workdir: PathLike, group_id: int) -> epath.Path:
+  """The publications of one group."""
+  return exchange_root(workdir) / f'group_{group_id}'
+
+
+def groups_root(workdir: PathLike) -> epath.Path:
+  """The parent of all group directories."""
+  return epath.Path(workdir) / 'groups'
+
+
+def group_dir(workdir: PathLike, group_id: int) -> epath.Path:
+  """What one group writes for itself."""
+  return groups_root(workdir) / f'group_{group_id}'
+
+
+def metrics_path(workdir: PathLike, group_id: int) -> epath.Path:
+  """The metrics of one group, one JSON object a line."""
+  return group_dir(workdir, group_id) / 'metrics.jsonl'
+
+
+def tensorboard_dir(workdir: PathLike, group_id: int) -> epath.Path:
+  """The TensorBoard events of one group."""
+  return group_dir(workdir, group_id) / 'tensorboard'
+
+
+def checkpoints_dir(workdir: PathLike, group_id: int) -> epath.Path:
+  """The resume checkpoints of one group."""
+  return group_dir(workdir, group_id) / 'checkpoints'
+
+
+def status_path(workdir: PathLike, group_id: int) -> epath.Path:
+  """The newest sign of life of one group."""
+  return group_dir(workdir, group_id) / 'status.json'
+
+
+def done_path(workdir: PathLike, group_id: int) -> epath.Path:
+  """Exists once the group has reached its last step."""
+  return group_dir(workdir, group_id) / 'DONE'
+
+
+def report_dir(workdir: PathLike) -> epath.Path:
+  """Plots and pages made from the run."""
+  return epath.Path(workdir) / 'report'
+
+
+def comparison_path(workdir: PathLike) -> epath.Path:
+  """Final evaluation of models, ensembles and pairs of models, as JSON."""
+  return report_dir(workdir) / 'comparison.json'
+
+
+def list_groups(workdir: PathLike) -> list[int]:
+  """Ids of the groups that have a directory, in order.
+
+  Raises:
+    FileNotFoundError: If there is no directory `workdir`.
+  """
+  if not epath.Path(workdir).is_dir():
+    raise FileNotFoundError(
+        f'No run directory at {os.fspath(workdir)}; check --workdir.'
+    )
+  return sorted(_numbered(groups_root(workdir), r'group_(\d+)'))
+
+
+def _numbered(directory: epath.Path, pattern: str) -> list[int]:
+  try:
+    names = [entry.name for entry in directory.iterdir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return [int(m[1]) for m in (re.fullmatch(pattern, n) for n in names) if m]
+
+
+# --- Checkpoints and publications, without orbax -----------------------------
+
+
+class SavedStep(NamedTuple):
+  """A finished checkpoint or publication.
+
+  Attributes:
+    step: The step it was saved at.
+    time: When it was finished, Unix seconds.
+  """
+
+  step: int
+  time: float
+
+
+def newest_saved(directory: PathLike) -> SavedStep | None:
+  """The newest finished step under a directory of orbax steps, or None.
+
+  A step counts once `commit_success.txt` is in it, which orbax writes last; a
+  step that is pruned while this looks is passed over.
+  """
+  directory = epath.Path(directory)
+  for step in sorted(_numbered(directory, r'(\d+)'), reverse=True):
+    try:
+      stat = (directory / str(step) / 'commit_success.txt').stat()
+    except (FileNotFoundError, NotADirectoryError):
+      continue
+    return SavedStep(step, float(stat.mtime))
+  return None
+
+
+# --- Small JSON files --------------------------------------------------------
+
+
+def encode_number(value: float) -> float | str:
+  """The value as JSON can hold it: NaN and infinities become strings."""
+  if math.isnan(value):
+    return 'NaN'
+  if math.isinf(value):
+    return 'Infinity' if value > 0 else '-Infinity'
+  return value
+
+
+def decode_numbers(tree: Any) -> Any:
+  """Undoes `encode_number` in a tree of JSON values."""
+  if isinstance(tree, str):
+    return _NON_FINITE.get(tree, tree)
+  if isinstance(tree, dict):
+    return {k: decode_numbers(v) for k, v in tree.items()}
+  if isinstance(tree, list):
+    return [decode_numbers(v) for v in tree]
+  return tree
+
+
+def _encode_numbers(tree: Any) -> Any:
+  if isinstance(tree, float):
+    return encode_number(tree)
+  if isinstance(tree, Mapping):
+    return {k: _encode_numbers(v) for k, v in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_encode_numbers(v) for v in tree]
+  return tree
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+  """Replaces a file as a whole: a reader sees the old bytes or the new ones."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # A name of its own per call: two writers must not share a temporary file.
+  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+  try:
+    with temporary.open('wb') as f:
+      f.write(data)
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def write_json(path: PathLike, tree: Any) -> None:
+  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
+  text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
+  write_bytes(path, (text + '\n').encode())
+
+
+def read_json(path: PathLike) -> dict[str, Any] | None:
+  """The JSON object in a file, or None where there is no such file.
+
+  Raises:
+    ValueError: If the file holds anything but one JSON object.
+  """
+  try:
+    text = epath.Path(path).read_text()
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  try:
+    tree = json.loads(text)
+  except ValueError as e:
+    raise ValueError(f'Expected JSON in {os.fspath(path)}, but: {e}.') from None
+  if not isinstance(tree, dict):
+    raise ValueError(
+        f'Expected a JSON object in {os.fspath(path)}, got'
+        f' {type(tree).__name__}.'
+    )
+  return decode_numbers(tree)
+
+
+def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
+  """Writes run.json: what a report needs to know about a run.
+
+  Args:
+    workdir: The run directory.
+    run: Known keys are `arm`, `num_groups`, `replicas`, `group_batch`, `seed`,
+      `num_steps`, `burn_in_steps`, `exchange_every`, `mode`, `example` (what
+      one example is, such as 'token'), `data`, `model_parameters` and
+      `command`; others are shown as they are.
+  """
+  write_json(run_path(workdir), run)
+
+
+def read_run(workdir: PathLike) -> dict[str, Any]:
+  """What `write_run` wrote; empty if the run has written nothing yet."""
+  return read_json(run_path(workdir)) or {}
+
+
+def write_status(
+    workdir: PathLike, group_id: int, status: Mapping[str, Any]
+) -> None:
+  """Replaces the sign of life of a group.
+
+  Args:
+    workdir: The run directory.
+    group_id: The group.
+    status: `step`, `num_steps`, `time` and `started` (Unix seconds), `pid`,
+      `host`, `phase` (compiling, training, evaluating, saving, done),
+      `steps_per_sec`, `arm`, `num_groups`, `publication_step`, and `teachers`:
+      a list of `{'peer': id, 'step': n, 'time': Unix seconds}`, the time being
+      that of the publication.
+  """
+  write_json(status_path(workdir, group_id), status)
+
+
+def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
+  """What `write_status` wrote last, or None."""
+  return read_json(status_path(workdir, group_id))
+
+
+def read_comparison(workdir: PathLike) -> dict[str, Any]:
+  """The final evaluation (`models`, `ensembles`, `pairs`), or nothing yet."""
+  return read_json(comparison_path(workdir)) or {}
+
+
+# --- Metrics -----------------------------------------------------------------
+
+
+class MetricsLog(NamedTuple):
+  """The records of one metrics.jsonl.
+
+  Attributes:
+    records: In the order of the file; each has `step` and `time`, and floats
+      under metric keys.
+    damaged: How many whole lines were no record and were skipped.
+  """
+
+  records: list[dict[str, Any]]
+  damaged: int
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+  """One line of metrics.jsonl as a record, or None if it is damaged."""
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+    return None
+  return decode_numbers(record)
+
+
+def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
+  """Reads a metrics.jsonl, complete or still growing.
+
+  What follows the last newline is being written, or was torn by a kill; it is
+  left out and not counted as damage.
+
+  Args:
+    path: The file; a missing one reads as empty.
+    tail_bytes: If given, read only the whole lines within that many last bytes.
+  """
+  try:
+    with epath.Path(path).open('rb') as f:
+      data = _read_tail(f, tail_bytes)
+  except (FileNotFoundError, NotADirectoryError):
+    return MetricsLog([], 0)
+  lines = [line for line in data.split(b'\n')[:-1] if line.strip()]
+  records = [parse_record(line) for line in lines]
+  good = [r for r in records if r is not None]
+  return MetricsLog(good, len(records) - len(good))
+
+
+def _read_tail(f: Any, tail_bytes: int | None) -> bytes:
+  size = f.seek(0, os.SEEK_END)
+  if tail_bytes is None or size <= tail_bytes:
+    f.seek(0)
+    return f.read()
+  # One byte more, so that a line which starts exactly at the cut is kept.
+  f.seek(size - tail_bytes - 1)
+  return f.read().partition(b'\n')[2]
+
+
+def series(
+    records: Sequence[Mapping[str, Any]], key: str
+) -> tuple[list[int], list[float]]:
+  """Steps and values of one metric, ordered by step, each step once.
+
+  Where a step stands in the file twice the later record holds, as it does for
+  the trainer that went back to a checkpoint.
+  """
+  values = {
+      r['step']: float(r[key])
+      for r in records
+      if isinstance(r.get(key), int | float)
+  }
+  steps = sorted(values)
+  return steps, [values[s] for s in steps]

@@ -1,0 +1,294 @@
+"""Where metrics go: JSON lines, TensorBoard, the terminal.
+
+A writer is anything with `write(step, metrics)` and `close()`. Metrics are
+scalars by key (`loss/task`), device arrays or plain numbers. What is optional
+is a `NullWriter`, never None.
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from etils import epath
+
+from codistill_jax import run_directory
+
+Metrics = Mapping[str, Any]
+
+
+class Writer(Protocol):
+  """Takes the metrics of a run."""
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    """Takes the metrics of `step`, scalars by key."""
+
+  def close(self) -> None:
+    """Hands on all that was written; no write may follow."""
+
+
+def as_floats(metrics: Metrics) -> dict[str, float]:
+  """Metrics as Python floats, waiting for the device where it must.
+
+  Raises:
+    ValueError: If a value is no scalar.
+  """
+  return {key: _as_float(key, value) for key, value in metrics.items()}
+
+
+def _as_float(key: str, value: Any) -> float:
+  try:
+    # `item` takes shape (1,) too and also reads bfloat16.
+    return float(value.item() if hasattr(value, 'item') else value)
+  except (TypeError, ValueError):
+    shape = getattr(value, 'shape', None)
+    got = f'shape {shape}' if shape is not None else repr(value)
+    raise ValueError(
+        f'Metric {key!r} must be one number, got {got}; reduce it first.'
+    ) from None
+
+
+class NullWriter:
+  """Writes nothing."""
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    del step, metrics
+
+  def close(self) -> None:
+    pass
+
+
+class MultiWriter:
+  """Hands everything to several writers, in order."""
+
+  def __init__(self, writers: Sequence[Writer]):
+    self._writers = tuple(writers)
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    # Once, here: each writer would wait for the device again.
+    metrics = as_floats(metrics)
+    for writer in self._writers:
+      writer.write(step, metrics)
+
+  def close(self) -> None:
+    """Closes all, also past one that fails; raises the first failure."""
+    errors = []
+    for writer in self._writers:
+      try:
+        writer.close()
+      except Exception as e:  # Raised below, once the others are closed.
+        errors.append(e)
+    if errors:
+      raise errors[0]
+
+
+class JsonlWriter:
+  """Appends one JSON object a line: `step`, `time` (Unix seconds), metrics.
+
+  A line reaches the operating system as a whole before `write` returns, so a
+  kill loses no earlier record. NaN and infinities, which JSON lacks, become the
+  strings "NaN", "Infinity" and "-Infinity"; `run_directory.read_metrics` turns
+  them back.
+  """
+
+  def __init__(
+      self,
+      path: os.PathLike[str] | str,
+      *,
+      resume_step: int | None = None,
+      clock: Callable[[], float] = time.time,
+  ):
+    """Opens the file, and repairs what a killed writer left.
+
+    Args:
+      path: The file; its directory is made if need be.
+      resume_step: The step the run goes on from. Records of later steps are
+        dropped, all at once, since they are about to be written again. None
+        keeps every record.
+      clock: Gives `time`; for tests.
+    """
+    self._path = epath.Path(path)
+    self._clock = clock
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    _repair(self._path, resume_step)
+    self._file = self._path.open('ab')
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    """Appends one record.
+
+    Raises:
+      ValueError: If a metric is no scalar, or is called `step` or `time`.
+    """
+    for key in ('step', 'time'):
+      if key in metrics:
+        raise ValueError(
+            f'Metric key {key!r} is taken by the record itself; rename it.'
+        )
+    record: dict[str, Any] = {'step': int(step), 'time': self._clock()}
+    for key, value in as_floats(metrics).items():
+      record[key] = run_directory.encode_number(value)
+    line = json.dumps(record, allow_nan=False) + '\n'
+    self._file.write(line.encode())
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def _repair(path: epath.Path, resume_step: int | None) -> None:
+  """Drops a torn last line and, on resume, the records of later steps."""
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    return
+  lines = io.BytesIO(data).readlines()  # Unlike splitlines, not at a b'\r'.
+  kept = b''.join(line for line in lines if _keep(line, resume_step))
+  if kept != data:
+    run_directory.write_bytes(path, kept)
+
+
+def _keep(line: bytes, resume_step: int | None) -> bool:
+  if not line.endswith(b'\n'):
+    return False
+  record = run_directory.parse_record(line)
+  # A damaged whole line stays, for a person to look at; readers skip it.
+  if record is None or resume_step is None:
+    return True
+  return record['step'] <= resume_step
+
+
+class TensorBoardWriter:
+  """Scalars for TensorBoard, without TensorFlow (through tensorboardX)."""
+
+  def __init__(
+      self,
+      logdir: os.PathLike[str] | str,
+      *,
+      resume_step: int | None = None,
+  ):
+    """Opens an event file.
+
+    Args:
+      logdir: Where the event files lie.
+      resume_step: The step the run goes on from; TensorBoard hides what an
+        earlier process wrote for later steps.
+    """
+    import tensorboardX  # Here: the file must not cost what it does not use.
+
+    purge_step = None if resume_step is None else resume_step + 1
+    self._writer = tensorboardX.SummaryWriter(
+        os.fspath(logdir), purge_step=purge_step, flush_secs=10
+    )
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    for key, value in as_floats(metrics).items():
+      self._writer.add_scalar(key, value, int(step))
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+# How a metric is shown on the terminal, in this order; others are not.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    'loss/task': '  loss/task {:.3f}'.format,
+    'eval/loss': '  eval/loss {:.4f}'.format,
+    'eval/perplexity': '  perplexity {:.1f}'.format,
+    'eval/accuracy': '  accuracy {:.2%}'.format,
+    'perf/steps_per_sec': '  {:.1f} steps/s'.format,
+    'exchange/staleness_steps': '  staleness {:.0f}'.format,
+}
+
+
+def describe(metrics: Metrics) -> str:
+  """The metrics a person watches, on one line: `loss/task 5.123  ...`."""
+  values = as_floats({k: metrics[k] for k in _SHOWN if k in metrics})
+  return ''.join(_SHOWN[k](v) for k, v in values.items()).strip()
+
+
+class ProgressWriter:
+  """A progress bar on a terminal; elsewhere a plain line now and then."""
+
+  def __init__(
+      self,
+      num_steps: int,
+      *,
+      resume_step: int = 0,
+      name: str = '',
+      every_seconds: float = 10.0,
+      stream: TextIO | None = None,
+      clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts the bar.
+
+    Args:
+      num_steps: The last step of the run.
+      resume_step: The step the run goes on from.
+      name: Put before every line, such as `group 0`.
+      every_seconds: Training metrics that come sooner after the last plain
+        line are not shown. Evaluations and the last step always are.
+      stream: Where to; standard error if None.
+      clock: Seconds; for tests.
+    """
+    self._num_steps = num_steps
+    self._name = name
+    self._every_seconds = every_seconds
+    self._stream = sys.stderr if stream is None else stream
+    self._clock = clock
+    self._last_line: float | None = None
+    self._bar = None
+    if self._stream.isatty():
+      import tqdm  # Here: log files need no bar.
+
+      self._bar = tqdm.tqdm(
+          total=num_steps,
+          initial=resume_step,
+          desc=name or None,
+          unit='step',
+          file=self._stream,
+          dynamic_ncols=True,
+      )
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    if self._bar is None:
+      self._write_line(int(step), metrics)
+    elif _is_evaluation(metrics):
+      # Above the bar, to stay; the bar's own line is overwritten.
+      self._bar.write(self._line(int(step), metrics), file=self._stream)
+    else:
+      self._bar.set_postfix_str(_bar_text(metrics), refresh=False)
+      self._bar.update(int(step) - self._bar.n)
+
+  def _write_line(self, step: int, metrics: Metrics) -> None:
+    now = self._clock()
+    due = (
+        self._last_line is None or now - self._last_line >= self._every_seconds
+    )
+    last = step >= self._num_steps
+    if not (due or last or _is_evaluation(metrics)):
+      return
+    if not _is_evaluation(metrics):
+      self._last_line = now
+    print(self._line(step, metrics), file=self._stream, flush=True)
+
+  def _line(self, step: int, metrics: Metrics) -> str:
+    prefix = f'{self._name}  ' if self._name else ''
+    text = describe(metrics)
+    return f'{prefix}step {step}/{self._num_steps}  {text}'.rstrip()
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def _bar_text(metrics: Metrics) -> str:
+  # The bar shows a speed of its own.
+  return describe(
+      {k: v for k, v in metrics.items() if not k.startswith('perf')}
+  )
+
+
+def _is_evaluation(metrics: Metrics) -> bool:
+  return any(key.startswith('eval/') for key in metrics)

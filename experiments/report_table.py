@@ -1,0 +1,187 @@
+"""The tables of a report: results by arm and group, and settings by arm."""
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from experiments import report_data
+from experiments.report_data import Arm, Group
+
+
+class Column(NamedTuple):
+  """A column's title on a page, and in two short lines on a terminal."""
+
+  title: str
+  top: str
+  bottom: str
+
+
+COLUMNS = (
+    Column('arm', '', 'arm'),
+    Column('model', '', 'model'),
+    Column('steps', '', 'steps'),
+    Column('validation loss', 'valid.', 'loss'),
+    Column('perplexity', 'perp-', 'lexity'),
+    Column('accuracy', 'accu-', 'racy'),
+    Column('staleness, steps: mean / max', 'staleness', 'mean / max'),
+    Column('stall, ms per exchange (share)', 'stall, ms per', 'exchange'),
+    Column('disagreement', 'disagree-', 'ment'),
+    Column('churn', '', 'churn'),
+)
+
+
+def table_rows(arms: Sequence[Arm]) -> list[list[str]]:
+  """The rows of the results, as text; '-' for what a run does not have."""
+  rows = []
+  for arm in arms:
+    rows.extend(_group_row(arm, group) for group in arm.groups)
+    if arm.ensemble or arm.pairs:
+      rows.append(_ensemble_row(arm))
+  return rows
+
+
+def _group_row(arm: Arm, group: Group) -> list[str]:
+  final = report_data.final_metrics(arm, group)
+  return [
+      arm.name,
+      f'group {group.group_id}',
+      str(group.last_step),
+      *_quality(final, report_data.example_name([arm])),
+      _staleness(group),
+      _stall(arm, group),
+      '-',
+      '-',
+  ]
+
+
+def _ensemble_row(arm: Arm) -> list[str]:
+  disagreement = report_data.pair_mean(arm, 'churn/disagreement')
+  churn = report_data.pair_mean(arm, 'churn/mean_abs')
+  return [
+      arm.name,
+      'ensemble',
+      '-',
+      *_quality(arm.ensemble, report_data.example_name([arm])),
+      '-',
+      '-',
+      _number(disagreement, '{:.2%}'),
+      _number(churn, '{:.2g}'),
+  ]
+
+
+def _quality(metrics: Mapping[str, Any], example: str) -> list[str]:
+  loss = metrics.get('eval/loss')
+  perplexity = metrics.get('eval/perplexity')
+  if perplexity is None and loss is not None and example == 'token':
+    perplexity = math.exp(min(loss, 700.0))
+  return [
+      _number(loss, '{:.4f}'),
+      _number(perplexity, '{:.2f}'),
+      _number(metrics.get('eval/accuracy'), '{:.2%}'),
+  ]
+
+
+def _staleness(group: Group) -> str:
+  found = report_data.staleness(group)
+  return '-' if found is None else f'{found[0]:.1f} / {found[1]:.0f}'
+
+
+def _stall(arm: Arm, group: Group) -> str:
+  each, share = report_data.exchange_stall(arm, group)
+  text = _number(each, '{:.1f}')
+  return text if share is None else f'{text} ({share:.1%})'
+
+
+def _number(value: float | None, form: str) -> str:
+  if value is None:
+    return '-'
+  return form.format(value) if math.isfinite(value) else str(value)
+
+
+# --- On a terminal -----------------------------------------------------------
+
+
+def print_table(arms: Sequence[Arm], file: TextIO | None = None) -> None:
+  """Prints the results as aligned text, no wider than some 110 columns.
+
+  Args:
+    arms: As `report_data.load_arms` gives them.
+    file: Where to; standard output if None.
+  """
+  rows = [[_shorten(row[0], 18), *row[1:]] for row in table_rows(arms)]
+  body = [
+      # An arm is named once, in its first row.
+      ['' if i and row[0] == rows[i - 1][0] else row[0], *row[1:]]
+      for i, row in enumerate(rows)
+  ]
+  header = [[c.top for c in COLUMNS], [c.bottom for c in COLUMNS]]
+  widths = [max(map(len, column)) for column in zip(*header, *body)]
+  for line in [*header, ['-' * w for w in widths], *body]:
+    cells = [
+        # Names to the left, numbers to the right.
+        cell.ljust(w) if i < 2 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(line, widths))
+    ]
+    print('  '.join(cells).rstrip(), file=file)
+
+
+def _shorten(text: str, width: int) -> str:
+  return text if len(text) <= width else text[: width - 3] + '...'
+
+
+# --- Settings ----------------------------------------------------------------
+
+_SETTINGS = {
+    'data': 'data set',
+    'num_groups': 'groups (G)',
+    'replicas': 'replicas per group (R)',
+    'group_batch': 'group batch',
+    'num_steps': 'steps',
+    'burn_in_steps': 'burn-in, steps',
+    'exchange_every': 'steps between exchanges',
+    'mode': 'exchange mode',
+    'seed': 'seed',
+    'model_parameters': 'model parameters',
+}
+_NO_SETTINGS = ('arm', 'command', 'example')
+
+
+def settings_rows(arms: Sequence[Arm]) -> list[list[str]]:
+  """Settings, one a row: its name, then its value in every arm."""
+  keys = dict(_SETTINGS)
+  for arm in arms:
+    keys |= {k: k for k in arm.run if k not in keys and _is_setting(arm, k)}
+  rows = [
+      [title, *(_setting(arm.run.get(key)) for arm in arms)]
+      for key, title in keys.items()
+  ]
+  rows.append(['last record (UTC)', *(_last_record(arm) for arm in arms)])
+  rows.append(['training, minutes', *(_minutes(arm) for arm in arms)])
+  return [row for row in rows if set(row[1:]) != {'-'}]
+
+
+def _is_setting(arm: Arm, key: str) -> bool:
+  # Lists and trees are for programs; config.gin is shown in full anyway.
+  return key not in _NO_SETTINGS and isinstance(arm.run[key], str | int | float)
+
+
+def _setting(value: Any) -> str:
+  if value is None:
+    return '-'
+  if isinstance(value, int) and abs(value) >= 10_000:
+    return f'{value:,}'
+  return str(value)
+
+
+def _last_record(arm: Arm) -> str:
+  times = [r['time'] for g in arm.groups for r in g.log.records if 'time' in r]
+  if not times:
+    return '-'
+  moment = datetime.datetime.fromtimestamp(max(times), datetime.UTC)
+  return f'{moment:%Y-%m-%d %H:%M}'
+
+
+def _minutes(arm: Arm) -> str:
+  seconds = max(report_data.training_seconds(g) for g in arm.groups)
+  return f'{seconds / 60:.1f}' if seconds else '-'

@@ -1,0 +1,151 @@
+"""Tests of run_directory: readers beside a live, dead or absent writer."""
+
+import json
+import math
+import os
+import subprocess
+
+import pytest
+
+from codistill_jax import run_directory
+
+
+def _record(step: int, **metrics: float) -> bytes:
+  return json.dumps({'step': step, 'time': 1.5, **metrics}).encode() + b'\n'
+
+
+def test_paths_are_those_of_the_contract(tmp_path):
+  expected = {
+      run_directory.config_path: 'config.gin',
+      run_directory.run_path: 'run.json',
+      run_directory.exchange_root: 'exchange',
+      run_directory.report_dir: 'report',
+  }
+  for function, path in expected.items():
+    assert os.fspath(function(tmp_path)) == str(tmp_path / path)
+  expected = {
+      run_directory.publications_dir: 'exchange/group_3',
+      run_directory.group_dir: 'groups/group_3',
+      run_directory.metrics_path: 'groups/group_3/metrics.jsonl',
+      run_directory.checkpoints_dir: 'groups/group_3/checkpoints',
+      run_directory.done_path: 'groups/group_3/DONE',
+  }
+  for function, path in expected.items():
+    assert os.fspath(function(tmp_path, 3)) == str(tmp_path / path)
+
+
+def test_groups_are_listed_by_number_and_nothing_else_is(tmp_path):
+  for name in ('group_10', 'group_2', 'group_x', 'group_1.tmp', 'other'):
+    (tmp_path / 'groups' / name).mkdir(parents=True)
+  assert run_directory.list_groups(tmp_path) == [2, 10]
+
+
+def test_no_run_directory_is_an_error_and_an_empty_one_is_not(tmp_path):
+  assert run_directory.list_groups(tmp_path) == []
+  with pytest.raises(FileNotFoundError, match=r'No run directory at .*absent'):
+    run_directory.list_groups(tmp_path / 'absent')
+
+
+def test_torn_last_line_is_left_out_and_damaged_lines_are_counted(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  damaged = [b'{"step": 2, "ti\n', b'[1]\n', b'{"time": 3}\n', b'\xff\xfe\n']
+  path.write_bytes(
+      _record(1) + b''.join(damaged) + b'\n' + _record(3) + b'{"step": 4'
+  )
+  log = run_directory.read_metrics(path)
+  assert [r['step'] for r in log.records] == [1, 3]
+  assert log.damaged == len(damaged)
+
+
+def test_missing_metrics_read_as_empty(tmp_path):
+  assert run_directory.read_metrics(tmp_path / 'no.jsonl') == ([], 0)
+
+
+def test_tail_gives_the_last_whole_lines_at_every_cut(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  lines = [_record(step) for step in range(8, 12)]
+  path.write_bytes(b''.join(lines))
+  size = path.stat().st_size
+  for cut in range(size + 2):
+    log = run_directory.read_metrics(path, tail_bytes=cut)
+    # The longest run of last lines that fits in `cut` bytes.
+    fits = [n for n in range(5) if sum(map(len, lines[4 - n :])) <= cut]
+    assert [r['step'] for r in log.records] == list(range(12 - max(fits), 12))
+    assert log.damaged == 0
+
+
+def test_series_keeps_the_later_record_of_a_step_and_sorts():
+  records = [
+      {'step': 1, 'a': 1.0},
+      {'step': 3, 'a': 3.0, 'b': 0.0},
+      {'step': 2, 'a': 2.0},
+      {'step': 3, 'a': 30.0},
+  ]
+  assert run_directory.series(records, 'a') == ([1, 2, 3], [1.0, 2.0, 30.0])
+  assert run_directory.series(records, 'b') == ([3], [0.0])
+  assert run_directory.series(records, 'c') == ([], [])
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf, 0.5])
+def test_json_files_are_valid_json_and_keep_every_float(tmp_path, value):
+  run_directory.write_status(tmp_path, 0, {'speed': [value]})
+  text = run_directory.status_path(tmp_path, 0).read_text()
+  json.loads(text, parse_constant=lambda name: pytest.fail(name))
+  (back,) = run_directory.read_status(tmp_path, 0)['speed']
+  assert back == value or (math.isnan(back) and math.isnan(value))
+
+
+def test_absent_json_files_are_empty_and_damaged_ones_are_named(tmp_path):
+  assert run_directory.read_run(tmp_path) == {}
+  assert run_directory.read_comparison(tmp_path) == {}
+  assert run_directory.read_status(tmp_path, 0) is None
+  for text in ('{"arm": ', '[]'):
+    (tmp_path / 'run.json').write_text(text)
+    with pytest.raises(ValueError, match=r'Expected .*run\.json'):
+      run_directory.read_run(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch
+):
+  run_directory.write_run(tmp_path, {'arm': 'old'})
+
+  def fail(*args):
+    raise OSError('disk is full')
+
+  monkeypatch.setattr(type(run_directory.run_path(tmp_path)), 'replace', fail)
+  with pytest.raises(OSError, match='disk is full'):
+    run_directory.write_run(tmp_path, {'arm': 'new'})
+  assert os.listdir(tmp_path) == ['run.json']
+  assert run_directory.read_run(tmp_path) == {'arm': 'old'}
+
+
+def test_only_finished_steps_count_as_saved(tmp_path):
+  assert run_directory.newest_saved(tmp_path / 'absent') is None
+  for step in (9, 10, 11):
+    (tmp_path / str(step)).mkdir()
+  assert run_directory.newest_saved(tmp_path) is None
+  (tmp_path / '12.orbax-checkpoint-tmp').mkdir()
+  for step in (9, 10):
+    mark = tmp_path / str(step) / 'commit_success.txt'
+    mark.write_text('')
+    os.utime(mark, (1000, 1000))
+  assert run_directory.newest_saved(tmp_path) == (10, 1000.0)
+
+
+def test_what_status_reads_with_starts_without_jax(python):
+  """A look at a run must take no second; jax alone takes most of one."""
+  code = (
+      'import sys, codistill_jax.writers, experiments.status;'
+      'print([m for m in ("jax", "tensorflow", "matplotlib", "tensorboardX")'
+      ' if m in sys.modules])'
+  )
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  done = subprocess.run(
+      [python, '-c', code],
+      cwd=root,
+      capture_output=True,
+      text=True,
+      check=True,
+  )
+  assert done.stdout.strip() == '[]'

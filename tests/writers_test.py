@@ -1,0 +1,220 @@
+"""Tests of writers: no step twice, no record lost, valid JSON always."""
+
+import io
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codistill_jax import run_directory, writers
+
+
+def _steps(path) -> list[int]:
+  return [r['step'] for r in run_directory.read_metrics(path).records]
+
+
+def _write_steps(path, steps, **kwargs) -> None:
+  writer = writers.JsonlWriter(path, **kwargs)
+  for step in steps:
+    writer.write(step, {'loss/task': float(step)})
+  writer.close()
+
+
+def test_device_arrays_become_floats(tmp_path):
+  path = tmp_path / 'deep' / 'metrics.jsonl'
+  writer = writers.JsonlWriter(path, clock=lambda: 12.5)
+  values = {
+      'float32': jnp.float32(0.5),
+      'bfloat16': jnp.asarray(0.5, jnp.bfloat16),
+      'vector': jnp.asarray([0.5]),
+      'numpy': np.float64(0.5),
+      'python': 0.5,
+  }
+  writer.write(jnp.int32(3), values)
+  writer.close()
+  (line,) = path.read_text().splitlines()
+  expected = {'step': 3, 'time': 12.5, **dict.fromkeys(values, 0.5)}
+  assert json.loads(line) == expected
+
+
+def test_non_finite_values_are_valid_json_and_come_back(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  values = {'a': math.nan, 'b': math.inf, 'c': jnp.float32(-math.inf)}
+  writer = writers.JsonlWriter(path)
+  writer.write(1, values)
+  writer.close()
+  json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+  (record,) = run_directory.read_metrics(path).records
+  assert math.isnan(record['a'])
+  assert (record['b'], record['c']) == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize('value', [np.zeros(2), 'text', None])
+def test_what_is_no_number_is_refused_by_name(tmp_path, value):
+  writer = writers.JsonlWriter(tmp_path / 'metrics.jsonl')
+  with pytest.raises(ValueError, match=r"'loss/task' must be one number"):
+    writer.write(1, {'loss/task': value})
+  writer.close()
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == b''
+
+
+@pytest.mark.parametrize('key', ['step', 'time'])
+def test_keys_of_the_record_are_refused(tmp_path, key):
+  writer = writers.JsonlWriter(tmp_path / 'metrics.jsonl')
+  with pytest.raises(ValueError, match=f"'{key}' is taken"):
+    writer.write(1, {key: 1.0})
+  writer.close()
+
+
+def test_a_torn_line_is_repaired_at_every_cut(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  _write_steps(path, [1, 2])
+  whole = path.read_bytes()
+  first = whole.index(b'\n') + 1
+  for cut in range(first, len(whole)):
+    path.write_bytes(whole[:cut])
+    _write_steps(path, [5])
+    assert run_directory.read_metrics(path).damaged == 0
+    assert _steps(path) == [1, 5]
+    assert path.read_bytes().startswith(whole[:first])
+
+
+def test_resume_drops_what_will_be_written_again(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  _write_steps(path, range(10, 60, 10))
+  with path.open('ab') as f:
+    f.write(b'{"step": 60, "ti')
+  _write_steps(path, [40, 50], resume_step=30)
+  assert _steps(path) == [10, 20, 30, 40, 50]
+  assert os.listdir(tmp_path) == ['metrics.jsonl']
+
+
+def test_without_a_resume_step_all_records_stay(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  _write_steps(path, [1, 2])
+  _write_steps(path, [3])
+  assert _steps(path) == [1, 2, 3]
+
+
+def test_damaged_whole_lines_stay_for_a_person(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\nwhat \r is this\n{"step": 9}\n')
+  _write_steps(path, [], resume_step=1)
+  assert path.read_bytes() == b'{"step": 1}\nwhat \r is this\n'
+
+
+def test_a_kill_loses_no_written_record(tmp_path, python):
+  code = (
+      'import os, signal, sys\n'
+      'from codistill_jax import writers\n'
+      'writer = writers.JsonlWriter(sys.argv[1])\n'
+      'for step in range(1, 4):\n'
+      '  writer.write(step, {"loss/task": 1.0})\n'
+      'os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  path = tmp_path / 'metrics.jsonl'
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  done = subprocess.run([python, '-c', code, str(path)], cwd=root)
+  assert done.returncode == -signal.SIGKILL
+  assert _steps(path) == [1, 2, 3]
+
+
+def _event_bytes(logdir) -> bytes:
+  return b''.join(p.read_bytes() for p in sorted(logdir.iterdir()))
+
+
+def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
+  for resume_step in (None, 1):
+    writer = writers.TensorBoardWriter(tmp_path, resume_step=resume_step)
+    writer.write(2, {'loss/task': jnp.float32(0.5)})
+    writer.close()
+    data = _event_bytes(tmp_path)
+    assert b'loss/task' in data
+    # A session log of status START, 1, tells TensorBoard to purge.
+    assert (b'\x3a\x02\x08\x01' in data) == (resume_step is not None)
+
+
+def test_tensorboard_outlives_a_nan(tmp_path, caplog):
+  writer = writers.TensorBoardWriter(tmp_path)
+  with caplog.at_level(logging.ERROR):
+    writer.write(1, {'loss/task': math.nan})
+    writer.write(2, {'loss/later': 1.0})
+  writer.close()
+  assert b'loss/later' in _event_bytes(tmp_path)
+
+
+class _Terminal(io.StringIO):
+
+  def isatty(self) -> bool:
+    return True
+
+
+_TRAIN = {
+    'loss/task': 5.1234,
+    'perf/steps_per_sec': 12.34,
+    'exchange/staleness_steps': 20.0,
+    'optim/grad_norm': 7.0,
+}
+
+
+def test_plain_lines_come_at_intervals_but_evaluations_and_the_end_always():
+  stream, now = io.StringIO(), [0.0]
+  writer = writers.ProgressWriter(
+      50, name='group 1', stream=stream, every_seconds=10, clock=lambda: now[0]
+  )
+  for step, time in [(10, 0), (20, 5), (30, 10), (40, 11), (50, 12)]:
+    now[0] = time
+    writer.write(step, _TRAIN)
+    if step == 20:
+      writer.write(step, {'eval/loss': 5.0, 'eval/perplexity': 148.41})
+  writer.close()
+  numbers = '  loss/task 5.123  12.3 steps/s  staleness 20'
+  assert stream.getvalue().splitlines() == [
+      'group 1  step 10/50' + numbers,
+      'group 1  step 20/50  eval/loss 5.0000  perplexity 148.4',
+      'group 1  step 30/50' + numbers,
+      'group 1  step 50/50' + numbers,
+  ]
+
+
+def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes():
+  stream = _Terminal()
+  writer = writers.ProgressWriter(100, resume_step=40, stream=stream)
+  assert '40/100' in stream.getvalue()
+  writer.write(50, _TRAIN)
+  writer.write(50, {'eval/loss': 5.0})
+  writer.write(100, _TRAIN)
+  writer.close()
+  assert 'step 50/100  eval/loss 5.0000\n' in stream.getvalue()
+  assert '100/100' in stream.getvalue().splitlines()[-1]
+  assert 'loss/task 5.123' in stream.getvalue()
+
+
+class _Recorder:
+
+  def __init__(self, error: Exception | None = None):
+    self.seen, self.closed, self._error = [], False, error
+
+  def write(self, step, metrics):
+    self.seen.append((step, dict(metrics)))
+
+  def close(self):
+    self.closed = True
+    if self._error:
+      raise self._error
+
+
+def test_several_writers_get_the_same_and_all_are_closed():
+  first, last = _Recorder(OSError('disk is full')), _Recorder()
+  writer = writers.MultiWriter([first, writers.NullWriter(), last])
+  writer.write(1, {'loss/task': jnp.float32(0.5)})
+  assert first.seen == last.seen == [(1, {'loss/task': 0.5})]
+  with pytest.raises(OSError, match='disk is full'):
+    writer.close()
+  assert last.closed

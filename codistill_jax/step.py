@@ -156,7 +156,7 @@ def make_train_step(
     )
     grads = _psum(grads, axis_name)
     metrics = {key: x / count for key, x in _psum(sums, axis_name).items()}
-    metrics['optim/grad_norm'] = optax.global_norm(grads)
+    metrics['optim/grad_norm'] = optax.tree.norm(grads)
     opt_updates, opt_state = tx.update(
         grads, state.opt_state, state.variables.params
     )

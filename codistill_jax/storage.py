@@ -11,6 +11,7 @@ commit mark does, and what is read back is what was written, or an error.
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ from etils import epath
 from codistill_jax.base import PyTree
 
 _COMMITTED = 'commit_success.txt'  # Orbax writes it last.
+
+# Orbax numbers the saves of a process in one global variable. Of two saves at
+# once, a publication and a resume checkpoint, one waits for the directories of
+# the other and then writes into its own before they are made.
+_SAVING = threading.Lock()
 
 
 class DamagedError(ValueError):
@@ -105,7 +111,7 @@ def save(
   record = Record(dict(facts), leaves)
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  with _checkpointer(write=True) as checkpointer:
+  with _SAVING, _checkpointer(write=True) as checkpointer:
     checkpointer.save(
         directory / str(step),
         ocp.args.Composite(
@@ -204,13 +210,18 @@ def _checkpointer(*, write: bool) -> ocp.Checkpointer:
   # Only this process takes part: otherwise orbax would wait for the other
   # processes of the group at barriers that they never reach.
   me = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+      primary_host=me if write else None,
+      active_processes={me},
+      barrier_sync_key_prefix=f'codistill_{me}',
+  )
   return ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(),
-      multiprocessing_options=ocp.options.MultiprocessingOptions(
-          primary_host=me if write else None,
-          active_processes={me},
-          barrier_sync_key_prefix=f'codistill_{me}',
+      ocp.CompositeCheckpointHandler(
+          composite_options=ocp.CompositeOptions(
+              multiprocessing_options=options
+          )
       ),
+      multiprocessing_options=options,
   )
 
 

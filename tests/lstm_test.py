@@ -122,8 +122,10 @@ def test_a_reset_touches_its_own_row_only():
   batch, carry = tokens(), random_carry()
   batch['resets'][:] = False
   plain, _ = run(VARIABLES, batch, carry)
-  batch['resets'][1, 2] = True
-  reset, _ = run(VARIABLES, batch, carry)
+  # A new array: jax may still be reading the first one, without a copy.
+  resets = batch['resets'].copy()
+  resets[1, 2] = True
+  reset, _ = run(VARIABLES, batch | {'resets': resets}, carry)
   np.testing.assert_array_equal(plain[::2], reset[::2])
   np.testing.assert_array_equal(plain[1, :2], reset[1, :2])
   assert (np.abs(plain[1, 2:] - reset[1, 2:]).max(-1) > 1e-5).all()
@@ -156,8 +158,9 @@ def test_a_batch_without_resets_has_none():
 def test_no_token_sees_a_later_one():
   batch, carry = tokens(), random_carry()
   before, _ = run(VARIABLES, batch, carry)
-  batch['inputs'][:, 3] = (batch['inputs'][:, 3] + 1) % VOCAB
-  after, _ = run(VARIABLES, batch, carry)
+  inputs = batch['inputs'].copy()
+  inputs[:, 3] = (inputs[:, 3] + 1) % VOCAB
+  after, _ = run(VARIABLES, batch | {'inputs': inputs}, carry)
   np.testing.assert_array_equal(before[:, :3], after[:, :3])
   assert (np.abs(before[:, 3] - after[:, 3]).max(-1) > 1e-5).all()
 

@@ -1,0 +1,64 @@
+"""What all binaries share: one-line errors and exit statuses.
+
+  0  done
+  1  a clear error on the last line; the same command would fail again
+ 70  a crash, with its traceback; starting again may help
+128+n  stopped by signal n, everything saved
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+CLEAR_ERROR = 1
+CRASH = 70
+
+
+class Stopped(Exception):
+  """The process was asked to stop, and everything is saved."""
+
+  def __init__(self, message: str, signal_number: int):
+    super().__init__(message)
+    self.exit_status = 128 + signal_number
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a binary: absl flags, then `main`, with the statuses above."""
+  # The notes of orbax, jax and XLA would bury our own lines; --verbosity=0
+  # brings them back.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+  def quiet(argv: Sequence[str]) -> None:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)
+    sys.exit(status_of(main, argv))
+
+  app.run(quiet)
+
+
+def status_of(
+    main: Callable[[Sequence[str]], None], argv: Sequence[str]
+) -> int:
+  """Runs `main`; prints what went wrong; returns the exit status."""
+  try:
+    if len(argv) > 1:
+      raise ValueError(
+          f'unexpected argument {argv[1]!r}; everything is given by flags, see'
+          ' --help'
+      )
+    main(argv)
+  except Stopped as e:
+    print(e, file=sys.stderr)
+    return e.exit_status
+  except KeyboardInterrupt:
+    return 130
+  except (ValueError, OSError, FloatingPointError) as e:
+    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+    return CLEAR_ERROR
+  except Exception:  # A crash: whoever supervises may start again.
+    traceback.print_exc()
+    return CRASH
+  return 0

@@ -1,0 +1,211 @@
+"""Evaluates the groups of finished or running runs, alone and together.
+
+    python -m experiments.evaluate --workdir=runs/two --workdir=runs/one
+
+For each run: the validation metrics of each group, of the ensemble of its
+groups (the mean of their probabilities), and churn and disagreement between
+them. The run's own configuration is used; the figures are printed, and written
+to `<workdir>/report/comparison.json`, where a report finds them.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from codistill_jax import evaluate as evaluate_lib
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import (
+    gin_utils,
+    publications,
+    run_directory,
+    storage,
+)
+from codistill_jax import step as step_lib
+from codistill_jax.base import Model, TrainState, Variables
+from codistill_jax.checkpoint import Checkpoints
+from experiments import cli
+from experiments.tables import align
+
+CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
+
+_WORKDIR = flags.DEFINE_multi_string(
+    'workdir', None, 'Run directory; repeatable.', required=True
+)
+_SOURCE = flags.DEFINE_enum(
+    'source',
+    CHECKPOINTS,
+    [CHECKPOINTS, PUBLICATIONS],
+    'Evaluate resume checkpoints or publications.',
+)
+_STEP = flags.DEFINE_integer(
+    'step', None, 'Evaluate this step of every group; default: its newest.'
+)
+_EVAL_BATCH = flags.DEFINE_integer(
+    'eval_batch',
+    None,
+    'Rows of a batch; default: as in the run.',
+    lower_bound=1,
+)
+
+
+class Run(NamedTuple):
+  """A run directory, its configuration and the groups found in it."""
+
+  workdir: str
+  arm: str
+  experiment: experiment_lib.Experiment
+  model: Model
+  groups: list[int]
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  for workdir in _WORKDIR.value:
+    comparison = compare_run(
+        workdir,
+        source=_SOURCE.value,
+        step=_STEP.value,
+        eval_batch=_EVAL_BATCH.value,
+    )
+    print(describe(comparison))
+    print(f'written to {run_directory.comparison_path(workdir)}\n')
+
+
+def compare_run(
+    workdir: str,
+    *,
+    source: str = CHECKPOINTS,
+    step: int | None = None,
+    eval_batch: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates one run and writes its comparison.json; returns its content.
+
+  Raises:
+    FileNotFoundError: If there is no such run, or no such checkpoint.
+    ValueError: If a checkpoint cannot be used.
+  """
+  run = open_run(workdir)
+  found = [load(run, group, source, step) for group in run.groups]
+  rows = eval_batch or run.experiment.eval_batch
+  result = evaluate_lib.compare(
+      run.model,
+      [variables for _, variables in found],
+      run.experiment.task.eval_batches(rows),
+  )
+  names = [f'{run.arm}/group_{group}' for group in run.groups]
+  comparison = {
+      'models': {
+          name: {'step': at, **metrics}
+          for name, (at, _), metrics in zip(names, found, result.members)
+      },
+      'ensembles': {run.arm: result.ensemble} if len(names) > 1 else {},
+      'pairs': {
+          run.arm: [
+              {
+                  'a': f'group_{run.groups[a]}',
+                  'b': f'group_{run.groups[b]}',
+                  **metrics,
+              }
+              for (a, b), metrics in result.pairs.items()
+          ]
+      },
+  }
+  run_directory.write_json(run_directory.comparison_path(workdir), comparison)
+  return comparison
+
+
+def open_run(workdir: str) -> Run:
+  """Makes what the run's own configuration says."""
+  groups = run_directory.list_groups(workdir)
+  config = run_directory.config_path(workdir)
+  if not groups or not config.exists():
+    raise FileNotFoundError(
+        f'{workdir} holds no trained group yet (no {config.name}); train one'
+        ' first, or check --workdir'
+    )
+  gin_utils.parse([os.path.abspath(config)])
+  experiment = gin_utils.make(experiment_lib.Experiment)
+  arm = run_directory.read_run(workdir).get('arm', os.path.basename(workdir))
+  model = experiment_lib.make_model(experiment)
+  return Run(workdir, arm, experiment, model, groups)
+
+
+def load(
+    run: Run, group_id: int, source: str, step: int | None
+) -> tuple[int, Variables]:
+  """The step and variables of one checkpoint or publication of a group."""
+  if source == PUBLICATIONS:
+    root = storage.absolute(run_directory.exchange_root(run.workdir))
+    steps = publications.published_steps(root, group_id)
+  else:
+    directory = run_directory.checkpoints_dir(run.workdir, group_id)
+    steps = storage.completed_steps(directory)
+  wanted = max(steps, default=None) if step is None else step
+  if wanted not in steps:
+    raise FileNotFoundError(
+        f'group {group_id} of {run.workdir} has no {source} of step'
+        f' {"any" if wanted is None else wanted}; there are: {steps or "none"}'
+    )
+  like = _like(run)
+  if source == PUBLICATIONS:
+    _, variables = publications.read(
+        root,
+        group_id,
+        wanted,
+        like=like.variables,
+        identity=run.experiment.task.identity,
+        dtype='float32',
+    )
+    return wanted, variables
+  checkpoints = Checkpoints(directory, identity=run.experiment.task.identity)
+  return wanted, checkpoints.read(wanted, like).state.variables
+
+
+def _like(run: Run) -> TrainState:
+  """Shapes of a group's state."""
+  experiment = run.experiment
+  stream = experiment.task.train_stream(
+      group_id=0,
+      num_groups=len(run.groups),
+      group_batch=experiment.group_batch,
+      rows=None,
+  )
+  return jax.eval_shape(
+      lambda: step_lib.init_state(
+          run.model,
+          experiment.optimizer,
+          jax.random.PRNGKey(0),
+          stream.batch(0),
+          num_peers=len(run.groups) - 1,
+      )
+  )
+
+
+def describe(comparison: dict[str, Any]) -> str:
+  """The comparison as aligned text."""
+  keys = ['eval/loss', 'eval/perplexity', 'eval/accuracy']
+  rows = [['model', 'step', 'loss (nats)', 'perplexity', 'accuracy']]
+  for name, metrics in comparison['models'].items():
+    rows.append([name, str(metrics['step']), *_cells(metrics, keys)])
+  for name, metrics in comparison['ensembles'].items():
+    rows.append([f'{name}/ensemble', '-', *_cells(metrics, keys)])
+  lines = [align(rows)]
+  for pairs in comparison['pairs'].values():
+    for pair in pairs:
+      lines.append(
+          f'{pair["a"]} and {pair["b"]}: churn (mean absolute difference)'
+          f' {pair["churn/mean_abs"]:.4f}, disagreement'
+          f' {pair["churn/disagreement"]:.2%}'
+      )
+  return '\n'.join(lines)
+
+
+def _cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
+  return [f'{metrics[key]:.4f}' for key in keys]
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,141 @@
+"""Trains all groups in one process, in lockstep, through memory.
+
+For small models and studies: the result is a function of the configuration
+alone, bit for bit the one of `train_group` in lockstep mode.
+
+    python -m experiments.train_lockstep --workdir=runs/two --num_groups=2 \
+        --gin_file=gin_configs/tasks/bible_lm.gin
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import gin_utils, run_directory
+from codistill_jax.checkpoint import Checkpoints
+from codistill_jax.exchange import peers_of
+from codistill_jax.memory_exchange import Mirror, memory_exchanges
+from experiments import cli, driver
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
+_NUM_GROUPS = flags.DEFINE_integer('num_groups', 2, 'Groups of the run.')
+_REPLICAS = flags.DEFINE_integer(
+    'replicas',
+    0,
+    'Devices to use, by every group in turn; 0 means all. On a machine without'
+    ' accelerator that many fake CPU devices are made.',
+)
+_ARM = flags.DEFINE_string(
+    'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Print the configuration and stop; write nothing.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  num_groups = _NUM_GROUPS.value
+  peers_of(0, num_groups)  # Raises if there are too few.
+  workdir = os.path.abspath(_WORKDIR.value)
+  latch = Latch(driver.StopRequest().install())
+  gin_utils.parse_flags()
+  driver.use_replicas(_REPLICAS.value)
+  experiment = gin_utils.make(experiment_lib.Experiment)
+  model = experiment_lib.make_model(experiment)
+  train_step = experiment_lib.make_replicated_step(
+      experiment, model, driver.chosen_devices(_REPLICAS.value)
+  )
+  jobs = [
+      driver.Job(
+          experiment=experiment,
+          model=model,
+          train_step=train_step,  # Compiled once for all.
+          workdir=workdir,
+          group_id=group_id,
+          num_groups=num_groups,
+          stop=latch,
+      )
+      for group_id in range(num_groups)
+  ]
+  state, _ = driver.new_state(jobs[0])
+  if _DRY_RUN.value:
+    driver.print_dry_run(jobs[0], state)
+    return
+  driver.claim_workdir(jobs[0], state, arm=_ARM.value)
+  keep_common_checkpoints(jobs)
+  exchanges = memory_exchanges(
+      num_groups,
+      plan=dataclasses.replace(experiment.plan, mode='lockstep'),
+      mirror=Mirror(
+          run_directory.exchange_root(jobs[0].workdir),
+          state.variables,
+          jobs[0].identity,
+      ),
+  )
+  train_in_turn(
+      [
+          driver.train(
+              job,
+              lambda variables, exchange=exchange: exchange,
+              driver.group_writer(job, progress=True),
+          )
+          for job, exchange in zip(jobs, exchanges)
+      ],
+      latch,
+  )
+  print(f'all groups have reached step {experiment.num_steps}; see {workdir}')
+
+
+class Latch:
+  """A stop request that all groups of a round see alike."""
+
+  def __init__(self, request: driver.StopRequest):
+    self._request = request
+    self._stop = False
+
+  def __call__(self) -> bool:
+    return self._stop
+
+  def update(self) -> None:
+    self._stop = self._request()
+
+  @property
+  def signal_number(self) -> int | None:
+    return self._request.signal_number
+
+
+def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
+  """Steps all groups, one update each, until all are done."""
+  running = list(groups)
+  while running:
+    latch.update()
+    stopped = None
+    for group in list(running):
+      try:
+        next(group)
+      except StopIteration:
+        running.remove(group)
+      except cli.Stopped as e:
+        stopped = e  # The others save at this step too.
+    if stopped is not None:
+      raise stopped
+
+
+def keep_common_checkpoints(jobs: Sequence[driver.Job]) -> None:
+  """All groups restart at one step: the newest that all of them have."""
+  stores = [
+      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      for job in jobs
+  ]
+  common = set.intersection(*(set(store.steps()) for store in stores))
+  for store in stores:
+    store.discard_after(max(common, default=-1))
+    store.close()
+
+
+if __name__ == '__main__':
+  cli.run(main)

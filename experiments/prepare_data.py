@@ -8,11 +8,12 @@ Streaming: the corpus is never in memory. Killed at any moment, the same command
 continues; when all is done it says so.
 """
 
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from codistill_jax.data import prepare as prepare_lib
+from experiments import cli
 
 _OUTPUT = flags.DEFINE_string(
     'output',
@@ -81,8 +82,8 @@ _SHARD_TOKENS = flags.DEFINE_integer(
 )
 
 
-def prepare_from_flags() -> None:
-  """Prepares what the flags say and prints a summary."""
+def main(argv: Sequence[str]) -> None:
+  del argv
   if not _OUTPUT.value:
     raise ValueError('--output is missing: a directory for the data.')
   meta = prepare_lib.prepare(
@@ -101,19 +102,5 @@ def prepare_from_flags() -> None:
   print(prepare_lib.summary(meta))
 
 
-def main(argv: list[str]) -> int:
-  try:
-    if argv[1:]:
-      raise ValueError(f'Unexpected argument {argv[1]!r}; see --help.')
-    prepare_from_flags()
-  except (ValueError, OSError) as e:
-    print('error:', ' '.join(str(e).split()), file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print('Stopped; the same command continues.', file=sys.stderr)
-    return 130
-  return 0
-
-
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

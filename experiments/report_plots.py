@@ -466,7 +466,7 @@ def _plot_staleness(arms: Sequence[Arm]) -> Plot | None:
         drawn = with_gaps(curve)
         style = {'lw': 1.3, 'ls': _style_of(group)}
         ax.plot(drawn.steps, drawn.values, color=colour, **style)
-    if ax.get_ylim()[0] >= 0:
+    if ax.dataLim.y0 >= 0:
       ax.set_ylim(bottom=0)
     else:  # A faster peer has published a step that this group has yet to do.
       ax.axhline(0, color='0.4', lw=0.8)

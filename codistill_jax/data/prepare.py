@@ -1,0 +1,343 @@
+"""A preparation of text: source -> tokenizer -> token shards, resumable.
+
+Everything streams; a preparation that was killed at any moment goes on when it
+is called again with the same arguments, and ends with the same files as one
+that was not. `rounds` says how. `meta.json`, written at the very end, makes
+the directory a data set.
+"""
+
+import collections
+import contextlib
+import fcntl
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from codistill_jax.data import partition, rounds, shards, sources
+from codistill_jax.data import tokenizer as tokenizer_lib
+from codistill_jax.data.records import Record, Reject, Source
+from codistill_jax.data.tokenizer import Tokenizer
+
+DEFAULT_VOCAB_SIZE = 4096
+DEFAULT_TOKENIZER_BYTES = 50_000_000
+DEFAULT_SHARD_TOKENS = 1 << 24
+
+
+def prepare(
+    output: str | os.PathLike,
+    source: str = 'bible',
+    *,
+    text_key: str = 'text',
+    vocab_size: int | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    tokenizer_bytes: int = DEFAULT_TOKENIZER_BYTES,
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    max_documents: int | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Prepares data, continues a preparation, or finds that all is done.
+
+  Args:
+    output: Directory of the data; made if missing.
+    source: See `sources.open_source`.
+    text_key: Key or column that holds the text.
+    vocab_size: Word pieces; None: 4096, or those of `tokenizer`.
+    tokenizer: A tokenizer.model to use; None: train one.
+    tokenizer_bytes: Train on the first so many bytes of the training split.
+    validation_fraction: Share of the documents in the validation split.
+    seed: Of the choice of validation documents.
+    max_documents: Stop after so many documents of the source; None: all.
+    shard_tokens: Close a shard at about so many tokens.
+    report: Takes a line about what goes on.
+
+  Returns:
+    What `meta.json` holds.
+
+  Raises:
+    ValueError: If an argument or the data are unusable, or `output` holds
+      anything but a preparation with the same arguments.
+    OSError: If something cannot be read or written.
+  """
+  if not 0 <= validation_fraction < 1:
+    raise ValueError(
+        f'validation_fraction must be in [0, 1); got {validation_fraction}.'
+    )
+  given = _load_tokenizer(tokenizer) if tokenizer else None
+  if given and vocab_size not in (None, given.vocab_size):
+    raise ValueError(
+        f'{tokenizer} has {given.vocab_size} word pieces, not'
+        f' vocab_size={vocab_size}; leave vocab_size out.'
+    )
+  if given:
+    vocab_size = given.vocab_size
+  config = {
+      'source': source,
+      'text_key': text_key,
+      'vocab_size': DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
+      'tokenizer': given.sha256 if given else None,
+      'tokenizer_bytes': None if given else tokenizer_bytes,
+      'validation_fraction': validation_fraction,
+      'seed': seed,
+      'max_documents': max_documents,
+      'shard_tokens': shard_tokens,
+  }
+  _check_positive(config)
+  output = pathlib.Path(output)
+  if (output / shards.META).exists():
+    return _finished(output, config, report)
+  opened = sources.open_source(source, text_key)
+  with _exclusive(output):
+    return _Preparation(output, config, opened, given, report).run()
+
+
+def _check_positive(config: dict[str, Any]) -> None:
+  for name in (
+      'vocab_size',
+      'tokenizer_bytes',
+      'max_documents',
+      'shard_tokens',
+  ):
+    if config[name] is not None and config[name] < 1:
+      raise ValueError(f'{name} must be 1 or more; got {config[name]}.')
+  if config['seed'] < 0:
+    raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
+
+
+def _load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  model = pathlib.Path(path).read_bytes()
+  try:
+    return Tokenizer(model)
+  except ValueError as e:
+    raise ValueError(f'Cannot use the tokenizer {path}: {e}') from e
+
+
+@contextlib.contextmanager
+def _exclusive(output: pathlib.Path) -> Iterator[None]:
+  """Makes the directory and keeps other preparations out of it."""
+  output.mkdir(parents=True, exist_ok=True)
+  handle = os.open(output, os.O_RDONLY)
+  try:
+    try:
+      # The kernel lets go of the lock whenever and however we end.
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(
+          f'Another process is preparing {output}; wait for it or choose'
+          ' another output.'
+      ) from e
+    yield
+  finally:
+    os.close(handle)
+
+
+# --- what is there already ---------------------------------------------------
+
+
+def _check_config(
+    output: pathlib.Path, config: dict[str, Any], stored: dict[str, Any]
+) -> None:
+  for name, value in config.items():
+    if stored.get(name) != value:
+      raise ValueError(
+          f'{output} was prepared with {name}={stored.get(name)!r}, now it is'
+          f' {value!r}; use the same settings, choose another output or delete'
+          ' the directory.'
+      )
+
+
+def _check_source(output: pathlib.Path, source: Source, stored: str) -> None:
+  if source.fingerprint != stored:
+    raise ValueError(
+        f'The files of {source.spec} have changed since {output} was prepared'
+        ' from them; choose another output or delete the directory.'
+    )
+
+
+def _check_unused(output: pathlib.Path) -> None:
+  """Refuses to mix data with somebody else's files."""
+  own = rounds.PROGRESS + '.tmp'  # Killed in the very first write.
+  foreign = sorted(path.name for path in output.iterdir() if path.name != own)
+  if foreign:
+    raise ValueError(
+        f'{output} holds {foreign[0]}, but no preparation of data; choose'
+        ' another output or empty the directory.'
+    )
+
+
+def _finished(
+    output: pathlib.Path,
+    config: dict[str, Any],
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+  meta = shards.read_meta(output)
+  _check_config(output, config, meta['config'])
+  try:
+    source = sources.open_source(config['source'], config['text_key'])
+  except (ValueError, OSError):
+    pass  # Prepared data stay good when their source is gone.
+  else:
+    _check_source(output, source, meta['source_fingerprint'])
+  # Killed between the last two steps of `_Preparation.run`.
+  (output / rounds.PROGRESS).unlink(missing_ok=True)
+  report(f'{output} is prepared already; nothing to do.')
+  return meta
+
+
+# --- the work ----------------------------------------------------------------
+
+
+class _Preparation(NamedTuple):
+  """An unfinished preparation."""
+
+  output: pathlib.Path
+  config: dict[str, Any]
+  source: Source
+  given: Tokenizer | None
+  report: Callable[[str], None]
+
+  def run(self) -> dict[str, Any]:
+    """From wherever it is to the end."""
+    state = self._start_or_resume()
+    tokenizer = Tokenizer((self.output / shards.TOKENIZER).read_bytes())
+    self._write_rounds(state, tokenizer)
+    self._check_splits(state['splits'])
+    meta = {
+        'format_version': shards.FORMAT_VERSION,
+        'vocab_size': tokenizer.vocab_size,
+        'tokenizer_sha256': tokenizer.sha256,
+        'source': self.source.spec,
+        'source_fingerprint': state['source_fingerprint'],
+        'config': self.config,
+        'rejects': state['rejects'],
+        'splits': state['splits'],
+    }
+    shards.write_json(self.output / shards.META, meta)
+    (self.output / rounds.PROGRESS).unlink()
+    return meta
+
+  def _start_or_resume(self) -> dict[str, Any]:
+    """The state of the preparation, with its tokenizer on disk."""
+    path = self.output / rounds.PROGRESS
+    if path.exists():
+      state = shards.read_json(path)
+      _check_config(self.output, self.config, state['config'])
+      _check_source(self.output, self.source, state['source_fingerprint'])
+      self.report(
+          f'Continuing in {self.output} at record {state["position"]:,}.'
+      )
+      if not (self.output / shards.TOKENIZER).exists():
+        self._write_tokenizer(self._make_tokenizer())
+      return state
+    _check_unused(self.output)
+    # Nothing is written before there is a tokenizer: a wrong source or size
+    # then leaves no settings behind that the corrected command would offend.
+    model = self._make_tokenizer()
+    state = rounds.first_state(self.config, self.source.fingerprint)
+    # In this order: a tokenizer in a directory without settings is not ours.
+    shards.write_json(path, state)
+    self._write_tokenizer(model)
+    return state
+
+  def _write_tokenizer(self, model: bytes) -> None:
+    path = self.output / shards.TOKENIZER
+    shards.write_file(path, lambda f: f.write(model))
+
+  def _make_tokenizer(self) -> bytes:
+    """The given model, or one of the beginning of the training split."""
+    if self.given:
+      return self.given.model
+    rejects = collections.Counter()
+    texts = self._training_texts(rejects)
+    first = next(texts, None)
+    if first is None:
+      raise ValueError(
+          f'{self.source.spec} has no document to train on; rejected records:'
+          f' {counts_text(rejects)}.'
+      )
+    vocab_size = self.config['vocab_size']
+    self.report(f'Training {vocab_size:,} word pieces.')
+    return tokenizer_lib.train(itertools.chain([first], texts), vocab_size)
+
+  def _training_texts(self, rejects: collections.Counter) -> Iterator[str]:
+    remaining = self.config['tokenizer_bytes']
+    for record in self._records(0, self.config['max_documents']):
+      if isinstance(record, Reject):
+        rejects[record.reason] += 1
+      elif self._split_of(record) == 'train':
+        yield record
+        remaining -= len(record.encode('utf-8'))
+        if remaining <= 0:
+          return
+
+  def _write_rounds(self, state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    done = sum(split['documents'] for split in state['splits'].values())
+    total = self.config['max_documents']
+    if done == total:
+      return
+    left = None if total is None else total - done
+    writer = rounds.RoundWriter(self.output, state, tokenizer, self._split_of)
+    with rounds.Progress(done, total, self.report) as progress:
+      writer.run(
+          self._records(state['position'], left),
+          self.config['shard_tokens'],
+          progress.advance,
+      )
+
+  def _records(self, start: int, limit: int | None) -> Iterator[Record]:
+    """Records from number `start`, up to the `limit`-th document of them."""
+    documents = 0
+    for record in self.source.records(start):
+      yield record
+      documents += not isinstance(record, Reject)
+      if documents == limit:
+        return
+
+  def _split_of(self, text: str) -> str:
+    inside = partition.in_validation(
+        text, self.config['validation_fraction'], self.config['seed']
+    )
+    return 'validation' if inside else 'train'
+
+  def _check_splits(self, splits: dict[str, Any]) -> None:
+    wanted = self.config['validation_fraction'] > 0
+    train, validation = (splits[split]['documents'] for split in shards.SPLITS)
+    if not train or (wanted and not validation):
+      raise ValueError(
+          f'Of {train + validation} documents, {train} fell into the training'
+          f' and {validation} into the validation split; choose another'
+          ' validation_fraction (0 for none) or more documents, and another'
+          ' output.'
+      )
+
+
+# --- for people --------------------------------------------------------------
+
+
+def counts_text(rejects: dict[str, int]) -> str:
+  """'3 bad_json, 1 empty', or 'none'."""
+  counts = (f'{rejects[reason]:,} {reason}' for reason in sorted(rejects))
+  return ', '.join(counts) or 'none'
+
+
+def summary(meta: dict[str, Any]) -> str:
+  """A few lines about prepared data."""
+  lines = []
+  for name, split in meta['splits'].items():
+    # <s> and </s> are pieces of no word.
+    pieces = split['tokens'] - 2 * split['documents']
+    lines.append(
+        f'{name}: {split["documents"]:,} documents, {split["words"]:,} words,'
+        f' {split["bytes"]:,} bytes, {split["tokens"]:,} tokens,'
+        f' {pieces / max(1, split["words"]):.3f} pieces per word,'
+        f' {len(split["shards"])} shards'
+    )
+  lines.append(f'rejected records: {counts_text(meta["rejects"])}')
+  lines.append(
+      f'tokenizer: {meta["vocab_size"]:,} word pieces, sha256'
+      f' {meta["tokenizer_sha256"][:12]}'
+  )
+  return '\n'.join(lines)

@@ -1,0 +1,271 @@
+"""The language model task: word pieces of many documents, T at a time.
+
+Each of the B rows of a batch is a *lane*: it reads on where it stopped in the
+batch before, so that the model's recurrent state is carried on; where a
+document starts, the state is reset.
+
+Shape suffixes: B rows of a batch, D documents, T tokens (the unroll).
+"""
+
+import functools
+import heapq
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from codistill_jax import base
+from codistill_jax.data import partition as partition_lib
+from codistill_jax.data import shards
+from codistill_jax.data.tokenizer import END_ID, START_ID
+
+
+def _lm_batch(tokens: np.ndarray, label_valid: np.ndarray) -> base.Batch:
+  """A batch from B x (T + 1) tokens.
+
+  Nobody can foresee the next document, so the step from `</s>` to `<s>` is
+  not a prediction: such a label has weight 0.
+  """
+  inputs, labels = tokens[:, :-1], tokens[:, 1:]
+  return {
+      'inputs': inputs,
+      'labels': labels,
+      'weights': ((labels != START_ID) & label_valid).astype(np.float32),
+      'resets': inputs == START_ID,
+  }
+
+
+class _Reading(NamedTuple):
+  """Documents read one after another, as if they were one text.
+
+  Attributes:
+    ends_D: int64; where each document ends in the reading.
+    shift_D: int64; what leads from a place in the reading to the place in the
+      token files, in each document.
+  """
+
+  ends_D: np.ndarray
+  shift_D: np.ndarray
+
+  def tokens(self, data: shards.TokenData, places: np.ndarray) -> np.ndarray:
+    document = np.searchsorted(self.ends_D, places, side='right')
+    return data.gather(places + self.shift_D[document])
+
+
+def _read_in_order(data: shards.TokenData, documents: np.ndarray) -> _Reading:
+  lengths_D = data.lengths[documents]
+  ends_D = np.cumsum(lengths_D)
+  return _Reading(ends_D, data.starts[documents] - (ends_D - lengths_D))
+
+
+class TokenStream:
+  """Training batches of one group: a pure function of (seed, group, step).
+
+  In each epoch the group's documents are put into a new order and read as one
+  text, which is divided into B lanes of equal length. A lane starts in the
+  middle of a document, so its state is reset there; what remains at its end,
+  less than T + 1 tokens, is left out of that epoch.
+
+  May be called from several threads.
+
+  Attributes:
+    steps_per_epoch: How many batches an epoch has.
+  """
+
+  def __init__(
+      self,
+      data: shards.TokenData,
+      *,
+      group_id: int,
+      num_groups: int,
+      group_batch: int,
+      unroll: int,
+      partition: str = 'shared',
+      seed: int = 0,
+      rows: slice | None = None,
+  ):
+    """Makes the stream; reads nothing yet.
+
+    Args:
+      data: The training split.
+      group_id: This group.
+      num_groups: G.
+      group_batch: B, rows of the whole group.
+      unroll: T, tokens a row advances in each step.
+      partition: 'shared' or 'disjoint'.
+      seed: Of the experiment; the same in all groups.
+      rows: The rows of the group batch that this process loads; None: all.
+
+    Raises:
+      ValueError: If an argument is out of range, or the group's documents do
+        not fill one batch.
+    """
+    if group_batch < 1 or unroll < 1:
+      raise ValueError(
+          'group_batch and unroll must be 1 or more; got'
+          f' group_batch={group_batch}, unroll={unroll}.'
+      )
+    self._data = data
+    self._documents = partition_lib.documents_of(
+        len(data),
+        group_id=group_id,
+        num_groups=num_groups,
+        partition=partition,
+        seed=seed,
+    )
+    self._group_id = group_id
+    self._unroll = unroll
+    self._seed = seed
+    num_tokens = int(data.lengths[self._documents].sum())
+    lane_tokens = num_tokens // group_batch
+    self.steps_per_epoch = (lane_tokens - 1) // unroll
+    if self.steps_per_epoch < 1:
+      raise ValueError(
+          f'Group {group_id} has {num_tokens} tokens, but one step of'
+          f' group_batch={group_batch} rows and unroll={unroll} needs'
+          f' {group_batch * (unroll + 1)}; use more data, fewer rows or a'
+          ' shorter unroll.'
+      )
+    lanes = np.arange(group_batch, dtype=np.int64)[rows or slice(None)]
+    self._lane_starts = lanes * lane_tokens
+    # Two, because loading ahead goes to and fro over the end of an epoch.
+    self._reading = functools.lru_cache(maxsize=2)(self._read_epoch)
+
+  def _read_epoch(self, epoch: int) -> _Reading:
+    order = partition_lib.epoch_order(
+        len(self._documents),
+        seed=self._seed,
+        group_id=self._group_id,
+        epoch=epoch,
+    )
+    return _read_in_order(self._data, self._documents[order])
+
+  def batch(self, step: int) -> base.Batch:
+    """The batch of update `step` (from 0): see `base.Stream`.
+
+    Returns:
+      'inputs' and 'labels' int32 (B, T); 'weights' float32 (B, T), 0 where the
+      label is `<s>`; 'resets' bool (B, T), True where the recurrent state is
+      zeroed before the token is read.
+    """
+    epoch, step_in_epoch = divmod(int(step), self.steps_per_epoch)
+    if epoch < 0:
+      raise ValueError(f'step must be 0 or more; got {step}.')
+    first = self._lane_starts + step_in_epoch * self._unroll
+    places = first[:, None] + np.arange(self._unroll + 1)[None, :]
+    tokens = self._reading(epoch).tokens(self._data, places)
+    batch = _lm_batch(tokens, np.ones_like(tokens[:, 1:], bool))
+    if step_in_epoch == 0:
+      batch['resets'][:, 0] = True
+    return batch
+
+
+class EvalBatches(Sequence):
+  """A split once, each document from its start: validation.
+
+  Documents are dealt to B lanes of about equal length and lie in order within
+  a lane, so every document is read with its full context, and the sum of the
+  losses does not depend on B. A lane that ends early is padded with weight 0.
+  """
+
+  def __init__(
+      self,
+      data: shards.TokenData,
+      batch_size: int,
+      *,
+      unroll: int,
+      max_batches: int | None = None,
+  ):
+    """Deals the documents.
+
+    Args:
+      data: The validation split.
+      batch_size: B.
+      unroll: T.
+      max_batches: Stop after so many batches; None: the whole split.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    for name, value in (
+        ('batch_size', batch_size),
+        ('unroll', unroll),
+        ('max_batches', 1 if max_batches is None else max_batches),
+    ):
+      if value < 1:
+        raise ValueError(f'{name} must be 1 or more; got {value}.')
+    self._data = data
+    self._unroll = unroll
+    lanes = _deal(data.lengths, batch_size)
+    self._reading = _read_in_order(data, np.concatenate(lanes))
+    lane_lengths = np.asarray([data.lengths[lane].sum() for lane in lanes])
+    self._ends = np.cumsum(lane_lengths)
+    self._starts = self._ends - lane_lengths
+    # The first token of a lane is no label, hence one less.
+    steps = -(-(int(lane_lengths.max()) - 1) // unroll)
+    self._length = steps if max_batches is None else min(steps, max_batches)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> base.Batch:
+    """One batch, as `TokenStream.batch`; padding has weight 0."""
+    if not -self._length <= index < self._length:
+      raise IndexError(f'Batch {index} of {self._length}.')
+    first = self._starts + (index % self._length) * self._unroll
+    places = first[:, None] + np.arange(self._unroll + 1)[None, :]
+    valid = places < self._ends[:, None]
+    tokens = self._reading.tokens(self._data, np.where(valid, places, 0))
+    tokens = np.where(valid, tokens, np.int32(END_ID))
+    return _lm_batch(tokens, valid[:, 1:])
+
+
+def _deal(lengths_D: np.ndarray, num_lanes: int) -> list[np.ndarray]:
+  """Documents of each lane: the longest first, always to the shortest lane."""
+  lanes = [[] for _ in range(num_lanes)]
+  heap = [(0, lane) for lane in range(num_lanes)]
+  for document in np.argsort(-lengths_D, kind='stable').tolist():
+    length, lane = heap[0]
+    lanes[lane].append(document)
+    heapq.heapreplace(heap, (length + int(lengths_D[document]), lane))
+  return [np.asarray(sorted(lane), np.int64) for lane in lanes]
+
+
+def language_model_task(
+    data_dir: str | os.PathLike,
+    unroll: int = 32,
+    partition: str = 'shared',
+    seed: int = 0,
+    max_eval_batches: int | None = None,
+) -> base.Task:
+  """The task of predicting the next word piece of prepared text.
+
+  Args:
+    data_dir: What `prepare_data` wrote.
+    unroll: T, word pieces at a time.
+    partition: 'shared' or 'disjoint': how groups divide the documents.
+    seed: Of the order of documents and of the partition.
+    max_eval_batches: Evaluate on so many batches; None: the whole validation
+      split.
+
+  Raises:
+    FileNotFoundError, ValueError: If the data cannot be used.
+  """
+  train = shards.open_tokens(data_dir, 'train')
+  validation = shards.open_tokens(data_dir, 'validation')
+  return base.Task(
+      train_stream=functools.partial(
+          TokenStream, train, unroll=unroll, partition=partition, seed=seed
+      ),
+      eval_batches=functools.partial(
+          EvalBatches, validation, unroll=unroll, max_batches=max_eval_batches
+      ),
+      num_classes=train.vocab_size,
+      identity={
+          'task': 'language_model',
+          'vocab_size': str(train.vocab_size),
+          'tokenizer': train.tokenizer_sha256,
+      },
+      example_name='token',
+  )

@@ -1,0 +1,457 @@
+"""Preparation: nothing is lost, and a killed one ends as if it was not."""
+
+import fcntl
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from codistill_jax.data import partition, prepare, rounds, shards
+from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = ['the', 'and', 'of', 'that', 'he', 'his', 'for', 'they', 'be', 'is']
+
+
+def texts(num_documents, seed=0):
+  rng = random.Random(seed)
+  return [
+      f'{i}: ' + ' '.join(rng.choices(WORDS, k=rng.randint(1, 60))) + ' ▁ÿ\n'
+      for i in range(num_documents)
+  ]
+
+
+def write_corpus(path, documents, damaged=True):
+  lines = [json.dumps({'text': text}) for text in documents]
+  if damaged:
+    for place, line in ((5, '{'), (6, '{"text": ""}'), (40, '{}'), (90, '[')):
+      lines.insert(place, line)
+  path.write_text('\n'.join(lines) + '\n')
+  return f'jsonl:{path}'
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp('corpus') / 'a', texts(120))
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+  monkeypatch.setattr(rounds, '_BATCH_RECORDS', 7)
+
+
+def run(output, source, **changes):
+  lines = []
+  options = {
+      'vocab_size': 320,
+      'validation_fraction': 0.2,
+      'shard_tokens': 500,
+      'report': lines.append,
+  }
+  meta = prepare.prepare(output, source, **(options | changes))
+  return meta, lines
+
+
+def contents(folder):
+  return {
+      str(path.relative_to(folder)): path.read_bytes()
+      for path in sorted(folder.rglob('*'))
+      if path.is_file()
+  }
+
+
+def documents_in(output, split):
+  """Every document of a split, as tokens, read without `TokenData`."""
+  meta = json.loads((output / 'meta.json').read_text())
+  documents = []
+  for i in range(len(meta['splits'][split]['shards'])):
+    tokens = np.load(output / split / f'{i:05d}.tokens.npy')
+    offsets = np.load(output / split / f'{i:05d}.offsets.npy')
+    documents += np.split(tokens, offsets[1:-1])
+  return documents
+
+
+def test_every_document_is_there_once_and_decodes(
+    tmp_path, corpus, small_batches
+):
+  meta, _ = run(tmp_path, corpus)
+  tokenizer = Tokenizer((tmp_path / 'tokenizer.model').read_bytes())
+  assert tokenizer.vocab_size == 320
+  for split in shards.SPLITS:
+    expected = [
+        text
+        for text in texts(120)
+        if partition.in_validation(text, 0.2, 0) == (split == 'validation')
+    ]
+    documents = documents_in(tmp_path, split)
+    assert [tokenizer.decode(d) for d in documents] == expected
+    for document in documents:
+      assert document.dtype == np.uint16
+      assert document[0] == START_ID and document[-1] == END_ID
+      assert (document[1:-1] > END_ID).all()
+    sizes = meta['splits'][split]
+    assert sizes['documents'] == len(expected) > 0
+    assert sizes['words'] == sum(len(text.split()) for text in expected)
+    assert sizes['bytes'] == sum(len(text.encode()) for text in expected)
+    assert sizes['tokens'] == sum(map(len, documents))
+    assert len(sizes['shards']) > 3
+    data = shards.open_tokens(tmp_path, split)
+    assert len(data) == len(expected) and data.num_tokens == sizes['tokens']
+  assert meta['rejects'] == {'bad_json': 2, 'empty': 1, 'no_text': 1}
+  assert meta == json.loads((tmp_path / 'meta.json').read_text())
+  assert meta['tokenizer_sha256'] == tokenizer.sha256
+
+
+def test_shard_size_moves_no_document(tmp_path, corpus, small_batches):
+  for name, size in (('small', 300), ('large', 10**6)):
+    run(tmp_path / name, corpus, shard_tokens=size)
+  for split in shards.SPLITS:
+    small = documents_in(tmp_path / 'small', split)
+    large = documents_in(tmp_path / 'large', split)
+    assert len(small) == len(large)
+    for one, other in zip(small, large):
+      np.testing.assert_array_equal(one, other)
+
+
+class Killed(BaseException):
+  """Stands for kill -9: nothing in the program catches it."""
+
+
+def test_killed_at_any_write_it_ends_with_the_same_files(
+    tmp_path, corpus, small_batches, monkeypatch
+):
+  run(tmp_path / 'whole', corpus, shard_tokens=1500)
+  expected = contents(tmp_path / 'whole')
+  assert not any(name.endswith(('.tmp', 'progress.json')) for name in expected)
+  replace = os.replace
+  writes = 0
+
+  def killed_at(number, before):
+    def stop(*paths):
+      nonlocal writes
+      writes += 1
+      if writes == number and before:
+        raise Killed
+      replace(*paths)
+      if writes == number:
+        raise Killed
+
+    return stop
+
+  number, finished = 0, False
+  while not finished:
+    number += 1
+    for before in (True, False):
+      output = tmp_path / f'{number}{before}'
+      writes = 0
+      monkeypatch.setattr(shards.os, 'replace', killed_at(number, before))
+      try:
+        run(output, corpus, shard_tokens=1500)
+        finished = True
+      except Killed:
+        pass
+      monkeypatch.setattr(shards.os, 'replace', replace)
+      run(output, corpus, shard_tokens=1500)
+      assert contents(output) == expected
+      shutil.rmtree(output)
+  # Settings, tokenizer, several rounds of four files and progress, meta.
+  assert number > 15
+
+
+@pytest.mark.parametrize('max_documents', [None, 100])
+def test_killed_again_and_again_it_gets_there(
+    tmp_path, corpus, small_batches, monkeypatch, max_documents
+):
+  run(tmp_path / 'whole', corpus, max_documents=max_documents)
+  encode_batch = Tokenizer.encode_batch
+  rng = random.Random(0)
+
+  def unreliable(self, batch):
+    if rng.random() < 0.3:
+      raise Killed
+    return encode_batch(self, batch)
+
+  monkeypatch.setattr(Tokenizer, 'encode_batch', unreliable)
+  deaths = 0
+  while True:
+    try:
+      run(tmp_path / 'killed', corpus, max_documents=max_documents)
+      break
+    except Killed:
+      deaths += 1
+      assert deaths < 500
+  assert deaths > 2
+  assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
+
+
+def test_max_documents_is_the_beginning(tmp_path, small_batches):
+  source = write_corpus(tmp_path / 'all', texts(120), damaged=False)
+  head = write_corpus(tmp_path / 'head', texts(50), damaged=False)
+  meta, _ = run(tmp_path / 'a', source, max_documents=50)
+  run(tmp_path / 'b', head)
+  a, b = contents(tmp_path / 'a'), contents(tmp_path / 'b')
+  del a['meta.json'], b['meta.json']
+  assert a == b
+  assert sum(split['documents'] for split in meta['splits'].values()) == 50
+
+
+def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
+  run(tmp_path / 'a', corpus)
+  train = [t for t in texts(120) if not partition.in_validation(t, 0.2, 0)]
+  source = write_corpus(tmp_path / 'train', train)
+  run(tmp_path / 'b', source, validation_fraction=0)
+  models = [(tmp_path / n / 'tokenizer.model').read_bytes() for n in 'ab']
+  assert models[0] == models[1]
+  # Fewer bytes train another one.
+  run(tmp_path / 'c', corpus, tokenizer_bytes=3000)
+  assert (tmp_path / 'c' / 'tokenizer.model').read_bytes() != models[0]
+
+
+def test_given_tokenizer_is_used(tmp_path, corpus):
+  first, _ = run(tmp_path / 'a', corpus)
+  other = write_corpus(tmp_path / 'other', texts(60, seed=1))
+  model = tmp_path / 'a' / 'tokenizer.model'
+  second, _ = run(tmp_path / 'b', other, tokenizer=model, vocab_size=None)
+  assert second['tokenizer_sha256'] == first['tokenizer_sha256']
+  assert second['vocab_size'] == 320
+  with pytest.raises(ValueError, match='320 word pieces, not vocab_size=330'):
+    run(tmp_path / 'c', other, tokenizer=model, vocab_size=330)
+  (tmp_path / 'garbage').write_bytes(b'garbage')
+  with pytest.raises(ValueError, match='Cannot use the tokenizer'):
+    run(tmp_path / 'c', other, tokenizer=tmp_path / 'garbage')
+  assert not (tmp_path / 'c').exists()
+
+
+def test_finished_data_are_left_alone(tmp_path, corpus):
+  meta, _ = run(tmp_path, corpus)
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+  again, lines = run(tmp_path, corpus)
+  assert again == meta
+  assert lines == [f'{tmp_path} is prepared already; nothing to do.']
+  after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+  assert before == after
+
+
+def interrupted(output, source, monkeypatch):
+  """A preparation that was killed in its last round."""
+  with monkeypatch.context() as patch:
+    patch.setattr(rounds.RoundWriter, '_end_round', _killed)
+    with pytest.raises(Killed):
+      run(output, source)
+  assert (output / 'progress.json').exists()
+
+
+def _killed(self):
+  raise Killed
+
+
+@pytest.mark.parametrize('finished', [True, False])
+def test_other_settings_are_refused_and_damage_nothing(
+    tmp_path, corpus, monkeypatch, finished
+):
+  output = tmp_path / 'data'
+  if finished:
+    run(output, corpus)
+  else:
+    interrupted(output, corpus, monkeypatch)
+  before = contents(output)
+  for name, value in {
+      'vocab_size': 321,
+      'validation_fraction': 0.3,
+      'seed': 1,
+      'shard_tokens': 501,
+      'max_documents': 100,
+      'tokenizer_bytes': 10**6,
+      'text_key': 'body',
+  }.items():
+    with pytest.raises(ValueError, match=f'was prepared with {name}='):
+      run(output, corpus, **{name: value})
+  other = write_corpus(tmp_path / 'other', texts(50))
+  with pytest.raises(ValueError, match='was prepared with source='):
+    run(output, other)
+  assert contents(output) == before
+  run(output, corpus)
+
+
+@pytest.mark.parametrize('finished', [True, False])
+def test_changed_source_is_noticed(tmp_path, monkeypatch, finished):
+  source = write_corpus(tmp_path / 'a', texts(50))
+  if finished:
+    run(tmp_path / 'data', source)
+  else:
+    interrupted(tmp_path / 'data', source, monkeypatch)
+  write_corpus(tmp_path / 'a', texts(51))
+  with pytest.raises(ValueError, match='have changed since'):
+    run(tmp_path / 'data', source)
+
+
+def test_finished_data_outlive_their_source(tmp_path):
+  source = write_corpus(tmp_path / 'a', texts(50))
+  meta, _ = run(tmp_path / 'data', source)
+  (tmp_path / 'a').unlink()
+  assert run(tmp_path / 'data', source)[0] == meta
+
+
+def test_directory_of_somebody_else_is_refused(tmp_path, corpus):
+  (tmp_path / 'thesis.tex').write_text('x')
+  with pytest.raises(ValueError, match=r'holds thesis.tex, but no prep'):
+    run(tmp_path, corpus)
+  assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_failed_start_leaves_no_settings_behind(tmp_path, corpus):
+  with pytest.raises(ValueError, match='at most'):
+    run(tmp_path, corpus, vocab_size=5000)
+  assert list(tmp_path.iterdir()) == []
+  run(tmp_path, corpus)
+
+
+def test_two_at_a_time_are_refused(tmp_path, corpus):
+  handle = os.open(tmp_path, os.O_RDONLY)
+  fcntl.flock(handle, fcntl.LOCK_EX)
+  try:
+    with pytest.raises(ValueError, match='Another process is preparing'):
+      run(tmp_path, corpus)
+  finally:
+    os.close(handle)
+  run(tmp_path, corpus)
+
+
+def test_empty_splits_are_explained(tmp_path, corpus):
+  source = write_corpus(tmp_path / 'a', texts(60), damaged=False)
+  with pytest.raises(ValueError, match='0 into the validation split'):
+    run(tmp_path / 'data', source, validation_fraction=1e-9)
+  meta, _ = run(tmp_path / 'none', source, validation_fraction=0)
+  assert meta['splits']['validation']['documents'] == 0
+  with pytest.raises(ValueError, match=r'validation split of .* is empty'):
+    shards.open_tokens(tmp_path / 'none', 'validation')
+
+
+def test_source_without_documents_says_what_was_rejected(tmp_path):
+  (tmp_path / 'a').write_text('no json\n{}\nnor this\n')
+  with pytest.raises(ValueError, match='2 bad_json, 1 no_text'):
+    run(tmp_path / 'data', f'jsonl:{tmp_path}/a')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'validation_fraction': 1.0}, r'in \[0, 1\); got 1.0'),
+        ({'validation_fraction': float('nan')}, 'got nan'),
+        ({'vocab_size': 0}, 'vocab_size must be 1 or more; got 0'),
+        ({'max_documents': 0}, 'max_documents must be 1'),
+        ({'shard_tokens': 0}, 'shard_tokens must be 1'),
+        ({'seed': -1}, 'seed must be 0 or more'),
+    ],
+)
+def test_bad_arguments(tmp_path, corpus, changes, message):
+  with pytest.raises(ValueError, match=message):
+    run(tmp_path / 'data', corpus, **changes)
+  assert not (tmp_path / 'data').exists()
+
+
+# --- the binary ---
+
+
+def command(python, *flags):
+  return [python, '-m', 'experiments.prepare_data', *flags]
+
+
+def test_kill_9_and_the_same_command_again(tmp_path, python):
+  documents = texts(12_000)
+  source = write_corpus(tmp_path / 'a', documents)
+  run(tmp_path / 'a_model', source)
+  flags = [
+      f'--source={source}',
+      f'--tokenizer={tmp_path}/a_model/tokenizer.model',
+      '--validation_fraction=0.2',
+      '--shard_tokens=1000',
+  ]
+  options = {'vocab_size': None, 'shard_tokens': 1000}
+  options['tokenizer'] = tmp_path / 'a_model' / 'tokenizer.model'
+  run(tmp_path / 'whole', source, **options)
+  output = tmp_path / 'killed'
+  process = subprocess.Popen(
+      command(python, f'--output={output}', *flags),
+      cwd=ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+  )
+  try:
+    while not (output / 'train' / '00001.tokens.npy').exists():
+      assert process.poll() is None
+      time.sleep(0.002)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert not (output / 'meta.json').exists()
+  _, lines = run(output, source, **options)
+  assert lines[0].startswith('Continuing in')
+  assert contents(output) == contents(tmp_path / 'whole')
+
+
+def test_binary_prints_a_summary(tmp_path, corpus, python):
+  run(tmp_path, corpus)
+  done = subprocess.run(
+      command(
+          python,
+          f'--output={tmp_path}',
+          f'--source={corpus}',
+          '--vocab_size=320',
+          '--validation_fraction=0.2',
+          '--shard_tokens=500',
+      ),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'nothing to do' in done.stdout
+  for part in ('train: ', 'pieces per word', '2 bad_json', '320 word pieces'):
+    assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ([], '--output is missing'),
+        (['--output={}/o', 'stray'], "unexpected argument 'stray'"),
+        (['--output={}/o', '--source=ftp:a'], "Unknown source 'ftp:a'"),
+        (['--output={}/o', '--source=text:{}/none'], 'There is no file'),
+        (['--output={}/o', '--tokenizer={}/none'], 'No such file'),
+        (['--output={}/file/o'], 'Not a directory'),
+        (['--output={}/o', '--source=hf:a/b'], 'Cannot read hf:a/b'),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(tmp_path, python, flags, message):
+  (tmp_path / 'file').touch()
+  done = subprocess.run(
+      command(python, *(flag.format(tmp_path) for flag in flags)),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 1
+  assert done.stdout == ''
+  assert 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith('error: ') and message in last
+
+
+def test_unknown_flag_is_status_1(python):
+  done = subprocess.run(
+      command(python, '--vocabulary=3'),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 1
+  assert "Unknown command line flag 'vocabulary'" in done.stderr
+  assert 'Traceback' not in done.stderr

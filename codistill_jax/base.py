@@ -168,6 +168,7 @@ class Task(NamedTuple):
     identity: What two groups must agree on to exchange predictions, as
       strings: task name, number of classes, tokenizer hash, ...
     example_name: What one example is: 'token', 'image', 'click'.
+    description: The data in a few words, for reports.
   """
 
   train_stream: Callable[..., Stream]
@@ -175,6 +176,7 @@ class Task(NamedTuple):
   num_classes: int
   identity: Mapping[str, str]
   example_name: str
+  description: str = ''
 
 
 def host_copy(tree: PyTree) -> PyTree:

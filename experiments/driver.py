@@ -395,7 +395,7 @@ def describe_run(job: Job, state: TrainState, arm: str) -> dict[str, Any]:
       'exchange_every': experiment.exchange_every,
       'mode': experiment.exchange_mode,
       'example': experiment.task.example_name,
-      'data': experiment.task.identity.get('task', ''),
+      'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),
       'command': shlex.join(['python', '-m', _module_name(), *sys.argv[1:]]),
       'configuration': gin_utils.configuration(),

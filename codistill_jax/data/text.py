@@ -254,6 +254,7 @@ def language_model_task(
   """
   train = shards.open_tokens(data_dir, 'train')
   validation = shards.open_tokens(data_dir, 'validation')
+  source = shards.read_meta(data_dir)['source']
   return base.Task(
       train_stream=functools.partial(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed
@@ -268,4 +269,8 @@ def language_model_task(
           'tokenizer': train.tokenizer_sha256,
       },
       example_name='token',
+      description=(
+          f'{source}: {train.num_tokens:,} training tokens of'
+          f' {train.vocab_size:,} word pieces, {partition} partition'
+      ),
   )

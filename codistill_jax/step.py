@@ -52,8 +52,8 @@ def init_state(
   Args:
     model: The model of every group.
     tx: The optimiser.
-    rng: Raw key (`jax.random.PRNGKey(seed)`); groups that should start
-      from different parameters are given different keys.
+    rng: Key, `jax.random.key(seed)` or `PRNGKey(seed)`; groups that should
+      start from different parameters are given different keys.
     batch: Any batch of the task; only shapes and dtypes matter.
     num_peers: P, the length of the teachers' axis; 0 trains alone.
     group_batch: Rows of the whole group, if `batch` holds only some of them.
@@ -62,6 +62,10 @@ def init_state(
     A `TrainState` whose carries have one row for each row of the group batch.
   """
   rows = group_batch or len(jax.tree.leaves(dict(batch))[0])
+  rng = jnp.asarray(rng)
+  if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    # The state holds plain arrays, which can be copied, placed and saved.
+    rng = jax.random.key_data(rng)
 
   def init(rng: Array, batch: Batch) -> TrainState:
     init_rng, step_rng = jax.random.split(rng)
@@ -76,7 +80,7 @@ def init_state(
         teacher_carry=_stack_copies(carry, num_peers),
     )
 
-  return jax.jit(init)(jnp.asarray(rng), dict(batch))
+  return jax.jit(init)(rng, dict(batch))
 
 
 def make_train_step(

@@ -26,6 +26,9 @@ from codistill_jax.experiment import Experiment
 from codistill_jax.group import StepResult, run_group
 from experiments.cli import Stopped
 
+# Set by a supervisor to the command that a user typed.
+COMMAND_VARIABLE = 'CODISTILL_COMMAND'
+
 _STATUS_SECONDS = 2.0
 
 
@@ -147,13 +150,17 @@ def train(
         exchange=exchange,
         distill_weight=job.experiment.distill_weight,
     )
+    result = None
     try:
       for result in turns:
         _after_update(job, result, watch, checkpoints, exchange)
         yield result.step
     except Interrupted:
-      # Raised before an update, so the state after the last one still stands.
-      _save_and_stop(job, result, checkpoints, exchange)
+      # Raised before an update, so the state after the last one still stands;
+      # before the first one it is the one restored.
+      if result is not None:
+        _save_and_stop(job, result, checkpoints, exchange)
+      raise _stopped(job, start) from None
     exchange.checkpointed(_finish_saving(checkpoints, start))
   finally:
     # In this order, and each even if the one before fails: what is closed
@@ -219,8 +226,12 @@ def _save_and_stop(
   if checkpoints.newest_step != result.step:
     _save(job, result, checkpoints, exchange)
   checkpoints.wait()
-  raise Stopped(
-      f'group {job.group_id} stopped and saved at step {result.step}; the same'
+  raise _stopped(job, result.step)
+
+
+def _stopped(job: Job, step: int) -> Stopped:
+  return Stopped(
+      f'group {job.group_id} stopped and saved at step {step}; the same'
       ' command goes on from there',
       getattr(job.stop, 'signal_number', None) or signal.SIGTERM,
   )
@@ -397,7 +408,7 @@ def describe_run(job: Job, state: TrainState, arm: str) -> dict[str, Any]:
       'example': experiment.task.example_name,
       'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),
-      'command': shlex.join(['python', '-m', _module_name(), *sys.argv[1:]]),
+      'command': os.environ.get(COMMAND_VARIABLE) or own_command(),
       'configuration': gin_utils.configuration(),
   }
 
@@ -435,10 +446,9 @@ def _check_same_run(workdir: str, before: dict, now: dict) -> None:
         f'num_groups={now["num_groups"]}',
     )
   elif ours != theirs:
-    differing = next(
-        (a, b)
-        for a, b in zip([*theirs, 'nothing more'], [*ours, 'nothing more'])
-        if a != b
+    differing = (
+        next((s for s in theirs if s not in ours), 'no such binding'),
+        next((s for s in ours if s not in theirs), 'no such binding'),
     )
   else:
     return
@@ -505,6 +515,7 @@ def _close_all(*closers: Callable[[], None]) -> None:
     raise errors[0]
 
 
-def _module_name() -> str:
+def own_command() -> str:
+  """The command of this process, as a user would type it."""
   name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-  return f'experiments.{name}'
+  return shlex.join(['python', '-m', f'experiments.{name}', *sys.argv[1:]])

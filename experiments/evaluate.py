@@ -5,7 +5,8 @@
 For each run: the validation metrics of each group, of the ensemble of its
 groups (the mean of their probabilities), and churn and disagreement between
 them. The run's own configuration is used; the figures are printed, and written
-to `<workdir>/report/comparison.json`, where a report finds them.
+to `<workdir>/report/comparison.json`, where a report finds them (of another
+step than the newest: to `comparison_<step>.json`).
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         eval_batch=_EVAL_BATCH.value,
     )
     print(describe(comparison))
-    print(f'written to {run_directory.comparison_path(workdir)}\n')
+    print(f'written to {comparison_path(workdir, _STEP.value)}\n')
 
 
 def compare_run(
@@ -113,8 +115,14 @@ def compare_run(
           ]
       },
   }
-  run_directory.write_json(run_directory.comparison_path(workdir), comparison)
+  run_directory.write_json(comparison_path(workdir, step), comparison)
   return comparison
+
+
+def comparison_path(workdir: str, step: int | None) -> epath.Path:
+  """Where the comparison goes; a report shows the one of the newest step."""
+  newest = run_directory.comparison_path(workdir)
+  return newest if step is None else newest.with_stem(f'comparison_{step}')
 
 
 def open_run(workdir: str) -> Run:

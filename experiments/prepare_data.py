@@ -1,4 +1,4 @@
-"""Prepares text: source -> tokenizer -> token shards on disk.
+r"""Prepares text: source -> tokenizer -> token shards on disk.
 
   python -m experiments.prepare_data --output=DIR
   python -m experiments.prepare_data --output=DIR --vocab_size=24006 \

@@ -1,4 +1,4 @@
-"""Trains one group of a codistillation run: the production entry point.
+r"""Trains one group of a codistillation run: the production entry point.
 
 Start one per group, on whatever machines see the same --workdir:
 
@@ -22,6 +22,8 @@ from codistill_jax.base import Variables
 from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
 from codistill_jax.exchange import peers_of
 from experiments import cli, driver
+
+flags.adopt_module_key_flags(gin_utils)
 
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Run directory that all groups see.', required=True

@@ -1,4 +1,4 @@
-"""Trains all groups of one machine, each as processes of its own.
+r"""Trains all groups of one machine, each as processes of its own.
 
     python -m experiments.train_local --workdir=runs/two --num_groups=2 \
         --gin_file=gin_configs/tasks/bible_lm.gin
@@ -21,6 +21,8 @@ from absl import flags
 from codistill_jax import gin_utils, run_directory, writers
 from codistill_jax.exchange import peers_of
 from experiments import cli, driver
+
+flags.adopt_module_key_flags(gin_utils)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
 _NUM_GROUPS = flags.DEFINE_integer(
@@ -67,11 +69,15 @@ def main(argv: Sequence[str]) -> None:
   if _DRY_RUN.value:
     sys.exit(subprocess.call([*groups[0].command, '--dry_run']))
   stop = driver.StopRequest().install()
+  print(
+      f'{_NUM_GROUPS.value} group(s) of {replicas} replica(s); what they say is'
+      f' in {_WORKDIR.value}/groups/group_*/log.txt',
+      flush=True,
+  )
   try:
     watch(groups, stop, _MAX_RESTARTS.value)
   finally:
-    for group in groups:
-      group.end()
+    end_all(groups)
   print(f'all groups are done; see {_WORKDIR.value}')
   if _REPORT.value:
     for binary in ('evaluate', 'report'):
@@ -88,7 +94,7 @@ def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
       f'--group_id={group_id}',
       f'--num_groups={_NUM_GROUPS.value}',
       f'--replicas={replicas}',
-      f'--arm={_ARM.value}',
+      *([f'--arm={_ARM.value}'] if _ARM.value else []),
       *gin_utils.flag_arguments(),
   ]
 
@@ -170,6 +176,7 @@ class Group:
     self._deaths = 0
     self._checkpoint: int | None = None
     self._start_at = 0.0
+    self._asked_to_stop = False
     self._log = run_directory.group_dir(workdir, group_id) / 'log.txt'
 
   def poll(self, max_restarts: int) -> None:
@@ -194,9 +201,11 @@ class Group:
     else:
       self._count_death(status, max_restarts)
 
-  def signal(self, number: int) -> None:
-    if self._process is not None and self._process.poll() is None:
-      self._process.send_signal(number)
+  def ask_to_stop(self) -> None:
+    """Asks the process to save and leave; once, for a second time kills."""
+    if self.running and not self._asked_to_stop:
+      self._asked_to_stop = True
+      self._process.send_signal(signal.SIGTERM)
 
   @property
   def running(self) -> bool:
@@ -204,7 +213,7 @@ class Group:
 
   def end(self) -> None:
     """Asks the process to save and leave; kills it if it does not."""
-    self.signal(signal.SIGTERM)
+    self.ask_to_stop()
     if self._process is not None:
       try:
         self._process.wait(_GRACE_SECONDS)
@@ -217,7 +226,12 @@ class Group:
     with self._log.open('ab') as log:
       self._process = subprocess.Popen(
           self.command,
-          env={**os.environ, **self._environment},
+          env={
+              **os.environ,
+              **self._environment,
+              # A report says how to make the run again: not group by group.
+              driver.COMMAND_VARIABLE: driver.own_command(),
+          },
           stdin=subprocess.DEVNULL,
           stdout=log,
           stderr=log,
@@ -251,7 +265,8 @@ class Group:
     )
 
   def _last_line(self) -> str:
-    lines = self._log.read_text(errors='replace').strip().splitlines()
+    log = self._log.read_bytes().decode(errors='replace')
+    lines = log.strip().splitlines()
     return lines[-1] if lines else 'it said nothing'
 
 
@@ -276,12 +291,17 @@ def watch(
       one.close()
 
 
-def _stop(groups: Sequence[Group], stop: driver.StopRequest) -> None:
-  print('stopping: the groups save and leave', file=sys.stderr)
+def end_all(groups: Sequence[Group]) -> None:
+  """Asks all groups to save and leave, together; returns once none runs."""
   for group in groups:
-    group.signal(signal.SIGTERM)
+    group.ask_to_stop()
   for group in groups:
     group.end()
+
+
+def _stop(groups: Sequence[Group], stop: driver.StopRequest) -> None:
+  print('stopping: the groups save and leave', file=sys.stderr)
+  end_all(groups)
   raise cli.Stopped(
       'stopped; the same command goes on from here',
       stop.signal_number or signal.SIGTERM,

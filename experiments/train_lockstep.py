@@ -1,4 +1,4 @@
-"""Trains all groups in one process, in lockstep, through memory.
+r"""Trains all groups in one process, in lockstep, through memory.
 
 For small models and studies: the result is a function of the configuration
 alone, bit for bit the one of `train_group` in lockstep mode.
@@ -19,6 +19,8 @@ from codistill_jax.checkpoint import Checkpoints
 from codistill_jax.exchange import peers_of
 from codistill_jax.memory_exchange import Mirror, memory_exchanges
 from experiments import cli, driver
+
+flags.adopt_module_key_flags(gin_utils)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
 _NUM_GROUPS = flags.DEFINE_integer('num_groups', 2, 'Groups of the run.')
@@ -132,8 +134,12 @@ def keep_common_checkpoints(jobs: Sequence[driver.Job]) -> None:
       for job in jobs
   ]
   common = set.intersection(*(set(store.steps()) for store in stores))
-  for store in stores:
-    store.discard_after(max(common, default=-1))
+  start = max(common, default=-1)
+  for job, store in zip(jobs, stores):
+    if store.newest_step not in (None, start):
+      # It goes back with the others, also if it had reached its last step.
+      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      store.discard_after(start)
     store.close()
 
 

@@ -1,13 +1,18 @@
 """Small models and streams that the tests of steps and loops share."""
 
+import contextlib
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from codistill_jax.base import Model
-from codistill_jax.base import Updates
-from codistill_jax.base import Variables
+from codistill_jax import step as step_lib
+from codistill_jax.base import Model, Teachers, Updates, Variables
+from codistill_jax.models.linen import from_linen
+from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
 FEATURES, CLASSES = 5, 4
 
@@ -52,11 +57,13 @@ def recurrent_model(vocab=7, units=6):
     del batch
     a, b, c = jax.random.split(rng, 3)
     normal = jax.random.normal
-    return Variables({
-        'embed': normal(a, (vocab, units)),
-        'recur': 0.3 * normal(b, (units, units)),
-        'head': normal(c, (units, vocab)),
-    })
+    return Variables(
+        {
+            'embed': normal(a, (vocab, units)),
+            'recur': 0.3 * normal(b, (units, units)),
+            'head': normal(c, (units, vocab)),
+        }
+    )
 
   def apply(variables, batch, carry, rng, train):
     del rng, train
@@ -93,3 +100,158 @@ class Tokens:
         'weights': rng.integers(2, size=self._shape).astype(np.float32),
         'resets': rng.random(self._shape) < 0.2,
     }
+
+
+def statistics_model():
+  """Centres x by the batch in training and by a running mean in evaluation.
+
+  Counts its calls in training, in an integer that is no statistic.
+  """
+
+  def init(rng, batch):
+    del batch
+    kernel = jax.random.normal(rng, (FEATURES, CLASSES))
+    state = {'mean': jnp.zeros(FEATURES), 'calls': jnp.zeros((), jnp.int32)}
+    return Variables({'kernel': kernel}, state)
+
+  def apply(variables, batch, carry, rng, train):
+    del rng
+    x, state = batch['inputs'], variables.model_state
+    mean = state['mean']
+    if train:
+      mean = jnp.mean(x, axis=0)
+      state = {
+          'mean': 0.5 * (state['mean'] + mean),
+          'calls': state['calls'] + 1,
+      }
+    logits = (x - mean[None]) @ variables.params['kernel']
+    return logits, Updates(state, carry)
+
+  return Model(init, apply)
+
+
+def noise_model():
+  """Adds to the logits of each row a noise that it shows in the carry."""
+
+  def init(rng, batch):
+    del batch
+    return Variables({'kernel': jax.random.normal(rng, (FEATURES, CLASSES))})
+
+  def apply(variables, batch, carry, rng, train):
+    logits = batch['inputs'] @ variables.params['kernel']
+    if train:
+      carry = jax.random.uniform(rng, carry.shape)
+      logits = logits + carry[:, None] * jnp.eye(1, CLASSES)
+    return logits, Updates(variables.model_state, carry)
+
+  return Model(init, apply, lambda n: jnp.zeros((n,)))
+
+
+# One of each, so that what is compiled for one test serves others.
+TWO_LAYERS = from_linen(TwoLayers())
+RECURRENT = recurrent_model()
+STATISTICS = statistics_model()
+NOISE = noise_model()
+SGD = optax.sgd(1.0)  # The change of a parameter is its gradient.
+ADAM = optax.adam(1e-2)
+
+
+def stream_of(model, group_id=0):
+  """Weighted group batches of 8 rows that suit one of the models above."""
+  if model is RECURRENT:
+    return Tokens(8, group_id=group_id)
+  return Clusters(8, group_id=group_id, weights=True)
+
+
+@functools.cache
+def _template(model, tx, num_peers):
+  batch = stream_of(model).batch(0)
+  key = jax.random.PRNGKey(0)
+  return step_lib.init_state(model, tx, key, batch, num_peers=num_peers)
+
+
+@functools.cache
+def start(model, tx=SGD, seed=0, num_peers=1):
+  """A fresh state; another seed gives other parameters and another key."""
+  state = _template(model, tx, num_peers)
+  rng = np.random.default_rng(seed)
+  # By numpy: `init_state` would compile again for each seed.
+  params = jax.tree.map(
+      lambda x: rng.normal(0.0, 0.5, x.shape).astype(np.float32),
+      state.variables.params,
+  )
+  return state.replace(
+      variables=state.variables.replace(params=params),
+      rng=np.array([1, seed], np.uint32),
+  )
+
+
+def peers_of(model, count):
+  """Variables of peers, from other seeds than a test's students."""
+  return [start(model, seed=100 + n).variables for n in range(count)]
+
+
+def stacked(variables, present=None):
+  """`Teachers` of these variables."""
+  present = [1.0] * len(variables) if present is None else present
+  return Teachers(
+      jax.tree.map(lambda *xs: np.stack(xs), *variables),
+      np.array(present, np.float32),
+  )
+
+
+def replicated(model, tx=SGD, number=4):
+  """A new `PmapStep`; compiled anew."""
+  step = step_lib.make_train_step(model, tx, axis_name=REPLICA_AXIS)
+  # From the last device backwards: nothing may lean on the default order.
+  return PmapStep(step, jax.devices()[::-1][:number])
+
+
+_replicated = functools.cache(replicated)
+
+
+def on_replicas(model, tx=SGD, number=4):
+  """One `PmapStep` for all tests that do not count compilations."""
+  return _replicated(model, tx, number)  # By position: one key of the cache.
+
+
+@functools.cache
+def evaluated(model):
+  """`apply` in eval mode, compiled."""
+  return jax.jit(
+      lambda variables, batch, carry: model.apply(
+          variables, batch, carry, None, False
+      )
+  )
+
+
+@contextlib.contextmanager
+def compilations():
+  """Collects the names of the programs that XLA compiles meanwhile."""
+  names = []
+
+  def listener(event, seconds, **facts):
+    del seconds
+    if event == '/jax/core/compile/backend_compile_duration':
+      names.append(facts.get('fun_name'))
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def assert_same(a, b, **tolerance):
+  """Two trees have one structure and equal leaves; the same bits by default."""
+  (leaves_a, treedef_a), (leaves_b, treedef_b) = map(
+      jax.tree_util.tree_flatten_with_path, (a, b)
+  )
+  assert treedef_a == treedef_b
+  for (path, x), (_, y) in zip(leaves_a, leaves_b):
+    x, y, name = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
+    assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+    if tolerance:
+      np.testing.assert_allclose(x, y, **tolerance, err_msg=name)
+    else:
+      assert x.tobytes() == y.tobytes(), name

@@ -1,0 +1,471 @@
+"""The loop of one group, and groups together: algorithm 1 over a whole run."""
+
+import dataclasses
+import itertools
+import threading
+import time
+
+import algorithm1
+import jax
+import numpy as np
+import pytest
+import toy
+
+from codistill_jax.exchange import NoExchange, Plan
+from codistill_jax.group import prefetch, run_group
+from codistill_jax.memory_exchange import memory_exchanges
+from codistill_jax.schedules import distill_weight
+
+EVERY = 4
+TWO_LAYERS, RECURRENT = toy.TWO_LAYERS, toy.RECURRENT
+OPTIMISERS = {TWO_LAYERS: toy.SGD, RECURRENT: toy.ADAM}
+
+
+def shared_step(model):
+  return toy.on_replicas(model, OPTIMISERS[model])
+
+
+def start(model, group_id, num_peers=1):
+  return toy.start(model, OPTIMISERS[model], group_id, num_peers)
+
+
+def groups_of(model, exchanges, **kwargs):
+  """The generators of all groups."""
+  return [
+      run_group(
+          shared_step(model),
+          start(model, g, len(exchange.peers)),
+          toy.stream_of(model, g),
+          exchange=exchange,
+          **kwargs,
+      )
+      for g, exchange in enumerate(exchanges)
+  ]
+
+
+def in_turn(groups, order=None):
+  """Steps groups in turn; gives the results of each turn in group order."""
+  order = order or range(len(groups))
+  for turn in zip(*(groups[g] for g in order)):
+    yield [turn[list(order).index(g)] for g in range(len(groups))]
+
+
+def last(iterator):
+  *_, result = iterator
+  return result
+
+
+class Watched:
+  """An exchange that notes what it gives, by step."""
+
+  def __init__(self, exchange):
+    self.exchange = exchange
+    self.given = {}
+    self.peers = exchange.peers
+
+  @property
+  def in_use(self):
+    return self.exchange.in_use
+
+  def publish_if_due(self, step, variables):
+    return self.exchange.publish_if_due(step, variables)
+
+  def fetch(self, step):
+    self.given[step] = self.exchange.fetch(step)
+    return self.given[step]
+
+
+# -- algorithm 1 --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('num_groups', [2, 4])
+@pytest.mark.parametrize('staleness', [0, EVERY])
+def test_a_run_is_algorithm_1(num_groups, staleness):
+  burn_in, num_steps, weight = 6, 15, 0.8
+  plan = Plan(EVERY, 'lockstep', staleness)
+  groups = groups_of(
+      TWO_LAYERS,
+      memory_exchanges(num_groups, plan=plan),
+      num_steps=num_steps,
+      distill_weight=distill_weight(weight, burn_in),
+  )
+  expected, losses = algorithm1.train(
+      [
+          algorithm1.as_float64(start(TWO_LAYERS, g).variables.params)
+          for g in range(num_groups)
+      ],
+      lambda g, step: toy.stream_of(TWO_LAYERS, g).batch(step),
+      num_steps=num_steps,
+      burn_in_steps=burn_in,
+      every=EVERY,
+      weight=weight,
+      learning_rate=1.0,
+      staleness=staleness,
+  )
+  for turn, values in zip(in_turn(groups), losses, strict=True):
+    for result, (phi, psi) in zip(turn, values):
+      np.testing.assert_allclose(result.metrics['loss/task'], phi, rtol=1e-4)
+      found = result.metrics.get('loss/distill', 0.0)
+      np.testing.assert_allclose(found, psi, rtol=1e-4)
+  for result, theta in zip(turn, expected):
+    found = algorithm1.as_float64(result.state.variables.params)
+    toy.assert_same(found, theta, rtol=1e-4, atol=1e-5)
+
+
+# -- lockstep -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('order', [(2, 1, 0), (1, 2, 0)])
+def test_the_order_of_groups_does_not_matter(order):
+  def run(order):
+    exchanges = memory_exchanges(3, every=EVERY)
+    groups = groups_of(RECURRENT, exchanges, num_steps=11)
+    turn = last(in_turn(groups, order))
+    collect = shared_step(RECURRENT).collect
+    return [collect(result.state) for result in turn]
+
+  toy.assert_same(run(order), run((0, 1, 2)))
+
+
+def test_groups_may_be_apart_by_the_staleness():
+  plan = Plan(EVERY, 'lockstep', 2 * EVERY)
+  num_steps = 9 * EVERY
+
+  def run(pattern):
+    groups = groups_of(
+        RECURRENT, memory_exchanges(2, plan=plan), num_steps=num_steps
+    )
+    ends = {}
+    for g, turns in pattern:
+      for result in itertools.islice(groups[g], turns):
+        if result.step == num_steps:
+          ends[g] = shared_step(RECURRENT).collect(result.state)
+    return [ends[0], ends[1]]
+
+  even = [(0, 1), (1, 1)] * num_steps
+  # Each runs on until it needs what its peer has not published yet: the peer
+  # of a group at n is then anywhere from n - 3 * EVERY to n + 3 * EVERY.
+  far = 3 * EVERY
+  blocks = [(0, far), (1, 2 * far), (0, 2 * far), (1, far)]
+  toy.assert_same(run(blocks), run(even))
+
+
+@pytest.mark.parametrize('staleness', [0, EVERY, 3 * EVERY])
+def test_staleness_is_exactly_what_was_asked(staleness):
+  plan = Plan(EVERY, 'lockstep', staleness)
+  exchanges = [Watched(e) for e in memory_exchanges(2, plan=plan)]
+  groups = groups_of(TWO_LAYERS, exchanges, num_steps=20)
+  # What each group was, by step.
+  was = [
+      {0: jax.tree.map(np.array, start(TWO_LAYERS, g).variables)}
+      for g in range(2)
+  ]
+  for turn in in_turn(groups):
+    for g, result in enumerate(turn):
+      was[g][result.step] = jax.tree.map(np.array, result.state.variables)
+      own = result.step - 1  # Updates done before this one.
+      age = own % EVERY + staleness
+      teachers = exchanges[g].given[own]
+      if own - age <= 0:
+        # Nobody was taught by parameters that were never trained.
+        assert teachers is None
+        assert result.metrics['distill/weight'] == 0.0
+        assert 'loss/distill' not in result.metrics
+        assert 'exchange/staleness_steps' not in result.metrics
+        continue
+      assert result.metrics['distill/weight'] == 1.0
+      assert result.metrics['exchange/staleness_steps'] == age
+      assert result.metrics['exchange/staleness_steps_max'] == age
+      assert result.metrics['exchange/peers_present'] == 1.0
+      assert 0 <= result.metrics['exchange/staleness_seconds'] < 60
+      # Not the label alone: the very numbers of the peer.
+      peer = jax.tree.map(lambda x: x[0], teachers.variables)
+      toy.assert_same(peer, was[1 - g][own - age])
+
+
+def test_a_teacher_keeps_its_carry_when_its_parameters_are_swapped():
+  exchanges = [Watched(e) for e in memory_exchanges(2, every=EVERY)]
+  groups = groups_of(RECURRENT, exchanges, num_steps=11)
+  evaluated = jax.jit(
+      lambda *args: RECURRENT.apply(*args, None, False)[1].carry
+  )
+  before = np.zeros((8, 6), np.float32)
+  for result, _ in in_turn(groups):
+    state = shared_step(RECURRENT).collect(result.state)
+    teachers = exchanges[0].given[result.step - 1]
+    if teachers is None:
+      assert not np.any(state.teacher_carry)
+      continue
+    teacher = jax.tree.map(lambda x: x[0], teachers.variables)
+    batch = toy.stream_of(RECURRENT, 0).batch(result.step - 1)
+    np.testing.assert_allclose(
+        state.teacher_carry[0],
+        evaluated(teacher, batch, before),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    before = state.teacher_carry[0]
+  assert len({id(t) for t in exchanges[0].given.values() if t}) == 2
+
+
+# -- burn-in and compilations -------------------------------------------------
+
+
+def test_burn_in_neither_fetches_nor_teaches():
+  exchanges = [Watched(e) for e in memory_exchanges(2, every=EVERY)]
+  groups = groups_of(
+      TWO_LAYERS,
+      exchanges,
+      num_steps=12,
+      distill_weight=distill_weight(0.5, 9),
+  )
+  for turn in in_turn(groups):
+    for exchange, result in zip(exchanges, turn):
+      taught = result.step > 9
+      assert list(exchange.given) == list(range(9, result.step))
+      assert result.metrics['distill/weight'] == (0.5 if taught else 0.0)
+      # With None for teachers, of which step_test says that nothing is
+      # evaluated.
+      assert ('loss/distill' in result.metrics) == taught
+      assert ('exchange/staleness_steps' in result.metrics) == taught
+
+
+class Flickering(Watched):
+  """An exchange whose second peer, and then both, are gone for a while."""
+
+  def fetch(self, step):
+    teachers = super().fetch(step)
+    if 14 <= step < 16:
+      teachers = None
+    elif 10 <= step < 14:
+      teachers = dataclasses.replace(teachers, present_P=np.float32([1, 0]))
+    self.given[step] = teachers
+    return teachers
+
+
+def test_a_run_compiles_its_step_twice():
+  # Burn-in and codistillation; not for a weight that rises in a ramp, a peer
+  # that vanishes and comes back, new teachers, another group, or a resumption.
+  step = toy.replicated(RECURRENT, toy.ADAM)
+  streams = [toy.stream_of(RECURRENT, g) for g in range(3)]
+  states = [start(RECURRENT, g, num_peers=2) for g in range(3)]
+  exchanges = [Flickering(e) for e in memory_exchanges(3, every=EVERY)]
+
+  def run(states, num_steps):
+    groups = [
+        run_group(
+            step,
+            state,
+            stream,
+            num_steps=num_steps,
+            exchange=exchange,
+            distill_weight=distill_weight(1.0, 6, ramp_steps=8),
+        )
+        for state, stream, exchange in zip(states, streams, exchanges)
+    ]
+    return [[r.metrics['distill/weight'] for r in t] for t in in_turn(groups)]
+
+  with toy.compilations() as programs:
+    weights = run(states, 22)
+    # Everything that XLA compiled meanwhile, whatever its name.
+    assert len(programs) == 2, programs
+    assert step.num_traces == 2
+    half = jax.tree.map(np.array, states)
+    half = [state.replace(step=np.int32(20)) for state in half]
+    run(half, 22)
+    assert len(programs) == 2, programs
+  # Or nothing of the kind has happened.
+  assert len({first for first, *_ in weights}) == 1 + 9  # 0, a ramp, 1.
+  given = exchanges[0].given.values()
+  assert {t and float(t.present_P.sum()) for t in given} == {None, 1.0, 2.0}
+
+
+def test_the_counter_of_compilations_counts():
+  # Or the test above could not fail.
+  step, batch = toy.replicated(TWO_LAYERS), toy.stream_of(TWO_LAYERS).batch(0)
+  state = step.place(start(TWO_LAYERS, 0))
+  small = {key: x[:4] for key, x in batch.items()}
+  with toy.compilations() as programs:
+    for one in (batch, batch, small, batch):
+      state, _ = step(state, one, None, 0.0)
+  assert len(programs) == step.num_traces == 2
+
+
+# -- the loop -----------------------------------------------------------------
+
+
+class Recorded:
+  """A stream that notes what it was asked for; fails at one step."""
+
+  def __init__(self, stream, fails_at=None):
+    self.stream = stream
+    self.asked = []
+    self.fails_at = fails_at
+
+  def batch(self, step):
+    self.asked.append(step)
+    if step == self.fails_at:
+      raise OSError('no such shard')
+    return self.stream.batch(step)
+
+
+def test_a_run_makes_exactly_the_updates_that_were_asked():
+  stream = Recorded(toy.stream_of(TWO_LAYERS, 0))
+  step = shared_step(TWO_LAYERS)
+  results = list(run_group(step, start(TWO_LAYERS, 0), stream, num_steps=7))
+  assert [r.step for r in results] == list(range(1, 8))
+  assert stream.asked == list(range(7))
+  assert int(results[-1].state.step) == 7
+  again = step.collect(results[-1].state)
+  assert not list(run_group(step, again, stream, num_steps=7))
+  assert stream.asked == list(range(7))
+
+
+@pytest.mark.parametrize('model', [TWO_LAYERS, RECURRENT])
+def test_a_run_resumes_from_a_collected_state_to_the_same_bits(model):
+  step = shared_step(model)
+  run = lambda state: run_group(
+      step, state, toy.stream_of(model, 0), num_steps=9
+  )
+  states = [step.collect(result.state) for result in run(start(model, 0))]
+  resumed = [step.collect(result.state) for result in run(states[3])]
+  toy.assert_same(resumed, states[4:])
+
+
+def test_a_start_state_serves_more_than_one_run():
+  # It is neither donated nor altered.
+  step, state = shared_step(TWO_LAYERS), start(TWO_LAYERS, 0)
+  kept = jax.tree.map(np.array, state)
+  ends = []
+  for _ in range(2):
+    stream = toy.stream_of(TWO_LAYERS, 0)
+    result = last(run_group(step, state, stream, num_steps=3))
+    ends.append(step.collect(result.state))
+  toy.assert_same(*ends)
+  toy.assert_same(state, kept)
+
+
+def test_alone_and_without_a_weight_are_plain_training():
+  step, stream = shared_step(TWO_LAYERS), toy.stream_of(TWO_LAYERS, 0)
+  alone = last(run_group(step, start(TWO_LAYERS, 0), stream, num_steps=9))
+  found = alone.metrics
+  assert found['distill/weight'] == 0.0 and 'loss/distill' not in found
+  assert found['exchange/stall_ms'] >= 0.0
+  groups = groups_of(
+      TWO_LAYERS,
+      memory_exchanges(2, every=EVERY),
+      num_steps=9,
+      distill_weight=distill_weight(0.0),
+  )
+  unweighted, _ = last(in_turn(groups))
+  toy.assert_same(*(step.collect(r.state) for r in (alone, unweighted)))
+
+
+class Slow(NoExchange):
+  """Holds the loop for 30 ms in each turn."""
+
+  def fetch(self, step):
+    time.sleep(0.02)
+
+  def publish_if_due(self, step, variables):
+    time.sleep(0.01)
+
+
+def test_the_stall_is_the_time_that_the_exchange_held_the_loop():
+  for result in run_group(
+      shared_step(TWO_LAYERS),
+      start(TWO_LAYERS, 0),
+      toy.stream_of(TWO_LAYERS, 0),
+      num_steps=2,
+      exchange=Slow(),
+  ):
+    assert 30.0 <= result.metrics['exchange/stall_ms'] < 1000.0
+
+
+def test_what_a_stream_raises_comes_up_at_its_own_step():
+  stream = Recorded(toy.stream_of(TWO_LAYERS, 0), fails_at=4)
+  run = run_group(
+      shared_step(TWO_LAYERS), start(TWO_LAYERS, 0), stream, num_steps=9
+  )
+  seen = []
+  with pytest.raises(OSError, match='no such shard'):
+    seen.extend(result.step for result in run)
+  assert seen == [1, 2, 3, 4]  # What was loaded before is not lost.
+  until(lambda: not loaders())
+
+
+def loaders():
+  return [t for t in threading.enumerate() if t.name.startswith('load')]
+
+
+def until(condition):
+  deadline = time.monotonic() + 10
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+class Numbers:
+  """A stream of step numbers; waits for leave to give the later ones."""
+
+  def __init__(self, free=0):
+    self.asked = []
+    self.free = free
+    self.leave = threading.Event()
+
+  def batch(self, step):
+    self.asked.append(step)
+    if step >= self.free:
+      assert self.leave.wait(10)
+    return {'step': step}
+
+
+def test_prefetch_keeps_order_and_makes_no_batch_too_many():
+  stream = Numbers(free=99)
+  assert [b['step'] for b in prefetch(stream, 3, 9)] == list(range(3, 9))
+  assert stream.asked == list(range(3, 9))
+  assert list(prefetch(stream, 9, 9)) == []
+  assert [b['step'] for b in prefetch(stream, 8, 9)] == [8]
+
+
+def test_prefetch_loads_ahead_but_not_far():
+  stream = Numbers(free=99)
+  batches = prefetch(stream, 0, 50)
+  assert next(batches) == {'step': 0}
+  until(lambda: len(stream.asked) >= 3)  # While the first is in use.
+  time.sleep(0.05)
+  assert stream.asked == [0, 1, 2]
+  batches.close()
+
+
+def test_a_generator_that_is_closed_early_loads_no_more():
+  until(lambda: not loaders())  # Of tests before.
+  stream = Numbers(free=1)
+  batches = prefetch(stream, 0, 50)
+  next(batches)
+  until(lambda: stream.asked == [0, 1])
+  batches.close()  # Returns though a batch is under way.
+  stream.leave.set()
+  until(lambda: not loaders())
+  assert stream.asked == [0, 1]
+
+
+def test_a_run_that_is_left_early_leaves_no_thread():
+  until(lambda: not loaders())
+  stream = Recorded(toy.stream_of(TWO_LAYERS, 0))
+  run = run_group(
+      shared_step(TWO_LAYERS), start(TWO_LAYERS, 0), stream, num_steps=50
+  )
+  next(run)
+  assert loaders()
+  run.close()
+  until(lambda: not loaders())
+  assert len(stream.asked) <= 4
+
+
+def test_what_an_exchange_raises_ends_the_run():
+  run = groups_of(TWO_LAYERS, memory_exchanges(2, every=EVERY), num_steps=9)[0]
+  steps = []
+  with pytest.raises(TimeoutError, match='group 1 has not published step 4'):
+    steps.extend(result.step for result in run)
+  assert steps == [1, 2, 3, 4]

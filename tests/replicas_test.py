@@ -1,0 +1,275 @@
+"""Replicas: four devices on a group batch are one device on all of it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from codistill_jax import replicas
+from codistill_jax import step as step_lib
+from codistill_jax.base import ALONE
+
+NUM_REPLICAS = 4
+TWO_LAYERS, RECURRENT = toy.TWO_LAYERS, toy.RECURRENT
+STATISTICS, NOISE = toy.STATISTICS, toy.NOISE
+SGD, ADAM = toy.SGD, toy.ADAM
+
+
+def uneven(batch):
+  """Padding that falls on some replicas: the first has nothing else."""
+  weights = np.array(batch['weights'])
+  weights[:2] = 0.0
+  weights[2:4] = 1.0
+  weights[5] = 2.5
+  return {**batch, 'weights': weights}
+
+
+def teachers_of(model, present=(1, 1)):
+  return toy.stacked(toy.peers_of(model, len(present)), present)
+
+
+@functools.cache
+def on_one_device(model, tx=SGD):
+  return jax.jit(step_lib.make_train_step(model, tx))
+
+
+CASES = {
+    'sgd': (TWO_LAYERS, SGD, (1, 1)),
+    'absent': (TWO_LAYERS, SGD, (0, 1)),
+    'burn-in': (TWO_LAYERS, SGD, None),
+    'adam': (TWO_LAYERS, ADAM, (1, 1)),
+    'recurrent': (RECURRENT, SGD, (1, 1)),
+    'recurrent-absent': (RECURRENT, ADAM, (1, 0)),
+    'recurrent-burn-in': (RECURRENT, ADAM, None),
+}
+
+
+@pytest.mark.parametrize('model, tx, present', CASES.values(), ids=CASES)
+def test_replicas_agree_with_one_device_on_the_whole_batch(model, tx, present):
+  one, many = on_one_device(model, tx), toy.on_replicas(model, tx)
+  state, stream = toy.start(model, tx, num_peers=2), toy.stream_of(model)
+  teachers = present and teachers_of(model, present)
+  placed = teachers and many.place_teachers(teachers)
+  replicated = many.place(state)
+  for step in range(3):
+    batch = uneven(stream.batch(step))
+    before = state.variables.params
+    state, metrics = one(state, batch, teachers, 0.7)
+    replicated, found = many(replicated, batch, placed, 0.7)
+    collected = many.collect(replicated)
+    # The scale of each array's gradient is its largest value.
+    for whole, part, old in zip(
+        *map(
+            jax.tree.leaves,
+            (state.variables.params, collected.variables.params, before),
+        )
+    ):
+      change = np.asarray(whole - old)
+      np.testing.assert_allclose(
+          part - old, change, rtol=1e-5, atol=1e-5 * np.abs(change).max()
+      )
+    toy.assert_same(collected, state, rtol=1e-5, atol=1e-6)
+    toy.assert_same(dict(found), dict(metrics), rtol=1e-5)
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_any_number_of_replicas_gives_the_same(number):
+  few, many = (toy.on_replicas(RECURRENT, number=n) for n in (number, 4))
+  teachers, batch = teachers_of(RECURRENT), toy.Tokens(8).batch(0)
+  results = []
+  for step in (few, many):
+    state, _ = step(
+        step.place(toy.start(RECURRENT, num_peers=2)),
+        batch,
+        step.place_teachers(teachers),
+        1.0,
+    )
+    results.append(step.collect(state))
+  toy.assert_same(*results, rtol=1e-5, atol=1e-6)
+  assert few.num_replicas == number
+
+
+def test_replicas_hold_the_same_bits_after_a_step():
+  # out_axes=None does not check it.
+  step = toy.on_replicas(RECURRENT, ADAM)
+  state = step.place(toy.start(RECURRENT, ADAM, num_peers=2))
+  batch = uneven(toy.Tokens(8).batch(0))
+  teachers = step.place_teachers(teachers_of(RECURRENT))
+  state, metrics = step(state, batch, teachers, 1.0)
+  shared = (state.step, state.variables, state.opt_state, state.rng, metrics)
+  for leaf in jax.tree.leaves(shared):
+    first, *others = [np.asarray(s.data) for s in leaf.addressable_shards]
+    assert len(others) == NUM_REPLICAS - 1
+    assert all(first.tobytes() == other.tobytes() for other in others)
+
+
+def test_running_statistics_are_averaged_over_replicas():
+  step, batch = toy.on_replicas(STATISTICS), toy.Clusters(8).batch(0)
+  state, _ = step(step.place(toy.start(STATISTICS)), batch, None, 0.0)
+  found = step.collect(state).variables.model_state
+  parts = np.split(batch['inputs'], NUM_REPLICAS)
+  expected = np.mean([part.mean(axis=0) / 2 for part in parts], axis=0)
+  np.testing.assert_allclose(found['mean'], expected, rtol=1e-5, atol=1e-7)
+  assert found['calls'] == 1 and found['calls'].dtype == np.int32
+
+
+def test_randomness_differs_by_replica_and_by_step():
+  step, batch = toy.on_replicas(NOISE), toy.Clusters(8).batch(0)
+  state = step.place(toy.start(NOISE))
+  seen = []
+  for _ in range(3):
+    state, _ = step(state, batch, None, 0.0)
+    seen.append(step.collect(state).carry)
+    np.testing.assert_array_equal(step.collect(state).rng, toy.start(NOISE).rng)
+  # Also within a replica: rows have noise of their own.
+  assert len(np.unique(seen)) == 3 * 8
+  again, _ = step(step.place(toy.start(NOISE)), batch, None, 0.0)
+  np.testing.assert_array_equal(step.collect(again).carry, seen[0])
+
+
+def test_the_first_replica_draws_what_a_single_one_would():
+  # A run of one replica is then a function of its seed in jit and pmap alike.
+  batch = toy.Clusters(8).batch(0)
+  step = toy.on_replicas(NOISE, number=1)
+  state, _ = step(step.place(toy.start(NOISE)), batch, None, 0.0)
+  alone, _ = on_one_device(NOISE)(toy.start(NOISE), batch, None, 0.0)
+  toy.assert_same(step.collect(state).carry, alone.carry)
+
+
+def some_state():
+  """A state whose carries differ in every row."""
+  number = lambda x: np.arange(np.size(x), dtype=np.float32).reshape(x.shape)
+  state = toy.start(RECURRENT, ADAM, num_peers=2)
+  return state.replace(
+      step=np.int32(5),
+      carry=number(state.carry),
+      teacher_carry=number(state.teacher_carry),
+  )
+
+
+def test_collect_is_the_inverse_of_place():
+  step, state = toy.on_replicas(RECURRENT, ADAM), some_state()
+  placed = step.place(state)
+  # Two rows each, of the student and of both teachers.
+  assert placed.carry.shape == (4, 2, 6)
+  assert placed.teacher_carry.shape == (4, 2, 2, 6)
+  np.testing.assert_array_equal(
+      placed.teacher_carry[1], state.teacher_carry[:, 2:4]
+  )
+  collected = step.collect(placed)
+  assert all(type(x) is np.ndarray for x in jax.tree.leaves(collected))
+  toy.assert_same(collected, state)
+  toy.assert_same(step.collect(step.place(collected)), state)
+
+
+def test_place_takes_states_from_anywhere_and_leaves_them_alone():
+  # A committed array, such as a restored one; the state of fewer replicas.
+  step, fewer = (toy.on_replicas(RECURRENT, ADAM, n) for n in (4, 2))
+  state = some_state()
+  sources = {
+      'numpy': jax.tree.map(np.array, state),
+      'committed': jax.device_put(state, jax.devices()[1]),
+      'two replicas': fewer.collect(fewer.place(state)),
+  }
+  batch = toy.Tokens(8).batch(0)
+  expected, _ = step(step.place(state), batch, None, 0.0)
+  for source in sources.values():
+    after, _ = step(step.place(source), batch, None, 0.0)
+    toy.assert_same(step.collect(after), step.collect(expected))
+    toy.assert_same(source, state)
+
+
+def test_what_is_collected_outlives_the_donated_state():
+  step = toy.on_replicas(RECURRENT, ADAM)
+  state = step.place(toy.start(RECURRENT, ADAM, num_peers=2))
+  stream = toy.Tokens(8)
+  state, _ = step(state, stream.batch(0), None, 0.0)
+  collected = step.collect(state)
+  kept = jax.tree.map(np.copy, collected)
+  for n in range(1, 4):
+    state, _ = step(state, stream.batch(n), None, 0.0)
+  toy.assert_same(collected, kept)
+  assert np.any(step.collect(state).carry != kept.carry)
+
+
+def test_the_state_passed_in_is_donated():
+  step = toy.on_replicas(TWO_LAYERS)
+  state = step.place(toy.start(TWO_LAYERS))
+  step(state, toy.stream_of(TWO_LAYERS).batch(0), None, 0.0)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.variables))
+
+
+def test_teachers_that_are_there_are_not_moved_again():
+  step = toy.on_replicas(TWO_LAYERS)
+  placed = step.place_teachers(teachers_of(TWO_LAYERS))
+  for again, leaf in zip(
+      jax.tree.leaves(step.place_teachers(placed)), jax.tree.leaves(placed)
+  ):
+    assert again is leaf
+    assert len(leaf.addressable_shards) == NUM_REPLICAS
+
+
+def test_teachers_survive_the_step():
+  step = toy.on_replicas(TWO_LAYERS)
+  state = step.place(toy.start(TWO_LAYERS))
+  placed = step.place_teachers(teachers_of(TWO_LAYERS))
+  for n in range(2):
+    state, _ = step(state, toy.stream_of(TWO_LAYERS).batch(n), placed, 1.0)
+  toy.assert_same(placed, teachers_of(TWO_LAYERS))
+
+
+@pytest.mark.parametrize('group_batch', [0, -4, 6])
+def test_a_group_batch_that_cannot_be_shared_is_refused(group_batch):
+  with pytest.raises(ValueError, match=rf'group_batch={group_batch} .*4 rep'):
+    replicas.check_group_batch(group_batch, 4)
+  replicas.check_group_batch(8, 4)
+
+
+def test_rows_that_cannot_be_shared_are_refused_one_line_each():
+  message = re.escape(
+      'group_batch=6 is not divisible by the 4 replicas of the group; set'
+      ' group_batch to a multiple of 4'
+  )
+  step = toy.on_replicas(RECURRENT)
+  six = step_lib.init_state(
+      RECURRENT,
+      SGD,
+      jax.random.PRNGKey(0),
+      toy.Tokens(6).batch(0),
+  )
+  with pytest.raises(ValueError, match=f'^{message}$'):
+    step.place(six)
+  state = step.place(toy.start(RECURRENT, num_peers=2))
+  with pytest.raises(ValueError, match=f'^{message}$'):
+    step(state, toy.Tokens(6).batch(0), None, 0.0)
+
+
+def test_a_group_of_one_process_loads_all_rows_and_decides_alone():
+  assert replicas.process_rows(8) is None
+  assert replicas.agreement() is ALONE
+
+
+def test_default_devices_are_all():
+  step = step_lib.make_train_step(
+      TWO_LAYERS,
+      SGD,
+      axis_name=replicas.REPLICA_AXIS,
+  )
+  assert replicas.PmapStep(step).num_replicas == jax.device_count() == 4
+
+
+def test_weights_may_be_integers_or_missing():
+  # Each dtype is a program of its own, but the update is the same.
+  step, batch = toy.on_replicas(TWO_LAYERS), toy.stream_of(TWO_LAYERS).batch(0)
+  plain = {k: x for k, x in batch.items() if k != 'weights'}
+  ones = {**plain, 'weights': np.ones(8, np.int32)}
+  results = []
+  for one in (plain, ones):
+    state, _ = step(step.place(toy.start(TWO_LAYERS)), one, None, 0.0)
+    results.append(step.collect(state))
+  toy.assert_same(*results, rtol=1e-6)
+  assert np.any(jnp.abs(results[0].variables.params['Dense_0']['bias']) > 0)

@@ -124,6 +124,7 @@ def make_train_step(
     if teachers is None:
       teacher_logits, teacher_carry = None, state.teacher_carry
     else:
+      _check_carries(state, teachers)
       # Outside the differentiated function: no residual of a teacher is kept.
       teacher_logits, teacher_carry = _teacher_logits(
           model, teachers, batch, state.teacher_carry
@@ -217,6 +218,19 @@ def example_weights(batch: Batch) -> jax.Array:
 def _weighted_sum(values: Array, weights: Array) -> jax.Array:
   # A value of weight 0 is ignored, be it NaN: padding holds anything.
   return jnp.sum(jnp.where(weights == 0, 0.0, values) * weights)
+
+
+def _check_carries(state: TrainState, teachers: Teachers) -> None:
+  """Raises ValueError if the state was made for another number of peers."""
+  if not jax.tree.leaves(state.carry):
+    return
+  made_for = max(map(len, jax.tree.leaves(state.teacher_carry)), default=0)
+  num_peers = len(teachers.present_P)
+  if made_for != num_peers:
+    raise ValueError(
+        f'the state has recurrent states for {made_for} teachers, but there'
+        f' are {num_peers}; give init_state num_peers={num_peers}'
+    )
 
 
 def _teacher_logits(

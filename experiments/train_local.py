@@ -82,7 +82,12 @@ def main(argv: Sequence[str]) -> None:
   if _REPORT.value:
     for binary in ('evaluate', 'report'):
       command = [sys.executable, '-m', f'experiments.{binary}']
-      subprocess.run([*command, f'--workdir={_WORKDIR.value}'], check=True)
+      status = subprocess.call([*command, f'--workdir={_WORKDIR.value}'])
+      if status:
+        raise ValueError(
+            f'all groups are trained, but experiments.{binary} ended with'
+            f' status {status}; see above, and start it again by itself'
+        )
 
 
 def _command(workdir: str, group_id: int, replicas: int) -> list[str]:

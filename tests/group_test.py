@@ -14,6 +14,7 @@ import toy
 from codistill_jax.exchange import NoExchange, Plan
 from codistill_jax.group import prefetch, run_group
 from codistill_jax.memory_exchange import memory_exchanges
+from codistill_jax.replicas import PmapStep
 from codistill_jax.schedules import distill_weight
 
 EVERY = 4
@@ -206,6 +207,32 @@ def test_a_teacher_keeps_its_carry_when_its_parameters_are_swapped():
     )
     before = state.teacher_carry[0]
   assert len({id(t) for t in exchanges[0].given.values() if t}) == 2
+
+
+def test_teachers_go_to_the_devices_once_per_exchange(monkeypatch):
+  step, placed, used = shared_step(TWO_LAYERS), [], []
+
+  def place_teachers(teachers):
+    placed.append(PmapStep.place_teachers(step, teachers))
+    return placed[-1]
+
+  def call(self, state, batch, teachers, weight):
+    used.append(teachers)
+    return plain(self, state, batch, teachers, weight)
+
+  plain = PmapStep.__call__
+  monkeypatch.setattr(step, 'place_teachers', place_teachers, raising=False)
+  monkeypatch.setattr(PmapStep, '__call__', call)
+  groups = groups_of(
+      TWO_LAYERS, memory_exchanges(2, every=EVERY), num_steps=3 * EVERY
+  )
+  for _ in in_turn(groups):
+    pass
+  assert len(placed) == 2 * 2  # Two groups, two exchanges with teachers.
+  mine = used[::2]
+  assert mine[:EVERY] == [None] * EVERY
+  assert all(t is placed[0] for t in mine[EVERY : 2 * EVERY])
+  assert all(t is placed[2] for t in mine[2 * EVERY :])
 
 
 # -- burn-in and compilations -------------------------------------------------

@@ -194,6 +194,20 @@ def test_burn_in_advances_no_teacher():
   assert np.any(after.carry) and not np.any(after.teacher_carry)
 
 
+@pytest.mark.parametrize('num_peers', [0, 1, 3])
+def test_a_state_for_another_number_of_peers_is_refused(num_peers):
+  state, batch = toy.start(RECURRENT, num_peers=num_peers), toy.Tokens(8).batch(
+      0
+  )
+  teachers = toy.stacked(toy.peers_of(RECURRENT, 2))
+  message = (
+      f'^the state has recurrent states for {num_peers} teachers, but there are'
+      ' 2; give init_state num_peers=2'
+  )
+  with pytest.raises(ValueError, match=message):
+    compiled(RECURRENT)(state, batch, teachers, 1.0)
+
+
 def test_teachers_may_be_held_in_bfloat16():
   batch = toy.Tokens().batch(0)
   state = toy.start(RECURRENT, num_peers=1)

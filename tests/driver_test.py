@@ -1,0 +1,455 @@
+"""What surrounds the loop: resume, records, evaluation, saving, stopping."""
+
+import functools
+import json
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_run
+import toy
+
+from codistill_jax import base, gin_utils, run_directory, storage, writers
+from codistill_jax import experiment as experiment_lib
+from codistill_jax.checkpoint_exchange import Interrupted
+from codistill_jax.exchange import NoExchange
+from codistill_jax.publications import Publication
+from experiments import cli, driver
+
+BATCH, STEPS = 4, 12
+MODEL = toy.recurrent_model(units=4)
+TASK = base.Task(
+    train_stream=lambda group_id, group_batch, **_: toy.Tokens(
+        group_batch, group_id=group_id
+    ),
+    eval_batches=lambda rows: [toy.Tokens(rows).batch(n) for n in (0, 1)],
+    num_classes=7,
+    identity={'task': 'toy'},
+    example_name='token',
+)
+
+
+def make_experiment(**kwargs):
+  defaults = {
+      'task': TASK,
+      'model': lambda num_classes: MODEL,
+      'optimizer': optax.adam(1e-2),
+      'num_steps': STEPS,
+      'group_batch': BATCH,
+      'log_every': 2,
+      'eval_every': 6,
+      'eval_batch': 2,
+      'checkpoint_every': 4,
+  }
+  return experiment_lib.Experiment(**{**defaults, **kwargs})
+
+
+@pytest.fixture(scope='module')
+def train_step():
+  """Compiled once for all tests."""
+  return experiment_lib.make_replicated_step(
+      make_experiment(), MODEL, jax.devices()[:2]
+  )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def compile_once():
+  """What every start of a group compiles takes longer than these runs."""
+  states = {}
+  init_state = driver.step_lib.init_state
+
+  def init(model, tx, rng, batch, **kwargs):
+    key = (id(model), tuple(kwargs.items()))
+    if key not in states:
+      states[key] = base.host_copy(init_state(model, tx, rng, batch, **kwargs))
+    return states[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(driver.step_lib, 'init_state', init)
+    patch.setattr(
+        driver.step_lib,
+        'make_eval_step',
+        functools.cache(driver.step_lib.make_eval_step),
+    )
+    yield
+
+
+@pytest.fixture
+def make_job(train_step, tmp_path):
+  def make(name='run', *, stop=lambda: False, agreement=base.ALONE, **kwargs):
+    return driver.Job(
+        experiment=make_experiment(**kwargs),
+        model=MODEL,
+        train_step=train_step,
+        workdir=str(tmp_path / name),
+        group_id=0,
+        num_groups=1,
+        stop=stop,
+        agreement=agreement,
+    )
+
+  gin_utils.parse([])
+  return make
+
+
+def run(job, exchange=None, steps=None):
+  """Trains; the steps it went through."""
+  done = [] if steps is None else steps
+  for step in driver.train(
+      job,
+      lambda variables: exchange or NoExchange(),
+      driver.group_writer(job, progress=False),
+  ):
+    done.append(step)
+  return done
+
+
+def checkpoint_steps(job):
+  return storage.completed_steps(run_directory.checkpoints_dir(job.workdir, 0))
+
+
+def records_of(job):
+  path = run_directory.metrics_path(job.workdir, 0)
+  return run_directory.read_metrics(path).records
+
+
+class StopAt:
+  """Asked to stop from the n-th look on."""
+
+  signal_number = signal.SIGTERM
+
+  def __init__(self, looks):
+    self._looks = looks
+
+  def __call__(self):
+    self._looks -= 1
+    return self._looks < 0
+
+
+def arrays(job, step=STEPS):
+  return tiny_run.arrays_of(run_directory.checkpoints_dir(job.workdir, 0), step)
+
+
+def test_a_run_leaves_what_the_contract_says(make_job):
+  job = make_job()
+  assert run(job) == list(range(1, STEPS + 1))
+  assert checkpoint_steps(job) == [4, 8, 12]
+  assert run_directory.done_path(job.workdir, 0).exists()
+  assert run_directory.config_path(job.workdir).exists()
+  training = [r for r in records_of(job) if 'loss/task' in r]
+  assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
+  assert [r['step'] for r in records_of(job) if 'eval/loss' in r] == [6, 12]
+  for record in training:
+    assert record['perf/examples_per_sec'] == pytest.approx(
+        record['perf/steps_per_sec'] * BATCH * 3
+    )
+  status = run_directory.read_status(job.workdir, 0)
+  assert (status['step'], status['phase']) == (STEPS, 'done')
+
+
+def test_the_last_step_is_evaluated_and_saved_wherever_it_falls(make_job):
+  job = make_job(num_steps=7, eval_every=5, checkpoint_every=100)
+  run(job)
+  assert [r['step'] for r in records_of(job) if 'eval/loss' in r] == [5, 7]
+  assert checkpoint_steps(job) == [7]
+
+
+def test_a_finished_run_is_left_alone(make_job, tmp_path):
+  job = make_job()
+  run(job)
+  before = tiny_run.snapshot(tmp_path)
+  assert run(job) == []
+  assert tiny_run.snapshot(tmp_path) == before
+
+
+def stop_and_resume(make_job, looks):
+  with pytest.raises(cli.Stopped) as e:
+    run(make_job(stop=StopAt(looks)))
+  return e.value
+
+
+# A pass over the two validation batches, at step 6, looks twice.
+@pytest.mark.parametrize('looks, at', [(0, 1), (4, 5), (8, 7)])
+def test_a_stopped_run_ends_with_the_same_bits(make_job, looks, at):
+  """Also the recurrent state and the moments of the optimiser go on."""
+  straight = make_job('straight')
+  run(straight)
+  error = stop_and_resume(make_job, looks)
+  assert error.exit_status == 143
+  assert f'stopped and saved at step {at}' in str(error)
+  job = make_job()
+  assert checkpoint_steps(job)[-1] == at
+  assert not run_directory.done_path(job.workdir, 0).exists()
+  assert run(job) == list(range(at + 1, STEPS + 1))
+  tiny_run.assert_same_bits(arrays(job), arrays(straight))
+  evaluations = [
+      run_directory.series(records_of(one), 'eval/loss')
+      for one in (job, straight)
+  ]
+  assert evaluations[0] == evaluations[1]
+  steps = [r['step'] for r in records_of(job) if 'loss/task' in r]
+  assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_record_is_the_mean_since_the_last_one(make_job):
+  one, two = make_job('one', log_every=1), make_job('two', log_every=3)
+  for job in (one, two):
+    run(job)
+  steps, each = run_directory.series(records_of(one), 'loss/task')
+  assert steps == list(range(1, STEPS + 1))
+  # A record is due at a checkpoint, too: at 4 and 8.
+  steps, means = run_directory.series(records_of(two), 'loss/task')
+  assert steps == [3, 4, 6, 8, 9, 12]
+  for start, stop, mean in zip([0, *steps], steps, means):
+    assert mean == pytest.approx(np.mean(each[start:stop]), rel=1e-6)
+
+
+def test_records_after_the_checkpoint_are_written_once(make_job, monkeypatch):
+  """As after a kill: metrics go on beyond what was saved."""
+  job = make_job()
+  turns = driver.train(
+      job, lambda v: NoExchange(), driver.group_writer(job, progress=False)
+  )
+  for step in turns:
+    if step == 7:
+      break
+  turns.close()
+  assert [r['step'] for r in records_of(job)] == [2, 4, 6, 6]
+  assert run(make_job()) == [5, 6, 7, 8, 9, 10, 11, 12]
+  steps = [r['step'] for r in records_of(job) if 'loss/task' in r]
+  assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_kill_between_last_checkpoint_and_done_costs_nothing(make_job):
+  job = make_job()
+  run(job)
+  run_directory.done_path(job.workdir, 0).unlink()
+  before = arrays(job)
+  assert run(job) == []
+  assert run_directory.done_path(job.workdir, 0).exists()
+  tiny_run.assert_same_bits(arrays(job), before)
+
+
+def test_evaluation_gives_way_to_a_stop_request(make_job):
+  with pytest.raises(cli.Stopped):
+    run(make_job(stop=StopAt(5)))  # At step 6, where one is due.
+  assert not [r for r in records_of(make_job()) if 'eval/loss' in r]
+
+
+def test_the_operative_configuration_is_written_once(make_job):
+  job = make_job()
+  path = run_directory.config_path(job.workdir)
+  run_directory.write_bytes(path, b'of the first start')
+  run(job)
+  assert path.read_text() == 'of the first start'
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
+  class Poisoned(toy.Tokens):
+
+    def batch(self, step):
+      batch = super().batch(step)
+      if step >= 5:
+        batch['weights'] = np.full_like(batch['weights'], np.inf)
+      return batch
+
+  task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
+  job = make_job(task=task)
+  with pytest.raises(FloatingPointError, match='nan at step 6; lower the'):
+    run(job)
+  assert checkpoint_steps(job) == [4]
+  # A run that only looks at its loss when it saves does not save it either.
+  job = make_job('rarely', task=task, log_every=100)
+  with pytest.raises(FloatingPointError, match='step 8'):
+    run(job)
+  assert checkpoint_steps(job) == [4]
+
+
+class Recorder(NoExchange):
+  """Remembers what it was told."""
+
+  def __init__(self, in_use=(), interrupt_at=None):
+    self.in_use = in_use
+    self.told, self.restored, self.closed = [], None, False
+    self._interrupt_at = interrupt_at
+
+  def fetch(self, step):
+    if step == self._interrupt_at:
+      raise Interrupted('stopped while waiting')
+
+  def restore(self, step, teacher_steps):
+    self.restored = (step, tuple(teacher_steps))
+
+  def checkpointed(self, step):
+    self.told.append(step)
+
+  def close(self):
+    self.closed = True
+
+
+def test_peers_are_told_of_checkpoints_that_are_on_disk(make_job):
+  job = make_job()
+  exchange = Recorder()
+  exchange.checkpointed = lambda step: exchange.told.append(
+      (step, step in checkpoint_steps(job))
+  )
+  run(job, exchange)
+  assert exchange.told[-1] == (STEPS, True)
+  assert all(on_disk for _, on_disk in exchange.told)
+  assert exchange.closed
+
+
+def test_peers_are_not_told_of_a_checkpoint_that_failed(make_job, monkeypatch):
+  original = storage.save
+
+  def save(directory, step, *args):
+    if step == 8:
+      raise OSError('no space left on device')
+    return original(directory, step, *args)
+
+  monkeypatch.setattr(storage, 'save', save)
+  exchange = Recorder()
+  with pytest.raises(OSError, match='no space left'):
+    run(make_job(), exchange)
+  assert set(exchange.told) <= {4}
+  assert exchange.closed
+  assert not run_directory.done_path(make_job().workdir, 0).exists()
+
+
+def test_a_restart_hands_the_teachers_steps_to_the_exchange(make_job):
+  used = (Publication(1, 40, 0.0), None)
+  with pytest.raises(cli.Stopped):
+    run(make_job(stop=StopAt(2)), Recorder(used))
+  exchange = Recorder()
+  run(make_job(), exchange)
+  assert exchange.restored == (3, (40, None))
+  assert exchange.told[0] == 3
+
+
+@pytest.mark.parametrize('at, saved', [(5, 5), (4, 4)])
+def test_a_stop_while_waiting_saves_the_last_update(make_job, at, saved):
+  with pytest.raises(cli.Stopped, match=f'saved at step {saved}'):
+    run(make_job(), Recorder(interrupt_at=at))
+  assert checkpoint_steps(make_job())[-1] == saved
+
+
+def test_a_stop_while_waiting_before_the_first_update(make_job):
+  with pytest.raises(cli.Stopped):
+    run(make_job(), Recorder(interrupt_at=4))
+  exchange = Recorder(interrupt_at=4)
+  with pytest.raises(cli.Stopped, match='saved at step 4'):
+    run(make_job(), exchange)
+  assert checkpoint_steps(make_job()) == [4]
+  assert exchange.closed
+
+
+def test_everything_is_closed_though_one_of_it_fails(make_job):
+  exchange, closed = Recorder(), []
+
+  def close():
+    raise OSError('stale file handle')
+
+  exchange.close = close
+  job = make_job()
+  writer = writers.NullWriter()
+  writer.close = lambda: closed.append('writer')
+  with pytest.raises(OSError, match='stale'):
+    list(driver.train(job, lambda v: exchange, lambda step: writer))
+  assert closed == ['writer']
+  assert checkpoint_steps(job)[-1] == STEPS
+  assert not run_directory.done_path(job.workdir, 0).exists()
+
+
+def test_an_error_on_its_way_is_not_hidden_by_closing(make_job):
+  exchange = Recorder(interrupt_at=5)
+
+  def close():
+    raise OSError('stale file handle')
+
+  exchange.close = close
+  with pytest.raises(cli.Stopped):
+    run(make_job(), exchange)
+
+
+def test_processes_of_a_group_stop_at_one_record(make_job):
+  """Each is asked at a different step; all stop when all know."""
+  asked = []
+
+  def all_true(go_on):
+    asked.append(bool(go_on))
+    return np.array(len(asked) < 3)  # The other one was asked before.
+
+  agreement = base.Agreement(True, lambda x: x, all_true)
+  with pytest.raises(cli.Stopped, match='saved at step 6'):
+    run(make_job(agreement=agreement))
+  assert asked == [True, True, True]
+
+
+def test_only_the_primary_process_writes(make_job, tmp_path):
+  agreement = base.Agreement(False, lambda x: x, lambda x: x)
+  job = make_job(agreement=agreement)
+  assert run(job) == list(range(1, STEPS + 1))
+  assert tiny_run.snapshot(tmp_path) == {}
+
+
+def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
+  job = make_job()
+  state, _ = driver.new_state(job)
+  configuration = ['a.b = 1', 'c.d = 2']
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: configuration)
+  driver.claim_workdir(job, state, arm='ours')
+  run_json = run_directory.run_path(job.workdir).read_text()
+  assert json.loads(run_json)['arm'] == 'ours'
+  driver.claim_workdir(job, state, arm='ours')  # The same again.
+  for other, message in [
+      (['a.b = 1', 'c.d = 3'], 'it has c.d = 2, this one has c.d = 3'),
+      (['a.b = 1'], 'it has c.d = 2, this one has no such binding'),
+      (
+          ['a.a = 0', 'a.b = 1', 'c.d = 2'],
+          'it has no such binding, this one has a.a = 0',
+      ),
+  ]:
+    monkeypatch.setattr(gin_utils, 'configuration', lambda o=other: o)
+    with pytest.raises(ValueError, match=message):
+      driver.claim_workdir(job, state)
+  assert run_directory.run_path(job.workdir).read_text() == run_json
+
+
+def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
+  job = make_job(distill_weight=lambda step: float(step >= 5))
+  state, _ = driver.new_state(job)
+  assert driver.describe_run(job, state, '')['burn_in_steps'] == 5
+  job = make_job(distill_weight=lambda step: 0.0)
+  assert driver.describe_run(job, state, '')['burn_in_steps'] == STEPS
+
+
+def test_a_group_batch_that_cannot_be_shared_is_refused(make_job):
+  with pytest.raises(ValueError, match=r'group_batch=5 .*2 replicas'):
+    driver.new_state(make_job(group_batch=5))
+
+
+def test_devices_are_chosen_by_number():
+  assert driver.chosen_devices(0) is None
+  assert driver.chosen_devices(3) == jax.local_devices()[:3]
+  with pytest.raises(ValueError, match=r'--replicas=9, but .* 4 devices'):
+    driver.chosen_devices(9)
+  with pytest.raises(ValueError, match='--replicas=-1'):
+    driver.use_replicas(-1)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+  ended = []
+  monkeypatch.setattr(driver.os, '_exit', ended.append)
+  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    stop = driver.StopRequest().install()
+    assert not stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop() and stop.signal_number == signal.SIGTERM and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

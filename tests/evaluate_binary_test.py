@@ -1,0 +1,121 @@
+"""experiments/evaluate.py: what it says of a run is true of its checkpoints."""
+
+import shutil
+
+import pytest
+import tiny_run
+
+from codistill_jax import run_directory
+
+LAST = tiny_run.NUM_STEPS
+
+
+@pytest.fixture(scope='module')
+def workdirs(tmp_path_factory):
+  """Copies of the finished run, most of them spoiled, by name."""
+  _, finished = tiny_run.reference(tmp_path_factory)
+  directory = tmp_path_factory.mktemp('evaluate')
+  names = ('good', 'again', 'torn_config', 'no_config', 'lost', 'damaged')
+  made = {name: directory / name for name in names}
+  for workdir in made.values():
+    shutil.copytree(finished, workdir)
+  run_directory.config_path(made['torn_config']).write_text('import 3')
+  run_directory.config_path(made['no_config']).unlink()
+  shutil.rmtree(run_directory.checkpoints_dir(made['lost'], 1))
+  record = run_directory.checkpoints_dir(made['damaged'], 1) / str(LAST)
+  (record / 'record' / 'metadata').write_text('{}')
+  return {**made, 'nowhere': directory / 'nowhere'}
+
+
+@pytest.fixture(scope='module')
+def results(workdirs, tmp_path_factory):
+  arguments = {
+      'good': [],
+      'again': ['--source=publications', f'--step={LAST}', '--eval_batch=3'],
+      'lost': [],
+      'damaged': [],
+      'torn_config': [],
+      'no_config': [],
+      'nowhere': [],
+  }
+  cases = {
+      name: [f'--workdir={workdirs[name]}', *words]
+      for name, words in arguments.items()
+  }
+  cases['no_step'] = [f'--workdir={workdirs["good"]}', '--step=13']
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    return launch.cases('evaluate', cases)
+
+
+def comparison(workdirs, name):
+  return run_directory.read_comparison(workdirs[name])
+
+
+def last_evaluation(workdir, group_id):
+  records = run_directory.read_metrics(
+      run_directory.metrics_path(workdir, group_id)
+  ).records
+  return [r for r in records if 'eval/loss' in r][-1]
+
+
+def test_each_group_is_as_its_own_training_found_it(workdirs, results):
+  status, output = results['good']
+  assert status == 0, output
+  models = comparison(workdirs, 'good')['models']
+  assert len(models) == 2
+  for group_id in (0, 1):
+    found = next(v for k, v in models.items() if k.endswith(f'_{group_id}'))
+    logged = last_evaluation(workdirs['good'], group_id)
+    assert found['step'] == logged['step'] == LAST
+    for key in ('eval/loss', 'eval/accuracy', 'eval/perplexity'):
+      assert found[key] == pytest.approx(logged[key], rel=1e-5)
+    assert f'{found["eval/loss"]:.4f}' in output
+
+
+def test_the_ensemble_and_the_differences_are_those_of_two_models(
+    workdirs, results
+):
+  del results
+  found = comparison(workdirs, 'good')
+  losses = [m['eval/loss'] for m in found['models'].values()]
+  (ensemble,) = found['ensembles'].values()
+  # The loss is convex in the prediction.
+  assert ensemble['eval/loss'] <= sum(losses) / 2
+  ((pair,),) = found['pairs'].values()
+  assert (pair['a'], pair['b']) == ('group_0', 'group_1')
+  assert 0 < pair['churn/mean_abs'] < 1
+  assert 0 <= pair['churn/disagreement'] <= 1
+
+
+def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
+  """In float32 they hold the same parameters; the batch does not matter."""
+  status, output = results['again']
+  assert status == 0, output
+  report = run_directory.report_dir(workdirs['again'])
+  ours = run_directory.read_json(report / f'comparison_{LAST}.json')[
+      'models'
+  ].values()
+  theirs = comparison(workdirs, 'good')['models'].values()
+  for a, b in zip(ours, theirs, strict=True):
+    assert a['step'] == b['step']
+    assert a['eval/loss'] == pytest.approx(b['eval/loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('no_step', ['group 0', 'no checkpoints of step 13', '[20, 40, 50]']),
+        ('lost', ['group 1', 'no checkpoints']),
+        ('damaged', ['checkpoints/50', 'altered']),
+        ('torn_config', ['config.gin', 'line ']),
+        ('no_config', ['holds no trained group yet', 'check --workdir']),
+        ('nowhere', ['nowhere']),
+    ],
+)
+def test_a_mistake_is_one_line(results, name, words):
+  status, output = results[name]
+  assert status == 1
+  (line,) = output.splitlines()
+  assert line.startswith('error: ')
+  for word in words:
+    assert word in line

@@ -1,0 +1,194 @@
+"""Configuration: one-line errors, nothing dead, the same text every time."""
+
+import configurables
+import pytest
+
+from codistill_jax import gin_utils
+
+_CONFIG = """\
+from __gin__ import dynamic_registration
+import configurables
+
+configurables.Root.value = @configurables.leaf()
+configurables.leaf.size = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean():
+  yield
+  gin_utils.parse([])
+
+
+def write(tmp_path, text, name='config.gin'):
+  path = tmp_path / name
+  path.write_text(text)
+  return str(path)
+
+
+def make_root():
+  return gin_utils.make(configurables.Root)
+
+
+def configured(tmp_path, *bindings, text=_CONFIG):
+  gin_utils.parse([write(tmp_path, text)], bindings)
+  return make_root()
+
+
+def test_bindings_override_files_and_later_files_earlier_ones(tmp_path):
+  first = write(tmp_path, _CONFIG, 'a.gin')
+  second = write(tmp_path, _CONFIG + 'configurables.leaf.size = 4\n', 'b.gin')
+  gin_utils.parse([first, second])
+  assert make_root().value == (4, 'x')
+  gin_utils.parse([second, first])
+  assert make_root().value == (3, 'x')
+  gin_utils.parse([first, second], ['leaf.size=5', "leaf.name='y'"])
+  assert make_root().value == (5, 'y')
+  gin_utils.parse([first])  # Nothing is left of what was parsed before.
+  assert make_root().value == (3, 'x')
+
+
+def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  gin_utils.parse(['gin_configs/base.gin'])
+  assert 'experiment.Experiment.seed = 0' in gin_utils.configuration()
+
+
+@pytest.mark.parametrize(
+    'bindings, words',
+    [
+        (['leaf.nonsense=1'], ['--gin=leaf.nonsense=1', 'nonsense']),
+        (['nothing.size=1'], ['--gin=nothing.size=1', 'nothing']),
+        (['leaf.size'], ['--gin=leaf.size']),
+        (['leaf.size=('], ['--gin=leaf.size=(']),
+        (['leaf.size=[1,'], ['--gin=leaf.size=[1,']),
+        (['leaf.size=word'], ['--gin=leaf.size=word']),
+        (['Root.value=@nobody()'], ['--gin=Root.value=@nobody()', 'nobody']),
+    ],
+)
+def test_a_wrong_binding_is_one_line_with_its_place(tmp_path, bindings, words):
+  path = write(tmp_path, _CONFIG)
+  with pytest.raises(ValueError) as e:
+    gin_utils.parse([path], bindings)
+  assert '\n' not in str(e.value)
+  for word in words:
+    assert word in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('configurables.leaf.size = \n', 'config.gin'),
+        ('configurables.leaf.size = 1 2\n', 'config.gin'),
+        ('this is not gin\n', 'config.gin'),
+        ('configurables.leaf.nonsense = 1\n', 'nonsense'),
+        ('import no_such_module\n', 'no_such_module'),
+        ("include 'nowhere.gin'\n", 'nowhere.gin'),
+        ('\0\0\0', 'config.gin'),
+    ],
+)
+def test_a_damaged_file_is_one_line_with_its_name(tmp_path, text, word):
+  path = write(tmp_path, _CONFIG + text)
+  with pytest.raises(ValueError) as e:
+    gin_utils.parse([path])
+  assert '\n' not in str(e.value)
+  assert word in str(e.value) and path in str(e.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(
+      ValueError, match=r'--gin_file=nowhere\.gin: no such file'
+  ):
+    gin_utils.parse(['nowhere.gin'])
+  with pytest.raises(ValueError, match='no such file'):
+    gin_utils.parse([str(tmp_path)])
+
+
+def test_without_a_task_it_says_what_to_give(tmp_path):
+  configured(tmp_path)
+  with pytest.raises(ValueError, match='says nothing of write; give a task'):
+    gin_utils.make(write)
+
+
+def test_what_a_configurable_refuses_is_one_line(tmp_path):
+  text = _CONFIG + 'configurables.Root.other = @configurables.strict()\n'
+  with pytest.raises(ValueError) as e:
+    configured(tmp_path, 'strict.size=-1', text=text)
+  assert str(e.value) == 'size=-1 is negative; set it to 0 or more'
+  with pytest.raises(ValueError, match=r'configuration of Root: .*size') as e:
+    configured(tmp_path, text=text)
+  assert '\n' not in str(e.value)
+
+
+def test_a_binding_that_acts_nowhere_is_an_error(tmp_path):
+  configured(tmp_path)
+  gin_utils.check_no_dead_bindings()
+  configured(tmp_path, text=_CONFIG + 'configurables.unused.size = 7\n')
+  with pytest.raises(ValueError) as e:
+    gin_utils.check_no_dead_bindings()
+  assert str(e.value) == (
+      "gin binding 'configurables.unused.size = 7' acts nowhere: nothing in"
+      ' this configuration uses it; remove it, or reference it with @'
+  )
+
+
+def test_a_binding_in_a_scope_that_nobody_enters_is_dead(tmp_path):
+  configured(tmp_path, 'elsewhere/leaf.size=7')
+  with pytest.raises(ValueError, match=r'elsewhere/.*leaf.size = 7'):
+    gin_utils.check_no_dead_bindings()
+
+
+@pytest.mark.parametrize(
+    'bindings, value',
+    [
+        (['Root.other=@big/configurables.leaf()', 'big/leaf.size=9'], (3, 'x')),
+        (['leaf.size=%SIZE', 'SIZE=9'], (9, 'x')),
+        (["leaf.name='a = b'"], (3, 'a = b')),
+        (["leaf.name={'k': [1, (2.5, None)]}"], (3, {'k': [1, (2.5, None)]})),
+        (["leaf.name='" + 100 * 'long ' + "'"], (3, 100 * 'long ')),
+        (['leaf.name=@configurables.leaf'], (3, configurables.leaf)),
+    ],
+)
+def test_what_acts_is_not_called_dead(tmp_path, bindings, value):
+  root = configured(tmp_path, *bindings)
+  if not callable(value[1]):
+    assert root.value == value
+  gin_utils.check_no_dead_bindings()
+  gin_utils.configuration()
+
+
+def test_a_macro_that_nobody_uses_is_dead(tmp_path):
+  configured(tmp_path, 'SIZE=9')
+  with pytest.raises(ValueError, match='SIZE'):
+    gin_utils.check_no_dead_bindings()
+
+
+def test_the_configuration_does_not_depend_on_how_it_was_written(tmp_path):
+  configured(tmp_path, "leaf.name='y'")
+  one = gin_utils.configuration()
+  text = (
+      _CONFIG.replace('= 3', '=   3  # three')
+      + 'configurables.leaf.name = "y"\n'
+  )
+  configured(tmp_path, text=text)
+  assert gin_utils.configuration() == one
+  assert one == sorted(one)
+  assert 'configurables.leaf.size = 3' in one
+  configured(tmp_path, "leaf.name='z'")
+  assert gin_utils.configuration() != one
+
+
+def test_the_configuration_is_the_same_before_and_after_use(tmp_path):
+  gin_utils.parse([write(tmp_path, _CONFIG)])
+  before = gin_utils.configuration()
+  make_root()
+  assert gin_utils.configuration() == before
+
+
+def test_the_operative_configuration_makes_the_same_again(tmp_path):
+  made = configured(tmp_path, 'leaf.size=8')
+  text = gin_utils.operative_configuration()
+  assert "configurables.leaf.name = 'x'" in text  # A default, too.
+  gin_utils.parse([write(tmp_path, text, 'operative.gin')])
+  assert make_root().value == made.value
+  gin_utils.check_no_dead_bindings()

@@ -1,0 +1,190 @@
+"""Publications: a reader trusts neither the peer, nor the disk, nor numbers."""
+
+import dataclasses
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codistill_jax import publications, storage
+from codistill_jax.base import Variables
+from codistill_jax.publications import MismatchError, Publication
+
+IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
+SENT = Publication(group_id=1, step=20, time=12.5, identity=IDENTITY)
+
+
+def variables_of(value=0.5, width=3, dtype=np.float32):
+  return Variables(
+      params={
+          'a': {'kernel': np.full((2, width), value, dtype)},
+          'b': np.arange(4, dtype=dtype),
+      },
+      model_state={
+          'mean': np.full((width,), 2.0, dtype),
+          'count': np.array(7, np.int32),
+      },
+  )
+
+
+def publish(root, variables=None, publication=SENT):
+  return publications.write(root, publication, variables or variables_of())
+
+
+def read(root, *, group_id=1, step=20, like=None, identity=IDENTITY, **kwargs):
+  like = like or variables_of(0.0)
+  return publications.read(
+      root, group_id, step, like=like, identity=identity, **kwargs
+  )
+
+
+def test_what_is_published_is_what_is_read(tmp_path):
+  written = publish(tmp_path)
+  found, variables = read(tmp_path)
+  assert found == written
+  assert found == dataclasses.replace(SENT, num_bytes=4 * (6 + 4 + 3 + 1))
+  for (path, a), (_, b) in zip(
+      storage.flatten(variables), storage.flatten(variables_of())
+  ):
+    assert a.dtype == b.dtype, path
+    np.testing.assert_array_equal(a, b)
+  assert publications.published_steps(tmp_path, 1) == [20]
+  assert publications.published_steps(tmp_path, 0) == []
+
+
+def test_a_model_without_state_is_published_too(tmp_path):
+  bare = Variables({'w': np.ones(2, np.float32)})
+  publish(tmp_path, bare)
+  _, variables = read(tmp_path, like=bare)
+  assert variables.model_state == {}
+
+
+@pytest.mark.parametrize('published', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('wanted', [None, 'float32', 'bfloat16'])
+def test_the_reader_chooses_the_width_of_floats(tmp_path, published, wanted):
+  publish(tmp_path, variables_of(dtype=jnp.dtype(published)))
+  _, variables = read(tmp_path, dtype=wanted)
+  assert variables.params['b'].dtype == jnp.dtype(wanted or published)
+  assert variables.model_state['count'].dtype == np.int32
+  np.testing.assert_array_equal(
+      variables.params['b'].astype(np.float32), [0, 1, 2, 3]
+  )
+
+
+def test_a_completed_step_is_left_alone(tmp_path):
+  """A restarted group comes by it again; peers may be reading it."""
+  publish(tmp_path, variables_of(1.0))
+  publish(tmp_path, variables_of(2.0), dataclasses.replace(SENT, time=99.0))
+  found, variables = read(tmp_path)
+  assert found.time == SENT.time
+  assert variables.params['a']['kernel'][0, 0] == 1.0
+
+
+def other_shape():
+  return variables_of(width=4)
+
+
+def other_dtype():
+  variables = variables_of()
+  variables.model_state['count'] = np.array(7.0, np.float32)
+  return variables
+
+
+def other_name():
+  variables = variables_of()
+  return variables.replace(params={'a': variables.params['a'], 'c': None})
+
+
+def one_more():
+  variables = variables_of()
+  return variables.replace(params={**variables.params, 'z': np.ones(2)})
+
+
+@pytest.mark.parametrize(
+    'ours, differing',
+    [
+        (
+            other_shape,
+            'model_state/mean float32[3] there and model_state/mean'
+            ' float32[4] here',
+        ),
+        (
+            other_dtype,
+            'model_state/count int32[] there and model_state/count'
+            ' float32[] here',
+        ),
+        (other_name, 'params/b float32[4] there and missing here'),
+        (one_more, 'missing there and params/z float64[2] here'),
+    ],
+)
+def test_another_architecture_is_named_by_its_first_leaf(
+    tmp_path, ours, differing
+):
+  publish(tmp_path)
+  with pytest.raises(MismatchError) as e:
+    read(tmp_path, like=ours())
+  assert str(e.value) == (
+      'group 1 trains another architecture: the first differing leaf is'
+      f' {differing}; give all groups the same model configuration'
+  )
+
+
+@pytest.mark.parametrize(
+    'ours, message',
+    [
+        ({'task': 'toy', 'tokenizer': 'xyz'}, 'tokenizer=abc.*tokenizer=xyz'),
+        ({'task': 'toy'}, 'tokenizer=abc.*tokenizer=None'),
+        (
+            {'task': 'toy', 'tokenizer': 'abc', 'vocab': '5'},
+            'vocab=None.*vocab=5',
+        ),
+    ],
+)
+def test_a_peer_with_other_data_is_refused(tmp_path, ours, message):
+  publish(tmp_path)
+  with pytest.raises(MismatchError, match=message):
+    read(tmp_path, identity=ours)
+  read(tmp_path, identity=None)  # Whoever asks for none gets any.
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
+  variables = variables_of(dtype=dtype)
+  variables.params['b'][2] = bad
+  publish(tmp_path, variables)
+  with pytest.raises(storage.DamagedError, match=r'params/b .*is not finite'):
+    read(tmp_path)
+
+
+def test_opposite_infinities_do_not_hide_each_other(tmp_path):
+  variables = variables_of()
+  variables.params['b'][:2] = np.inf, -np.inf
+  publish(tmp_path, variables)
+  with pytest.raises(storage.DamagedError, match='not finite'):
+    read(tmp_path)
+
+
+def test_the_largest_finite_numbers_are_accepted(tmp_path):
+  huge = np.finfo(np.float32).max
+  publish(tmp_path, variables_of(huge))
+  _, variables = read(tmp_path)
+  assert variables.params['a']['kernel'][0, 0] == huge
+
+
+@pytest.mark.parametrize('there', ['group_1/30', 'group_2/20'])
+def test_a_publication_in_the_wrong_place_is_rejected(tmp_path, there):
+  """As a copy made by hand would be."""
+  publish(tmp_path)
+  shutil.copytree(tmp_path / 'group_1' / '20', tmp_path / there)
+  group_id, step = int(there[6]), int(there[8:])
+  with pytest.raises(
+      storage.DamagedError, match='published by group 1 at step 20'
+  ):
+    read(tmp_path, group_id=group_id, step=step)
+
+
+def test_a_missing_publication_is_missing(tmp_path):
+  with pytest.raises(storage.MissingError):
+    read(tmp_path)

@@ -1,0 +1,41 @@
+"""Runs one binary many times in one process: starting jax takes seconds.
+
+python run_cases.py <binary> <cases.json> <results.json>
+
+Cases are lists of arguments by name; results are [exit status, output] by name.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import cli
+
+
+def run(module, argv):
+  """Exit status and output, as `python -m` would give them."""
+  output = io.StringIO()
+  with (
+      contextlib.redirect_stdout(output),
+      contextlib.redirect_stderr(output),
+      flagsaver.flagsaver(),
+  ):
+    rest = flags.FLAGS([module.__name__, *argv])
+    return cli.status_of(module.main, rest), output.getvalue()
+
+
+def main(binary, cases, results):
+  module = importlib.import_module(f'experiments.{binary}')
+  with open(cases) as f:
+    found = {name: run(module, argv) for name, argv in json.load(f).items()}
+  with open(results, 'w') as f:
+    json.dump(found, f)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,109 @@
+"""train_lockstep: a killed or stopped run ends with the same bits."""
+
+import shutil
+import signal
+
+import pytest
+import tiny_run
+
+from codistill_jax import run_directory, storage
+
+
+@pytest.fixture
+def launch(tmp_path_factory):
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    yield launch
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  return tiny_run.reference(tmp_path_factory)
+
+
+def train(launch, workdir, gin_file, **flags):
+  return launch(
+      'train_lockstep',
+      workdir=workdir,
+      num_groups=2,
+      gin_file=gin_file,
+      **flags,
+  )
+
+
+def assert_same_end(workdir, reference):
+  for group_id in (0, 1):
+    step, found = tiny_run.saved_arrays(workdir, group_id)
+    assert step == tiny_run.NUM_STEPS
+    tiny_run.assert_same_bits(
+        found, tiny_run.saved_arrays(reference, group_id)[1]
+    )
+    assert run_directory.done_path(workdir, group_id).exists()
+    records = run_directory.read_metrics(
+        run_directory.metrics_path(workdir, group_id)
+    ).records
+    steps = [r['step'] for r in records if 'loss/task' in r]
+    assert steps == list(range(5, tiny_run.NUM_STEPS + 1, 5))
+
+
+def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
+  gin_file, never_stopped = reference
+  workdir = tmp_path / 'run'
+  process = train(launch, workdir, gin_file)
+  # Before the first update: compiling it takes longer than to be noticed.
+  tiny_run.until(
+      lambda: run_directory.read_status(workdir, 0) is not None,
+      process=process,
+  )
+  process.send(signal.SIGTERM)
+  assert 'stopped and saved at step' in process.wait(143)
+  steps = [
+      storage.completed_steps(run_directory.checkpoints_dir(workdir, g))
+      for g in (0, 1)
+  ]
+  assert steps[0] == steps[1] and steps[0]
+  train(launch, workdir, gin_file).wait()
+  assert_same_end(workdir, never_stopped)
+
+
+def test_groups_that_were_killed_apart_go_back_to_one_step(
+    launch, reference, tmp_path
+):
+  """Group 0 has reached its end; the last checkpoint of group 1 is torn."""
+  gin_file, never_killed = reference
+  workdir = tmp_path / 'run'
+  shutil.copytree(never_killed, workdir)
+  run_directory.done_path(workdir, 1).unlink()
+  torn = run_directory.checkpoints_dir(workdir, 1) / str(tiny_run.NUM_STEPS)
+  (torn / 'commit_success.txt').unlink()
+  train(launch, workdir, gin_file).wait()
+  assert_same_end(workdir, never_killed)
+
+
+def test_a_finished_run_is_left_alone(launch, reference):
+  gin_file, workdir = reference
+  before = tiny_run.snapshot(workdir)
+  assert 'all groups have reached' in train(launch, workdir, gin_file).wait()
+  assert tiny_run.snapshot(workdir) == before
+
+
+def test_a_mistake_is_one_line(launch, reference):
+  gin_file, workdir = reference
+  before = tiny_run.snapshot(workdir)
+  common = [f'--workdir={workdir}', f'--gin_file={gin_file}']
+  results = launch.cases(
+      'train_lockstep',
+      {
+          'no_groups': [*common, '--num_groups=0'],
+          'other_groups': [*common, '--num_groups=3'],
+          'word': [*common, 'seed=3'],
+      },
+  )
+  for name, word in [
+      ('no_groups', 'num_groups=0'),
+      ('other_groups', 'num_groups=2'),
+      ('word', "unexpected argument 'seed=3'"),
+  ]:
+    status, output = results[name]
+    assert status == 1 and len(output.splitlines()) == 1
+    assert word in output
+  assert tiny_run.snapshot(workdir) == before

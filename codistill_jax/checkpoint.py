@@ -8,7 +8,6 @@ import concurrent.futures
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 from absl import logging
 from etils import epath
 from flax import serialization
@@ -56,6 +55,7 @@ class Checkpoints:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._saving: concurrent.futures.Future | None = None
     self._saved: int | None = None
+    self._oldest: int | None = None
 
   @property
   def newest_step(self) -> int | None:
@@ -91,7 +91,7 @@ class Checkpoints:
     """Waits for the save under way; gives the newest step saved, if any."""
     if self._saving is not None:
       saving, self._saving = self._saving, None
-      self._saved = saving.result()
+      self._saved, self._oldest = saving.result()
     return self._saved
 
   @property
@@ -100,6 +100,16 @@ class Checkpoints:
     if self._saving is not None and self._saving.done():
       return self.wait()
     return self._saved
+
+  @property
+  def restart_step(self) -> int | None:
+    """The oldest step that a restart may begin at, as far as is known.
+
+    Not the newest: that one may turn out to be damaged.
+    """
+    if self._saving is not None and self._saving.done():
+      self.wait()
+    return self._oldest
 
   def restore(self, like: TrainState) -> Resume | None:
     """The newest sound checkpoint; None where there is none.
@@ -119,9 +129,10 @@ class Checkpoints:
         logging.warning('Skipped a damaged resume checkpoint: %s', e)
         damaged.append(str(e))
         continue
-      # A newer damaged one would stop `save` from reaching its step again.
-      self.discard_after(step)
-      self._saved = step
+      # In the way of the run, which comes by their steps again.
+      for newer in [s for s in self.steps() if s > step]:
+        storage.set_aside(self._directory, newer)
+      self._saved, self._oldest = step, self.steps()[0]
       return resume
     if damaged:
       raise ValueError(
@@ -140,14 +151,15 @@ class Checkpoints:
 
   def _save(
       self, step: int, state: TrainState, teacher_steps: list[int | None]
-  ) -> int:
+  ) -> tuple[int, int]:
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
     storage.delete_torn(self._directory)
     storage.save(
         self._directory, step, serialization.to_state_dict(state), facts
     )
-    storage.delete(self._directory, self.steps()[: -self._keep])
-    return step
+    steps = self.steps()
+    storage.delete(self._directory, steps[: -self._keep])
+    return step, steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
     """One checkpoint; raises as `restore`, or `storage.DamagedError`."""
@@ -178,5 +190,5 @@ class Checkpoints:
           ' workdir, or the configuration of the first run'
       )
     tree = storage.load_tree(self._directory, step, record, target)
-    state = serialization.from_state_dict(jax.tree.map(lambda x: x, like), tree)
+    state = serialization.from_state_dict(like, tree)
     return Resume(state, tuple(record.facts['teacher_steps']))

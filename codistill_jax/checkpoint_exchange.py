@@ -1,8 +1,9 @@
 """The exchange of groups that share nothing but a directory.
 
-Serialising and reading run in background threads; the training loop is held
-for a device-to-host copy when it publishes and, in lockstep, for as long as
-the peers need.
+Serialising runs in a background thread: the training loop is held for a
+device-to-host copy. Reading runs in the background too, but for lockstep, which
+waits by definition, and for a group of several processes, which swap teachers
+at the same step.
 
 Shape suffix: P peers.
 """
@@ -10,6 +11,7 @@ Shape suffix: P peers.
 import concurrent.futures
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -28,18 +30,17 @@ from codistill_jax.base import (
     cast_floats,
     host_copy,
 )
-from codistill_jax.exchange import Plan, peers_of, stack_teachers
+from codistill_jax.exchange import Interrupted, Plan, peers_of, stack_teachers
 from codistill_jax.publications import Publication
 
 _POLL_SECONDS = 0.05
+_SLOWEST_POLL_SECONDS = 5.0
+# On NFS a publication may become visible after a later one of the same peer.
+_SETTLE_SECONDS = 60.0
 _RESTART_FILE = 'restart_step.json'
 _ABSENT = -1  # In place of a step, where processes agree on steps.
 
 Slot = tuple[Publication, Variables]
-
-
-class Interrupted(RuntimeError):
-  """A wait was given up because the process was asked to stop."""
 
 
 class _Swap(NamedTuple):
@@ -114,6 +115,8 @@ class CheckpointExchange:
     self._teachers: Teachers | None = None
     self._asked: int | None = None
     self._reading: concurrent.futures.Future | None = None
+    self._poll_seconds = _POLL_SECONDS
+    self._closing = threading.Event()
     self._due = True
     self._restart_step: int | None = None
     self._writing: list[concurrent.futures.Future] = []
@@ -133,6 +136,10 @@ class CheckpointExchange:
     if self._plan.mode == 'freshest':
       # Nobody needs what is still waiting: this is newer.
       self._writing = [f for f in self._writing if not f.cancel()]
+    elif len(self._writing) > 1:
+      # Every one is needed, so a disk that is slower than the interval holds
+      # training up; else copies would pile up in memory.
+      self._writing[0].result()
     publication = Publication(self._group_id, step, time.time(), self._identity)
     copy = host_copy(variables)
     self._writing.append(self._writer.submit(self._write, publication, copy))
@@ -169,8 +176,8 @@ class CheckpointExchange:
     path = publications.group_directory(self._root, peer) / _RESTART_FILE
     try:
       return self._plan.keep_from(int(json.loads(path.read_text())['step']))
-    except (FileNotFoundError, ValueError):
-      return 0  # It would start from the beginning.
+    except (OSError, ValueError, KeyError, TypeError):
+      return 0  # It would start from the beginning, for all that is known.
 
   def checkpointed(self, step: int) -> None:
     if step == self._restart_step or not self._agreement.is_primary:
@@ -199,7 +206,17 @@ class CheckpointExchange:
     del step
     if self._plan.mode == 'lockstep':
       return  # What is in use follows from the step alone.
-    self._use(self._read_chosen(teacher_steps))
+    chosen = [
+        self._newest_untried(peer) if used is None else used
+        for peer, used in zip(self.peers, teacher_steps)
+    ]
+    self._use(self._read_everywhere(chosen))
+    # If the checkpoint is old, what was in use is pruned: then the newest.
+    missing = [
+        self._newest_untried(peer) if used is None else None
+        for peer, used in zip(self.peers, self.in_use)
+    ]
+    self._use(self._read_everywhere(missing))
 
   def _fetch_exactly(self, asked: int | None) -> None:
     if asked == self._asked:
@@ -212,21 +229,33 @@ class CheckpointExchange:
     self._use(found)
 
   def _wait_for(self, peer: int, step: int) -> None:
-    deadline = time.monotonic() + self._waiting.timeout_seconds
+    start = time.monotonic()
+    overtaken = None  # Since when a later publication is there.
     while True:
       steps = publications.published_steps(self._root, peer)
-      if step in steps:
+      # Together: a process that went on alone would wait for the others.
+      there, go_on = self._agreement.all_true(
+          np.array([step in steps, not self._waiting.interrupted()])
+      )
+      if there:
         return
+      if not go_on:
+        raise Interrupted(f'stopped while waiting for group {peer}')
+      now = time.monotonic()
       newest = max(steps, default=None)
-      if newest is not None and newest > step:
+      if newest is None or newest < step:
+        overtaken = None
+      elif overtaken is None:
+        overtaken = now
+      elif now - overtaken > min(
+          _SETTLE_SECONDS, self._waiting.timeout_seconds
+      ):
         raise FileNotFoundError(
             f'group {peer} has published step {newest} but not, or no longer,'
             f' step {step}, which lockstep asks for; all groups need the same'
             ' exchange_every, and publications must not be deleted by hand'
         )
-      if self._waiting.interrupted():
-        raise Interrupted(f'stopped while waiting for group {peer}')
-      if time.monotonic() > deadline:
+      if now - start > self._waiting.timeout_seconds:
         raise TimeoutError(
             f'group {peer} has not published step {step} within'
             f' {self._waiting.timeout_seconds:g} s; its newest is'
@@ -249,23 +278,34 @@ class CheckpointExchange:
 
   def _look(self) -> _Swap | None:
     """Reads something newer and sound of each peer, onto the devices."""
-    found = self._read_newest()
+    try:
+      found = self._read_newest()
+    except OSError as e:  # The file system, not the peer: it may pass.
+      logging.warning('Could not look for publications: %s', e)
+      found = {}
     if not found:
-      time.sleep(_POLL_SECONDS)  # The loop asks again at once.
+      # The loop asks again at once; a peer that is done or dead never answers.
+      self._closing.wait(self._poll_seconds)
+      self._poll_seconds = min(2 * self._poll_seconds, _SLOWEST_POLL_SECONDS)
       return None
+    self._poll_seconds = _POLL_SECONDS
     return self._swap(found)
 
   def _fetch_together(self) -> None:
     """All processes of the group swap to the same teachers at this step."""
     newest = [self._newest_untried(peer) for peer in self.peers]
-    steps = np.array([_ABSENT if s is None else s for s in newest], np.int32)
+    self._use(self._read_everywhere(newest))
+
+  def _read_everywhere(self, steps: Sequence[int | None]) -> dict[int, Slot]:
+    """What every process of the group could read of the primary's choice."""
+    wanted = np.array([_ABSENT if s is None else s for s in steps], np.int32)
     chosen = [
-        None if s == _ABSENT else int(s) for s in self._agreement.choose(steps)
+        None if s == _ABSENT else int(s) for s in self._agreement.choose(wanted)
     ]
     found = self._read_chosen(chosen)
     read = np.array([slot in found for slot in range(len(self.peers))])
     everywhere = self._agreement.all_true(read)
-    self._use({slot: x for slot, x in found.items() if everywhere[slot]})
+    return {slot: x for slot, x in found.items() if everywhere[slot]}
 
   def _newest_untried(self, peer: int) -> int | None:
     """The newest publication that is newer than the one in use, and not bad."""
@@ -333,6 +373,7 @@ class CheckpointExchange:
 
   def close(self) -> None:
     """Waits for publications under way; raises what the last one raised."""
+    self._closing.set()
     self._reader.shutdown(wait=True, cancel_futures=True)
     self._writer.shutdown(wait=True)
     self._check_writes(wait=True)

@@ -28,6 +28,10 @@ MODES = ('freshest', 'lockstep')
 DTYPES = ('float32', 'bfloat16')
 
 
+class Interrupted(RuntimeError):
+  """A wait was given up because the process was asked to stop."""
+
+
 class Exchange(Protocol):
   """How one group gives its variables to its peers and gets theirs.
 
@@ -48,13 +52,18 @@ class Exchange(Protocol):
     """The teachers of the update that follows `step`; None if there are none.
 
     Returns the same object until a teacher changes.
+
+    Raises:
+      TimeoutError: In lockstep, if a peer does not publish in time.
+      Interrupted: In lockstep, if the process was asked to stop meanwhile.
+      publications.MismatchError: If a peer trains something else.
     """
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
 
   def checkpointed(self, step: int) -> None:
-    """Told when a restart would begin at `step` and no earlier."""
+    """Told that a restart would begin at `step` or later."""
 
   def close(self) -> None:
     """Finishes what is under way."""

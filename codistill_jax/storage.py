@@ -18,11 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from codistill_jax.base import PyTree
 
-_COMMITTED = 'commit_success.txt'  # Orbax writes it last.
+# In the directory before orbax renames it to its final name; `delete` takes it
+# away first.
+_COMMITTED = 'commit_success.txt'
 
 # Orbax numbers the saves of a process in one global variable. Of two saves at
 # once, a publication and a resume checkpoint, one waits for the directories of
@@ -177,8 +180,21 @@ def delete(directory: epath.PathLike, steps: Sequence[int]) -> None:
   """Deletes checkpoints; the commit mark first, so that no reader begins."""
   for step in steps:
     path = epath.Path(directory) / str(step)
-    (path / _COMMITTED).unlink(missing_ok=True)
-    path.rmtree(missing_ok=True)
+    try:
+      (path / _COMMITTED).unlink(missing_ok=True)
+      path.rmtree(missing_ok=True)
+    except OSError as e:
+      # A reader on NFS may still hold a file. Without its mark the step is gone
+      # for everybody, and `delete_torn` removes the rest.
+      logging.warning('Could not delete all of %s: %s', path, e)
+
+
+def set_aside(directory: epath.PathLike, step: int) -> None:
+  """Renames a damaged checkpoint to `<step>.damaged`, which nobody reads."""
+  path = epath.Path(directory) / str(step)
+  aside = path.with_name(f'{step}.damaged')
+  aside.rmtree(missing_ok=True)
+  path.replace(aside)
 
 
 def delete_torn(directory: epath.PathLike) -> None:

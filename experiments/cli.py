@@ -7,6 +7,7 @@
 """
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from absl import app, flags, logging
 
 CLEAR_ERROR = 1
 CRASH = 70
+
+# Set by a supervisor to the command that a user typed.
+COMMAND_VARIABLE = 'CODISTILL_COMMAND'
 
 
 class Stopped(Exception):
@@ -62,3 +66,9 @@ def status_of(
     traceback.print_exc()
     return CRASH
   return 0
+
+
+def own_command() -> str:
+  """The command of this process, as a user would type it."""
+  name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+  return shlex.join(['python', '-m', f'experiments.{name}', *sys.argv[1:]])

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, replicas, run_directory
+from codistill_jax import gin_utils, replicas, run_directory, storage
 from codistill_jax.base import Variables
 from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
 from codistill_jax.exchange import peers_of
-from experiments import cli, driver
+from experiments import claims, cli, driver
+from experiments.job import Job, StopRequest
+from experiments.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -62,20 +64,20 @@ _DRY_RUN = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_GROUP_ID.value, _NUM_GROUPS.value)  # Raises if out of range.
-  stop = driver.StopRequest().install()
+  stop = StopRequest().install()
   gin_utils.parse_flags()
   driver.use_replicas(_REPLICAS.value)
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
   model = experiment_lib.make_model(experiment)
-  job = driver.Job(
+  job = Job(
       experiment=experiment,
       model=model,
       train_step=experiment_lib.make_replicated_step(
           experiment, model, driver.chosen_devices(_REPLICAS.value)
       ),
-      workdir=os.path.abspath(_WORKDIR.value),
+      workdir=os.fspath(storage.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
@@ -83,13 +85,13 @@ def main(argv: Sequence[str]) -> None:
   )
   state, _ = driver.new_state(job)
   if _DRY_RUN.value:
-    driver.print_dry_run(job, state)
+    claims.print_dry_run(job, state)
     return
   if job.agreement.is_primary:
-    driver.claim_workdir(job, state, arm=_ARM.value)
+    claims.claim_workdir(job, state, arm=_ARM.value)
   progress = job.agreement.is_primary
   for _ in driver.train(
-      job, _exchange_of(job), driver.group_writer(job, progress=progress)
+      job, _exchange_of(job), group_writer(job, progress=progress)
   ):
     pass
   if progress:
@@ -99,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _exchange_of(job: driver.Job):
+def _exchange_of(job: Job):
   def make(variables: Variables) -> CheckpointExchange:
     return CheckpointExchange(
         run_directory.exchange_root(job.workdir),

@@ -20,7 +20,8 @@ from absl import flags
 
 from codistill_jax import gin_utils, run_directory, writers
 from codistill_jax.exchange import peers_of
-from experiments import cli, driver
+from experiments import cli
+from experiments.job import StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
   ]
   if _DRY_RUN.value:
     sys.exit(subprocess.call([*groups[0].command, '--dry_run']))
-  stop = driver.StopRequest().install()
+  stop = StopRequest().install()
   print(
       f'{_NUM_GROUPS.value} group(s) of {replicas} replica(s); what they say is'
       f' in {_WORKDIR.value}/groups/group_*/log.txt',
@@ -235,7 +236,7 @@ class Group:
               **os.environ,
               **self._environment,
               # A report says how to make the run again: not group by group.
-              driver.COMMAND_VARIABLE: driver.own_command(),
+              cli.COMMAND_VARIABLE: cli.own_command(),
           },
           stdin=subprocess.DEVNULL,
           stdout=log,
@@ -276,7 +277,7 @@ class Group:
 
 
 def watch(
-    groups: Sequence[Group], stop: driver.StopRequest, max_restarts: int
+    groups: Sequence[Group], stop: StopRequest, max_restarts: int
 ) -> None:
   """Runs all groups to their end, showing progress."""
   progress = [_Progress(group) for group in groups]
@@ -304,7 +305,7 @@ def end_all(groups: Sequence[Group]) -> None:
     group.end()
 
 
-def _stop(groups: Sequence[Group], stop: driver.StopRequest) -> None:
+def _stop(groups: Sequence[Group], stop: StopRequest) -> None:
   print('stopping: the groups save and leave', file=sys.stderr)
   end_all(groups)
   raise cli.Stopped(

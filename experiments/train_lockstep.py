@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory
+from codistill_jax import gin_utils, run_directory, storage
 from codistill_jax.checkpoint import Checkpoints
 from codistill_jax.exchange import peers_of
 from codistill_jax.memory_exchange import Mirror, memory_exchanges
-from experiments import cli, driver
+from experiments import claims, cli, driver
+from experiments.job import Job, StopRequest
+from experiments.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -42,17 +44,19 @@ def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.path.abspath(_WORKDIR.value)
-  latch = Latch(driver.StopRequest().install())
+  workdir = os.fspath(storage.absolute(_WORKDIR.value))
+  latch = Latch(StopRequest().install())
   gin_utils.parse_flags()
   driver.use_replicas(_REPLICAS.value)
-  experiment = gin_utils.make(experiment_lib.Experiment)
+  experiment = dataclasses.replace(
+      gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
+  )
   model = experiment_lib.make_model(experiment)
   train_step = experiment_lib.make_replicated_step(
       experiment, model, driver.chosen_devices(_REPLICAS.value)
   )
   jobs = [
-      driver.Job(
+      Job(
           experiment=experiment,
           model=model,
           train_step=train_step,  # Compiled once for all.
@@ -65,13 +69,13 @@ def main(argv: Sequence[str]) -> None:
   ]
   state, _ = driver.new_state(jobs[0])
   if _DRY_RUN.value:
-    driver.print_dry_run(jobs[0], state)
+    claims.print_dry_run(jobs[0], state)
     return
-  driver.claim_workdir(jobs[0], state, arm=_ARM.value)
+  claims.claim_workdir(jobs[0], state, arm=_ARM.value)
   keep_common_checkpoints(jobs)
   exchanges = memory_exchanges(
       num_groups,
-      plan=dataclasses.replace(experiment.plan, mode='lockstep'),
+      plan=experiment.plan,
       mirror=Mirror(
           run_directory.exchange_root(jobs[0].workdir),
           state.variables,
@@ -83,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
           driver.train(
               job,
               lambda variables, exchange=exchange: exchange,
-              driver.group_writer(job, progress=True),
+              group_writer(job, progress=True),
           )
           for job, exchange in zip(jobs, exchanges)
       ],
@@ -95,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
 class Latch:
   """A stop request that all groups of a round see alike."""
 
-  def __init__(self, request: driver.StopRequest):
+  def __init__(self, request: StopRequest):
     self._request = request
     self._stop = False
 
@@ -127,7 +131,7 @@ def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
       raise stopped
 
 
-def keep_common_checkpoints(jobs: Sequence[driver.Job]) -> None:
+def keep_common_checkpoints(jobs: Sequence[Job]) -> None:
   """All groups restart at one step: the newest that all of them have."""
   stores = [
       Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))

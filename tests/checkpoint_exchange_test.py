@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import publications, storage
+from codistill_jax import checkpoint_exchange, publications, storage
 from codistill_jax.base import Agreement, Variables
 from codistill_jax.checkpoint_exchange import (
     CheckpointExchange,
@@ -119,12 +119,23 @@ def test_lockstep_writes_every_publication(join, tmp_path):
   assert publications.published_steps(tmp_path, 0) == [10, 20, 30, 40]
 
 
-def test_what_is_published_does_not_follow_the_training(join, tmp_path):
+def test_what_is_published_does_not_follow_the_training(
+    join, tmp_path, monkeypatch
+):
   """The arrays are copied: the next step may reuse their memory at once."""
+  go_on = threading.Event()
+  original = publications.write
+
+  def late(*args):
+    assert go_on.wait(30)
+    return original(*args)
+
+  monkeypatch.setattr(publications, 'write', late)
   exchange = join()
   variables = variables_of(1.0)
   exchange.publish_if_due(10, variables)
   variables.params['w'][:] = 99.0
+  go_on.set()
   exchange.close()
   _, found = publications.read(tmp_path, 0, 10, like=variables)
   assert found.params['w'].tolist() == [1.0, 1.0, 1.0]
@@ -439,12 +450,13 @@ def test_a_restart_takes_up_what_was_in_use(join, tmp_path):
   assert values(exchange.fetch(25)) == [20.0, 20.0]
 
 
-def test_a_restart_does_without_what_is_gone(join, tmp_path):
+def test_a_restart_takes_the_newest_where_what_was_in_use_is_gone(
+    join, tmp_path
+):
   publish(tmp_path, 1, 30)
-  exchange = join()
-  exchange.restore(25, [20])
-  assert exchange.in_use == (None,) and exchange.rejected == 0
-  fetch_until(exchange, 25, (30,))
+  exchange = join(num_groups=3)
+  exchange.restore(25, [20, 20])
+  assert steps_in_use(exchange) == (30, None) and exchange.rejected == 0
 
 
 def test_staleness_is_own_step_minus_published_step(join, tmp_path):
@@ -507,12 +519,26 @@ def test_lockstep_gives_up_and_says_on_whom_it_waited(join, tmp_path):
     )
 
 
-def test_lockstep_with_different_intervals_is_an_error(join, tmp_path):
+def test_lockstep_with_different_intervals_is_an_error(
+    join, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(checkpoint_exchange, '_SETTLE_SECONDS', 0.0)
   publish(tmp_path, 1, 15)
   publish(tmp_path, 1, 30)
   exchange = join(mode='lockstep', every=10)
   with pytest.raises(FileNotFoundError, match='same exchange_every'):
     exchange.fetch(20)
+
+
+def test_lockstep_bears_that_publications_appear_out_of_order(join, tmp_path):
+  """As they may on a network file system."""
+  publish(tmp_path, 1, 30)
+  exchange = join(mode='lockstep', waiting=Waiting(30.0))
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    fetching = pool.submit(exchange.fetch, 20)
+    time.sleep(0.1)
+    publish(tmp_path, 1, 20)
+    assert values(fetching.result(30)) == [20.0]
 
 
 def test_lockstep_does_not_step_over_damage(join, tmp_path):

@@ -163,6 +163,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(tmp_path, state, caplog):
   assert_same_state(resume.state, at(state, 10, 0.1))
   assert 'Skipped a damaged resume checkpoint' in caplog.text
   # The run comes by step 20 again, and must be able to save there.
+  assert checkpoints.steps() == [10] and checkpoints.newest_step == 10
   checkpoints.save(at(state, 20, 0.3))
   checkpoints.close()
   resume = open_checkpoints(tmp_path).restore(state)

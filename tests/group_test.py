@@ -437,6 +437,7 @@ class Numbers:
 
   def __init__(self, free=0):
     self.asked = []
+    self.given = []
     self.free = free
     self.leave = threading.Event()
 
@@ -444,6 +445,7 @@ class Numbers:
     self.asked.append(step)
     if step >= self.free:
       assert self.leave.wait(10)
+    self.given.append(step)
     return {'step': step}
 
 
@@ -471,7 +473,10 @@ def test_a_generator_that_is_closed_early_loads_no_more():
   batches = prefetch(stream, 0, 50)
   next(batches)
   until(lambda: stream.asked == [0, 1])
-  batches.close()  # Returns though a batch is under way.
+  start_time = time.monotonic()
+  batches.close()
+  # At once, though a batch is under way.
+  assert stream.given == [0] and time.monotonic() - start_time < 5.0
   stream.leave.set()
   until(lambda: not loaders())
   assert stream.asked == [0, 1]

@@ -203,6 +203,14 @@ def test_the_state_passed_in_is_donated():
   assert all(x.is_deleted() for x in jax.tree.leaves(state.variables))
 
 
+def test_place_shares_nothing_even_with_a_state_that_is_placed_already():
+  step = toy.on_replicas(TWO_LAYERS)
+  placed = step.place(toy.start(TWO_LAYERS))
+  kept = step.collect(placed)
+  step(step.place(placed), toy.stream_of(TWO_LAYERS).batch(0), None, 0.0)
+  toy.assert_same(step.collect(placed), kept)
+
+
 def test_teachers_that_are_there_are_not_moved_again():
   step = toy.on_replicas(TWO_LAYERS)
   placed = step.place_teachers(teachers_of(TWO_LAYERS))

@@ -1,0 +1,89 @@
+"""What a run directory says of its run, and who may go on with it."""
+
+import os
+from typing import Any
+
+import jax
+
+from codistill_jax import gin_utils, run_directory
+from codistill_jax.base import Agreement, TrainState
+from experiments import cli
+from experiments.job import Job
+
+
+def describe_run(job: Job, state: TrainState, arm: str) -> dict[str, Any]:
+  """What run.json says; see `run_directory.write_run`."""
+  experiment = job.experiment
+  sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
+  burn_in = (
+      n for n in range(experiment.num_steps) if experiment.distill_weight(n)
+  )
+  return {
+      'arm': arm or os.path.basename(os.path.normpath(job.workdir)),
+      'num_groups': job.num_groups,
+      'replicas': job.train_step.num_replicas,
+      'group_batch': experiment.group_batch,
+      'seed': experiment.seed,
+      'num_steps': experiment.num_steps,
+      'burn_in_steps': next(burn_in, experiment.num_steps),
+      'exchange_every': experiment.exchange_every,
+      'mode': experiment.exchange_mode,
+      'example': experiment.task.example_name,
+      'data': experiment.task.description,
+      'model_parameters': int(sum(sizes)),
+      'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
+      'configuration': gin_utils.configuration(),
+  }
+
+
+def print_dry_run(job: Job, state: TrainState) -> None:
+  """Prints what would be trained."""
+  gin_utils.check_no_dead_bindings()
+  print(gin_utils.operative_configuration())
+  run = describe_run(job, state, '')
+  print(
+      f'{run["model_parameters"]:,} parameters; {run["num_groups"]} groups of'
+      f' {run["replicas"]} replicas; dry run, nothing written'
+  )
+
+
+def claim_workdir(job: Job, state: TrainState, *, arm: str = '') -> None:
+  """Writes run.json, or checks that it is of the same configuration.
+
+  Raises:
+    ValueError: If the run directory belongs to another configuration.
+  """
+  run = describe_run(job, state, arm)
+  if not run_directory.read_run(job.workdir):
+    run_directory.write_run(job.workdir, run)
+  # Read again: another group may have claimed it at the same moment.
+  _check_same_run(job.workdir, run_directory.read_run(job.workdir), run)
+
+
+def _check_same_run(workdir: str, before: dict, now: dict) -> None:
+  ours, theirs = now['configuration'], before.get('configuration', [])
+  if before.get('num_groups') != now['num_groups']:
+    differing = (
+        f'num_groups={before.get("num_groups")}',
+        f'num_groups={now["num_groups"]}',
+    )
+  elif ours != theirs:
+    differing = (
+        next((s for s in theirs if s not in ours), 'no such binding'),
+        next((s for s in ours if s not in theirs), 'no such binding'),
+    )
+  else:
+    return
+  raise ValueError(
+      f'{workdir} holds a run of another configuration: it has {differing[0]},'
+      f' this one has {differing[1]}; use another --workdir, or the first'
+      ' configuration'
+  )
+
+
+def save_config(workdir: str, agreement: Agreement) -> None:
+  """Writes the operative config, once."""
+  path = run_directory.config_path(workdir)
+  if agreement.is_primary and not path.exists():
+    text = gin_utils.operative_configuration()
+    run_directory.write_bytes(path, text.encode())

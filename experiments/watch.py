@@ -1,0 +1,184 @@
+"""Turns the results of a loop into records and signs of life."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from codistill_jax import evaluate, run_directory, writers
+from codistill_jax import step as step_lib
+from codistill_jax.base import Variables
+from codistill_jax.exchange import Exchange
+from codistill_jax.group import StepResult
+from experiments.job import Job
+
+_STATUS_SECONDS = 2.0
+
+
+class Watch:
+  """Turns the results of a loop into records and signs of life."""
+
+  def __init__(
+      self,
+      job: Job,
+      exchange: Exchange,
+      writer: writers.Writer,
+      start: int,
+      examples: int,
+  ):
+    """Starts to watch.
+
+    Args:
+      job: What is watched.
+      exchange: The group's.
+      writer: Where records go.
+      start: The step before the first update.
+      examples: Per update of the group.
+    """
+    self._job = job
+    self._examples = examples
+    self._exchange = exchange
+    self._writer = writer
+    self._eval_step = jax.jit(step_lib.make_eval_step(job.model))
+    self._eval_batches = None
+    self._results: list[dict] = []
+    self._logged_step = start
+    self._logged_time = time.perf_counter()
+    self._started = time.time()
+    self._status_time = 0.0
+    self._speed: float | None = None
+    self._first_step = start + 1
+    self.status(start, 'compiling')
+
+  def add(self, result: StepResult) -> None:
+    self._results.append(result.metrics)
+    if result.step == self._first_step:
+      # The first update includes compilation; it says nothing of the speed.
+      self._restart_clock(result.step)
+    if time.time() - self._status_time > _STATUS_SECONDS:
+      self.status(result.step, 'training')
+
+  def log(self, step: int) -> None:
+    """Writes a record: losses are means since the last record."""
+    if not self._results:
+      return
+    results = jax.device_get(self._results)
+    newest = writers.as_floats(results[-1])
+    for key in newest:
+      if key.startswith('loss/'):
+        found = [float(r[key]) for r in results if key in r]
+        newest[key] = sum(found) / len(found)
+    self._check_finite(step, newest)
+    newest['exchange/stall_ms'] = sum(
+        m['exchange/stall_ms'] for m in self._results
+    )
+    newest['exchange/rejected'] = float(self._exchange.rejected)
+    steps = step - self._logged_step
+    if steps > 0:
+      seconds = time.perf_counter() - self._logged_time
+      self._speed = steps / seconds
+      newest['perf/steps_per_sec'] = self._speed
+      newest['perf/examples_per_sec'] = self._speed * self._examples
+    self._results = []
+    self._restart_clock(step)
+    self._writer.write(step, newest)
+
+  def check_finite(self, step: int) -> None:
+    """Raises FloatingPointError if the state after `step` is past saving.
+
+    The gradient counts too: it makes the parameters not finite before any loss
+    says so.
+    """
+    if self._results:
+      self._check_finite(step, writers.as_floats(self._results[-1]))
+
+  def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+    for key in ('loss/total', 'optim/grad_norm'):
+      if not np.isfinite(metrics[key]):
+        raise FloatingPointError(
+            f'{key} of group {self._job.group_id} is {metrics[key]} at step'
+            f' {step}; lower the learning rate or the distill weight; the last'
+            ' checkpoint is kept'
+        )
+
+  def evaluate(self, step: int, variables: Variables) -> bool:
+    """Writes a record of the validation metrics; False if it was stopped."""
+    experiment, model = self._job.experiment, self._job.model
+    start = time.perf_counter()
+    if self._eval_batches is None:
+      self._eval_batches = experiment.task.eval_batches(experiment.eval_batch)
+    found = evaluate.evaluate(
+        self._eval_step,
+        variables,
+        self._eval_batches,
+        model.init_carry(experiment.eval_batch),
+        should_stop=self._job.stop,
+    )
+    if found is not None:
+      self._writer.write(step, found)
+    self._logged_time += time.perf_counter() - start
+    return found is not None
+
+  def status(self, step: int, phase: str) -> None:
+    """Replaces the sign of life in the run directory."""
+    job = self._job
+    if not job.agreement.is_primary:
+      return
+    self._status_time = time.time()
+    run_directory.write_status(
+        job.workdir,
+        job.group_id,
+        {
+            'step': step,
+            'num_steps': job.experiment.num_steps,
+            'time': self._status_time,
+            'started': self._started,
+            'pid': os.getpid(),
+            'host': socket.gethostname(),
+            'phase': phase,
+            'steps_per_sec': self._speed,
+            'num_groups': job.num_groups,
+            'teachers': [
+                {'peer': p.group_id, 'step': p.step, 'time': p.time}
+                for p in self._exchange.in_use
+                if p is not None
+            ],
+        },
+    )
+
+  def _restart_clock(self, step: int) -> None:
+    self._logged_step, self._logged_time = step, time.perf_counter()
+
+
+def group_writer(
+    job: Job, *, progress: bool
+) -> Callable[[int], writers.Writer]:
+  """JSON lines and TensorBoard events always; progress if asked."""
+
+  def make(start: int) -> writers.Writer:
+    directory = run_directory.group_dir(job.workdir, job.group_id)
+    directory.mkdir(parents=True, exist_ok=True)
+    made = [
+        writers.JsonlWriter(
+            run_directory.metrics_path(job.workdir, job.group_id),
+            resume_step=start,
+        ),
+        writers.TensorBoardWriter(
+            run_directory.tensorboard_dir(job.workdir, job.group_id),
+            resume_step=start,
+        ),
+    ]
+    if progress:
+      made.append(
+          writers.ProgressWriter(
+              job.experiment.num_steps,
+              resume_step=start,
+              name=f'group {job.group_id}',
+          )
+      )
+    return writers.MultiWriter(made)
+
+  return make

@@ -90,9 +90,9 @@ class Plan:
   teacher_dtype: str = 'float32'
 
   def __post_init__(self):
-    if self.every < 1:
+    if type(self.every) is not int or self.every < 1:
       raise ValueError(
-          f'exchange_every={self.every}; set it to at least 1 step'
+          f'exchange_every={self.every!r}; set it to at least 1 step'
       )
     if self.mode not in MODES:
       raise ValueError(

@@ -84,11 +84,22 @@ class Experiment:
         'checkpoint_every',
     ):
       value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
+      if type(value) is not int or value < 1:
         raise ValueError(
             f'Experiment.{name}={value!r}; set it to a whole number of at'
             ' least 1'
         )
+    if type(self.seed) is not int or self.seed < 0:
+      raise ValueError(
+          f'Experiment.seed={self.seed!r}; set it to a whole number of at'
+          ' least 0'
+      )
+    timeout = self.exchange_timeout_seconds
+    if not isinstance(timeout, int | float) or timeout < 0:
+      raise ValueError(
+          f'Experiment.exchange_timeout_seconds={timeout!r}; set it to a number'
+          ' of seconds'
+      )
     losses.distill_loss(self.distill_loss)  # Raises on an unknown name.
     self.plan  # noqa: B018  Raises on what does not fit together.
 

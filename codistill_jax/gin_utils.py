@@ -86,10 +86,21 @@ def make(configurable: Callable[..., Any], *args: Any) -> Any:
         f'the configuration says nothing of {name}; give a task, such as'
         ' --gin_file=gin_configs/tasks/bible_lm.gin'
     ) from e
+  return call(configured, *args)
+
+
+def call(configured: Callable[..., Any], *args: Any) -> Any:
+  """Calls what the configuration says; its errors become one line.
+
+  Raises:
+    ValueError: If it cannot be made as configured.
+    OSError: If what it reads is not there.
+  """
   try:
     return configured(*args)
   except TypeError as e:
-    # A missing or misspelled argument of something configured.
+    # A missing argument, or a value of the wrong kind.
+    name = configured.__name__
     raise ValueError(f'configuration of {name}: {_first_line(e)}') from e
   except ValueError as e:
     # Gin appends where in the configuration the call was made.

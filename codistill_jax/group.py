@@ -120,5 +120,8 @@ def prefetch(
         loader.shutdown(wait=False)
       yield batch
   finally:
-    # Without waiting: this may run while the interpreter shuts down.
-    loader.shutdown(wait=False, cancel_futures=True)
+    # Without waiting, and without `cancel_futures`, which fails while the
+    # interpreter shuts down.
+    for future in pending:
+      future.cancel()
+    loader.shutdown(wait=False)

@@ -3,10 +3,12 @@
     <workdir>/config.gin                            operative config
     <workdir>/run.json                              the run, see `write_run`
     <workdir>/exchange/group_<i>/<step>/            publications
+    <workdir>/exchange/group_<i>/restart_step.json  where a restart may begin
     <workdir>/groups/group_<i>/checkpoints/<step>/  resume state
     <workdir>/groups/group_<i>/metrics.jsonl        see writers.JsonlWriter
     <workdir>/groups/group_<i>/tensorboard/         TensorBoard events
     <workdir>/groups/group_<i>/status.json          see `write_status`
+    <workdir>/groups/group_<i>/log.txt              its output, by train_local
     <workdir>/groups/group_<i>/DONE                 the last step was reached
     <workdir>/report/                               pages, comparison.json
 

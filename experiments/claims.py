@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from codistill_jax import gin_utils, run_directory
-from codistill_jax.base import Agreement, TrainState
+from codistill_jax.base import TrainState
 from experiments import cli
 from experiments.job import Job
 
 
-def describe_run(job: Job, state: TrainState, arm: str) -> dict[str, Any]:
+def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
   """What run.json says; see `run_directory.write_run`."""
   experiment = job.experiment
   sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
@@ -19,7 +19,7 @@ def describe_run(job: Job, state: TrainState, arm: str) -> dict[str, Any]:
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
   return {
-      'arm': arm or os.path.basename(os.path.normpath(job.workdir)),
+      'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
       'group_batch': experiment.group_batch,
@@ -40,24 +40,39 @@ def print_dry_run(job: Job, state: TrainState) -> None:
   """Prints what would be trained."""
   gin_utils.check_no_dead_bindings()
   print(gin_utils.operative_configuration())
-  run = describe_run(job, state, '')
+  run = describe_run(job, state)
   print(
       f'{run["model_parameters"]:,} parameters; {run["num_groups"]} groups of'
       f' {run["replicas"]} replicas; dry run, nothing written'
   )
 
 
-def claim_workdir(job: Job, state: TrainState, *, arm: str = '') -> None:
-  """Writes run.json, or checks that it is of the same configuration.
+def check_workdir(job: Job, state: TrainState) -> None:
+  """Raises ValueError if the workdir holds a run of another configuration."""
+  before = run_directory.read_run(job.workdir)
+  if before:
+    _check_same_run(job.workdir, before, describe_run(job, state))
+
+
+def claim_workdir(job: Job, state: TrainState) -> None:
+  """Writes run.json and config.gin, once; after the first update.
+
+  Not before: a mistake that the first update brings out would leave a workdir
+  that refuses the corrected configuration.
 
   Raises:
     ValueError: If the run directory belongs to another configuration.
   """
-  run = describe_run(job, state, arm)
+  if not job.agreement.is_primary:
+    return
   if not run_directory.read_run(job.workdir):
-    run_directory.write_run(job.workdir, run)
+    run_directory.write_run(job.workdir, describe_run(job, state))
   # Read again: another group may have claimed it at the same moment.
-  _check_same_run(job.workdir, run_directory.read_run(job.workdir), run)
+  check_workdir(job, state)
+  config = run_directory.config_path(job.workdir)
+  if not config.exists():
+    text = gin_utils.operative_configuration()
+    run_directory.write_bytes(config, text.encode())
 
 
 def _check_same_run(workdir: str, before: dict, now: dict) -> None:
@@ -79,11 +94,3 @@ def _check_same_run(workdir: str, before: dict, now: dict) -> None:
       f' this one has {differing[1]}; use another --workdir, or the first'
       ' configuration'
   )
-
-
-def save_config(workdir: str, agreement: Agreement) -> None:
-  """Writes the operative config, once."""
-  path = run_directory.config_path(workdir)
-  if agreement.is_primary and not path.exists():
-    text = gin_utils.operative_configuration()
-    run_directory.write_bytes(path, text.encode())

@@ -3,9 +3,11 @@
   0  done
   1  a clear error on the last line; the same command would fail again
  70  a crash, with its traceback; starting again may help
+ 75  a clear error that may pass: a peer that did not come, a full disk
 128+n  stopped by signal n, everything saved
 """
 
+import errno
 import os
 import shlex
 import sys
@@ -16,6 +18,17 @@ from absl import app, flags, logging
 
 CLEAR_ERROR = 1
 CRASH = 70
+MAY_PASS = 75
+
+_PASSING = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENOSPC,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
@@ -60,8 +73,13 @@ def status_of(
   except KeyboardInterrupt:
     return 130
   except (ValueError, OSError, FloatingPointError) as e:
+    # Jax raises ValueError too, from inside a user's own model.
+    logging.info('Where the error came from:', exc_info=True)
     print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
-    return CLEAR_ERROR
+    passing = isinstance(e, TimeoutError) or (
+        isinstance(e, OSError) and e.errno in _PASSING
+    )
+    return MAY_PASS if passing else CLEAR_ERROR
   except Exception:  # A crash: whoever supervises may start again.
     traceback.print_exc()
     return CRASH

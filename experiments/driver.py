@@ -12,7 +12,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import base, gin_utils, replicas, run_directory, writers
+from codistill_jax import (
+    base,
+    gin_utils,
+    locks,
+    replicas,
+    run_directory,
+    writers,
+)
 from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.checkpoint import Checkpoints, Resume
@@ -71,6 +78,9 @@ def train(
   state, stream = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
+    if job.agreement.is_primary:
+      directory = run_directory.group_dir(job.workdir, job.group_id)
+      stack.enter_context(locks.exclusive(directory, 'training in'))
     checkpoints = Checkpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
@@ -106,7 +116,7 @@ def train(
       for result in turns:
         if result.step == start + 1:
           gin_utils.check_no_dead_bindings()
-          claims.save_config(job.workdir, job.agreement)
+          claims.claim_workdir(job, result.state)
         _after_update(job, result, watch, checkpoints, exchange)
         yield result.step
     except Interrupted:

@@ -60,6 +60,7 @@ class Run(NamedTuple):
   arm: str
   experiment: experiment_lib.Experiment
   model: Model
+  num_groups: int
   groups: list[int]
 
 
@@ -136,9 +137,11 @@ def open_run(workdir: str) -> Run:
     )
   gin_utils.parse([os.path.abspath(config)])
   experiment = gin_utils.make(experiment_lib.Experiment)
-  arm = run_directory.read_run(workdir).get('arm', os.path.basename(workdir))
-  model = experiment_lib.make_model(experiment)
-  return Run(workdir, arm, experiment, model, groups)
+  facts = run_directory.read_run(workdir)
+  arm = facts.get('arm', os.path.basename(workdir))
+  model = gin_utils.call(experiment_lib.make_model, experiment)
+  num_groups = facts.get('num_groups', len(groups))
+  return Run(workdir, arm, experiment, model, num_groups, groups)
 
 
 def load(
@@ -177,7 +180,7 @@ def _like(run: Run) -> TrainState:
   experiment = run.experiment
   stream = experiment.task.train_stream(
       group_id=0,
-      num_groups=len(run.groups),
+      num_groups=run.num_groups,
       group_batch=experiment.group_batch,
       rows=None,
   )
@@ -187,7 +190,7 @@ def _like(run: Run) -> TrainState:
           experiment.optimizer,
           jax.random.PRNGKey(0),
           stream.batch(0),
-          num_peers=len(run.groups) - 1,
+          num_peers=run.num_groups - 1,
       )
   )
 

@@ -45,6 +45,7 @@ class Job:
     num_groups: G.
     agreement: How the processes of this group decide together.
     stop: True once the process was asked to stop.
+    arm: Name of the run in reports; '' for the name of the workdir.
   """
 
   experiment: Experiment
@@ -55,6 +56,7 @@ class Job:
   num_groups: int
   agreement: Agreement = ALONE
   stop: Callable[[], bool] = lambda: False
+  arm: str = ''
 
   @property
   def identity(self) -> dict[str, str]:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
-  model = experiment_lib.make_model(experiment)
+  model = gin_utils.call(experiment_lib.make_model, experiment)
   job = Job(
       experiment=experiment,
       model=model,
@@ -82,13 +82,13 @@ def main(argv: Sequence[str]) -> None:
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
       stop=stop,
+      arm=_ARM.value,
   )
   state, _ = driver.new_state(job)
   if _DRY_RUN.value:
     claims.print_dry_run(job, state)
     return
-  if job.agreement.is_primary:
-    claims.claim_workdir(job, state, arm=_ARM.value)
+  claims.check_workdir(job, state)
   progress = job.agreement.is_primary
   for _ in driver.train(
       job, _exchange_of(job), group_writer(job, progress=progress)

@@ -176,7 +176,7 @@ class Group:
     self.group_id = group_id
     self.command = list(command)
     self.done = False
-    self._workdir = workdir
+    self.workdir = workdir
     self._environment = environment
     self._process: subprocess.Popen | None = None
     self._deaths = 0
@@ -249,7 +249,7 @@ class Group:
 
   def _count_death(self, status: int, max_restarts: int) -> None:
     saved = run_directory.newest_saved(
-        run_directory.checkpoints_dir(self._workdir, self.group_id)
+        run_directory.checkpoints_dir(self.workdir, self.group_id)
     )
     newest = None if saved is None else saved.step
     if newest != self._checkpoint:
@@ -319,19 +319,17 @@ class _Progress:
 
   def __init__(self, group: Group):
     self._group = group
-    self._shown = -1
+    self._shown = time.time()  # What was there before is not news.
     self._writer: writers.Writer | None = None
 
   def update(self) -> None:
-    workdir = self._group._workdir
+    workdir = self._group.workdir
     path = run_directory.metrics_path(workdir, self._group.group_id)
     records = run_directory.read_metrics(path, tail_bytes=1 << 16).records
     new = [r for r in records if r['time'] > self._shown]
     if not new:
       return
     if self._writer is None:
-      if self._shown < 0 and len(new) < len(records):
-        return
       self._writer = writers.ProgressWriter(
           run_directory.read_run(workdir)['num_steps'],
           resume_step=new[0]['step'],
@@ -348,10 +346,13 @@ class _Progress:
 
 
 def _die_with_parent() -> None:
-  """A group must not go on training when nobody watches it any more."""
+  """A group must not go on training when nobody watches it any more.
+
+  At once: one that saves first would meet its successor.
+  """
   if sys.platform == 'linux':
     set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 if __name__ == '__main__':

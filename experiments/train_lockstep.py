@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
   experiment = dataclasses.replace(
       gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
   )
-  model = experiment_lib.make_model(experiment)
+  model = gin_utils.call(experiment_lib.make_model, experiment)
   train_step = experiment_lib.make_replicated_step(
       experiment, model, driver.chosen_devices(_REPLICAS.value)
   )
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
           group_id=group_id,
           num_groups=num_groups,
           stop=latch,
+          arm=_ARM.value,
       )
       for group_id in range(num_groups)
   ]
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
   if _DRY_RUN.value:
     claims.print_dry_run(jobs[0], state)
     return
-  claims.claim_workdir(jobs[0], state, arm=_ARM.value)
+  claims.check_workdir(jobs[0], state)
   keep_common_checkpoints(jobs)
   exchanges = memory_exchanges(
       num_groups,

@@ -609,10 +609,14 @@ def processes(join):
 
 
 def test_only_the_primary_writes(processes, tmp_path):
-  for process in processes:
-    process.publish_if_due(10, variables_of(processes.index(process)))
-    process.checkpointed(10 + processes.index(process))
-    process.close()
+  primary, other = processes
+  assert not other.publish_if_due(10, variables_of(1))
+  other.checkpointed(20)
+  other.close()
+  assert list(tmp_path.iterdir()) == []
+  assert primary.publish_if_due(10, variables_of(0))
+  primary.checkpointed(10)
+  primary.close()
   _, found = publications.read(tmp_path, 0, 10, like=variables_of(0))
   assert found.params['w'][0] == 0.0
   restart = tmp_path / 'group_0' / 'restart_step.json'

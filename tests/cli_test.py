@@ -1,5 +1,6 @@
 """Exit statuses and last lines, on which people and supervisors rely."""
 
+import errno
 import subprocess
 import sys
 
@@ -22,13 +23,21 @@ def status_of(error, argv=('binary',)):
     [
         ValueError('a wrong\n  value'),
         FileNotFoundError('a wrong value'),
-        TimeoutError('a wrong value'),
+        ConnectionError('a wrong value'),
         FloatingPointError('a wrong value'),
     ],
 )
 def test_a_clear_error_is_one_line_and_status_1(error, capsys):
   assert status_of(error) == 1
   assert capsys.readouterr().err == 'error: a wrong value\n'
+
+
+@pytest.mark.parametrize(
+    'error', [TimeoutError('no peer'), OSError(errno.ENOSPC, 'disk full')]
+)
+def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
+  assert status_of(error) == 75
+  assert capsys.readouterr().err.startswith('error: ')
 
 
 @pytest.mark.parametrize('error', [RuntimeError('deep'), KeyError('k')])

@@ -1,5 +1,6 @@
 """What surrounds the loop: resume, records, evaluation, saving, stopping."""
 
+import dataclasses
 import functools
 import json
 import signal
@@ -399,10 +400,11 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   state, _ = driver.new_state(job)
   configuration = ['a.b = 1', 'c.d = 2']
   monkeypatch.setattr(gin_utils, 'configuration', lambda: configuration)
-  claims.claim_workdir(job, state, arm='ours')
+  job = dataclasses.replace(job, arm='ours')
+  claims.claim_workdir(job, state)
   run_json = run_directory.run_path(job.workdir).read_text()
   assert json.loads(run_json)['arm'] == 'ours'
-  claims.claim_workdir(job, state, arm='ours')  # The same again.
+  claims.claim_workdir(job, state)  # The same again.
   for other, message in [
       (['a.b = 1', 'c.d = 3'], 'it has c.d = 2, this one has c.d = 3'),
       (['a.b = 1'], 'it has c.d = 2, this one has no such binding'),
@@ -413,16 +415,16 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   ]:
     monkeypatch.setattr(gin_utils, 'configuration', lambda o=other: o)
     with pytest.raises(ValueError, match=message):
-      claims.claim_workdir(job, state)
+      claims.check_workdir(job, state)
   assert run_directory.run_path(job.workdir).read_text() == run_json
 
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
   job = make_job(distill_weight=lambda step: float(step >= 5))
   state, _ = driver.new_state(job)
-  assert claims.describe_run(job, state, '')['burn_in_steps'] == 5
+  assert claims.describe_run(job, state)['burn_in_steps'] == 5
   job = make_job(distill_weight=lambda step: 0.0)
-  assert claims.describe_run(job, state, '')['burn_in_steps'] == STEPS
+  assert claims.describe_run(job, state)['burn_in_steps'] == STEPS
 
 
 def test_a_group_batch_that_cannot_be_shared_is_refused(make_job):

@@ -265,7 +265,8 @@ def test_dropout_acts_on_the_input_of_each_layer_and_on_the_output():
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        ({'units': 0}, 'units must be at least 1'),
+        ({'units': 0}, 'units must be a whole number of at least 1'),
+        ({'units': 3.5}, 'got 3.5'),
         ({'layers': 0}, 'layers'),
         ({'dropout': 1.0}, 'dropout'),
         ({'dtype': 'float16'}, "got 'float16'"),

@@ -65,16 +65,18 @@ def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
   assert_same_end(workdir, never_stopped)
 
 
+@pytest.mark.parametrize('lost', [[50], [20, 40, 50]])
 def test_groups_that_were_killed_apart_go_back_to_one_step(
-    launch, reference, tmp_path
+    launch, reference, tmp_path, lost
 ):
-  """Group 0 has reached its end; the last checkpoint of group 1 is torn."""
+  """Group 0 has reached its end; checkpoints of group 1 are torn."""
   gin_file, never_killed = reference
   workdir = tmp_path / 'run'
   shutil.copytree(never_killed, workdir)
   run_directory.done_path(workdir, 1).unlink()
-  torn = run_directory.checkpoints_dir(workdir, 1) / str(tiny_run.NUM_STEPS)
-  (torn / 'commit_success.txt').unlink()
+  for step in lost:
+    torn = run_directory.checkpoints_dir(workdir, 1) / str(step)
+    (torn / 'commit_success.txt').unlink()
   train(launch, workdir, gin_file).wait()
   assert_same_end(workdir, never_killed)
 

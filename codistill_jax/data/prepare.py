@@ -7,14 +7,13 @@ the directory a data set.
 """
 
 import collections
-import contextlib
-import fcntl
 import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from codistill_jax import locks
 from codistill_jax.data import partition, rounds, shards, sources
 from codistill_jax.data import tokenizer as tokenizer_lib
 from codistill_jax.data.records import Record, Reject, Source
@@ -90,7 +89,7 @@ def prepare(
   if (output / shards.META).exists():
     return _finished(output, config, report)
   opened = sources.open_source(source, text_key)
-  with _exclusive(output):
+  with locks.exclusive(output, 'preparing'):
     return _Preparation(output, config, opened, given, report).run()
 
 
@@ -113,25 +112,6 @@ def _load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return Tokenizer(model)
   except ValueError as e:
     raise ValueError(f'Cannot use the tokenizer {path}: {e}') from e
-
-
-@contextlib.contextmanager
-def _exclusive(output: pathlib.Path) -> Iterator[None]:
-  """Makes the directory and keeps other preparations out of it."""
-  output.mkdir(parents=True, exist_ok=True)
-  handle = os.open(output, os.O_RDONLY)
-  try:
-    try:
-      # The kernel lets go of the lock whenever and however we end.
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise ValueError(
-          f'Another process is preparing {output}; wait for it or choose'
-          ' another output.'
-      ) from e
-    yield
-  finally:
-    os.close(handle)
 
 
 # --- what is there already ---------------------------------------------------

@@ -64,8 +64,10 @@ def language_model(
       'embedding': embedding,
   }
   for name, value in sizes.items():
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
+    if type(value) is not int or value < 1:
+      raise ValueError(
+          f'{name} must be a whole number of at least 1, got {value!r}.'
+      )
   if not 0.0 <= dropout < 1.0:
     raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
   if dtype not in ('float32', 'bfloat16'):

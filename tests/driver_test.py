@@ -171,8 +171,12 @@ def stop_and_resume(make_job, looks):
   return e.value
 
 
-# A pass over the two validation batches, at step 6, looks twice.
-@pytest.mark.parametrize('looks, at', [(0, 1), (4, 5), (8, 7)])
+# A pass over the two validation batches, at steps 6 and 12, looks twice: so
+# 5 and 13 stop where an evaluation is due, 6 and 14 in the middle of it.
+@pytest.mark.parametrize(
+    'looks, at',
+    [(0, 1), (4, 5), (5, 6), (6, 6), (8, 7), (13, 12), (14, 12)],
+)
 def test_a_stopped_run_ends_with_the_same_bits(make_job, looks, at):
   """Also the recurrent state and the moments of the optimiser go on."""
   straight = make_job('straight')
@@ -237,6 +241,64 @@ def test_evaluation_gives_way_to_a_stop_request(make_job):
   with pytest.raises(cli.Stopped):
     run(make_job(stop=StopAt(5)))  # At step 6, where one is due.
   assert not [r for r in records_of(make_job()) if 'eval/loss' in r]
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(make_job):
+  """The loss before it still was: the parameters after it are not."""
+  model = MODEL._replace(apply=lambda v, *args: MODEL.apply(_explode(v), *args))
+  train_step = experiment_lib.make_replicated_step(
+      make_experiment(), model, jax.devices()[:2]
+  )
+  job = dataclasses.replace(
+      make_job(log_every=50, stop=lambda: True),
+      model=model,
+      train_step=train_step,
+  )
+  with pytest.raises(FloatingPointError, match='grad_norm of group 0 is nan'):
+    run(job)
+  assert checkpoint_steps(job) == []
+
+
+@jax.custom_vjp
+def _explode(tree):
+  """The identity, with a gradient that is not a number."""
+  return tree
+
+
+_explode.defvjp(
+    lambda tree: (tree, None),
+    lambda _, grads: (jax.tree.map(lambda g: g * np.nan, grads),),
+)
+
+
+def test_a_second_trainer_of_one_group_is_refused(make_job):
+  first = driver.train(
+      make_job(),
+      lambda variables: NoExchange(),
+      watch.group_writer(make_job(), progress=False),
+  )
+  next(first)
+  with pytest.raises(
+      ValueError, match=r'Another process is training in .*group_0'
+  ):
+    run(make_job())
+  assert list(first) == list(range(2, STEPS + 1))
+
+
+def test_a_mistake_in_the_first_update_leaves_the_workdir_free(
+    make_job, monkeypatch
+):
+  def dead():
+    raise ValueError('acts nowhere')
+
+  monkeypatch.setattr(gin_utils, 'check_no_dead_bindings', dead)
+  job = make_job()
+  with pytest.raises(ValueError, match='acts nowhere'):
+    run(job)
+  assert not run_directory.run_path(job.workdir).exists()
+  monkeypatch.setattr(gin_utils, 'check_no_dead_bindings', lambda: None)
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: ['a.b = corrected'])
+  assert run(job) == list(range(1, STEPS + 1))
 
 
 def test_the_operative_configuration_is_written_once(make_job):

@@ -65,7 +65,10 @@ class Waiting:
 
 
 class CheckpointExchange:
-  """Publications as orbax checkpoints under `root/group_<id>/<step>/`."""
+  """Publications as orbax checkpoints under `root/group_<id>/<step>/`.
+
+  For one run: another run gets another root, and another exchange.
+  """
 
   def __init__(
       self,

@@ -59,7 +59,7 @@ def memory_exchanges(
 
 
 class MemoryExchange:
-  """The exchange of one group; made by `memory_exchanges`."""
+  """The exchange of one group in one run; made by `memory_exchanges`."""
 
   def __init__(
       self, board: '_Board', group_id: int, plan: Plan, mirror: Mirror | None

@@ -216,7 +216,8 @@ def example_weights(batch: Batch) -> jax.Array:
 
 
 def _weighted_sum(values: Array, weights: Array) -> jax.Array:
-  # A value of weight 0 is ignored, be it NaN: padding holds anything.
+  # A loss of weight 0 is ignored, be it NaN: padding may hold any label. (Its
+  # inputs must be finite: no mask helps the gradient of what is not.)
   return jnp.sum(jnp.where(weights == 0, 0.0, values) * weights)
 
 

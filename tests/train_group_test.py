@@ -383,7 +383,8 @@ def wrong(launch, reference, finished, tmp_path_factory):
 )
 def test_a_mistake_is_one_line_and_damages_nothing(wrong, name, words):
   status, output, gone = wrong[name]
-  assert status == 1, output
+  # Only a peer that is missing may come yet.
+  assert status == (75 if name == 'lonely' else 1), output
   last = output.splitlines()[-1]
   assert last.startswith('error: ')
   for word in words:

@@ -1,6 +1,7 @@
 """train_local: watches, restarts, gives up, and leaves no process behind."""
 
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -81,7 +82,7 @@ import os, pathlib, signal, sys, time
 here = pathlib.Path(sys.argv[1])
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-(here / ('begun' + os.environ['GROUP'])).write_text('')
+(here / ('begun' + os.environ['GROUP'])).write_text(str(os.getpid()))
 while not asked:
   time.sleep(0.01)
 time.sleep(0.5)
@@ -182,7 +183,7 @@ def test_a_group_that_does_not_leave_is_killed(pretend, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='only Linux can tell')
-def test_groups_leave_when_the_supervisor_is_killed(tmp_path):
+def test_no_group_outlives_its_supervisor(tmp_path):
   supervisor = f"""
 import sys, time
 from experiments import train_local
@@ -195,17 +196,27 @@ group = train_local.Group(
 group.poll(0)
 time.sleep(60)
 """
-  log = run_directory.group_dir(tmp_path, 0) / 'log.txt'
+  begun = tmp_path / 'begun0'
   process = tiny_run.Process(
       [sys.executable, '-c', supervisor],
       tmp_path / 'supervisor.txt',
       {'PYTHONPATH': str(tiny_run.ROOT)},
   )
   try:
-    tiny_run.until((tmp_path / 'begun0').exists, process=process)
+    tiny_run.until(
+        lambda: begun.exists() and begun.read_text(), process=process
+    )
   finally:
     process.kill()
-  tiny_run.until(lambda: log.read_text() == 'saved after 1\n', timeout=30)
+  tiny_run.until(lambda: not is_running(int(begun.read_text())), timeout=30)
+
+
+def is_running(pid):
+  try:
+    state = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]
+  except OSError:
+    return False
+  return state.split()[0] != 'Z'  # Nobody may be there to bury it.
 
 
 # --- Sharing devices ---------------------------------------------------------

@@ -254,7 +254,7 @@ def language_model_task(
   """
   train = shards.open_tokens(data_dir, 'train')
   validation = shards.open_tokens(data_dir, 'validation')
-  source = shards.read_meta(data_dir)['source']
+  source = shards.read_meta(data_dir).get('source', 'text')
   return base.Task(
       train_stream=functools.partial(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed

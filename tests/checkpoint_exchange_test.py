@@ -124,13 +124,13 @@ def test_what_is_published_does_not_follow_the_training(
 ):
   """The arrays are copied: the next step may reuse their memory at once."""
   go_on = threading.Event()
-  original = publications.write
+  original = checkpoint_exchange.cast_floats
 
   def late(*args):
     assert go_on.wait(30)
     return original(*args)
 
-  monkeypatch.setattr(publications, 'write', late)
+  monkeypatch.setattr(checkpoint_exchange, 'cast_floats', late)
   exchange = join()
   variables = variables_of(1.0)
   exchange.publish_if_due(10, variables)

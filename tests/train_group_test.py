@@ -136,7 +136,10 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   group.wait(-signal.SIGKILL)
   assert not run_directory.done_path(workdir, 1).exists()
 
-  # It goes on from its newest checkpoint, and waits for its peer again.
+  # It goes on from its newest checkpoint, and waits for its peer again. That it
+  # has come to the wait shows in its publication, which the killed one may have
+  # made as well.
+  storage.delete(run_directory.publications_dir(workdir, 1), [40])
   newest = max(saved())
   group = start_group(launch, workdir, gin_file, 1)
   tiny_run.until(lambda: 40 in _published(workdir, 1), process=group)

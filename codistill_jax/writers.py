@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from etils import epath
 
-from codistill_jax import run_directory
+from codistill_jax import files, run_directory
 
 Metrics = Mapping[str, Any]
 
@@ -129,7 +129,7 @@ class JsonlWriter:
         )
     record: dict[str, Any] = {'step': int(step), 'time': self._clock()}
     for key, value in as_floats(metrics).items():
-      record[key] = run_directory.encode_number(value)
+      record[key] = files.encode_number(value)
     line = json.dumps(record, allow_nan=False) + '\n'
     self._file.write(line.encode())
     self._file.flush()
@@ -147,7 +147,7 @@ def _repair(path: epath.Path, resume_step: int | None) -> None:
   lines = io.BytesIO(data).readlines()  # Unlike splitlines, not at a b'\r'.
   kept = b''.join(line for line in lines if _keep(line, resume_step))
   if kept != data:
-    run_directory.write_bytes(path, kept)
+    files.write_bytes(path, kept)
 
 
 def _keep(line: bytes, resume_step: int | None) -> bool:

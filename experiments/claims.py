@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from codistill_jax import gin_utils, run_directory
+from codistill_jax import files, gin_utils, run_directory
 from codistill_jax.base import TrainState
 from experiments import cli
 from experiments.job import Job
@@ -72,7 +72,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   config = run_directory.config_path(job.workdir)
   if not config.exists():
     text = gin_utils.operative_configuration()
-    run_directory.write_bytes(config, text.encode())
+    files.write_bytes(config, text.encode())
 
 
 def _check_same_run(workdir: str, before: dict, now: dict) -> None:

@@ -14,6 +14,7 @@ from absl import logging
 
 from codistill_jax import (
     base,
+    files,
     gin_utils,
     locks,
     replicas,
@@ -128,7 +129,7 @@ def train(
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
   if job.agreement.is_primary:
-    run_directory.write_bytes(done, b'')
+    files.write_bytes(done, b'')
     watch.status(job.experiment.num_steps, 'done')
   _meet(job)
 

@@ -20,6 +20,7 @@ from etils import epath
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import (
+    files,
     gin_utils,
     publications,
     run_directory,
@@ -116,7 +117,7 @@ def compare_run(
           ]
       },
   }
-  run_directory.write_json(comparison_path(workdir, step), comparison)
+  files.write_json(comparison_path(workdir, step), comparison)
   return comparison
 
 

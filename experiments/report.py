@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from codistill_jax import run_directory
+from codistill_jax import files, run_directory
 from experiments import (
     cli,
     report_data,
@@ -25,7 +25,7 @@ from experiments.report_data import Arm
 
 
 def make_report(
-    arms: Sequence[Arm], output: run_directory.PathLike | None = None
+    arms: Sequence[Arm], output: files.PathLike | None = None
 ) -> epath.Path:
   """Writes plots and pages.
 
@@ -43,20 +43,20 @@ def make_report(
   plots = report_plots.make_plots(arms)
   blocks = report_blocks(arms, plots, output)
   for plot in plots:
-    run_directory.write_bytes(directory / f'{plot.name}.png', plot.png)
+    files.write_bytes(directory / f'{plot.name}.png', plot.png)
   pages = {
       'report.md': report_pages.to_markdown(title, blocks),
       'report.html': report_pages.to_html(title, blocks),
   }
   for name, text in pages.items():
-    run_directory.write_bytes(directory / name, text.encode())
+    files.write_bytes(directory / name, text.encode())
   return directory / 'report.html'
 
 
 def report_blocks(
     arms: Sequence[Arm],
     plots: Sequence[report_plots.Plot],
-    output: run_directory.PathLike | None = None,
+    output: files.PathLike | None = None,
 ) -> list[report_pages.Block]:
   """What stands in a report, in order."""
   settings = report_table.settings_rows(arms)

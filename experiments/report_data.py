@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from codistill_jax import run_directory
+from codistill_jax import files, run_directory
 
 
 class Curve(NamedTuple):
@@ -66,7 +66,7 @@ class Arm(NamedTuple):
 
 
 def load_arms(
-    workdirs: Sequence[str], output: run_directory.PathLike | None = None
+    workdirs: Sequence[str], output: files.PathLike | None = None
 ) -> list[Arm]:
   """Reads run directories.
 
@@ -90,7 +90,7 @@ def load_arms(
   names = _distinct_names(labels, own_names, paths)
   comparisons = [run_directory.read_comparison(p) for p in paths]
   if output is not None:
-    extra = run_directory.read_json(epath.Path(output) / 'comparison.json')
+    extra = files.read_json(epath.Path(output) / 'comparison.json')
     comparisons.append(extra or {})
   arms = []
   for i, path in enumerate(paths):

@@ -12,7 +12,14 @@ import pytest
 import tiny_run
 import toy
 
-from codistill_jax import base, gin_utils, run_directory, storage, writers
+from codistill_jax import (
+  base,
+  files,
+  gin_utils,
+  run_directory,
+  storage,
+  writers,
+)
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange import Interrupted, NoExchange
 from codistill_jax.publications import Publication
@@ -304,7 +311,7 @@ def test_a_mistake_in_the_first_update_leaves_the_workdir_free(
 def test_the_operative_configuration_is_written_once(make_job):
   job = make_job()
   path = run_directory.config_path(job.workdir)
-  run_directory.write_bytes(path, b'of the first start')
+  files.write_bytes(path, b'of the first start')
   run(job)
   assert path.read_text() == 'of the first start'
 

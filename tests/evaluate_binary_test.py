@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tiny_run
 
-from codistill_jax import run_directory
+from codistill_jax import files, run_directory
 
 LAST = tiny_run.NUM_STEPS
 
@@ -92,9 +92,7 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
   status, output = results['again']
   assert status == 0, output
   report = run_directory.report_dir(workdirs['again'])
-  ours = run_directory.read_json(report / f'comparison_{LAST}.json')[
-      'models'
-  ].values()
+  ours = files.read_json(report / f'comparison_{LAST}.json')['models'].values()
   theirs = comparison(workdirs, 'good')['models'].values()
   for a, b in zip(ours, theirs, strict=True):
     assert a['step'] == b['step']

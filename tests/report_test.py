@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from codistill_jax import run_directory, writers
+from codistill_jax import files, run_directory, writers
 from experiments import (
     report,
     report_data,
@@ -84,7 +84,7 @@ def write_comparison(path) -> None:
       {'churn/mean_abs': 0.03, 'churn/disagreement': 0.1},
   ]
   ensemble = {'eval/loss': 4.4, 'eval/perplexity': 81.45}
-  run_directory.write_json(
+  files.write_json(
       path,
       {
           'models': {

@@ -4,8 +4,7 @@ Checkpoint n holds the state after n updates (so the data position, since a
 batch is a function of the step) and which publications were the teachers.
 """
 
-import concurrent.futures
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -14,6 +13,16 @@ from flax import serialization
 
 from codistill_jax import storage
 from codistill_jax.base import TrainState
+from codistill_jax.saver import GaveUpError, Saver
+from codistill_jax.troubles import Troubles
+
+# As troubles.
+SAVING = 'saving a resume checkpoint'
+_LISTING = 'listing resume checkpoints'
+
+# How long a disk that fails is tried when there is nothing else left to do: at
+# the last step, or when the process was asked to stop.
+PATIENCE_SECONDS = 20.0
 
 
 class Resume(NamedTuple):
@@ -40,6 +49,8 @@ class Checkpoints:
       *,
       identity: Mapping[str, str] | None = None,
       keep: int = 3,
+      troubles: Troubles | None = None,
+      check: Callable[[], None] = lambda: None,
   ):
     """Opens the directory; writes nothing yet.
 
@@ -48,13 +59,16 @@ class Checkpoints:
       identity: Facts that a restart must share (task, tokenizer hash, ...).
       keep: Newest checkpoints to keep; more than one, so that a damaged one
         does not lose the run.
+      troubles: Where a disk that fails is noted.
+      check: Called before anything is written; raises if this process must not
+        write here any more.
     """
     self._directory = storage.absolute(directory)
     self._identity = dict(identity or {})
     self._keep = keep
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
-    self._saving: concurrent.futures.Future | None = None
-    self._saved: int | None = None
+    self._troubles = troubles or Troubles()
+    self._check = check
+    self._saver = Saver(self._write, SAVING, self._troubles)
     self._oldest: int | None = None
 
   @property
@@ -73,33 +87,48 @@ class Checkpoints:
   def save(
       self, state: TrainState, teacher_steps: Sequence[int | None] = ()
   ) -> None:
-    """Saves in the background, after the save before it is complete.
+    """Saves in the background; a state that still waits is given up for it.
+
+    A disk that fails is tried again until it works or a newer state comes, and
+    holds up nobody. So at most two states are kept: one that is being written
+    and one that waits.
 
     Args:
       state: Numpy arrays that nobody will change (`PmapStep.collect`).
       teacher_steps: Per peer, the step of the publication in use, or None.
 
     Raises:
-      Whatever the save before raised.
+      What a save before raised, unless it was an OSError.
     """
-    self.wait()
-    self._saving = self._thread.submit(
-        self._save, int(state.step), state, list(teacher_steps)
-    )
+    self._saver.put(int(state.step), (state, list(teacher_steps)))
 
-  def wait(self) -> int | None:
-    """Waits for the save under way; gives the newest step saved, if any."""
-    if self._saving is not None:
-      saving, self._saving = self._saving, None
-      self._saved, self._oldest = saving.result()
-    return self._saved
+  def wait(self, patience: float = PATIENCE_SECONDS) -> int | None:
+    """Waits until all is saved; gives the newest step saved, if any.
+
+    Args:
+      patience: Seconds to go on trying while the disk fails. A save that is
+        only slow is waited for.
+
+    Raises:
+      TimeoutError: If a state could not be saved; it is given up.
+      What a save raised, unless it was an OSError.
+    """
+    try:
+      self._saver.wait(patience)
+    except GaveUpError as e:
+      raise TimeoutError(
+          f'the resume checkpoint of step {e.step} could not be saved in'
+          f' {self._directory} within {patience:g} s'
+          f' ({_one_line(e.error)}); see to the disk, and start the same'
+          f' command again: it goes on from step {self._saver.saved or 0}'
+      ) from e
+    return self._saver.saved
 
   @property
   def saved_step(self) -> int | None:
     """The newest step known to be on disk, without waiting."""
-    if self._saving is not None and self._saving.done():
-      return self.wait()
-    return self._saved
+    self._saver.raise_failure()
+    return self._saver.saved
 
   @property
   def restart_step(self) -> int | None:
@@ -107,8 +136,7 @@ class Checkpoints:
 
     Not the newest: that one may turn out to be damaged.
     """
-    if self._saving is not None and self._saving.done():
-      self.wait()
+    self._saver.raise_failure()
     return self._oldest
 
   def restore(self, like: TrainState) -> Resume | None:
@@ -132,7 +160,7 @@ class Checkpoints:
       # In the way of the run, which comes by their steps again.
       for newer in [s for s in self.steps() if s > step]:
         storage.set_aside(self._directory, newer)
-      self._saved, self._oldest = step, self.steps()[0]
+      self._saver.saved, self._oldest = step, self.steps()[0]
       return resume
     if damaged:
       raise ValueError(
@@ -143,23 +171,32 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits for the save under way."""
+    """Waits as `wait` does, and ends the thread."""
     try:
       self.wait()
     finally:
-      self._thread.shutdown()
+      self._saver.close()
 
-  def _save(
-      self, step: int, state: TrainState, teacher_steps: list[int | None]
-  ) -> tuple[int, int]:
+  def _write(self, step: int, item: tuple[TrainState, list]) -> None:
+    self._check()
+    state, teacher_steps = item
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
     storage.delete_torn(self._directory)
     storage.save(
         self._directory, step, serialization.to_state_dict(state), facts
     )
-    steps = self.steps()
+    self._prune()
+
+  def _prune(self) -> None:
+    """Deletes all but the newest; a failure must not look like one to save."""
+    try:
+      steps = self.steps()
+    except OSError as e:
+      self._troubles.failed(_LISTING, e)
+      return
+    self._troubles.worked(_LISTING)
     storage.delete(self._directory, steps[: -self._keep])
-    return step, steps[-self._keep :][0]
+    self._oldest = steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
     """One checkpoint; raises as `restore`, or `storage.DamagedError`."""
@@ -192,3 +229,7 @@ class Checkpoints:
     tree = storage.load_tree(self._directory, step, record, target)
     state = serialization.from_state_dict(like, tree)
     return Resume(state, tuple(record.facts['teacher_steps']))
+
+
+def _one_line(error: BaseException | None) -> str:
+  return ' '.join(str(error).split())

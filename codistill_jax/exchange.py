@@ -23,8 +23,11 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.publications import Publication
+from codistill_jax.topology import Topology, peers_of, readers_of
+from codistill_jax.topology import check as check_topology
 
 MODES = ('freshest', 'lockstep')
+POLICIES = ('drop', 'wait', 'fail')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -32,21 +35,43 @@ class Interrupted(RuntimeError):
   """A wait was given up because the process was asked to stop."""
 
 
+class StaleError(ValueError):
+  """A teacher is older than allowed, and the policy is to fail."""
+
+
 class Exchange(Protocol):
   """How one group gives its variables to its peers and gets theirs.
 
   Attributes:
     peers: The ids of the peers, in the order of the teachers' axis P.
-    in_use: Per peer, the publication that its teacher is, or None.
-    rejected: How many publications were found damaged and skipped.
+    in_use: Per peer, the publication that its teacher is, or None for a peer
+      that is absent: it has published nothing, or nothing young enough.
+    rejected: How many publications were found bad and skipped.
+    last_rejection: Which one was the last, and why; '' if there is none.
   """
 
   peers: tuple[int, ...]
   in_use: tuple[Publication | None, ...]
   rejected: int
+  last_rejection: str
 
-  def publish_if_due(self, step: int, variables: Variables) -> bool:
-    """Publishes at multiples of the interval; says whether it did."""
+  def due(self, step: int) -> bool:
+    """Whether this process publishes at `step`."""
+
+  def publish_if_due(
+      self, step: int, variables: Variables, metrics: Metrics | None = None
+  ) -> bool:
+    """Publishes at multiples of the interval; says whether it did.
+
+    Args:
+      step: Updates done by `variables`.
+      variables: What to publish.
+      metrics: Of the update that made them, if one did.
+
+    Raises:
+      FloatingPointError: If loss or gradient were not finite: nothing is
+        published.
+    """
 
   def fetch(self, step: int) -> Teachers | None:
     """The teachers of the update that follows `step`; None if there are none.
@@ -55,9 +80,13 @@ class Exchange(Protocol):
 
     Raises:
       TimeoutError: In lockstep, if a peer does not publish in time.
-      Interrupted: In lockstep, if the process was asked to stop meanwhile.
-      publications.MismatchError: If a peer trains something else.
+      Interrupted: While waiting, if the process was asked to stop.
+      StaleError: If a teacher is too old and the policy is `fail`.
+      publications.MismatchError: In lockstep, if a peer trains something else.
     """
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """All `exchange/*` values of the update after `step`; after its fetch."""
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
@@ -81,6 +110,14 @@ class Plan:
       by up to `every - 1` steps more.
     publish_dtype: Floating dtype of publications.
     teacher_dtype: Floating dtype in which teachers are held.
+    max_staleness_steps: In freshest, the age in steps beyond which a teacher
+      is not used; None for any age. A peer that has published nothing counts
+      as if it had published at step 0.
+    staleness_policy: What happens then. 'drop': the peer is left out of the
+      mean until it publishes again. 'wait': training waits for it. 'fail': an
+      error ends the run.
+    topology: Who learns from whom; see `topology`.
+    topology_seed: Of a random topology.
   """
 
   every: int = 50
@@ -88,6 +125,10 @@ class Plan:
   staleness: int = 0
   publish_dtype: str = 'float32'
   teacher_dtype: str = 'float32'
+  max_staleness_steps: int | None = None
+  staleness_policy: str = 'drop'
+  topology: Topology = 'all'
+  topology_seed: int = 0
 
   def __post_init__(self):
     if type(self.every) is not int or self.every < 1:
@@ -113,6 +154,49 @@ class Plan:
         raise ValueError(
             f'exchange dtype {dtype!r} is not one of {", ".join(DTYPES)}'
         )
+    check_topology(self.topology)
+    self._check_limit()
+
+  def _check_limit(self) -> None:
+    if self.staleness_policy not in POLICIES:
+      raise ValueError(
+          f'staleness_policy {self.staleness_policy!r} is not one of'
+          f' {", ".join(POLICIES)}'
+      )
+    limit = self.max_staleness_steps
+    if limit is None:
+      if self.staleness_policy != 'drop':
+        raise ValueError(
+            f'staleness_policy={self.staleness_policy!r} acts nowhere without'
+            ' max_staleness_steps; set that too'
+        )
+      return
+    if self.mode == 'lockstep':
+      raise ValueError(
+          f'max_staleness_steps={limit} in lockstep: there the age of a teacher'
+          ' is given by staleness; leave max_staleness_steps=None'
+      )
+    if type(limit) is not int or limit < self.every:
+      raise ValueError(
+          f'max_staleness_steps={limit!r}; set it to at least'
+          f' exchange_every={self.every}: a teacher ages by that much between'
+          ' exchanges'
+      )
+
+  def peers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
+    """The groups that `group_id` learns from."""
+    return peers_of(group_id, num_groups, self.topology, self.topology_seed)
+
+  def readers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
+    """The groups that learn from `group_id`."""
+    return readers_of(group_id, num_groups, self.topology, self.topology_seed)
+
+  def too_old(self, step: int, published: Publication | None) -> bool:
+    """Whether a teacher is past its limit in the update after `step`."""
+    if self.max_staleness_steps is None:
+      return False
+    born = 0 if published is None else published.step
+    return step - born > self.max_staleness_steps
 
   def due(self, step: int) -> bool:
     """Whether `step` is an exchange step. Nothing is trained at step 0."""
@@ -126,18 +210,6 @@ class Plan:
   def keep_from(self, step: int) -> int:
     """In lockstep: the oldest publication needed by a run from `step` on."""
     return max(self.asked(step) or 0, 0)
-
-
-def peers_of(group_id: int, num_groups: int) -> tuple[int, ...]:
-  """All other groups; raises ValueError for a `group_id` out of range."""
-  if num_groups < 1:
-    raise ValueError(f'num_groups={num_groups}; set it to at least 1')
-  if not 0 <= group_id < num_groups:
-    raise ValueError(
-        f'group_id={group_id} is out of range: with num_groups={num_groups}'
-        f' it lies in 0..{num_groups - 1}'
-    )
-  return tuple(g for g in range(num_groups) if g != group_id)
 
 
 def stack_teachers(slots: Sequence[Variables | None]) -> Teachers | None:
@@ -156,23 +228,42 @@ def stack_teachers(slots: Sequence[Variables | None]) -> Teachers | None:
 
 def staleness_metrics(
     step: int, in_use: Sequence[Publication | None]
-) -> Metrics:
+) -> dict[str, float]:
   """Age of the teachers used in the update after `step`.
 
   Returns:
-    Peers present, and mean and maximum over them of own step minus published
-    step; and the mean in seconds since publication. Without a present peer
-    only `exchange/peers_present`.
+    Peers present; per present peer, and as mean and maximum over them, own step
+    minus published step; the same in seconds since publication, by the clocks
+    of both hosts. Without a present peer only `exchange/peers_present`.
   """
   present = [p for p in in_use if p is not None]
   metrics = {'exchange/peers_present': float(len(present))}
-  if present:
-    steps = [step - p.step for p in present]
-    seconds = [time.time() - p.time for p in present]
-    metrics['exchange/staleness_steps'] = float(np.mean(steps))
-    metrics['exchange/staleness_steps_max'] = float(max(steps))
-    metrics['exchange/staleness_seconds'] = float(np.mean(seconds))
+  if not present:
+    return metrics
+  now = time.time()
+  steps = [float(step - p.step) for p in present]
+  seconds = [now - p.time for p in present]
+  for p, age, age_seconds in zip(present, steps, seconds):
+    metrics[f'exchange/staleness_steps_group_{p.group_id}'] = age
+    metrics[f'exchange/staleness_seconds_group_{p.group_id}'] = age_seconds
+  metrics['exchange/staleness_steps'] = sum(steps) / len(steps)
+  metrics['exchange/staleness_steps_max'] = max(steps)
+  metrics['exchange/staleness_seconds'] = sum(seconds) / len(seconds)
   return metrics
+
+
+def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
+  """Raises FloatingPointError if the update that made `step` went wrong.
+
+  Its parameters may look sound: a clipped gradient hides a loss of infinity.
+  """
+  for key in ('loss/total', 'optim/grad_norm'):
+    if metrics and key in metrics and not np.isfinite(float(metrics[key])):
+      raise FloatingPointError(
+          f'{key} of group {group_id} is {float(metrics[key])} at step {step};'
+          ' nothing is published, and the last checkpoint is kept; lower the'
+          ' learning rate or the distill weight'
+      )
 
 
 class NoExchange:
@@ -181,10 +272,21 @@ class NoExchange:
   peers: tuple[int, ...] = ()
   in_use: tuple[Publication | None, ...] = ()
   rejected = 0
+  last_rejection = ''
 
-  def publish_if_due(self, step: int, variables: Variables) -> bool:
-    del step, variables
+  def due(self, step: int) -> bool:
+    del step
     return False
+
+  def publish_if_due(
+      self, step: int, variables: Variables, metrics: Metrics | None = None
+  ) -> bool:
+    del step, variables, metrics
+    return False
+
+  def metrics(self, step: int) -> dict[str, float]:
+    del step
+    return {}
 
   def fetch(self, step: int) -> None:
     del step

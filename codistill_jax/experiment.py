@@ -13,6 +13,7 @@ import optax
 from codistill_jax import losses, replicas, schedules, step
 from codistill_jax.base import Model, Task
 from codistill_jax.exchange import Plan
+from codistill_jax.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,15 @@ class Experiment:
     staleness: In lockstep, age of a publication when it comes into use.
     publish_dtype: 'float32' or 'bfloat16'.
     teacher_dtype: 'float32' or 'bfloat16'.
-    exchange_timeout_seconds: How long lockstep waits for a peer.
+    max_staleness_steps: In freshest, the age beyond which a teacher is not
+      used; None for any age.
+    staleness_policy: What happens then: 'drop' the peer from the mean, 'wait'
+      for it, or 'fail'.
+    topology: Who learns from whom: 'all', 'ring', 'random-<k>' or a list with
+      the peers of each group; see `topology`.
+    topology_seed: Of a random topology.
+    exchange_timeout_seconds: How long a peer is waited for, in lockstep and by
+      the policy 'wait'; and how long a publication that a peer reads is kept.
     log_every: Steps between records of training metrics.
     eval_every: Steps between validation passes; there is one at the end too.
     eval_batch: Rows of a validation batch.
@@ -56,6 +65,10 @@ class Experiment:
   staleness: int = 0
   publish_dtype: str = 'float32'
   teacher_dtype: str = 'float32'
+  max_staleness_steps: int | None = None
+  staleness_policy: str = 'drop'
+  topology: Topology = 'all'
+  topology_seed: int = 0
   exchange_timeout_seconds: float = 600.0
   log_every: int = 20
   eval_every: int = 200
@@ -112,6 +125,10 @@ class Experiment:
         staleness=self.staleness,
         publish_dtype=self.publish_dtype,
         teacher_dtype=self.teacher_dtype,
+        max_staleness_steps=self.max_staleness_steps,
+        staleness_policy=self.staleness_policy,
+        topology=self.topology,
+        topology_seed=self.topology_seed,
     )
 
 

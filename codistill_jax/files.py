@@ -82,12 +82,12 @@ def read_json(path: PathLike) -> dict[str, Any] | None:
     ValueError: If the file holds anything but one JSON object.
   """
   try:
-    text = epath.Path(path).read_text()
+    data = epath.Path(path).read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     return None
   try:
-    tree = json.loads(text)
-  except ValueError as e:
+    tree = json.loads(data)
+  except ValueError as e:  # Also of bytes that are no text.
     raise ValueError(f'Expected JSON in {os.fspath(path)}, but: {e}.') from None
   if not isinstance(tree, dict):
     raise ValueError(

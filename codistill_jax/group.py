@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
+
 from codistill_jax.base import Batch, Metrics, Stream, TrainState
-from codistill_jax.exchange import Exchange, NoExchange, staleness_metrics
+from codistill_jax.exchange import Exchange, NoExchange
 from codistill_jax.replicas import PmapStep
 
 
@@ -56,6 +58,11 @@ def run_group(
 
   Yields:
     A `StepResult` for each update.
+
+  Raises:
+    FloatingPointError: At an exchange step, if loss or gradient of the update
+      are not finite; nothing is published then.
+    What `Exchange.fetch` raises, before an update; the last result stands.
   """
   exchange = exchange or NoExchange()
   step = int(state.step)
@@ -91,11 +98,15 @@ def _turns(
       metrics['distill/weight'] = 0.0
     else:
       metrics['distill/weight'] = weight
-      metrics |= staleness_metrics(step, exchange.in_use)
+    if weight:
+      metrics |= exchange.metrics(step)
     step += 1
 
+    if exchange.due(step):
+      # The update itself is no stall: the copy would wait for it.
+      jax.block_until_ready(state.variables)
     start = time.perf_counter()
-    exchange.publish_if_due(step, state.variables)
+    exchange.publish_if_due(step, state.variables, metrics)
     held += time.perf_counter() - start
     metrics['exchange/stall_ms'] = 1e3 * held
     yield StepResult(step, state, metrics)

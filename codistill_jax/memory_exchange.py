@@ -5,15 +5,30 @@ In lockstep its trajectories are, bit for bit, those of `CheckpointExchange`.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
 from codistill_jax import publications, storage
-from codistill_jax.base import Teachers, Variables, cast_floats, host_copy
-from codistill_jax.exchange import Plan, peers_of, stack_teachers
+from codistill_jax.base import (
+    Metrics,
+    Teachers,
+    Variables,
+    cast_floats,
+    host_copy,
+)
+from codistill_jax.exchange import (
+    Plan,
+    StaleError,
+    check_finite,
+    peers_of,
+    stack_teachers,
+    staleness_metrics,
+)
 from codistill_jax.publications import Publication
+from codistill_jax.troubles import Troubles
 
 
 class Mirror(NamedTuple):
@@ -38,67 +53,98 @@ def memory_exchanges(
     mode: str = 'lockstep',
     timeout_seconds: float = 0.0,
     mirror: Mirror | None = None,
+    troubles: Troubles | None = None,
 ) -> list['MemoryExchange']:
   """One `MemoryExchange` per group, connected with each other.
 
   Args:
-    num_groups: G; each group has the G - 1 others as peers.
-    plan: Interval, mode, staleness and dtypes; replaces `every` and `mode`.
+    num_groups: G.
+    plan: Interval, mode, staleness, topology and dtypes; replaces `every` and
+      `mode`. Without it each group has the G - 1 others as peers.
     every: Steps between exchanges.
     mode: 'lockstep' or 'freshest'.
-    timeout_seconds: How long a lockstep fetch waits, for groups that run in
-      threads; 0 suits groups that are stepped in turn.
+    timeout_seconds: How long a fetch that must wait does so, for groups that
+      run in threads; 0 suits groups that are stepped in turn.
     mirror: Also keep publications on disk; None, in memory only.
+    troubles: Is told what the disk of the mirror refuses.
   """
   plan = plan or Plan(every=every, mode=mode)
   # While one group is at an exchange, another can be `staleness` before or
   # behind it, and then asks for what is `staleness` older still.
   keep = 2 * (plan.staleness // plan.every) + 2
   board = _Board(num_groups, keep, timeout_seconds)
-  return [MemoryExchange(board, g, plan, mirror) for g in range(num_groups)]
+  troubles = troubles or Troubles()
+  return [
+      MemoryExchange(board, g, plan, mirror, troubles)
+      for g in range(num_groups)
+  ]
 
 
 class MemoryExchange:
   """The exchange of one group in one run; made by `memory_exchanges`."""
 
   def __init__(
-      self, board: '_Board', group_id: int, plan: Plan, mirror: Mirror | None
+      self,
+      board: '_Board',
+      group_id: int,
+      plan: Plan,
+      mirror: Mirror | None,
+      troubles: Troubles,
   ):
     self._board = board
     self._group_id = group_id
     self._plan = plan
     self._mirror = mirror
+    self._troubles = troubles
+    self._unwritten: list[tuple[Publication, Variables]] = []
+    self._num_bytes = 0
     self._restart_step = 0
     self._teachers: Teachers | None = None
-    self.peers = peers_of(group_id, len(board.shelves))
+    self.peers = plan.peers_of(group_id, len(board.shelves))
     self.in_use: tuple[Publication | None, ...] = (None,) * len(self.peers)
     self.rejected = 0
+    self.last_rejection = ''
 
-  def publish_if_due(self, step: int, variables: Variables) -> bool:
-    if not self._plan.due(step):
+  def due(self, step: int) -> bool:
+    return self._plan.due(step)
+
+  def publish_if_due(
+      self, step: int, variables: Variables, metrics: Metrics | None = None
+  ) -> bool:
+    if not self.due(step):
       return False
+    check_finite(self._group_id, step, metrics)
     variables = cast_floats(host_copy(variables), self._plan.publish_dtype)
     identity = self._mirror.identity if self._mirror else {}
-    publication = Publication(self._group_id, step, time.time(), identity)
+    self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(variables))
+    publication = Publication(
+        self._group_id, step, time.time(), identity, self._num_bytes
+    )
     if self._mirror:
-      publications.write(
-          storage.absolute(self._mirror.root), publication, variables
-      )
+      self._unwritten.append((publication, variables))
+      self._write_mirror()
     self._board.add(publication, variables)
     return True
+
+  def _write_mirror(self) -> None:
+    root = storage.absolute(self._mirror.root)
+    while self._unwritten:
+      try:
+        publications.write(root, *self._unwritten[0])
+      except OSError as e:
+        # Training needs the board alone; a restart needs the mirror.
+        self._troubles.failed('keeping publications on disk', e)
+        return
+      self._troubles.worked('keeping publications on disk')
+      del self._unwritten[0]
 
   def fetch(self, step: int) -> Teachers | None:
     if not self.peers:
       return None
-    if not self._plan.due(step) and self._teachers is not None:
+    due = self._plan.due(step) or self._plan.max_staleness_steps is not None
+    if not due and self._teachers is not None:
       return self._teachers
-    if self._plan.mode == 'lockstep':
-      asked = self._plan.asked(step)
-      if asked is None:
-        return None
-      found = [self._board.exactly(peer, asked) for peer in self.peers]
-    else:
-      found = [self._board.newest(peer) for peer in self.peers]
+    found = self._find(step)
     in_use = tuple(None if f is None else f[0] for f in found)
     if in_use != self.in_use:
       self.in_use = in_use
@@ -109,6 +155,43 @@ class MemoryExchange:
           ]
       )
     return self._teachers
+
+  def _find(self, step: int) -> list[tuple[Publication, Variables] | None]:
+    """What each peer teaches in the update after `step`."""
+    if self._plan.mode == 'lockstep':
+      asked = self._plan.asked(step)
+      if asked is None:
+        return [None] * len(self.peers)
+      return [self._board.exactly(peer, asked) for peer in self.peers]
+    found = []
+    for peer in self.peers:
+      newest = self._board.newest(peer)
+      if self._plan.too_old(step, newest and newest[0]):
+        newest = self._replace_old(peer, step)
+      found.append(newest)
+    return found
+
+  def _replace_old(
+      self, peer: int, step: int
+  ) -> tuple[Publication, Variables] | None:
+    """What stands in for a teacher past its limit, by the policy."""
+    limit = self._plan.max_staleness_steps
+    if self._plan.staleness_policy == 'wait':
+      return self._board.newest(peer, at_least=step - limit)
+    if self._plan.staleness_policy == 'fail':
+      raise StaleError(
+          f'at step {step} of group {self._group_id} the newest publication of'
+          f' group {peer} is more than max_staleness_steps={limit} old; step'
+          ' all groups in turn, or set staleness_policy to drop or wait'
+      )
+    return None
+
+  def metrics(self, step: int) -> dict[str, float]:
+    metrics = staleness_metrics(step, self.in_use)
+    metrics['exchange/rejected'] = float(self.rejected)
+    if self._num_bytes:
+      metrics['exchange/publication_bytes'] = float(self._num_bytes)
+    return metrics
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Puts the peers' publications on the board that a run from `step` needs.
@@ -140,6 +223,7 @@ class MemoryExchange:
     # The other groups may restart one checkpoint earlier.
     needed = self._plan.keep_from(self._restart_step)
     self._restart_step = step
+    self._write_mirror()
     directory = publications.group_directory(
         storage.absolute(self._mirror.root), self._group_id
     )
@@ -170,20 +254,28 @@ class _Board:
         del shelf[step]
       self._changed.notify_all()
 
-  def newest(self, group_id: int) -> tuple[Publication, Variables] | None:
+  def newest(
+      self, group_id: int, at_least: int = 0
+  ) -> tuple[Publication, Variables] | None:
+    """The newest publication; waits for one of `at_least` that step."""
+    if at_least > 0:
+      newest = lambda shelf: max(shelf, default=-1)
+      self._wait(group_id, at_least, lambda s: newest(s) >= at_least)
     with self._changed:
       shelf = self.shelves[group_id]
       return shelf[max(shelf)] if shelf else None
 
   def exactly(self, group_id: int, step: int) -> tuple[Publication, Variables]:
+    self._wait(group_id, step, lambda shelf: step in shelf)
+    return self.shelves[group_id][step]
+
+  def _wait(self, group_id: int, step: int, there: Callable) -> None:
     with self._changed:
       shelf = self.shelves[group_id]
-      self._changed.wait_for(lambda: step in shelf, self._timeout)
-      if step not in shelf:
+      if not self._changed.wait_for(lambda: there(shelf), self._timeout):
         raise TimeoutError(
             f'group {group_id} has not published step {step} within'
             f' {self._timeout:g} s; its newest is step'
             f' {max(shelf, default="none")}. Step all groups in turn, or run'
             ' them in threads with a timeout_seconds'
         )
-      return shelf[step]

@@ -8,6 +8,7 @@ not the numbers.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,9 @@ from etils import epath
 
 from codistill_jax import storage
 from codistill_jax.base import PyTree, Variables, cast_floats
-from codistill_jax.storage import DamagedError, Leaf
+from codistill_jax.storage import DamagedError, Leaf, Record
+
+_FOREVER = 1e12  # Unix seconds; so neither NaN nor infinite.
 
 
 class MismatchError(ValueError):
@@ -56,24 +59,55 @@ def write(
 ) -> Publication:
   """Writes one publication (numpy variables, in the dtype to publish).
 
-  A completed publication of that step is left alone: a restarted group comes
-  by the steps of its earlier life; in lockstep these are the same bits,
-  otherwise peers may be reading them right now.
+  A sound publication of that step is left alone: a restarted group comes by the
+  steps of its earlier life; in lockstep these are the same bits, otherwise
+  peers may be reading them right now. One that no peer would take is replaced.
 
   Returns:
-    The publication with its size.
+    The publication that is there now, with its size.
+
+  Raises:
+    FloatingPointError: If the variables are not finite; nothing is written.
+    OSError: If the file system refuses.
   """
-  directory = group_directory(root, publication.group_id)
-  if publication.step in storage.completed_steps(directory):
-    return publication
+  tree = _as_dict(variables)
+  for path, x in storage.flatten(tree):
+    if not _is_finite(x):
+      raise FloatingPointError(
+          f'group {publication.group_id} does not publish step'
+          f' {publication.step}: {path} is not finite'
+      )
+  there = _sound_one(root, publication, variables)
+  if there is not None:
+    return there
   facts = {
       'group_id': publication.group_id,
       'step': publication.step,
       'time': publication.time,
       'identity': dict(publication.identity),
   }
-  record = storage.save(directory, publication.step, _as_dict(variables), facts)
+  directory = group_directory(root, publication.group_id)
+  record = storage.save(directory, publication.step, tree, facts)
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
+
+
+def _sound_one(
+    root: epath.PathLike, publication: Publication, variables: Variables
+) -> Publication | None:
+  """What is published of that step already, if a peer would take it."""
+  if publication.step not in published_steps(root, publication.group_id):
+    return None
+  try:
+    there, _ = read(
+        root,
+        publication.group_id,
+        publication.step,
+        like=variables,
+        identity=publication.identity,
+    )
+  except (storage.MissingError, DamagedError, MismatchError):
+    return None
+  return there
 
 
 def read(
@@ -103,10 +137,11 @@ def read(
     storage.DamagedError: If anything in it is unreadable, altered or not
       finite.
     MismatchError: If the peer trains another architecture or task.
+    OSError: If the file system refuses to give it.
   """
   directory = group_directory(root, group_id)
   record = storage.load_record(directory, step)
-  publication = Publication(**record.facts, num_bytes=_size(record.leaves))
+  publication = _described_by(record, directory / str(step))
   if (publication.group_id, publication.step) != (group_id, step):
     raise DamagedError(
         f'{directory / str(step)} was published by group'
@@ -121,6 +156,28 @@ def read(
       raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
   variables = Variables(tree['params'], tree['model_state'])
   return publication, cast_floats(variables, dtype)
+
+
+def _described_by(record: Record, where: epath.Path) -> Publication:
+  facts = record.facts
+  identity = facts.get('identity')
+  if (
+      facts.keys() != {'group_id', 'step', 'time', 'identity'}
+      or not all(_is_count(facts[key]) for key in ('group_id', 'step'))
+      or type(facts['time']) not in (int, float)
+      or not abs(facts['time']) < _FOREVER
+      or not isinstance(identity, dict)
+      or not all(type(value) is str for value in identity.values())
+  ):
+    raise DamagedError(
+        f'{where}: expected group_id, step, time and identity of a'
+        f' publication, got {str(dict(facts))[:200]}'
+    )
+  return Publication(**facts, num_bytes=_size(record.leaves))
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and value >= 0
 
 
 def _check_identity(publication: Publication, ours: Mapping[str, str]) -> None:
@@ -160,9 +217,11 @@ def _same(a: Leaf, b: Leaf) -> bool:
 def _is_finite(x: np.ndarray) -> bool:
   if not jnp.issubdtype(x.dtype, np.floating):
     return True
-  with np.errstate(invalid='ignore'):
+  with np.errstate(invalid='ignore', over='ignore'):
     # One pass, no array of booleans: a finite sum has finite terms.
-    return bool(np.isfinite(np.sum(x, dtype=np.float64)))
+    if np.isfinite(np.sum(x, dtype=np.float64)):
+      return True
+  return bool(np.isfinite(x).all())  # Finite float64 may add up to infinity.
 
 
 def _as_dict(variables: Variables) -> dict[str, PyTree]:

@@ -4,17 +4,24 @@
     <workdir>/run.json                              the run, see `write_run`
     <workdir>/exchange/group_<i>/<step>/            publications
     <workdir>/exchange/group_<i>/restart_step.json  where a restart may begin
+    <workdir>/exchange/group_<i>/reading.json       what the group reads now, of
+                                                    its peers: kept until then
+    <workdir>/exchange/group_<i>/lease.json         who may publish for it
     <workdir>/groups/group_<i>/checkpoints/<step>/  resume state
     <workdir>/groups/group_<i>/metrics.jsonl        see writers.JsonlWriter
     <workdir>/groups/group_<i>/tensorboard/         TensorBoard events
     <workdir>/groups/group_<i>/status.json          see `write_status`
+    <workdir>/groups/group_<i>/lease.json           who may train it
     <workdir>/groups/group_<i>/log.txt              its output, by train_local
     <workdir>/groups/group_<i>/DONE                 the last step was reached
     <workdir>/report/                               pages, comparison.json
 
+In a group of several processes the one with index n > 0 reads under the mark
+`process_<n>_reading.json`; all else is written by the primary alone.
+
 Readers work beside a live writer: a missing file is None or empty, a damaged
-line is skipped and counted. Nothing here imports jax, so that
-`experiments/status.py` starts at once.
+line is skipped and counted, a damaged JSON file is a ValueError that names it.
+Nothing here imports jax, so that `experiments/status.py` starts at once.
 """
 
 import json
@@ -169,7 +176,11 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
 
 
 def read_run(workdir: PathLike) -> dict[str, Any]:
-  """What `write_run` wrote; empty if the run has written nothing yet."""
+  """What `write_run` wrote; empty if the run has written nothing yet.
+
+  Raises:
+    ValueError: If the file is damaged.
+  """
   return read_json(run_path(workdir)) or {}
 
 
@@ -183,15 +194,26 @@ def write_status(
     group_id: The group.
     status: `step`, `num_steps`, `time` and `started` (Unix seconds), `pid`,
       `host`, `phase` (compiling, training, evaluating, saving, done),
-      `steps_per_sec`, `arm`, `num_groups`, `publication_step`, and `teachers`:
-      a list of `{'peer': id, 'step': n, 'time': Unix seconds}`, the time being
-      that of the publication.
+      `steps_per_sec`, `num_groups`; and of the exchange:
+      `peers`: the ids of the groups that could teach this one.
+      `teachers`: of those that do, a list of `{'peer': id, 'step': n, 'time':
+      Unix seconds}`, the time being that of the publication.
+      `rejected`: bad publications of peers, since the process began.
+      `last_rejection`: which was the last of them, and why; '' if none.
+      `troubles`: what fails now and is tried again, a list of `{'doing': text,
+      'reason': text, 'since': Unix seconds, 'count': failures in a row}`.
+      Readers do without any of them: older runs do not have all.
   """
   write_json(status_path(workdir, group_id), status)
 
 
 def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
-  """What `write_status` wrote last, or None."""
+  """What `write_status` wrote last, or None.
+
+  Raises:
+    ValueError: If the file is damaged; an object store or a killed writer may
+      leave half of it.
+  """
   return read_json(status_path(workdir, group_id))
 
 

@@ -1,36 +1,83 @@
-"""Checkpoints that can be trusted: orbax, plus a checksum of every array.
+"""Checkpoints that can be trusted: orbax, plus a record of every file.
 
-    <directory>/<step>/arrays   the tree, readable by orbax alone
-    <directory>/<step>/record   JSON: facts, and path, shape, dtype, checksum
+    <directory>/<step>/arrays/             the tree, readable by orbax alone
+    <directory>/<step>/record.json         facts; leaves and files, with digests
+    <directory>/<step>/commit_success.txt  the mark: written last, deleted first
 
 The only module that imports orbax. Orbax restores flipped bits without a word
-and lists directories that were never finished; here a step exists when its
-commit mark does, and what is read back is what was written, or an error.
+and lists directories that were never finished; here a step exists when its mark
+does, and what is read back is what was written, or an error. No step is ever
+renamed into being.
+
+Files and leaves are both checked. The files before orbax sees a byte of them:
+what is damaged cannot crash a C++ library, hang it, or make it allocate without
+bounds. The leaves after it, for a file that changes between the two readings
+and a writer that mixed up two trees. For 100 MB of float32 on one core: SHA-256
+of the files 0.06 s, CRC-32 of the leaves 0.03 s, the restore 0.25 s.
+
+A path that is not local (`gs://...`) is staged: orbax works in a temporary
+directory, and `etils.epath` copies the files. So any backend of it will do.
 """
 
-import dataclasses
-import hashlib
-import json
+import contextlib
+import os
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
+from codistill_jax import records, remote
 from codistill_jax.base import PyTree
+from codistill_jax.files import is_remote
+from codistill_jax.orbax_noise import quiet
+from codistill_jax.records import Leaf, Record, describe, flatten
+from codistill_jax.remote import Digest
+from codistill_jax.steps import (
+    complete,
+    completed_at,
+    completed_steps,
+    delete,
+    delete_at,
+    delete_torn,
+    delete_unless,
+    is_complete,
+    path_of,
+    set_aside,
+)
 
-# In the directory before orbax renames it to its final name; `delete` takes it
-# away first.
-_COMMITTED = 'commit_success.txt'
+__all__ = [
+    'DamagedError',
+    'Leaf',
+    'MissingError',
+    'Record',
+    'absolute',
+    'completed_at',
+    'completed_steps',
+    'delete',
+    'delete_torn',
+    'delete_unless',
+    'describe',
+    'flatten',
+    'load_record',
+    'load_tree',
+    'save',
+    'set_aside',
+]
+
+_RECORD = 'record.json'
+_ARRAYS = 'arrays'
 
 # Orbax numbers the saves of a process in one global variable. Of two saves at
 # once, a publication and a resume checkpoint, one waits for the directories of
 # the other and then writes into its own before they are made.
 _SAVING = threading.Lock()
+
+_T = TypeVar('_T')
 
 
 class DamagedError(ValueError):
@@ -41,56 +88,10 @@ class MissingError(ValueError):
   """A checkpoint is not there (any more)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-  """One array of a checkpoint."""
-
-  path: str
-  shape: tuple[int, ...]
-  dtype: str
-  checksum: str = ''
-
-  def __str__(self) -> str:
-    return f'{self.path} {self.dtype}{list(self.shape)}'
-
-  @property
-  def num_bytes(self) -> int:
-    return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-  """What is known of a checkpoint without reading its arrays."""
-
-  facts: Mapping[str, Any]
-  leaves: tuple[Leaf, ...]
-
-
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The path as orbax wants it."""
+  """The path as orbax wants it; one that is not local is left alone."""
   path = epath.Path(path)
-  return path if path.is_absolute() else path.resolve()
-
-
-def completed_steps(directory: epath.PathLike) -> list[int]:
-  """The steps of all completed checkpoints, ascending; [] if there are none."""
-  try:
-    steps = [
-        int(path.name)
-        for path in epath.Path(directory).iterdir()
-        if path.name.isdigit() and (path / _COMMITTED).exists()
-    ]
-  except FileNotFoundError:
-    return []
-  return sorted(steps)
-
-
-def describe(tree: PyTree) -> tuple[Leaf, ...]:
-  """The leaves of `tree` (arrays or their shapes), without checksums."""
-  return tuple(
-      Leaf(path, tuple(x.shape), np.dtype(x.dtype).name)
-      for path, x in flatten(tree)
-  )
+  return path if is_remote(path) or path.is_absolute() else path.resolve()
 
 
 def save(
@@ -103,26 +104,32 @@ def save(
 
   Args:
     directory: Absolute; made if it is missing.
-    step: Names the checkpoint. One that was never completed is replaced.
+    step: Names the checkpoint. What is there of that step is replaced.
     tree: Nested dicts of numpy arrays.
     facts: JSON values.
+
+  Raises:
+    OSError: If the file system refuses; then the step is not there.
   """
   leaves = tuple(
-      Leaf(path, x.shape, x.dtype.name, _checksum(x))
+      Leaf(path, x.shape, x.dtype.name, records.checksum(x))
       for path, x in flatten(tree)
   )
-  record = Record(dict(facts), leaves)
-  directory = epath.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  with _SAVING, _checkpointer(write=True) as checkpointer:
-    checkpointer.save(
-        directory / str(step),
-        ocp.args.Composite(
-            arrays=ocp.args.StandardSave(tree),
-            record=ocp.args.JsonSave(_to_json(record)),
-        ),
-        force=True,
-    )
+  path = path_of(directory, step)
+  try:
+    delete_at(path)
+    digests = _write_arrays(path / _ARRAYS, tree)
+    record = Record(dict(facts), leaves, digests)
+    remote.write_bytes(path / _RECORD, records.encode(record))
+    complete(path)
+  except Exception as e:
+    # What was written of it would only fill the disk.
+    with contextlib.suppress(OSError):
+      delete_at(path)
+    refusal = remote.refusal_of(e, f'{path} cannot be written')
+    if refusal is None:
+      raise
+    raise refusal from e
   return record
 
 
@@ -132,14 +139,20 @@ def load_record(directory: epath.PathLike, step: int) -> Record:
   Raises:
     MissingError: If that step is not there.
     DamagedError: If it cannot be read, or was altered.
+    OSError: If the file system refuses to give it.
   """
-  restored = _restore(directory, step, record=ocp.args.JsonRestore()).record
-  try:
-    return _from_json(restored)
-  except (KeyError, TypeError, ValueError) as e:
-    raise DamagedError(
-        f'{epath.Path(directory) / str(step)}: its record was altered'
-    ) from e
+  path = path_of(directory, step)
+  if not is_complete(path):
+    raise MissingError(f'{path} is not there')
+
+  def read() -> Record:
+    data = remote.read_bytes(path / _RECORD)
+    try:
+      return records.decode(data)
+    except ValueError as e:
+      raise DamagedError(f'{path}: its record was altered ({e})') from e
+
+  return _read_twice(path, read)
 
 
 def load_tree(
@@ -156,121 +169,147 @@ def load_tree(
   Raises:
     MissingError: If that step is not there (any more).
     DamagedError: If an array cannot be read, or differs from what was saved.
+    OSError: If the file system refuses to give it.
   """
+  path = path_of(directory, step)
   shapes, treedef = jax.tree.flatten(like)
   targets = [
       np.empty(x.shape, leaf.dtype)
       for x, leaf in zip(shapes, record.leaves, strict=True)
   ]
-  tree = _restore(
-      directory,
-      step,
-      arrays=ocp.args.StandardRestore(treedef.unflatten(targets)),
-  ).arrays
-  for leaf, (_, x) in zip(record.leaves, flatten(tree), strict=True):
-    if _checksum(x) != leaf.checksum:
-      raise DamagedError(
-          f'{epath.Path(directory) / str(step)}: the checksum of {leaf} is'
-          ' wrong'
-      )
-  return tree
+  target = treedef.unflatten(targets)
+
+  def read() -> PyTree:
+    with _verified_arrays(path, record) as arrays:
+      tree = _restore(arrays, target)
+    _check_leaves(path, record.leaves, tree)
+    return tree
+
+  return _read_twice(path, read)
 
 
-def delete(directory: epath.PathLike, steps: Sequence[int]) -> None:
-  """Deletes checkpoints; the commit mark first, so that no reader begins."""
-  for step in steps:
-    path = epath.Path(directory) / str(step)
+def _read_twice(path: epath.Path, read: Callable[[], _T]) -> _T:
+  """Reads what may be damaged, vanish meanwhile, or fail for a moment."""
+  for last in (False, True):
     try:
-      (path / _COMMITTED).unlink(missing_ok=True)
-      path.rmtree(missing_ok=True)
-    except OSError as e:
-      # A reader on NFS may still hold a file. Without its mark the step is gone
-      # for everybody, and `delete_torn` removes the rest.
-      logging.warning('Could not delete all of %s: %s', path, e)
+      return read()
+    except MemoryError:
+      raise
+    except Exception as e:  # Whatever a library makes of what it finds.
+      # If the writer deleted the step meanwhile, that is the reason.
+      if not is_complete(path):
+        raise MissingError(f'{path} is not there') from e
+      if last and isinstance(e, DamagedError):
+        raise
+      if last:
+        raise _what_it_means(path, e) from e
+  raise AssertionError('not reached')
 
 
-def set_aside(directory: epath.PathLike, step: int) -> None:
-  """Renames a damaged checkpoint to `<step>.damaged`, which nobody reads."""
-  path = epath.Path(directory) / str(step)
-  aside = path.with_name(f'{step}.damaged')
-  aside.rmtree(missing_ok=True)
-  path.replace(aside)
+def _what_it_means(path: epath.Path, error: Exception) -> Exception:
+  said = f'{path} cannot be read'
+  refusal = remote.refusal_of(error, said)
+  if refusal is None or isinstance(refusal, remote.ABSENCE):
+    # The step stands, so something was taken out of it.
+    return DamagedError(f'{said}: {remote.one_line(error)}')
+  return refusal
 
 
-def delete_torn(directory: epath.PathLike) -> None:
-  """Deletes what a killed writer left half-written; for the writer only."""
-  directory = epath.Path(directory)
-  if not directory.exists():
-    return
-  for path in directory.iterdir():
-    torn_step = path.name.isdigit() and not (path / _COMMITTED).exists()
-    if torn_step or '.orbax-checkpoint-tmp' in path.name:
-      path.rmtree(missing_ok=True)
+def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
+  """Writes the files of a tree; says what they are."""
+  if not is_remote(path):
+    _save(path, tree)
+    return {name: remote.digest(path / name) for name in _files_of(path)}
+  with _temporary_directory() as temporary:
+    _save(temporary / _ARRAYS, tree)
+    return {
+        name: remote.digest(temporary / _ARRAYS / name, path / name)
+        for name in _files_of(temporary / _ARRAYS)
+    }
 
 
-def _restore(directory: epath.PathLike, step: int, **items: Any) -> Any:
-  path = epath.Path(directory) / str(step)
+@contextlib.contextmanager
+def _verified_arrays(path: epath.Path, record: Record) -> Iterator[epath.Path]:
+  """A local directory with the files of the record, and with what it says."""
+  with contextlib.ExitStack() as stack:
+    arrays, into = path / _ARRAYS, None
+    if is_remote(path):
+      into = stack.enter_context(_temporary_directory())
+    for name, expected in record.files.items():
+      found = remote.digest(arrays / name, into / name if into else None)
+      if found != expected:
+        raise DamagedError(
+            f'{path}: {_ARRAYS}/{name} was altered: {expected.size} bytes were'
+            f' written, {found.size} are there, and the checksum is wrong'
+        )
+    yield into or arrays
+
+
+def _check_leaves(
+    path: epath.Path, leaves: Sequence[Leaf], tree: PyTree
+) -> None:
+  for leaf, (_, x) in zip(leaves, flatten(tree), strict=True):
+    if (x.shape, x.dtype.name) != (leaf.shape, leaf.dtype):
+      raise DamagedError(f'{path}: {leaf} was saved as {x.dtype}{x.shape}')
+    if records.checksum(x) != leaf.checksum:
+      raise DamagedError(f'{path}: the checksum of {leaf} is wrong')
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[epath.Path]:
+  with tempfile.TemporaryDirectory(prefix='codistill_') as name:
+    yield epath.Path(name)
+
+
+def _files_of(directory: epath.Path) -> list[str]:
+  """The files below a local directory."""
+
+  def fail(error: OSError) -> None:
+    raise error
+
+  return sorted(
+      os.path.relpath(os.path.join(parent, name), directory)
+      for parent, _, names in os.walk(directory, onerror=fail)
+      for name in names
+  )
+
+
+# --- Orbax -------------------------------------------------------------------
+
+
+def _save(path: epath.Path, tree: PyTree) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    with _checkpointer(write=False) as checkpointer:
-      return checkpointer.restore(path, ocp.args.Composite(**items))
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    # Whatever orbax raises: if the writer deleted the step meanwhile, that is
-    # the reason; if the step still stands, it cannot be read.
-    if step not in completed_steps(directory):
-      raise MissingError(f'{path} is not there') from e
-    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-    raise DamagedError(f'{path} cannot be read: {reason}') from e
+    with _SAVING, quiet(), _checkpointer() as checkpointer:
+      checkpointer.save(path, ocp.args.StandardSave(tree))
+  except Exception as e:
+    # Of several writes that fail at once, orbax may report one that missed
+    # what another could not write. The file system knows better.
+    refusal = remote.why_not_writable(path.parent)
+    if refusal is None:
+      raise
+    raise refusal from e
 
 
-def _checkpointer(*, write: bool) -> ocp.Checkpointer:
+def _restore(path: epath.Path, target: PyTree) -> PyTree:
+  with quiet(), _checkpointer() as checkpointer:
+    return checkpointer.restore(path, ocp.args.StandardRestore(target))
+
+
+def _checkpointer() -> ocp.Checkpointer:
   # Only this process takes part: otherwise orbax would wait for the other
   # processes of the group at barriers that they never reach.
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(
-      primary_host=me if write else None,
+      primary_host=me,
       active_processes={me},
       barrier_sync_key_prefix=f'codistill_{me}',
   )
   return ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(
-          composite_options=ocp.CompositeOptions(
-              multiprocessing_options=options
-          )
-      ),
+      ocp.StandardCheckpointHandler(multiprocessing_options=options),
       multiprocessing_options=options,
+      # Straight into its directory, which is never renamed.
+      atomicity_options=ocp.options.AtomicityOptions(
+          mode=ocp.options.AtomicityMode.COMMIT_FILE
+      ),
   )
-
-
-def flatten(tree: PyTree) -> list[tuple[str, Any]]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [
-      (jax.tree_util.keystr(path, simple=True, separator='/'), x)
-      for path, x in leaves
-  ]
-
-
-def _checksum(x: np.ndarray) -> str:
-  digest = hashlib.blake2b(digest_size=16)
-  digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
-
-
-def _to_json(record: Record) -> dict[str, Any]:
-  content = dataclasses.asdict(record)
-  return {'content': content, 'checksum': _text_checksum(content)}
-
-
-def _from_json(written: dict[str, Any]) -> Record:
-  content = written['content']
-  if written['checksum'] != _text_checksum(content):
-    raise ValueError('checksum')
-  leaves = tuple(
-      Leaf(**{**leaf, 'shape': tuple(leaf['shape'])})
-      for leaf in content['leaves']
-  )
-  return Record(content['facts'], leaves)
-
-
-def _text_checksum(content: dict[str, Any]) -> str:
-  text = json.dumps(content, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

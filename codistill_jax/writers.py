@@ -1,10 +1,11 @@
-"""Where metrics go: JSON lines, TensorBoard, the terminal.
+"""Where metrics go: JSON lines, the terminal; see also `tensorboard`.
 
 A writer is anything with `write(step, metrics)` and `close()`. Metrics are
 scalars by key (`loss/task`), device arrays or plain numbers. What is optional
 is a `NullWriter`, never None.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any, Protocol, TextIO
 from etils import epath
 
 from codistill_jax import files, run_directory
+from codistill_jax.appender import Appender
+from codistill_jax.troubles import Troubles
 
 Metrics = Mapping[str, Any]
 
@@ -89,9 +92,9 @@ class JsonlWriter:
   """Appends one JSON object a line: `step`, `time` (Unix seconds), metrics.
 
   A line reaches the operating system as a whole before `write` returns, so a
-  kill loses no earlier record. NaN and infinities, which JSON lacks, become the
-  strings "NaN", "Infinity" and "-Infinity"; `run_directory.read_metrics` turns
-  them back.
+  kill loses no earlier record; while the disk fails, lines wait in memory. NaN
+  and infinities, which JSON lacks, become the strings "NaN", "Infinity" and
+  "-Infinity"; `run_directory.read_metrics` turns them back.
   """
 
   def __init__(
@@ -100,6 +103,7 @@ class JsonlWriter:
       *,
       resume_step: int | None = None,
       clock: Callable[[], float] = time.time,
+      troubles: Troubles | None = None,
   ):
     """Opens the file, and repairs what a killed writer left.
 
@@ -109,15 +113,16 @@ class JsonlWriter:
         dropped, all at once, since they are about to be written again. None
         keeps every record.
       clock: Gives `time`; for tests.
+      troubles: Where a disk that fails is noted.
     """
-    self._path = epath.Path(path)
     self._clock = clock
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    _repair(self._path, resume_step)
-    self._file = self._path.open('ab')
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _repair(path, resume_step)
+    self._lines = Appender(path, 'writing metrics', troubles or Troubles())
 
   def write(self, step: int, metrics: Metrics) -> None:
-    """Appends one record.
+    """Appends one record, or keeps it while the disk fails.
 
     Raises:
       ValueError: If a metric is no scalar, or is called `step` or `time`.
@@ -131,11 +136,15 @@ class JsonlWriter:
     for key, value in as_floats(metrics).items():
       record[key] = files.encode_number(value)
     line = json.dumps(record, allow_nan=False) + '\n'
-    self._file.write(line.encode())
-    self._file.flush()
+    self._lines.append(line.encode())
 
   def close(self) -> None:
-    self._file.close()
+    """Closes the file.
+
+    Raises:
+      TimeoutError: If there are records that the disk does not take.
+    """
+    self._lines.close()
 
 
 def _repair(path: epath.Path, resume_step: int | None) -> None:
@@ -158,37 +167,6 @@ def _keep(line: bytes, resume_step: int | None) -> bool:
   if record is None or resume_step is None:
     return True
   return record['step'] <= resume_step
-
-
-class TensorBoardWriter:
-  """Scalars for TensorBoard, without TensorFlow (through tensorboardX)."""
-
-  def __init__(
-      self,
-      logdir: os.PathLike[str] | str,
-      *,
-      resume_step: int | None = None,
-  ):
-    """Opens an event file.
-
-    Args:
-      logdir: Where the event files lie.
-      resume_step: The step the run goes on from; TensorBoard hides what an
-        earlier process wrote for later steps.
-    """
-    import tensorboardX  # Here: the file must not cost what it does not use.
-
-    purge_step = None if resume_step is None else resume_step + 1
-    self._writer = tensorboardX.SummaryWriter(
-        os.fspath(logdir), purge_step=purge_step, flush_secs=10
-    )
-
-  def write(self, step: int, metrics: Metrics) -> None:
-    for key, value in as_floats(metrics).items():
-      self._writer.add_scalar(key, value, int(step))
-
-  def close(self) -> None:
-    self._writer.close()
 
 
 # How a metric is shown on the terminal, in this order; others are not.
@@ -271,7 +249,9 @@ class ProgressWriter:
       return
     if not _is_evaluation(metrics):
       self._last_line = now
-    print(self._line(step, metrics), file=self._stream, flush=True)
+    # The log may lie on the very disk that is full.
+    with contextlib.suppress(OSError):
+      print(self._line(step, metrics), file=self._stream, flush=True)
 
   def _line(self, step: int, metrics: Metrics) -> str:
     prefix = f'{self._name}  ' if self._name else ''

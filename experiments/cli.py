@@ -7,6 +7,7 @@
 128+n  stopped by signal n, everything saved
 """
 
+import contextlib
 import errno
 import os
 import shlex
@@ -23,12 +24,17 @@ MAY_PASS = 75
 _PASSING = {
     errno.EAGAIN,
     errno.EBUSY,
+    errno.EDQUOT,
     errno.EIO,
     errno.EMFILE,
     errno.ENOSPC,
+    errno.EROFS,
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
+
+# Said by a process that leaves before there is anything to save.
+NOT_BEGUN = 'stopped before training began; the same command starts it again'
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
@@ -51,7 +57,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def quiet(argv: Sequence[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
-    sys.exit(status_of(main, argv))
+    status = status_of(main, argv)
+    _settle_output()
+    sys.exit(status)
 
   app.run(quiet)
 
@@ -67,23 +75,54 @@ def status_of(
           ' --help'
       )
     main(argv)
-  except Stopped as e:
-    print(e, file=sys.stderr)
-    return e.exit_status
   except KeyboardInterrupt:
     return 130
-  except (ValueError, OSError, FloatingPointError) as e:
+  except Exception as e:
+    return say(e)
+  return 0
+
+
+def say(error: Exception) -> int:
+  """Prints what went wrong; returns the exit status for it."""
+  if isinstance(error, Stopped):
+    tell(str(error), error=True)
+    return error.exit_status
+  if isinstance(error, ValueError | OSError | FloatingPointError):
     # Jax raises ValueError too, from inside a user's own model.
-    logging.info('Where the error came from:', exc_info=True)
-    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
-    passing = isinstance(e, TimeoutError) or (
-        isinstance(e, OSError) and e.errno in _PASSING
+    logging.info('Where the error came from:', exc_info=error)
+    tell(f'error: {" ".join(str(error).split())}', error=True)
+    passing = isinstance(error, TimeoutError) or (
+        isinstance(error, OSError) and error.errno in _PASSING
     )
     return MAY_PASS if passing else CLEAR_ERROR
-  except Exception:  # A crash: whoever supervises may start again.
-    traceback.print_exc()
-    return CRASH
-  return 0
+  # A crash: whoever supervises may start again.
+  text = ''.join(traceback.format_exception(error)).rstrip()
+  tell(text, error=True)
+  return CRASH
+
+
+def tell(text: str, *, error: bool = False) -> None:
+  """Prints, or does not: the log may lie on the very disk that is full.
+
+  Args:
+    text: What to say.
+    error: To standard error.
+  """
+  with contextlib.suppress(OSError):
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _settle_output() -> None:
+  """Drops output that cannot be written.
+
+  Python tries once more on its way out, and would end with a status of its own.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, stream.fileno())
 
 
 def own_command() -> str:

@@ -4,7 +4,7 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 """
 
 import contextlib
-import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,20 +16,23 @@ from codistill_jax import (
     base,
     files,
     gin_utils,
-    locks,
+    leases,
     replicas,
     run_directory,
     writers,
 )
 from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
-from codistill_jax.checkpoint import Checkpoints, Resume
+from codistill_jax.checkpoint import PATIENCE_SECONDS, Checkpoints, Resume
 from codistill_jax.exchange import Exchange, Interrupted
 from codistill_jax.group import StepResult, run_group
 from experiments import claims
 from experiments.cli import Stopped
 from experiments.job import Job
+from experiments.keeper import Keeper, stop_signal
 from experiments.watch import Watch
+
+_DONE_PAUSE_SECONDS = 1.0
 
 
 def new_state(job: Job) -> tuple[TrainState, Stream]:
@@ -49,7 +52,7 @@ def new_state(job: Job) -> tuple[TrainState, Stream]:
       experiment.optimizer,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       stream.batch(0),
-      num_peers=job.num_groups - 1,
+      num_peers=len(experiment.plan.peers_of(job.group_id, job.num_groups)),
       group_batch=experiment.group_batch,
   )
   # Not on a device, where it would stay beside the state in training.
@@ -70,6 +73,8 @@ def train(
 
   Raises:
     Stopped: After `job.stop` became true and everything was saved.
+    TimeoutError: If the disk still fails when all else is done.
+    leases.LostError: If another process has taken over the group.
     FloatingPointError: If the loss is not finite; the checkpoints before stay.
     ValueError: If what is in the run directory does not fit.
   """
@@ -79,19 +84,27 @@ def train(
   state, stream = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
-    if job.agreement.is_primary:
-      directory = run_directory.group_dir(job.workdir, job.group_id)
-      stack.enter_context(locks.exclusive(directory, 'training in'))
+    stack.callback(job.rescue.let_go, job.group_id)
+    with _stopping_in_time(job):
+      lease = _lease(job)
+    stack.push(_closing(lease.release))
+    job.rescue.at_exit(job.group_id, lease.release)
     checkpoints = Checkpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
+        troubles=job.troubles,
+        check=lease.check,
     )
     stack.push(_closing(checkpoints.close))
     resume = _restore(job, checkpoints, state)
     state = resume.state if resume else state
     start = int(state.step)
-    exchange = make_exchange(state.variables)
-    stack.push(_closing(exchange.close))
+    with _stopping_in_time(job):
+      exchange = make_exchange(state.variables)
+    keeper = Keeper(job, checkpoints, exchange)
+    stack.push(_closing(keeper.close_exchange))
+    if resume:
+      job.rescue.line = str(keeper.stopped(start))
     writer = writers.NullWriter()
     if job.agreement.is_primary:
       writer = writer_of(start)
@@ -102,7 +115,8 @@ def train(
     if resume:
       exchange.restore(start, resume.teacher_steps)
       exchange.checkpointed(checkpoints.restart_step)
-      _evaluate_what_was_missed(job, watch, resume.state)
+      if not _evaluate_what_was_missed(job, watch, resume.state):
+        raise Stopped(job.rescue.line, stop_signal(job))
     turns = run_group(
         job.train_step,
         state,
@@ -112,26 +126,95 @@ def train(
         distill_weight=job.experiment.distill_weight,
     )
     del state, resume  # A whole state, that training goes on without.
-    result = None
+    result, claimed = None, False
+    log_every = job.experiment.log_every
     try:
       for result in turns:
-        if result.step == start + 1:
+        first = result.step == start + 1
+        keeper.hold(result)
+        if first:
           gin_utils.check_no_dead_bindings()
-          claims.claim_workdir(job, result.state)
-        _after_update(job, result, watch, checkpoints, exchange)
+        if first or (not claimed and result.step % log_every == 0):
+          claimed = _claim(job, result)
+        _after_update(job, result, watch, keeper)
         yield result.step
     except Interrupted:
       # Raised before an update, so the state after the last one still stands;
       # before the first one it is the one restored.
       if result is not None:
-        _save_and_stop(job, result, watch, checkpoints, exchange)
-      raise _stopped(job, start) from None
+        keeper.save_and_stop(result)
+      raise Stopped(job.rescue.line, stop_signal(job)) from None
     checkpoints.wait()
+    job.rescue.line = str(keeper.stopped(job.experiment.num_steps))
     exchange.checkpointed(checkpoints.restart_step)
   if job.agreement.is_primary:
-    files.write_bytes(done, b'')
+    _write_done(job)
     watch.status(job.experiment.num_steps, 'done')
-  _meet(job)
+  keeper.meet()
+
+
+class _NoLease:
+  """Of a process that writes nothing."""
+
+  def check(self) -> None:
+    pass
+
+  def release(self) -> None:
+    pass
+
+
+def _lease(job: Job) -> leases.Lease | _NoLease:
+  if not job.agreement.is_primary:
+    return _NoLease()
+  return leases.acquire(
+      run_directory.group_dir(job.workdir, job.group_id),
+      'training in',
+      interrupted=job.stop,
+  )
+
+
+@contextlib.contextmanager
+def _stopping_in_time(job: Job) -> Iterator[None]:
+  """A wait for a lease that is given up ends the run as any stop does."""
+  try:
+    yield
+  except leases.Interrupted:
+    raise Stopped(job.rescue.line, stop_signal(job)) from None
+
+
+def _claim(job: Job, result: StepResult) -> bool:
+  """Claims the run directory; false if its disk fails."""
+  doing = 'writing run.json'
+  try:
+    claims.claim_workdir(job, result.state)
+  except OSError as e:
+    job.troubles.failed(doing, e)
+    return False
+  job.troubles.worked(doing)
+  return True
+
+
+def _write_done(job: Job) -> None:
+  """Says that the last step is reached; tries for as long as a save is tried.
+
+  Raises:
+    TimeoutError: If the disk fails for longer.
+  """
+  path = run_directory.done_path(job.workdir, job.group_id)
+  deadline = time.monotonic() + PATIENCE_SECONDS
+  while True:
+    try:
+      files.write_bytes(path, b'')
+      return
+    except OSError as e:
+      job.troubles.failed('writing DONE', e)
+      if time.monotonic() > deadline or job.stop():
+        raise TimeoutError(
+            f'{path} could not be written ({e}), though group'
+            f' {job.group_id} has reached its last step; see to the disk, and'
+            ' start the same command again'
+        ) from e
+    time.sleep(_DONE_PAUSE_SECONDS)
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., bool]:
@@ -164,16 +247,19 @@ def _restore(
 
 def _evaluate_what_was_missed(
     job: Job, watch: Watch, state: TrainState
-) -> None:
-  """A run that was stopped where an evaluation was due makes up for it."""
+) -> bool:
+  """A run that was stopped where an evaluation was due makes up for it.
+
+  Returns:
+    False if it was stopped again meanwhile.
+  """
   step = int(state.step)
   if not job.agreement.is_primary or not _evaluation_due(job, step):
-    return
+    return True
   path = run_directory.metrics_path(job.workdir, job.group_id)
   records = run_directory.read_metrics(path).records
   there = any(r['step'] == step and 'eval/loss' in r for r in records)
-  if not there and not watch.evaluate(step, state.variables):
-    raise _stopped(job, step)
+  return there or watch.evaluate(step, state.variables)
 
 
 def _evaluation_due(job: Job, step: int) -> bool:
@@ -182,11 +268,7 @@ def _evaluation_due(job: Job, step: int) -> bool:
 
 
 def _after_update(
-    job: Job,
-    result: StepResult,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    exchange: Exchange,
+    job: Job, result: StepResult, watch: Watch, keeper: Keeper
 ) -> None:
   """Log, evaluate, save; in that order."""
   experiment, step = job.experiment, result.step
@@ -194,8 +276,10 @@ def _after_update(
   due = lambda every: last or step % every == 0
   stopping = _asked_to_stop(job, due(experiment.log_every))
   save = due(experiment.checkpoint_every)
+  # The age of each teacher is on record for every exchange.
+  exchanged = keeper.has_peers and experiment.plan.due(step)
   watch.add(result)
-  if due(experiment.log_every) or save:
+  if due(experiment.log_every) or save or exchanged:
     watch.log(step)
   if _evaluation_due(job, step) and not stopping and job.agreement.is_primary:
     watch.status(step, 'evaluating')
@@ -207,13 +291,11 @@ def _after_update(
     if not evaluated and job.agreement is ALONE:
       stopping = True  # The last step must not end a run without evaluation.
   if stopping:
-    _save_and_stop(job, result, watch, checkpoints, exchange)
+    keeper.save_and_stop(result)
   if save:
     watch.status(step, 'saving')
-    _save(job, result, watch, checkpoints, exchange)
-  if checkpoints.restart_step is not None:
-    # Publications that only an earlier start would ask for are not needed.
-    exchange.checkpointed(checkpoints.restart_step)
+    keeper.save(result)
+  keeper.tell_peers()
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:
@@ -223,84 +305,3 @@ def _asked_to_stop(job: Job, at_record: bool) -> bool:
   if not at_record:
     return False
   return not job.agreement.all_true(np.array(not job.stop()))
-
-
-def _save(
-    job: Job,
-    result: StepResult,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    exchange: Exchange,
-) -> None:
-  watch.check_finite(result.step)
-  state = job.train_step.collect(result.state)  # All processes take part.
-  if job.agreement.is_primary:
-    steps = [None if p is None else p.step for p in exchange.in_use]
-    checkpoints.save(state, steps)
-
-
-def _save_and_stop(
-    job: Job,
-    result: StepResult,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    exchange: Exchange,
-) -> None:
-  saved = np.array(checkpoints.wait() == result.step)
-  if not job.agreement.choose(saved):
-    _save(job, result, watch, checkpoints, exchange)
-    checkpoints.wait()
-  _meet(job)
-  raise _stopped(job, result.step)
-
-
-def _meet(job: Job) -> None:
-  """Waits for the other processes of the group.
-
-  One that left while the primary still saves would take the group with it.
-  """
-  job.agreement.all_true(np.array(True))
-
-
-def _stopped(job: Job, step: int) -> Stopped:
-  return Stopped(
-      f'group {job.group_id} stopped and saved at step {step}; the same'
-      ' command goes on from there',
-      getattr(job.stop, 'signal_number', None) or signal.SIGTERM,
-  )
-
-
-def use_replicas(count: int) -> None:
-  """Makes `count` fake CPU devices; before the first use of jax.
-
-  Without effect on accelerators, whose devices are what they are.
-  """
-  if count < 0:
-    raise ValueError(f'--replicas={count}; set it to 0 (all) or more')
-  if count:
-    jax.config.update('jax_num_cpu_devices', count)
-
-
-def chosen_devices(count: int) -> list[jax.Device] | None:
-  """The first `count` devices; None, all of them, for 0.
-
-  Raises:
-    ValueError: If this process has fewer.
-  """
-  if not count:
-    return None
-  devices = jax.local_devices()
-  if jax.process_count() > 1:
-    if count != len(devices):
-      raise ValueError(
-          f'--replicas={count}, but a group of several processes uses all'
-          f' {len(devices)} devices of each: leave --replicas out, or hide the'
-          ' others'
-      )
-    return None
-  if len(devices) < count:
-    raise ValueError(
-        f'--replicas={count}, but this process has {len(devices)} devices;'
-        f' set --replicas to at most {len(devices)}'
-    )
-  return devices[:count]

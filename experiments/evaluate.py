@@ -30,6 +30,7 @@ from codistill_jax import step as step_lib
 from codistill_jax.base import Model, TrainState, Variables
 from codistill_jax.checkpoint import Checkpoints
 from experiments import cli
+from experiments.stopping import Rescue, StopRequest
 from experiments.tables import align
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
@@ -67,6 +68,8 @@ class Run(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  # What is found is written as a whole: there is nothing to save.
+  StopRequest(Rescue('stopped; nothing is written of this run')).install()
   for workdir in _WORKDIR.value:
     comparison = compare_run(
         workdir,
@@ -161,7 +164,7 @@ def load(
         f'group {group_id} of {run.workdir} has no {source} of step'
         f' {"any" if wanted is None else wanted}; there are: {steps or "none"}'
     )
-  like = _like(run)
+  like = _like(run, group_id)
   if source == PUBLICATIONS:
     _, variables = publications.read(
         root,
@@ -176,9 +179,10 @@ def load(
   return wanted, checkpoints.read(wanted, like).state.variables
 
 
-def _like(run: Run) -> TrainState:
+def _like(run: Run, group_id: int) -> TrainState:
   """Shapes of a group's state."""
   experiment = run.experiment
+  peers = experiment.plan.peers_of(group_id, run.num_groups)
   stream = experiment.task.train_stream(
       group_id=0,
       num_groups=run.num_groups,
@@ -191,7 +195,7 @@ def _like(run: Run) -> TrainState:
           experiment.optimizer,
           jax.random.PRNGKey(0),
           stream.batch(0),
-          num_peers=run.num_groups - 1,
+          num_peers=len(peers),
       )
   )
 

@@ -1,35 +1,13 @@
-"""One group of one run, and how its process is asked to stop."""
+"""One group of one run."""
 
 import dataclasses
-import os
-import signal
 from collections.abc import Callable
-from typing import Any
 
 from codistill_jax import replicas
 from codistill_jax.base import ALONE, Agreement, Model
 from codistill_jax.experiment import Experiment
-
-
-class StopRequest:
-  """SIGTERM and SIGINT as a flag that the loop polls; a second one kills."""
-
-  def __init__(self):
-    self.signal_number: int | None = None
-
-  def __call__(self) -> bool:
-    return self.signal_number is not None
-
-  def install(self) -> 'StopRequest':
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number: int, frame: Any) -> None:
-    del frame
-    if self.signal_number is not None:
-      os._exit(128 + number)
-    self.signal_number = number
+from codistill_jax.troubles import Troubles
+from experiments.stopping import Rescue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +23,8 @@ class Job:
     num_groups: G.
     agreement: How the processes of this group decide together.
     stop: True once the process was asked to stop.
+    rescue: How the group is saved if its main thread is stuck then.
+    troubles: What this group cannot do at the moment, such as saving.
     arm: Name of the run in reports; '' for the name of the workdir.
   """
 
@@ -56,6 +36,8 @@ class Job:
   num_groups: int
   agreement: Agreement = ALONE
   stop: Callable[[], bool] = lambda: False
+  rescue: Rescue = dataclasses.field(default_factory=Rescue)
+  troubles: Troubles = dataclasses.field(default_factory=Troubles)
   arm: str = ''
 
   @property

@@ -14,6 +14,9 @@ from absl import flags
 
 from codistill_jax.data import prepare as prepare_lib
 from experiments import cli
+from experiments.stopping import Rescue, StopRequest
+
+_STOPPED = 'stopped; the same command goes on from the last whole shard'
 
 _OUTPUT = flags.DEFINE_string(
     'output',
@@ -86,6 +89,9 @@ def main(argv: Sequence[str]) -> None:
   del argv
   if not _OUTPUT.value:
     raise ValueError('--output is missing: a directory for the data.')
+  # Nothing is to be saved: whenever it ends, the same command goes on. But the
+  # training of a tokenizer is C++, which would not hear of a signal.
+  StopRequest(Rescue(_STOPPED)).install()
   meta = prepare_lib.prepare(
       _OUTPUT.value,
       _SOURCE.value,

@@ -18,6 +18,7 @@ from experiments import (
     report_data,
     report_pages,
     report_plots,
+    report_style,
     report_table,
     report_text,
 )
@@ -55,7 +56,7 @@ def make_report(
 
 def report_blocks(
     arms: Sequence[Arm],
-    plots: Sequence[report_plots.Plot],
+    plots: Sequence[report_style.Plot],
     output: files.PathLike | None = None,
 ) -> list[report_pages.Block]:
   """What stands in a report, in order."""
@@ -70,6 +71,13 @@ def report_blocks(
   ]
   for plot in plots:
     blocks += [report_pages.Heading(plot.title), plot]
+  health = report_table.health_rows(arms)
+  if health:
+    blocks += [
+        report_pages.Heading('Exchange health'),
+        report_pages.Table(report_table.HEALTH_TITLES, health, names=2),
+        report_pages.Bullets(report_text.HEALTH_NOTES),
+    ]
   blocks += [
       report_pages.Heading('Settings'),
       report_pages.Table(['', *names], settings, names=1 + len(names)),

@@ -239,15 +239,6 @@ def final_metrics(arm: Arm, group: Group) -> Mapping[str, Any]:
   return metrics
 
 
-def staleness(group: Group) -> tuple[float, float] | None:
-  """Staleness in steps, mean over all records and largest; None if unknown."""
-  mean = group.curve('exchange/staleness_steps')
-  if not np.isfinite(mean.values).any():
-    return None
-  most = group.curve('exchange/staleness_steps_max') or mean
-  return float(np.nanmean(mean.values)), float(np.nanmax(most.values))
-
-
 def exchange_stall(arm: Arm, group: Group) -> tuple[float | None, float | None]:
   """How long the exchange held the loop.
 

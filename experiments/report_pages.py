@@ -8,7 +8,7 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.report_plots import Plot
+from experiments.report_style import Plot
 
 
 class Heading(NamedTuple):

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from experiments import report_data
+from experiments import report_data, report_exchange
 from experiments.report_data import Arm, Group
+from experiments.report_exchange import Spread
 
 
 class Column(NamedTuple):
@@ -83,8 +84,13 @@ def _quality(metrics: Mapping[str, Any], example: str) -> list[str]:
 
 
 def _staleness(group: Group) -> str:
-  found = report_data.staleness(group)
-  return '-' if found is None else f'{found[0]:.1f} / {found[1]:.0f}'
+  return _spread(report_exchange.staleness(group, 'steps'), '{:.0f}')
+
+
+def _spread(found: Spread | None, most: str) -> str:
+  return (
+      '-' if found is None else f'{found.mean:.1f} / {most}'.format(found.most)
+  )
 
 
 def _stall(arm: Arm, group: Group) -> str:
@@ -97,6 +103,60 @@ def _number(value: float | None, form: str) -> str:
   if value is None:
     return '-'
   return form.format(value) if math.isfinite(value) else str(value)
+
+
+# --- Exchange ----------------------------------------------------------------
+
+HEALTH_TITLES = (
+    'arm',
+    'model',
+    'exchanges',
+    'staleness, steps: mean / max',
+    'staleness, s: mean / max',
+    'peers present: mean / max',
+    'rejected',
+    'failed to publish',
+    'stall, s (share)',
+    'publication',
+    'restarts seen',
+)
+
+
+def health_rows(arms: Sequence[Arm]) -> list[list[str]]:
+  """How the exchange of each group went; no rows if nothing was exchanged."""
+  return [
+      [arm.name, f'group {group.group_id}', *_health(arm, group)]
+      for arm in report_exchange.exchanging(arms)
+      for group in arm.groups
+  ]
+
+
+def _health(arm: Arm, group: Group) -> list[str]:
+  found = report_exchange.health(arm, group)
+  stall = _number(found.stall_seconds, '{:.2f}')
+  if found.stall_share is not None:
+    stall += f' ({found.stall_share:.1%})'
+  return [
+      _number(found.exchanges, '{:,}'),
+      _spread(found.steps, '{:.0f}'),
+      _spread(found.seconds, '{:.1f}'),
+      _spread(found.present, '{:.0f}'),
+      _number(found.rejected, '{:,}'),
+      _number(found.failures, '{:,}'),
+      stall,
+      '-' if found.bytes is None else size(found.bytes),
+      str(found.restarts) if found.restarts else '-',
+  ]
+
+
+def size(count: float) -> str:
+  """A number of bytes in the decimal unit that suits it, such as `1.2 MB`."""
+  for unit in ('bytes', 'kB', 'MB', 'GB'):
+    # What would round up to 1000 takes the next unit.
+    if count < 999.5:
+      return f'{count:.3g} {unit}'
+    count /= 1000
+  return f'{count:.3g} TB'
 
 
 # --- On a terminal -----------------------------------------------------------

@@ -125,6 +125,31 @@ def _sentence_start(text: str) -> str:
   return text[:1].upper() + text[1:]
 
 
+HEALTH_NOTES = (
+    (
+        'Exchanges are those that were due by the last step. Staleness is of'
+        ' the teachers in use; its largest value is that of any single teacher'
+        ' in any record.'
+    ),
+    'Peers present are counted after burn-in: how many taught the group.',
+    (
+        'Rejected are publications of peers that were damaged or did not fit;'
+        ' none of them was used. Failed to publish counts what the file system'
+        ' refused, which is tried again. Both are added up over restarts, but'
+        ' for records that a restart dropped.'
+    ),
+    (
+        'Stall is all the time for which the exchange held the training loop,'
+        ' and its share of the training time; a publication is the size of the'
+        ' newest one.'
+    ),
+    (
+        'Restarts show where steps go back or counts begin again; of others'
+        ' nothing is recorded here.'
+    ),
+)
+
+
 def notes(arms: Sequence[Arm]) -> list[str]:
   """How to read the table, and what was odd in the records."""
   lines = [

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
@@ -21,8 +22,10 @@ from codistill_jax import gin_utils, replicas, run_directory, storage
 from codistill_jax.base import Variables
 from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
 from codistill_jax.exchange import peers_of
-from experiments import claims, cli, driver
-from experiments.job import Job, StopRequest
+from codistill_jax.troubles import Troubles
+from experiments import claims, cli, devices, driver
+from experiments.job import Job
+from experiments.stopping import Rescue, StopRequest
 from experiments.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
@@ -64,9 +67,9 @@ _DRY_RUN = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_GROUP_ID.value, _NUM_GROUPS.value)  # Raises if out of range.
-  stop = StopRequest().install()
+  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
   gin_utils.parse_flags()
-  driver.use_replicas(_REPLICAS.value)
+  devices.use_replicas(_REPLICAS.value)
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
@@ -75,13 +78,15 @@ def main(argv: Sequence[str]) -> None:
       experiment=experiment,
       model=model,
       train_step=experiment_lib.make_replicated_step(
-          experiment, model, driver.chosen_devices(_REPLICAS.value)
+          experiment, model, devices.chosen_devices(_REPLICAS.value)
       ),
       workdir=os.fspath(storage.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
       stop=stop,
+      rescue=stop.rescue,
+      troubles=Troubles(f'group {_GROUP_ID.value}: '),
       arm=_ARM.value,
   )
   state, _ = driver.new_state(job)
@@ -95,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
   ):
     pass
   if progress:
-    print(
+    cli.tell(
         f'group {job.group_id} has reached step {experiment.num_steps};'
         f' see {run_directory.group_dir(_WORKDIR.value, job.group_id)}'
     )
@@ -112,7 +117,9 @@ def _exchange_of(job: Job):
         identity=job.identity,
         waiting=Waiting(job.experiment.exchange_timeout_seconds, job.stop),
         agreement=job.agreement,
-        place=job.train_step.place_teachers,
+        process=jax.process_index(),
+        put=job.train_step.place_teachers,
+        troubles=job.troubles,
     )
 
   return make

@@ -18,8 +18,10 @@ from codistill_jax import gin_utils, run_directory, storage
 from codistill_jax.checkpoint import Checkpoints
 from codistill_jax.exchange import peers_of
 from codistill_jax.memory_exchange import Mirror, memory_exchanges
-from experiments import claims, cli, driver
-from experiments.job import Job, StopRequest
+from codistill_jax.troubles import Troubles
+from experiments import claims, cli, devices, driver
+from experiments.job import Job
+from experiments.stopping import Rescue, StopRequest
 from experiments.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
@@ -45,15 +47,16 @@ def main(argv: Sequence[str]) -> None:
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
   workdir = os.fspath(storage.absolute(_WORKDIR.value))
-  latch = Latch(StopRequest().install())
+  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  latch = Latch(stop)
   gin_utils.parse_flags()
-  driver.use_replicas(_REPLICAS.value)
+  devices.use_replicas(_REPLICAS.value)
   experiment = dataclasses.replace(
       gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
   train_step = experiment_lib.make_replicated_step(
-      experiment, model, driver.chosen_devices(_REPLICAS.value)
+      experiment, model, devices.chosen_devices(_REPLICAS.value)
   )
   jobs = [
       Job(
@@ -64,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
           group_id=group_id,
           num_groups=num_groups,
           stop=latch,
+          rescue=stop.rescue,
+          troubles=Troubles(f'group {group_id}: '),
           arm=_ARM.value,
       )
       for group_id in range(num_groups)
@@ -94,7 +99,9 @@ def main(argv: Sequence[str]) -> None:
       ],
       latch,
   )
-  print(f'all groups have reached step {experiment.num_steps}; see {workdir}')
+  cli.tell(
+      f'all groups have reached step {experiment.num_steps}; see {workdir}'
+  )
 
 
 class Latch:
@@ -105,10 +112,12 @@ class Latch:
     self._stop = False
 
   def __call__(self) -> bool:
-    return self._stop
+    # Asked only now, and not in `update`: until a group is about to save, the
+    # main thread may be stuck in an update, and others have to save for it.
+    return self._stop and self._request()
 
   def update(self) -> None:
-    self._stop = self._request()
+    self._stop = self._request.signal_number is not None
 
   @property
   def signal_number(self) -> int | None:
@@ -138,7 +147,13 @@ def keep_common_checkpoints(jobs: Sequence[Job]) -> None:
       Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
       for job in jobs
   ]
-  common = set.intersection(*(set(store.steps()) for store in stores))
+  steps = [set(store.steps()) for store in stores]
+  common = set.intersection(*steps)
+  if all(steps) and not common:
+    raise ValueError(
+        f'the groups of {jobs[0].workdir} have no step in common among their'
+        ' resume checkpoints; use another --workdir to start again'
+    )
   start = max(common, default=-1)
   for job, store in zip(jobs, stores):
     if store.newest_step not in (None, start):

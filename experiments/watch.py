@@ -3,19 +3,19 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
-import numpy as np
 
-from codistill_jax import evaluate, run_directory, writers
+from codistill_jax import evaluate, run_directory, tensorboard, writers
 from codistill_jax import step as step_lib
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Exchange
+from codistill_jax.exchange import Exchange, check_finite
 from codistill_jax.group import StepResult
 from experiments.job import Job
 
 _STATUS_SECONDS = 2.0
+_STATUS = 'writing status.json'  # As a trouble.
 
 
 class Watch:
@@ -71,11 +71,10 @@ class Watch:
       if key.startswith('loss/'):
         found = [float(r[key]) for r in results if key in r]
         newest[key] = sum(found) / len(found)
-    self._check_finite(step, newest)
+    check_finite(self._job.group_id, step, newest)
     newest['exchange/stall_ms'] = sum(
         m['exchange/stall_ms'] for m in self._results
     )
-    newest['exchange/rejected'] = float(self._exchange.rejected)
     steps = step - self._logged_step
     if steps > 0:
       seconds = time.perf_counter() - self._logged_time
@@ -85,24 +84,6 @@ class Watch:
     self._results = []
     self._restart_clock(step)
     self._writer.write(step, newest)
-
-  def check_finite(self, step: int) -> None:
-    """Raises FloatingPointError if the state after `step` is past saving.
-
-    The gradient counts too: it makes the parameters not finite before any loss
-    says so.
-    """
-    if self._results:
-      self._check_finite(step, writers.as_floats(self._results[-1]))
-
-  def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-    for key in ('loss/total', 'optim/grad_norm'):
-      if not np.isfinite(metrics[key]):
-        raise FloatingPointError(
-            f'{key} of group {self._job.group_id} is {metrics[key]} at step'
-            f' {step}; lower the learning rate or the distill weight; the last'
-            ' checkpoint is kept'
-        )
 
   def evaluate(self, step: int, variables: Variables) -> bool:
     """Writes a record of the validation metrics; False if it was stopped."""
@@ -128,26 +109,33 @@ class Watch:
     if not job.agreement.is_primary:
       return
     self._status_time = time.time()
-    run_directory.write_status(
-        job.workdir,
-        job.group_id,
-        {
-            'step': step,
-            'num_steps': job.experiment.num_steps,
-            'time': self._status_time,
-            'started': self._started,
-            'pid': os.getpid(),
-            'host': socket.gethostname(),
-            'phase': phase,
-            'steps_per_sec': self._speed,
-            'num_groups': job.num_groups,
-            'teachers': [
-                {'peer': p.group_id, 'step': p.step, 'time': p.time}
-                for p in self._exchange.in_use
-                if p is not None
-            ],
-        },
-    )
+    exchange = self._exchange
+    content = {
+        'step': step,
+        'num_steps': job.experiment.num_steps,
+        'time': self._status_time,
+        'started': self._started,
+        'pid': os.getpid(),
+        'host': socket.gethostname(),
+        'phase': phase,
+        'steps_per_sec': self._speed,
+        'num_groups': job.num_groups,
+        'peers': list(exchange.peers),
+        'teachers': [
+            {'peer': p.group_id, 'step': p.step, 'time': p.time}
+            for p in exchange.in_use
+            if p is not None
+        ],
+        'rejected': exchange.rejected,
+        'last_rejection': exchange.last_rejection,
+        'troubles': [trouble._asdict() for trouble in job.troubles.now],
+    }
+    try:
+      run_directory.write_status(job.workdir, job.group_id, content)
+    except OSError as e:
+      job.troubles.failed(_STATUS, e)
+    else:
+      job.troubles.worked(_STATUS)
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()
@@ -165,10 +153,12 @@ def group_writer(
         writers.JsonlWriter(
             run_directory.metrics_path(job.workdir, job.group_id),
             resume_step=start,
+            troubles=job.troubles,
         ),
-        writers.TensorBoardWriter(
+        tensorboard.TensorBoardWriter(
             run_directory.tensorboard_dir(job.workdir, job.group_id),
             resume_step=start,
+            troubles=job.troubles,
         ),
     ]
     if progress:

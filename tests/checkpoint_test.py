@@ -1,7 +1,10 @@
 """Resume checkpoints: bit-exact, or an error that says what to do."""
 
+import errno
 import logging
 import pathlib
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,8 @@ import optax
 import pytest
 import toy
 
+from codistill_jax import saver, storage, troubles
 from codistill_jax import step as step_lib
-from codistill_jax import storage
 from codistill_jax.checkpoint import Checkpoints
 
 # See storage_test.py: 2026-11, noise of orbax 0.12 about damaged arrays.
@@ -58,6 +61,7 @@ def save_all(directory, states, **kwargs):
   checkpoints = open_checkpoints(directory, **kwargs)
   for state in states:
     checkpoints.save(state, [int(state.step) - 1, None])
+    checkpoints.wait()
   checkpoints.close()
   return checkpoints
 
@@ -221,25 +225,222 @@ def test_another_tokenizer_is_refused(tmp_path, state):
     other.restore(state)
 
 
-@pytest.mark.parametrize('ask', ['save', 'wait', 'saved_step', 'close'])
-def test_an_error_in_the_background_comes_to_light(
+class Disk:
+  """A disk that does not take some steps, and counts tries."""
+
+  def __init__(self, monkeypatch, error=None):
+    self.error = error or OSError(errno.ENOSPC, 'disk full')
+    self.full, self.tries = True, []
+    self._save = storage.save
+    monkeypatch.setattr(storage, 'save', self.save)
+    monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
+
+  def save(self, directory, step, *args):
+    self.tries.append(step)
+    if self.full:
+      raise self.error
+    return self._save(directory, step, *args)
+
+
+def until(condition):
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline, 'waited in vain'
+    time.sleep(0.005)
+
+
+def test_a_full_disk_is_tried_until_it_works(
+    tmp_path, state, monkeypatch, caplog
+):
+  disk, now = Disk(monkeypatch), troubles.Troubles()
+  checkpoints = open_checkpoints(tmp_path, troubles=now)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    checkpoints.save(at(state, 5))
+    until(lambda: len(disk.tries) >= 3)
+    assert checkpoints.saved_step is None and checkpoints.steps() == []
+    assert now.now[0].doing == 'saving a resume checkpoint'
+    disk.full = False
+    assert checkpoints.wait() == 5
+  assert not now.now
+  assert caplog.text.count('disk full') == 1
+  checkpoints.close()
+  assert_same_state(
+      open_checkpoints(tmp_path).restore(state).state, at(state, 5)
+  )
+
+
+def test_a_newer_state_takes_the_place_of_one_that_fails(
+    tmp_path, state, monkeypatch
+):
+  """And handing it over does not wait for the disk."""
+  disk = Disk(monkeypatch)
+  checkpoints = open_checkpoints(tmp_path)
+  start = time.monotonic()
+  for step in (5, 6, 7):
+    checkpoints.save(at(state, step))
+    until(lambda step=step: disk.tries[-1:] == [step])
+  assert time.monotonic() - start < 5
+  tries = len(disk.tries)
+  disk.full = False
+  checkpoints.close()
+  assert set(disk.tries[tries:]) == {7} and checkpoints.steps() == [7]
+
+
+def test_a_slow_disk_holds_up_training_for_a_moment_only(
+    tmp_path, state, monkeypatch
+):
+  """One is written and one waits: the third takes the second's place."""
+  monkeypatch.setattr(saver, '_HOLD_SECONDS', 0.05)
+  original, go_on = storage.save, threading.Event()
+
+  def save(*args):
+    assert go_on.wait(20)
+    return original(*args)
+
+  monkeypatch.setattr(storage, 'save', save)
+  checkpoints = open_checkpoints(tmp_path)
+  for step in (1, 2, 3, 4):
+    checkpoints.save(at(state, step))
+  go_on.set()
+  assert checkpoints.wait(0.0) == 4  # What is slow is waited for.
+  assert checkpoints.steps() == [1, 4]
+  checkpoints.close()
+
+
+def test_a_quick_disk_skips_no_step(tmp_path, state):
+  checkpoints = open_checkpoints(tmp_path, keep=9)
+  for step in range(1, 7):
+    checkpoints.save(at(state, step))
+  checkpoints.close()
+  assert checkpoints.steps() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('ask', ['wait', 'close'])
+def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
     tmp_path, state, monkeypatch, ask
 ):
-  def fail(*args, **kwargs):
-    raise OSError('no space left on device')
-
+  save_all(tmp_path, [at(state, 3)])
+  disk = Disk(monkeypatch)
   checkpoints = open_checkpoints(tmp_path)
-  monkeypatch.setattr(storage, 'save', fail)
+  checkpoints.restore(state)
+  checkpoints.save(at(state, 5))
+  monkeypatch.setattr(Checkpoints.wait, '__defaults__', (0.1,))
+  with pytest.raises(TimeoutError, match=r'step 5 .*disk full.*from step 3'):
+    getattr(checkpoints, ask)()
+  start = time.monotonic()
+  checkpoints.close()  # It was given up: this does not wait again.
+  assert time.monotonic() - start < 0.1
+  assert len(disk.tries) >= 1 and checkpoints.steps() == [3]
+
+
+def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
+    tmp_path, state, monkeypatch
+):
+  monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
+  monkeypatch.setattr(saver, '_JOIN_SECONDS', 0.01)
+  tries, go_on = [], threading.Event()
+
+  def save(*unused):
+    tries.append(1)
+    if len(tries) > 1:
+      go_on.wait(20)
+    raise OSError(errno.EIO, 'input/output error')
+
+  monkeypatch.setattr(storage, 'save', save)
+  checkpoints = open_checkpoints(tmp_path)
+  checkpoints.save(at(state, 5))
+  until(lambda: len(tries) == 2)
+  with pytest.raises(TimeoutError, match='input/output'):
+    checkpoints.wait(0.0)
+  start = time.monotonic()
+  checkpoints.close()
+  assert time.monotonic() - start < 5
+  go_on.set()
+
+
+def test_a_state_that_was_given_up_can_be_saved_again(
+    tmp_path, state, monkeypatch
+):
+  disk = Disk(monkeypatch)
+  checkpoints = open_checkpoints(tmp_path)
+  checkpoints.save(at(state, 5))
+  with pytest.raises(TimeoutError):
+    checkpoints.wait(0.0)
+  disk.full = False
+  checkpoints.save(at(state, 5))
+  assert checkpoints.wait() == 5
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    'ask', ['save', 'wait', 'saved_step', 'restart_step', 'close']
+)
+def test_another_error_in_the_background_comes_to_light(
+    tmp_path, state, monkeypatch, ask
+):
+  disk = Disk(monkeypatch, ValueError('a mistake'))
+  checkpoints = open_checkpoints(tmp_path)
   checkpoints.save(at(state, 1))
-  checkpoints._saving.exception()  # It is over.
-  with pytest.raises(OSError, match='no space left'):
+  until(lambda: checkpoints._saver._failure is not None)
+  with pytest.raises(ValueError, match='a mistake'):
     if ask == 'save':
       checkpoints.save(at(state, 2))
-    elif ask == 'saved_step':
-      _ = checkpoints.saved_step
+    elif ask.endswith('step'):
+      getattr(checkpoints, ask)
     else:
       getattr(checkpoints, ask)()
+  assert disk.tries == [1]
   checkpoints.close()
+
+
+def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
+    tmp_path, state, monkeypatch
+):
+  """A save that is complete is not made again."""
+  tries, now = Disk(monkeypatch), troubles.Troubles()
+  tries.full = False
+  checkpoints = open_checkpoints(tmp_path, troubles=now)
+
+  def fail(directory):
+    raise OSError(errno.EIO, 'input/output error')
+
+  monkeypatch.setattr(storage, 'completed_steps', fail)
+  checkpoints.save(at(state, 5))
+  assert checkpoints.wait() == 5 and tries.tries == [5]
+  assert checkpoints.restart_step is None
+  assert [t.doing for t in now.now] == ['listing resume checkpoints']
+  checkpoints.close()
+
+
+def test_a_step_is_saved_once(tmp_path, state, monkeypatch):
+  """Saving it again would delete it first."""
+  disk = Disk(monkeypatch)
+  disk.full = False
+  checkpoints = open_checkpoints(tmp_path)
+  for _ in range(3):
+    checkpoints.save(at(state, 5))
+  checkpoints.wait()
+  checkpoints.save(at(state, 5))
+  checkpoints.close()
+  assert disk.tries == [5]
+
+
+def test_who_may_not_write_any_more_does_not(tmp_path, state, monkeypatch):
+  """Also between two tries of one save."""
+  disk, allowed = Disk(monkeypatch), [True]
+
+  def check():
+    if not allowed[0]:
+      raise RuntimeError('taken over')
+
+  checkpoints = open_checkpoints(tmp_path, check=check)
+  checkpoints.save(at(state, 5))
+  until(lambda: disk.tries)
+  allowed[0] = disk.full = False
+  with pytest.raises(RuntimeError, match='taken over'):
+    checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == []
 
 
 def test_discard_after_keeps_the_step_itself(tmp_path, state):

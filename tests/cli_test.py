@@ -1,6 +1,7 @@
 """Exit statuses and last lines, on which people and supervisors rely."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,30 @@ def test_the_end_is_status_0():
 def test_an_argument_that_is_no_flag_is_an_error(capsys):
   assert status_of(None, ['binary', 'seed=3']) == 1
   assert "unexpected argument 'seed=3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error, status', [(None, 0), ('ValueError("x")', 1)])
+def test_a_log_on_a_full_disk_does_not_change_the_status(error, status):
+  """Nothing that is said reaches /dev/full."""
+  code = (
+      'import sys\n'
+      'from experiments import cli\n'
+      'def main(argv):\n'
+      '  sys.stdout.write("said, and lost when python ends")\n'
+      '  cli.tell("said, and lost at once")\n'
+      f'  if {error}: raise {error}\n'
+      'cli.run(main)\n'
+  )
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tiny_run.ROOT,
+        stdout=full,
+        stderr=full,
+        env={**os.environ, 'PYTHONUNBUFFERED': ''},
+        timeout=120,
+    )
+  assert done.returncode == status
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What surrounds the loop: resume, records, evaluation, saving, stopping."""
 
 import dataclasses
+import errno
 import functools
 import json
 import signal
@@ -13,17 +14,19 @@ import tiny_run
 import toy
 
 from codistill_jax import (
-  base,
-  files,
-  gin_utils,
-  run_directory,
-  storage,
-  writers,
+    base,
+    checkpoint,
+    files,
+    gin_utils,
+    leases,
+    run_directory,
+    storage,
+    writers,
 )
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange import Interrupted, NoExchange
 from codistill_jax.publications import Publication
-from experiments import claims, cli, driver, watch
+from experiments import claims, cli, devices, driver, watch
 from experiments import job as job_lib
 
 BATCH, STEPS = 4, 12
@@ -82,6 +85,20 @@ def compile_once():
         functools.cache(driver.step_lib.make_eval_step),
     )
     yield
+
+
+@pytest.fixture
+def real_lease():
+  """Asked for by a test of two processes."""
+
+
+@pytest.fixture(autouse=True)
+def lease(request, monkeypatch):
+  """A real one takes a while, and looks whether to stop meanwhile."""
+  lease = FakeLease()
+  if 'real_lease' not in request.fixturenames:
+    monkeypatch.setattr(leases, 'acquire', lambda *args, **kwargs: lease)
+  return lease
 
 
 @pytest.fixture
@@ -278,16 +295,14 @@ _explode.defvjp(
 )
 
 
-def test_a_second_trainer_of_one_group_is_refused(make_job):
+def test_a_second_trainer_of_one_group_is_refused(make_job, real_lease):
   first = driver.train(
       make_job(),
       lambda variables: NoExchange(),
       watch.group_writer(make_job(), progress=False),
   )
   next(first)
-  with pytest.raises(
-      ValueError, match=r'Another process is training in .*group_0'
-  ):
+  with pytest.raises(ValueError, match=r'training in .*group_0'):
     run(make_job())
   assert list(first) == list(range(2, STEPS + 1))
 
@@ -327,7 +342,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
 
   task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
   job = make_job(task=task)
-  with pytest.raises(FloatingPointError, match='nan at step 6; lower the'):
+  with pytest.raises(FloatingPointError, match='nan at step 6; nothing'):
     run(job)
   assert checkpoint_steps(job) == [4]
   # A run that only looks at its loss when it saves does not save it either.
@@ -371,21 +386,176 @@ def test_peers_are_told_of_checkpoints_that_are_on_disk(make_job):
   assert exchange.closed
 
 
-def test_peers_are_not_told_of_a_checkpoint_that_failed(make_job, monkeypatch):
+def failing_saves(monkeypatch, steps):
+  """The disk is full whenever one of these steps is saved."""
   original = storage.save
 
   def save(directory, step, *args):
-    if step == 8:
-      raise OSError('no space left on device')
+    if step in steps:
+      raise OSError(errno.ENOSPC, 'no space left on device')
     return original(directory, step, *args)
 
   monkeypatch.setattr(storage, 'save', save)
+
+
+def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):
+  """Nor are peers told of a checkpoint that failed."""
+  failing_saves(monkeypatch, {8})
   exchange = Recorder()
-  with pytest.raises(OSError, match='no space left'):
-    run(make_job(), exchange)
-  assert set(exchange.told) <= {4}
-  assert exchange.closed
+  job = make_job()
+  with caplog.at_level('WARNING', logger='absl'):
+    assert run(job, exchange) == list(range(1, STEPS + 1))
+  assert checkpoint_steps(job) == [4, 12]
+  assert set(exchange.told) == {4}
+  assert run_directory.done_path(job.workdir, 0).exists()
+  assert job.troubles.failures == 1 and not job.troubles.now
+  assert caplog.text.count('saving a resume checkpoint fails') == 1
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_the_end(make_job, monkeypatch):
+  failing_saves(monkeypatch, {8, 12})
+  monkeypatch.setattr(checkpoint.Checkpoints.wait, '__defaults__', (0.2,))
+  exchange = Recorder()
+  steps = []
+  with pytest.raises(TimeoutError, match='no space left') as e:
+    run(make_job(), exchange, steps)
+  assert 'goes on from step 4' in str(e.value)
+  assert steps[-1] == STEPS  # Training itself went on.
+  assert set(exchange.told) <= {4} and exchange.closed
   assert not run_directory.done_path(make_job().workdir, 0).exists()
+  assert cli.say(e.value) == cli.MAY_PASS
+
+
+def test_a_stop_on_a_full_disk_says_what_is_lost(make_job, monkeypatch):
+  failing_saves(monkeypatch, {6})
+  monkeypatch.setattr(checkpoint.Checkpoints.wait, '__defaults__', (0.2,))
+  with pytest.raises(TimeoutError, match=r'step 6 .* goes on from step 4'):
+    run(make_job(stop=StopAt(5)))
+
+
+def test_signs_of_life_may_fail(make_job, monkeypatch):
+  def fail(*unused):
+    raise PermissionError(errno.EACCES, 'not yours')
+
+  monkeypatch.setattr(run_directory, 'write_status', fail)
+  job = make_job()
+  assert run(job)[-1] == STEPS
+  assert [t.doing for t in job.troubles.now] == ['writing status.json']
+
+
+def test_the_run_directory_is_claimed_once_its_disk_works(
+    make_job, monkeypatch
+):
+  original, tries = claims.claim_workdir, []
+
+  def claim(job, state):
+    tries.append(int(state.step))
+    if len(tries) < 3:
+      raise OSError(errno.ENOSPC, 'disk full')
+    original(job, state)
+
+  monkeypatch.setattr(claims, 'claim_workdir', claim)
+  job = make_job()
+  run(job)
+  assert tries == [1, 2, 4]  # After the first update, then at each record.
+  assert run_directory.run_path(job.workdir).exists()
+
+
+def test_done_is_tried_again(make_job, monkeypatch):
+  original, tries = files.write_bytes, []
+
+  def write(path, data):
+    if path.name == 'DONE':
+      tries.append(path)
+      if len(tries) < 3:
+        raise OSError(errno.ENOSPC, 'disk full')
+    original(path, data)
+
+  monkeypatch.setattr(files, 'write_bytes', write)
+  monkeypatch.setattr(driver, '_DONE_PAUSE_SECONDS', 0.0)
+  job = make_job()
+  run(job)
+  assert run_directory.done_path(job.workdir, 0).exists()
+
+  run_directory.done_path(job.workdir, 0).unlink()
+  tries.clear()
+  monkeypatch.setattr(driver, 'PATIENCE_SECONDS', -1.0)
+  with pytest.raises(TimeoutError, match='reached its last step'):
+    run(job)
+
+
+def test_a_lost_lease_ends_the_run_without_saving(make_job, lease):
+  turns = driver.train(
+      make_job(),
+      lambda v: NoExchange(),
+      watch.group_writer(make_job(), progress=False),
+  )
+  with pytest.raises(leases.LostError, match='another'):
+    for step in turns:
+      lease.lost = step >= 6
+  assert checkpoint_steps(make_job()) == [4]
+  assert lease.released
+
+
+def test_a_stop_while_waiting_for_a_lease(make_job, monkeypatch):
+  def acquire(*unused, interrupted):
+    assert interrupted()
+    raise leases.Interrupted()
+
+  monkeypatch.setattr(leases, 'acquire', acquire)
+  with pytest.raises(cli.Stopped) as e:
+    run(make_job(stop=StopAt(0)))
+  assert e.value.exit_status == 143
+  assert checkpoint_steps(make_job()) == []
+
+
+class FakeLease:
+
+  lost = released = False
+
+  def check(self):
+    if self.lost:
+      raise leases.LostError('another process took over')
+
+  def release(self):
+    self.released = True
+
+
+def test_each_exchange_is_on_record(make_job):
+  class Peer(Recorder):
+    peers = (1,)
+
+    def metrics(self, step):
+      return {'exchange/staleness_steps_group_1': float(step % 5)}
+
+  job = make_job(exchange_every=5, log_every=100, checkpoint_every=100)
+  run(job, Peer())
+  steps, _ = run_directory.series(
+      records_of(job), 'exchange/staleness_steps_group_1'
+  )
+  assert steps == [5, 10, 12]
+  job = make_job('alone', exchange_every=5, log_every=100, checkpoint_every=100)
+  run(job)
+  training = [r['step'] for r in records_of(job) if 'loss/task' in r]
+  assert training == [12]
+
+
+def test_status_says_how_the_exchange_fares(make_job):
+  exchange = Recorder((Publication(1, 40, 7.0), None))
+  exchange.peers = (1, 2)
+  exchange.rejected, exchange.last_rejection = 3, 'step 50 is torn'
+  job = make_job()
+  job.troubles.failed('publishing', OSError('disk full'))
+  run(job, exchange)
+  status = run_directory.read_status(job.workdir, 0)
+  assert status['peers'] == [1, 2]
+  assert status['teachers'] == [{'peer': 1, 'step': 40, 'time': 7.0}]
+  assert (status['rejected'], status['last_rejection']) == (
+      3,
+      'step 50 is torn',
+  )
+  (trouble,) = status['troubles']
+  assert (trouble['doing'], trouble['reason']) == ('publishing', 'disk full')
 
 
 def test_a_restart_hands_the_teachers_steps_to_the_exchange(make_job):
@@ -502,25 +672,9 @@ def test_a_group_batch_that_cannot_be_shared_is_refused(make_job):
 
 
 def test_devices_are_chosen_by_number():
-  assert driver.chosen_devices(0) is None
-  assert driver.chosen_devices(3) == jax.local_devices()[:3]
+  assert devices.chosen_devices(0) is None
+  assert devices.chosen_devices(3) == jax.local_devices()[:3]
   with pytest.raises(ValueError, match=r'--replicas=9, but .* 4 devices'):
-    driver.chosen_devices(9)
+    devices.chosen_devices(9)
   with pytest.raises(ValueError, match='--replicas=-1'):
-    driver.use_replicas(-1)
-
-
-def test_a_second_signal_ends_at_once(monkeypatch):
-  ended = []
-  monkeypatch.setattr(job_lib.os, '_exit', ended.append)
-  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    stop = job_lib.StopRequest().install()
-    assert not stop()
-    signal.raise_signal(signal.SIGTERM)
-    assert stop() and stop.signal_number == signal.SIGTERM and not ended
-    signal.raise_signal(signal.SIGINT)
-    assert ended == [130]
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+    devices.use_replicas(-1)

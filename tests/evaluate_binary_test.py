@@ -23,7 +23,7 @@ def workdirs(tmp_path_factory):
   run_directory.config_path(made['no_config']).unlink()
   shutil.rmtree(run_directory.checkpoints_dir(made['lost'], 1))
   record = run_directory.checkpoints_dir(made['damaged'], 1) / str(LAST)
-  (record / 'record' / 'metadata').write_text('{}')
+  (record / 'record.json').write_text('{}')
   return {**made, 'nowhere': directory / 'nowhere'}
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from codistill_jax import exchange
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Plan, peers_of
+from codistill_jax.exchange import Plan
 from codistill_jax.publications import Publication
 
 
@@ -26,6 +26,18 @@ from codistill_jax.publications import Publication
         ({'mode': 'freshest', 'staleness': 5}, 'in lockstep only'),
         ({'publish_dtype': 'float16'}, "'float16' is not one of float32, bfl"),
         ({'teacher_dtype': 'int8'}, "'int8' is not one of float32, bfloat16"),
+        ({'topology': 'star'}, "topology 'star' is not one of all, ring"),
+        (
+            {'staleness_policy': 'ignore'},
+            "'ignore' is not one of drop, wait, f",
+        ),
+        ({'staleness_policy': 'wait'}, "'wait' acts nowhere without max_stal"),
+        ({'max_staleness_steps': 4}, '=4; set it to at least exchange_every=5'),
+        ({'max_staleness_steps': 9.0}, '=9.0; set it to at least exchange_eve'),
+        (
+            {'max_staleness_steps': 9, 'mode': 'lockstep'},
+            'max_staleness_steps=9 in lockstep',
+        ),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_in_one_line(kwargs, message):
@@ -72,24 +84,26 @@ def test_nothing_is_published_before_the_first_update():
   assert [step for step in range(16) if plan.due(step)] == [5, 10, 15]
 
 
-def test_peers_are_all_other_groups_in_order():
-  assert peers_of(0, 1) == ()
-  assert peers_of(1, 4) == (0, 2, 3)
-  for group_id in range(5):
-    assert sorted([*peers_of(group_id, 5), group_id]) == list(range(5))
+@pytest.mark.parametrize('limit', [None, 5, 12])
+def test_a_teacher_is_too_old_beyond_its_limit(limit):
+  plan = Plan(every=5, max_staleness_steps=limit)
+  for step in range(40):
+    old = plan.too_old(step, Publication(1, step=10, time=0.0))
+    assert old == (limit is not None and step - 10 > limit)
+    # Who has published nothing is as old as its start.
+    assert plan.too_old(step, None) == (limit is not None and step > limit)
 
 
-@pytest.mark.parametrize(
-    'group_id, num_groups, message',
-    [
-        (2, 2, r'group_id=2 is out of range: .*num_groups=2 it lies in 0\.\.1'),
-        (-1, 2, r'group_id=-1 is out of range'),
-        (0, 0, 'num_groups=0; set it to at least 1'),
-    ],
-)
-def test_a_group_that_is_none_is_refused(group_id, num_groups, message):
-  with pytest.raises(ValueError, match=message):
-    peers_of(group_id, num_groups)
+def test_a_plan_knows_peers_and_readers():
+  plan = Plan(topology='ring')
+  assert plan.peers_of(0, 4) == (3,) and plan.readers_of(0, 4) == (1,)
+  plan = Plan(topology='random-2', topology_seed=3)
+  for g in range(5):
+    assert all(g in plan.readers_of(peer, 5) for peer in plan.peers_of(g, 5))
+  other = Plan(topology='random-2', topology_seed=4)
+  assert [plan.peers_of(g, 5) for g in range(5)] != [
+      other.peers_of(g, 5) for g in range(5)
+  ]
 
 
 def variables(value):
@@ -136,12 +150,15 @@ def test_staleness_is_measured_over_the_peers_that_are_present():
       Publication(3, step=60, time=now - 40.0),
   )
   found = exchange.staleness_metrics(100, in_use)
-  seconds = found.pop('exchange/staleness_seconds')
-  assert 25.0 <= seconds < 35.0
+  for key, age in (('', 25.0), ('_group_1', 10.0), ('_group_3', 40.0)):
+    seconds = found.pop(f'exchange/staleness_seconds{key}')
+    assert age <= seconds < age + 10.0
   assert found == {
       'exchange/peers_present': 2.0,
       'exchange/staleness_steps': 25.0,
       'exchange/staleness_steps_max': 40.0,
+      'exchange/staleness_steps_group_1': 10.0,
+      'exchange/staleness_steps_group_3': 40.0,
   }
   nobody = exchange.staleness_metrics(100, (None, None))
   assert nobody == {'exchange/peers_present': 0.0}
@@ -152,5 +169,7 @@ def test_a_group_without_an_exchange_has_no_peers_and_publishes_nothing():
   assert nothing.publish_if_due(50, variables(1)) is False
   assert nothing.fetch(50) is None
   assert nothing.restore(50, ()) is None and nothing.checkpointed(50) is None
+  assert not nothing.due(50) and nothing.metrics(50) == {}
+  assert nothing.last_rejection == ''
   assert nothing.peers == nothing.in_use == () and nothing.rejected == 0
   nothing.close()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import toy
 
+from codistill_jax.base import host_copy
 from codistill_jax.exchange import NoExchange, Plan
 from codistill_jax.group import prefetch, run_group
 from codistill_jax.memory_exchange import memory_exchanges
@@ -68,8 +69,14 @@ class Watched:
   def in_use(self):
     return self.exchange.in_use
 
-  def publish_if_due(self, step, variables):
-    return self.exchange.publish_if_due(step, variables)
+  def due(self, step):
+    return self.exchange.due(step)
+
+  def publish_if_due(self, step, variables, metrics=None):
+    return self.exchange.publish_if_due(step, variables, metrics)
+
+  def metrics(self, step):
+    return self.exchange.metrics(step)
 
   def fetch(self, step):
     self.given[step] = self.exchange.fetch(step)
@@ -394,7 +401,7 @@ class Slow(NoExchange):
   def fetch(self, step):
     time.sleep(0.02)
 
-  def publish_if_due(self, step, variables):
+  def publish_if_due(self, step, variables, metrics=None):
     time.sleep(0.01)
 
 
@@ -501,3 +508,59 @@ def test_what_an_exchange_raises_ends_the_run():
   with pytest.raises(TimeoutError, match='group 1 has not published step 4'):
     steps.extend(result.step for result in run)
   assert steps == [1, 2, 3, 4]
+
+
+def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():
+  class Poisoned(Recorded):
+
+    def batch(self, step):
+      batch = super().batch(step)
+      if step == 6:
+        batch['inputs'][0, 0] = np.inf
+      return batch
+
+  exchanges = memory_exchanges(2, every=EVERY)
+  run = run_group(
+      shared_step(TWO_LAYERS),
+      start(TWO_LAYERS, 0),
+      Poisoned(toy.stream_of(TWO_LAYERS, 0)),
+      num_steps=20,
+      exchange=exchanges[0],
+      distill_weight=lambda step: 0.0,
+  )
+  steps = []
+  with pytest.raises(FloatingPointError, match=r'of group 0 is .* at step 8'):
+    steps.extend(result.step for result in run)
+  assert steps == [1, 2, 3, 4, 5, 6, 7]
+  assert exchanges[1].fetch(4) is not None
+  with pytest.raises(TimeoutError, match='its newest is step 4'):
+    exchanges[1].fetch(8)
+
+
+@pytest.mark.parametrize('topology', ['ring', 'random-2', [[1], [0], [3], [2]]])
+def test_groups_learn_from_their_peers_in_the_topology(topology):
+  plan = Plan(every=EVERY, mode='lockstep', topology=topology)
+  exchanges = [Watched(e) for e in memory_exchanges(4, plan=plan)]
+  groups = [
+      run_group(
+          shared_step(TWO_LAYERS),
+          start(TWO_LAYERS, g, num_peers=len(exchange.peers)),
+          toy.stream_of(TWO_LAYERS, g),
+          num_steps=EVERY + 1,
+          exchange=exchange,
+      )
+      for g, exchange in enumerate(exchanges)
+  ]
+  published = {}
+  for turn in zip(*groups):
+    for g, result in enumerate(turn):
+      if result.step == EVERY:
+        published[g] = host_copy(result.state.variables)
+  for exchange in exchanges:
+    teachers = exchange.given[EVERY]
+    assert exchange.peers == tuple(p.group_id for p in exchange.in_use)
+    for slot, peer in enumerate(exchange.peers):
+      toy.assert_same(
+          jax.tree.map(lambda x, s=slot: x[s], teachers.variables),
+          published[peer],
+      )

@@ -16,8 +16,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _LOSSES = {'base', 'losses', 'schedules', 'metrics'}
 _STEP = _LOSSES | {'step'}
-_STORAGE = {'base', 'storage'}
-_EXCHANGE = _STORAGE | {'publications', 'exchange'}
+_RECORDS = {'base', 'files', 'remote', 'records'}
+_STORAGE = _RECORDS | {'orbax_noise', 'steps', 'storage'}
+_PLAN = _STORAGE | {'publications', 'topology', 'exchange'}
+_EXCHANGE = _PLAN | {'files', 'troubles'}
 MAY_IMPORT = {
     'base': set(),
     'losses': {'base'},
@@ -25,24 +27,39 @@ MAY_IMPORT = {
     'metrics': {'base'},
     'step': _LOSSES,
     'replicas': _STEP,
-    'storage': {'base'},
-    'checkpoint': _STORAGE,
+    'remote': {'files'},
+    'records': {'base', 'remote'},
+    'steps': {'files', 'remote'},
+    'orbax_noise': set(),
+    'storage': _STORAGE - {'storage'},
+    'saver': {'troubles'},
+    'checkpoint': _STORAGE | {'saver', 'troubles'},
     'publications': _STORAGE,
-    'exchange': _STORAGE | {'publications'},
+    'exchange': _STORAGE | {'publications', 'topology'},
+    'background': set(),
     'memory_exchange': _EXCHANGE,
-    'checkpoint_exchange': _EXCHANGE,
+    'publisher': _EXCHANGE,
+    'teaching': _PLAN,
+    'fetcher': _EXCHANGE | {'publisher', 'teaching'},
+    'fetching': _EXCHANGE | {'background', 'fetcher', 'teaching'},
+    'checkpoint_exchange': (
+        _EXCHANGE | {'fetcher', 'fetching', 'leases', 'publisher', 'teaching'}
+    ),
     # Through the protocol: the loop knows no kind of exchange.
     'group': _STEP | {'replicas', 'exchange'},
     'evaluate': {'base', 'metrics'},
     'locks': set(),
     'files': set(),
     'troubles': set(),
-    'leases': {'files'},
+    'holders': {'files'},
+    'leases': {'files', 'holders'},
+    'appender': {'files', 'troubles'},
     'topology': set(),
     'run_directory': {'files'},
-    'writers': {'base', 'files', 'run_directory', 'troubles'},
+    'writers': {'appender', 'files', 'run_directory', 'troubles'},
+    'tensorboard': {'appender', 'troubles', 'writers'},
     'gin_utils': set(),
-    'experiment': _STEP | {'replicas', 'exchange'},
+    'experiment': _STEP | {'replicas', 'exchange', 'topology'},
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
 HEAVY = ('tensorflow', 'tensorflow_text', 'datasets')

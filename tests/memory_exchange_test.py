@@ -1,5 +1,6 @@
 """Groups of one process: copies, modes, dtypes, threads, and resumption."""
 
+import concurrent.futures
 import re
 import threading
 
@@ -11,7 +12,7 @@ import toy
 
 from codistill_jax import publications, storage
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Plan
+from codistill_jax.exchange import Plan, StaleError
 from codistill_jax.group import run_group
 from codistill_jax.memory_exchange import Mirror, memory_exchanges
 
@@ -275,3 +276,80 @@ def test_publications_that_no_restart_needs_are_deleted(tmp_path):
   ours.checkpointed(200)
   assert kept() == [30]  # The newest is what an evaluation looks at.
   assert publications.published_steps(tmp_path, 1) == [5, 10, 15, 20, 25, 30]
+
+
+# --- Limits, topologies, a disk that refuses ---------------------------------
+
+
+def test_a_stale_peer_is_dropped_and_taken_back():
+  plan = Plan(every=5, max_staleness_steps=5)
+  ours, theirs, third = memory_exchanges(3, plan=plan)
+  theirs.publish_if_due(5, variables(1))
+  third.publish_if_due(10, variables(2))
+  assert ours.fetch(10).present_P.tolist() == [1, 1]
+  assert ours.fetch(11).present_P.tolist() == [0, 1]
+  assert ours.metrics(11)['exchange/peers_present'] == 1
+  assert ours.fetch(16) is None
+  theirs.publish_if_due(15, variables(3))
+  assert ours.fetch(16).present_P.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    'policy, error', [('fail', StaleError), ('wait', TimeoutError)]
+)
+def test_a_stale_peer_ends_the_run_if_told_to(policy, error):
+  plan = Plan(every=5, max_staleness_steps=5, staleness_policy=policy)
+  ours, theirs = memory_exchanges(2, plan=plan)
+  theirs.publish_if_due(5, variables(1))
+  assert ours.fetch(10) is not None
+  with pytest.raises(error, match='group 1'):
+    ours.fetch(11)
+
+
+def test_the_policy_wait_waits_for_a_thread():
+  plan = Plan(every=5, max_staleness_steps=5, staleness_policy='wait')
+  ours, theirs = memory_exchanges(2, plan=plan, timeout_seconds=30.0)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    waiting = pool.submit(ours.fetch, 11)
+    theirs.publish_if_due(5, variables(1))  # Too old.
+    theirs.publish_if_due(10, variables(2))
+    assert waiting.result(30) is not None
+  assert ours.in_use[0].step == 10
+
+
+def test_a_ring_in_memory_is_a_ring():
+  plan = Plan(every=5, topology='ring')
+  exchanges = memory_exchanges(4, plan=plan)
+  assert [e.peers for e in exchanges] == [(3,), (0,), (1,), (2,)]
+  exchanges[2].publish_if_due(5, variables(1))
+  got = [e.fetch(5) is not None for e in exchanges]
+  assert got == [False, False, False, True]
+
+
+def test_a_full_disk_holds_up_the_mirror_and_not_the_training(
+    tmp_path, monkeypatch
+):
+  original, full = publications.write, [True]
+
+  def write(*args):
+    if full:
+      raise OSError(28, 'No space left on device')
+    return original(*args)
+
+  monkeypatch.setattr(publications, 'write', write)
+  mirror = Mirror(tmp_path, variables(0), {})
+  ours, theirs = memory_exchanges(2, every=5, mirror=mirror)
+  for step in (5, 10):
+    assert theirs.publish_if_due(step, variables(step))
+    assert ours.fetch(step) is not None
+  assert publications.published_steps(tmp_path, 1) == []
+  full.clear()
+  theirs.publish_if_due(15, variables(15))
+  assert publications.published_steps(tmp_path, 1) == [5, 10, 15]
+
+
+def test_an_update_that_went_wrong_is_not_published():
+  ours, theirs = memory_exchanges(2, every=5, mode='freshest')
+  with pytest.raises(FloatingPointError, match='loss/total of group 1 is nan'):
+    theirs.publish_if_due(5, variables(1), {'loss/total': float('nan')})
+  assert ours.fetch(5) is None

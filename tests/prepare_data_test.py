@@ -397,6 +397,44 @@ def test_kill_9_and_the_same_command_again(tmp_path, python):
   assert contents(output) == contents(tmp_path / 'whole')
 
 
+@pytest.mark.parametrize('phase', ['Training', 'documents,'])
+def test_a_signal_ends_it_at_once(tmp_path, python, phase):
+  """In C++, where a tokenizer is trained, and in Python."""
+  words = [f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 60_000)]
+  documents = [' '.join(words[n : n + 20]) for n in range(0, 60_000, 20)]
+  source = write_corpus(tmp_path / 'a', 20 * documents)
+  flags = [
+      f'--output={tmp_path}/out',
+      f'--source={source}',
+      '--vocab_size=8000',
+      '--shard_tokens=100000',
+  ]
+  with subprocess.Popen(
+      command(python, *flags),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+  ) as process:
+    try:
+      if phase == 'Training':
+        for line in process.stdout:
+          if phase in line:
+            break
+        time.sleep(0.3)
+      else:
+        while not (tmp_path / 'out' / 'train' / '00000.tokens.npy').exists():
+          assert process.poll() is None
+          time.sleep(0.002)
+      process.send_signal(signal.SIGTERM)
+      output, _ = process.communicate(timeout=5)
+    finally:
+      process.kill()
+  assert process.returncode == 143
+  assert output.splitlines()[-1].startswith('stopped; the same command goes on')
+  assert not (tmp_path / 'out' / 'meta.json').exists()
+
+
 def test_binary_prints_a_summary(tmp_path, corpus, python):
   run(tmp_path, corpus)
   done = subprocess.run(

@@ -72,12 +72,90 @@ def test_the_reader_chooses_the_width_of_floats(tmp_path, published, wanted):
   )
 
 
-def test_a_completed_step_is_left_alone(tmp_path):
+def test_a_sound_step_is_left_alone(tmp_path):
   """A restarted group comes by it again; peers may be reading it."""
-  publish(tmp_path, variables_of(1.0))
-  publish(tmp_path, variables_of(2.0), dataclasses.replace(SENT, time=99.0))
+  first = publish(tmp_path, variables_of(1.0))
+  later = dataclasses.replace(SENT, time=99.0)
+  assert publish(tmp_path, variables_of(2.0), later) == first
   found, variables = read(tmp_path)
-  assert found.time == SENT.time
+  assert found == first
+  assert variables.params['a']['kernel'][0, 0] == 1.0
+
+
+def flip(root):
+  for path in (root / 'group_1' / '20' / 'arrays').rglob('d/*'):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def lose_a_file(root):
+  next((root / 'group_1' / '20' / 'arrays').rglob('d/*')).unlink()
+
+
+def alter_the_record(root):
+  path = root / 'group_1' / '20' / 'record.json'
+  path.write_bytes(path.read_bytes().replace(b'toy', b'Toy'))
+
+
+def lose_the_mark(root):
+  (root / 'group_1' / '20' / 'commit_success.txt').unlink()
+
+
+def put_nan(root):
+  variables = variables_of()
+  variables.params['b'][0] = np.nan
+  publish_unchecked(root, variables)
+
+
+def claim_another_step(root):
+  publish_unchecked(root, variables_of(), step=30)
+
+
+def make_it_of_another_model(root):
+  publish_unchecked(root, variables_of(width=4))
+
+
+def make_it_of_another_task(root):
+  publish_unchecked(root, variables_of(), identity={'task': 'other'})
+
+
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        flip,
+        lose_a_file,
+        alter_the_record,
+        lose_the_mark,
+        put_nan,
+        claim_another_step,
+        make_it_of_another_model,
+        make_it_of_another_task,
+    ],
+)
+def test_one_that_no_peer_would_take_is_replaced(tmp_path, spoil):
+  publish(tmp_path, variables_of(1.0))
+  spoil(tmp_path)
+  later = dataclasses.replace(SENT, time=99.0)
+  written = publish(tmp_path, variables_of(2.0), later)
+  found, variables = read(tmp_path)
+  assert found == written and found.time == 99.0
+  assert variables.params['a']['kernel'][0, 0] == 2.0
+
+
+def test_a_file_system_that_refuses_is_no_reason_to_replace(
+    tmp_path, monkeypatch
+):
+  publish(tmp_path, variables_of(1.0))
+
+  def load_tree(*_):
+    raise PermissionError(13, 'Permission denied')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage, 'load_tree', load_tree)
+    with pytest.raises(PermissionError):
+      publish(tmp_path, variables_of(2.0))
+  _, variables = read(tmp_path)
   assert variables.params['a']['kernel'][0, 0] == 1.0
 
 
@@ -148,12 +226,41 @@ def test_a_peer_with_other_data_is_refused(tmp_path, ours, message):
   read(tmp_path, identity=None)  # Whoever asks for none gets any.
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def publish_unchecked(root, variables, **facts):
+  """As a faulty publisher would; all checksums are right."""
+  tree = {'params': variables.params, 'model_state': variables.model_state}
+  facts = {
+      'group_id': 1,
+      'step': 20,
+      'time': 12.5,
+      'identity': IDENTITY,
+  } | facts
+  storage.save(publications.group_directory(root, 1), 20, tree, facts)
+
+
+BAD = [
+    *([(x, np.float32) for x in (np.nan, np.inf, -np.inf)]),
+    *([(x, jnp.bfloat16) for x in (np.nan, np.inf, -np.inf)]),
+]
+
+
+@pytest.mark.parametrize('bad, dtype', BAD)
+def test_numbers_that_are_not_finite_are_not_published(tmp_path, bad, dtype):
+  variables = variables_of(dtype=dtype)
+  variables.params['b'][2] = bad
+  with pytest.raises(FloatingPointError) as e:
+    publish(tmp_path, variables)
+  assert str(e.value) == (
+      'group 1 does not publish step 20: params/b is not finite'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('bad, dtype', BAD)
 def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
   variables = variables_of(dtype=dtype)
   variables.params['b'][2] = bad
-  publish(tmp_path, variables)
+  publish_unchecked(tmp_path, variables)
   with pytest.raises(storage.DamagedError, match=r'params/b .*is not finite'):
     read(tmp_path)
 
@@ -161,8 +268,48 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
 def test_opposite_infinities_do_not_hide_each_other(tmp_path):
   variables = variables_of()
   variables.params['b'][:2] = np.inf, -np.inf
-  publish(tmp_path, variables)
+  publish_unchecked(tmp_path, variables)
   with pytest.raises(storage.DamagedError, match='not finite'):
+    read(tmp_path)
+
+
+def test_finite_float64_may_add_up_to_infinity(tmp_path):
+  bare = Variables({'w': np.full(4, np.finfo(np.float64).max)})
+  publish(tmp_path, bare)
+  _, variables = read(tmp_path, like=bare)
+  assert np.isfinite(variables.params['w']).all()
+
+
+@pytest.mark.parametrize(
+    'facts',
+    [
+        {'time': np.nan},
+        {'time': np.inf},
+        {'time': 10**400},
+        {'time': '12'},
+        {'time': True},
+        {'time': None},
+        {'step': 20.0},
+        {'step': '20'},
+        {'step': True},
+        {'group_id': None},
+        {'group_id': 1.0},
+        {'identity': None},
+        {'identity': ['task']},
+        {'identity': {'task': 3}},
+        {'surprise': 1},
+    ],
+)
+def test_metadata_that_is_none_is_rejected(tmp_path, facts):
+  publish_unchecked(tmp_path, variables_of(), **facts)
+  with pytest.raises(storage.DamagedError, match='expected group_id, step'):
+    read(tmp_path)
+
+
+def test_metadata_that_is_missing_is_rejected(tmp_path):
+  directory = publications.group_directory(tmp_path, 1)
+  storage.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
+  with pytest.raises(storage.DamagedError, match='expected group_id, step'):
     read(tmp_path)
 
 

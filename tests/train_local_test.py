@@ -1,7 +1,6 @@
-"""train_local: watches, restarts, gives up, and leaves no process behind."""
+"""train_local as a whole, and how it shares out devices."""
 
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -11,7 +10,7 @@ import tiny_run
 from absl import flags
 
 from codistill_jax import run_directory, storage
-from experiments import cli
+from experiments import cli, processes
 
 _before = set(flags.FLAGS)
 from experiments import train_local  # noqa: E402
@@ -25,198 +24,6 @@ for _name in set(flags.FLAGS) - _before:
 def launch(tmp_path_factory):
   with tiny_run.launcher(tmp_path_factory) as launch:
     yield launch
-
-
-# --- Watching, with processes that only pretend to train ---------------------
-
-
-@pytest.fixture
-def pretend(tmp_path, monkeypatch):
-  """Makes groups whose process is a few lines of Python."""
-  # It makes `subprocess` fork, which jax warns of once it has threads; in
-  # train_local itself it has none.
-  monkeypatch.setattr(train_local, '_die_with_parent', None)
-  made = []
-
-  def make(*scripts):
-    for group_id, script in enumerate(scripts):
-      made.append(
-          train_local.Group(
-              str(tmp_path),
-              group_id,
-              [sys.executable, '-c', script, str(tmp_path)],
-              {'GROUP': str(group_id)},
-          )
-      )
-    return made
-
-  yield make
-  for group in made:
-    if group.running:
-      group._process.kill()
-      group._process.wait()
-
-
-class Stop:
-  """Asked to stop once `condition` holds."""
-
-  signal_number = signal.SIGTERM
-
-  def __init__(self, condition=lambda: False):
-    self._condition = condition
-    self._deadline = time.monotonic() + 60
-
-  def __call__(self):
-    assert time.monotonic() < self._deadline
-    return self._condition()
-
-
-def log_of(group):
-  return group._log.read_text()
-
-
-FINE = 'pass'
-# Says when it began and how often it was asked to leave.
-PATIENT = """
-import os, pathlib, signal, sys, time
-here = pathlib.Path(sys.argv[1])
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-(here / ('begun' + os.environ['GROUP'])).write_text(str(os.getpid()))
-while not asked:
-  time.sleep(0.01)
-time.sleep(0.5)
-print('saved after', len(asked), flush=True)
-sys.exit(143)
-"""
-
-
-def test_all_groups_run_to_their_end(pretend):
-  groups = pretend(FINE, 'import os; print("I am", os.environ["GROUP"])')
-  train_local.watch(groups, Stop(), max_restarts=0)
-  assert [g.done for g in groups] == [True, True]
-  assert 'I am 1' in log_of(groups[1])
-
-
-def test_a_group_that_dies_is_started_again(pretend, capsys):
-  once = """
-import os, pathlib, signal, sys
-mark = pathlib.Path(sys.argv[1]) / 'mark'
-if not mark.exists():
-  mark.write_text('')
-  os.kill(os.getpid(), signal.SIGKILL)
-"""
-  groups = pretend(once, FINE)
-  train_local.watch(groups, Stop(), max_restarts=1)
-  assert groups[0].done
-  assert (
-      'group 0 died (signal 9); starting it again in 1 s from step 0'
-      in capsys.readouterr().err
-  )
-
-
-def test_a_run_that_goes_nowhere_is_given_up(pretend):
-  groups = pretend('import sys; print("deep trouble"); sys.exit(70)')
-  with pytest.raises(ValueError) as e:
-    train_local.watch(groups, Stop(), max_restarts=1)
-  assert str(e.value) == (
-      'group 0 died 2 times without a new resume checkpoint (last: exit status'
-      f' 70, "deep trouble"); see {groups[0]._log}'
-  )
-
-
-def test_deaths_count_from_the_newest_checkpoint(pretend, tmp_path):
-  """A run of weeks may be killed often, if it gets on between."""
-  gets_on = """
-import pathlib, sys
-root = pathlib.Path(sys.argv[1]) / 'groups/group_0/checkpoints'
-step = len(list(root.iterdir())) if root.exists() else 0
-(root / str(step)).mkdir(parents=True)
-(root / str(step) / 'commit_success.txt').write_text('')
-sys.exit(0 if step == 2 else 70)
-"""
-  groups = pretend(gets_on)
-  train_local.watch(groups, Stop(), max_restarts=1)
-  assert groups[0].done
-
-
-def test_a_clear_error_is_passed_on_and_ends_the_others(pretend, tmp_path):
-  wrong = """
-import pathlib, sys, time
-while not (pathlib.Path(sys.argv[1]) / 'begun1').exists():
-  time.sleep(0.01)
-print('error: num_steps=0; set it to at least 1')
-sys.exit(1)
-"""
-  groups = pretend(wrong, PATIENT)
-  with pytest.raises(ValueError) as e:
-    train_local.watch(groups, Stop(), max_restarts=5)
-  assert str(e.value) == 'group 0: error: num_steps=0; set it to at least 1'
-  train_local.end_all(groups)  # As main does, whatever happened.
-  assert not any(group.running for group in groups)
-  assert 'saved after 1' in log_of(groups[1])
-
-
-def test_a_stop_asks_each_group_once_and_waits(pretend, tmp_path):
-  """A second signal would kill a group that is still saving."""
-  groups = pretend(PATIENT, PATIENT)
-  begun = lambda: all((tmp_path / f'begun{g}').exists() for g in (0, 1))
-  start = time.monotonic()
-  with pytest.raises(cli.Stopped) as e:
-    train_local.watch(groups, Stop(begun), max_restarts=5)
-  train_local.end_all(groups)
-  assert e.value.exit_status == 143
-  assert [log_of(g) for g in groups] == ['saved after 1\n'] * 2
-  assert not any(group.running for group in groups)
-  assert time.monotonic() - start < 30
-
-
-def test_a_group_that_does_not_leave_is_killed(pretend, tmp_path, monkeypatch):
-  monkeypatch.setattr(train_local, '_GRACE_SECONDS', 0.3)
-  deaf = PATIENT.replace('while not asked', 'while True')
-  groups = pretend(deaf)
-  with pytest.raises(cli.Stopped):
-    train_local.watch(
-        groups, Stop(lambda: (tmp_path / 'begun0').exists()), max_restarts=5
-    )
-  assert not groups[0].running
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux can tell')
-def test_no_group_outlives_its_supervisor(tmp_path):
-  supervisor = f"""
-import sys, time
-from experiments import train_local
-group = train_local.Group(
-    {str(tmp_path)!r},
-    0,
-    [sys.executable, '-c', {PATIENT!r}, {str(tmp_path)!r}],
-    {{'GROUP': '0'}},
-)
-group.poll(0)
-time.sleep(60)
-"""
-  begun = tmp_path / 'begun0'
-  process = tiny_run.Process(
-      [sys.executable, '-c', supervisor],
-      tmp_path / 'supervisor.txt',
-      {'PYTHONPATH': str(tiny_run.ROOT)},
-  )
-  try:
-    tiny_run.until(
-        lambda: begun.exists() and begun.read_text(), process=process
-    )
-  finally:
-    process.kill()
-  tiny_run.until(lambda: not is_running(int(begun.read_text())), timeout=30)
-
-
-def is_running(pid):
-  try:
-    state = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]
-  except OSError:
-    return False
-  return state.split()[0] != 'Z'  # Nobody may be there to bury it.
 
 
 # --- Sharing devices ---------------------------------------------------------
@@ -247,6 +54,62 @@ def test_gpus_keep_the_names_that_the_user_gave_them(monkeypatch):
   assert train_local.visible_gpus(2) == ['0', '1']
 
 
+class Stop:
+  """Asked to stop after a while; None: never."""
+
+  signal_number = signal.SIGINT
+
+  def __init__(self, seconds=None):
+    self._at = None if seconds is None else time.monotonic() + seconds
+
+  def __call__(self):
+    return self._at is not None and time.monotonic() > self._at
+
+
+def pretend_python(monkeypatch, tmp_path, script):
+  """Another program is started in place of Python."""
+  path = tmp_path / 'python'
+  path.write_text(f'#!/bin/sh\n{script}\n')
+  path.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(path))
+  # Tests have a jax with threads, which warns when it is forked.
+  monkeypatch.setattr(processes, '_die_with_parent', None)
+
+
+def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):
+  """It may hang: on a driver, or waiting for an accelerator."""
+  pretend_python(monkeypatch, tmp_path, 'exec sleep 60')
+  start = time.monotonic()
+  with pytest.raises(cli.Stopped) as e:
+    train_local.share_devices(2, 2, Stop(0.3))
+  assert e.value.exit_status == 130
+  assert time.monotonic() - start < 10
+
+
+def test_devices_are_known_by_the_last_line(monkeypatch, tmp_path):
+  pretend_python(monkeypatch, tmp_path, 'echo Welcome to jax; echo gpu 4')
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  environments, replicas = train_local.share_devices(2, 1, Stop())
+  assert replicas == 2
+  assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == ['0,1', '2,3']
+
+
+@pytest.mark.parametrize(
+    'script, reason',
+    [
+        ('echo first >&2; echo no driver >&2; exit 3', 'no driver'),
+        ('exit 3', 'it said nothing'),
+    ],
+)
+def test_a_jax_that_does_not_start_is_one_line(
+    monkeypatch, tmp_path, script, reason
+):
+  pretend_python(monkeypatch, tmp_path, script)
+  with pytest.raises(OSError) as e:
+    train_local.share_devices(2, 1, Stop())
+  assert str(e.value) == f'jax does not start here: {reason}'
+
+
 # --- The whole ---------------------------------------------------------------
 
 
@@ -273,7 +136,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   def status(group_id):
     return run_directory.read_status(workdir, group_id) or {}
 
-  # Stopped while both compile: they finish a step, save it and leave.
+  # Stopped while both compile: each leaves, with what it has or with nothing.
   process = start()
   tiny_run.until(lambda: status(0) and status(1), process=process)
   process.send(signal.SIGTERM)
@@ -281,10 +144,12 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   assert 'stopped; the same command goes on from here' in output
   assert tiny_run.processes_of(workdir) == []
   for group_id in (0, 1):
+    log = (run_directory.group_dir(workdir, group_id) / 'log.txt').read_text()
     directory = run_directory.checkpoints_dir(workdir, group_id)
-    assert storage.completed_steps(directory)
-    log = run_directory.group_dir(workdir, group_id) / 'log.txt'
-    assert 'stopped and saved at step' in log.read_text()
+    if storage.completed_steps(directory):
+      assert 'stopped and saved at step' in log
+    else:
+      assert 'stopped before training began' in log
     assert not run_directory.done_path(workdir, group_id).exists()
 
   before = status(1)['pid']
@@ -305,6 +170,22 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   for name in ('report.html', 'report.md', 'comparison.json'):
     assert (report / name).exists()
   assert list(report.glob('*.png'))
+  assert tiny_run.processes_of(workdir) == []
+
+  # Again, and stopped while it evaluates what is trained already.
+  process = start()
+  tiny_run.until(
+      lambda: 'all groups are done' in process.output, process=process
+  )
+  tiny_run.until(lambda: tiny_run.processes_of(workdir)[1:], process=process)
+  begin = time.monotonic()
+  process.send(signal.SIGINT)
+  output = process.wait(130, timeout=30)
+  assert time.monotonic() - begin < 10
+  assert output.splitlines()[-1] == (
+      'stopped; the same command goes on from here'
+  )
+  assert 'Traceback' not in output
   assert tiny_run.processes_of(workdir) == []
 
 

@@ -49,11 +49,8 @@ def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
   gin_file, never_stopped = reference
   workdir = tmp_path / 'run'
   process = train(launch, workdir, gin_file)
-  # Before the first update: compiling it takes longer than to be noticed.
-  tiny_run.until(
-      lambda: run_directory.read_status(workdir, 0) is not None,
-      process=process,
-  )
+  saved = run_directory.checkpoints_dir(workdir, 0)
+  tiny_run.until(lambda: storage.completed_steps(saved), process=process)
   process.send(signal.SIGTERM)
   assert 'stopped and saved at step' in process.wait(143)
   steps = [
@@ -79,6 +76,24 @@ def test_groups_that_were_killed_apart_go_back_to_one_step(
     (torn / 'commit_success.txt').unlink()
   train(launch, workdir, gin_file).wait()
   assert_same_end(workdir, never_killed)
+
+
+def test_groups_without_a_common_checkpoint_lose_none(
+    launch, reference, tmp_path
+):
+  """To begin again from step 0 would delete them all."""
+  gin_file, finished = reference
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  for group_id, lost in ((0, (20,)), (1, (40, 50))):
+    for step in lost:
+      shutil.rmtree(
+          run_directory.checkpoints_dir(workdir, group_id) / str(step)
+      )
+  before = tiny_run.snapshot(workdir)
+  output = train(launch, workdir, gin_file).wait(1)
+  assert 'no step in common' in output.splitlines()[-1]
+  assert tiny_run.snapshot(workdir) == before
 
 
 def test_a_finished_run_is_left_alone(launch, reference):

@@ -1,5 +1,6 @@
 """Tests of writers: no step twice, no record lost, valid JSON always."""
 
+import errno
 import io
 import json
 import logging
@@ -7,12 +8,20 @@ import math
 import os
 import signal
 import subprocess
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from codistill_jax import run_directory, writers
+from codistill_jax import (
+    appender,
+    run_directory,
+    tensorboard,
+    troubles,
+    writers,
+)
 
 
 def _steps(path) -> list[int]:
@@ -125,13 +134,116 @@ def test_a_kill_loses_no_written_record(tmp_path, python):
   assert _steps(path) == [1, 2, 3]
 
 
+class _Disk:
+  """A file system that takes so many bytes more; then it is full."""
+
+  def __init__(self, monkeypatch):
+    self.free = 10**9
+    disk = self
+
+    class File:
+
+      def __init__(self, file):
+        self._file = file
+
+      def write(self, data):
+        part = data[: disk.free]
+        self._file.write(part)
+        self._file.flush()
+        disk.free -= len(part)
+        if len(part) < len(data):
+          raise OSError(errno.ENOSPC, 'disk full')
+
+      def __getattr__(self, name):
+        return getattr(self._file, name)
+
+      def __enter__(self):
+        return self
+
+      def __exit__(self, *unused):
+        self._file.close()
+
+    opens = lambda path: _OpensAs(epath.Path(path), File)
+    monkeypatch.setattr(appender, 'epath', types.SimpleNamespace(Path=opens))
+
+
+class _OpensAs:
+
+  def __init__(self, path, wrap):
+    self._path, self._wrap = path, wrap
+
+  def open(self, mode):
+    return self._wrap(self._path.open(mode))
+
+  def __fspath__(self):
+    return str(self._path)
+
+
+@pytest.mark.parametrize('free', [0, 1, 30, 70])
+def test_a_full_disk_loses_no_record_and_leaves_no_half_line(
+    tmp_path, monkeypatch, caplog, free
+):
+  path = tmp_path / 'metrics.jsonl'
+  disk, now = _Disk(monkeypatch), troubles.Troubles()
+  writer = writers.JsonlWriter(path, clock=lambda: 1.0, troubles=now)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    writer.write(1, {'loss/task': 1.0})
+    disk.free = free
+    for step in (2, 3, 4):
+      writer.write(step, {'loss/task': 1.0})
+    assert [t.doing for t in now.now] == ['writing metrics']
+    disk.free = 10**9
+    writer.write(5, {'loss/task': 1.0})
+    assert not now.now
+  writer.close()
+  assert caplog.text.count('disk full') == 1
+  assert run_directory.read_metrics(path).damaged == 0
+  assert _steps(path) == [1, 2, 3, 4, 5]
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  disk = _Disk(monkeypatch)
+  writer = writers.JsonlWriter(path)
+  writer.write(1, {'loss/task': 1.0})
+  disk.free = 10
+  writer.write(2, {'loss/task': 1.0})
+  with pytest.raises(TimeoutError, match=r'1 records .*metrics.jsonl .*full'):
+    writer.close()
+  disk.free = 10**9
+  _write_steps(path, [2])  # As the next process does.
+  assert _steps(path) == [1, 2]
+
+
+def test_what_waits_for_the_disk_is_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(appender, 'MAX_PENDING', 3)
+  path = tmp_path / 'metrics.jsonl'
+  disk = _Disk(monkeypatch)
+  writer = writers.JsonlWriter(path)
+  disk.free = 0
+  for step in range(1, 8):
+    writer.write(step, {'loss/task': 1.0})
+  disk.free = 10**9
+  writer.close()
+  assert _steps(path) == [5, 6, 7]  # The newest.
+
+
+def test_a_log_on_a_full_disk_does_not_end_training():
+  class Full(io.StringIO):
+
+    def write(self, text):
+      raise OSError(errno.ENOSPC, 'disk full')
+
+  writers.ProgressWriter(50, stream=Full()).write(10, _TRAIN)
+
+
 def _event_bytes(logdir) -> bytes:
   return b''.join(p.read_bytes() for p in sorted(logdir.iterdir()))
 
 
 def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
   for resume_step in (None, 1):
-    writer = writers.TensorBoardWriter(tmp_path, resume_step=resume_step)
+    writer = tensorboard.TensorBoardWriter(tmp_path, resume_step=resume_step)
     writer.write(2, {'loss/task': jnp.float32(0.5)})
     writer.close()
     data = _event_bytes(tmp_path)
@@ -141,12 +253,29 @@ def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
 
 
 def test_tensorboard_outlives_a_nan(tmp_path, caplog):
-  writer = writers.TensorBoardWriter(tmp_path)
+  writer = tensorboard.TensorBoardWriter(tmp_path)
   with caplog.at_level(logging.ERROR):
     writer.write(1, {'loss/task': math.nan})
     writer.write(2, {'loss/later': 1.0})
   writer.close()
   assert b'loss/later' in _event_bytes(tmp_path)
+
+
+def test_tensorboard_outlives_a_full_disk(tmp_path, monkeypatch):
+  """Its thread must go on, or a later write would wait for it for ever."""
+  disk, now = _Disk(monkeypatch), troubles.Troubles()
+  writer = tensorboard.TensorBoardWriter(tmp_path, troubles=now)
+  writer.write(1, {'loss/first': 1.0})
+  disk.free = 5
+  for step in range(2, 40):  # More than its queue holds.
+    writer.write(step, {'loss/task': 1.0})
+    writer._writer.flush()
+  assert [t.doing for t in now.now] == ['writing TensorBoard events']
+  disk.free = 10**9
+  writer.write(40, {'loss/last': 1.0})
+  writer.close()
+  assert b'loss/last' in _event_bytes(tmp_path)
+  assert not now.now
 
 
 class _Terminal(io.StringIO):

@@ -1,0 +1,319 @@
+"""When a group reads, and when it swaps teachers: three ways, one interface.
+
+`BesideTraining`: freshest, in a group of one process; a thread looks, the loop
+swaps a reference. `Together`: freshest, in a group of several processes; the
+primary chooses, a thread of each reads, all swap at one step. `Lockstep`: waits
+for the publication of exactly one step.
+"""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from codistill_jax.background import Worker
+from codistill_jax.base import Agreement
+from codistill_jax.exchange import Interrupted, Plan
+from codistill_jax.fetcher import Fetcher
+from codistill_jax.teaching import Slot, Swap, Teaching
+
+_POLL_SECONDS = 0.05
+_SLOWEST_POLL_SECONDS = 5.0
+# On NFS a publication may become visible after a later one of the same peer.
+_SETTLE_SECONDS = 60.0
+_CLOSE_SECONDS = 10.0  # For a read under way.
+_ABSENT = -1  # In place of a step, where processes agree on steps.
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+  """How long others are waited for.
+
+  Attributes:
+    timeout_seconds: How long a fetch waits for a peer before it raises
+      TimeoutError; and how long a publication is kept that somebody reads.
+    interrupted: Polled while waiting; true gives the wait up.
+  """
+
+  timeout_seconds: float = 600.0
+  interrupted: Callable[[], bool] = lambda: False
+
+  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
+    """Sleeps a little, in a wait that has begun at `start` (monotonic).
+
+    Raises:
+      Interrupted, TimeoutError: With `why`.
+    """
+    late = time.monotonic() - start > self.timeout_seconds
+    # Together: a process that went on alone would wait for the others.
+    go_on, in_time = agreement.all_true(
+        np.array([not self.interrupted(), not late])
+    )
+    if not go_on:
+      raise Interrupted(f'stopped while waiting: {why}')
+    if not in_time:
+      raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
+    time.sleep(_POLL_SECONDS)
+
+
+class Fetching(Protocol):
+  """Brings publications into a `Teaching`."""
+
+  def fetch(self, step: int) -> None:
+    """Takes what there is for the update after `step`."""
+
+  def fetch_now(self) -> None:
+    """Looks for something newer at once, and takes it."""
+
+  def restore(self, steps: Mapping[int, int | None]) -> None:
+    """Takes what was in use, by peer; the newest where that is gone."""
+
+  def close(self) -> None:
+    """Ends the thread."""
+
+
+class BesideTraining:
+  """Freshest: never waits, never holds the loop up."""
+
+  def __init__(self, teaching: Teaching, fetcher: Fetcher, plan: Plan):
+    self._teaching = teaching
+    self._fetcher = fetcher
+    self._plan = plan
+    self._worker = Worker('fetch')
+    self._closing = threading.Event()
+    self._looking: concurrent.futures.Future | None = None
+    self._due = True
+    self._poll_seconds = _POLL_SECONDS
+
+  def fetch(self, step: int) -> None:
+    self._due = self._due or self._plan.due(step)
+    if self._looking is not None and self._looking.done():
+      self._take_what_was_found()
+    if self._due and self._looking is None:
+      self._looking = self._worker.submit(self._look)
+
+  def fetch_now(self) -> None:
+    if self._looking is not None:
+      self._take_what_was_found()
+    self._teaching.take(self._teaching.prepare(self._newest()))
+
+  def restore(self, steps: Mapping[int, int | None]) -> None:
+    wanted = {peer: step for peer, step in steps.items() if step is not None}
+    self._teaching.take(self._teaching.prepare(self._fetcher.read(wanted)))
+    gone = [p for p, step in self._teaching.held_steps.items() if step is None]
+    newest = self._fetcher.read_newest(gone, dict.fromkeys(gone))
+    self._teaching.take(self._teaching.prepare(newest))
+
+  def close(self) -> None:
+    self._closing.set()
+    self._worker.close(_CLOSE_SECONDS)
+
+  def _take_what_was_found(self) -> None:
+    looking, self._looking = self._looking, None
+    swap = looking.result()
+    if swap is not None:
+      self._due = False
+      self._teaching.take(swap)
+
+  def _look(self) -> Swap | None:
+    """In the thread: something newer and sound of each, onto the devices."""
+    swap = self._teaching.prepare(self._newest())
+    if swap is None:
+      # The loop asks again at once; a peer that is done or dead never answers.
+      self._closing.wait(self._poll_seconds)
+      self._poll_seconds = min(2 * self._poll_seconds, _SLOWEST_POLL_SECONDS)
+    else:
+      self._poll_seconds = _POLL_SECONDS
+    return swap
+
+  def _newest(self) -> dict[int, Slot]:
+    teaching = self._teaching
+    return self._fetcher.read_newest(teaching.peers, teaching.held_steps)
+
+
+class Together:
+  """Freshest, in a group of several processes.
+
+  They meet at exchange steps, and after 1, 2, 4, 8, ... steps more: few
+  meetings, and a publication waits for one at most as long as it took to read.
+  """
+
+  def __init__(
+      self,
+      teaching: Teaching,
+      fetcher: Fetcher,
+      plan: Plan,
+      agreement: Agreement,
+  ):
+    self._teaching = teaching
+    self._fetcher = fetcher
+    self._plan = plan
+    self._agreement = agreement
+    self._worker = Worker('fetch')
+    self._reading: concurrent.futures.Future | None = None
+    self._due = True
+
+  def fetch(self, step: int) -> None:
+    since = step % self._plan.every
+    if since & (since - 1):
+      return  # Neither 0 nor a power of two.
+    self._due = self._due or self._plan.due(step)
+    # A process that has failed counts as done, and fails when it takes.
+    if self._reading is not None and self._all(self._reading.done()):
+      self._take_what_was_read()
+    if self._reading is None and self._due:
+      steps = self._choose(self._newest_steps())
+      if steps:
+        self._reading = self._worker.submit(self._fetcher.read, steps)
+
+  def fetch_now(self) -> None:
+    if self._reading is not None:
+      concurrent.futures.wait([self._reading])
+      self._take_what_was_read()
+    self._read_and_take(self._newest_steps())
+
+  def restore(self, steps: Mapping[int, int | None]) -> None:
+    self._read_and_take(list(steps.values()))
+    held = self._teaching.held_steps
+    self._read_and_take(
+        [
+            None if step is not None else self._fetcher.newest(peer, None)
+            for peer, step in held.items()
+        ]
+    )
+
+  def close(self) -> None:
+    self._worker.close(_CLOSE_SECONDS)
+
+  def _read_and_take(self, steps: Sequence[int | None]) -> None:
+    chosen = self._choose(steps)
+    if chosen:
+      self._take(self._fetcher.read(chosen))
+
+  def _take_what_was_read(self) -> None:
+    reading, self._reading = self._reading, None
+    self._due = not self._take(reading.result())
+
+  def _take(self, found: Mapping[int, Slot]) -> bool:
+    """Takes what every process could read; says whether it was anything."""
+    teaching = self._teaching
+    read = np.array([peer in found for peer in teaching.peers])
+    everywhere = dict(zip(teaching.peers, self._agreement.all_true(read)))
+    agreed = {peer: x for peer, x in found.items() if everywhere[peer]}
+    teaching.take(teaching.prepare(agreed))
+    return bool(agreed)
+
+  def _newest_steps(self) -> list[int | None]:
+    held = self._teaching.held_steps
+    return [self._fetcher.newest(peer, step) for peer, step in held.items()]
+
+  def _choose(self, steps: Sequence[int | None]) -> dict[int, int]:
+    """The primary's choice, by peer; the same in all processes."""
+    wanted = np.array([_ABSENT if s is None else s for s in steps], np.int32)
+    chosen = np.asarray(self._agreement.choose(wanted))
+    return {
+        peer: int(step)
+        for peer, step in zip(self._teaching.peers, chosen)
+        if step != _ABSENT
+    }
+
+  def _all(self, here: bool) -> bool:
+    return bool(self._agreement.all_true(np.array(here)))
+
+
+class Lockstep:
+  """Takes the publications of exactly the step asked for, and waits."""
+
+  def __init__(
+      self,
+      teaching: Teaching,
+      fetcher: Fetcher,
+      plan: Plan,
+      agreement: Agreement,
+      waiting: Waiting,
+  ):
+    self._teaching = teaching
+    self._fetcher = fetcher
+    self._plan = plan
+    self._agreement = agreement
+    self._waiting = waiting
+    self._worker = Worker('fetch')
+    self._asked: int | None = None
+    self._ahead: tuple[int, concurrent.futures.Future] | None = None
+
+  def fetch(self, step: int) -> None:
+    asked = self._plan.asked(step)
+    if asked == self._asked:
+      return
+    found = self._read_before(asked)
+    for peer in self._teaching.peers:
+      found[peer] = self._read_when_there(peer, asked, found.get(peer))
+    self._asked = asked
+    self._teaching.take(self._teaching.prepare(found))
+    if self._plan.staleness:
+      # The next one is published already, or soon; well before it is needed.
+      step = asked + self._plan.every
+      self._ahead = (step, self._worker.submit(self._read_ahead, step))
+
+  def fetch_now(self) -> None:
+    """There is nothing newer than what was asked for."""
+
+  def restore(self, steps: Mapping[int, int | None]) -> None:
+    """Nothing: what is in use follows from the step alone."""
+
+  def close(self) -> None:
+    self._worker.close(_CLOSE_SECONDS)
+
+  def _read_ahead(self, step: int) -> dict[int, Slot]:
+    found = {}
+    for peer in self._teaching.peers:
+      slot = self._fetcher.read_if_there(peer, step)
+      if slot is not None:
+        found[peer] = slot
+    return found
+
+  def _read_before(self, asked: int) -> dict[int, Slot]:
+    ahead, self._ahead = self._ahead, None
+    if ahead is None or ahead[0] != asked:
+      return {}
+    return ahead[1].result()
+
+  def _read_when_there(self, peer: int, step: int, slot: Slot | None) -> Slot:
+    start = time.monotonic()
+    overtaken = None  # Since when a later publication is there.
+    while True:
+      slot = slot or self._fetcher.read_if_there(peer, step)
+      if self._agreement.all_true(np.array(slot is not None)):
+        return slot
+      newest = self._fetcher.newest(peer, None)
+      now = time.monotonic()
+      if newest is None or newest < step or self._fetcher.is_bad(peer, step):
+        overtaken = None
+      elif overtaken is None:
+        overtaken = now
+      elif now - overtaken > min(
+          _SETTLE_SECONDS, self._waiting.timeout_seconds
+      ):
+        raise FileNotFoundError(
+            f'group {peer} has published step {newest} but not, or no longer,'
+            f' step {step}, which lockstep asks for; all groups need the same'
+            ' exchange_every, and publications must not be deleted by hand'
+        )
+      self._waiting.go_on(start, self._why(peer, step, newest), self._agreement)
+
+  def _why(self, peer: int, step: int, newest: int | None) -> str:
+    if self._fetcher.is_bad(peer, step):
+      return (
+          f'publication {step} of group {peer} is damaged'
+          f' ({self._fetcher.last_rejection}); started again from before that'
+          ' step, the group makes it again'
+      )
+    return (
+        f'group {peer} has not published step {step}; its newest is'
+        f' {"none" if newest is None else f"step {newest}"}. Is it running,'
+        f' with the same workdir ({self._fetcher.root})?'
+    )

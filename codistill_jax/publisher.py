@@ -1,0 +1,284 @@
+"""The writing half of `CheckpointExchange`: publications of one group.
+
+The training loop is held for a device-to-host copy. A thread serialises,
+uploads and prunes; at most one publication is being written and one waits. What
+the file system refuses is tried again, and training goes on.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from etils import epath
+
+from codistill_jax import files, publications, storage
+from codistill_jax.base import Variables, cast_floats, host_copy
+from codistill_jax.exchange import Plan
+from codistill_jax.publications import Publication
+from codistill_jax.troubles import Troubles
+
+RESTART_FILE = 'restart_step.json'
+READING_FILE = 'reading.json'
+
+_DOING = 'publishing'
+_FIRST_RETRY_SECONDS = 1.0
+_SLOWEST_RETRY_SECONDS = 30.0
+_CLOSE_SECONDS = 20.0  # For what a full disk still holds up at the end.
+
+_Waiting = tuple[Publication, Variables]
+
+
+class Publisher:
+  """Writes and prunes the publications of one group.
+
+  Attributes:
+    newest: The newest publication that is complete, made by this process.
+    failures: How often the file system refused one.
+  """
+
+  def __init__(
+      self,
+      root: epath.Path,
+      group_id: int,
+      readers: Sequence[int],
+      *,
+      plan: Plan,
+      identity: Mapping[str, str],
+      keep: int,
+      reader_seconds: float,
+      check_lease: Callable[[], None],
+      interrupted: Callable[[], bool],
+      troubles: Troubles,
+  ):
+    """Starts the thread.
+
+    Args:
+      root: The directory of the exchange.
+      group_id: This group.
+      readers: The groups that learn from it.
+      plan: Interval, mode and dtypes.
+      identity: What the readers must share.
+      keep: Publications to keep at least.
+      reader_seconds: How long a publication is kept that somebody reads.
+      check_lease: Raises if another process has taken this group over.
+      interrupted: True gives up waiting for the disk.
+      troubles: Is told what the disk refuses.
+    """
+    self.newest: Publication | None = None
+    self.failures = 0
+    self._root = root
+    self._group_id = group_id
+    self._readers = tuple(readers)
+    self._plan = plan
+    self._identity = dict(identity)
+    self._keep = keep
+    self._marks = _ReadingMarks(root, readers, reader_seconds)
+    self._check_lease = check_lease
+    self._interrupted = interrupted
+    self._troubles = troubles
+    self._directory = publications.group_directory(root, group_id)
+    self._restart_step: int | None = None
+    self._changed = threading.Condition()
+    self._waiting: list[_Waiting] = []
+    self._busy = False
+    self._closing = False
+    self._given_up = False
+    self._error: BaseException | None = None
+    # A daemon: a file system that hangs must not keep the process alive.
+    self._thread = threading.Thread(
+        target=self._run, name='publish', daemon=True
+    )
+    self._thread.start()
+
+  def publish(self, step: int, variables: Variables) -> None:
+    """Takes a copy to be written; raises what writing before has raised."""
+    self.raise_error()
+    if self._plan.mode == 'lockstep':
+      # Every one is needed, so a disk that is slower than the interval holds
+      # training up; else copies would pile up in memory.
+      with self._changed:
+        while self._waiting and not self._error and not self._interrupted():
+          self._changed.wait(0.1)
+    publication = Publication(self._group_id, step, time.time(), self._identity)
+    copy = host_copy(variables)
+    with self._changed:
+      if self._plan.mode == 'freshest':
+        self._waiting.clear()  # Nobody needs what this one is newer than.
+      self._waiting.append((publication, copy))
+      self._changed.notify_all()
+
+  def raise_error(self) -> None:
+    """Raises what a write raised, unless it was the file system's refusal."""
+    with self._changed:
+      error, self._error = self._error, None
+    if error is not None:
+      raise error
+
+  def flush(self, seconds: float = 3600.0) -> bool:
+    """Waits until nothing waits to be written; false if it took longer."""
+    end = time.monotonic() + seconds
+    with self._changed:
+      while self._waiting or self._busy:
+        left = end - time.monotonic()
+        if left <= 0 or not self._thread.is_alive():
+          return False
+        self._changed.wait(min(left, 0.1))
+    return True
+
+  def checkpointed(self, step: int) -> None:
+    """Tells the writers of other groups where this one may restart."""
+    if step == self._restart_step:
+      return
+    doing = 'saying where a restart may begin'
+    try:
+      files.write_json(self._directory / RESTART_FILE, {'step': step})
+    except OSError as e:
+      self._troubles.failed(doing, e)  # Peers keep more than is needed.
+      return
+    self._troubles.worked(doing)
+    self._restart_step = step
+
+  def close(self) -> None:
+    """Waits for what is under way, within limits; raises what it raised.
+
+    Raises:
+      OSError: In lockstep, if a publication could not be written: peers wait
+        for it. Otherwise it is only said.
+    """
+    with self._changed:
+      self._closing = True
+      self._changed.notify_all()
+    done = self.flush(_CLOSE_SECONDS)
+    with self._changed:
+      self._given_up = True
+      self._waiting.clear()
+      self._changed.notify_all()
+    if done:
+      self._thread.join(_CLOSE_SECONDS)
+    self.raise_error()
+    if not done and self._plan.mode == 'lockstep':
+      raise TimeoutError(
+          f'group {self._group_id} could not publish to {self._directory}'
+          f' within {_CLOSE_SECONDS:g} s'
+          f'{"".join(f": {t.reason}" for t in self._troubles.now)}'
+      )
+
+  # -- In the thread ----------------------------------------------------------
+
+  def _run(self) -> None:
+    while True:
+      with self._changed:
+        while not self._waiting and not self._closing:
+          self._changed.wait()
+        if not self._waiting:
+          return
+        publication, variables = self._waiting.pop(0)
+        self._busy = True
+        self._changed.notify_all()
+      try:
+        self._write_until_done(publication, variables)
+      except BaseException as e:  # The training loop raises it.
+        with self._changed:
+          self._error = None if self._given_up else e
+      finally:
+        del variables
+        with self._changed:
+          self._busy = False
+          self._changed.notify_all()
+
+  def _write_until_done(
+      self, publication: Publication, variables: Variables
+  ) -> None:
+    """Tries again what is refused, unless something newer waits."""
+    variables = cast_floats(variables, self._plan.publish_dtype)
+    pause = _FIRST_RETRY_SECONDS
+    while True:
+      self._check_lease()
+      try:
+        written = publications.write(self._root, publication, variables)
+      except OSError as e:
+        self.failures += 1
+        self._troubles.failed(_DOING, e)
+      else:
+        self._troubles.worked(_DOING)
+        self.newest = written
+        self._prune()
+        return
+      with self._changed:
+        if self._overtaken():
+          return
+        self._changed.wait_for(self._overtaken, pause)
+        if self._overtaken():
+          return
+      pause = min(2 * pause, _SLOWEST_RETRY_SECONDS)
+
+  def _overtaken(self) -> bool:
+    """Whether nobody needs any more what could not be written."""
+    if self._plan.mode == 'lockstep':
+      return self._given_up
+    return bool(self._waiting) or self._closing
+
+  def _prune(self) -> None:
+    steps = storage.completed_steps(self._directory)
+    old = steps[: -self._keep]
+    if self._plan.mode == 'lockstep' and self._readers:
+      needed = min(map(self._needed_by, self._readers))
+      old = [step for step in old if step < needed]
+    read_now = lambda: self._marks.read_now(self._group_id)
+    read = read_now()
+    for step in old:
+      # A reader sets its mark and then looks whether the step is there; the
+      # step is taken away and then the marks are looked at. So one of the two
+      # sees the other.
+      if step not in read:
+        storage.delete_unless(
+            self._directory, step, lambda step=step: step in read_now()
+        )
+
+  def _needed_by(self, reader: int) -> int:
+    """The oldest publication that a reader may ask for after a restart."""
+    path = publications.group_directory(self._root, reader) / RESTART_FILE
+    try:
+      return self._plan.keep_from(int(json.loads(path.read_text())['step']))
+    except (OSError, ValueError, KeyError, TypeError):
+      return 0  # It would start from the beginning, for all that is known.
+
+
+class _ReadingMarks:
+  """What readers are reading at this moment, by the marks they set."""
+
+  def __init__(
+      self, root: epath.Path, readers: Sequence[int], limit_seconds: float
+  ):
+    self._root = root
+    self._readers = tuple(readers)
+    self._limit = limit_seconds
+    # By our own clock; those of other hosts may be wrong.
+    self._seen: dict[tuple[str, str], float] = {}
+
+  def read_now(self, group_id: int) -> set[int]:
+    """The steps of `group_id` that a reader within its time limit reads."""
+    steps, now, seen = set(), time.monotonic(), {}
+    for path, mark in self._all_marks():
+      key = (str(path), str(mark.get('nonce')))
+      seen[key] = self._seen.get(key, now)
+      step = mark.get('steps', {}).get(str(group_id))
+      if type(step) is int and now - seen[key] <= self._limit:
+        steps.add(step)
+    self._seen = seen
+    return steps
+
+  def _all_marks(self) -> list[tuple[epath.Path, dict]]:
+    found = []
+    for reader in self._readers:
+      directory = publications.group_directory(self._root, reader)
+      try:
+        # One for each process of the reader.
+        for path in directory.glob(f'*{READING_FILE}'):
+          mark = files.read_json(path)
+          if mark and isinstance(mark.get('steps'), dict):
+            found.append((path, mark))
+      except (OSError, ValueError):
+        continue  # Torn: it is being replaced.
+    return found

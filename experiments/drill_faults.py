@@ -1,0 +1,173 @@
+"""The faults of a drill: what they do to a group, and how they end.
+
+Each takes a `Victim` and a random generator, does its harm, and returns when
+(in seconds from now) and how it is undone; None if there is nothing to undo. A
+fault that finds nothing to harm raises `Nothing`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from codistill_jax import run_directory, storage
+
+Undo = tuple[float, Callable[[], None]]
+
+
+class Nothing(Exception):
+  """There is nothing here that this fault could harm."""
+
+
+@dataclasses.dataclass
+class Victim:
+  """One group of a drill.
+
+  Attributes:
+    workdir: The run directory.
+    group_id: The group.
+    pid: Its process at this moment; None if there is none.
+    control: The file that its process obeys.
+    wishes: What is in that file.
+  """
+
+  workdir: str
+  group_id: int
+  pid: int | None
+  control: pathlib.Path
+  wishes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def wish(self, **wishes: Any) -> None:
+    """Replaces the control file."""
+    self.wishes |= wishes
+    temporary = self.control.with_suffix('.tmp')
+    temporary.write_text(json.dumps(self.wishes))
+    temporary.replace(self.control)
+
+  def running(self) -> int:
+    if self.pid is None:
+      raise Nothing
+    return self.pid
+
+  def publication(self, rng: np.random.Generator) -> pathlib.Path:
+    """The directory of one of its publications; mostly the newest."""
+    directory = run_directory.publications_dir(self.workdir, self.group_id)
+    steps = storage.completed_steps(directory)
+    if not steps:
+      raise Nothing
+    step = steps[-1] if rng.random() < 0.7 else int(rng.choice(steps))
+    return pathlib.Path(directory) / str(step)
+
+  def file(self, rng: np.random.Generator) -> pathlib.Path:
+    """A file that is not empty, of one of its publications."""
+    try:
+      files = sorted(
+          p
+          for p in self.publication(rng).rglob('*')
+          if p.is_file() and p.stat().st_size
+      )
+    except OSError:
+      files = []  # Deleted meanwhile.
+    if not files:
+      raise Nothing
+    return files[int(rng.integers(len(files)))]
+
+
+def kill(victim: Victim, rng: np.random.Generator) -> None:
+  """kill -9."""
+  del rng
+  os.kill(victim.running(), signal.SIGKILL)
+
+
+def terminate(victim: Victim, rng: np.random.Generator) -> None:
+  """A preemption: SIGTERM."""
+  del rng
+  os.kill(victim.running(), signal.SIGTERM)
+
+
+def suspend(victim: Victim, rng: np.random.Generator) -> Undo:
+  """SIGSTOP, and SIGCONT some time later."""
+  pid = victim.running()
+  os.kill(pid, signal.SIGSTOP)
+
+  def go_on() -> None:
+    if victim.pid == pid:
+      os.kill(pid, signal.SIGCONT)
+
+  return float(rng.uniform(1.0, 12.0)), go_on
+
+
+def truncate(victim: Victim, rng: np.random.Generator) -> None:
+  """Cuts a file of a publication short."""
+  path = victim.file(rng)
+  os.truncate(path, int(rng.integers(path.stat().st_size)))
+
+
+def flip(victim: Victim, rng: np.random.Generator) -> None:
+  """Inverts bits of a file of a publication."""
+  path = victim.file(rng)
+  data = bytearray(path.read_bytes())
+  for place in rng.integers(len(data), size=int(rng.integers(1, 9))):
+    data[place] ^= 1 << int(rng.integers(8))
+  path.write_bytes(bytes(data))
+
+
+def delete(victim: Victim, rng: np.random.Generator) -> None:
+  """Deletes a file of a publication, or all of it."""
+  if rng.random() < 0.5:
+    victim.file(rng).unlink()
+  else:
+    shutil.rmtree(victim.publication(rng), ignore_errors=True)
+
+
+def slow_disk(victim: Victim, rng: np.random.Generator) -> Undo:
+  """Every file operation takes long."""
+  victim.wish(slow_seconds=float(rng.uniform(0.02, 0.3)))
+  return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(slow_seconds=0.0)
+
+
+def read_only_disk(victim: Victim, rng: np.random.Generator) -> Undo:
+  """The run directory cannot be written to."""
+  victim.wish(read_only=True)
+  return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(read_only=False)
+
+
+def full_disk(victim: Victim, rng: np.random.Generator) -> Undo:
+  """No file of this process can grow; libraries in C++ feel it as well."""
+  pid = victim.running()
+  _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+  resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+
+  def make_room() -> None:
+    if victim.pid == pid:
+      resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+  return float(rng.uniform(3.0, 12.0)), make_room
+
+
+def skew_clock(victim: Victim, rng: np.random.Generator) -> Undo:
+  """The clock of this host is wrong by up to a day."""
+  victim.wish(clock_offset=float(rng.uniform(-86400.0, 86400.0)))
+  return float(rng.uniform(5.0, 30.0)), lambda: victim.wish(clock_offset=0.0)
+
+
+# With how often each comes, relative to the others.
+FAULTS: dict[str, tuple[Callable[..., Undo | None], float]] = {
+    'kill': (kill, 12),
+    'terminate': (terminate, 5),
+    'suspend': (suspend, 13),
+    'truncate': (truncate, 14),
+    'flip': (flip, 14),
+    'delete': (delete, 12),
+    'slow_disk': (slow_disk, 8),
+    'read_only_disk': (read_only_disk, 7),
+    'full_disk': (full_disk, 7),
+    'skew_clock': (skew_clock, 8),
+}

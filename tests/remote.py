@@ -1,0 +1,94 @@
+"""A bucket in memory, behind `s3://` paths: fsspec's, stricter.
+
+Like an object store it has no directories, cannot rename, shows an object only
+when its writer has closed it, and its client remembers listings.
+"""
+
+import contextlib
+import importlib
+import io
+from typing import ClassVar
+
+import fsspec
+from etils.epath import backend, gpath
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+
+class Bucket(MemoryFileSystem):
+  """All of it is one dict: `Bucket.store`."""
+
+  protocol = 's3'
+  store: ClassVar = {}
+  pseudo_dirs: ClassVar = ['']
+  listings: ClassVar = {}
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    path = str(path).removeprefix('s3://').strip('/')
+    return '/' + path if path else ''
+
+  def mkdir(self, path, create_parents=True, **kwargs):
+    """There are no directories."""
+
+  def makedirs(self, path, exist_ok=False):
+    """There are no directories."""
+
+  def ls(self, path, detail=True, **kwargs):
+    key = self._strip_protocol(path)
+    if key not in self.listings:
+      self.listings[key] = super().ls(path, detail=True, **kwargs)
+    found = self.listings[key]
+    return found if detail else sorted(entry['name'] for entry in found)
+
+  def invalidate_cache(self, path=None):
+    self.listings.clear()
+
+  def _open(self, path, mode='rb', **kwargs):
+    path = self._strip_protocol(path)
+    if mode == 'rb':
+      if path not in self.store:
+        raise FileNotFoundError(path)
+      return io.BytesIO(self.store[path].getvalue())
+    assert mode == 'wb', mode
+    return _Upload(self, path)
+
+  def pipe_file(self, path, value, mode='overwrite', **kwargs):
+    path = self._strip_protocol(path)
+    self.store[path] = MemoryFile(self, path, value)
+
+  def rename(self, *args, **kwargs):
+    raise NotImplementedError('a bucket cannot rename')
+
+  mv = mv_file = move = rename
+
+
+class _Upload(io.BytesIO):
+
+  def __init__(self, bucket, path):
+    super().__init__()
+    self._bucket, self._path = bucket, path
+
+  def close(self):
+    if not self.closed:
+      self._bucket.pipe_file(self._path, self.getvalue())
+    super().close()
+
+
+@contextlib.contextmanager
+def bucket(monkeypatch):
+  """Makes `epath` open `s3://` paths in an empty `Bucket`; gives it."""
+  registry = importlib.import_module('fsspec.registry')
+  with monkeypatch.context() as patch:
+    patch.setitem(registry._registry, 's3', Bucket)
+    # With TensorFlow installed, epath would ask that, and that a cloud.
+    patch.setattr(gpath, '_is_tf_installed', lambda: False)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    Bucket.store.clear()
+    Bucket.listings.clear()
+    Bucket.clear_instance_cache()
+    try:
+      yield fsspec.filesystem('s3')
+    finally:
+      backend.fsspec_backend._get_filesystem.cache_clear()
+      Bucket.store.clear()
+      Bucket.listings.clear()

@@ -1,0 +1,33 @@
+"""A language model that holds the main thread where a test says, in C code.
+
+Stands for a compilation of minutes: Python runs no more than a signal handler
+in the main thread meanwhile, and other threads run.
+"""
+
+import ctypes
+import os
+import pathlib
+
+from codistill_jax.models import lstm
+
+# Where: 'train-1' and 'train-2' are the traces of the step, 'eval-1' the first
+# of an evaluation (or of a teacher). And the file that says it got there.
+WHERE, MARK = 'STUCK_WHERE', 'STUCK_MARK'
+
+
+def language_model(num_classes):
+  """The model of the tiny run; stuck in one trace of `apply`."""
+  model = lstm.language_model(num_classes, layers=1, units=8, embedding=8)
+  counts = {'train': 0, 'eval': 0}
+
+  def apply(variables, batch, carry, rng, train):
+    kind = 'train' if train else 'eval'
+    counts[kind] += 1
+    if os.environ.get(WHERE) == f'{kind}-{counts[kind]}':
+      pathlib.Path(os.environ[MARK]).touch()
+      left = 60
+      while left:
+        left = ctypes.CDLL(None).sleep(left)
+    return model.apply(variables, batch, carry, rng, train)
+
+  return model._replace(apply=apply)

@@ -5,10 +5,13 @@ that reads from a dead network disk would keep the process alive for ever.
 """
 
 import concurrent.futures
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+_PATIENCE_SECONDS = 30.0
 
 _Task = tuple[concurrent.futures.Future, Callable[..., Any], tuple]
 
@@ -46,3 +49,20 @@ class Worker:
         future.set_exception(e)
       # Or the last arguments and results would live until the next task.
       del task, future, function, args
+
+
+class Turns:
+  """Lets threads hold large copies one after another; unless one hangs."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+
+  @contextlib.contextmanager
+  def turn(self) -> Iterator[None]:
+    """Waits for the others, but not for ever: a dead disk must not halt all."""
+    mine = self._lock.acquire(timeout=_PATIENCE_SECONDS)
+    try:
+      yield
+    finally:
+      if mine:
+        self._lock.release()

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from codistill_jax import leases, publications, storage
+from codistill_jax.background import Turns
 from codistill_jax.base import (
     ALONE,
     Agreement,
@@ -40,6 +41,8 @@ from codistill_jax.publications import Publication
 from codistill_jax.publisher import Publisher
 from codistill_jax.teaching import Teaching
 from codistill_jax.troubles import Troubles
+
+_SETTLE_SECONDS = 5.0
 
 
 class CheckpointExchange:
@@ -103,6 +106,9 @@ class CheckpointExchange:
         process=process,
         troubles=self._troubles,
     )
+    # Beside training there is one copy of variables at a time, on its way out
+    # or in, and the spare teachers.
+    self._turns = Turns()
     self._lease: leases.Lease | None = None
     self._publisher: Publisher | None = None
     if agreement.is_primary:
@@ -132,6 +138,7 @@ class CheckpointExchange:
         check_lease=self._lease.check,
         interrupted=self._waiting.interrupted,
         troubles=self._troubles,
+        turns=self._turns,
     )
 
   def _how_to_fetch(self) -> Fetching:
@@ -139,7 +146,7 @@ class CheckpointExchange:
     if plan.mode == 'lockstep':
       return Lockstep(teaching, fetcher, plan, self._agreement, self._waiting)
     if self._agreement is ALONE:
-      return BesideTraining(teaching, fetcher, plan)
+      return BesideTraining(teaching, fetcher, plan, self._turns)
     return Together(teaching, fetcher, plan, self._agreement)
 
   @property
@@ -169,6 +176,15 @@ class CheckpointExchange:
   def checkpointed(self, step: int) -> None:
     if self._publisher is not None:
       self._publisher.checkpointed(step)
+
+  def settle(self) -> None:
+    if self._publisher is None or self._plan.mode == 'freshest':
+      return  # Nobody waits for a publication of a certain step.
+    if not self._publisher.flush(_SETTLE_SECONDS):
+      raise TimeoutError(
+          f'the publications of group {self._group_id} before it are not'
+          ' complete yet'
+      )
 
   def flush(self) -> None:
     """Waits until everything published is written; raises what that raised."""

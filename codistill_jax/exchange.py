@@ -91,6 +91,16 @@ class Exchange(Protocol):
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
 
+  def settle(self) -> None:
+    """Called before a resume checkpoint is written; from another thread.
+
+    A group that restarts makes no publication from before its checkpoint again,
+    so those that peers will ask for must be complete first.
+
+    Raises:
+      OSError: If that takes long; it is tried again.
+    """
+
   def checkpointed(self, step: int) -> None:
     """Told that a restart would begin at `step` or later."""
 
@@ -293,6 +303,9 @@ class NoExchange:
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     del step, teacher_steps
+
+  def settle(self) -> None:
+    pass
 
   def checkpointed(self, step: int) -> None:
     del step

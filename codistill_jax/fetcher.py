@@ -96,7 +96,7 @@ class Fetcher:
         try:
           slot = self._read(peer, step)
         except MismatchError as e:
-          self._reject(peer, step, e)
+          self._reject(peer, step, self._made(peer, step), e)
           continue
         if slot is not None:
           found[peer] = slot
@@ -124,6 +124,7 @@ class Fetcher:
       self._set_mark({})
 
   def _read(self, peer: int, step: int) -> Slot | None:
+    made = self._made(peer, step)  # It may be made again while it is read.
     try:
       slot = publications.read(
           self.root,
@@ -136,7 +137,7 @@ class Fetcher:
     except storage.MissingError:
       return None  # The peer is faster than this reader: there is a newer one.
     except storage.DamagedError as e:
-      self._reject(peer, step, e)
+      self._reject(peer, step, made, e)
       return None
     except OSError as e:  # The file system, not the peer: it may pass.
       self._troubles.failed(_DOING, e)
@@ -159,11 +160,11 @@ class Fetcher:
           break
     return found
 
-  def _reject(self, peer: int, step: int, error: Exception) -> None:
-    """Names and counts a bad publication, once."""
-    if self.is_bad(peer, step):
-      return
-    self._bad[peer, step] = self._made(peer, step)
+  def _reject(
+      self, peer: int, step: int, made: float | None, error: Exception
+  ) -> None:
+    """Names and counts a bad publication."""
+    self._bad[peer, step] = made
     self.rejected += 1
     self.last_rejection = textwrap.shorten(str(error), _LONGEST_REASON)
     logging.warning(

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from codistill_jax.background import Worker
+from codistill_jax.background import Turns, Worker
 from codistill_jax.base import Agreement
 from codistill_jax.exchange import Interrupted, Plan
 from codistill_jax.fetcher import Fetcher
@@ -79,7 +79,10 @@ class Fetching(Protocol):
 class BesideTraining:
   """Freshest: never waits, never holds the loop up."""
 
-  def __init__(self, teaching: Teaching, fetcher: Fetcher, plan: Plan):
+  def __init__(
+      self, teaching: Teaching, fetcher: Fetcher, plan: Plan, turns: Turns
+  ):
+    self._turns = turns
     self._teaching = teaching
     self._fetcher = fetcher
     self._plan = plan
@@ -121,7 +124,8 @@ class BesideTraining:
 
   def _look(self) -> Swap | None:
     """In the thread: something newer and sound of each, onto the devices."""
-    swap = self._teaching.prepare(self._newest())
+    with self._turns.turn():
+      swap = self._teaching.prepare(self._newest())
     if swap is None:
       # The loop asks again at once; a peer that is done or dead never answers.
       self._closing.wait(self._poll_seconds)

@@ -216,6 +216,13 @@ class MemoryExchange:
               )
           )
 
+  def settle(self) -> None:
+    if self._unwritten:
+      raise OSError(
+          f'{len(self._unwritten)} publications of group {self._group_id}'
+          ' before it are not on disk yet'
+      )
+
   def checkpointed(self, step: int) -> None:
     """Deletes publications that no restart needs, but for the newest."""
     if not self._mirror or step == self._restart_step:

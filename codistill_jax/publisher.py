@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
-from codistill_jax import files, publications, storage
+from codistill_jax import files, publications, remote, storage
+from codistill_jax.background import Turns
 from codistill_jax.base import Variables, cast_floats, host_copy
 from codistill_jax.exchange import Plan
 from codistill_jax.publications import Publication
@@ -50,6 +51,7 @@ class Publisher:
       check_lease: Callable[[], None],
       interrupted: Callable[[], bool],
       troubles: Troubles,
+      turns: Turns,
   ):
     """Starts the thread.
 
@@ -64,7 +66,9 @@ class Publisher:
       check_lease: Raises if another process has taken this group over.
       interrupted: True gives up waiting for the disk.
       troubles: Is told what the disk refuses.
+      turns: Of those who hold copies of variables.
     """
+    self._turns = turns
     self.newest: Publication | None = None
     self.failures = 0
     self._root = root
@@ -196,7 +200,8 @@ class Publisher:
     while True:
       self._check_lease()
       try:
-        written = publications.write(self._root, publication, variables)
+        with self._turns.turn():
+          written = publications.write(self._root, publication, variables)
       except OSError as e:
         self.failures += 1
         self._troubles.failed(_DOING, e)
@@ -275,7 +280,10 @@ class _ReadingMarks:
       directory = publications.group_directory(self._root, reader)
       try:
         # One for each process of the reader.
-        for path in directory.glob(f'*{READING_FILE}'):
+        for name in remote.names(directory):
+          if not name.endswith(READING_FILE):
+            continue
+          path = directory / name
           mark = files.read_json(path)
           if mark and isinstance(mark.get('steps'), dict):
             found.append((path, mark))

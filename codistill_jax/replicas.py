@@ -32,17 +32,23 @@ REPLICA_AXIS = 'replica'
 
 
 def start_processes(
-    coordinator: str, num_processes: int, process_id: int
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    *,
+    heartbeat_seconds: int = 20,
 ) -> None:
   """Joins the processes of one group; to be called before any use of jax.
 
-  A process that dies takes its group with it within about 20 seconds, so that
-  whoever supervises the group can start it again as a whole.
+  A process that dies or hangs takes its group with it, so that whoever
+  supervises the group can start it again as a whole: jax aborts the others
+  (SIGABRT).
 
   Args:
     coordinator: `host:port` of process 0.
     num_processes: Processes of the group.
     process_id: This one, 0 <= process_id < num_processes.
+    heartbeat_seconds: How long a process may give no sign of life.
   """
   # Otherwise jax takes SIGTERM for itself and the group cannot be preempted.
   jax.config.update('jax_enable_preemption_service', False)
@@ -50,7 +56,7 @@ def start_processes(
       coordinator_address=coordinator,
       num_processes=num_processes,
       process_id=process_id,
-      heartbeat_timeout_seconds=20,
+      heartbeat_timeout_seconds=heartbeat_seconds,
       shutdown_timeout_seconds=15,
       initialization_timeout=120,
   )

@@ -79,6 +79,13 @@ _SAVING = threading.Lock()
 
 _T = TypeVar('_T')
 
+# By default orbax copies every array before it writes it; those that come here
+# are copies already. And it would read or write 96 GB at a time.
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+)
+_BUFFERS_GB = 1
+
 
 class DamagedError(ValueError):
   """A checkpoint is there, but must not be used."""
@@ -281,7 +288,9 @@ def _save(path: epath.Path, tree: PyTree) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
     with _SAVING, quiet(), _checkpointer() as checkpointer:
-      checkpointer.save(path, ocp.args.StandardSave(tree))
+      # Numpy scalars would need a handler of their own.
+      arrays = jax.tree.map(np.asarray, tree)
+      checkpointer.save(path, ocp.args.PyTreeSave(arrays))
   except Exception as e:
     # Of several writes that fail at once, orbax may report one that missed
     # what another could not write. The file system knows better.
@@ -293,7 +302,15 @@ def _save(path: epath.Path, tree: PyTree) -> None:
 
 def _restore(path: epath.Path, target: PyTree) -> PyTree:
   with quiet(), _checkpointer() as checkpointer:
-    return checkpointer.restore(path, ocp.args.StandardRestore(target))
+    return checkpointer.restore(
+        path,
+        ocp.args.PyTreeRestore(
+            target,
+            restore_args=jax.tree.map(
+                lambda x: ocp.RestoreArgs(np.ndarray, dtype=x.dtype), target
+            ),
+        ),
+    )
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -306,7 +323,12 @@ def _checkpointer() -> ocp.Checkpointer:
       barrier_sync_key_prefix=f'codistill_{me}',
   )
   return ocp.Checkpointer(
-      ocp.StandardCheckpointHandler(multiprocessing_options=options),
+      ocp.PyTreeCheckpointHandler(
+          save_concurrent_gb=_BUFFERS_GB,
+          restore_concurrent_gb=_BUFFERS_GB,
+          multiprocessing_options=options,
+          type_handler_registry=_HANDLERS,
+      ),
       multiprocessing_options=options,
       # Straight into its directory, which is never renamed.
       atomicity_options=ocp.options.AtomicityOptions(

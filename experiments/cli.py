@@ -25,6 +25,7 @@ _PASSING = {
     errno.EAGAIN,
     errno.EBUSY,
     errno.EDQUOT,
+    errno.EFBIG,  # A limit of the system on how much may be written.
     errno.EIO,
     errno.EMFILE,
     errno.ENOSPC,

@@ -19,6 +19,9 @@ import numpy as np
 
 from codistill_jax import run_directory, storage
 
+# Names the file that a drilled process obeys.
+CONTROL_VARIABLE = 'CODISTILL_DRILL_CONTROL'
+
 Undo = tuple[float, Callable[[], None]]
 
 

@@ -9,6 +9,9 @@ import socket
 import threading
 from typing import Any
 
+# Names the socket that a drilled process reports to.
+SOCKET_VARIABLE = 'CODISTILL_DRILL_SOCKET'
+
 
 @dataclasses.dataclass
 class Life:

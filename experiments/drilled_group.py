@@ -23,9 +23,8 @@ import numpy as np
 from codistill_jax import group, publications, storage
 from codistill_jax.base import Variables
 from experiments import cli, driver, train_group
-
-CONTROL_VARIABLE = 'CODISTILL_DRILL_CONTROL'
-SOCKET_VARIABLE = 'CODISTILL_DRILL_SOCKET'
+from experiments.drill_faults import CONTROL_VARIABLE
+from experiments.drill_ledger import SOCKET_VARIABLE
 
 _POLL_SECONDS = 0.1
 _WRITING = set('wax+')

@@ -89,11 +89,16 @@ def train(
       lease = _lease(job)
     stack.push(_closing(lease.release))
     job.rescue.at_exit(job.group_id, lease.release)
+
+    def before_saving() -> None:
+      lease.check()
+      exchange.settle()
+
     checkpoints = Checkpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
         troubles=job.troubles,
-        check=lease.check,
+        check=before_saving,
     )
     stack.push(_closing(checkpoints.close))
     resume = _restore(job, checkpoints, state)

@@ -30,9 +30,14 @@ import numpy as np
 from absl import flags
 
 from codistill_jax import files, run_directory
-from experiments import cli, drilled_group, supervisor
-from experiments.drill_faults import FAULTS, Nothing, Victim
-from experiments.drill_ledger import Ledger
+from experiments import cli, supervisor
+from experiments.drill_faults import (
+    CONTROL_VARIABLE,
+    FAULTS,
+    Nothing,
+    Victim,
+)
+from experiments.drill_ledger import SOCKET_VARIABLE, Ledger
 from experiments.stopping import StopRequest
 from experiments.tables import align
 
@@ -165,8 +170,8 @@ class Drill:
         f'--gin_file={config}',
     ]
     environment = {
-        drilled_group.CONTROL_VARIABLE: f'{temporary}/control_{group_id}',
-        drilled_group.SOCKET_VARIABLE: self._ledger.address,
+        CONTROL_VARIABLE: f'{temporary}/control_{group_id}',
+        SOCKET_VARIABLE: self._ledger.address,
         # Each life would compile the same programs again.
         'JAX_COMPILATION_CACHE_DIR': f'{temporary}/compiled',
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -209,7 +214,7 @@ class Drill:
       left = self._num_steps - self._ledger.step_of(group.group_id)
       if left > 0:
         # So that the faults do not outlive the run, nor the run the faults.
-        pace = max(seconds_left - 20.0, 0.0) / left
+        pace = max(seconds_left - 5.0, 0.0) / left
         victim.wish(step_seconds=min(max(pace, _FASTEST), _SLOWEST))
 
   def _undo_what_is_over(self, now: float, *, everything: bool) -> None:

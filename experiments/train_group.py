@@ -10,9 +10,13 @@ several processes is started with --coordinator, --num_processes and
 --process_id, one command per process.
 """
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
@@ -23,7 +27,7 @@ from codistill_jax.base import Variables
 from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
 from codistill_jax.exchange import peers_of
 from codistill_jax.troubles import Troubles
-from experiments import claims, cli, devices, driver
+from experiments import claims, cli, companions, devices, driver
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest
 from experiments.watch import group_writer
@@ -59,9 +63,19 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     'process_id', 0, 'This process, from 0 to --num_processes - 1.'
 )
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+    'heartbeat_seconds',
+    20,
+    'In a group of several processes: how long one may give no sign of life'
+    ' before the others end, with status 75. If one dies they end at once.',
+    lower_bound=2,
+)
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the configuration and stop; write nothing.'
 )
+
+_LOSS_KNOWN_SECONDS = 2.0
+_LAST_LOOK_SECONDS = 3.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,6 +103,11 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_GROUP_ID.value}: '),
       arm=_ARM.value,
   )
+  with _watching(job):
+    _train(job)
+
+
+def _train(job: Job) -> None:
   state, _ = driver.new_state(job)
   if _DRY_RUN.value:
     claims.print_dry_run(job, state)
@@ -101,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     pass
   if progress:
     cli.tell(
-        f'group {job.group_id} has reached step {experiment.num_steps};'
+        f'group {job.group_id} has reached step {job.experiment.num_steps};'
         f' see {run_directory.group_dir(_WORKDIR.value, job.group_id)}'
     )
 
@@ -138,8 +157,60 @@ def _join_processes() -> None:
         f' 0..{_NUM_PROCESSES.value - 1}'
     )
   replicas.start_processes(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      # Twice: what is noticed here is to be noticed before jax aborts.
+      heartbeat_seconds=2 * _HEARTBEAT_SECONDS.value,
   )
+
+
+@contextlib.contextmanager
+def _watching(job: Job) -> Iterator[None]:
+  """Ends this process if another one of its group is lost."""
+  if _NUM_PROCESSES.value == 1:
+    yield
+    return
+  others = companions.watch(
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      job.agreement,
+      limit_seconds=_HEARTBEAT_SECONDS.value,
+      lost=functools.partial(_leave, job),
+  )
+  try:
+    yield
+  except cli.Stopped:
+    others.close()  # They stop as well.
+    raise
+  except jax.errors.JaxRuntimeError:
+    # Perhaps a collective without one that is lost: soon that is known.
+    time.sleep(_LOSS_KNOWN_SECONDS)
+    others.close(failed=True)
+    raise
+  except Exception:
+    others.close(failed=True)
+    raise
+  others.close()
+
+
+def _leave(job: Job, what: str) -> None:
+  """Ends this process of a group that has lost another one."""
+  # Whatever the disk does.
+  threading.Timer(_LAST_LOOK_SECONDS, os._exit, [cli.MAY_PASS]).start()
+  directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
+  try:
+    step = max(storage.completed_steps(directory), default=0)
+    where = f'step {step}'
+  except OSError:
+    where = 'their newest resume checkpoint'
+  cli.tell(
+      f'error: group {job.group_id} has lost one of its processes ({what});'
+      f' start all of them again, they go on from {where}',
+      error=True,
+  )
+  os._exit(cli.MAY_PASS)
 
 
 def _main_of_a_process(argv: Sequence[str]) -> None:

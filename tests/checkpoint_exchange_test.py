@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from codistill_jax import (
+    checkpoint_exchange,
     fetching,
     leases,
     publications,
@@ -1166,3 +1167,30 @@ def test_copies_made_by_hand_are_not_trusted(join, tmp_path):
   exchange = join()
   fetch_until(exchange, 10, (10,))
   assert exchange.rejected == 1
+
+
+# --- Before a resume checkpoint ----------------------------------------------
+
+
+def test_in_lockstep_a_checkpoint_waits_for_the_publications_before_it(
+    join, monkeypatch
+):
+  """After a kill nobody makes them again, and peers will ask for them."""
+  disk = Disk(monkeypatch, refusals=10**6)
+  monkeypatch.setattr(checkpoint_exchange, '_SETTLE_SECONDS', 0.05)
+  exchange = join(mode='lockstep')
+  exchange.settle()
+  exchange.publish_if_due(10, variables_of(1))
+  with pytest.raises(TimeoutError, match='of group 0 before it are not compl'):
+    exchange.settle()
+  disk.left = 0
+  exchange.flush()
+  exchange.settle()
+
+
+def test_in_freshest_no_checkpoint_waits_for_a_publication(join, monkeypatch):
+  disk = Disk(monkeypatch, refusals=10**6)
+  exchange = join()
+  exchange.publish_if_due(10, variables_of(1))
+  exchange.settle()
+  disk.left = 0

@@ -19,7 +19,7 @@ _STEP = _LOSSES | {'step'}
 _RECORDS = {'base', 'files', 'remote', 'records'}
 _STORAGE = _RECORDS | {'orbax_noise', 'steps', 'storage'}
 _PLAN = _STORAGE | {'publications', 'topology', 'exchange'}
-_EXCHANGE = _PLAN | {'files', 'troubles'}
+_EXCHANGE = _PLAN | {'background', 'files', 'troubles'}
 MAY_IMPORT = {
     'base': set(),
     'losses': {'base'},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     'publisher': _EXCHANGE,
     'teaching': _PLAN,
     'fetcher': _EXCHANGE | {'publisher', 'teaching'},
-    'fetching': _EXCHANGE | {'background', 'fetcher', 'teaching'},
+    'fetching': _EXCHANGE | {'fetcher', 'teaching'},
     'checkpoint_exchange': (
         _EXCHANGE | {'fetcher', 'fetching', 'leases', 'publisher', 'teaching'}
     ),

@@ -1,0 +1,201 @@
+"""A process of a group is lost: its group ends, its peers go on, it rejoins.
+
+With real processes: group 0 is two of them, group 1 one.
+"""
+
+import os
+import signal
+import socket
+import time
+from unittest import mock
+
+import paced
+import pytest
+import tiny_run
+
+from codistill_jax import publications, run_directory, storage
+
+HEARTBEAT = 5
+SOON = 3.0  # Seconds for a busy machine to notice a death, and to end.
+EVERY, CHECKPOINT_EVERY, TOO_OLD, LAST = 10, 20, 30, 500
+MAY_PASS = 75
+
+BINDINGS = [
+    'experiment.Experiment.distill_weight = @paced.weight()',
+    "experiment.Experiment.exchange_mode = 'freshest'",
+    f'experiment.Experiment.num_steps = {LAST}',
+    f'experiment.Experiment.max_staleness_steps = {TOO_OLD}',
+    f'experiment.Experiment.checkpoint_every = {CHECKPOINT_EVERY}',
+    f'experiment.Experiment.eval_every = {LAST}',
+]
+
+
+class Run:
+  """A run of one group of two processes, and perhaps of one of one."""
+
+  def __init__(self, launch, directory, num_groups):
+    self.workdir = directory / 'run'
+    self._launch, self._num_groups = launch, num_groups
+    self._gin = tiny_run.write_config(directory)
+    text = self._gin.read_text()
+    lines = [x for x in text.splitlines() if 'schedules' not in x]
+    lines[1:1] = ['import paced']
+    self._gin.write_text('\n'.join(lines + BINDINGS) + '\n')
+    self._paces = [directory / f'pace_{g}' for g in (0, 1)]
+    self.pace(0, 0.0)
+    self.pace(1, 0.0)
+    with socket.socket() as s:
+      s.bind(('127.0.0.1', 0))
+      self._port = s.getsockname()[1]
+
+  def pace(self, group_id, seconds):
+    """The group rests so long before each update."""
+    new = self._paces[group_id].with_suffix('.new')
+    new.write_text(str(seconds))
+    os.replace(new, self._paces[group_id])
+
+  def start(self, group_id, **flags):
+    environment = {
+        'PYTHONPATH': os.path.dirname(paced.__file__),
+        paced.VARIABLE: str(self._paces[group_id]),
+    }
+    with mock.patch.dict(os.environ, environment):
+      return self._launch(
+          'train_group',
+          workdir=self.workdir,
+          num_groups=self._num_groups,
+          group_id=group_id,
+          gin_file=self._gin,
+          replicas=1,
+          **flags,
+      )
+
+  def start_pair(self):
+    """Both processes of group 0; the same commands every time."""
+    return [
+        self.start(
+            0,
+            coordinator=f'127.0.0.1:{self._port}',
+            num_processes=2,
+            process_id=process_id,
+            heartbeat_seconds=HEARTBEAT,
+        )
+        for process_id in (0, 1)
+    ]
+
+  def saved(self):
+    """The newest resume checkpoint of group 0."""
+    directory = run_directory.checkpoints_dir(self.workdir, 0)
+    return max(storage.completed_steps(directory), default=0)
+
+  def published(self):
+    """The newest publication of group 0."""
+    root = run_directory.exchange_root(self.workdir)
+    return max(publications.published_steps(root, 0), default=0)
+
+  def step(self, group_id):
+    status = run_directory.read_status(self.workdir, group_id) or {}
+    return status.get('step', 0)
+
+  def records(self, group_id):
+    path = run_directory.metrics_path(self.workdir, group_id)
+    return run_directory.read_metrics(path).records
+
+  def teacher_step(self):
+    """Of the teacher that group 1 has of group 0; -1 without one."""
+    status = run_directory.read_status(self.workdir, 1) or {}
+    return max((t['step'] for t in status.get('teachers', [])), default=-1)
+
+
+@pytest.fixture
+def launch(tmp_path_factory):
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    yield launch
+
+
+def assert_lost(process, began, limit, run):
+  """Ends within the limit, as one that may be started again, in one line."""
+  output = process.wait(MAY_PASS, timeout=limit + 60)
+  took = time.monotonic() - began
+  assert took < limit, output
+  said = [x for x in output.splitlines() if x.startswith('error: ')]
+  assert len(said) == 1
+  assert 'group 0 has lost one of its processes' in said[0]
+  assert 'start all of them again' in said[0]
+  assert said[0].endswith(f'they go on from step {run.saved()}')
+  for noise in ('Traceback', 'most recent call', 'jaxlib'):
+    assert noise not in output
+  return said[0]
+
+
+def test_one_process_dies_and_its_group_comes_back(launch, tmp_path):
+  """Killed; then, in the group that came back, suspended for good."""
+  run = Run(launch, tmp_path, num_groups=2)
+  run.pace(0, 0.02)
+  run.pace(1, 0.25)  # Group 0 starts later, and is slower.
+  pair, peer = run.start_pair(), run.start(1)
+  tiny_run.until(lambda: run.saved() >= 40, process=pair[0])
+  tiny_run.until(lambda: run.teacher_step() > 0, process=peer)
+
+  began = time.monotonic()
+  pair[1].send(signal.SIGKILL)
+  line = assert_lost(pair[0], began, SOON, run)
+  assert 'process 1 has ended' in line
+
+  # Its peer goes on, alone.
+  lost_at = run.published()
+  run.pace(1, 0.02)
+  tiny_run.until(lambda: 'trains alone' in peer.output, process=peer)
+  run.pace(1, 0.5)  # It is to be caught up with.
+  run.pace(0, 0.05)
+  before, restart = run.step(1), time.time()
+
+  saved = run.saved()
+  pair = run.start_pair()
+  tiny_run.until(lambda: run.teacher_step() > lost_at, process=peer)
+  tiny_run.until(lambda: 'has teachers again' in peer.output, process=peer)
+  assert run.step(1) > before
+  first = min(r['step'] for r in run.records(0) if r['time'] > restart)
+  assert saved < first <= saved + 5 and lost_at - saved <= CHECKPOINT_EVERY
+  # It learns from its peer as well.
+  tiny_run.until(
+      lambda: run.records(0)[-1].get('exchange/peers_present') == 1.0,
+      process=pair[0],
+  )
+
+  began = time.monotonic()
+  pair[0].send(signal.SIGSTOP)
+  line = assert_lost(pair[1], began, HEARTBEAT + SOON, run)
+  assert 'process 0 has been silent' in line
+  pair[0].send(signal.SIGKILL)
+
+  run.pace(0, 0.0)
+  pair = run.start_pair()
+  run.pace(1, 0.0)
+  for process in (*pair, peer):
+    process.wait(timeout=60)
+  assert peer.output.count('trains alone') in (1, 2)
+  for group_id in (0, 1):
+    assert run_directory.done_path(run.workdir, group_id).exists()
+  # Each step once, whoever was lost meanwhile.
+  steps = [r['step'] for r in run.records(0) if 'loss/task' in r]
+  assert steps == list(range(5, LAST + 1, 5))
+  young = [
+      r
+      for r in run.records(1)
+      if r['time'] > restart and 'exchange/staleness_steps_group_0' in r
+  ]
+  assert young
+  for record in young:
+    assert record['exchange/staleness_steps_group_0'] <= TOO_OLD
+
+
+def test_the_process_that_all_others_are_connected_to_dies(launch, tmp_path):
+  """Jax would abort the other one in the same moment."""
+  run = Run(launch, tmp_path, num_groups=1)
+  pair = run.start_pair()
+  tiny_run.until(lambda: run.saved() >= 20, process=pair[0])
+  began = time.monotonic()
+  pair[0].send(signal.SIGKILL)
+  line = assert_lost(pair[1], began, SOON, run)
+  assert 'process 0 has ended' in line

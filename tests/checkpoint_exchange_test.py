@@ -28,11 +28,6 @@ from codistill_jax.exchange import Interrupted, Plan, StaleError
 from codistill_jax.fetching import Waiting
 from codistill_jax.publications import MismatchError, Publication
 
-# See storage_test.py: 2026-11, noise of orbax 0.12 about damaged arrays.
-pytestmark = pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnraisableExceptionWarning'
-)
-
 IDENTITY = {'task': 'toy'}
 
 

@@ -17,11 +17,6 @@ from codistill_jax import saver, storage, troubles
 from codistill_jax import step as step_lib
 from codistill_jax.checkpoint import Checkpoints
 
-# See storage_test.py: 2026-11, noise of orbax 0.12 about damaged arrays.
-pytestmark = pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnraisableExceptionWarning'
-)
-
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 
 

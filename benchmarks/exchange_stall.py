@@ -26,8 +26,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -49,8 +50,8 @@ _REPEATS = flags.DEFINE_integer('repeats', 3, 'Processes for each arm.')
 _FREE_CORE = flags.DEFINE_bool(
     'free_core',
     True,
-    'On CPU: compute with one thread, so that a core is free for the exchange,'
-    ' as it is beside an accelerator.',
+    'Keep a core for the threads of the exchange, as beside an accelerator, and'
+    ' compute on the others; Linux only.',
 )
 _ARM = flags.DEFINE_enum(
     'arm', None, ARMS, 'Measure this arm here; what the benchmark starts.'
@@ -114,16 +115,10 @@ def _in_a_process(
     arm: str, millions: int, extra: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
   environment = {**os.environ, **(extra or {})}
-  if _FREE_CORE.value:
-    environment['XLA_FLAGS'] = (
-        environment.get('XLA_FLAGS', '')
-        + ' --xla_cpu_multi_thread_eigen=false'
-        + ' --xla_force_host_platform_device_count=1'
-    )
-    environment['OMP_NUM_THREADS'] = '1'
   command = [sys.executable, '-m', 'benchmarks.exchange_stall', f'--arm={arm}']
   command += [f'--millions={millions}', f'--every={_EVERY.value}']
   command += [f'--exchanges={_EXCHANGES.value}', f'--rows={_ROWS.value}']
+  command += [f'--free_core={_FREE_CORE.value}']
   done = subprocess.run(
       command, env=environment, stdout=subprocess.PIPE, check=True, text=True
   )
@@ -132,6 +127,7 @@ def _in_a_process(
 
 def measure(arm: str, millions: int) -> dict[str, Any]:
   """One arm, in this process."""
+  _compute_beside_the_free_core()
   # Here, so that the parent holds no accelerator and no memory.
   import jax
   import optax
@@ -170,12 +166,45 @@ def measure(arm: str, millions: int) -> dict[str, Any]:
   }
 
 
+def _cores() -> tuple[set[int], set[int]]:
+  """The cores to compute on, and the one for the exchange."""
+  cores = sorted(os.sched_getaffinity(0))
+  if not _FREE_CORE.value or len(cores) < 2:
+    return set(cores), set(cores)
+  return set(cores[:-1]), set(cores[-1:])
+
+
+# Known before this process restricts itself.
+_CORES: list[tuple[set[int], set[int]]] = []
+
+
+def _compute_beside_the_free_core() -> None:
+  _CORES.append(_cores())
+  os.sched_setaffinity(0, _CORES[0][0])  # Threads begun later inherit it.
+
+
+def _on_the_free_core(function: Callable[[], Any]) -> Any:
+  """Calls it there, so that threads which libraries begin stay there."""
+  found = []
+
+  def call() -> None:
+    os.sched_setaffinity(0, _CORES[0][1])
+    found.append(function())
+
+  thread = threading.Thread(target=call)
+  thread.start()
+  thread.join()
+  return found[0]
+
+
 def _time(turns) -> dict[str, Any]:
   intervals, stalls, stall, swaps, size = [], [], 0.0, set(), 0
   start = None
   for result in turns:
     stall += result.metrics['exchange/stall_ms']
-    swaps.add(result.metrics.get('exchange/staleness_steps_group_1'))
+    age = result.metrics.get('exchange/staleness_steps_group_1')
+    if age is not None:
+      swaps.add(result.step - 1 - age)  # The step of the publication in use.
     size = result.metrics.get('exchange/publication_bytes', size)
     if result.step % _EVERY.value == 1 and result.step > 1:
       # After the first step of an interval: so each holds one exchange whole.
@@ -192,7 +221,7 @@ def _time(turns) -> dict[str, Any]:
       'interval_s': statistics.median(intervals),
       'stall_ms': statistics.median(stalls),
       'publication_bytes': size,
-      'swaps': len(swaps - {None}),
+      'swaps': max(len(swaps) - 1, 0),
       'peak_bytes': _peak_bytes(),
   }
 
@@ -279,23 +308,25 @@ def _exchange(arm: str, root: str, variables, train_step):
         self.flush()
       return published
 
-  hidden = pathlib.Path(root) / 'hidden'
-  for n in range(_EXCHANGES.value + 2):
-    publications.write(
-        hidden,
-        publications.Publication(1, n * _EVERY.value, time.time()),
-        variables,
+  def join() -> CheckpointExchange:
+    hidden = pathlib.Path(root) / 'hidden'
+    for n in range(_EXCHANGES.value + 2):
+      publications.write(
+          hidden,
+          publications.Publication(1, n * _EVERY.value, time.time()),
+          variables,
+      )
+    _show(root, 0)
+    return Measured(
+        root,
+        0,
+        2,
+        like=variables,
+        plan=Plan(every=_EVERY.value),
+        put=train_step.place_teachers,
     )
-  _show(root, 0)
-  exchange = CheckpointExchange.__new__(Measured)
-  exchange.__init__(
-      root,
-      0,
-      2,
-      like=variables,
-      plan=Plan(every=_EVERY.value),
-      put=train_step.place_teachers,
-  )
+
+  exchange = _on_the_free_core(join)
   exchange.restore(0, [0])  # Teachers from the start, as in `off`.
   return exchange
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 5.0
 
 _Task = tuple[concurrent.futures.Future, Callable[..., Any], tuple]
 

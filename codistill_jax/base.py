@@ -186,7 +186,15 @@ def host_copy(tree: PyTree) -> PyTree:
   the next step may reuse a donated buffer while a background thread still
   writes it to disk.
   """
-  return jax.tree.map(np.array, tree)
+  return jax.tree.map(_host_copy, tree)
+
+
+def _host_copy(x: Array) -> np.ndarray:
+  on_accelerator = isinstance(x, jax.Array) and any(
+      device.platform != 'cpu' for device in x.devices()
+  )
+  # What comes from an accelerator is a copy already.
+  return np.asarray(x) if on_accelerator else np.array(x)
 
 
 def cast_floats(tree: PyTree, dtype: str | None) -> PyTree:
@@ -195,7 +203,9 @@ def cast_floats(tree: PyTree, dtype: str | None) -> PyTree:
     return tree
   return jax.tree.map(
       lambda x: (
-          x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+          x.astype(dtype, copy=False)
+          if jnp.issubdtype(x.dtype, jnp.floating)
+          else x
       ),
       tree,
   )

@@ -50,7 +50,7 @@ class Checkpoints:
       identity: Mapping[str, str] | None = None,
       keep: int = 3,
       troubles: Troubles | None = None,
-      check: Callable[[], None] = lambda: None,
+      check: Callable[[int], None] = lambda step: None,
   ):
     """Opens the directory; writes nothing yet.
 
@@ -60,8 +60,8 @@ class Checkpoints:
       keep: Newest checkpoints to keep; more than one, so that a damaged one
         does not lose the run.
       troubles: Where a disk that fails is noted.
-      check: Called before anything is written; raises if this process must not
-        write here any more.
+      check: Called with the step before it is written; raises if this process
+        must not write here any more, or not yet (OSError).
     """
     self._directory = storage.absolute(directory)
     self._identity = dict(identity or {})
@@ -178,7 +178,7 @@ class Checkpoints:
       self._saver.close()
 
   def _write(self, step: int, item: tuple[TrainState, list]) -> None:
-    self._check()
+    self._check(step)
     state, teacher_steps = item
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
     storage.delete_torn(self._directory)

@@ -126,7 +126,11 @@ class CheckpointExchange:
         f'publishing for group {self._group_id} in',
         interrupted=self._waiting.interrupted,
     )
-    storage.delete_torn(directory)
+    try:
+      storage.delete_torn(directory)
+    except BaseException:
+      self._lease.release()
+      raise
     self._publisher = Publisher(
         self._root,
         self._group_id,
@@ -177,12 +181,12 @@ class CheckpointExchange:
     if self._publisher is not None:
       self._publisher.checkpointed(step)
 
-  def settle(self) -> None:
+  def settle(self, step: int) -> None:
     if self._publisher is None or self._plan.mode == 'freshest':
       return  # Nobody waits for a publication of a certain step.
-    if not self._publisher.flush(_SETTLE_SECONDS):
+    if not self._publisher.flush(_SETTLE_SECONDS, up_to=step):
       raise TimeoutError(
-          f'the publications of group {self._group_id} before it are not'
+          f'publications of group {self._group_id} up to step {step} are not'
           ' complete yet'
       )
 
@@ -224,30 +228,35 @@ class CheckpointExchange:
       if self._publisher is not None:
         self._publisher.close()
     finally:
-      if self._lease is not None:
+      # A write that hangs keeps it: nobody else may write meanwhile.
+      if self._lease is not None and self._publisher.finished:
         self._lease.release()
 
   def _wait_for_younger(self, step: int) -> None:
     """Looks again, in the foreground: once, or until a time limit."""
     start = time.monotonic()
-    limit = self._plan.max_staleness_steps
+
+    def go_on() -> None:
+      self._waiting.go_on(start, self._stale(step), self._agreement)
+
     while True:
-      self._fetching.fetch_now()
-      old = self._teaching.too_old(step)
-      if not old:
+      self._fetching.fetch_now(go_on)
+      if not self._teaching.too_old(step):
         return
-      ages = ', '.join(
-          f'group {peer} by {step - (born or 0)} steps'
-          for peer, born in self._teaching.held_steps.items()
-          if peer in old
-      )
-      why = (
-          f'teachers of group {self._group_id} are stale at step {step}:'
-          f' {ages}, and max_staleness_steps={limit}'
-      )
       if self._plan.staleness_policy == 'fail':
         raise StaleError(
-            f'{why}; see whether these groups run, or set staleness_policy to'
-            ' drop or wait'
+            f'{self._stale(step)}; see whether these groups run, or set'
+            ' staleness_policy to drop or wait'
         )
-      self._waiting.go_on(start, why, self._agreement)
+      go_on()
+
+  def _stale(self, step: int) -> str:
+    held = self._teaching.held_steps
+    ages = ', '.join(
+        f'group {peer} by {step - (held[peer] or 0)} steps'
+        for peer in self._teaching.too_old(step)
+    )
+    return (
+        f'teachers of group {self._group_id} are stale at step {step}: {ages},'
+        f' and max_staleness_steps={self._plan.max_staleness_steps}'
+    )

@@ -91,8 +91,8 @@ class Exchange(Protocol):
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
 
-  def settle(self) -> None:
-    """Called before a resume checkpoint is written; from another thread.
+  def settle(self, step: int) -> None:
+    """Called before resume checkpoint `step` is written, from another thread.
 
     A group that restarts makes no publication from before its checkpoint again,
     so those that peers will ask for must be complete first.
@@ -186,11 +186,11 @@ class Plan:
           f'max_staleness_steps={limit} in lockstep: there the age of a teacher'
           ' is given by staleness; leave max_staleness_steps=None'
       )
-    if type(limit) is not int or limit < self.every:
+    if type(limit) is not int or limit < 2 * self.every:
       raise ValueError(
-          f'max_staleness_steps={limit!r}; set it to at least'
+          f'max_staleness_steps={limit!r}; set it to at least twice'
           f' exchange_every={self.every}: a teacher ages by that much between'
-          ' exchanges'
+          ' exchanges, and the next one takes a while to come'
       )
 
   def peers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
@@ -304,8 +304,8 @@ class NoExchange:
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     del step, teacher_steps
 
-  def settle(self) -> None:
-    pass
+  def settle(self, step: int) -> None:
+    del step
 
   def checkpointed(self, step: int) -> None:
     del step

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ _SLOWEST_POLL_SECONDS = 5.0
 # On NFS a publication may become visible after a later one of the same peer.
 _SETTLE_SECONDS = 60.0
 _CLOSE_SECONDS = 10.0  # For a read under way.
+_AT_ONCE = 4  # Peers whose variables the host holds at a time.
 _ABSENT = -1  # In place of a step, where processes agree on steps.
 
 
@@ -66,8 +67,12 @@ class Fetching(Protocol):
   def fetch(self, step: int) -> None:
     """Takes what there is for the update after `step`."""
 
-  def fetch_now(self) -> None:
-    """Looks for something newer at once, and takes it."""
+  def fetch_now(self, go_on: Callable[[], None]) -> None:
+    """Looks for something newer, and takes it.
+
+    Args:
+      go_on: Called again and again while that takes; raises to give it up.
+    """
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Takes what was in use, by peer; the newest where that is gone."""
@@ -87,56 +92,86 @@ class BesideTraining:
     self._fetcher = fetcher
     self._plan = plan
     self._worker = Worker('fetch')
-    self._closing = threading.Event()
+    self._hurry = threading.Event()  # Ends the pause between two looks.
     self._looking: concurrent.futures.Future | None = None
-    self._due = True
+    # The peers of whom something newer is looked for.
+    self._wanted = set(teaching.peers)
     self._poll_seconds = _POLL_SECONDS
 
   def fetch(self, step: int) -> None:
-    self._due = self._due or self._plan.due(step)
+    if self._plan.due(step):
+      self._wanted = set(self._teaching.peers)
     if self._looking is not None and self._looking.done():
       self._take_what_was_found()
-    if self._due and self._looking is None:
-      self._looking = self._worker.submit(self._look)
+    if self._wanted and self._looking is None:
+      self._looking = self._worker.submit(self._look, sorted(self._wanted))
 
-  def fetch_now(self) -> None:
-    if self._looking is not None:
+  def fetch_now(self, go_on: Callable[[], None]) -> None:
+    # The look under way may have begun too early.
+    for _ in range(1 if self._looking is None else 2):
+      if self._looking is None:
+        peers = list(self._teaching.peers)
+        self._looking = self._worker.submit(self._look, peers)
+      self._hurry.set()
+      try:
+        while not self._looking.done():
+          go_on()
+      finally:
+        self._hurry.clear()
       self._take_what_was_found()
-    self._teaching.take(self._teaching.prepare(self._newest()))
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     wanted = {peer: step for peer, step in steps.items() if step is not None}
-    self._teaching.take(self._teaching.prepare(self._fetcher.read(wanted)))
-    gone = [p for p, step in self._teaching.held_steps.items() if step is None]
-    newest = self._fetcher.read_newest(gone, dict.fromkeys(gone))
-    self._teaching.take(self._teaching.prepare(newest))
+    swap = self._teaching.prepare(self._fetcher.read(wanted))
+    self._teaching.take(swap)
+    held = self._teaching.held_steps
+    gone = [peer for peer in wanted if held[peer] is None]
+    self._teaching.take(self._read_newest(gone))
 
   def close(self) -> None:
-    self._closing.set()
+    self._hurry.set()
     self._worker.close(_CLOSE_SECONDS)
 
   def _take_what_was_found(self) -> None:
     looking, self._looking = self._looking, None
     swap = looking.result()
     if swap is not None:
-      self._due = False
+      before = self._teaching.held
       self._teaching.take(swap)
+      self._wanted -= {
+          peer
+          for peer, old, new in zip(self._teaching.peers, before, swap.held)
+          if old != new
+      }
 
-  def _look(self) -> Swap | None:
+  def _look(self, peers: Sequence[int]) -> Swap | None:
     """In the thread: something newer and sound of each, onto the devices."""
     with self._turns.turn():
-      swap = self._teaching.prepare(self._newest())
+      swap = self._read_newest(peers)
     if swap is None:
       # The loop asks again at once; a peer that is done or dead never answers.
-      self._closing.wait(self._poll_seconds)
+      self._hurry.wait(self._poll_seconds)
       self._poll_seconds = min(2 * self._poll_seconds, _SLOWEST_POLL_SECONDS)
     else:
       self._poll_seconds = _POLL_SECONDS
     return swap
 
-  def _newest(self) -> dict[int, Slot]:
-    teaching = self._teaching
-    return self._fetcher.read_newest(teaching.peers, teaching.held_steps)
+  def _read_newest(self, peers: Sequence[int]) -> Swap | None:
+    """A few at a time: the host need not hold the variables of all peers."""
+    held, swap = self._teaching.held_steps, None
+    for start in range(0, len(peers), _AT_ONCE):
+      some = peers[start : start + _AT_ONCE]
+      found = self._fetcher.read_newest(some, held)
+      swap = self._teaching.prepare(found, swap)
+      del found
+    return swap
+
+
+class _Read(NamedTuple):
+  """What one process of a group has read, and the teachers with it."""
+
+  found: Mapping[int, Slot]
+  swap: Swap | None
 
 
 class Together:
@@ -172,47 +207,63 @@ class Together:
     if self._reading is None and self._due:
       steps = self._choose(self._newest_steps())
       if steps:
-        self._reading = self._worker.submit(self._fetcher.read, steps)
+        self._reading = self._worker.submit(self._read, steps)
 
-  def fetch_now(self) -> None:
-    if self._reading is not None:
-      concurrent.futures.wait([self._reading])
-      self._take_what_was_read()
-    self._read_and_take(self._newest_steps())
+  def fetch_now(self, go_on: Callable[[], None]) -> None:
+    if self._reading is None:
+      steps = self._choose(self._newest_steps())
+      if not steps:
+        return
+      self._reading = self._worker.submit(self._read, steps)
+    while not self._all(self._reading.done()):
+      go_on()
+    self._take_what_was_read()
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     self._read_and_take(list(steps.values()))
     held = self._teaching.held_steps
     self._read_and_take(
         [
-            None if step is not None else self._fetcher.newest(peer, None)
-            for peer, step in held.items()
+            None
+            if used is None or held[peer] is not None
+            else self._fetcher.newest(peer, None)
+            for peer, used in steps.items()
         ]
     )
 
   def close(self) -> None:
     self._worker.close(_CLOSE_SECONDS)
 
+  def _read(self, steps: Mapping[int, int]) -> _Read:
+    """In the thread of each process."""
+    found = self._fetcher.read(steps)
+    return _Read(found, self._teaching.prepare(found))
+
   def _read_and_take(self, steps: Sequence[int | None]) -> None:
     chosen = self._choose(steps)
     if chosen:
-      self._take(self._fetcher.read(chosen))
+      self._take(self._read(chosen))
 
   def _take_what_was_read(self) -> None:
     reading, self._reading = self._reading, None
     self._due = not self._take(reading.result())
 
-  def _take(self, found: Mapping[int, Slot]) -> bool:
+  def _take(self, read: _Read) -> bool:
     """Takes what every process could read; says whether it was anything."""
     teaching = self._teaching
-    read = np.array([peer in found for peer in teaching.peers])
-    everywhere = dict(zip(teaching.peers, self._agreement.all_true(read)))
-    agreed = {peer: x for peer, x in found.items() if everywhere[peer]}
-    teaching.take(teaching.prepare(agreed))
+    here = np.array([peer in read.found for peer in teaching.peers])
+    everywhere = dict(zip(teaching.peers, self._agreement.all_true(here)))
+    agreed = {peer: x for peer, x in read.found.items() if everywhere[peer]}
+    if len(agreed) == len(read.found):
+      teaching.take(read.swap)  # On the devices already.
+    else:
+      teaching.take(teaching.prepare(agreed))
     return bool(agreed)
 
   def _newest_steps(self) -> list[int | None]:
     held = self._teaching.held_steps
+    if not self._agreement.is_primary:
+      return [None] * len(held)  # The primary chooses.
     return [self._fetcher.newest(peer, step) for peer, step in held.items()]
 
   def _choose(self, steps: Sequence[int | None]) -> dict[int, int]:
@@ -263,7 +314,7 @@ class Lockstep:
       step = asked + self._plan.every
       self._ahead = (step, self._worker.submit(self._read_ahead, step))
 
-  def fetch_now(self) -> None:
+  def fetch_now(self, go_on: Callable[[], None]) -> None:
     """There is nothing newer than what was asked for."""
 
   def restore(self, steps: Mapping[int, int | None]) -> None:

@@ -97,6 +97,7 @@ class MemoryExchange:
     self._mirror = mirror
     self._troubles = troubles
     self._unwritten: list[tuple[Publication, Variables]] = []
+    self._writing = threading.Lock()
     self._num_bytes = 0
     self._restart_step = 0
     self._teachers: Teachers | None = None
@@ -128,15 +129,20 @@ class MemoryExchange:
 
   def _write_mirror(self) -> None:
     root = storage.absolute(self._mirror.root)
-    while self._unwritten:
-      try:
-        publications.write(root, *self._unwritten[0])
-      except OSError as e:
-        # Training needs the board alone; a restart needs the mirror.
-        self._troubles.failed('keeping publications on disk', e)
-        return
-      self._troubles.worked('keeping publications on disk')
-      del self._unwritten[0]
+    with self._writing:
+      # No restart will ask for those before; the others are not many, since
+      # checkpoints wait for them.
+      needed = self._plan.keep_from(self._restart_step)
+      self._unwritten = [x for x in self._unwritten if x[0].step >= needed]
+      while self._unwritten:
+        try:
+          publications.write(root, *self._unwritten[0])
+        except OSError as e:
+          # Training needs the board alone; a restart needs the mirror.
+          self._troubles.failed('keeping publications on disk', e)
+          return
+        self._troubles.worked('keeping publications on disk')
+        del self._unwritten[0]
 
   def fetch(self, step: int) -> Teachers | None:
     if not self.peers:
@@ -216,7 +222,10 @@ class MemoryExchange:
               )
           )
 
-  def settle(self) -> None:
+  def settle(self, step: int) -> None:
+    del step
+    if self._mirror:
+      self._write_mirror()
     if self._unwritten:
       raise OSError(
           f'{len(self._unwritten)} publications of group {self._group_id}'

@@ -5,6 +5,7 @@ uploads and prunes; at most one publication is being written and one waits. What
 the file system refuses is tried again, and training goes on.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from codistill_jax import files, publications, remote, storage
 from codistill_jax.background import Turns
 from codistill_jax.base import Variables, cast_floats, host_copy
 from codistill_jax.exchange import Plan
+from codistill_jax.leases import LostError
 from codistill_jax.publications import Publication
 from codistill_jax.troubles import Troubles
 
@@ -25,7 +27,8 @@ READING_FILE = 'reading.json'
 _DOING = 'publishing'
 _FIRST_RETRY_SECONDS = 1.0
 _SLOWEST_RETRY_SECONDS = 30.0
-_CLOSE_SECONDS = 20.0  # For what a full disk still holds up at the end.
+_CLOSE_SECONDS = 20.0  # For what a full disk still holds up at the end, ...
+_SLOW_SECONDS = 280.0  # ... and how much longer a slow one has.
 
 _Waiting = tuple[Publication, Variables]
 
@@ -85,7 +88,8 @@ class Publisher:
     self._restart_step: int | None = None
     self._changed = threading.Condition()
     self._waiting: list[_Waiting] = []
-    self._busy = False
+    self._busy: int | None = None  # The step that is being written.
+    self._failing = False  # Whether the last try was refused.
     self._closing = False
     self._given_up = False
     self._error: BaseException | None = None
@@ -105,10 +109,12 @@ class Publisher:
         while self._waiting and not self._error and not self._interrupted():
           self._changed.wait(0.1)
     publication = Publication(self._group_id, step, time.time(), self._identity)
+    if self._plan.mode == 'freshest':
+      with self._changed:
+        # Nobody needs what this one is newer than; it goes before the copy.
+        self._waiting.clear()
     copy = host_copy(variables)
     with self._changed:
-      if self._plan.mode == 'freshest':
-        self._waiting.clear()  # Nobody needs what this one is newer than.
       self._waiting.append((publication, copy))
       self._changed.notify_all()
 
@@ -119,16 +125,23 @@ class Publisher:
     if error is not None:
       raise error
 
-  def flush(self, seconds: float = 3600.0) -> bool:
-    """Waits until nothing waits to be written; false if it took longer."""
-    end = time.monotonic() + seconds
+  def flush(self, seconds: float = 3600.0, up_to: int | None = None) -> bool:
+    """Waits until nothing waits to be written; false if it took longer.
+
+    Args:
+      seconds: How long to wait.
+      up_to: Only for publications up to that step.
+    """
     with self._changed:
-      while self._waiting or self._busy:
-        left = end - time.monotonic()
-        if left <= 0 or not self._thread.is_alive():
-          return False
-        self._changed.wait(min(left, 0.1))
-    return True
+      return self._changed.wait_for(
+          lambda: not self._unwritten(up_to) or not self._thread.is_alive(),
+          seconds,
+      )
+
+  def _unwritten(self, up_to: int | None = None) -> bool:
+    steps = [publication.step for publication, _ in self._waiting]
+    steps += [] if self._busy is None else [self._busy]
+    return any(up_to is None or step <= up_to for step in steps)
 
   def checkpointed(self, step: int) -> None:
     """Tells the writers of other groups where this one may restart."""
@@ -153,8 +166,15 @@ class Publisher:
     with self._changed:
       self._closing = True
       self._changed.notify_all()
-    done = self.flush(_CLOSE_SECONDS)
-    with self._changed:
+      deadline = time.monotonic() + _CLOSE_SECONDS
+      while self._unwritten() and not self._error:
+        # What is only slow is waited for, if not for ever.
+        limit = deadline + (0 if self._failing else _SLOW_SECONDS)
+        left = limit - time.monotonic()
+        if left <= 0:
+          break
+        self._changed.wait(min(left, 0.5))
+      done = not self._unwritten()
       self._given_up = True
       self._waiting.clear()
       self._changed.notify_all()
@@ -168,6 +188,11 @@ class Publisher:
           f'{"".join(f": {t.reason}" for t in self._troubles.now)}'
       )
 
+  @property
+  def finished(self) -> bool:
+    """Whether nothing more can be written."""
+    return not self._thread.is_alive()
+
   # -- In the thread ----------------------------------------------------------
 
   def _run(self) -> None:
@@ -178,9 +203,10 @@ class Publisher:
         if not self._waiting:
           return
         publication, variables = self._waiting.pop(0)
-        self._busy = True
+        self._busy = publication.step
         self._changed.notify_all()
       try:
+        variables = cast_floats(variables, self._plan.publish_dtype)
         self._write_until_done(publication, variables)
       except BaseException as e:  # The training loop raises it.
         with self._changed:
@@ -188,43 +214,63 @@ class Publisher:
       finally:
         del variables
         with self._changed:
-          self._busy = False
+          self._busy = None
+          self._failing = False
           self._changed.notify_all()
 
   def _write_until_done(
       self, publication: Publication, variables: Variables
   ) -> None:
     """Tries again what is refused, unless something newer waits."""
-    variables = cast_floats(variables, self._plan.publish_dtype)
     pause = _FIRST_RETRY_SECONDS
-    while True:
-      self._check_lease()
-      try:
-        with self._turns.turn():
-          written = publications.write(self._root, publication, variables)
-      except OSError as e:
-        self.failures += 1
-        self._troubles.failed(_DOING, e)
-      else:
-        self._troubles.worked(_DOING)
-        self.newest = written
-        self._prune()
-        return
+    while not self._write(publication, variables):
+      # The file system may be full of publications that readers have left.
+      self._prune()
       with self._changed:
-        if self._overtaken():
-          return
-        self._changed.wait_for(self._overtaken, pause)
+        self._failing = True
+        if self._closing:
+          pause = min(pause, _FIRST_RETRY_SECONDS)
+        # One that is closing tries again at once, and then soon.
+        wait_for = self._overtaken if self._closing else self._hurried
+        self._changed.wait_for(wait_for, pause)
         if self._overtaken():
           return
       pause = min(2 * pause, _SLOWEST_RETRY_SECONDS)
+    self._prune()
+
+  def _write(self, publication: Publication, variables: Variables) -> bool:
+    try:
+      with self._turns.turn():
+        self._check_lease()
+        written = publications.write(self._root, publication, variables)
+    except (FloatingPointError, LostError):
+      raise
+    except Exception as e:  # Whatever a library makes of a disk that fails.
+      self.failures += 1
+      self._troubles.failed(_DOING, e)
+      return False
+    self._troubles.worked(_DOING)
+    self.newest = written
+    return True
+
+  def _hurried(self) -> bool:
+    return self._closing or self._overtaken()
 
   def _overtaken(self) -> bool:
     """Whether nobody needs any more what could not be written."""
-    if self._plan.mode == 'lockstep':
-      return self._given_up
-    return bool(self._waiting) or self._closing
+    newer = self._plan.mode == 'freshest' and bool(self._waiting)
+    return newer or self._given_up
 
   def _prune(self) -> None:
+    doing = 'deleting old publications'
+    try:
+      self._delete_old()
+    except OSError as e:
+      self._troubles.failed(doing, e)
+    else:
+      self._troubles.worked(doing)
+
+  def _delete_old(self) -> None:
     steps = storage.completed_steps(self._directory)
     old = steps[: -self._keep]
     if self._plan.mode == 'lockstep' and self._readers:
@@ -261,6 +307,7 @@ class _ReadingMarks:
     self._limit = limit_seconds
     # By our own clock; those of other hosts may be wrong.
     self._seen: dict[tuple[str, str], float] = {}
+    self._last: dict[str, dict] = {}
 
   def read_now(self, group_id: int) -> set[int]:
     """The steps of `group_id` that a reader within its time limit reads."""
@@ -278,15 +325,16 @@ class _ReadingMarks:
     found = []
     for reader in self._readers:
       directory = publications.group_directory(self._root, reader)
-      try:
-        # One for each process of the reader.
-        for name in remote.names(directory):
-          if not name.endswith(READING_FILE):
-            continue
-          path = directory / name
-          mark = files.read_json(path)
-          if mark and isinstance(mark.get('steps'), dict):
-            found.append((path, mark))
-      except (OSError, ValueError):
-        continue  # Torn: it is being replaced.
+      # One for each process of the reader.
+      for name in remote.names(directory):
+        if name.endswith(READING_FILE):
+          mark = self._mark(directory / name)
+          if isinstance(mark.get('steps'), dict):
+            found.append((directory / name, mark))
     return found
+
+  def _mark(self, path: epath.Path) -> dict:
+    # Torn, as it is being replaced, or unreadable: as it was before.
+    with contextlib.suppress(OSError, ValueError):
+      self._last[str(path)] = files.read_json(path) or {}
+    return self._last.get(str(path), {})

@@ -82,7 +82,8 @@ _T = TypeVar('_T')
 # By default orbax copies every array before it writes it; those that come here
 # are copies already. And it would read or write 96 GB at a time.
 _HANDLERS = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),  # Missed aloud otherwise.
 )
 _BUFFERS_GB = 1
 

@@ -69,22 +69,26 @@ class Teaching:
         for peer, p in zip(self.peers, self.held)
     }
 
-  def prepare(self, found: Mapping[int, Slot]) -> Swap | None:
+  def prepare(
+      self, found: Mapping[int, Slot], onto: Swap | None = None
+  ) -> Swap | None:
     """Teachers with those of some peers replaced; nothing changes yet.
 
     Safe beside training, as long as nothing is taken meanwhile.
 
     Args:
-      found: By peer; if it is empty the result is None.
+      found: By peer; if it is empty the result is `onto`.
+      onto: What was prepared before; None for what is held.
     """
     if not found:
-      return None
+      return onto
+    before = onto or Swap(self.held, self._teachers)
     slots = {self.peers.index(peer): slot for peer, slot in found.items()}
-    held = list(self.held)
+    held = list(before.held)
     for slot, (publication, _) in slots.items():
       held[slot] = publication
     teachers = merge_teachers(
-        self._teachers,
+        before.teachers,
         {slot: variables for slot, (_, variables) in slots.items()},
         [p is not None for p in held],
         self._put,
@@ -193,8 +197,10 @@ def merge_teachers(
       return put(leaves[0][None])  # No copy.
     # A slot that never held anything gets a copy of another one: finite,
     # whatever the model does with it, and not counted.
-    kept = [leaves[0]] * len(present) if old is None else _on_host(leaves[-1])
-    return put(np.stack([new.get(i, kept[i]) for i in range(len(present))]))
+    kept = lambda i: leaves[0] if old is None else _slot(leaves[-1], i)
+    return put(
+        np.stack([new[i] if i in new else kept(i) for i in range(len(present))])
+    )
 
   trees = [found[slot] for slot in slots]
   trees += [] if old is None else [old.variables]
@@ -204,7 +210,10 @@ def merge_teachers(
   )
 
 
-def _on_host(array: Array) -> np.ndarray:
+def _slot(array: Array, slot: int) -> np.ndarray:
+  """One slot on the host."""
   if isinstance(array, jax.Array):
+    # Of one device: the processes of a group need not meet. Indexed there:
+    # jax remembers the host copy of an array as long as that lives.
     array = array.addressable_shards[0].data
-  return np.asarray(array)
+  return np.asarray(array[slot])

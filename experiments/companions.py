@@ -155,6 +155,8 @@ def watch(
     everywhere = agreement.all_true(np.array(bool(connections)))
   companions = Companions(limit_seconds, lost)
   if not everywhere:
+    for connection in connections.values():
+      connection.close()
     logging.warning(
         'The processes of the group cannot watch each other%s; jax will notice'
         ' if one is lost, and abort',
@@ -177,17 +179,16 @@ def _accept(
 ) -> dict[int, socket.socket]:
   """Connections of so many processes; TimeoutError if they do not come."""
   found, deadline = {}, time.monotonic() + seconds
-  while len(found) < count:
-    server.settimeout(max(deadline - time.monotonic(), 0.01))
-    connection, _ = server.accept()
-    connection.settimeout(1.0)
-    # Anybody may knock at a port.
-    with contextlib.suppress(OSError, struct.error):
-      came, process_id = _HELLO.unpack(connection.recv(_HELLO.size))
-      if came == token:
-        found[process_id] = connection
-        continue
-    connection.close()
+  with contextlib.ExitStack() as stack:
+    while len(found) < count:
+      server.settimeout(max(deadline - time.monotonic(), 0.01))
+      connection = stack.enter_context(server.accept()[0])
+      connection.settimeout(1.0)
+      # Anybody may knock at a port.
+      with contextlib.suppress(OSError, struct.error):
+        came, process_id = _HELLO.unpack(connection.recv(_HELLO.size))
+        if came == token:
+          found[process_id] = connection.dup()
   return found
 
 

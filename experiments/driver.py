@@ -90,9 +90,9 @@ def train(
     stack.push(_closing(lease.release))
     job.rescue.at_exit(job.group_id, lease.release)
 
-    def before_saving() -> None:
+    def before_saving(step: int) -> None:
       lease.check()
-      exchange.settle()
+      exchange.settle(step)
 
     checkpoints = Checkpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),

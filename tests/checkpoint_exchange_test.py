@@ -1174,18 +1174,19 @@ def test_in_lockstep_a_checkpoint_waits_for_the_publications_before_it(
   disk = Disk(monkeypatch, refusals=10**6)
   monkeypatch.setattr(checkpoint_exchange, '_SETTLE_SECONDS', 0.05)
   exchange = join(mode='lockstep')
-  exchange.settle()
+  exchange.settle(9)
   exchange.publish_if_due(10, variables_of(1))
-  with pytest.raises(TimeoutError, match='of group 0 before it are not compl'):
-    exchange.settle()
+  exchange.settle(9)  # Of an earlier step: it does not wait.
+  with pytest.raises(TimeoutError, match='of group 0 up to step 10 are not'):
+    exchange.settle(10)
   disk.left = 0
   exchange.flush()
-  exchange.settle()
+  exchange.settle(10)
 
 
 def test_in_freshest_no_checkpoint_waits_for_a_publication(join, monkeypatch):
   disk = Disk(monkeypatch, refusals=10**6)
   exchange = join()
   exchange.publish_if_due(10, variables_of(1))
-  exchange.settle()
+  exchange.settle(10)
   disk.left = 0

@@ -424,7 +424,8 @@ def test_who_may_not_write_any_more_does_not(tmp_path, state, monkeypatch):
   """Also between two tries of one save."""
   disk, allowed = Disk(monkeypatch), [True]
 
-  def check():
+  def check(step):
+    del step
     if not allowed[0]:
       raise RuntimeError('taken over')
 

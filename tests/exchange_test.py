@@ -32,8 +32,11 @@ from codistill_jax.publications import Publication
             "'ignore' is not one of drop, wait, f",
         ),
         ({'staleness_policy': 'wait'}, "'wait' acts nowhere without max_stal"),
-        ({'max_staleness_steps': 4}, '=4; set it to at least exchange_every=5'),
-        ({'max_staleness_steps': 9.0}, '=9.0; set it to at least exchange_eve'),
+        (
+            {'max_staleness_steps': 9},
+            '=9; set it to at least twice exchange_eve',
+        ),
+        ({'max_staleness_steps': 10.0}, '=10.0; set it to at least twice exch'),
         (
             {'max_staleness_steps': 9, 'mode': 'lockstep'},
             'max_staleness_steps=9 in lockstep',
@@ -84,7 +87,7 @@ def test_nothing_is_published_before_the_first_update():
   assert [step for step in range(16) if plan.due(step)] == [5, 10, 15]
 
 
-@pytest.mark.parametrize('limit', [None, 5, 12])
+@pytest.mark.parametrize('limit', [None, 10, 12])
 def test_a_teacher_is_too_old_beyond_its_limit(limit):
   plan = Plan(every=5, max_staleness_steps=limit)
   for step in range(40):

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     'exchange': _STORAGE | {'publications', 'topology'},
     'background': set(),
     'memory_exchange': _EXCHANGE,
-    'publisher': _EXCHANGE,
+    'publisher': _EXCHANGE | {'leases'},
     'teaching': _PLAN,
     'fetcher': _EXCHANGE | {'publisher', 'teaching'},
     'fetching': _EXCHANGE | {'fetcher', 'teaching'},

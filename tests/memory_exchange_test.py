@@ -282,35 +282,35 @@ def test_publications_that_no_restart_needs_are_deleted(tmp_path):
 
 
 def test_a_stale_peer_is_dropped_and_taken_back():
-  plan = Plan(every=5, max_staleness_steps=5)
+  plan = Plan(every=5, max_staleness_steps=10)
   ours, theirs, third = memory_exchanges(3, plan=plan)
   theirs.publish_if_due(5, variables(1))
   third.publish_if_due(10, variables(2))
-  assert ours.fetch(10).present_P.tolist() == [1, 1]
-  assert ours.fetch(11).present_P.tolist() == [0, 1]
-  assert ours.metrics(11)['exchange/peers_present'] == 1
-  assert ours.fetch(16) is None
-  theirs.publish_if_due(15, variables(3))
-  assert ours.fetch(16).present_P.tolist() == [1, 0]
+  assert ours.fetch(15).present_P.tolist() == [1, 1]
+  assert ours.fetch(16).present_P.tolist() == [0, 1]
+  assert ours.metrics(16)['exchange/peers_present'] == 1
+  assert ours.fetch(21) is None
+  theirs.publish_if_due(20, variables(3))
+  assert ours.fetch(21).present_P.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     'policy, error', [('fail', StaleError), ('wait', TimeoutError)]
 )
 def test_a_stale_peer_ends_the_run_if_told_to(policy, error):
-  plan = Plan(every=5, max_staleness_steps=5, staleness_policy=policy)
+  plan = Plan(every=5, max_staleness_steps=10, staleness_policy=policy)
   ours, theirs = memory_exchanges(2, plan=plan)
   theirs.publish_if_due(5, variables(1))
-  assert ours.fetch(10) is not None
+  assert ours.fetch(15) is not None
   with pytest.raises(error, match='group 1'):
-    ours.fetch(11)
+    ours.fetch(16)
 
 
 def test_the_policy_wait_waits_for_a_thread():
-  plan = Plan(every=5, max_staleness_steps=5, staleness_policy='wait')
+  plan = Plan(every=5, max_staleness_steps=10, staleness_policy='wait')
   ours, theirs = memory_exchanges(2, plan=plan, timeout_seconds=30.0)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    waiting = pool.submit(ours.fetch, 11)
+    waiting = pool.submit(ours.fetch, 16)
     theirs.publish_if_due(5, variables(1))  # Too old.
     theirs.publish_if_due(10, variables(2))
     assert waiting.result(30) is not None

@@ -22,6 +22,8 @@ from codistill_jax import run_directory, storage
 # Names the file that a drilled process obeys.
 CONTROL_VARIABLE = 'CODISTILL_DRILL_CONTROL'
 
+_MARK = 'commit_success.txt'
+
 Undo = tuple[float, Callable[[], None]]
 
 
@@ -38,6 +40,7 @@ class Victim:
     group_id: The group.
     pid: Its process at this moment; None if there is none.
     control: The file that its process obeys.
+    fresh: The step of the publication to harm; None: any.
     wishes: What is in that file.
   """
 
@@ -45,6 +48,7 @@ class Victim:
   group_id: int
   pid: int | None
   control: pathlib.Path
+  fresh: int | None = None
   wishes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def wish(self, **wishes: Any) -> None:
@@ -60,21 +64,21 @@ class Victim:
     return self.pid
 
   def publication(self, rng: np.random.Generator) -> pathlib.Path:
-    """The directory of one of its publications; mostly the newest."""
+    """The directory of one of its publications."""
     directory = run_directory.publications_dir(self.workdir, self.group_id)
     steps = storage.completed_steps(directory)
     if not steps:
       raise Nothing
-    step = steps[-1] if rng.random() < 0.7 else int(rng.choice(steps))
+    step = int(rng.choice(steps)) if self.fresh is None else self.fresh
     return pathlib.Path(directory) / str(step)
 
   def file(self, rng: np.random.Generator) -> pathlib.Path:
-    """A file that is not empty, of one of its publications."""
+    """A file of a publication, not empty, and not the mark of completion."""
     try:
       files = sorted(
           p
           for p in self.publication(rng).rglob('*')
-          if p.is_file() and p.stat().st_size
+          if p.is_file() and p.stat().st_size and p.name != _MARK
       )
     except OSError:
       files = []  # Deleted meanwhile.
@@ -145,12 +149,12 @@ def read_only_disk(victim: Victim, rng: np.random.Generator) -> Undo:
 def full_disk(victim: Victim, rng: np.random.Generator) -> Undo:
   """No file of this process can grow; libraries in C++ feel it as well."""
   pid = victim.running()
-  _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+  soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
   resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
 
   def make_room() -> None:
     if victim.pid == pid:
-      resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+      resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
   return float(rng.uniform(3.0, 12.0)), make_room
 
@@ -161,14 +165,25 @@ def skew_clock(victim: Victim, rng: np.random.Generator) -> Undo:
   return float(rng.uniform(5.0, 30.0)), lambda: victim.wish(clock_offset=0.0)
 
 
+def forge(victim: Victim, rng: np.random.Generator) -> Undo:
+  """The group publishes, well formed, what no peer may use."""
+  victim.running()
+  victim.wish(forge=str(rng.choice(['nan', 'shape', 'source'])))
+  return float(rng.uniform(8.0, 15.0)), lambda: victim.wish(forge='')
+
+
+# These harm a publication: best at once when it is complete, before it is read.
+OF_PUBLICATIONS = {'truncate', 'flip', 'delete'}
+
 # With how often each comes, relative to the others.
-FAULTS: dict[str, tuple[Callable[..., Undo | None], float]] = {
+FAULTS: dict[str, tuple[Callable[..., Undo | None], int]] = {
     'kill': (kill, 12),
     'terminate': (terminate, 5),
     'suspend': (suspend, 13),
     'truncate': (truncate, 14),
     'flip': (flip, 14),
     'delete': (delete, 12),
+    'forge': (forge, 6),
     'slow_disk': (slow_disk, 8),
     'read_only_disk': (read_only_disk, 7),
     'full_disk': (full_disk, 7),

@@ -7,6 +7,7 @@ which no broken disk holds up.
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from codistill_jax import group, publications, storage
+from codistill_jax import checkpoint, group, publications, storage, troubles
 from codistill_jax.base import Variables
 from experiments import cli, driver, train_group
 from experiments.drill_faults import CONTROL_VARIABLE
@@ -38,6 +39,9 @@ class Control:
     read_only: Whether the run directory can be written to.
     clock_offset: Seconds that the clock of this host is wrong.
     step_seconds: How long an update takes at least.
+    forge: In which way what it publishes is not to be used: '' (in none), 'nan'
+      (numbers that are none), 'shape' (another architecture), 'source' (of
+      another group).
   """
 
   def __init__(self, path: str):
@@ -45,6 +49,7 @@ class Control:
     self.read_only = False
     self.clock_offset = 0.0
     self.step_seconds = 0.0
+    self.forge = ''
     self._path = path
     self._open = builtins.open
     self._read()
@@ -86,21 +91,22 @@ def digest(variables: Variables) -> str:
 
 
 def break_disk(control: Control, root: str) -> None:
-  """Makes the file operations of this process obey `control` below `root`."""
-  real_time = time.time
-  time.time = lambda: real_time() + control.clock_offset
+  """Makes the file operations of this process obey `control` below `root`.
+
+  Those of Python: what C++ code does in a directory that is there already is
+  neither slow nor refused. The limit of `full_disk` is felt by all.
+  """
+  below = os.path.join(root, '')
 
   def patched(function: Callable, writes: Callable[..., bool]) -> Callable:
-    def call(path, *args, **kwargs):
-      inside = isinstance(path, str | os.PathLike) and os.fspath(
-          path
-      ).startswith(root)
-      if inside:
+    def call(*args, **kwargs):
+      path = _absolute(args[0] if args else None, kwargs.get('dir_fd'))
+      if path.startswith(below):
         if control.slow_seconds:
           time.sleep(control.slow_seconds)
-        if control.read_only and writes(*args, **kwargs):
-          raise OSError(30, 'Read-only file system', os.fspath(path))
-      return function(path, *args, **kwargs)
+        if control.read_only and writes(*args[1:], **kwargs):
+          raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+      return function(*args, **kwargs)
 
     return call
 
@@ -117,33 +123,98 @@ def break_disk(control: Control, root: str) -> None:
     setattr(os, name, patched(getattr(os, name), never))
 
 
-def watch_exchange(report: Reporter, group_id: int) -> None:
-  """Reports what is published and read, with its bits, and what is saved."""
+def _absolute(path: Any, directory: int | None) -> str:
+  """Where a file operation goes; '' for what is no path."""
+  if not isinstance(path, str | os.PathLike):
+    return ''
+  path = os.fspath(path)
+  if directory is not None and not os.path.isabs(path):
+    # `shutil.rmtree` works with names in open directories.
+    path = os.path.join(os.readlink(f'/proc/self/fd/{directory}'), path)
+  return path
+
+
+def skew_clock(control: Control) -> None:
+  """Makes the clock of this process obey `control`; not the monotonic one."""
+  real_time = time.time
+  time.time = lambda: real_time() + control.clock_offset
+
+
+def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
+  """Reports what is published and read, with its bits; forges to order."""
   write, read, save = publications.write, publications.read, storage.save
 
   def reported_write(root, publication, variables):
-    report('offered', step=publication.step, digest=digest(variables))
+    step = publication.step
+    if control.forge:
+      directory = publications.group_directory(root, group_id)
+      save(directory, step, *_forged(publication, variables, control.forge))
+      report('forged', step=step)
+      return publication
+    report('offered', step=step, digest=digest(variables))
     written = write(root, publication, variables)
-    report('published', step=publication.step)
+    report('published', step=step)
     return written
 
   def reported_read(root, peer, step, **kwargs):
-    publication, variables = read(root, peer, step, **kwargs)
     if peer == group_id:  # Looks at what it published in an earlier life.
-      return publication, variables
+      return read(root, peer, step, **kwargs)
+    try:
+      publication, variables = read(root, peer, step, **kwargs)
+    except (storage.DamagedError, publications.MismatchError):
+      report('refused', peer=peer, step=step)
+      raise
     report('used', peer=peer, step=step, digest=digest(variables))
     return publication, variables
 
-  def reported_save(directory, step, tree, facts):
-    kind = 'checkpoint' if 'checkpoints' in os.fspath(directory) else 'other'
-    report('saving', kind=kind, step=step)
-    record = save(directory, step, tree, facts)
-    report('saved', kind=kind, step=step)
-    return record
-
   publications.write = reported_write
   publications.read = reported_read
+
+
+def _forged(
+    publication: publications.Publication, variables: Variables, how: str
+) -> tuple[Any, dict[str, Any]]:
+  """The tree and the facts of a publication that no peer may use."""
+  tree = {'params': variables.params, 'model_state': variables.model_state}
+  leaves, structure = jax.tree.flatten(tree)
+  group_id = publication.group_id
+  if how == 'nan':
+    leaves[0] = np.full_like(leaves[0], np.nan)
+  elif how == 'shape':
+    leaves[0] = np.concatenate([leaves[0], leaves[0]])
+  elif how == 'source':
+    group_id += 1
+  facts = {
+      'group_id': group_id,
+      'step': publication.step,
+      'time': publication.time,
+      'identity': dict(publication.identity),
+  }
+  return structure.unflatten(leaves), facts
+
+
+def watch_saving(report: Reporter) -> None:
+  """Reports which resume checkpoints are asked for, and which are complete."""
+  ask, save = checkpoint.Checkpoints.save, storage.save
+  fail = troubles.Troubles.failed
+
+  def reported_ask(self, state, teacher_steps=()):
+    report('saving', step=int(state.step))
+    ask(self, state, teacher_steps)
+
+  def reported_save(directory, step, tree, facts):
+    record = save(directory, step, tree, facts)
+    if os.path.basename(directory) == 'checkpoints':
+      report('saved', step=step)
+    return record
+
+  def reported_failure(self, doing, error):
+    report('trouble', doing=doing)
+    fail(self, doing, error)
+
+  checkpoint.Checkpoints.save = reported_ask
   storage.save = reported_save
+  troubles.Troubles.failed = reported_failure
 
 
 def watch_training(report: Reporter, control: Control) -> None:
@@ -167,8 +238,10 @@ def main(argv: list[str]) -> None:
   report = Reporter(os.environ[SOCKET_VARIABLE], flags.group_id)
   control = Control(os.environ[CONTROL_VARIABLE])
   report('alive')
-  watch_exchange(report, flags.group_id)
+  watch_exchange(report, control, flags.group_id)
+  watch_saving(report)
   watch_training(report, control)
+  skew_clock(control)
   break_disk(control, os.path.abspath(flags.workdir))
   train_group.main(argv)
 

@@ -3,43 +3,45 @@ r"""A run under faults: kills, suspensions, damaged publications, broken disks.
     python -m experiments.fault_drill --minutes=20 --seed=0
 
 Trains groups of one small model as `train_local` does, each in a process of its
-own, and does harm to them at random for so many minutes. Then they may finish.
-Prints a table of the faults and what the promises came to:
+own, and does harm to them at random for so many minutes, once all have begun.
+Then they may finish, unharmed. Prints a table of the faults and what the
+promises came to:
 
 * no group ends other than by a fault that the drill asked for,
 * no publication is used whose bits are not those its group published,
 * no restart loses more than one checkpoint interval (beyond what the disk
-  refused to save),
+  refused to save), and none any update after a stop that said it had saved,
+* when the faults are over, groups publish, and take what their peers publish,
 * every group reaches its last step.
 
-Exit status 1 if one of them is broken. Linux only.
+With --workdir the result is also in <workdir>/drill.json. Exit status 1 if one
+of them is broken. Linux only.
 """
 
-import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
-from codistill_jax import files, run_directory
-from experiments import cli, supervisor
+from codistill_jax import files
+from experiments import cli, drill_report, processes, supervisor
 from experiments.drill_faults import (
     CONTROL_VARIABLE,
     FAULTS,
+    OF_PUBLICATIONS,
     Nothing,
     Victim,
 )
 from experiments.drill_ledger import SOCKET_VARIABLE, Ledger
 from experiments.stopping import StopRequest
-from experiments.tables import align
 
 EVERY, CHECKPOINT_EVERY = 10, 20
 _CONFIG = """\
@@ -61,27 +63,52 @@ experiment.Experiment.eval_every = 100
 experiment.Experiment.checkpoint_every = {checkpoint_every}
 """
 _POLL_SECONDS = 0.1
+_PROGRESS_SECONDS = 30.0
+_BEGIN_SECONDS = 300.0  # For the groups to begin.
 _FINISH_SECONDS = 600.0  # For the groups to end after the last fault.
 _FASTEST, _SLOWEST = 0.01, 2.0  # Seconds of a step.
+# Of the faults that harm publications: the share that waits for the next one.
+_AMBUSHES = 0.7
 
 
 def define_flags() -> None:
   """Defines the flags; not on import, where those of train_group stand."""
   flags.DEFINE_string(
-      'workdir', None, 'Run directory; by default a temporary one, deleted.'
+      'workdir',
+      None,
+      'Run directory, new or empty, which is kept; by default a temporary one,'
+      ' deleted at the end.',
   )
   flags.DEFINE_integer('num_groups', 4, 'Groups of the run.', lower_bound=2)
-  flags.DEFINE_float('minutes', 5.0, 'How long to do harm.', lower_bound=0.1)
-  flags.DEFINE_integer('seed', 0, 'Of the faults.')
+  flags.DEFINE_float(
+      'minutes',
+      5.0,
+      'How long to do harm; starting and finishing take about a minute more.',
+      lower_bound=0.1,
+  )
+  flags.DEFINE_integer(
+      'seed',
+      0,
+      'Of the faults: which, on whom, and when after the one before.',
+      lower_bound=0,
+  )
   flags.DEFINE_float(
       'seconds_between', 5.0, 'Between faults, on average.', lower_bound=0.1
   )
-  flags.DEFINE_integer('num_steps', 0, 'Updates; 0: 2 for each second.')
+  flags.DEFINE_integer(
+      'num_steps', 0, 'Updates of each group; 0: 2 for each second of harm.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   values = flags.FLAGS
+  if sys.platform != 'linux':
+    raise ValueError(
+        'the drill needs Linux (it limits the files of other processes), and'
+        f' this is {sys.platform}; run it there'
+    )
+  stop = StopRequest().install()
   with tempfile.TemporaryDirectory(prefix='drill_') as temporary:
     drill = Drill(
         values.workdir or os.path.join(temporary, 'run'),
@@ -92,10 +119,12 @@ def main(argv: Sequence[str]) -> None:
         num_steps=values.num_steps or int(120 * values.minutes),
         seed=values.seed,
     )
-    result = drill.run(StopRequest().install())
-    print(describe(result))
+    result = drill.run(stop)
+    print(drill_report.describe(result), flush=True)
     if values.workdir:
       files.write_json(os.path.join(values.workdir, 'drill.json'), result)
+  if result['stopped']:
+    raise processes.stopped(stop)
   if result['broken']:
     sys.exit(cli.CLEAR_ERROR)
 
@@ -113,21 +142,38 @@ class Drill:
       seconds_between: float,
       num_steps: int,
       seed: int,
+      calm_seconds: float = 25.0,
+      patience_seconds: float = 15.0,
+      deck: Mapping[str, int] | None = None,
   ):
     """Prepares the run; starts nothing.
 
     Args:
-      workdir: The run directory.
-      temporary: For control files and the socket.
+      workdir: The run directory; new, or empty.
+      temporary: For control files and the socket; a short path.
       num_groups: G.
       seconds: How long to do harm.
       seconds_between: Between faults, on average.
       num_steps: Updates of each group.
       seed: Of the faults.
+      calm_seconds: How long the groups train on when the faults are over.
+      patience_seconds: That a group then has to take what a peer publishes.
+      deck: How often each fault comes before all begins anew; by default as in
+        `FAULTS`. Dealt in random order.
+
+    Raises:
+      ValueError: If the run directory is not empty.
     """
     self._workdir = os.path.abspath(workdir)
+    if os.path.isdir(self._workdir) and os.listdir(self._workdir):
+      raise ValueError(
+          f'--workdir={workdir} is not empty; a drill needs a run of its own,'
+          ' so give it a new directory'
+      )
     self._seconds = seconds
     self._between = seconds_between
+    self._calm_seconds = calm_seconds
+    self._patience_seconds = patience_seconds
     self._num_steps = num_steps
     self._rng = np.random.default_rng(seed)
     self._facts = {
@@ -135,10 +181,17 @@ class Drill:
         'seed': seed,
         'minutes': round(seconds / 60, 2),
         'num_steps': num_steps,
+        'exchange_every': EVERY,
+        'checkpoint_every': CHECKPOINT_EVERY,
     }
-    self._log: list[tuple[float, str, int]] = []
-    self._undo: list[tuple[float, Callable[[], None]]] = []
-    self._ledger = Ledger(os.path.join(temporary, 'events'))
+    self._deck = deck or {name: n for name, (_, n) in FAULTS.items()}
+    self._cards: list[str] = []
+    self._log: list[drill_report.Fault] = []
+    self._undo: list[_Pending] = []
+    # By group: what harms its next publication.
+    self._ambushes: dict[int, tuple[str, np.random.Generator]] = {}
+    self._began = 0.0
+    self._ledger = Ledger(os.path.join(temporary, 'events'), self._ambush)
     config = pathlib.Path(temporary) / 'drill.gin'
     config.write_text(
         _CONFIG.format(
@@ -180,164 +233,174 @@ class Drill:
     return supervisor.Group(self._workdir, group_id, command, environment)
 
   def run(self, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Trains and does harm; what came of it."""
-    start = time.monotonic()
-    end, limit = start + self._seconds, start + self._seconds + _FINISH_SECONDS
-    next_fault, error = start + 10.0, None
+    """Trains and does harm; what came of it, see `drill_report.result`.
+
+    Args:
+      stop: Polled; true ends the drill early.
+    """
+    start, error = time.monotonic(), ''
     try:
-      while not all(group.done for group in self._groups):
-        now = time.monotonic()
-        self._supervise(end - now)
-        self._undo_what_is_over(now, everything=now > end)
-        if next_fault <= now < end and self._strike(now - start):
-          next_fault = now + float(self._rng.exponential(self._between))
-        if now > limit:
-          raise ValueError(
-              f'the groups have not finished {_FINISH_SECONDS:g} s after the'
-              ' last fault'
-          )
-        if stop():
-          raise ValueError('the drill was stopped')
-        time.sleep(_POLL_SECONDS)
+      self._train_and_harm(stop)
     except ValueError as e:  # A group was given up, by a clear error.
       error = str(e)
     finally:
-      self._undo_what_is_over(time.monotonic(), everything=True)
+      self._undo_what_is_over(everything=True)
       supervisor.end_all(self._groups)
-    time.sleep(0.2)  # The last datagrams.
-    return self._result(time.monotonic() - start, error)
+      time.sleep(0.2)  # The last datagrams.
+      self._ledger.close()
+    return drill_report.result(
+        self._facts | {'seconds': round(time.monotonic() - start, 1)},
+        faults=self._log,
+        ledger=self._ledger,
+        groups=self._groups,
+        calm_since=self._began + self._seconds if self._began else None,
+        patience=self._patience_seconds,
+        error=error,
+        stopped=stop(),
+    )
 
-  def _supervise(self, seconds_left: float) -> None:
+  def _train_and_harm(self, stop: Callable[[], bool]) -> None:
+    start = said = time.monotonic()
+    next_fault = 0.0
+    while not stop() and not all(group.done for group in self._groups):
+      now = time.monotonic()
+      if not self._began and self._all_train():
+        self._began, next_fault = now, now
+      end = self._began + self._seconds
+      harm = bool(self._began) and now < end
+      self._supervise(end - now if self._began else self._seconds)
+      self._undo_what_is_over(everything=not harm)
+      if harm and now >= next_fault and self._strike():
+        next_fault = now + float(self._rng.exponential(self._between))
+      if now - said > _PROGRESS_SECONDS:
+        said = now
+        self._say_progress(now - start)
+      self._check_time(now - start)
+      time.sleep(_POLL_SECONDS)
+
+  def _all_train(self) -> bool:
+    return all(self._ledger.step_of(g.group_id) > 0 for g in self._groups)
+
+  def _check_time(self, seconds: float) -> None:
+    if not self._began and seconds > _BEGIN_SECONDS:
+      raise ValueError(f'not all groups have begun within {seconds:.0f} s')
+    if seconds > _BEGIN_SECONDS + self._seconds + _FINISH_SECONDS:
+      raise ValueError(
+          f'the groups have not finished {_FINISH_SECONDS:g} s after the last'
+          ' fault'
+      )
+
+  def _say_progress(self, seconds: float) -> None:
+    steps = ' '.join(
+        str(self._ledger.step_of(g.group_id)) for g in self._groups
+    )
+    processes.say(
+        f'{seconds:.0f} s: {len(self._log)} faults; the groups are at steps'
+        f' {steps} of {self._num_steps}'
+    )
+
+  def _supervise(self, harm_left: float) -> None:
+    """Starts what died; sets the pace.
+
+    So that the faults do not outlive the run, all arrive at the same time, and
+    some of it is left when the faults are over.
+    """
     for group, victim in zip(self._groups, self._victims):
+      status = _exit_status(victim.pid)
+      if status is not None:
+        self._ledger.ended(group.group_id, victim.pid, status)
       group.poll(max_restarts=50)
       victim.pid = group.pid
       left = self._num_steps - self._ledger.step_of(group.group_id)
       if left > 0:
-        # So that the faults do not outlive the run, nor the run the faults.
-        pace = max(seconds_left - 5.0, 0.0) / left
+        pace = max(harm_left + self._calm_seconds, 0.0) / left
         victim.wish(step_seconds=min(max(pace, _FASTEST), _SLOWEST))
 
-  def _undo_what_is_over(self, now: float, *, everything: bool) -> None:
-    later = []
-    for due, undo in self._undo:
-      if due > now and not everything:
-        later.append((due, undo))
+  def _undo_what_is_over(self, *, everything: bool) -> None:
+    if everything:
+      self._ambushes.clear()
+    now, later = time.monotonic(), []
+    for one in self._undo:
+      if one.due > now and not everything:
+        later.append(one)
         continue
       with contextlib.suppress(ProcessLookupError):  # Killed meanwhile.
-        undo()
+        one.undo()
     self._undo = later
 
-  def _strike(self, seconds: float) -> bool:
+  def _strike(self) -> bool:
     """One fault; false if there was nothing to harm."""
-    names = list(FAULTS)
-    weights = np.array([FAULTS[name][1] for name in names], np.float64)
-    name = str(self._rng.choice(names, p=weights / weights.sum()))
+    if not self._cards:
+      cards = [name for name, n in self._deck.items() for _ in range(n)]
+      self._cards = [str(name) for name in self._rng.permutation(cards)]
+    name = self._cards.pop()
+    if self._deal(name):
+      return True
+    self._cards.insert(0, name)  # Its turn will come.
+    return False
+
+  def _deal(self, name: str) -> bool:
     victim = self._victims[int(self._rng.integers(len(self._victims)))]
     if self._groups[victim.group_id].done:
       return False
+    if name in OF_PUBLICATIONS and self._rng.random() < _AMBUSHES:
+      if victim.group_id in self._ambushes:
+        return False
+      self._ambushes[victim.group_id] = (name, self._rng.spawn(1)[0])
+      return True
+    same = (name, victim.group_id)
+    if any((one.name, one.group_id) == same for one in self._undo):
+      return False  # The first to be undone would undo both.
+    return self._harm(name, victim, self._rng)
+
+  def _ambush(self, group_id: int, step: int) -> None:
+    """Harms a publication at once; in the thread of the ledger."""
+    found = self._ambushes.pop(group_id, None)
+    if found is not None:
+      name, rng = found
+      victim = dataclasses.replace(self._victims[group_id], fresh=step)
+      self._harm(name, victim, rng)
+
+  def _harm(self, name: str, victim: Victim, rng: np.random.Generator) -> bool:
+    pid = victim.pid
     try:
-      undo = FAULTS[name][0](victim, self._rng)
+      undo = FAULTS[name][0](victim, rng)
     except (Nothing, OSError):
       return False
+    self._ledger.struck(pid, name)
+    now = time.monotonic()
     if undo is not None:
-      self._undo.append((time.monotonic() + undo[0], undo[1]))
-    self._log.append((seconds, name, victim.group_id))
+      due = now + undo[0]
+      self._undo.append(_Pending(due, name, victim.group_id, undo[1]))
+    seconds = round(now - self._began, 2)
+    self._log.append(drill_report.Fault(seconds, name, victim.group_id))
     return True
 
-  def _result(self, seconds: float, error: str | None) -> dict[str, Any]:
-    groups = [self._outcome(group) for group in self._groups]
-    losses = [
-        loss - waived
-        for group in self._groups
-        for loss, waived in self._ledger.losses(group.group_id)
-    ]
-    worst = max(losses, default=0)
-    broken = list(self._ledger.bad_uses[:5])
-    if error:
-      broken.append(error)
-    if worst > CHECKPOINT_EVERY:
-      broken.append(
-          f'a restart lost {worst} steps, more than the checkpoint interval of'
-          f' {CHECKPOINT_EVERY}'
-      )
-    broken += [
-        f'group {g["group"]} ended at step {g["step"]} of {self._num_steps}'
-        for g in groups
-        if not g['done']
-    ]
-    counts = collections.Counter(name for _, name, _ in self._log)
-    return {
-        **self._facts,
-        'seconds': round(seconds, 1),
-        'faults': {name: counts[name] for name in FAULTS},
-        'num_faults': len(self._log),
-        'publications': self._ledger.publications,
-        'uses': self._ledger.uses,
-        'bad_uses': len(self._ledger.bad_uses),
-        'restarts': len(losses),
-        'steps_lost': {
-            'median': statistics.median(losses) if losses else 0,
-            'most': worst,
-        },
-        'groups': groups,
-        'broken': broken,
-    }
 
-  def _outcome(self, group: supervisor.Group) -> dict[str, Any]:
-    path = run_directory.metrics_path(self._workdir, group.group_id)
-    records = run_directory.read_metrics(path).records
-    _, present = run_directory.series(records, 'exchange/peers_present')
-    _, ages = run_directory.series(records, 'exchange/staleness_steps_max')
-    return {
-        'group': group.group_id,
-        'step': self._ledger.step_of(group.group_id),
-        'done': group.done,
-        'restarts': group.restarts,
-        'rejected': _total(records, 'exchange/rejected'),
-        'publish_failures': _total(records, 'exchange/publish_failures'),
-        'peers_present': round(statistics.mean(present), 2) if present else 0.0,
-        'staleness_steps_max': max(ages, default=0.0),
-    }
+class _Pending(NamedTuple):
+  """A fault to be undone, when `due` (monotonic seconds)."""
+
+  due: float
+  name: str
+  group_id: int
+  undo: Callable[[], None]
 
 
-def _total(records: Sequence[dict[str, Any]], key: str) -> int:
-  """The sum of a count that begins at 0 in each process."""
-  total, before = 0.0, 0.0
-  for record in records:
-    now = record.get(key)
-    if isinstance(now, int | float):
-      total += now - before if now >= before else now
-      before = now
-  return int(total)
+def _exit_status(pid: int | None) -> int | None:
+  """How a child ended, below 0 by a signal; None if it did not.
 
-
-def describe(result: dict[str, Any]) -> str:
-  """The result as text."""
-  faults = [
-      ['fault', 'times'],
-      *([k, str(n)] for k, n in result['faults'].items()),
-  ]
-  columns = list(result['groups'][0])
-  groups = [columns, *([str(g[c]) for c in columns] for g in result['groups'])]
-  lost = result['steps_lost']
-  lines = [
-      f'{result["num_faults"]} faults in {result["minutes"]:g} minutes, seed'
-      f' {result["seed"]}; {result["num_groups"]} groups of'
-      f' {result["num_steps"]} steps, {result["seconds"]:.0f} s in all',
-      align(faults),
-      '',
-      align(groups),
-      '',
-      f'{result["publications"]} publications; read {result["uses"]} times, of'
-      f' these with other bits than published: {result["bad_uses"]}',
-      f'{result["restarts"]} restarts; steps lost: median {lost["median"]:g},'
-      f' most {lost["most"]} (checkpoint interval {CHECKPOINT_EVERY})',
-  ]
-  if result['broken']:
-    lines += ['BROKEN:', *(f'  {line}' for line in result['broken'])]
-  else:
-    lines.append('all promises kept')
-  return '\n'.join(lines)
+  Leaves it to be waited for.
+  """
+  if pid is None:
+    return None
+  try:
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+  except ChildProcessError:
+    return None
+  if found is None:
+    return None
+  exited = found.si_code == os.CLD_EXITED
+  return found.si_status if exited else -found.si_status
 
 
 if __name__ == '__main__':

@@ -1,0 +1,420 @@
+"""A short drill keeps the promises; the books see those that are broken."""
+
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import tiny_run
+
+from codistill_jax import files, storage
+from experiments import drill_faults, fault_drill
+from experiments.drill_ledger import HINDERED_SECONDS, Ledger, Loss
+
+TERMINATED = 128 + signal.SIGTERM
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != 'linux', reason='the drill needs Linux'
+)
+
+
+# --- A short drill -----------------------------------------------------------
+
+
+# Few kills: it takes seconds to start again.
+_DECK = dict.fromkeys(drill_faults.FAULTS, 1) | {
+    'truncate': 3,
+    'flip': 4,
+    'delete': 2,
+    'forge': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def drilled():
+  """What a drill of seconds came to."""
+  with tempfile.TemporaryDirectory() as temporary:
+    drill = fault_drill.Drill(
+        os.path.join(temporary, 'run'),
+        temporary,
+        num_groups=2,
+        seconds=22.0,
+        seconds_between=0.9,
+        num_steps=200,
+        seed=3,
+        deck=_DECK,
+        calm_seconds=8.0,
+        patience_seconds=6.0,
+    )
+    return drill.run(lambda: False)
+
+
+def test_a_short_drill_keeps_all_promises(drilled):
+  assert drilled['broken'] == []
+  assert [(g['done'], g['step']) for g in drilled['groups']] == [
+      (True, 200),
+      (True, 200),
+  ]
+
+
+def test_its_faults_bite(drilled):
+  assert drilled['num_faults'] >= 12
+  assert sum(n > 0 for n in drilled['faults'].values()) >= 6
+  assert drilled['refused'] > 0  # Damage is found before it is used, ...
+  assert drilled['uses'] > 3  # ... and the sound ones are used.
+  assert sum(drilled['troubles'].values()) > 0
+  assert drilled['restarts'] > 0
+
+
+def test_its_result_is_json_and_a_table(drilled, tmp_path):
+  files.write_json(tmp_path / 'drill.json', drilled)
+  text = fault_drill.drill_report.describe(drilled)
+  assert text.endswith('all promises kept')
+  assert all(name in text for name in drill_faults.FAULTS)
+
+
+def test_nothing_is_left_behind_when_interrupted(tmp_path):
+  workdir = tmp_path / 'run'
+  process = subprocess.Popen(
+      [
+          sys.executable,
+          '-m',
+          'experiments.fault_drill',
+          f'--workdir={workdir}',
+          '--num_groups=2',
+      ],
+      cwd=tiny_run.ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+  )
+  try:
+    tiny_run.until(lambda: len(tiny_run.processes_of(workdir)) == 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == TERMINATED, output
+  assert tiny_run.processes_of(workdir) == []
+  assert json.loads((workdir / 'drill.json').read_text())['stopped']
+
+
+def test_a_workdir_that_is_not_empty_is_refused(tmp_path):
+  (tmp_path / 'config.gin').write_text('')
+  with pytest.raises(ValueError, match='is not empty'):
+    fault_drill.Drill(
+        tmp_path,
+        str(tmp_path),
+        num_groups=2,
+        seconds=1.0,
+        seconds_between=1.0,
+        num_steps=10,
+        seed=0,
+    )
+
+
+# --- The books ---------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger():
+  with tempfile.TemporaryDirectory() as temporary:
+    one = Ledger(os.path.join(temporary, 'events'))
+    yield one
+    one.close()
+
+
+def tell(ledger, *events, group=0, pid=1):
+  """Books events of one process, given as (event, value)."""
+  keys = {'used': 'digest', 'offered': 'digest', 'trouble': 'doing'}
+  for name, value in events:
+    fact = {keys.get(name, 'step'): value}
+    if name in ('used', 'offered'):
+      fact = {'digest': value, 'step': 10, 'peer': 1}
+    ledger.book({'event': name, 'group': group, 'pid': pid} | fact)
+
+
+def live(ledger, start, step, *more, pid):
+  tell(ledger, ('alive', 0), ('start', start), ('step', step), *more, pid=pid)
+
+
+def sentences(ledger, interval=20):
+  found = [loss.broken(interval) for loss in ledger.losses(0)]
+  return [sentence for sentence in found if sentence]
+
+
+def test_a_loss_is_what_was_reached_less_where_it_goes_on(ledger):
+  live(ledger, 0, 39, ('saving', 20), ('saved', 20), pid=1)
+  live(ledger, 20, 41, pid=2)
+  assert ledger.losses(0) == [Loss(39, 20, 0, False)]
+  assert not sentences(ledger)
+  assert ledger.step_of(0) == 41
+
+
+def test_a_process_that_did_not_begin_changes_nothing(ledger):
+  live(ledger, 0, 39, pid=1)
+  tell(ledger, ('alive', 0), pid=2)
+  assert ledger.step_of(0) == 39
+  live(ledger, 20, 21, pid=3)
+  assert [loss.steps for loss in ledger.losses(0)] == [19]
+
+
+def test_one_that_dies_before_its_first_update_loses_nothing(ledger):
+  live(ledger, 0, 25, pid=1)
+  tell(ledger, ('alive', 0), ('start', 20), pid=2)
+  live(ledger, 20, 21, pid=3)
+  assert [loss.steps for loss in ledger.losses(0)] == [5, 0]
+
+
+@pytest.mark.parametrize('start', [0, 18])
+def test_more_than_one_interval_lost_is_seen(ledger, start):
+  live(ledger, 0, 39, ('saving', 20), ('saved', 20), pid=1)
+  live(ledger, start, start + 1, pid=2)
+  assert 'more than the checkpoint interval of 20' in sentences(ledger)[0]
+
+
+def test_a_start_beyond_what_was_reached_is_seen(ledger):
+  live(ledger, 0, 19, pid=1)
+  live(ledger, 20, 21, pid=2)
+  assert 'having reached 19' in sentences(ledger)[0]
+
+
+def test_a_save_under_way_excuses_what_came_after_it(ledger):
+  live(ledger, 0, 25, ('saving', 20), pid=1)
+  ledger.ended(0, 1, -9)
+  live(ledger, 0, 1, pid=2)
+  assert ledger.losses(0) == [Loss(25, 0, 5, False)]
+  assert not sentences(ledger)
+
+
+def test_saves_that_a_disk_refuses_excuse_all_since_the_first(
+    ledger, monkeypatch
+):
+  live(ledger, 0, 75, ('saving', 20), ('saved', 20), pid=1)
+  tell(ledger, ('saving', 40), ('saving', 60), pid=1)
+  ledger.struck(1, 'read_only_disk')
+  ledger.ended(0, 1, -9)
+  live(ledger, 20, 21, pid=2)
+  assert ledger.losses(0) == [Loss(75, 20, 35, False)]
+  assert not sentences(ledger)
+  # One step further back is one too many.
+  later = time.monotonic()
+  monkeypatch.setattr(time, 'monotonic', lambda: later)
+  live(ledger, 19, 20, pid=3)
+  assert Loss(75, 19, 35, False).broken(20)
+
+
+def test_a_healthy_disk_is_no_excuse_for_a_save_that_does_not_end(
+    ledger, monkeypatch
+):
+  live(ledger, 0, 75, ('saving', 20), ('saving', 40), pid=1)
+  ledger.struck(1, 'skew_clock')
+  long_after = time.monotonic() + 2 * HINDERED_SECONDS
+  monkeypatch.setattr(time, 'monotonic', lambda: long_after)
+  ledger.ended(0, 1, -9)
+  live(ledger, 0, 1, pid=2)
+  assert sentences(ledger)
+
+
+def test_a_save_that_overtook_another_is_enough(ledger):
+  live(ledger, 0, 45, ('saving', 20), ('saving', 40), ('saved', 40), pid=1)
+  live(ledger, 20, 21, pid=2)
+  assert ledger.losses(0)[0].excused == 0
+
+
+@pytest.mark.parametrize('start,broken', [(33, 0), (32, 0), (31, 1), (20, 1)])
+def test_a_stop_that_says_it_saved_must_have(ledger, start, broken):
+  live(ledger, 0, 33, ('saving', 20), ('saved', 20), pid=1)
+  ledger.ended(0, 1, TERMINATED)
+  live(ledger, start, start + 1, pid=2)
+  assert len(sentences(ledger)) == broken
+
+
+@pytest.mark.parametrize(
+    'status,step,faults,asked',
+    [
+        (-9, 5, ['kill'], True),
+        (-9, 5, ['suspend'], False),
+        (-11, 5, ['kill'], False),
+        (TERMINATED, 5, ['terminate'], True),
+        (TERMINATED, 5, [], False),
+        (70, 5, ['full_disk'], False),
+        (1, 5, ['full_disk', 'terminate'], False),
+        (75, 5, ['full_disk'], False),  # In the middle of training.
+        (75, 5, ['full_disk', 'terminate'], True),
+        (75, 100, ['full_disk'], True),
+        (75, 100, ['flip'], False),
+        (0, 100, [], True),
+    ],
+)
+def test_only_what_was_asked_for_may_end_a_process(
+    ledger, status, step, faults, asked
+):
+  live(ledger, 0, step, pid=7)
+  for fault in faults:
+    ledger.struck(7, fault)
+  ledger.ended(0, 7, status)
+  assert len(ledger.unasked_endings(num_steps=100)) == (not asked)
+
+
+def test_bits_that_were_never_published_are_seen(ledger):
+  tell(ledger, ('offered', 'a'), ('offered', 'b'), group=1, pid=2)
+  tell(ledger, ('alive', 0), ('used', 'a'), ('used', 'b'))
+  assert (ledger.uses, ledger.bad_uses) == (2, [])
+  tell(ledger, ('used', 'c'))
+  assert 'group 0 used publication 10 of group 1' in ledger.bad_uses[0]
+
+
+def test_a_reader_that_takes_nothing_is_seen(ledger, monkeypatch):
+  clock = [100.0]
+  monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+  live(ledger, 0, 5, pid=1)
+  tell(ledger, ('alive', 0), ('published', 10), group=1, pid=2)
+  clock[0] = 120.0
+  tell(ledger, ('step', 30))
+  assert 'without publication 10' in ledger.starved(90.0, 15.0)[0]
+  assert not ledger.starved(90.0, 25.0)  # It may take that long.
+  assert not ledger.starved(101.0, 15.0)  # Something was still broken.
+  tell(ledger, ('used', 'x'))
+  assert not ledger.starved(90.0, 15.0)
+
+
+def test_events_arrive_from_other_processes(ledger):
+  code = (
+      'from experiments.drilled_group import Reporter;'
+      f"report = Reporter({ledger.address!r}, 3); report('alive');"
+      "report('start', step=7)"
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=tiny_run.ROOT, check=True)
+  tiny_run.until(lambda: ledger.step_of(3) == 7, timeout=10)
+
+
+# --- The faults --------------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path):
+  directory = tmp_path / 'exchange' / 'group_0'
+  for step in (10, 20):
+    storage.save(directory, step, {'x': np.arange(999.0)}, {})
+  process = subprocess.Popen([sys.executable, '-c', _LOOP], cwd=tmp_path)
+  yield drill_faults.Victim(
+      str(tmp_path), 0, process.pid, tmp_path / 'control', fresh=20
+  )
+  process.kill()
+  process.wait()
+
+
+# Appends to a file as often as it can, and says what it must leave undone.
+_LOOP = """
+import time
+while True:
+  try:
+    with open('grows', 'a') as f:
+      f.write('x')
+  except OSError as e:
+    open('refused', 'a').close()
+  time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize('name', sorted(drill_faults.OF_PUBLICATIONS))
+@pytest.mark.parametrize('seed', range(3))
+def test_damage_is_damage_and_hits_what_is_fresh(victim, name, seed):
+  directory = pathlib.Path(victim.workdir) / 'exchange' / 'group_0'
+  before = tiny_run.snapshot(directory)
+  drill_faults.FAULTS[name][0](victim, np.random.default_rng(seed))
+  after = tiny_run.snapshot(directory)
+  differing = {
+      path for path in before if after.get(path) != before[path]
+  } or pytest.fail('nothing was harmed')
+  assert all(path.startswith('20/') for path in differing)
+
+
+def test_a_full_disk_refuses_until_it_is_undone(victim):
+  grows = pathlib.Path(victim.workdir) / 'grows'
+  refused = pathlib.Path(victim.workdir) / 'refused'
+  before = resource.prlimit(victim.pid, resource.RLIMIT_FSIZE)
+  tiny_run.until(grows.exists, timeout=10)
+  _, undo = drill_faults.full_disk(victim, np.random.default_rng(0))
+  tiny_run.until(refused.exists, timeout=10)
+  full = grows.stat().st_size
+  undo()
+  assert resource.prlimit(victim.pid, resource.RLIMIT_FSIZE) == before
+  tiny_run.until(lambda: grows.stat().st_size > full, timeout=10)
+
+
+def test_undoing_spares_the_next_process(victim):
+  _, undo = drill_faults.full_disk(victim, np.random.default_rng(0))
+  victim.pid += 1  # Another one, which must not be touched.
+  undo()
+
+
+def test_faults_without_a_victim_do_nothing(tmp_path):
+  nobody = drill_faults.Victim(str(tmp_path), 0, None, tmp_path / 'control')
+  for name in set(drill_faults.FAULTS) - {
+      'slow_disk',
+      'read_only_disk',
+      'skew_clock',
+  }:
+    with pytest.raises(drill_faults.Nothing):
+      drill_faults.FAULTS[name][0](nobody, np.random.default_rng(0))
+
+
+_BROKEN_DISK = """
+import os, pathlib, shutil, sys, time
+from etils import epath
+from experiments import drilled_group
+
+root, control = sys.argv[1:]
+control = drilled_group.Control(control)
+control.clock_offset = 5000.0
+there = time.time()
+drilled_group.skew_clock(control)
+assert 4990 < time.time() - there < 5010
+drilled_group.break_disk(control, root)
+path = epath.Path(root) / 'a' / 'b'
+path.parent.mkdir()
+path.write_text('x')
+control.read_only = True
+tries = {
+    'write': lambda: path.write_text('y'),
+    'open': lambda: open(path, 'ab'),
+    'pathlib': lambda: pathlib.Path(path).write_text('y'),
+    'mkdir': lambda: (path.parent / 'c' / 'd').mkdir(parents=True),
+    'unlink': lambda: path.unlink(),
+    'replace': lambda: path.replace(path.parent / 'c'),
+    'rmtree': lambda: path.parent.rmtree(),
+    'shutil': lambda: shutil.rmtree(path.parent),
+}
+for name, attempt in tries.items():
+  try:
+    attempt()
+  except OSError as e:
+    assert e.errno == 30, e
+  else:
+    sys.exit(f'{name} was not refused')
+assert path.read_text() == 'x'
+pathlib.Path(root + '_beside').mkdir()  # Another directory.
+control.read_only, control.slow_seconds = False, 0.2
+start = time.monotonic()
+path.exists()
+assert time.monotonic() - start >= 0.2
+"""
+
+
+def test_a_broken_disk_is_felt_by_every_way_to_it(tmp_path):
+  root = tmp_path / 'run'
+  root.mkdir()
+  subprocess.run(
+      [sys.executable, '-c', _BROKEN_DISK, root, tmp_path / 'control'],
+      cwd=tiny_run.ROOT,
+      check=True,
+  )

@@ -17,6 +17,7 @@ from experiments.stopping import StopRequest
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 60.0  # For groups to save after SIGTERM.
+_PATIENCE = 4  # So much more often may fail what may pass.
 _LONGEST_DELAY_SECONDS = 60.0
 _TAIL_BYTES = 1 << 14
 _LONGEST_LINE = 1000
@@ -77,7 +78,8 @@ class Group:
     """Starts the process if it should run; looks whether it has ended.
 
     Args:
-      max_restarts: How often it may die without a new resume checkpoint.
+      max_restarts: How often it may die without a new resume checkpoint; and
+        four times as often where the reason may pass (status 75).
 
     Raises:
       ValueError: If it ended with a clear error, or dies again and again.
@@ -100,6 +102,9 @@ class Group:
       raise ValueError(f'group {self.group_id}: {self._last_line()}')
     elif status < 0:
       self._count_death(f'signal {-status}', max_restarts)
+    elif status == cli.MAY_PASS:
+      # A disk may be full for longer than the first tries take.
+      self._count_death(f'exit status {status}', _PATIENCE * max_restarts)
     else:
       self._count_death(f'exit status {status}', max_restarts)
 

@@ -130,10 +130,7 @@ class MemoryExchange:
   def _write_mirror(self) -> None:
     root = storage.absolute(self._mirror.root)
     with self._writing:
-      # No restart will ask for those before; the others are not many, since
-      # checkpoints wait for them.
-      needed = self._plan.keep_from(self._restart_step)
-      self._unwritten = [x for x in self._unwritten if x[0].step >= needed]
+      self._forget_unneeded()
       while self._unwritten:
         try:
           publications.write(root, *self._unwritten[0])
@@ -143,6 +140,21 @@ class MemoryExchange:
           return
         self._troubles.worked('keeping publications on disk')
         del self._unwritten[0]
+
+  def _forget_unneeded(self) -> None:
+    """Bounds what a disk that stays full holds back in memory.
+
+    A restart makes all publications after its checkpoint again. So those are
+    needed that it will ask for from before, and the newest, for the next one.
+    """
+    last = self._restart_step
+    first = self._plan.keep_from(last)
+    newest = {x[0].step for x in self._unwritten[-self._board.keep :]}
+    self._unwritten = [
+        (publication, variables)
+        for publication, variables in self._unwritten
+        if first <= publication.step <= last or publication.step in newest
+    ]
 
   def fetch(self, step: int) -> Teachers | None:
     if not self.peers:
@@ -223,12 +235,12 @@ class MemoryExchange:
           )
 
   def settle(self, step: int) -> None:
-    del step
     if self._mirror:
       self._write_mirror()
-    if self._unwritten:
+    missing = [x for x in self._unwritten if x[0].step <= step]
+    if missing:
       raise OSError(
-          f'{len(self._unwritten)} publications of group {self._group_id}'
+          f'{len(missing)} publications of group {self._group_id}'
           ' before it are not on disk yet'
       )
 
@@ -258,7 +270,7 @@ class _Board:
     self.shelves: list[dict[int, tuple[Publication, Variables]]] = [
         {} for _ in range(num_groups)
     ]
-    self._keep = keep
+    self.keep = keep
     self._timeout = timeout_seconds
     self._changed = threading.Condition()
 
@@ -266,7 +278,7 @@ class _Board:
     with self._changed:
       shelf = self.shelves[publication.group_id]
       shelf[publication.step] = (publication, variables)
-      for step in sorted(shelf)[: -self._keep]:
+      for step in sorted(shelf)[: -self.keep]:
         del shelf[step]
       self._changed.notify_all()
 

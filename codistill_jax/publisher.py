@@ -235,6 +235,7 @@ class Publisher:
         self._changed.wait_for(wait_for, pause)
         if self._overtaken():
           return
+        self._failing = False  # This try may be slow again.
       pause = min(2 * pause, _SLOWEST_RETRY_SECONDS)
     self._prune()
 

@@ -84,7 +84,14 @@ class Victim:
       files = []  # Deleted meanwhile.
     if not files:
       raise Nothing
-    return files[int(rng.integers(len(files)))]
+    # Half of the time by size, or the arrays themselves would rarely be hit.
+    try:
+      sizes = np.array([float(p.stat().st_size) for p in files])
+    except OSError:
+      raise Nothing from None
+    if rng.random() < 0.5:
+      sizes[:] = 1.0
+    return files[int(rng.choice(len(files), p=sizes / sizes.sum()))]
 
 
 def kill(victim: Victim, rng: np.random.Generator) -> None:
@@ -168,12 +175,15 @@ def skew_clock(victim: Victim, rng: np.random.Generator) -> Undo:
 def forge(victim: Victim, rng: np.random.Generator) -> Undo:
   """The group publishes, well formed, what no peer may use."""
   victim.running()
-  victim.wish(forge=str(rng.choice(['nan', 'shape', 'source'])))
-  return float(rng.uniform(8.0, 15.0)), lambda: victim.wish(forge='')
+  victim.wish(forge=True)
+  return float(rng.uniform(8.0, 15.0)), lambda: victim.wish(forge=False)
 
 
 # These harm a publication: best at once when it is complete, before it is read.
 OF_PUBLICATIONS = {'truncate', 'flip', 'delete'}
+
+# These last, whichever process the group has.
+OF_HOSTS = {'slow_disk', 'read_only_disk', 'skew_clock', 'forge'}
 
 # With how often each comes, relative to the others.
 FAULTS: dict[str, tuple[Callable[..., Undo | None], int]] = {

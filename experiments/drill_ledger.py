@@ -22,6 +22,9 @@ SLOW_SAVE_SECONDS = 10.0
 # How long after such a fault began saves may still be behind.
 HINDERED_SECONDS = 40.0
 
+# How long a process may publish nothing at all.
+SILENT_SECONDS = 45.0
+
 # Faults during which a save may fail, or take long.
 _HINDERING = {'slow_disk', 'read_only_disk', 'full_disk', 'suspend'}
 
@@ -39,6 +42,8 @@ class Life:
     unsaved: The checkpoints that were asked for and are not complete, nor
       any after them: the step of each, and when that was, in monotonic seconds.
     ended_at: When it was seen to have ended, in monotonic seconds.
+    published: Its newest publication, or where it began: the step, and when, in
+      monotonic seconds. None once it was found to be silent.
   """
 
   pid: int
@@ -46,6 +51,7 @@ class Life:
   step: int | None = None
   unsaved: list[tuple[int, float]] = dataclasses.field(default_factory=list)
   ended_at: float | None = None
+  published: tuple[int, float] | None = None
 
   @property
   def reached(self) -> int:
@@ -102,12 +108,14 @@ class Ledger:
     forged: How many were completed that no peer may use.
     troubles: By group and by what failed, how often it did.
     bad_uses: A sentence for each use of bits that were never published.
+    silent: A sentence for each process that published nothing for long.
   """
 
   def __init__(
       self,
       address: str,
       on_published: Callable[[int, int], None] = lambda group, step: None,
+      every: int = 10,
   ):
     """Listens from now on.
 
@@ -115,6 +123,7 @@ class Ledger:
       address: Path of the socket to make; at most about 100 characters.
       on_published: Called with group and step as soon as a publication is
         complete, in the thread that listens.
+      every: Updates between publications.
     """
     self.address = address
     self.lives: dict[int, list[Life]] = collections.defaultdict(list)
@@ -126,7 +135,9 @@ class Ledger:
         collections.defaultdict(collections.Counter)
     )
     self.bad_uses: list[str] = []
+    self.silent: list[str] = []
     self._on_published = on_published
+    self._every = every
     self._published: dict[int, list[tuple[float, int]]] = (
         collections.defaultdict(list)
     )
@@ -290,11 +301,33 @@ class Ledger:
     self.lives[event['group']].append(Life(event['pid']))
 
   def _book_start(self, event: dict[str, Any]) -> None:
-    self._life(event).start = event['step']
+    life = self._life(event)
+    life.start = event['step']
+    life.published = (event['step'], time.monotonic())
 
   def _book_step(self, event: dict[str, Any]) -> None:
-    self._life(event).step = event['step']
+    life = self._life(event)
+    life.step = event['step']
+    self._look_for_silence(event['group'], life)
     self._last_step[event['group']] = time.monotonic()
+
+  def _look_for_silence(self, group: int, life: Life) -> None:
+    """A process whose disk works must publish."""
+    if life.published is None:
+      return
+    step, since = life.published
+    now = time.monotonic()
+    if (
+        now - since > SILENT_SECONDS
+        and life.reached >= step + 3 * self._every
+        and not self._names(life.pid, now - SILENT_SECONDS) & _HINDERING
+    ):
+      life.published = None
+      self.silent.append(
+          f'group {group} has published nothing from step {step} to step'
+          f' {life.reached}, {SILENT_SECONDS:g} s and more, though its disk'
+          ' works'
+      )
 
   def _book_saving(self, event: dict[str, Any]) -> None:
     self._life(event).unsaved.append((event['step'], time.monotonic()))
@@ -308,10 +341,12 @@ class Ledger:
 
   def _book_published(self, event: dict[str, Any]) -> None:
     self.publications += 1
+    self._life(event).published = (event['step'], time.monotonic())
     self._published[event['group']].append((time.monotonic(), event['step']))
 
   def _book_forged(self, event: dict[str, Any]) -> None:
     self.forged += 1
+    self._life(event).published = (event['step'], time.monotonic())
 
   def _book_refused(self, event: dict[str, Any]) -> None:
     self.refused[event['group']] += 1

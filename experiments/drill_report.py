@@ -103,6 +103,7 @@ def _broken(
   return [
       *ledger.bad_uses[:_MOST_SHOWN],
       *lost[:_MOST_SHOWN],
+      *ledger.silent[:_MOST_SHOWN],
       *ends[:_MOST_SHOWN],
   ]
 

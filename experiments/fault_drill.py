@@ -36,6 +36,7 @@ from experiments import cli, drill_report, processes, supervisor
 from experiments.drill_faults import (
     CONTROL_VARIABLE,
     FAULTS,
+    OF_HOSTS,
     OF_PUBLICATIONS,
     Nothing,
     Victim,
@@ -66,6 +67,7 @@ _POLL_SECONDS = 0.1
 _PROGRESS_SECONDS = 30.0
 _BEGIN_SECONDS = 300.0  # For the groups to begin.
 _FINISH_SECONDS = 600.0  # For the groups to end after the last fault.
+_MOST_ENDINGS = 5  # Unasked; a drill with more goes nowhere.
 _FASTEST, _SLOWEST = 0.01, 2.0  # Seconds of a step.
 # Of the faults that harm publications: the share that waits for the next one.
 _AMBUSHES = 0.7
@@ -191,7 +193,9 @@ class Drill:
     # By group: what harms its next publication.
     self._ambushes: dict[int, tuple[str, np.random.Generator]] = {}
     self._began = 0.0
-    self._ledger = Ledger(os.path.join(temporary, 'events'), self._ambush)
+    self._ledger = Ledger(
+        os.path.join(temporary, 'events'), self._ambush, EVERY
+    )
     config = pathlib.Path(temporary) / 'drill.gin'
     config.write_text(
         _CONFIG.format(
@@ -275,11 +279,20 @@ class Drill:
       if now - said > _PROGRESS_SECONDS:
         said = now
         self._say_progress(now - start)
+        self._check_endings()
       self._check_time(now - start)
       time.sleep(_POLL_SECONDS)
 
   def _all_train(self) -> bool:
     return all(self._ledger.step_of(g.group_id) > 0 for g in self._groups)
+
+  def _check_endings(self) -> None:
+    count = len(self._ledger.unasked_endings(self._num_steps))
+    if count > _MOST_ENDINGS:
+      raise ValueError(
+          f'{count} processes ended though no fault had asked for it, so the'
+          ' drill ends here'
+      )
 
   def _check_time(self, seconds: float) -> None:
     if not self._began and seconds > _BEGIN_SECONDS:
@@ -310,11 +323,19 @@ class Drill:
       if status is not None:
         self._ledger.ended(group.group_id, victim.pid, status)
       group.poll(max_restarts=50)
+      if group.pid is not None and group.pid != victim.pid:
+        self._inherit(group.group_id, group.pid)
       victim.pid = group.pid
       left = self._num_steps - self._ledger.step_of(group.group_id)
       if left > 0:
         pace = max(harm_left + self._calm_seconds, 0.0) / left
         victim.wish(step_seconds=min(max(pace, _FASTEST), _SLOWEST))
+
+  def _inherit(self, group_id: int, pid: int) -> None:
+    """A process that is started on a broken disk has to bear that, too."""
+    for one in self._undo:
+      if one.group_id == group_id and one.name in OF_HOSTS:
+        self._ledger.struck(pid, one.name)
 
   def _undo_what_is_over(self, *, everything: bool) -> None:
     if everything:

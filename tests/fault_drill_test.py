@@ -16,7 +16,12 @@ import tiny_run
 
 from codistill_jax import files, storage
 from experiments import drill_faults, fault_drill
-from experiments.drill_ledger import HINDERED_SECONDS, Ledger, Loss
+from experiments.drill_ledger import (
+    HINDERED_SECONDS,
+    SILENT_SECONDS,
+    Ledger,
+    Loss,
+)
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -276,7 +281,7 @@ def test_a_reader_that_takes_nothing_is_seen(ledger, monkeypatch):
   clock = [100.0]
   monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
   live(ledger, 0, 5, pid=1)
-  tell(ledger, ('alive', 0), ('published', 10), group=1, pid=2)
+  tell(ledger, ('alive', 0), ('start', 0), ('published', 10), group=1, pid=2)
   clock[0] = 120.0
   tell(ledger, ('step', 30))
   assert 'without publication 10' in ledger.starved(90.0, 15.0)[0]
@@ -284,6 +289,28 @@ def test_a_reader_that_takes_nothing_is_seen(ledger, monkeypatch):
   assert not ledger.starved(101.0, 15.0)  # Something was still broken.
   tell(ledger, ('used', 'x'))
   assert not ledger.starved(90.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    'seconds,step,fault,silent',
+    [
+        (SILENT_SECONDS + 1, 40, '', True),
+        (SILENT_SECONDS + 1, 40, 'skew_clock', True),
+        (SILENT_SECONDS + 1, 40, 'full_disk', False),
+        (SILENT_SECONDS - 1, 40, '', False),
+        (SILENT_SECONDS + 1, 39, '', False),  # It is only slow.
+    ],
+)
+def test_a_group_that_publishes_no_more_is_seen(
+    ledger, monkeypatch, seconds, step, fault, silent
+):
+  clock = [100.0]
+  monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+  live(ledger, 0, 10, ('published', 10), pid=1)
+  clock[0] += seconds
+  ledger.struck(1, fault)
+  tell(ledger, ('step', step), ('step', step))
+  assert len(ledger.silent) == silent
 
 
 def test_events_arrive_from_other_processes(ledger):

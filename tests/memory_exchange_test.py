@@ -339,13 +339,16 @@ def test_a_full_disk_holds_up_the_mirror_and_not_the_training(
   monkeypatch.setattr(publications, 'write', write)
   mirror = Mirror(tmp_path, variables(0), {})
   ours, theirs = memory_exchanges(2, every=5, mirror=mirror)
-  for step in (5, 10):
+  for step in range(5, 55, 5):
     assert theirs.publish_if_due(step, variables(step))
     assert ours.fetch(step) is not None
   assert publications.published_steps(tmp_path, 1) == []
+  with pytest.raises(OSError, match='not on disk yet'):
+    theirs.settle(50)  # So no checkpoint is made that would need them.
   full.clear()
-  theirs.publish_if_due(15, variables(15))
-  assert publications.published_steps(tmp_path, 1) == [5, 10, 15]
+  theirs.settle(50)
+  # A restart from the beginning makes the others again.
+  assert publications.published_steps(tmp_path, 1) == [45, 50]
 
 
 def test_an_update_that_went_wrong_is_not_published():

@@ -1,5 +1,6 @@
 """Turns the results of a loop into records and signs of life."""
 
+import math
 import os
 import socket
 import time
@@ -48,7 +49,8 @@ class Watch:
     self._logged_step = start
     self._logged_time = time.perf_counter()
     self._started = time.time()
-    self._status_time = 0.0
+    # Of the clock that nobody sets back.
+    self._status_written = -math.inf
     self._speed: float | None = None
     self._first_step = start + 1
     self.status(start, 'compiling')
@@ -58,7 +60,7 @@ class Watch:
     if result.step == self._first_step:
       # The first update includes compilation; it says nothing of the speed.
       self._restart_clock(result.step)
-    if time.time() - self._status_time > _STATUS_SECONDS:
+    if time.monotonic() - self._status_written > _STATUS_SECONDS:
       self.status(result.step, 'training')
 
   def log(self, step: int) -> None:
@@ -108,12 +110,12 @@ class Watch:
     job = self._job
     if not job.agreement.is_primary:
       return
-    self._status_time = time.time()
+    self._status_written = time.monotonic()
     exchange = self._exchange
     content = {
         'step': step,
         'num_steps': job.experiment.num_steps,
-        'time': self._status_time,
+        'time': time.time(),
         'started': self._started,
         'pid': os.getpid(),
         'host': socket.gethostname(),

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 
 from codistill_jax import files, storage
-from experiments import drill_faults, fault_drill
+from experiments import drill_faults, fault_drill, processes
 from experiments.drill_ledger import (
     HINDERED_SECONDS,
     SILENT_SECONDS,
@@ -42,8 +42,16 @@ _DECK = dict.fromkeys(drill_faults.FAULTS, 1) | {
 }
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_fork():
+  """Tests have a jax with threads, which warns when it is forked."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(processes, '_die_with_parent', None)
+    yield
+
+
 @pytest.fixture(scope='module')
-def drilled():
+def drilled(no_fork):
   """What a drill of seconds came to."""
   with tempfile.TemporaryDirectory() as temporary:
     drill = fault_drill.Drill(

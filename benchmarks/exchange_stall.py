@@ -299,7 +299,7 @@ def _exchange(arm: str, root: str, variables, train_step):
       if self._plan.due(step):
         _show(root, step)
         if arm == 'synchronous':
-          self._fetching.fetch_now()
+          self._fetching.fetch_now(lambda: time.sleep(0.001))
       return super().fetch(step)
 
     def publish_if_due(self, step, variables, metrics=None):

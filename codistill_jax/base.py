@@ -5,6 +5,7 @@ D features, C classes, P peers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -58,6 +59,12 @@ def logits_of(outputs: Outputs) -> jax.Array:
     bias = outputs.bias.astype(jnp.float32)
     return logits + jnp.reshape(bias, (1,) * (logits.ndim - 1) + (-1,))
   return jnp.asarray(outputs, jnp.float32)
+
+
+def two_class_logits(logits: Array) -> jax.Array:
+  """The logits (..., 2) of two classes that predict as a sigmoid (...) does."""
+  logits = jnp.asarray(logits, jnp.float32)
+  return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
 
 
 class Updates(NamedTuple):
@@ -161,7 +168,8 @@ class Task(NamedTuple):
   Attributes:
     train_stream: `train_stream(group_id=, num_groups=, group_batch=, rows=)`
       gives the `Stream` of one group. `rows` is a slice of the group batch:
-      the rows that this process loads (None: all).
+      the rows that this process loads (None: all). A `seed=` replaces the one
+      of the task: another order (and partition) of the same training split.
     eval_batches: `eval_batches(batch_size)` gives the validation set once, in
       order, as a sequence of batches of that many rows; padding has weight 0.
     num_classes: C, or the vocabulary size V of a language model.
@@ -169,6 +177,12 @@ class Task(NamedTuple):
       strings: task name, number of classes, tokenizer hash, ...
     example_name: What one example is: 'token', 'image', 'click'.
     description: The data in a few words, for reports.
+    output: 'softmax' over C classes, logits (..., C); or 'sigmoid', one
+      logistic output with logits of the shape of the labels (C is 2).
+    model_arguments: What a model must know of the data besides C, as keyword
+      arguments of `Experiment.model`, such as the sizes of its tables.
+    test_batches: As `eval_batches`, of a test split, on which nothing is
+      chosen; None if the data have none.
   """
 
   train_stream: Callable[..., Stream]
@@ -177,6 +191,9 @@ class Task(NamedTuple):
   identity: Mapping[str, str]
   example_name: str
   description: str = ''
+  output: str = 'softmax'
+  model_arguments: Mapping[str, Any] = MappingProxyType({})
+  test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
 
 
 def host_copy(tree: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import optax
 
 from codistill_jax import losses, replicas, schedules, step
-from codistill_jax.base import Model, Task
+from codistill_jax.base import Model, Stream, Task
 from codistill_jax.exchange import Plan
 from codistill_jax.topology import Topology
 
@@ -22,7 +22,7 @@ class Experiment:
 
   Attributes:
     task: Data; see `base.Task`.
-    model: Number of classes -> `base.Model`.
+    model: `model(num_classes, **task.model_arguments) -> base.Model`.
     optimizer: An optax transformation.
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
@@ -30,6 +30,7 @@ class Experiment:
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
+    data_seed: Of the order of the training data, in place of the task's.
     exchange_every: Steps between exchanges.
     exchange_mode: 'freshest' or 'lockstep'.
     staleness: In lockstep, age of a publication when it comes into use.
@@ -60,6 +61,7 @@ class Experiment:
   num_steps: int = 1000
   group_batch: int = 128
   seed: int = 0
+  data_seed: int | None = None
   exchange_every: int = 50
   exchange_mode: str = 'freshest'
   staleness: int = 0
@@ -102,18 +104,23 @@ class Experiment:
             f'Experiment.{name}={value!r}; set it to a whole number of at'
             ' least 1'
         )
-    if type(self.seed) is not int or self.seed < 0:
-      raise ValueError(
-          f'Experiment.seed={self.seed!r}; set it to a whole number of at'
-          ' least 0'
-      )
+    for name in ('seed', 'data_seed'):
+      value = getattr(self, name)
+      if value is None and name == 'data_seed':
+        continue
+      if type(value) is not int or value < 0:
+        raise ValueError(
+            f'Experiment.{name}={value!r}; set it to a whole number of at'
+            ' least 0'
+        )
     timeout = self.exchange_timeout_seconds
     if not isinstance(timeout, int | float) or timeout < 0:
       raise ValueError(
           f'Experiment.exchange_timeout_seconds={timeout!r}; set it to a number'
           ' of seconds'
       )
-    losses.distill_loss(self.distill_loss)  # Raises on an unknown name.
+    losses.task_loss_of(self.task.output)  # Raises on an unknown name.
+    losses.distill_loss(self.distill_loss, self.task.output)
     self.plan  # noqa: B018  Raises on what does not fit together.
 
   @property
@@ -134,7 +141,32 @@ class Experiment:
 
 def make_model(experiment: Experiment) -> Model:
   """The model of every group."""
-  return experiment.model(experiment.task.num_classes)
+  task = experiment.task
+  return experiment.model(task.num_classes, **task.model_arguments)
+
+
+def train_stream(
+    experiment: Experiment,
+    group_id: int,
+    num_groups: int,
+    rows: slice | None = None,
+) -> Stream:
+  """The training batches of one group; see `Task.train_stream`."""
+  given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
+  return experiment.task.train_stream(
+      group_id=group_id,
+      num_groups=num_groups,
+      group_batch=experiment.group_batch,
+      rows=rows,
+      **given,
+  )
+
+
+def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
+  """The evaluation step of the task; jit it."""
+  return step.make_eval_step(
+      model, task_loss=losses.task_loss_of(experiment.task.output)
+  )
 
 
 def make_replicated_step(
@@ -144,7 +176,10 @@ def make_replicated_step(
   train_step = step.make_train_step(
       model,
       experiment.optimizer,
-      distill_loss=losses.distill_loss(experiment.distill_loss),
+      task_loss=losses.task_loss_of(experiment.task.output),
+      distill_loss=losses.distill_loss(
+          experiment.distill_loss, experiment.task.output
+      ),
       axis_name=replicas.REPLICA_AXIS,
   )
   return replicas.PmapStep(train_step, devices)

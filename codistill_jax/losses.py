@@ -278,18 +278,63 @@ DISTILL_LOSSES: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def distill_loss(name: str) -> Callable[..., jax.Array]:
-  """The distillation loss of that name.
+_TASK_LOSSES = {'softmax': task_loss, 'sigmoid': sigmoid_task_loss}
+
+
+def task_loss_of(output: str) -> Callable[..., jax.Array]:
+  """The task loss of a kind of output, 'softmax' or 'sigmoid'.
+
+  Raises:
+    ValueError: If it is neither.
+  """
+  if output not in _TASK_LOSSES:
+    raise ValueError(
+        f"output={output!r} is no kind of output; choose 'softmax' or"
+        " 'sigmoid'."
+    )
+  return _TASK_LOSSES[output]
+
+
+def distill_loss(
+    name: str, output: str = 'softmax'
+) -> Callable[..., jax.Array]:
+  """The distillation loss of that name, for a kind of output.
+
+  For a sigmoid output a loss over classes is that of the two classes which the
+  output stands for; `cross_entropy` is `sigmoid_cross_entropy` then.
 
   Raises:
     ValueError: If there is none; the message lists the names.
   """
-  if name not in DISTILL_LOSSES:
+  names = [n for n in DISTILL_LOSSES if n not in _SIGMOID_ONLY]
+  if output == 'sigmoid':
+    names = list(DISTILL_LOSSES)
+  if name not in names:
     raise ValueError(
-        f'Unknown distillation loss {name!r}; choose one of'
-        f' {", ".join(DISTILL_LOSSES)}.'
+        f'Unknown distillation loss {name!r} for a {output} output; choose one'
+        f' of {", ".join(names)}.'
     )
-  return DISTILL_LOSSES[name]
+  loss = DISTILL_LOSSES[name]
+  if output != 'sigmoid' or name in _SIGMOID_ONLY:
+    return loss
+  return sigmoid_cross_entropy if loss is cross_entropy else _of_two(loss)
+
+
+_SIGMOID_ONLY = ('sigmoid_cross_entropy',)
+
+
+def _of_two(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A loss over classes, of the two classes of a sigmoid output."""
+
+  def of_two(student_logits, teacher_logits_P, present_P, **kwargs):
+    return loss(
+        base.two_class_logits(student_logits),
+        base.two_class_logits(teacher_logits_P),
+        present_P,
+        **kwargs,
+    )
+
+  return of_two
 
 
 def _finite(logits):

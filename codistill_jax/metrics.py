@@ -132,17 +132,11 @@ def disagreement(
 ) -> Mean:
   """Fraction of examples where the argmax over C differs.
 
-  Logits or probabilities (..., C); a sigmoid output through `binary_logits`.
+  Logits or probabilities (..., C); see `base.two_class_logits` for a sigmoid.
   """
   logits_a, logits_b = _pair(logits_a, logits_b)
   differ = jnp.argmax(logits_a, axis=-1) != jnp.argmax(logits_b, axis=-1)
   return mean(differ, weights)
-
-
-def binary_logits(logits: base.Array) -> jax.Array:
-  """The two-class logits (..., 2) with the predictions of a sigmoid (...)."""
-  logits = jnp.asarray(logits, jnp.float32)
-  return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
 
 
 def class_logits(logits: base.Array, labels: base.Array) -> jax.Array:
@@ -153,7 +147,7 @@ def class_logits(logits: base.Array, labels: base.Array) -> jax.Array:
   """
   logits = jnp.asarray(logits, jnp.float32)
   if logits.shape == jnp.shape(labels):
-    return binary_logits(logits)
+    return base.two_class_logits(logits)
   if logits.shape[:-1] != jnp.shape(labels):
     raise ValueError(
         'Expected logits (..., C) or (...) for labels (...), got'

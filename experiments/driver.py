@@ -25,6 +25,7 @@ from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.checkpoint import PATIENCE_SECONDS, Checkpoints, Resume
 from codistill_jax.exchange import Exchange, Interrupted
+from codistill_jax.experiment import train_stream
 from codistill_jax.group import StepResult, run_group
 from experiments import claims
 from experiments.cli import Stopped
@@ -41,11 +42,11 @@ def new_state(job: Job) -> tuple[TrainState, Stream]:
   replicas.check_group_batch(
       experiment.group_batch, job.train_step.num_replicas
   )
-  stream = experiment.task.train_stream(
-      group_id=job.group_id,
-      num_groups=job.num_groups,
-      group_batch=experiment.group_batch,
-      rows=replicas.process_rows(experiment.group_batch),
+  stream = train_stream(
+      experiment,
+      job.group_id,
+      job.num_groups,
+      replicas.process_rows(experiment.group_batch),
   )
   state = step_lib.init_state(
       job.model,

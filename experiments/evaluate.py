@@ -183,12 +183,7 @@ def _like(run: Run, group_id: int) -> TrainState:
   """Shapes of a group's state."""
   experiment = run.experiment
   peers = experiment.plan.peers_of(group_id, run.num_groups)
-  stream = experiment.task.train_stream(
-      group_id=0,
-      num_groups=run.num_groups,
-      group_batch=experiment.group_batch,
-      rows=None,
-  )
+  stream = experiment_lib.train_stream(experiment, 0, run.num_groups)
   return jax.eval_shape(
       lambda: step_lib.init_state(
           run.model,

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 
 from codistill_jax import evaluate, run_directory, tensorboard, writers
-from codistill_jax import step as step_lib
 from codistill_jax.base import Variables
 from codistill_jax.exchange import Exchange, check_finite
+from codistill_jax.experiment import make_eval_step
 from codistill_jax.group import StepResult
 from experiments.job import Job
 
@@ -43,7 +43,7 @@ class Watch:
     self._examples = examples
     self._exchange = exchange
     self._writer = writer
-    self._eval_step = jax.jit(step_lib.make_eval_step(job.model))
+    self._eval_step = jax.jit(make_eval_step(job.experiment, job.model))
     self._eval_batches = None
     self._results: list[dict] = []
     self._logged_step = start

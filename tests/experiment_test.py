@@ -1,5 +1,8 @@
 """What an experiment refuses, it refuses with what to change."""
 
+import flax.linen as nn
+import jax
+import numpy as np
 import optax
 import pytest
 import toy
@@ -33,6 +36,9 @@ def make(**kwargs):
         ({'task': lambda: TASK}, 'Experiment.task=.*bind it to a task'),
         ({'model': 'lstm'}, "Experiment.model='lstm'; bind it to a reference"),
         ({'distill_weight': 1.0}, 'Experiment.distill_weight=1.0'),
+        ({'seed': -1}, 'Experiment.seed=-1; .*at least 0'),
+        ({'data_seed': 1.0}, 'Experiment.data_seed=1.0; .*at least 0'),
+        ({'task': TASK._replace(output='probit')}, "'probit' is no kind"),
         ({'num_steps': 0}, 'Experiment.num_steps=0; .*at least 1'),
         ({'group_batch': 8.0}, 'Experiment.group_batch=8.0; .*whole number'),
         ({'log_every': -1}, 'Experiment.log_every=-1'),
@@ -74,10 +80,69 @@ def test_the_distill_loss_is_looked_up_by_name(monkeypatch):
   monkeypatch.setattr(
       step_lib,
       'make_train_step',
-      lambda *args, distill_loss, axis_name: passed.append(distill_loss),
+      lambda *args, distill_loss, **_: passed.append(distill_loss),
   )
   for name in ('cross_entropy', 'reverse_kl'):
     experiment = make(distill_loss=name)
     model = experiment_lib.make_model(experiment)
     experiment_lib.make_replicated_step(experiment, model)
   assert passed == [losses.cross_entropy, losses.reverse_kl]
+
+
+def test_a_sigmoid_task_is_trained_and_evaluated_on_its_log_loss():
+  """One update, against the same two classes written as a softmax."""
+  model = linen.from_linen(Logistic())
+  task = TASK._replace(output='sigmoid', num_classes=2)
+  experiment = make(task=task, model=lambda num_classes: model)
+  batch = {
+      'inputs': toy.Clusters(4).batch(0)['inputs'],
+      'labels': np.array([1, 0, 0, 1], np.int32),
+  }
+  step = experiment_lib.make_replicated_step(
+      experiment, model, jax.devices()[:1]
+  )
+  state = step_lib.init_state(
+      model, optax.sgd(0.1), jax.random.PRNGKey(0), batch, num_peers=1
+  )
+  teachers = base.Teachers(
+      jax.tree.map(lambda x: 1.5 * x[None], state.variables),
+      np.ones(1, np.float32),
+  )
+  _, found = step(step.place(state), batch, step.place_teachers(teachers), 1.0)
+  z = model.apply(state.variables, batch, (), None, False)[0]
+  y, p = batch['labels'], jax.nn.sigmoid(1.5 * z)
+  log_q, log_1_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+  task_loss = -np.mean(y * log_q + (1 - y) * log_1_q)
+  distill = -np.mean(p * log_q + (1 - p) * log_1_q)
+  np.testing.assert_allclose(found['loss/task'], task_loss, rtol=1e-5)
+  np.testing.assert_allclose(found['loss/distill'], distill, rtol=1e-5)
+  sums, _ = experiment_lib.make_eval_step(experiment, model)(
+      state.variables, batch, ()
+  )
+  np.testing.assert_allclose(sums['eval/loss'].value, task_loss, rtol=1e-5)
+
+
+class Logistic(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, use_bias=False)(x)[..., 0]
+
+
+def test_a_model_is_told_what_the_task_knows():
+  task = TASK._replace(model_arguments={'table_sizes': (3, 5)})
+  told = []
+  experiment_lib.make_model(
+      make(task=task, model=lambda *args, **kw: told.append((args, kw)))
+  )
+  assert told == [((toy.CLASSES,), {'table_sizes': (3, 5)})]
+
+
+@pytest.mark.parametrize('data_seed, given', [(None, {}), (0, {'seed': 0})])
+def test_a_data_seed_replaces_the_one_of_the_task(data_seed, given):
+  asked = []
+  task = TASK._replace(train_stream=lambda **kwargs: asked.append(kwargs))
+  experiment = make(task=task, data_seed=data_seed, group_batch=8)
+  experiment_lib.train_stream(experiment, 1, 2)
+  expected = {'group_id': 1, 'num_groups': 2, 'group_batch': 8, 'rows': None}
+  assert asked == [{**expected, **given}]

@@ -60,7 +60,7 @@ def draw(seed, name, peers=3, lead=(2, 3), classes=5, scale=2.0):
 @functools.cache
 def compiled(name, items):
   def total(student, teachers, present):
-    loss = losses.distill_loss(name)
+    loss = losses.DISTILL_LOSSES[name]
     values = loss(student, teachers, present, **dict(items))
     return jnp.sum(values), values
 
@@ -229,7 +229,7 @@ def test_log_soft_target_holds_where_the_probability_underflows():
 def test_distill_losses_equal_their_formulas(name, temperature):
   for seed, present in enumerate([[1, 1, 1], [1, 0, 1], [0, 1, 0]]):
     student, teachers = draw(seed, name)
-    loss = losses.distill_loss(name)(
+    loss = losses.DISTILL_LOSSES[name](
         student, teachers, np.float32(present), temperature=temperature
     )
     expected = reference(name, student, teachers, present, temperature)
@@ -246,7 +246,7 @@ def test_distill_losses_equal_their_formulas(name, temperature):
 def test_distill_losses_take_any_leading_axes(name, lead, peers, classes):
   student, teachers = draw(0, name, peers, tuple(lead), classes)
   loss = jax.eval_shape(
-      losses.distill_loss(name),
+      losses.DISTILL_LOSSES[name],
       jnp.asarray(student, jnp.bfloat16),
       teachers,
       np.ones(peers, np.float32),
@@ -354,7 +354,7 @@ def test_divergence_of_equal_bfloat16_models_is_zero(name, peers):
   student, _ = draw(0, name, lead=(8,), classes=1000, scale=5.0)
   student = jnp.asarray(student, jnp.bfloat16)
   teachers = jnp.stack([student] * peers)
-  loss = losses.distill_loss(name)(student, teachers, np.ones(peers))
+  loss = losses.DISTILL_LOSSES[name](student, teachers, np.ones(peers))
   np.testing.assert_allclose(loss, np.zeros(8), atol=2e-6)
 
 
@@ -364,7 +364,7 @@ def test_bfloat16_logits_are_worked_on_in_float32(name):
   high = [x.astype(jnp.float32) for x in low]
   present = np.ones(3, np.float32)
   # Not under jit, where XLA may leave out a rounding to bfloat16.
-  loss = losses.distill_loss(name)
+  loss = losses.DISTILL_LOSSES[name]
   a = loss(*low, present, temperature=3.0)
   b = loss(*high, present, temperature=3.0)
   np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -381,7 +381,7 @@ def test_cross_entropy_and_kl_have_the_same_gradient():
 @pytest.mark.parametrize('name', ALL_LOSSES)
 def test_temperature_squared_is_a_factor_that_is_off_by_default(name):
   student, teachers = draw(0, name)
-  loss = lambda **kwargs: losses.distill_loss(name)(
+  loss = lambda **kwargs: losses.DISTILL_LOSSES[name](
       student, teachers, np.ones(3, np.float32), temperature=2.0, **kwargs
   )
   np.testing.assert_allclose(
@@ -426,3 +426,28 @@ def test_presence_and_temperature_may_be_traced():
   for present in ([1, 1, 1], [0, 1, 1], [0, 0, 0]):
     loss(jnp.asarray(present, jnp.float32), jnp.float32(2.0))
   assert len(calls) == 1
+
+
+@pytest.mark.parametrize('name', ALL_LOSSES)
+def test_a_sigmoid_output_is_distilled_as_the_two_classes_it_stands_for(name):
+  rng = np.random.default_rng(3)
+  student, teachers = rng.normal(size=(6,)), rng.normal(size=(3, 6))
+  present = np.array([1, 0, 1], np.float32)
+  two = lambda z: np.stack([np.zeros_like(z), z], axis=-1)
+  classes = 'cross_entropy' if name == 'sigmoid_cross_entropy' else name
+  expected = losses.distill_loss(classes)(two(student), two(teachers), present)
+  found = losses.distill_loss(name, 'sigmoid')(student, teachers, present)
+  assert found.shape == student.shape
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_task_loss_follows_the_kind_of_output():
+  assert losses.task_loss_of('softmax') is losses.task_loss
+  assert losses.task_loss_of('sigmoid') is losses.sigmoid_task_loss
+  with pytest.raises(ValueError, match="'probit' is no kind of output"):
+    losses.task_loss_of('probit')
+
+
+def test_a_loss_of_one_logistic_output_is_refused_for_classes():
+  with pytest.raises(ValueError, match='for a softmax output; choose one'):
+    losses.distill_loss('sigmoid_cross_entropy')

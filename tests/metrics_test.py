@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import metrics
+from codistill_jax import base, metrics
 
 RNG = np.random.default_rng(0)
 LOGITS_A = RNG.normal(size=(6, 4)).astype(np.float32)
@@ -98,7 +98,7 @@ def test_churn_is_total_variation():
 
 def test_churn_of_two_classes_is_that_of_the_positive_class():
   z_a, z_b = LOGITS_A[:, 0], LOGITS_B[:, 0]
-  two = [jax.nn.softmax(metrics.binary_logits(z)) for z in (z_a, z_b)]
+  two = [jax.nn.softmax(base.two_class_logits(z)) for z in (z_a, z_b)]
   one = [jax.nn.sigmoid(z) for z in (z_a, z_b)]
   np.testing.assert_allclose(
       metrics.churn(*two, WEIGHTS).value,

@@ -20,20 +20,18 @@ from checkpoint_exchange_test import (
     variables_of,
 )
 
-from codistill_jax import (
-    background,
+from codistill_jax.base import ALONE, Agreement, cast_floats
+from codistill_jax.exchange import (
     checkpoint_exchange,
     fetching,
-    leases,
     publications,
     publisher,
-    storage,
 )
-from codistill_jax.base import ALONE, Agreement, cast_floats
-from codistill_jax.exchange import Interrupted
-from codistill_jax.fetching import Waiting
-from codistill_jax.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange.fetching import Waiting
+from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
+from codistill_jax.exchange.protocol import Interrupted
+from codistill_jax.storage import background, leases, trees
+from codistill_jax.storage.troubles import Troubles
 
 join = checkpoint_exchange_test.join
 
@@ -119,8 +117,8 @@ def test_an_error_while_pruning_does_not_end_training_and_is_said(
   restarts_at(tmp_path, 1, 90)
   exchange = join(mode=mode, keep=1, troubles=troubles)
   with monkeypatch.context() as patch:
-    pruning = types.SimpleNamespace(**vars(storage) | {broken: refuse})
-    patch.setattr(publisher, 'storage', pruning)
+    pruning = types.SimpleNamespace(**vars(trees) | {broken: refuse})
+    patch.setattr(publisher, 'trees', pruning)
     publish_one_by_one(exchange, 10, 20, 30)
     (trouble,) = troubles.now
     assert trouble.doing == 'deleting old publications'
@@ -293,7 +291,7 @@ def test_an_exchange_that_could_not_be_made_holds_no_lease(
     join, tmp_path, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(storage, 'delete_torn', refuse)
+    patch.setattr(trees, 'delete_torn', refuse)
     with pytest.raises(OSError, match='bad sector'):
       join()
   assert leases.peek(tmp_path / 'group_0') is None

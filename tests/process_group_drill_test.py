@@ -13,7 +13,9 @@ import paced
 import pytest
 import tiny_run
 
-from codistill_jax import publications, run_directory, storage
+from codistill_jax import run_directory
+from codistill_jax.exchange import publications
+from codistill_jax.storage import trees
 
 HEARTBEAT = 5
 SOON = 3.0  # Seconds for a busy machine to notice a death, and to end.
@@ -86,7 +88,7 @@ class Run:
   def saved(self):
     """The newest resume checkpoint of group 0."""
     directory = run_directory.checkpoints_dir(self.workdir, 0)
-    return max(storage.completed_steps(directory), default=0)
+    return max(trees.completed_steps(directory), default=0)
 
   def published(self):
     """The newest publication of group 0."""

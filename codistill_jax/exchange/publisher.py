@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
-from codistill_jax import files, publications, remote, storage
-from codistill_jax.background import Turns
 from codistill_jax.base import Variables, cast_floats, host_copy
-from codistill_jax.exchange import Plan
-from codistill_jax.leases import LostError
-from codistill_jax.publications import Publication
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import files, remote, trees
+from codistill_jax.storage.background import Turns
+from codistill_jax.storage.leases import LostError
+from codistill_jax.storage.troubles import Troubles
 
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
@@ -272,7 +273,7 @@ class Publisher:
       self._troubles.worked(doing)
 
   def _delete_old(self) -> None:
-    steps = storage.completed_steps(self._directory)
+    steps = trees.completed_steps(self._directory)
     old = steps[: -self._keep]
     if self._plan.mode == 'lockstep' and self._readers:
       needed = min(map(self._needed_by, self._readers))
@@ -284,7 +285,7 @@ class Publisher:
       # step is taken away and then the marks are looked at. So one of the two
       # sees the other.
       if step not in read:
-        storage.delete_unless(
+        trees.delete_unless(
             self._directory, step, lambda step=step: step in read_now()
         )
 

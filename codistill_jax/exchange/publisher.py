@@ -89,6 +89,7 @@ class Publisher:
     self._restart_step: int | None = None
     self._changed = threading.Condition()
     self._waiting: list[_Waiting] = []
+    self._spare: Variables | None = None  # A copy whose memory is free.
     self._busy: int | None = None  # The step that is being written.
     self._failing = False  # Whether the last try was refused.
     self._closing = False
@@ -110,11 +111,13 @@ class Publisher:
         while self._waiting and not self._error and not self._interrupted():
           self._changed.wait(0.1)
     publication = Publication(self._group_id, step, time.time(), self._identity)
-    if self._plan.mode == 'freshest':
-      with self._changed:
+    with self._changed:
+      if self._plan.mode == 'freshest' and self._waiting:
         # Nobody needs what this one is newer than; it goes before the copy.
+        _, self._spare = self._waiting.pop()
         self._waiting.clear()
-    copy = host_copy(variables)
+      spare, self._spare = self._spare, None
+    copy = host_copy(variables, into=spare)
     with self._changed:
       self._waiting.append((publication, copy))
       self._changed.notify_all()
@@ -207,14 +210,16 @@ class Publisher:
         self._busy = publication.step
         self._changed.notify_all()
       try:
-        variables = cast_floats(variables, self._plan.publish_dtype)
-        self._write_until_done(publication, variables)
+        self._write_until_done(
+            publication, cast_floats(variables, self._plan.publish_dtype)
+        )
       except BaseException as e:  # The training loop raises it.
         with self._changed:
           self._error = None if self._given_up else e
       finally:
-        del variables
         with self._changed:
+          self._spare = variables
+          del variables
           self._busy = None
           self._failing = False
           self._changed.notify_all()

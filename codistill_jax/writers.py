@@ -16,9 +16,10 @@ from typing import Any, Protocol, TextIO
 
 from etils import epath
 
-from codistill_jax import files, run_directory
-from codistill_jax.appender import Appender
-from codistill_jax.troubles import Troubles
+from codistill_jax import run_directory
+from codistill_jax.storage import files
+from codistill_jax.storage.appender import Appender
+from codistill_jax.storage.troubles import Troubles
 
 Metrics = Mapping[str, Any]
 

@@ -19,16 +19,12 @@ from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import (
-    files,
-    gin_utils,
-    publications,
-    run_directory,
-    storage,
-)
+from codistill_jax import gin_utils, run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.base import Model, TrainState, Variables
-from codistill_jax.checkpoint import Checkpoints
+from codistill_jax.exchange import publications
+from codistill_jax.storage import files, trees
+from codistill_jax.storage.checkpoint import Checkpoints
 from experiments import cli
 from experiments.stopping import Rescue, StopRequest
 from experiments.tables import align
@@ -153,11 +149,11 @@ def load(
 ) -> tuple[int, Variables]:
   """The step and variables of one checkpoint or publication of a group."""
   if source == PUBLICATIONS:
-    root = storage.absolute(run_directory.exchange_root(run.workdir))
+    root = trees.absolute(run_directory.exchange_root(run.workdir))
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)
-    steps = storage.completed_steps(directory)
+    steps = trees.completed_steps(directory)
   wanted = max(steps, default=None) if step is None else step
   if wanted not in steps:
     raise FileNotFoundError(

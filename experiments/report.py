@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from codistill_jax import files, run_directory
+from codistill_jax import run_directory
+from codistill_jax.storage import files
 from experiments import (
     cli,
     report_data,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from codistill_jax import files, run_directory
+from codistill_jax import run_directory
+from codistill_jax.storage import files
 
 
 class Curve(NamedTuple):

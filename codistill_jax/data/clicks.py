@@ -119,8 +119,8 @@ def criteo_task(
   for name in ('train', 'validation'):
     if not len(splits[name]):
       raise ValueError(
-          f'The {name} split of {data_dir} is empty; prepare the data again with'
-          f' another --{name}_fraction or more lines.'
+          f'The {name} split of {data_dir} is empty; prepare the data again'
+          ' with other fractions or more lines.'
       )
   encoder = click_features.make_encoder(
       categories,

@@ -7,7 +7,7 @@ given, the torn line at its end left out.
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -51,13 +51,13 @@ def read_blocks(
       if data is None:
         yield Block(b'', position, 0, index)
         continue
+      if stop is not None and position >= stop:
+        return  # Not before: damage right behind the last line is seen.
       block = Block(data, position, data.count(b'\n'))
       position += block.lines
       block = cut(block, start, position if stop is None else stop)
       if block.lines:
         yield block
-      if stop is not None and position >= stop:
-        return
 
 
 def expand(pattern: str) -> list[epath.Path]:
@@ -90,14 +90,32 @@ def cut(block: Block, start: int, stop: int) -> Block:
   """The lines of a block with numbers from `start` to before `stop`."""
   start = max(start, block.first)
   stop = min(stop, block.first + block.lines)
-  if stop - start == block.lines:
-    return block
   if stop <= start:
     return Block(b'', start, 0)
+  if stop - start == block.lines:
+    return block
   ends = np.flatnonzero(np.frombuffer(block.data, np.uint8) == ord('\n')) + 1
   ends = np.concatenate([[0], ends])
   begin, end = ends[start - block.first], ends[stop - block.first]
   return Block(block.data[begin:end], start, stop - start)
+
+
+def cut_every(
+    blocks: Iterable[Block], lines: int
+) -> Iterator[tuple[Block, bool]]:
+  """The same lines in blocks that never reach over a multiple of `lines`.
+
+  Yields:
+    A block, and whether it ends at such a multiple.
+  """
+  for block in blocks:
+    stop = block.first + block.lines
+    while block.lines:
+      bound = (block.first // lines + 1) * lines
+      yield cut(block, block.first, bound), bound <= stop
+      block = cut(block, bound, stop)
+    if block.damaged_file is not None:
+      yield block, False
 
 
 def _file_blocks(path: epath.Path) -> Iterator[bytes | None]:

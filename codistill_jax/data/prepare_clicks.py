@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from codistill_jax import locks
 from codistill_jax.data import (
     click_features,
     click_shards,
@@ -40,6 +39,7 @@ from codistill_jax.data import (
     value_counts,
 )
 from codistill_jax.data.rounds import PROGRESS, Progress
+from codistill_jax.storage import locks
 
 SPLIT_BY = ('time', 'hash')
 DEFAULT_SHARD_LINES = 1 << 20
@@ -169,9 +169,7 @@ class _Preparation(NamedTuple):
     with Progress(
         state['lines'], state['total_lines'], self.report, noun='lines'
     ) as progress:
-      while lines := self._round(state, split_of):
-        shards.write_json(self.output / PROGRESS, state)
-        progress.advance(lines)
+      self._rounds(state, split_of, progress.advance)
     self._check_splits(state)
     self.report('Counting the values of each column.')
     meta = {
@@ -231,30 +229,44 @@ class _Preparation(NamedTuple):
     lines = line_blocks.count_lines(self.paths)
     return lines if most is None else min(lines, most)
 
-  def _round(
-      self, state: dict[str, Any], split_of: Callable[[np.ndarray], np.ndarray]
-  ) -> int:
-    """Does one round, adds it to `state`; returns how many lines it had."""
-    stop = state['lines'] + self.config['shard_lines']
-    if state['total_lines'] is not None:
-      stop = min(stop, state['total_lines'])
-    parts, lines = [], 0
-    damaged = set(state['damaged_files'])
-    for block in line_blocks.read_blocks(self.paths, state['lines'], stop):
+  def _rounds(
+      self,
+      state: dict[str, Any],
+      split_of: Callable[[np.ndarray], np.ndarray],
+      advance: Callable[[int], None],
+  ) -> None:
+    """All rounds that are left, each of them added to `state`."""
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def end_round(lines: int) -> None:
+      if parts:
+        numbers, rows = (np.concatenate(part) for part in zip(*parts))
+        self._write(state, rows, split_of(numbers))
+        parts.clear()
+      advance(lines - state['lines'])
+      state['lines'] = lines
+      shards.write_json(self.output / PROGRESS, state)
+
+    blocks = line_blocks.read_blocks(
+        self.paths, state['lines'], state['total_lines']
+    )
+    done = state['lines']
+    for block, last in line_blocks.cut_every(
+        blocks, self.config['shard_lines']
+    ):
       if block.damaged_file is not None:
-        damaged.add(block.damaged_file)
+        # A set: after a restart, files before the first line are named again.
+        damaged = {*state['damaged_files'], block.damaged_file}
+        state['damaged_files'] = sorted(damaged)
         continue
       parsed = criteo.parse(block.data)
       parts.append((block.first + parsed.lines, parsed.rows))
-      lines += block.lines
       for reason, count in parsed.rejects.items():
         state['rejects'][reason] = state['rejects'].get(reason, 0) + count
-    state['damaged_files'] = sorted(damaged)
-    if lines:
-      numbers, rows = (np.concatenate(part) for part in zip(*parts))
-      self._write(state, rows, split_of(numbers))
-      state['lines'] += lines
-    return lines
+      done = block.first + block.lines
+      if last:
+        end_round(done)
+    end_round(done)
 
   def _write(
       self, state: dict[str, Any], rows: np.ndarray, split_N: np.ndarray
@@ -264,11 +276,11 @@ class _Preparation(NamedTuple):
       chosen = rows[split_N == i]
       sizes = state['splits'][name]
       number = len(sizes['shards'])
+      if not len(chosen):
+        continue
       if name == 'train':
         path = value_counts.run_path(self.output, number)
         value_counts.write_run(path, chosen[:, -criteo.NUM_CATEGORIES :])
-      if not len(chosen):
-        continue
       digest = click_shards.write_hashed(
           click_shards.rows_path(self.output, name, number),
           lambda f, array=chosen: np.save(f, array),

@@ -5,7 +5,7 @@ r"""Prepares clicks: lines of Criteo's format -> rows on disk.
 
 The format is that of Kaggle's Display Advertising Challenge: a label, 13
 integers and 26 categories, separated by tabs, plain or gzip. Streaming: 45.8 M
-rows need about 0.5 GB of memory. Lines that do not fit are counted by reason
+rows need about 0.6 GB of memory. Lines that do not fit are counted by reason
 and left out. Killed at any moment, the same command continues; when all is done
 it says so.
 """

@@ -303,6 +303,25 @@ def test_rare_values_share_an_id_and_unseen_ones_have_it_too():
     assert encoder.encode(asked).dtype == np.int32
 
 
+@pytest.mark.parametrize('size', [0, 1, 2, 3, 300])
+def test_each_frequent_value_is_found_in_its_own_column(size):
+  rng = np.random.default_rng(0)
+  kept = [
+      np.unique(rng.integers(1, 2**32, size=size, dtype=np.uint32))
+      for _ in range(3)
+  ]
+  encoder = click_features.vocabulary(
+      [(v, np.full(len(v), 9)) for v in kept], 9
+  )
+  # Half of what is asked for is known in another column only.
+  asked = np.concatenate([*kept, [0, 1, 2**32 - 1]]).astype(np.uint32)
+  found = encoder.encode(np.stack([asked] * 3, axis=1))
+  for k, values in enumerate(kept):
+    ids = {int(v): i + 2 for i, v in enumerate(values)}
+    expected = [ids.get(v, 1) if v else 0 for v in asked.tolist()]
+    assert found[:, k].tolist() == expected
+
+
 def test_hashed_ids_fill_their_tables_evenly_and_never_move():
   encoder = click_features.hashed([100, 7], 2)
   assert encoder.table_sizes == (101, 8)

@@ -72,6 +72,13 @@ def test_a_damaged_line_is_counted_and_harms_no_other(name):
   assert found.rejects == {reason: 2}
 
 
+def test_a_line_with_several_faults_counts_once_for_the_first():
+  text = with_field(with_field(GOOD, 0, 'x'), 20, 'x')
+  assert criteo.parse(joined([text])).rejects == {'bad_label': 1}
+  text = with_field(with_field(GOOD, 1, 'x'), 20, 'x')
+  assert criteo.parse(joined([text])).rejects == {'bad_integer': 1}
+
+
 def test_what_is_missing_negative_or_zero_is_told_apart():
   text = '\t'.join(['1', '', '-1', '0', '007', *[''] * 9])
   text += '\t' + '\t'.join(['00000000', 'FFFFFFFF', 'ffffffff', *[''] * 23])
@@ -157,6 +164,18 @@ def test_lines_of_files_from_any_to_any(small_blocks, tmp_path, suffix):
     for stop in (None, 0, 4, 5, 6, 17, 30):
       found, _ = read(paths, start, stop)
       assert found == expected[start:stop]
+
+
+def test_a_line_may_reach_over_many_blocks(monkeypatch, tmp_path):
+  monkeypatch.setattr(line_blocks, '_BLOCK', 50)
+  expected = [t.encode() for t in write_lines(tmp_path / 'a.txt', 9)]
+  assert read([tmp_path / 'a.txt']) == (expected, [])
+  long = [b'a' * 4096, b'b' * 4097, b'c' * 9000, b'd']
+  (tmp_path / 'b.txt').write_bytes(b'\n'.join(long))
+  found, _ = read([tmp_path / 'b.txt'])
+  assert [found[0], found[3]] == [long[0], long[3]]
+  # Cut, but still known as too long.
+  assert all(4096 < len(line) < 4200 for line in found[1:3])
 
 
 def test_the_last_line_needs_no_end_and_a_mark_at_the_start_is_none(tmp_path):

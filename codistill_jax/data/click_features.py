@@ -101,29 +101,62 @@ def hashed(buckets: Sequence[int], num_columns: int) -> Encoder:
 
 
 def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
-  """Ids of the values that are frequent enough: column k has 2 + those."""
+  """Ids of the values that are frequent enough: column k has 2 + those.
+
+  Frequent values have ids in their own order.
+  """
   kept = [
       np.ascontiguousarray(values[(n >= min_count) & (values != MISSING)])
       for values, n in counts
   ]
+  sizes = [len(values) for values in kept]
+  columns_K = np.arange(len(kept), dtype=np.uint64) << np.uint64(32)
+  keys = np.concatenate([c | values for c, values in zip(columns_K, kept)])
+  ids = np.concatenate([np.arange(2, 2 + n, dtype=np.int32) for n in sizes])
+  find = _dictionary(keys, ids, default=1)
 
   def encode(values_BK: np.ndarray) -> np.ndarray:
-    ids_BK = np.ones(values_BK.shape, np.int32)
-    for k, known in enumerate(kept):
-      values_B = np.ascontiguousarray(values_BK[:, k])
-      places_B = np.searchsorted(known, values_B)
-      places_B[places_B == len(known)] = 0
-      if len(known):
-        found_B = known[places_B] == values_B
-        ids_BK[found_B, k] = places_B[found_B] + 2
+    keys_BK = columns_K[None, :] | values_BK
+    ids_BK = find(keys_BK.reshape(-1)).reshape(values_BK.shape)
     ids_BK[values_BK == MISSING] = 0
     return ids_BK
 
   return Encoder(
       encode,
-      tuple(len(known) + 2 for known in kept),
+      tuple(size + 2 for size in sizes),
       f'vocabulary {_digest(kept)}',
   )
+
+
+def _dictionary(
+    keys: np.ndarray, ids: np.ndarray, default: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  """A look-up of many keys (uint64) at once, twice as fast as bisection.
+
+  A hash table of one or two slots per key; keys of one slot lie side by side.
+  """
+  bits = max(1, len(keys)).bit_length()
+  shift = np.uint64(64 - bits)
+  # Multiplicative (Fibonacci) hashing: the highest bits depend on all others.
+  slot_of = lambda keys: (keys * np.uint64(0x9E3779B97F4A7C15)) >> shift
+  order = np.argsort(slot_of(keys), kind='stable')
+  keys, ids = keys[order], ids[order]
+  starts = np.searchsorted(slot_of(keys), np.arange(2**bits + 1))
+
+  def find(asked: np.ndarray) -> np.ndarray:
+    found = np.full(len(asked), default, np.int32)
+    slots = slot_of(asked).astype(np.int64)
+    places, ends = starts.take(slots), starts.take(slots + 1)
+    left = np.flatnonzero(places < ends)
+    while left.size:
+      here = places[left]
+      same = keys.take(here) == asked[left]
+      found[left[same]] = ids.take(here[same])
+      places[left] += 1
+      left = left[~same & (here + 1 < ends[left])]
+    return found
+
+  return find
 
 
 def count_values(values: np.ndarray) -> Counts:

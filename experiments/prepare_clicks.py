@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax.data import click_shards
+from codistill_jax.data import click_rounds, click_shards
 from codistill_jax.data import prepare_clicks as prepare_lib
 from experiments import cli
 from experiments.stopping import Rescue, StopRequest
@@ -36,7 +36,7 @@ _SOURCE = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_enum(
     'split',
     'time',
-    prepare_lib.SPLIT_BY,
+    click_rounds.SPLIT_BY,
     'How lines are split. time: the last ones are the test split, those before'
     ' them the validation split (the lines are in the order of time). hash: at'
     ' random, by the number of the line.',

@@ -1,22 +1,9 @@
 """A preparation of clicks: lines of Criteo's format -> rows on disk, resumable.
 
-Everything streams. The work goes in *rounds* of so many lines; a round writes a
-shard of each split, a run of value counts and then, last, `progress.json`,
-which says what is done. A preparation that was killed at any moment goes on
-when it is called again with the same arguments, and ends with the same files,
-byte by byte, as one that was not. `meta.json`, written at the very end, makes
-the directory a data set.
-
-How lines are split:
-
-* 'time': Kaggle's lines are in the order of time, over seven days. The last
-  lines are the test split, those before them the validation split: a model is
-  judged on what comes after what it learned from, as in use.
-* 'hash': by the number of the line, at random: splits of one distribution, as
-  in most work on the Kaggle data; it makes the task a little easier.
-
-Lines are numbered with the bad ones, so that a line's split does not depend on
-which others are good.
+Everything streams; a preparation that was killed at any moment goes on when it
+is called again with the same arguments, and ends with the same files, byte by
+byte, as one that was not. `click_rounds` says how, and how lines are split.
+`meta.json`, written at the very end, makes the directory a data set.
 """
 
 import hashlib
@@ -27,21 +14,17 @@ import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from codistill_jax.data import (
-    click_features,
+    click_rounds,
     click_shards,
-    criteo,
     line_blocks,
     shards,
-    value_counts,
 )
 from codistill_jax.data.rounds import PROGRESS, Progress
 from codistill_jax.storage import locks
 
-SPLIT_BY = ('time', 'hash')
 DEFAULT_SHARD_LINES = 1 << 20
 
 
@@ -62,7 +45,7 @@ def prepare(
   Args:
     output: Directory of the data; made if missing.
     source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
-    split: 'time' or 'hash'; see the head of this file.
+    split: 'time' or 'hash'; see `click_rounds`.
     validation_fraction: Share of the lines in the validation split.
     test_fraction: Share of the lines in the test split.
     seed: Of the split by hash.
@@ -101,9 +84,10 @@ def prepare(
 
 
 def _check_arguments(config: dict[str, Any]) -> None:
-  if config['split'] not in SPLIT_BY:
+  if config['split'] not in click_rounds.SPLIT_BY:
     raise ValueError(
-        f"split must be one of {', '.join(SPLIT_BY)}; got {config['split']!r}."
+        f"split must be one of {', '.join(click_rounds.SPLIT_BY)}; got"
+        f" {config['split']!r}."
     )
   fractions = config['validation_fraction'], config['test_fraction']
   if min(fractions) < 0 or sum(fractions) >= 1:
@@ -165,16 +149,16 @@ class _Preparation(NamedTuple):
   def run(self) -> dict[str, Any]:
     """From wherever it is to the end."""
     state = self._start_or_resume()
-    split_of = make_splitter(self.config, state['total_lines'])
+    writer = click_rounds.RoundWriter(self.output, state)
     with Progress(
         state['lines'], state['total_lines'], self.report, noun='lines'
     ) as progress:
-      self._rounds(state, split_of, progress.advance)
+      writer.run(self.paths, progress.advance)
     self._check_splits(state)
     self.report('Counting the values of each column.')
     meta = {
         **state,
-        'counts': [self._merge(state, k) for k in range(criteo.NUM_CATEGORIES)],
+        'counts': writer.write_counts(),
     }
     click_shards.write_meta(self.output, meta)
     _clean(self.output)
@@ -195,18 +179,7 @@ class _Preparation(NamedTuple):
       self.report(f'Continuing in {self.output} at line {state["lines"]:,}.')
       return state
     self._check_unused()
-    state = {
-        'config': self.config,
-        'source_fingerprint': found,
-        'total_lines': self._total_lines(),
-        'lines': 0,
-        'rejects': {},
-        'damaged_files': [],
-        'splits': {
-            split: {'rows': 0, 'positives': 0, 'shards': []}
-            for split in click_shards.SPLITS
-        },
-    }
+    state = click_rounds.first_state(self.config, found, self._total_lines())
     shards.write_json(path, state)
     return state
 
@@ -229,84 +202,6 @@ class _Preparation(NamedTuple):
     lines = line_blocks.count_lines(self.paths)
     return lines if most is None else min(lines, most)
 
-  def _rounds(
-      self,
-      state: dict[str, Any],
-      split_of: Callable[[np.ndarray], np.ndarray],
-      advance: Callable[[int], None],
-  ) -> None:
-    """All rounds that are left, each of them added to `state`."""
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def end_round(lines: int) -> None:
-      if parts:
-        numbers, rows = (np.concatenate(part) for part in zip(*parts))
-        self._write(state, rows, split_of(numbers))
-        parts.clear()
-      advance(lines - state['lines'])
-      state['lines'] = lines
-      shards.write_json(self.output / PROGRESS, state)
-
-    blocks = line_blocks.read_blocks(
-        self.paths, state['lines'], state['total_lines']
-    )
-    done = state['lines']
-    for block, last in line_blocks.cut_every(
-        blocks, self.config['shard_lines']
-    ):
-      if block.damaged_file is not None:
-        # A set: after a restart, files before the first line are named again.
-        damaged = {*state['damaged_files'], block.damaged_file}
-        state['damaged_files'] = sorted(damaged)
-        continue
-      parsed = criteo.parse(block.data)
-      parts.append((block.first + parsed.lines, parsed.rows))
-      for reason, count in parsed.rejects.items():
-        state['rejects'][reason] = state['rejects'].get(reason, 0) + count
-      done = block.first + block.lines
-      if last:
-        end_round(done)
-    end_round(done)
-
-  def _write(
-      self, state: dict[str, Any], rows: np.ndarray, split_N: np.ndarray
-  ) -> None:
-    """Writes the shards of a round and its run of counts."""
-    for i, name in enumerate(click_shards.SPLITS):
-      chosen = rows[split_N == i]
-      sizes = state['splits'][name]
-      number = len(sizes['shards'])
-      if not len(chosen):
-        continue
-      if name == 'train':
-        path = value_counts.run_path(self.output, number)
-        value_counts.write_run(path, chosen[:, -criteo.NUM_CATEGORIES :])
-      digest = click_shards.write_hashed(
-          click_shards.rows_path(self.output, name, number),
-          lambda f, array=chosen: np.save(f, array),
-      )
-      sizes['shards'].append({'rows': len(chosen), 'sha256': digest})
-      sizes['rows'] += len(chosen)
-      sizes['positives'] += int(chosen[:, 0].sum())
-
-  def _merge(self, state: dict[str, Any], column: int) -> dict[str, Any]:
-    """Writes the counts of one column in the training split."""
-    shards_done = len(state['splits']['train']['shards'])
-    runs = [value_counts.run_path(self.output, n) for n in range(shards_done)]
-    values = 0
-
-    def write(file) -> None:
-      nonlocal values
-      for pairs in value_counts.merged_column(
-          runs, criteo.NUM_CATEGORIES, column
-      ):
-        values += len(pairs)
-        file.write(pairs.astype('<u4').tobytes())
-
-    path = click_shards.counts_path(self.output, column)
-    digest = click_shards.write_hashed(path, write)
-    return {'values': values, 'sha256': digest}
-
   def _check_splits(self, state: dict[str, Any]) -> None:
     config = self.config
     wanted = {
@@ -321,30 +216,6 @@ class _Preparation(NamedTuple):
             f' {name} split (rejects: {rejects_text(state)}); check the source,'
             ' or choose other fractions, and another output.'
         )
-
-
-def make_splitter(
-    config: dict[str, Any], total_lines: int | None
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Line numbers -> the split of each, as an index into SPLITS."""
-  validation, test = config['validation_fraction'], config['test_fraction']
-  if config['split'] == 'time':
-    test_lines = int(total_lines * test)
-    validation_lines = int(total_lines * validation)
-    first_test = total_lines - test_lines
-    bounds = np.asarray([first_test - validation_lines, first_test])
-    return lambda numbers: np.searchsorted(bounds, numbers, side='right')
-  key = np.random.SeedSequence((6, config['seed'])).generate_state(1)
-  shares = np.asarray([1 - validation - test, 1 - test])
-  # Twice, so that line numbers beyond 2**32 count too.
-  mix = click_features.mix32
-
-  def split_of(numbers: np.ndarray) -> np.ndarray:
-    low, high = numbers.astype(np.uint32), (numbers >> 32).astype(np.uint32)
-    draw = mix(mix(low ^ key) ^ high)
-    return np.searchsorted(shares, draw / 2.0**32, side='right')
-
-  return split_of
 
 
 def rejects_text(state: dict[str, Any]) -> str:

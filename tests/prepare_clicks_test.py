@@ -201,6 +201,18 @@ def test_a_finished_one_is_not_touched(prepared, source):
   assert 'nothing to do' in said[0] and files_of(output) == before
 
 
+def test_a_finished_one_outlives_its_source_but_does_not_hide_a_change(
+    tmp_path,
+):
+  write_lines(tmp_path / 'a.txt', 50)
+  prepare(tmp_path / 'data', tmp_path / 'a.txt')
+  write_lines(tmp_path / 'a.txt', 51)
+  with pytest.raises(ValueError, match='have changed'):
+    prepare(tmp_path / 'data', tmp_path / 'a.txt')
+  (tmp_path / 'a.txt').unlink()
+  prepare(tmp_path / 'data', tmp_path / 'a.txt')
+
+
 def test_other_settings_files_or_company_are_refused(
     prepared, source, tmp_path
 ):

@@ -75,6 +75,12 @@ def prepare(
   if (output / click_shards.META).exists():
     meta = click_shards.read_meta(output)
     _check_config(output, config, meta['config'])
+    try:
+      paths = open_source(source)
+    except (ValueError, OSError):
+      pass  # Prepared data stay good when their source is gone.
+    else:
+      _check_source(output, source, paths, meta['source_fingerprint'])
     _clean(output)  # Killed between the last two steps of `_Preparation.run`.
     report(f'{output} is prepared already; nothing to do.')
     return meta
@@ -133,6 +139,19 @@ def _check_config(
       )
 
 
+def _check_source(
+    output: pathlib.Path,
+    source: str,
+    paths: list[epath.Path],
+    stored: str,
+) -> None:
+  if fingerprint(paths) != stored:
+    raise ValueError(
+        f'The files of {source} have changed since {output} was prepared from'
+        ' them; choose another output or delete the directory.'
+    )
+
+
 def _clean(output: pathlib.Path) -> None:
   (output / PROGRESS).unlink(missing_ok=True)
   shutil.rmtree(output / 'runs', ignore_errors=True)
@@ -166,20 +185,21 @@ class _Preparation(NamedTuple):
 
   def _start_or_resume(self) -> dict[str, Any]:
     path = self.output / PROGRESS
-    found = fingerprint(self.paths)
     if path.exists():
       state = click_shards.read_json(path)
       _check_config(self.output, self.config, state['config'])
-      if state['source_fingerprint'] != found:
-        raise ValueError(
-            f'The files of {self.config["source"]} have changed since'
-            f' {self.output} was prepared from them; choose another output or'
-            ' delete the directory.'
-        )
+      _check_source(
+          self.output,
+          self.config['source'],
+          self.paths,
+          state['source_fingerprint'],
+      )
       self.report(f'Continuing in {self.output} at line {state["lines"]:,}.')
       return state
     self._check_unused()
-    state = click_rounds.first_state(self.config, found, self._total_lines())
+    state = click_rounds.first_state(
+        self.config, fingerprint(self.paths), self._total_lines()
+    )
     shards.write_json(path, state)
     return state
 

@@ -176,6 +176,8 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     'eval/loss': '  eval/loss {:.4f}'.format,
     'eval/perplexity': '  perplexity {:.1f}'.format,
     'eval/accuracy': '  accuracy {:.2%}'.format,
+    'eval/auc': '  auc {:.4f}'.format,
+    'eval/calibration': '  calibration {:.3f}'.format,
     'perf/steps_per_sec': '  {:.1f} steps/s'.format,
     'exchange/staleness_steps': '  staleness {:.0f}'.format,
 }

@@ -191,27 +191,44 @@ def _like(run: Run, group_id: int) -> TrainState:
   )
 
 
+_TITLES = {
+    'eval/loss': 'loss (nats)',
+    'eval/perplexity': 'perplexity',
+    'eval/accuracy': 'accuracy',
+    'eval/auc': 'AUC',
+    'eval/calibration': 'calibration',
+    'eval/calibration_error': 'calibration error',
+}
+
+
 def describe(comparison: dict[str, Any]) -> str:
   """The comparison as aligned text."""
-  keys = ['eval/loss', 'eval/perplexity', 'eval/accuracy']
-  rows = [['model', 'step', 'loss (nats)', 'perplexity', 'accuracy']]
-  for name, metrics in comparison['models'].items():
+  models = comparison['models']
+  # A sigmoid output has no perplexity, others no AUC.
+  keys = [k for k in _TITLES if all(k in found for found in models.values())]
+  rows = [['model', 'step', *(_TITLES[key] for key in keys)]]
+  for name, metrics in models.items():
     rows.append([name, str(metrics['step']), *_cells(metrics, keys)])
   for name, metrics in comparison['ensembles'].items():
     rows.append([f'{name}/ensemble', '-', *_cells(metrics, keys)])
   lines = [align(rows)]
   for pairs in comparison['pairs'].values():
-    for pair in pairs:
-      lines.append(
-          f'{pair["a"]} and {pair["b"]}: churn (mean absolute difference)'
-          f' {pair["churn/mean_abs"]:.4f}, disagreement'
-          f' {pair["churn/disagreement"]:.2%}'
-      )
+    lines.extend(_differences(pair) for pair in pairs)
   return '\n'.join(lines)
 
 
 def _cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
   return [f'{metrics[key]:.4f}' for key in keys]
+
+
+def _differences(pair: dict[str, Any]) -> str:
+  line = (
+      f'{pair["a"]} and {pair["b"]}: churn (mean absolute difference)'
+      f' {pair["churn/mean_abs"]:.4f}, disagreement'
+      f' {pair["churn/disagreement"]:.2%}'
+  )
+  relative = pair.get('churn/relative_difference')
+  return line if relative is None else f'{line}, relative {relative:.2%}'
 
 
 if __name__ == '__main__':

@@ -156,6 +156,8 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         f' {content[:3].hex(" ")}.'
     )
   start = 4 + 4 * content[3]
+  if len(content) < start:
+    raise ValueError(f'{path} is damaged: it ends in its header.')
   shape = tuple(np.frombuffer(content[4:start], '>u4').tolist())
   if len(content) - start != math.prod(shape):
     raise ValueError(
@@ -236,7 +238,7 @@ def _read_cifar_binary(paths: list[pathlib.Path]) -> Labelled:
 
 def _read_jpeg_archive(path: pathlib.Path) -> Labelled:
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
       jpeg, offsets, labels, names = (
           archive[key] for key in ('jpeg', 'offsets', 'labels', 'names')
       )

@@ -25,6 +25,7 @@ Shape suffixes: B images, H height, W width, C channels, K draws.
 import concurrent.futures
 import io
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -143,23 +144,26 @@ class EncodedImages:
     return True
 
   def _note(self, index: int, error: Exception) -> None:
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    with self._lock:
+    # Pillow names the buffer in memory that the file was read into.
+    reason = re.sub(r'<_io\.BytesIO[^>]*>', '', str(error))
+    reason = ' '.join(reason.split()) or type(error).__name__
+    with self._lock:  # Of the log too: the count rises from line to line.
       if index in self.damaged:
         return
       self.damaged[index] = reason
-      count = len(self.damaged)
+      self._tell(self._name(index), reason, len(self.damaged), error)
+
+  def _tell(self, name: str, reason: str, count: int, error: Exception) -> None:
     said = f'{count} of {len(self.labels)} images so far'
     if count > self._max_damaged:
       raise OSError(
-          f'Too many images cannot be read: {said}, now {self._name(index)}:'
-          f' {reason}. Is the disk there? Repair or remove them, or raise'
-          ' max_damaged.'
+          f'Too many images cannot be read: {said}, now {name}: {reason}. Is'
+          ' the disk there? Repair or remove them, or raise max_damaged.'
       ) from error
     if count <= _NAMED:
       logging.warning(
           '%s cannot be read and has weight 0: %s (%s)%s',
-          self._name(index),
+          name,
           reason,
           said,
           '; others will not be named' if count == _NAMED else '',

@@ -257,8 +257,8 @@ def hugging_face_images_task(
 ) -> base.Task:
   """ImageNet or another data set of the hub, as `image_folder_task`.
 
-  It is downloaded whole on the first use (ImageNet: 150 GB, and an account that
-  has accepted its terms), and read from Arrow files at random then.
+  It is downloaded whole on the first use (ImageNet: 150 GB, with an account
+  that has accepted its terms); then images are read from Arrow files.
 
   Args:
     name: On the hub, or a directory that `datasets.load_dataset` takes.
@@ -269,14 +269,7 @@ def hugging_face_images_task(
       there is none.
     image_key: Column of images.
     label_key: Column of class labels.
-    size: As for `image_folder_task`, and so are those that follow.
-    resize: See above.
-    validation_fraction: See above; where validation_split is None.
-    max_eval_images: See above.
-    workers: See above.
-    max_damaged: See above.
-    partition: See above.
-    seed: See above.
+    size: As for `image_folder_task`; so are all that follow.
 
   Raises:
     OSError: If the data set cannot be read.

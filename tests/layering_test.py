@@ -24,6 +24,7 @@ MAY_IMPORT = {
     'base': set(),
     'losses': {'base'},
     'schedules': {'base'},
+    'optimizers': {'base'},
     'metrics': {'base'},
     'step': _LOSSES,
     'replicas': _STEP,

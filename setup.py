@@ -17,9 +17,13 @@ _DATA = [
     'sentencepiece>=0.2.3,<0.3',
     'tensorflow-text>=2.21,<2.22',
 ]
+# Image tasks: decoding, and the packaged digits. Other sources of images are in
+# _DATA (the hub) or need nothing more (CIFAR-10, Fashion-MNIST, folders).
+_IMAGES = ['pillow>=12,<14', 'scikit-learn>=1.8,<2']
 _REPORT = ['matplotlib>=3.10,<4']
 _TEST = [
     *_DATA,
+    *_IMAGES,
     *_REPORT,
     'hypothesis>=6.150,<7',
     'pyink==26.5.1',
@@ -41,8 +45,9 @@ setuptools.setup(
     install_requires=_REQUIREMENTS,
     extras_require={
         'data': _DATA,
+        'images': _IMAGES,
         'report': _REPORT,
-        'demo': [*_DATA, *_REPORT],
+        'demo': [*_DATA, *_IMAGES, *_REPORT],
         'test': _TEST,
     },
 )

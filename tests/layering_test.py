@@ -26,6 +26,7 @@ MAY_IMPORT = {
     'schedules': {'base'},
     'metrics': {'base'},
     'churn': set(),
+    'intervals': set(),
     'step': _LOSSES,
     'replicas': _STEP,
     'remote': {'files'},

@@ -36,6 +36,11 @@ def parse_flags() -> None:
   parse(_GIN_FILE.value, _GIN.value)
 
 
+def flag_values() -> tuple[list[str], list[str]]:
+  """The files and bindings given by flags, for `parse`."""
+  return list(_GIN_FILE.value), list(_GIN.value)
+
+
 def flag_arguments() -> list[str]:
   """The gin flags of this process, to start another one alike."""
   return [f'--gin_file={f}' for f in _GIN_FILE.value] + [

@@ -225,6 +225,8 @@ def check_labels(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
         f'{len(probs):,} predictions, but labels of shape {labels.shape}; give'
         ' one label for each'
     )
+  if labels.dtype.kind not in 'fiub':
+    raise ValueError(f'labels: expected numbers, got dtype {labels.dtype}')
   classes = 2 if probs.ndim == 1 else probs.shape[1]
   # A NaN is not equal to what it is cast to.
   with np.errstate(invalid='ignore'):

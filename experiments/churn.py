@@ -14,6 +14,7 @@ Stopped or killed, the first goes on where it was when started again.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     return
   began = time.time()
   if _JOBS.value > 1:
-    _train_in_processes(StopRequest().install())
+    _train_in_processes(workdir, StopRequest().install())
   else:
     _work(workdir)
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
@@ -150,34 +151,38 @@ def _own_arms() -> dict[str, tuple[int, str]]:
   return arms
 
 
-def _train_in_processes(stop: StopRequest) -> None:
+def _train_in_processes(workdir: str, stop: StopRequest) -> None:
   """The same command several times, each with its share of the cores."""
   jobs = _JOBS.value
   environment = {**os.environ, cli.COMMAND_VARIABLE: cli.own_command()}
   command = [sys.executable, '-m', 'experiments.churn', *sys.argv[1:]]
-  workers = [
-      processes.popen([*command, f'--worker={i}/{jobs}'], env=environment)
-      for i in range(jobs)
-  ]
+  start = lambda i: processes.popen(
+      [*command, f'--worker={i}/{jobs}'], env=environment
+  )
+  before = churn_runs.claimed_at(workdir)
+  workers = [start(0)]
   try:
     while any(worker.poll() is None for worker in workers):
       if stop():
         raise processes.stopped(stop)
-      failed = [w.returncode for w in workers if w.returncode]
-      if failed:
-        raise ValueError(
-            f'a training process ended with status {failed[0]}; what it said'
-            ' stands above, and the same command goes on from here'
-        )
+      _leave_with(workers)
+      # Once the first has accepted the flags: a mistake is said once.
+      if len(workers) < jobs and churn_runs.claimed_at(workdir) != before:
+        workers += map(start, range(1, jobs))
       time.sleep(0.1)
-    failed = [w.returncode for w in workers if w.returncode]
-    if failed:
-      raise ValueError(f'a training process ended with status {failed[0]}')
+    _leave_with(workers)
   finally:
     for worker in workers:
       processes.ask_to_leave(worker)
     for worker in workers:
       processes.wait_or_kill(worker, 10.0)
+
+
+def _leave_with(workers: Sequence[subprocess.Popen]) -> None:
+  """Ends as the first process that failed, which has said why."""
+  for worker in workers:
+    if worker.returncode:
+      sys.exit(worker.returncode % 256)
 
 
 def _work(workdir: str) -> None:
@@ -191,7 +196,8 @@ def _work(workdir: str) -> None:
   # Not at the top: to compare files needs no jax.
   from experiments import churn_worker, devices
 
-  devices.use_replicas(_REPLICAS.value)
+  if _REPLICAS.value > 1:
+    devices.use_replicas(_REPLICAS.value)
   own = _own_arms()
   trainers = churn_worker.Trainers(
       workdir,

@@ -19,9 +19,7 @@ _OTHERS = ('#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _MARKERS = {churn_runs.SINGLE: 's', ENSEMBLE: 'D'}
 
 
-def make_plot(
-    rows: Sequence[Row], chosen: str | None, split: str, ways: int = 2
-) -> Plot:
+def make_plot(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws all arms, those of several weights as one line."""
   with report_style.look():
     figure, (ax,) = report_style.figure_of(1)
@@ -33,7 +31,8 @@ def make_plot(
     ax.plot(*_points(weighted), color=_CODISTILLED, lw=1.2, zorder=2)
     for row in rows:
       _draw(ax, row, colours[row.arm], row.arm == chosen)
-    ax.set_ylim(bottom=0)
+    highest = max(r.figures['churn'].mean for r in rows)
+    ax.set_ylim(0, 1.15 * highest or 1.0)
     ax.margins(x=0.12)
     handles = [
         report_style.line(
@@ -43,7 +42,8 @@ def make_plot(
         if r not in weighted
     ]
     if weighted:
-      label = f'{ways}-way codistilled, by distill weight'
+      title = weighted[0].title.partition(',')[0]
+      label = f'{title}, by distill weight'
       handles.append(report_style.line(_CODISTILLED, label, marker='o', lw=1.2))
     report_style.legend_below(figure, handles)
     png = report_style.save(figure)

@@ -50,12 +50,7 @@ def _blocks(study: Study, workdir, note: str) -> list[Block]:
   from experiments import churn_plot  # Matplotlib, which files may do without.
 
   split = churn_text.split_of(study)
-  plot = churn_plot.make_plot(
-      study.rows['test'],
-      study.chosen,
-      split.strip(),
-      study.settings['num_groups'],
-  )
+  plot = churn_plot.make_plot(study.rows['test'], study.chosen, split.strip())
   blocks = [
       *([Paragraph(note)] if note else []),
       *(Paragraph(f'FAILED: {x}') for x in churn_text.failures(study.repeats)),

@@ -134,6 +134,12 @@ def study_path(workdir: files.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'study.json'
 
 
+def claimed_at(workdir: files.PathLike) -> int:
+  """When study.json was last written; 0 if it was not."""
+  path = study_path(workdir)
+  return path.stat().mtime if path.exists() else 0
+
+
 def config_path(workdir: files.PathLike, config: str) -> epath.Path:
   """The operative gin configuration of the arm, or of all others for ''."""
   name = f'config_{config}.gin' if config else 'config.gin'

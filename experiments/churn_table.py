@@ -70,7 +70,7 @@ def table_1(rows: Sequence[Row], prefix: str = '') -> tuple[list[str], Cells]:
     for line, row in zip(cells, rows):
       line.append(spread(key, row.figures.get(key)))
     if key == 'churn' and compared:
-      header.append('change of it [95 %]')
+      header.append('change [95 %]')
       for line, row in zip(cells, rows):
         line.append(percent(row.change))
   return header, cells

@@ -36,8 +36,8 @@ def summary(study: Study) -> str:
   found = rows.get(study.chosen)
   if found is None:
     return (
-        f'The churn of the {ensemble.title} is'
-        f' {churn_table.percent(ensemble.change)} that of the single model.'
+        f'Churn of the {ensemble.title}, against the single model:'
+        f' {churn_table.percent(ensemble.change)}.'
     )
   loss = lambda row: churn_table.number(
       'log_loss', row.figures['log_loss'].mean
@@ -55,12 +55,14 @@ def summary(study: Study) -> str:
 
 def chosen(study: Study) -> str:
   """How the weight was chosen."""
-  if study.chosen is None:
-    return 'No codistilled arm was trained.'
-  weight = churn_runs.weight_of(study.chosen)
-  said = f'Distill weight {weight:g} was chosen on validation: {study.reason}.'
+  said = 'No codistilled arm was trained.'
+  if study.chosen is not None:
+    weight = churn_runs.weight_of(study.chosen)
+    said = (
+        f'Distill weight {weight:g} was chosen on validation: {study.reason}.'
+    )
   if not study.settings['has_test_split']:
-    said += ' The task has no test split: the table is of validation too.'
+    said += ' The task has no test split: the table is of validation.'
   return said
 
 

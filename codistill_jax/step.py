@@ -35,7 +35,7 @@ TrainStep = Callable[
 ]
 EvalStep = Callable[
     [Variables, Batch, PyTree],
-    tuple[dict[str, metrics_lib.Mean], PyTree],
+    tuple[dict[str, metrics_lib.Metric], PyTree],
 ]
 
 
@@ -196,20 +196,21 @@ def make_eval_step(
 ) -> EvalStep:
   """Builds `eval_step(variables, batch, carry) -> (sums, carry)`.
 
-  The sums are `metrics.Mean` pairs under `eval/loss` (nats per example, of the
-  task alone) and `eval/accuracy`; add them over batches, then divide.
+  The sums are metrics in the making: `eval/loss` (nats per example, of the task
+  alone) and those of `metrics.quality`; add them over batches, then take their
+  `number()`.
   """
   loss_fn = task_loss or losses.task_loss
 
   def eval_step(
       variables: Variables, batch: Batch, carry: PyTree
-  ) -> tuple[dict[str, metrics_lib.Mean], PyTree]:
+  ) -> tuple[dict[str, metrics_lib.Metric], PyTree]:
     outputs, updates = model.apply(variables, batch, carry, None, False)
     logits, labels = logits_of(outputs), batch['labels']
     weights = example_weights(batch)
     sums = {
         'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
-        'eval/accuracy': metrics_lib.accuracy(logits, labels, weights),
+        **metrics_lib.quality(logits, labels, weights),
     }
     return sums, updates.carry
 

@@ -96,6 +96,11 @@ class Rows(NamedTuple):
   row_of: Bijection
 
 
+def all_rows(num_rows: int) -> Rows:
+  """All rows, in order."""
+  return Rows(num_rows, lambda places: np.asarray(places, np.int64))
+
+
 def group_rows(
     num_rows: int,
     *,
@@ -117,7 +122,7 @@ def group_rows(
       name='rows',
   )
   if partition == 'shared':
-    return Rows(num_rows, lambda places: np.asarray(places, np.int64))
+    return all_rows(num_rows)
   row_of = bijection(num_rows, (_PARTITION_KEY, seed))
   return Rows(
       len(range(group_id, num_rows, num_groups)),

@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from codistill_jax.background import Turns, Worker
 from codistill_jax.base import Agreement
-from codistill_jax.exchange import Interrupted, Plan
-from codistill_jax.fetcher import Fetcher
-from codistill_jax.teaching import Slot, Swap, Teaching
+from codistill_jax.exchange.fetcher import Fetcher
+from codistill_jax.exchange.protocol import Interrupted, Plan
+from codistill_jax.exchange.teaching import Slot, Swap, Teaching
+from codistill_jax.storage.background import Turns, Worker
 
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 5.0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from codistill_jax import files
+from codistill_jax.storage import files
 
 LONGEST_TTL = 600.0
 

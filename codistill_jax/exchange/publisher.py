@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
-from codistill_jax import files, publications, remote, storage
-from codistill_jax.background import Turns
 from codistill_jax.base import Variables, cast_floats, host_copy
-from codistill_jax.exchange import Plan
-from codistill_jax.leases import LostError
-from codistill_jax.publications import Publication
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import files, remote, trees
+from codistill_jax.storage.background import Turns
+from codistill_jax.storage.leases import LostError
+from codistill_jax.storage.troubles import Troubles
 
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
@@ -88,6 +89,7 @@ class Publisher:
     self._restart_step: int | None = None
     self._changed = threading.Condition()
     self._waiting: list[_Waiting] = []
+    self._spare: Variables | None = None  # A copy whose memory is free.
     self._busy: int | None = None  # The step that is being written.
     self._failing = False  # Whether the last try was refused.
     self._closing = False
@@ -109,11 +111,13 @@ class Publisher:
         while self._waiting and not self._error and not self._interrupted():
           self._changed.wait(0.1)
     publication = Publication(self._group_id, step, time.time(), self._identity)
-    if self._plan.mode == 'freshest':
-      with self._changed:
+    with self._changed:
+      if self._plan.mode == 'freshest' and self._waiting:
         # Nobody needs what this one is newer than; it goes before the copy.
+        _, self._spare = self._waiting.pop()
         self._waiting.clear()
-    copy = host_copy(variables)
+      spare, self._spare = self._spare, None
+    copy = host_copy(variables, into=spare)
     with self._changed:
       self._waiting.append((publication, copy))
       self._changed.notify_all()
@@ -206,14 +210,16 @@ class Publisher:
         self._busy = publication.step
         self._changed.notify_all()
       try:
-        variables = cast_floats(variables, self._plan.publish_dtype)
-        self._write_until_done(publication, variables)
+        self._write_until_done(
+            publication, cast_floats(variables, self._plan.publish_dtype)
+        )
       except BaseException as e:  # The training loop raises it.
         with self._changed:
           self._error = None if self._given_up else e
       finally:
-        del variables
         with self._changed:
+          self._spare = variables
+          del variables
           self._busy = None
           self._failing = False
           self._changed.notify_all()
@@ -272,7 +278,7 @@ class Publisher:
       self._troubles.worked(doing)
 
   def _delete_old(self) -> None:
-    steps = storage.completed_steps(self._directory)
+    steps = trees.completed_steps(self._directory)
     old = steps[: -self._keep]
     if self._plan.mode == 'lockstep' and self._readers:
       needed = min(map(self._needed_by, self._readers))
@@ -284,7 +290,7 @@ class Publisher:
       # step is taken away and then the marks are looked at. So one of the two
       # sees the other.
       if step not in read:
-        storage.delete_unless(
+        trees.delete_unless(
             self._directory, step, lambda step=step: step in read_now()
         )
 

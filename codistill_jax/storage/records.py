@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from codistill_jax.base import PyTree
-from codistill_jax.remote import Digest
+from codistill_jax.storage.remote import Digest
 
 
 @dataclasses.dataclass(frozen=True)

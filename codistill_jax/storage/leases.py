@@ -23,8 +23,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from codistill_jax import files, holders
-from codistill_jax.holders import Holder
+from codistill_jax.storage import files, holders
+from codistill_jax.storage.holders import Holder
 
 # From writing to reading again. A newcomer that takes longer to write starts
 # over, so it must be longer than a write mostly takes.

@@ -22,9 +22,9 @@ from codistill_jax.base import (
     Teachers,
     Variables,
 )
-from codistill_jax.publications import Publication
-from codistill_jax.topology import Topology, peers_of, readers_of
-from codistill_jax.topology import check as check_topology
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.topology import Topology, peers_of, readers_of
+from codistill_jax.exchange.topology import check as check_topology
 
 MODES = ('freshest', 'lockstep')
 POLICIES = ('drop', 'wait', 'fail')

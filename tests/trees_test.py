@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from codistill_jax import records, remote, steps, storage
+from codistill_jax.storage import records, remote, steps, trees
 
 STEP = 7
 MARK = 'commit_success.txt'
@@ -39,12 +39,12 @@ def a_tree():
 
 
 def read(directory, step=STEP, like=None):
-  record = storage.load_record(directory, step)
-  return storage.load_tree(directory, step, record, like or a_tree())
+  record = trees.load_record(directory, step)
+  return trees.load_tree(directory, step, record, like or a_tree())
 
 
 def assert_same(a, b):
-  a, b = storage.flatten(a), storage.flatten(b)
+  a, b = trees.flatten(a), trees.flatten(b)
   assert [path for path, _ in a] == [path for path, _ in b]
   for (path, x), (_, y) in zip(a, b):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
@@ -54,7 +54,7 @@ def assert_same(a, b):
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   directory = tmp_path_factory.mktemp('saved')
-  storage.save(directory, STEP, a_tree(), {'note': [1, None, 'x']})
+  trees.save(directory, STEP, a_tree(), {'note': [1, None, 'x']})
   return directory
 
 
@@ -73,10 +73,10 @@ def test_every_kind_of_array_comes_back_with_the_same_bits(saved):
 
 
 def test_a_record_says_what_there_is(saved):
-  record = storage.load_record(saved, STEP)
+  record = trees.load_record(saved, STEP)
   assert record.facts == {'note': [1, None, 'x']}
   without = [(leaf.path, leaf.shape, leaf.dtype) for leaf in record.leaves]
-  described = storage.describe(a_tree())
+  described = trees.describe(a_tree())
   assert without == [(d.path, d.shape, d.dtype) for d in described]
   kernel = next(x for x in described if x.path == 'params/kernel')
   assert str(kernel) == 'params/kernel float32[16, 8]'
@@ -85,20 +85,20 @@ def test_a_record_says_what_there_is(saved):
 
 def test_an_array_of_many_chunks_comes_back(tmp_path):
   tree = {'x': np.arange(3_000_000, dtype=np.float32).reshape(3, -1)}
-  storage.save(tmp_path, 1, tree, {})
+  trees.save(tmp_path, 1, tree, {})
   assert_same(read(tmp_path, 1, tree), tree)
 
 
 def test_layout_of_memory_does_not_matter(tmp_path):
   x = np.arange(12.0, dtype=np.float32).reshape(3, 4)
-  storage.save(tmp_path, 1, {'x': x.T}, {})
+  trees.save(tmp_path, 1, {'x': x.T}, {})
   assert_same(read(tmp_path, 1, {'x': x.T}), {'x': np.ascontiguousarray(x.T)})
 
 
 def test_nan_and_negative_zero_keep_their_bits(tmp_path):
   bits = np.array([0x7FC00001, 0x80000000, 0xFF800000], np.uint32)
   tree = {'x': bits.view(np.float32)}
-  storage.save(tmp_path, 1, tree, {})
+  trees.save(tmp_path, 1, tree, {})
   assert_same(read(tmp_path, 1, tree), tree)
 
 
@@ -130,7 +130,7 @@ def test_damage_is_never_read_as_data(saved, tmp_path, how):
       damage(directory / original.relative_to(saved), how, rng)
       try:
         found = read(directory)
-      except (storage.DamagedError, storage.MissingError) as e:
+      except (trees.DamagedError, trees.MissingError) as e:
         noticed.append(original.relative_to(saved).as_posix())
         assert '\n' not in str(e) and str(directory) in str(e)
       else:
@@ -149,8 +149,8 @@ def rewrite(path, old, new):
 def test_an_altered_record_is_noticed(copy):
   path = copy / str(STEP) / 'record.json'
   rewrite(path, b'"note"', b'"nope"')
-  with pytest.raises(storage.DamagedError, match='record was altered'):
-    storage.load_record(copy, STEP)
+  with pytest.raises(trees.DamagedError, match='record was altered'):
+    trees.load_record(copy, STEP)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_an_altered_record_is_noticed(copy):
 )
 def test_a_record_that_says_what_cannot_be_is_damaged(copy, change):
   """By a faulty writer: its checksum is right."""
-  record = storage.load_record(copy, STEP)
+  record = trees.load_record(copy, STEP)
   content = {**dataclasses.asdict(record), **change}
 
   class Faulty:
@@ -183,32 +183,32 @@ def test_a_record_that_says_what_cannot_be_is_damaged(copy, change):
     patch.setattr(records.dataclasses, 'asdict', lambda _: content)
     data = records.encode(Faulty())
   (copy / str(STEP) / 'record.json').write_bytes(data)
-  with pytest.raises(storage.DamagedError, match='record was altered'):
-    storage.load_record(copy, STEP)
+  with pytest.raises(trees.DamagedError, match='record was altered'):
+    trees.load_record(copy, STEP)
 
 
 @pytest.mark.parametrize('data', [b'[' * 100_000, b'{}', b'3', b'\xff', b''])
 def test_a_record_that_is_none_is_damaged(copy, data):
   (copy / str(STEP) / 'record.json').write_bytes(data)
-  with pytest.raises(storage.DamagedError, match='record was altered'):
-    storage.load_record(copy, STEP)
+  with pytest.raises(trees.DamagedError, match='record was altered'):
+    trees.load_record(copy, STEP)
 
 
 def test_arrays_of_another_checkpoint_are_noticed(copy):
   """As if two writers had finished one step together."""
   tree = a_tree()
   tree['params']['kernel'] = tree['params']['kernel'] + 1
-  storage.save(copy, STEP + 1, tree, {})
+  trees.save(copy, STEP + 1, tree, {})
   shutil.rmtree(copy / str(STEP) / 'arrays')
   shutil.copytree(copy / str(STEP + 1) / 'arrays', copy / str(STEP) / 'arrays')
-  with pytest.raises(storage.DamagedError, match=r'arrays/.* '):
+  with pytest.raises(trees.DamagedError, match=r'arrays/.* '):
     read(copy)
 
 
 def faulty_save(directory, tree, claimed):
   """Saves a tree with the leaves of another in the record."""
-  record = storage.save(directory, STEP, tree, {})
-  other = storage.save(directory, STEP + 1, claimed, {})
+  record = trees.save(directory, STEP, tree, {})
+  other = trees.save(directory, STEP + 1, claimed, {})
   mixed = dataclasses.replace(record, leaves=other.leaves)
   path = directory / str(STEP) / 'record.json'
   path.write_bytes(records.encode(mixed))
@@ -230,15 +230,15 @@ def test_a_writer_that_mixed_up_its_leaves_is_noticed(tmp_path, tree):
   """Every file is as it was written: the checksums of leaves are needed."""
   claimed = {'a': np.zeros(3, np.float32), 'b': np.ones(3, np.float32)}
   faulty_save(tmp_path, tree, claimed)
-  with pytest.raises(storage.DamagedError):
+  with pytest.raises(trees.DamagedError):
     read(tmp_path, like=claimed)
 
 
 def test_damaged_arrays_never_reach_orbax(copy, monkeypatch):
   for path in (copy / str(STEP) / 'arrays').rglob('d/*'):
     damage(path, 'flipped', np.random.default_rng(0))
-  monkeypatch.setattr(storage, '_restore', lambda *_: pytest.fail('reached'))
-  with pytest.raises(storage.DamagedError, match='was altered'):
+  monkeypatch.setattr(trees, '_restore', lambda *_: pytest.fail('reached'))
+  with pytest.raises(trees.DamagedError, match='was altered'):
     read(copy)
 
 
@@ -255,10 +255,10 @@ def test_only_completed_steps_are_listed(copy):
   (copy / 'restart_step.json').write_text('{}')
   for name in ('\u00b2', '007', '-4', '5.damaged'):
     shutil.copytree(copy / str(STEP), copy / name)
-  storage.save(copy, 12, a_tree(), {})
-  storage.save(copy, 3, a_tree(), {})
-  assert storage.completed_steps(copy) == [3, STEP, 12]
-  assert storage.completed_steps(copy / 'nowhere') == []
+  trees.save(copy, 12, a_tree(), {})
+  trees.save(copy, 3, a_tree(), {})
+  assert trees.completed_steps(copy) == [3, STEP, 12]
+  assert trees.completed_steps(copy / 'nowhere') == []
 
 
 def test_what_a_killed_writer_left_is_deleted_and_nothing_else(copy):
@@ -266,30 +266,30 @@ def test_what_a_killed_writer_left_is_deleted_and_nothing_else(copy):
   (copy / '9' / 'commit_success.txt').unlink()
   (copy / '8.orbax-checkpoint-tmp' / 'arrays').mkdir(parents=True)
   (copy / 'restart_step.json').write_text('{}')
-  storage.delete_torn(copy)
+  trees.delete_torn(copy)
   assert sorted(p.name for p in copy.iterdir()) == [
       str(STEP),
       'restart_step.json',
   ]
   assert_same(read(copy), a_tree())
-  storage.delete_torn(copy / 'nowhere')
+  trees.delete_torn(copy / 'nowhere')
 
 
 def test_a_torn_step_is_replaced(copy):
   (copy / str(STEP) / 'commit_success.txt').unlink()
   tree = {'x': np.ones(3, np.float32)}
-  storage.save(copy, STEP, tree, {})
+  trees.save(copy, STEP, tree, {})
   assert_same(read(copy, like=tree), tree)
 
 
 def test_a_missing_step_is_missing_not_damaged(saved, copy):
-  with pytest.raises(storage.MissingError, match='is not there'):
-    storage.load_record(saved, STEP + 1)
-  record = storage.load_record(copy, STEP)
-  storage.delete(copy, [STEP, 99])  # Between the record and the arrays.
-  assert storage.completed_steps(copy) == []
-  with pytest.raises(storage.MissingError):
-    storage.load_tree(copy, STEP, record, a_tree())
+  with pytest.raises(trees.MissingError, match='is not there'):
+    trees.load_record(saved, STEP + 1)
+  record = trees.load_record(copy, STEP)
+  trees.delete(copy, [STEP, 99])  # Between the record and the arrays.
+  assert trees.completed_steps(copy) == []
+  with pytest.raises(trees.MissingError):
+    trees.load_tree(copy, STEP, record, a_tree())
 
 
 def test_a_delete_hides_the_step_before_it_takes_anything_away(
@@ -299,11 +299,11 @@ def test_a_delete_hides_the_step_before_it_takes_anything_away(
   original = remote.remove_tree
 
   def remove_tree(path):
-    seen.append(storage.completed_steps(copy))
+    seen.append(trees.completed_steps(copy))
     original(path)
 
   monkeypatch.setattr(remote, 'remove_tree', remove_tree)
-  storage.delete(copy, [STEP])
+  trees.delete(copy, [STEP])
   assert seen == [[]] and not (copy / str(STEP)).exists()
 
 
@@ -317,8 +317,8 @@ def test_the_mark_is_written_last(tmp_path, monkeypatch):
     after = {p: p.read_bytes() for p in files_of(path)}
     states.append((before, after))
 
-  monkeypatch.setattr(storage, 'complete', complete)
-  storage.save(tmp_path, STEP, a_tree(), {})
+  monkeypatch.setattr(trees, 'complete', complete)
+  trees.save(tmp_path, STEP, a_tree(), {})
   ((before, after),) = states
   mark = tmp_path / str(STEP) / MARK
   assert mark not in before
@@ -329,7 +329,7 @@ def test_the_mark_is_written_last(tmp_path, monkeypatch):
 def test_no_directory_is_renamed(tmp_path, monkeypatch):
   for name in ('rename', 'replace', 'renames'):
     monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
-  storage.save(tmp_path, STEP, a_tree(), {})
+  trees.save(tmp_path, STEP, a_tree(), {})
   assert_same(read(tmp_path), a_tree())
 
 
@@ -338,41 +338,41 @@ def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(copy):
   asked = []
 
   def needed():
-    asked.append(storage.completed_steps(copy))
+    asked.append(trees.completed_steps(copy))
     return True
 
-  made = storage.completed_at(copy, STEP)
-  storage.delete_unless(copy, STEP, needed)
+  made = trees.completed_at(copy, STEP)
+  trees.delete_unless(copy, STEP, needed)
   assert asked == [[]]  # Without its mark when it is asked.
   assert_same(read(copy), a_tree())
-  assert storage.completed_at(copy, STEP) == made  # It is the same one.
-  storage.delete_unless(copy, STEP, lambda: False)
+  assert trees.completed_at(copy, STEP) == made  # It is the same one.
+  trees.delete_unless(copy, STEP, lambda: False)
   assert not (copy / str(STEP)).exists()
-  storage.delete_unless(copy, STEP, lambda: False)  # Gone already.
+  trees.delete_unless(copy, STEP, lambda: False)  # Gone already.
 
 
 def test_when_it_was_completed(tmp_path):
-  assert storage.completed_at(tmp_path, STEP) is None
+  assert trees.completed_at(tmp_path, STEP) is None
   before = time.time()
-  storage.save(tmp_path, STEP, a_tree(), {})
-  made = storage.completed_at(tmp_path, STEP)
+  trees.save(tmp_path, STEP, a_tree(), {})
+  made = trees.completed_at(tmp_path, STEP)
   assert before <= made <= time.time()
-  storage.save(tmp_path, STEP, a_tree(), {})
-  assert storage.completed_at(tmp_path, STEP) > made  # Another one.
+  trees.save(tmp_path, STEP, a_tree(), {})
+  assert trees.completed_at(tmp_path, STEP) > made  # Another one.
   for text in ('', 'nonsense', 'nan', '\u00b2'):
     (tmp_path / str(STEP) / MARK).write_text(text)
-    assert storage.completed_at(tmp_path, STEP) == 0.0
+    assert trees.completed_at(tmp_path, STEP) == 0.0
 
 
 def test_a_damaged_one_is_set_aside_where_nobody_reads_it(copy):
-  storage.set_aside(copy, STEP)
-  assert storage.completed_steps(copy) == []
+  trees.set_aside(copy, STEP)
+  assert trees.completed_steps(copy) == []
   assert (copy / f'{STEP}.damaged' / 'record.json').exists()
-  storage.delete_torn(copy)
+  trees.delete_torn(copy)
   assert (copy / f'{STEP}.damaged').exists()
-  storage.save(copy, STEP, a_tree(), {})
-  storage.set_aside(copy, STEP)  # Once more: the older one gives way.
-  assert storage.completed_steps(copy) == []
+  trees.save(copy, STEP, a_tree(), {})
+  trees.set_aside(copy, STEP)  # Once more: the older one gives way.
+  assert trees.completed_steps(copy) == []
 
 
 # --- A file system that fails ------------------------------------------------
@@ -403,9 +403,9 @@ PASSING += [errno.ETIMEDOUT, errno.EPERM, errno.EBUSY, errno.ENOTCONN]
 
 @pytest.mark.parametrize('code', [errno.EIO, errno.ESTALE, errno.ENOENT])
 def test_an_error_that_passes_is_survived(copy, monkeypatch, code):
-  record = storage.load_record(copy, STEP)
+  record = trees.load_record(copy, STEP)
   Failing(monkeypatch, code, 1, 'arrays')
-  assert_same(storage.load_tree(copy, STEP, record, a_tree()), a_tree())
+  assert_same(trees.load_tree(copy, STEP, record, a_tree()), a_tree())
 
 
 @pytest.mark.parametrize('code', PASSING)
@@ -426,16 +426,16 @@ def test_a_file_system_that_refuses_is_not_a_damaged_step(
     'text, kind',
     [
         ("DATA_LOSS: x [os_error_code='5']", OSError),
-        ("NOT_FOUND: x [os_error_code='2']", storage.DamagedError),
+        ("NOT_FOUND: x [os_error_code='2']", trees.DamagedError),
         ('PERMISSION_DENIED: x', OSError),
-        ('FAILED_PRECONDITION: x', storage.DamagedError),
+        ('FAILED_PRECONDITION: x', trees.DamagedError),
     ],
 )
 def test_what_tensorstore_says_is_understood(copy, monkeypatch, text, kind):
   def restore(*_):
     raise ValueError(text)
 
-  monkeypatch.setattr(storage, '_restore', restore)
+  monkeypatch.setattr(trees, '_restore', restore)
   with pytest.raises(kind, match='cannot be read'):
     read(copy)
 
@@ -452,9 +452,9 @@ def test_a_mark_that_cannot_be_looked_at_is_no_reason_to_delete(
 
   monkeypatch.setattr(os, 'stat', stat)
   with pytest.raises(PermissionError):
-    storage.delete_torn(copy)
+    trees.delete_torn(copy)
   with pytest.raises(PermissionError):
-    storage.completed_steps(copy)
+    trees.completed_steps(copy)
   monkeypatch.undo()
   assert_same(read(copy), a_tree())
 
@@ -462,7 +462,7 @@ def test_a_mark_that_cannot_be_looked_at_is_no_reason_to_delete(
 FULL_DISK = """
     import pathlib, resource, sys, time
     import numpy as np
-    from codistill_jax import storage
+    from codistill_jax.storage import trees
     directory = pathlib.Path(sys.argv[1])
     rng = np.random.default_rng(0)
     tree = {f'{i}': rng.normal(size=40_000) for i in range(4)}
@@ -470,7 +470,7 @@ FULL_DISK = """
     for limit in (0, 30, 100, 300, 1_000, 3_000, 100_000, 400_000):
       resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
       try:
-        storage.save(directory, 1, tree, {})
+        trees.save(directory, 1, tree, {})
         error = None
       except Exception as e:
         error = e
@@ -479,10 +479,10 @@ FULL_DISK = """
       assert 'File too large' in str(error), (limit, error)
       assert str(directory / '1') in str(error), (limit, error)
       assert len(str(error).splitlines()) == 1, (limit, error)
-      assert storage.completed_steps(directory) == []
-    storage.save(directory, 1, tree, {})
-    record = storage.load_record(directory, 1)
-    found = storage.load_tree(directory, 1, record, tree)
+      assert trees.completed_steps(directory) == []
+    trees.save(directory, 1, tree, {})
+    record = trees.load_record(directory, 1)
+    found = trees.load_tree(directory, 1, record, tree)
     assert all((found[k] == tree[k]).all() for k in tree)
     time.sleep(0.2)
 """
@@ -510,27 +510,27 @@ def test_the_file_system_is_asked_why_orbax_could_not_write(
     raise ValueError('NOT_FOUND: Error reading "a/.zarray"')
 
   full = OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr(storage, '_checkpointer', fail)
+  monkeypatch.setattr(trees, '_checkpointer', fail)
   with pytest.raises(OSError, match='NOT_FOUND'):
-    storage.save(tmp_path, STEP, a_tree(), {})
+    trees.save(tmp_path, STEP, a_tree(), {})
   monkeypatch.setattr(remote, 'why_not_writable', lambda _: full)
   with pytest.raises(OSError, match='cannot be written: No space left') as e:
-    storage.save(tmp_path, STEP, a_tree(), {})
+    trees.save(tmp_path, STEP, a_tree(), {})
   assert e.value.errno == errno.ENOSPC
-  assert storage.completed_steps(tmp_path) == []
+  assert trees.completed_steps(tmp_path) == []
 
 
 def test_a_directory_that_is_a_file_is_one_clear_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(OSError, match='cannot be written') as e:
-    storage.save(tmp_path / 'file', STEP, a_tree(), {})
+    trees.save(tmp_path / 'file', STEP, a_tree(), {})
   assert '\n' not in str(e.value)
 
 
 def test_a_mistake_of_the_caller_is_not_blamed_on_the_disk(tmp_path):
   with pytest.raises(TypeError):
-    storage.save(tmp_path, STEP, a_tree(), {'fact': object()})
-  assert storage.completed_steps(tmp_path) == []
+    trees.save(tmp_path, STEP, a_tree(), {'fact': object()})
+  assert trees.completed_steps(tmp_path) == []
 
 
 def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
@@ -542,19 +542,19 @@ def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
 
   def write():
     for step in range(1, 13):
-      storage.save(tmp_path, step, tree_of(step), {'step': step})
-      storage.delete(tmp_path, storage.completed_steps(tmp_path)[:-1])
+      trees.save(tmp_path, step, tree_of(step), {'step': step})
+      trees.delete(tmp_path, trees.completed_steps(tmp_path)[:-1])
     stop.set()
 
   def follow():
     while not stop.is_set():
-      step = max(storage.completed_steps(tmp_path), default=None)
+      step = max(trees.completed_steps(tmp_path), default=None)
       if step is None:
         continue
       try:
         assert_same(read(tmp_path, step, tree_of(step)), tree_of(step))
         counts['read'] += 1
-      except storage.MissingError:
+      except trees.MissingError:
         counts['missing'] += 1
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -569,7 +569,7 @@ def test_two_saves_at_once_are_both_whole(tmp_path):
 
   def save(name, tree):
     for step in range(8):
-      storage.save(tmp_path / name, step, tree, {})
+      trees.save(tmp_path / name, step, tree, {})
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     for future in [

@@ -11,10 +11,10 @@ from absl import logging
 from etils import epath
 from flax import serialization
 
-from codistill_jax import storage
 from codistill_jax.base import TrainState
-from codistill_jax.saver import GaveUpError, Saver
-from codistill_jax.troubles import Troubles
+from codistill_jax.storage import trees
+from codistill_jax.storage.saver import GaveUpError, Saver
+from codistill_jax.storage.troubles import Troubles
 
 # As troubles.
 SAVING = 'saving a resume checkpoint'
@@ -63,7 +63,7 @@ class Checkpoints:
       check: Called with the step before it is written; raises if this process
         must not write here any more, or not yet (OSError).
     """
-    self._directory = storage.absolute(directory)
+    self._directory = trees.absolute(directory)
     self._identity = dict(identity or {})
     self._keep = keep
     self._troubles = troubles or Troubles()
@@ -78,11 +78,11 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """All completed checkpoints, ascending."""
-    return storage.completed_steps(self._directory)
+    return trees.completed_steps(self._directory)
 
   def discard_after(self, step: int) -> None:
     """Deletes the checkpoints beyond `step`."""
-    storage.delete(self._directory, [s for s in self.steps() if s > step])
+    trees.delete(self._directory, [s for s in self.steps() if s > step])
 
   def save(
       self, state: TrainState, teacher_steps: Sequence[int | None] = ()
@@ -153,13 +153,13 @@ class Checkpoints:
     for step in reversed(self.steps()):
       try:
         resume = self.read(step, like)
-      except storage.DamagedError as e:
+      except trees.DamagedError as e:
         logging.warning('Skipped a damaged resume checkpoint: %s', e)
         damaged.append(str(e))
         continue
       # In the way of the run, which comes by their steps again.
       for newer in [s for s in self.steps() if s > step]:
-        storage.set_aside(self._directory, newer)
+        trees.set_aside(self._directory, newer)
       self._saver.saved, self._oldest = step, self.steps()[0]
       return resume
     if damaged:
@@ -181,10 +181,8 @@ class Checkpoints:
     self._check(step)
     state, teacher_steps = item
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
-    storage.delete_torn(self._directory)
-    storage.save(
-        self._directory, step, serialization.to_state_dict(state), facts
-    )
+    trees.delete_torn(self._directory)
+    trees.save(self._directory, step, serialization.to_state_dict(state), facts)
     self._prune()
 
   def _prune(self) -> None:
@@ -195,12 +193,12 @@ class Checkpoints:
       self._troubles.failed(_LISTING, e)
       return
     self._troubles.worked(_LISTING)
-    storage.delete(self._directory, steps[: -self._keep])
+    trees.delete(self._directory, steps[: -self._keep])
     self._oldest = steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
-    """One checkpoint; raises as `restore`, or `storage.DamagedError`."""
-    record = storage.load_record(self._directory, step)
+    """One checkpoint; raises as `restore`, or `trees.DamagedError`."""
+    record = trees.load_record(self._directory, step)
     where = self._directory / str(step)
     theirs = record.facts['identity']
     for key in sorted(theirs.keys() | self._identity.keys()):
@@ -212,7 +210,7 @@ class Checkpoints:
             ' configuration of the first run'
         )
     target = serialization.to_state_dict(like)
-    ours = storage.describe(target)
+    ours = trees.describe(target)
     for a, b in zip(record.leaves, ours):
       if (a.path, a.shape, a.dtype) != (b.path, b.shape, b.dtype):
         raise ValueError(
@@ -226,7 +224,7 @@ class Checkpoints:
           f' {len(record.leaves)} arrays, this run has {len(ours)}; use another'
           ' workdir, or the configuration of the first run'
       )
-    tree = storage.load_tree(self._directory, step, record, target)
+    tree = trees.load_tree(self._directory, step, record, target)
     state = serialization.from_state_dict(like, tree)
     return Resume(state, tuple(record.facts['teacher_steps']))
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from etils import epath
 
-from codistill_jax import leases, publications, storage
-from codistill_jax.background import Turns
 from codistill_jax.base import (
     ALONE,
     Agreement,
@@ -23,24 +21,27 @@ from codistill_jax.base import (
     Teachers,
     Variables,
 )
-from codistill_jax.exchange import (
-    Plan,
-    StaleError,
-    check_finite,
-    staleness_metrics,
-)
-from codistill_jax.fetcher import Fetcher
-from codistill_jax.fetching import (
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.fetcher import Fetcher
+from codistill_jax.exchange.fetching import (
     BesideTraining,
     Fetching,
     Lockstep,
     Together,
     Waiting,
 )
-from codistill_jax.publications import Publication
-from codistill_jax.publisher import Publisher
-from codistill_jax.teaching import Teaching
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange.protocol import (
+    Plan,
+    StaleError,
+    check_finite,
+    staleness_metrics,
+)
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.publisher import Publisher
+from codistill_jax.exchange.teaching import Teaching
+from codistill_jax.storage import leases, trees
+from codistill_jax.storage.background import Turns
+from codistill_jax.storage.troubles import Troubles
 
 _SETTLE_SECONDS = 5.0
 
@@ -91,7 +92,7 @@ class CheckpointExchange:
     self._plan = plan or Plan()
     self.peers = self._plan.peers_of(group_id, num_groups)
     self._group_id = group_id
-    self._root = storage.absolute(root)
+    self._root = trees.absolute(root)
     self._waiting = waiting or Waiting()
     self._agreement = agreement
     self._troubles = troubles or Troubles(f'group {group_id}: ')
@@ -127,7 +128,7 @@ class CheckpointExchange:
         interrupted=self._waiting.interrupted,
     )
     try:
-      storage.delete_torn(directory)
+      trees.delete_torn(directory)
     except BaseException:
       self._lease.release()
       raise

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from absl import logging
 from etils import epath
 
-from codistill_jax import remote
-from codistill_jax.files import is_remote
+from codistill_jax.storage import remote
+from codistill_jax.storage.files import is_remote
 
 _COMMITTED = 'commit_success.txt'
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from codistill_jax.files import is_remote
+from codistill_jax.storage.files import is_remote
 
 _CHUNK_BYTES = 4 << 20
 _PROBE_BYTES = 1 << 20

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill_jax import exchange
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Plan
-from codistill_jax.publications import Publication
+from codistill_jax.exchange import protocol
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def variables(value):
 
 
 def test_teachers_are_stacked_in_the_order_of_peers():
-  teachers = exchange.stack_teachers([variables(n) for n in (3, 1, 2)])
+  teachers = protocol.stack_teachers([variables(n) for n in (3, 1, 2)])
   np.testing.assert_array_equal(teachers.present_P, [1, 1, 1])
   assert teachers.present_P.dtype == np.float32
   assert teachers.variables.params['w'].shape == (3, 2, 3)
@@ -129,15 +129,15 @@ def test_teachers_are_stacked_in_the_order_of_peers():
 
 def test_an_absent_peer_keeps_its_slot_and_holds_finite_values():
   # The length P is fixed: a peer that comes or goes does not recompile.
-  everyone = exchange.stack_teachers([variables(n) for n in (1, 2, 3)])
-  teachers = exchange.stack_teachers([None, variables(2), None])
+  everyone = protocol.stack_teachers([variables(n) for n in (1, 2, 3)])
+  teachers = protocol.stack_teachers([None, variables(2), None])
   np.testing.assert_array_equal(teachers.present_P, [0, 1, 0])
   np.testing.assert_array_equal(teachers.variables.params['w'][1], 2.0)
   shapes = lambda t: [(x.shape, x.dtype) for x in _leaves(t)]
   assert shapes(teachers) == shapes(everyone)
   assert all(np.all(np.isfinite(x)) for x in _leaves(teachers))
-  assert exchange.stack_teachers([None, None]) is None
-  assert exchange.stack_teachers([]) is None
+  assert protocol.stack_teachers([None, None]) is None
+  assert protocol.stack_teachers([]) is None
 
 
 def _leaves(teachers):
@@ -152,7 +152,7 @@ def test_staleness_is_measured_over_the_peers_that_are_present():
       None,
       Publication(3, step=60, time=now - 40.0),
   )
-  found = exchange.staleness_metrics(100, in_use)
+  found = protocol.staleness_metrics(100, in_use)
   for key, age in (('', 25.0), ('_group_1', 10.0), ('_group_3', 40.0)):
     seconds = found.pop(f'exchange/staleness_seconds{key}')
     assert age <= seconds < age + 10.0
@@ -163,12 +163,12 @@ def test_staleness_is_measured_over_the_peers_that_are_present():
       'exchange/staleness_steps_group_1': 10.0,
       'exchange/staleness_steps_group_3': 40.0,
   }
-  nobody = exchange.staleness_metrics(100, (None, None))
+  nobody = protocol.staleness_metrics(100, (None, None))
   assert nobody == {'exchange/peers_present': 0.0}
 
 
 def test_a_group_without_an_exchange_has_no_peers_and_publishes_nothing():
-  nothing = exchange.NoExchange()
+  nothing = protocol.NoExchange()
   assert nothing.publish_if_due(50, variables(1)) is False
   assert nothing.fetch(50) is None
   assert nothing.restore(50, ()) is None and nothing.checkpointed(50) is None

@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 
 from codistill_jax.base import Array, Teachers, Variables
-from codistill_jax.exchange import Plan
-from codistill_jax.publications import Publication
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
 
 Put = Callable[[Array], Array]
 Slot = tuple[Publication, Variables]

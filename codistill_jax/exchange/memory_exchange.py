@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from codistill_jax import publications, storage
 from codistill_jax.base import (
     Metrics,
     Teachers,
@@ -19,7 +18,8 @@ from codistill_jax.base import (
     cast_floats,
     host_copy,
 )
-from codistill_jax.exchange import (
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.protocol import (
     Plan,
     StaleError,
     check_finite,
@@ -27,8 +27,9 @@ from codistill_jax.exchange import (
     stack_teachers,
     staleness_metrics,
 )
-from codistill_jax.publications import Publication
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import trees
+from codistill_jax.storage.troubles import Troubles
 
 
 class Mirror(NamedTuple):
@@ -128,7 +129,7 @@ class MemoryExchange:
     return True
 
   def _write_mirror(self) -> None:
-    root = storage.absolute(self._mirror.root)
+    root = trees.absolute(self._mirror.root)
     with self._writing:
       self._forget_unneeded()
       while self._unwritten:
@@ -220,7 +221,7 @@ class MemoryExchange:
     del teacher_steps  # They follow from the step.
     if not self._mirror:
       return
-    root = storage.absolute(self._mirror.root)
+    root = trees.absolute(self._mirror.root)
     for peer in self.peers:
       for published in publications.published_steps(root, peer):
         if self._plan.keep_from(step) <= published <= step:
@@ -253,10 +254,10 @@ class MemoryExchange:
     self._restart_step = step
     self._write_mirror()
     directory = publications.group_directory(
-        storage.absolute(self._mirror.root), self._group_id
+        trees.absolute(self._mirror.root), self._group_id
     )
-    steps = storage.completed_steps(directory)[:-1]
-    storage.delete(directory, [s for s in steps if s < needed])
+    steps = trees.completed_steps(directory)[:-1]
+    trees.delete(directory, [s for s in steps if s < needed])
 
   def close(self) -> None:
     pass

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from codistill_jax import storage
 from codistill_jax.base import PyTree, Variables, cast_floats
-from codistill_jax.storage import DamagedError, Leaf, Record
+from codistill_jax.storage import trees
+from codistill_jax.storage.trees import DamagedError, Leaf, Record
 
 _FOREVER = 1e12  # Unix seconds; so neither NaN nor infinite.
 
@@ -51,7 +51,7 @@ def group_directory(root: epath.PathLike, group_id: int) -> epath.Path:
 
 def published_steps(root: epath.PathLike, group_id: int) -> list[int]:
   """Completed publications of one group, ascending; [] if there are none."""
-  return storage.completed_steps(group_directory(root, group_id))
+  return trees.completed_steps(group_directory(root, group_id))
 
 
 def write(
@@ -71,7 +71,7 @@ def write(
     OSError: If the file system refuses.
   """
   tree = _as_dict(variables)
-  for path, x in storage.flatten(tree):
+  for path, x in trees.flatten(tree):
     if not _is_finite(x):
       raise FloatingPointError(
           f'group {publication.group_id} does not publish step'
@@ -87,7 +87,7 @@ def write(
       'identity': dict(publication.identity),
   }
   directory = group_directory(root, publication.group_id)
-  record = storage.save(directory, publication.step, tree, facts)
+  record = trees.save(directory, publication.step, tree, facts)
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
 
 
@@ -105,7 +105,7 @@ def _sound_one(
         like=variables,
         identity=publication.identity,
     )
-  except (storage.MissingError, DamagedError, MismatchError):
+  except (trees.MissingError, DamagedError, MismatchError):
     return None
   return there
 
@@ -133,14 +133,14 @@ def read(
     The publication and its variables as numpy arrays.
 
   Raises:
-    storage.MissingError: If it is not there, or vanished while it was read.
-    storage.DamagedError: If anything in it is unreadable, altered or not
+    trees.MissingError: If it is not there, or vanished while it was read.
+    trees.DamagedError: If anything in it is unreadable, altered or not
       finite.
     MismatchError: If the peer trains another architecture or task.
     OSError: If the file system refuses to give it.
   """
   directory = group_directory(root, group_id)
-  record = storage.load_record(directory, step)
+  record = trees.load_record(directory, step)
   publication = _described_by(record, directory / str(step))
   if (publication.group_id, publication.step) != (group_id, step):
     raise DamagedError(
@@ -149,9 +149,9 @@ def read(
     )
   if identity is not None:
     _check_identity(publication, identity)
-  _check_leaves(group_id, record.leaves, storage.describe(_as_dict(like)))
-  tree = storage.load_tree(directory, step, record, _as_dict(like))
-  for leaf, (_, x) in zip(record.leaves, storage.flatten(tree), strict=True):
+  _check_leaves(group_id, record.leaves, trees.describe(_as_dict(like)))
+  tree = trees.load_tree(directory, step, record, _as_dict(like))
+  for leaf, (_, x) in zip(record.leaves, trees.flatten(tree), strict=True):
     if not _is_finite(x):
       raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
   variables = Variables(tree['params'], tree['model_state'])

@@ -7,8 +7,8 @@ import os
 from absl import logging
 from etils import epath
 
-from codistill_jax import files
-from codistill_jax.troubles import Troubles
+from codistill_jax.storage import files
+from codistill_jax.storage.troubles import Troubles
 
 MAX_PENDING = 10_000
 

@@ -31,13 +31,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from codistill_jax import records, remote
 from codistill_jax.base import PyTree
-from codistill_jax.files import is_remote
-from codistill_jax.orbax_noise import quiet
-from codistill_jax.records import Leaf, Record, describe, flatten
-from codistill_jax.remote import Digest
-from codistill_jax.steps import (
+from codistill_jax.storage import records, remote
+from codistill_jax.storage.files import is_remote
+from codistill_jax.storage.orbax_noise import quiet
+from codistill_jax.storage.records import Leaf, Record, describe, flatten
+from codistill_jax.storage.remote import Digest
+from codistill_jax.storage.steps import (
     complete,
     completed_at,
     completed_steps,

@@ -17,7 +17,8 @@ _DATA = [
     'sentencepiece>=0.2.3,<0.3',
     'tensorflow-text>=2.21,<2.22',
 ]
-_REPORT = ['matplotlib>=3.10,<4']
+# Pages and plots, and the tables of predictions that churn compares.
+_REPORT = ['matplotlib>=3.10,<4', 'pandas>=3,<4', 'pyarrow>=26,<27']
 _TEST = [
     *_DATA,
     *_REPORT,

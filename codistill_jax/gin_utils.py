@@ -60,20 +60,30 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
       parse; one line, with the place.
   """
   gin.clear_config()
-  here = pathlib.Path.cwd()
   for file in files:
-    found = [p for p in (here / file, _ROOT / file) if p.is_file()]
-    if not found:
-      raise ValueError(
-          f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
-      )
+    found = _find(file)
     # From the root, to which the includes of the project's files are relative:
     # elsewhere gin takes their directory for a Python package, and fails.
     with _one_line_errors(f'--gin_file={file}'), contextlib.chdir(_ROOT):
-      gin.parse_config_file(str(found[0]))
+      gin.parse_config_file(str(found))
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'):
       gin.parse_config(binding)
+
+
+def _find(file: str) -> pathlib.Path:
+  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+    if path.is_file():
+      return path
+  raise ValueError(
+      f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
+  )
+
+
+def headline(file: str) -> str:
+  """What a gin file says it is for: its first line, if that is a comment."""
+  lines = _find(file).read_text().splitlines() or ['']
+  return lines[0].lstrip('# ') if lines[0].startswith('#') else ''
 
 
 def make(configurable: Callable[..., Any], *args: Any) -> Any:

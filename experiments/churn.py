@@ -21,7 +21,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax import files, gin_utils
+from codistill_jax import gin_utils
+from codistill_jax.storage import files
 from experiments import churn_files, churn_report, churn_runs, cli, processes
 from experiments.stopping import Rescue, StopRequest
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from codistill_jax import files
+from codistill_jax.storage import files
 from experiments import (
     churn_results,
     churn_table,
@@ -34,6 +34,7 @@ def main(workdir: files.PathLike, output: str | None, note: str = '') -> None:
   """
   study = churn_results.load_study(workdir)
   header, cells = churn_table.table_1(study.table, churn_text.split_of(study))
+  cli.tell(f'\n{study.settings["data"]}\n{study.settings["headline"]}')
   cli.tell('\n' + tables.align([header, *cells]) + '\n')
   for line in (churn_text.summary(study), churn_text.chosen(study)):
     cli.tell(line)
@@ -52,7 +53,7 @@ def _blocks(study: Study, workdir, note: str) -> list[Block]:
   split = churn_text.split_of(study)
   plot = churn_plot.make_plot(study.rows['test'], study.chosen, split.strip())
   blocks = [
-      *([Paragraph(note)] if note else []),
+      *(Paragraph(x) for x in (study.settings['headline'], note) if x),
       *(Paragraph(f'FAILED: {x}') for x in churn_text.failures(study.repeats)),
       Paragraph(churn_text.summary(study)),
       Paragraph(churn_text.chosen(study)),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax import churn, files
+from codistill_jax import churn
+from codistill_jax.storage import files
 from experiments import churn_runs
 from experiments.churn_figures import Row, summarise
 from experiments.churn_runs import FIXED_INIT, FIXED_ORDER, REPEAT, SINGLE

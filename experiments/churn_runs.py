@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from codistill_jax import files
+from codistill_jax.storage import files
 
 SPLITS = ('validation', 'test')
 SINGLE = 'single'

@@ -18,8 +18,8 @@ from codistill_jax import base, group, metrics
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.base import Variables
+from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
-from codistill_jax.memory_exchange import memory_exchanges
 from codistill_jax.replicas import PmapStep
 from experiments.churn_runs import Run
 

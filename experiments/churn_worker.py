@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from codistill_jax import files, gin_utils, locks
+from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
+from codistill_jax.storage import files, locks
 from experiments import churn_runs, churn_study, cli
 from experiments.churn_runs import SPLITS, Run
 from experiments.churn_study import Trainer
@@ -30,6 +31,7 @@ class Trainers:
   Attributes:
     configurations: The bindings of each, by the name of its arm; '' is that of
       all other arms.
+    headline: What the files of all arms say they are for.
   """
 
   def __init__(
@@ -49,6 +51,7 @@ class Trainers:
       own: Further gin file of an arm, by its name.
       devices: The replicas.
     """
+    self.headline = ' '.join(map(gin_utils.headline, gin_files)).strip()
     self._workdir = workdir
     self._bindings = bindings
     self._devices = devices
@@ -103,6 +106,7 @@ def describe_study(
   experiment = trainer.experiment
   task = experiment.task
   return {
+      'headline': trainers.headline,
       'configurations': trainers.configurations,
       'num_groups': num_groups,
       'replicas': trainer.train_step.num_replicas,

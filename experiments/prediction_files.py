@@ -162,7 +162,7 @@ def _ids(table, column: str, path: str) -> np.ndarray | None:
   if again.any():
     raise ValueError(
         f'{path}: {int(again.sum()):,} duplicate ids, such as'
-        f' {ids[int(np.argmax(again.to_numpy()))]!r}; give each example once'
+        f' {ids.tolist()[int(np.argmax(again))]!r}; give each example once'
     )
   return ids
 

@@ -23,6 +23,7 @@ from experiments import (
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
+# Do toys churn?
 from __gin__ import dynamic_registration
 import optax
 import churn_toy
@@ -118,6 +119,7 @@ def test_a_study_prints_table_1_and_writes_all_of_it(finished):
   page = report(workdir, 'churn.md')
   for word in (
       'toy points',
+      'Do toys churn?',
       'Of toys only.',
       'chosen on validation',
       '150 validation, 150 test',

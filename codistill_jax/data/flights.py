@@ -118,7 +118,7 @@ def features_of(flights) -> tuple[np.ndarray, np.ndarray]:
 
   dates = pd.to_datetime(flights[['year', 'month', 'day']])
   flights = flights.assign(
-      weekday=dates.dt.dayofweek,
+      weekday=dates.dt.day_of_week,
       departs=_minutes(flights['sched_dep_time']),
       arrives=_minutes(flights['sched_arr_time']),
   )

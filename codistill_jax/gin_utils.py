@@ -5,6 +5,7 @@ files begin with `from __gin__ import dynamic_registration`.
 """
 
 import contextlib
+import itertools
 import pathlib
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
@@ -81,9 +82,12 @@ def _find(file: str) -> pathlib.Path:
 
 
 def headline(file: str) -> str:
-  """What a gin file says it is for: its first line, if that is a comment."""
-  lines = _find(file).read_text().splitlines() or ['']
-  return lines[0].lstrip('# ') if lines[0].startswith('#') else ''
+  """What a gin file says it is for: the comment that it opens with."""
+  lines = itertools.takewhile(
+      lambda line: line.startswith('#'),
+      _find(file).read_text().splitlines(),
+  )
+  return ' '.join(line.lstrip('# ') for line in lines)
 
 
 def make(configurable: Callable[..., Any], *args: Any) -> Any:

@@ -33,7 +33,8 @@ def main(workdir: files.PathLike, output: str | None, note: str = '') -> None:
     ValueError: After all that, if a deterministic control failed.
   """
   study = churn_results.load_study(workdir)
-  header, cells = churn_table.table_1(study.table, churn_text.split_of(study))
+  split = churn_text.split_of(study)
+  header, cells = churn_table.table_1(study.table, split, churn_table.SHORT)
   cli.tell(f'\n{study.settings["data"]}\n{study.settings["headline"]}')
   cli.tell('\n' + tables.align([header, *cells]) + '\n')
   for line in (churn_text.summary(study), churn_text.chosen(study)):
@@ -146,7 +147,7 @@ def report_files(
     paths: Of all files.
     output: Directory, or None.
   """
-  header, cells = churn_table.table_1(rows)
+  header, cells = churn_table.table_1(rows, titles=churn_table.SHORT)
   between = churn_text.pair_table(rows, pairs)
   cli.tell(tables.align([header, *cells]))
   if len(between[1]) > 1:
@@ -156,7 +157,7 @@ def report_files(
   if output is None:
     return
   blocks = [
-      Table(header, cells, names=1),
+      Table(*churn_table.table_1(rows), names=1),
       Bullets([said, *churn_text.DEFINITIONS]),
       Heading('95 % intervals'),
       Table(*churn_table.interval_table(rows), names=1),

@@ -11,6 +11,13 @@ from experiments.churn_figures import TITLES, Row
 
 _DIGITS = {'relative': 3}
 
+# For a terminal.
+SHORT = TITLES | {
+    'churn': 'churn',
+    'relative': 'relative',
+    'disagreement': 'disagree',
+}
+
 Cells = list[list[str]]
 
 
@@ -53,12 +60,15 @@ def present(rows: Sequence[Row]) -> list[str]:
   return [key for key in TITLES if any(key in row.figures for row in rows)]
 
 
-def table_1(rows: Sequence[Row], prefix: str = '') -> tuple[list[str], Cells]:
+def table_1(
+    rows: Sequence[Row], prefix: str = '', titles: Mapping[str, str] = TITLES
+) -> tuple[list[str], Cells]:
   """Header and rows: mean ± half range, and the change of churn.
 
   Args:
     rows: The arms.
     prefix: Before 'log loss' and 'error', such as 'test '.
+    titles: Of the figures.
   """
   header, cells = ['arm', 'retrains'], [
       [row.title, str(row.retrains)] for row in rows
@@ -66,7 +76,7 @@ def table_1(rows: Sequence[Row], prefix: str = '') -> tuple[list[str], Cells]:
   compared = any(row.change is not None for row in rows)
   for key in present(rows):
     before = prefix if key in ('log_loss', 'error') else ''
-    header.append(before + TITLES[key])
+    header.append(before + titles[key])
     for line, row in zip(cells, rows):
       line.append(spread(key, row.figures.get(key)))
     if key == 'churn' and compared:

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from codistill_jax import intervals
 from experiments import churn_runs, churn_table
-from experiments.churn_figures import TITLES, Row
+from experiments.churn_figures import Row
 from experiments.churn_results import ENSEMBLE, Repeat, Study
 
 DEFINITIONS = (
@@ -49,8 +52,19 @@ def summary(study: Study) -> str:
       f' {churn_table.percent(ensemble.change)}. Its'
       f' {split_of(study)}log loss is {loss(found)},'
       f' {"worse" if worse else "no worse"} than the {loss(ensemble)} of the'
-      f' {ensemble.title}; the single model has {loss(single)}.'
+      f' {ensemble.title} ({_difference(found, ensemble)}); the single model has'
+      f' {loss(single)}.'
   )
+
+
+def _difference(row: Row, other: Row) -> str:
+  """Of log losses, retrain by retrain: those of one number share their seeds."""
+  ours, theirs = (np.array(r.figures['log_loss'].values) for r in (row, other))
+  if len(ours) != len(theirs):
+    return 'arms of different size'
+  figure = intervals.over_retrains(ours - theirs)
+  said = churn_table.interval('log_loss', figure)
+  return f'difference {said.replace(" [-]", "")}'
 
 
 def chosen(study: Study) -> str:
@@ -112,7 +126,7 @@ def pair_table(
     rows: Sequence[Row], pairs: Mapping[str, Sequence[tuple[str, str]]]
 ) -> tuple[list[str], list[list[str]]]:
   """The figures of each pair of files."""
-  keys = [k for k in ('churn', 'relative', 'disagreement')]
+  keys = ('churn', 'relative', 'disagreement')
   cells = []
   for row in rows:
     for i, names in enumerate(pairs[row.arm]):
@@ -123,7 +137,8 @@ def pair_table(
           for k in keys
       ]
       cells.append([row.title, *names, *values])
-  return ['arm', 'model', 'and model', *(TITLES[k] for k in keys)], cells
+  titles = [churn_table.SHORT[k] for k in keys]
+  return ['arm', 'model', 'and model', *titles], cells
 
 
 def settings(study: Study) -> list[list[str]]:

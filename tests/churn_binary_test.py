@@ -123,6 +123,7 @@ def test_a_study_prints_table_1_and_writes_all_of_it(finished):
       'Of toys only.',
       'chosen on validation',
       '150 validation, 150 test',
+      '(difference ',
       'python -m experiments',
       'churn_toy.model.hidden = 9',
       'churn.png',

@@ -27,6 +27,7 @@ from experiments import churn_files, churn_report, churn_runs, cli, processes
 from experiments.stopping import Rescue, StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
+flags.adopt_module_key_flags(churn_files)
 
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the study: predictions and report.'

@@ -43,7 +43,7 @@ def main(workdir: files.PathLike, output: str | None, note: str = '') -> None:
   _write(directory, 'Prediction churn', _blocks(study, workdir, note))
   _write_data(directory, study)
   cli.tell(f'report: {os.fspath(directory / "churn.html")}')
-  failures = churn_text.failures(study.repeats)
+  failures = churn_text.failures(study)
   if failures:
     raise ValueError(f'the deterministic control failed: {failures[0]}')
 
@@ -55,7 +55,7 @@ def _blocks(study: Study, workdir, note: str) -> list[Block]:
   plot = churn_plot.make_plot(study.rows['test'], study.chosen, split.strip())
   blocks = [
       *(Paragraph(x) for x in (study.settings['headline'], note) if x),
-      *(Paragraph(f'FAILED: {x}') for x in churn_text.failures(study.repeats)),
+      *(Paragraph(f'FAILED: {x}') for x in churn_text.failures(study)),
       Paragraph(churn_text.summary(study)),
       Paragraph(churn_text.chosen(study)),
       Heading('Table 1'),

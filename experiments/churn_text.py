@@ -52,13 +52,13 @@ def summary(study: Study) -> str:
       f' {churn_table.percent(ensemble.change)}. Its'
       f' {split_of(study)}log loss is {loss(found)},'
       f' {"worse" if worse else "no worse"} than the {loss(ensemble)} of the'
-      f' {ensemble.title} ({_difference(found, ensemble)}); the single model has'
-      f' {loss(single)}.'
+      f' {ensemble.title} ({_difference(found, ensemble)}); the single model'
+      f' has {loss(single)}.'
   )
 
 
 def _difference(row: Row, other: Row) -> str:
-  """Of log losses, retrain by retrain: those of one number share their seeds."""
+  """Of log losses; retrains of one number share their seeds."""
   ours, theirs = (np.array(r.figures['log_loss'].values) for r in (row, other))
   if len(ours) != len(theirs):
     return 'arms of different size'
@@ -96,20 +96,24 @@ def notes(study: Study) -> list[str]:
   ]
 
 
-def failures(repeats: Sequence[Repeat]) -> list[str]:
+def failures(study: Study) -> list[str]:
   """What is wrong with the deterministic controls."""
   return [
       f'{r.arm} 0, trained twice with the same seeds, gave'
       f' {r.different:,} of {r.total:,} predictions that differ, by up to'
-      f' {r.largest:.3g}; churn of the arms is not due to their seeds alone'
-      + (
-          ''
-          if r.same_cores
-          else ' (both runs had another number of cores: do not change --jobs)'
-      )
-      for r in repeats
+      f' {r.largest:.3g}; the churn of the arms is not due to their seeds alone'
+      + _hint(study, r)
+      for r in study.repeats
       if r.different
   ]
+
+
+def _hint(study: Study, repeat: Repeat) -> str:
+  if not repeat.same_cores:
+    return ' (one run had more cores than the other: do not change --jobs)'
+  if study.settings['platform'] != 'cpu':
+    return ' (try XLA_FLAGS=--xla_gpu_deterministic_ops=true)'
+  return ''
 
 
 def repeat_table(study: Study) -> tuple[list[str], list[list[str]]]:

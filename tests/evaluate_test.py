@@ -267,13 +267,12 @@ def exact_auc(logits, labels):
   return np.mean((difference > 0) + 0.5 * (difference == 0))
 
 
-@pytest.mark.parametrize('size', [6, 20])
-def test_a_sigmoid_output_has_an_area_and_no_perplexity(size):
+def test_a_sigmoid_output_has_an_area_and_no_perplexity():
   rng = np.random.default_rng(1)
   # Bins apart, so that the area is exact.
   z = (rng.permutation(41)[:40].reshape(2, 20) / 8.0 - 2.5).astype(np.float32)
   labels = data()[1] % 2
-  padded = batches(size)
+  padded = batches(6)
   for batch in padded:
     batch['labels'] = batch['labels'] % 2
   variables = [base.Variables(x) for x in z]

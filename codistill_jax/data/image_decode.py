@@ -131,15 +131,14 @@ class EncodedImages:
       box_of = lambda w, h: augment.centre_box(w, h, self._size, self._resize)
     else:
       box_of = lambda w, h: augment.random_resized_box(w, h, draws_K)
+    mirror = draws_K is not None and augment.is_mirrored(draws_K)
     try:
-      image = decode_part(self._encoded(index), box_of, self._size)
+      image = decode_part(self._encoded(index), box_of, self._size, mirror)
     except Exception as e:
       # Decoders raise whatever they trip over (OSError, SyntaxError, struct
       # and zlib errors, DecompressionBombError, ...): no common base class.
       self._note(index, e)
       return False
-    if draws_K is not None and augment.is_mirrored(draws_K):
-      image = image[:, ::-1]
     augment.normalise(image, self._mean, self._std, out)
     return True
 
@@ -177,7 +176,10 @@ def _cores() -> int:
 
 
 def decode_part(
-    encoded: bytes, box_of: Callable[[int, int], augment.Box], size: int
+    encoded: bytes,
+    box_of: Callable[[int, int], augment.Box],
+    size: int,
+    mirror: bool = False,
 ) -> np.ndarray:
   """A part of an image, resized to a square.
 
@@ -185,6 +187,7 @@ def decode_part(
     encoded: An image file of any format.
     box_of: Gives the part, from width and height of the image in pixels.
     size: Height and width of the result.
+    mirror: Whether left and right are swapped.
 
   Returns:
     uint8 (size, size, 3), RGB. Resized bilinearly with antialiasing.
@@ -209,6 +212,8 @@ def decode_part(
       Image.Resampling.BILINEAR,
       box=(left * x, top * y, right * x, bottom * y),
   )
+  if mirror:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return np.asarray(image)
 
 

@@ -1,12 +1,14 @@
 # Two groups codistil on real text:   make demo
+# Prediction churn, Table 1:          make churn
 # Lint and the whole test suite:      make test
-# Both do all set-up, in .venv.
+# All do all set-up, in .venv.
 
 PYTHON ?= python3
 DEMO ?= runs/demo
+CHURN ?= runs/churn
 RUN = .venv/bin/python -m
 
-.PHONY: demo test lint clean
+.PHONY: demo churn test lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -27,6 +29,11 @@ demo: .venv/ready
 	    --workdir=$(DEMO)/baseline
 	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
+
+churn: .venv/ready
+	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \
+	    --gin_file=gin_configs/tasks/flights_dnn.gin \
+	    --retrains=5 --weights=1,2,3,6
 
 lint: .venv/ready
 	.venv/bin/ruff check .

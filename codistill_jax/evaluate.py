@@ -5,6 +5,7 @@ the device for some batches, so that the host runs ahead of it, and add up on
 the host in float64, where a count beyond 2**24 is exact.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -25,10 +26,11 @@ class Comparison(NamedTuple):
 
   Attributes:
     members: For each set of variables 'eval/loss' (nats), 'eval/accuracy' and
-      'eval/perplexity'.
-    ensemble: The same three of the ensemble.
+      'eval/perplexity'; of a sigmoid output 'eval/auc', 'eval/calibration' and
+      'eval/calibration_error' in place of the perplexity.
+    ensemble: The same of the ensemble.
     pairs: For each pair of indices a < b 'churn/mean_abs' and
-      'churn/disagreement'.
+      'churn/disagreement'; of a sigmoid output 'churn/relative_difference' too.
   """
 
   members: list[dict[str, float]]
@@ -42,7 +44,7 @@ def never() -> bool:
 
 
 def evaluate(
-    eval_step: Callable[..., tuple[dict[str, metrics.Mean], base.PyTree]],
+    eval_step: Callable[..., tuple[dict[str, metrics.Metric], base.PyTree]],
     variables: base.Variables,
     batches: Iterable[base.Batch],
     carry: base.PyTree,
@@ -53,15 +55,16 @@ def evaluate(
 
   Args:
     eval_step: `eval_step(variables, batch, carry) -> (metrics, carry)`, where
-      metrics are `Mean`s by key; jit it.
+      metrics are by key; jit it.
     variables: The model's.
     batches: Every batch once, in order; padding has weight 0.
     carry: The recurrent state before the first batch.
     should_stop: Asked before every batch.
 
   Returns:
-    The means by key, and 'eval/perplexity' if there is an 'eval/loss'; NaN if
-    nothing had weight. None if `should_stop` said so.
+    Their numbers by key, NaN if nothing had weight; and 'eval/perplexity', the
+    exp of 'eval/loss', unless there is an 'eval/auc': a sigmoid output has
+    none. None if `should_stop` said so.
 
   Raises:
     ValueError: If there is no batch.
@@ -76,7 +79,7 @@ def make_compare_step(model: base.Model) -> Callable[..., tuple]:
 
   Returns:
     `compare_step(variables_list, batch, carries) -> (sums, carries)`, where
-    sums is a pytree of `Mean` shaped like `Comparison`, less perplexity.
+    sums is a pytree of metrics shaped like `Comparison`, less perplexity.
   """
 
   def compare_step(variables_list, batch, carries):
@@ -85,17 +88,19 @@ def make_compare_step(model: base.Model) -> Callable[..., tuple]:
         model.apply(variables, batch, carry, None, False)
         for variables, carry in zip(variables_list, carries)
     ]
+    logits = [base.logits_of(outputs) for outputs, _ in results]
+    sigmoid = logits[0].shape == labels.shape
     log_probs = [
-        jax.nn.log_softmax(
-            metrics.class_logits(base.logits_of(outputs), labels)
-        )
-        for outputs, _ in results
+        jax.nn.log_softmax(metrics.class_logits(x, labels)) for x in logits
     ]
+    member = functools.partial(
+        _member, labels=labels, weights=weights, sigmoid=sigmoid
+    )
     sums = Comparison(
-        members=[_member(logits, labels, weights) for logits in log_probs],
-        ensemble=_member(_mean_prediction(log_probs), labels, weights),
+        members=[member(x) for x in log_probs],
+        ensemble=member(_mean_prediction(log_probs)),
         pairs={
-            pair: _differences(*(log_probs[i] for i in pair), weights)
+            pair: _differences(*(log_probs[i] for i in pair), weights, sigmoid)
             for pair in itertools.combinations(range(len(log_probs)), 2)
         },
     )
@@ -156,10 +161,12 @@ def compare(
 _NO_BATCH = 'Expected at least one batch to evaluate on, got none.'
 
 
-def _member(logits, labels, weights):
+def _member(log_probs, *, labels, weights, sigmoid):
+  # The logit of a sigmoid output from the two classes it stands for.
+  logits = log_probs[..., 1] - log_probs[..., 0] if sigmoid else log_probs
   return {
-      'eval/loss': metrics.cross_entropy(logits, labels, weights),
-      'eval/accuracy': metrics.accuracy(logits, labels, weights),
+      'eval/loss': metrics.cross_entropy(log_probs, labels, weights),
+      **metrics.quality(logits, labels, weights),
   }
 
 
@@ -169,15 +176,19 @@ def _mean_prediction(log_probs):
   return jax.nn.logsumexp(stacked, axis=0) - np.log(len(log_probs))
 
 
-def _differences(log_probs_a, log_probs_b, weights):
-  return {
-      'churn/mean_abs': metrics.churn(
-          jnp.exp(log_probs_a), jnp.exp(log_probs_b), weights
-      ),
+def _differences(log_probs_a, log_probs_b, weights, sigmoid):
+  probs_a, probs_b = jnp.exp(log_probs_a), jnp.exp(log_probs_b)
+  found = {
+      'churn/mean_abs': metrics.churn(probs_a, probs_b, weights),
       'churn/disagreement': metrics.disagreement(
           log_probs_a, log_probs_b, weights
       ),
   }
+  if sigmoid:
+    found['churn/relative_difference'] = metrics.relative_difference(
+        probs_a[..., 1], probs_b[..., 1], weights
+    )
+  return found
 
 
 def _sum_over(step, batches, carry, should_stop):
@@ -205,12 +216,9 @@ def _add(sums, pending):
 
 
 def _values(sums):
-  """Means by key as floats, with the perplexity of 'eval/loss'."""
-  values = {
-      key: float(mean.total / mean.count) if mean.count else float('nan')
-      for key, mean in sums.items()
-  }
-  if 'eval/loss' in values:
+  """Numbers by key, with the perplexity of 'eval/loss'."""
+  values = {key: metric.number() for key, metric in sums.items()}
+  if 'eval/loss' in values and 'eval/auc' not in values:
     with np.errstate(over='ignore'):
       values['eval/perplexity'] = float(np.exp(values['eval/loss']))
   return values

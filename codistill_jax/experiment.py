@@ -12,8 +12,8 @@ import optax
 
 from codistill_jax import losses, replicas, schedules, step
 from codistill_jax.base import Model, Stream, Task
-from codistill_jax.exchange import Plan
-from codistill_jax.topology import Topology
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ files begin with `from __gin__ import dynamic_registration`.
 """
 
 import contextlib
+import itertools
 import pathlib
 import re
 import tokenize
@@ -41,6 +42,11 @@ def parse_flags() -> None:
   parse(_GIN_FILE.value, _GIN.value)
 
 
+def flag_values() -> tuple[list[str], list[str]]:
+  """The files and bindings given by flags, for `parse`."""
+  return list(_GIN_FILE.value), list(_GIN.value)
+
+
 def flag_arguments() -> list[str]:
   """The gin flags of this process, to start another one alike."""
   return [f'--gin_file={f}' for f in _GIN_FILE.value] + [
@@ -61,13 +67,8 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
   """
   gin.clear_config()
   _superseded.clear()
-  here = pathlib.Path.cwd()
   for file in files:
-    found = [p for p in (here / file, _ROOT / file) if p.is_file()]
-    if not found:
-      raise ValueError(
-          f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
-      )
+    found = _find(file)
     # From the root, to which the includes of the project's files are relative:
     # elsewhere gin takes their directory for a Python package, and fails.
     with (
@@ -75,10 +76,28 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         contextlib.chdir(_ROOT),
         _superseding(),
     ):
-      gin.parse_config_file(str(found[0]))
+      gin.parse_config_file(str(found))
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'), _superseding():
       gin.parse_config(binding)
+
+
+def _find(file: str) -> pathlib.Path:
+  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+    if path.is_file():
+      return path
+  raise ValueError(
+      f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
+  )
+
+
+def headline(file: str) -> str:
+  """What a gin file says it is for: the comment that it opens with."""
+  lines = itertools.takewhile(
+      lambda line: line.startswith('#'),
+      _find(file).read_text().splitlines(),
+  )
+  return ' '.join(line.lstrip('# ') for line in lines)
 
 
 def make(configurable: Callable[..., Any], *args: Any) -> Any:

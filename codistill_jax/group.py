@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from codistill_jax.base import Batch, Metrics, Stream, TrainState
-from codistill_jax.exchange import Exchange, NoExchange
+from codistill_jax.exchange.protocol import Exchange, NoExchange
 from codistill_jax.replicas import PmapStep
 
 

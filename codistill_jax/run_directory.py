@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from codistill_jax.files import (
+from codistill_jax.storage.files import (
     PathLike,
     decode_numbers,
     read_json,

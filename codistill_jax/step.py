@@ -8,6 +8,7 @@ Shape suffixes: B examples of this replica, C classes, P peers. A language
 model has T tokens behind B; losses and weights then have shape (B, T).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,7 +35,7 @@ TrainStep = Callable[
 ]
 EvalStep = Callable[
     [Variables, Batch, PyTree],
-    tuple[dict[str, metrics_lib.Mean], PyTree],
+    tuple[dict[str, metrics_lib.Metric], PyTree],
 ]
 
 
@@ -66,7 +67,14 @@ def init_state(
   if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
     # The state holds plain arrays, which can be copied, placed and saved.
     rng = jax.random.key_data(rng)
+  return _init_of(model, tx, rows, num_peers)(rng, dict(batch))
 
+
+# Compiled once for all groups and seeds of a process; a few models at a time.
+@functools.lru_cache(maxsize=8)
+def _init_of(
+    model: Model, tx: optax.GradientTransformation, rows: int, num_peers: int
+) -> Callable[[Array, dict], TrainState]:
   def init(rng: Array, batch: Batch) -> TrainState:
     init_rng, step_rng = jax.random.split(rng)
     variables = model.init(init_rng, batch)
@@ -80,7 +88,7 @@ def init_state(
         teacher_carry=_stack_copies(carry, num_peers),
     )
 
-  return jax.jit(init)(rng, dict(batch))
+  return jax.jit(init)
 
 
 def make_train_step(
@@ -188,20 +196,21 @@ def make_eval_step(
 ) -> EvalStep:
   """Builds `eval_step(variables, batch, carry) -> (sums, carry)`.
 
-  The sums are `metrics.Mean` pairs under `eval/loss` (nats per example, of the
-  task alone) and `eval/accuracy`; add them over batches, then divide.
+  The sums are metrics in the making: `eval/loss` (nats per example, of the task
+  alone) and those of `metrics.quality`; add them over batches, then take their
+  `number()`.
   """
   loss_fn = task_loss or losses.task_loss
 
   def eval_step(
       variables: Variables, batch: Batch, carry: PyTree
-  ) -> tuple[dict[str, metrics_lib.Mean], PyTree]:
+  ) -> tuple[dict[str, metrics_lib.Metric], PyTree]:
     outputs, updates = model.apply(variables, batch, carry, None, False)
     logits, labels = logits_of(outputs), batch['labels']
     weights = example_weights(batch)
     sums = {
         'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
-        'eval/accuracy': metrics_lib.accuracy(logits, labels, weights),
+        **metrics_lib.quality(logits, labels, weights),
     }
     return sums, updates.carry
 

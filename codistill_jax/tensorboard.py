@@ -5,8 +5,8 @@ import os
 
 from etils import epath
 
-from codistill_jax.appender import Appender
-from codistill_jax.troubles import Troubles
+from codistill_jax.storage.appender import Appender
+from codistill_jax.storage.troubles import Troubles
 from codistill_jax.writers import Metrics, as_floats
 
 

@@ -16,9 +16,10 @@ from typing import Any, Protocol, TextIO
 
 from etils import epath
 
-from codistill_jax import files, run_directory
-from codistill_jax.appender import Appender
-from codistill_jax.troubles import Troubles
+from codistill_jax import run_directory
+from codistill_jax.storage import files
+from codistill_jax.storage.appender import Appender
+from codistill_jax.storage.troubles import Troubles
 
 Metrics = Mapping[str, Any]
 
@@ -175,6 +176,8 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     'eval/loss': '  eval/loss {:.4f}'.format,
     'eval/perplexity': '  perplexity {:.1f}'.format,
     'eval/accuracy': '  accuracy {:.2%}'.format,
+    'eval/auc': '  auc {:.4f}'.format,
+    'eval/calibration': '  calibration {:.3f}'.format,
     'perf/steps_per_sec': '  {:.1f} steps/s'.format,
     'exchange/staleness_steps': '  staleness {:.0f}'.format,
 }

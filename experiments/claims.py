@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from codistill_jax import files, gin_utils, run_directory
+from codistill_jax import gin_utils, run_directory
 from codistill_jax.base import TrainState
+from codistill_jax.storage import files
 from experiments import cli
 from experiments.job import Job
 

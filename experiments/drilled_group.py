@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from codistill_jax import checkpoint, group, publications, storage, troubles
+from codistill_jax import group
 from codistill_jax.base import Variables
+from codistill_jax.exchange import publications
+from codistill_jax.storage import checkpoint, trees, troubles
 from experiments import cli, driver, train_group
 from experiments.drill_faults import CONTROL_VARIABLE
 from experiments.drill_ledger import SOCKET_VARIABLE
@@ -141,7 +143,7 @@ def skew_clock(control: Control) -> None:
 
 def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
   """Reports what is published and read, with its bits; forges to order."""
-  write, read, save = publications.write, publications.read, storage.save
+  write, read, save = publications.write, publications.read, trees.save
   # NaN; another architecture; said to be of another group.
   ways = itertools.cycle(['nan', 'shape', 'source'])
 
@@ -162,7 +164,7 @@ def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
       return read(root, peer, step, **kwargs)
     try:
       publication, variables = read(root, peer, step, **kwargs)
-    except (storage.DamagedError, publications.MismatchError):
+    except (trees.DamagedError, publications.MismatchError):
       report('refused', peer=peer, step=step)
       raise
     report('used', peer=peer, step=step, digest=digest(variables))
@@ -196,7 +198,7 @@ def _forged(
 
 def watch_saving(report: Reporter) -> None:
   """Reports which resume checkpoints are asked for, and which are complete."""
-  ask, save = checkpoint.Checkpoints.save, storage.save
+  ask, save = checkpoint.Checkpoints.save, trees.save
   fail = troubles.Troubles.failed
 
   def reported_ask(self, state, teacher_steps=()):
@@ -214,7 +216,7 @@ def watch_saving(report: Reporter) -> None:
     fail(self, doing, error)
 
   checkpoint.Checkpoints.save = reported_ask
-  storage.save = reported_save
+  trees.save = reported_save
   troubles.Troubles.failed = reported_failure
 
 

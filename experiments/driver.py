@@ -12,21 +12,18 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import (
-    base,
-    files,
-    gin_utils,
-    leases,
-    replicas,
-    run_directory,
-    writers,
-)
+from codistill_jax import base, gin_utils, replicas, run_directory, writers
 from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
-from codistill_jax.checkpoint import PATIENCE_SECONDS, Checkpoints, Resume
-from codistill_jax.exchange import Exchange, Interrupted
+from codistill_jax.exchange.protocol import Exchange, Interrupted
 from codistill_jax.experiment import train_stream
 from codistill_jax.group import StepResult, run_group
+from codistill_jax.storage import files, leases
+from codistill_jax.storage.checkpoint import (
+    PATIENCE_SECONDS,
+    Checkpoints,
+    Resume,
+)
 from experiments import claims
 from experiments.cli import Stopped
 from experiments.job import Job

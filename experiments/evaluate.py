@@ -19,16 +19,12 @@ from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import (
-    files,
-    gin_utils,
-    publications,
-    run_directory,
-    storage,
-)
+from codistill_jax import gin_utils, run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.base import Model, TrainState, Variables
-from codistill_jax.checkpoint import Checkpoints
+from codistill_jax.exchange import publications
+from codistill_jax.storage import files, trees
+from codistill_jax.storage.checkpoint import Checkpoints
 from experiments import cli
 from experiments.stopping import Rescue, StopRequest
 from experiments.tables import align
@@ -153,11 +149,11 @@ def load(
 ) -> tuple[int, Variables]:
   """The step and variables of one checkpoint or publication of a group."""
   if source == PUBLICATIONS:
-    root = storage.absolute(run_directory.exchange_root(run.workdir))
+    root = trees.absolute(run_directory.exchange_root(run.workdir))
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)
-    steps = storage.completed_steps(directory)
+    steps = trees.completed_steps(directory)
   wanted = max(steps, default=None) if step is None else step
   if wanted not in steps:
     raise FileNotFoundError(
@@ -195,27 +191,44 @@ def _like(run: Run, group_id: int) -> TrainState:
   )
 
 
+_TITLES = {
+    'eval/loss': 'loss (nats)',
+    'eval/perplexity': 'perplexity',
+    'eval/accuracy': 'accuracy',
+    'eval/auc': 'AUC',
+    'eval/calibration': 'calibration',
+    'eval/calibration_error': 'calibration error',
+}
+
+
 def describe(comparison: dict[str, Any]) -> str:
   """The comparison as aligned text."""
-  keys = ['eval/loss', 'eval/perplexity', 'eval/accuracy']
-  rows = [['model', 'step', 'loss (nats)', 'perplexity', 'accuracy']]
-  for name, metrics in comparison['models'].items():
+  models = comparison['models']
+  # A sigmoid output has no perplexity, others no AUC.
+  keys = [k for k in _TITLES if all(k in found for found in models.values())]
+  rows = [['model', 'step', *(_TITLES[key] for key in keys)]]
+  for name, metrics in models.items():
     rows.append([name, str(metrics['step']), *_cells(metrics, keys)])
   for name, metrics in comparison['ensembles'].items():
     rows.append([f'{name}/ensemble', '-', *_cells(metrics, keys)])
   lines = [align(rows)]
   for pairs in comparison['pairs'].values():
-    for pair in pairs:
-      lines.append(
-          f'{pair["a"]} and {pair["b"]}: churn (mean absolute difference)'
-          f' {pair["churn/mean_abs"]:.4f}, disagreement'
-          f' {pair["churn/disagreement"]:.2%}'
-      )
+    lines.extend(_differences(pair) for pair in pairs)
   return '\n'.join(lines)
 
 
 def _cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
   return [f'{metrics[key]:.4f}' for key in keys]
+
+
+def _differences(pair: dict[str, Any]) -> str:
+  line = (
+      f'{pair["a"]} and {pair["b"]}: churn (mean absolute difference)'
+      f' {pair["churn/mean_abs"]:.4f}, disagreement'
+      f' {pair["churn/disagreement"]:.2%}'
+  )
+  relative = pair.get('churn/relative_difference')
+  return line if relative is None else f'{line}, relative {relative:.2%}'
 
 
 if __name__ == '__main__':

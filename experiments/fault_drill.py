@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from codistill_jax import files
+from codistill_jax.storage import files
 from experiments import cli, drill_report, processes, supervisor
 from experiments.drill_faults import (
     CONTROL_VARIABLE,

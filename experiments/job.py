@@ -6,7 +6,7 @@ from collections.abc import Callable
 from codistill_jax import replicas
 from codistill_jax.base import ALONE, Agreement, Model
 from codistill_jax.experiment import Experiment
-from codistill_jax.troubles import Troubles
+from codistill_jax.storage.troubles import Troubles
 from experiments.stopping import Rescue
 
 

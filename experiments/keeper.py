@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from codistill_jax.base import ALONE
-from codistill_jax.checkpoint import Checkpoints
-from codistill_jax.exchange import Exchange, check_finite
+from codistill_jax.exchange.protocol import Exchange, check_finite
 from codistill_jax.group import StepResult
+from codistill_jax.storage.checkpoint import Checkpoints
 from experiments.cli import Stopped
 from experiments.job import Job
 from experiments.stopping import MovedOnError

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from codistill_jax import files, run_directory
+from codistill_jax import run_directory
+from codistill_jax.storage import files
 from experiments import (
     cli,
     report_data,
@@ -62,7 +63,7 @@ def report_blocks(
   """What stands in a report, in order."""
   settings = report_table.settings_rows(arms)
   names = [arm.name for arm in arms]
-  columns = [column.title for column in report_table.COLUMNS]
+  columns = [column.title for column in report_table.columns(arms)]
   blocks: list[report_pages.Block] = [
       report_pages.Paragraph(report_text.summary(arms)),
       report_pages.Heading('Results'),

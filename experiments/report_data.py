@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from codistill_jax import files, run_directory
+from codistill_jax import run_directory
+from codistill_jax.storage import files
 
 
 class Curve(NamedTuple):
@@ -232,7 +233,13 @@ def final_metrics(arm: Arm, group: Group) -> Mapping[str, Any]:
   if group.group_id in arm.models:
     return arm.models[group.group_id]
   metrics: dict[str, Any] = {}
-  for key in ('eval/loss', 'eval/perplexity', 'eval/accuracy'):
+  for key in (
+      'eval/loss',
+      'eval/perplexity',
+      'eval/accuracy',
+      'eval/auc',
+      'eval/calibration',
+  ):
     curve = group.curve(key)
     if curve:
       metrics[key] = float(curve.values[-1])

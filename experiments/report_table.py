@@ -18,13 +18,19 @@ class Column(NamedTuple):
   bottom: str
 
 
-COLUMNS = (
+_FIRST = (
     Column('arm', '', 'arm'),
     Column('model', '', 'model'),
     Column('steps', '', 'steps'),
-    Column('validation loss', 'valid.', 'loss'),
-    Column('perplexity', 'perp-', 'lexity'),
-    Column('accuracy', 'accu-', 'racy'),
+)
+_QUALITY = {
+    'eval/loss': (Column('validation loss', 'valid.', 'loss'), '{:.4f}'),
+    'eval/perplexity': (Column('perplexity', 'perp-', 'lexity'), '{:.2f}'),
+    'eval/accuracy': (Column('accuracy', 'accu-', 'racy'), '{:.2%}'),
+    'eval/auc': (Column('AUC', '', 'AUC'), '{:.4f}'),
+    'eval/calibration': (Column('calibration', 'cali-', 'bration'), '{:.3f}'),
+}
+_LAST = (
     Column('staleness, steps: mean / max', 'staleness', 'mean / max'),
     Column('stall, ms per exchange (share)', 'stall, ms per', 'exchange'),
     Column('disagreement', 'disagree-', 'ment'),
@@ -32,23 +38,45 @@ COLUMNS = (
 )
 
 
+def columns(arms: Sequence[Arm]) -> list[Column]:
+  """The columns of `table_rows`."""
+  quality = [_QUALITY[key][0] for key in _quality_keys(arms)]
+  return [*_FIRST, *quality, *_LAST]
+
+
 def table_rows(arms: Sequence[Arm]) -> list[list[str]]:
   """The rows of the results, as text; '-' for what a run does not have."""
+  keys = _quality_keys(arms)
   rows = []
   for arm in arms:
-    rows.extend(_group_row(arm, group) for group in arm.groups)
+    rows.extend(_group_row(arm, group, keys) for group in arm.groups)
     if arm.ensemble or arm.pairs:
-      rows.append(_ensemble_row(arm))
+      rows.append(_ensemble_row(arm, keys))
   return rows
 
 
-def _group_row(arm: Arm, group: Group) -> list[str]:
-  final = report_data.final_metrics(arm, group)
+def _quality_keys(arms: Sequence[Arm]) -> list[str]:
+  """What is shown of a model: of a sigmoid output AUC, not perplexity."""
+  found = [
+      _with_perplexity(report_data.final_metrics(arm, group), arm)
+      for arm in arms
+      for group in arm.groups
+  ]
+  has = lambda key: any(key in metrics for metrics in found)
+  optional = {
+      'eval/perplexity': has('eval/perplexity') or not has('eval/auc'),
+      'eval/auc': has('eval/auc'),
+      'eval/calibration': has('eval/calibration'),
+  }
+  return [key for key in _QUALITY if optional.get(key, True)]
+
+
+def _group_row(arm: Arm, group: Group, keys: Sequence[str]) -> list[str]:
   return [
       arm.name,
       f'group {group.group_id}',
       str(group.last_step),
-      *_quality(final, report_data.example_name([arm])),
+      *_quality(report_data.final_metrics(arm, group), arm, keys),
       _staleness(group),
       _stall(arm, group),
       '-',
@@ -56,14 +84,14 @@ def _group_row(arm: Arm, group: Group) -> list[str]:
   ]
 
 
-def _ensemble_row(arm: Arm) -> list[str]:
+def _ensemble_row(arm: Arm, keys: Sequence[str]) -> list[str]:
   disagreement = report_data.pair_mean(arm, 'churn/disagreement')
   churn = report_data.pair_mean(arm, 'churn/mean_abs')
   return [
       arm.name,
       'ensemble',
       '-',
-      *_quality(arm.ensemble, report_data.example_name([arm])),
+      *_quality(arm.ensemble, arm, keys),
       '-',
       '-',
       _number(disagreement, '{:.2%}'),
@@ -71,16 +99,20 @@ def _ensemble_row(arm: Arm) -> list[str]:
   ]
 
 
-def _quality(metrics: Mapping[str, Any], example: str) -> list[str]:
-  loss = metrics.get('eval/loss')
-  perplexity = metrics.get('eval/perplexity')
-  if perplexity is None and loss is not None and example == 'token':
-    perplexity = math.exp(min(loss, 700.0))
-  return [
-      _number(loss, '{:.4f}'),
-      _number(perplexity, '{:.2f}'),
-      _number(metrics.get('eval/accuracy'), '{:.2%}'),
-  ]
+def _quality(
+    metrics: Mapping[str, Any], arm: Arm, keys: Sequence[str]
+) -> list[str]:
+  metrics = _with_perplexity(metrics, arm)
+  return [_number(metrics.get(key), _QUALITY[key][1]) for key in keys]
+
+
+def _with_perplexity(metrics: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
+  """Works it out for tokens where it was not recorded."""
+  found = dict(metrics)
+  loss = found.get('eval/loss')
+  if loss is not None and report_data.example_name([arm]) == 'token':
+    found.setdefault('eval/perplexity', math.exp(min(loss, 700.0)))
+  return found
 
 
 def _staleness(group: Group) -> str:
@@ -175,8 +207,9 @@ def print_table(arms: Sequence[Arm], file: TextIO | None = None) -> None:
       ['' if i and row[0] == rows[i - 1][0] else row[0], *row[1:]]
       for i, row in enumerate(rows)
   ]
-  header = [[c.top for c in COLUMNS], [c.bottom for c in COLUMNS]]
-  widths = [max(map(len, column)) for column in zip(*header, *body)]
+  titles = columns(arms)
+  header = [[c.top for c in titles], [c.bottom for c in titles]]
+  widths = [max(map(len, cells)) for cells in zip(*header, *body)]
   for line in [*header, ['-' * w for w in widths], *body]:
     cells = [
         # Names to the left, numbers to the right.

@@ -154,7 +154,7 @@ def notes(arms: Sequence[Arm]) -> list[str]:
   """How to read the table, and what was odd in the records."""
   lines = [
       (
-          'Validation loss, perplexity and accuracy are those of the final'
+          'Validation loss, perplexity, accuracy and AUC are those of the final'
           ' evaluation, or of the last one in training where there is none.'
       ),
       (

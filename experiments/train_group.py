@@ -22,11 +22,15 @@ import jax
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, replicas, run_directory, storage
+from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.base import Variables
-from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
-from codistill_jax.exchange import peers_of
-from codistill_jax.troubles import Troubles
+from codistill_jax.exchange.checkpoint_exchange import (
+    CheckpointExchange,
+    Waiting,
+)
+from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.storage import trees
+from codistill_jax.storage.troubles import Troubles
 from experiments import claims, cli, companions, devices, driver
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest
@@ -94,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
       train_step=experiment_lib.make_replicated_step(
           experiment, model, devices.chosen_devices(_REPLICAS.value)
       ),
-      workdir=os.fspath(storage.absolute(_WORKDIR.value)),
+      workdir=os.fspath(trees.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
@@ -201,7 +205,7 @@ def _leave(job: Job, what: str) -> None:
   threading.Timer(_LAST_LOOK_SECONDS, os._exit, [cli.MAY_PASS]).start()
   directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
   try:
-    step = max(storage.completed_steps(directory), default=0)
+    step = max(trees.completed_steps(directory), default=0)
     where = f'step {step}'
   except OSError:
     where = 'their newest resume checkpoint'

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory, storage
-from codistill_jax.checkpoint import Checkpoints
-from codistill_jax.exchange import peers_of
-from codistill_jax.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.troubles import Troubles
+from codistill_jax import gin_utils, run_directory
+from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
+from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.storage import trees
+from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.troubles import Troubles
 from experiments import claims, cli, devices, driver
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.fspath(storage.absolute(_WORKDIR.value))
+  workdir = os.fspath(trees.absolute(_WORKDIR.value))
   stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
   latch = Latch(stop)
   gin_utils.parse_flags()

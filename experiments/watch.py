@@ -10,7 +10,7 @@ import jax
 
 from codistill_jax import evaluate, run_directory, tensorboard, writers
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Exchange, check_finite
+from codistill_jax.exchange.protocol import Exchange, check_finite
 from codistill_jax.experiment import make_eval_step
 from codistill_jax.group import StepResult
 from experiments.job import Job

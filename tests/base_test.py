@@ -47,6 +47,19 @@ def test_host_copy_shares_no_memory_with_the_device():
   assert copy['b']['c'].dtype == np.int32
 
 
+def test_host_copy_uses_memory_again_only_if_it_is_given():
+  tree = {'a': jnp.arange(6.0), 'n': jnp.int32(3)}
+  first, second = base.host_copy(tree), base.host_copy(tree)
+  assert not np.shares_memory(first['a'], second['a'])
+  newer = jax.tree.map(lambda x: x + 1, tree)
+  again = base.host_copy(newer, into=first)
+  assert again['a'] is first['a'] and again['n'] is first['n']
+  np.testing.assert_array_equal(again['a'], np.arange(6.0) + 1)
+  np.testing.assert_array_equal(second['a'], np.arange(6.0))
+  with pytest.raises(TypeError):  # Nothing is rounded on the way.
+    base.host_copy({'a': jnp.arange(6), 'n': jnp.int32(3)}, into=first)
+
+
 def test_cast_floats_leaves_integers_and_booleans_alone():
   tree = {
       'w': np.array([1.01, 2.0], np.float32),

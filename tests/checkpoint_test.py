@@ -13,9 +13,9 @@ import optax
 import pytest
 import toy
 
-from codistill_jax import saver, storage, troubles
 from codistill_jax import step as step_lib
-from codistill_jax.checkpoint import Checkpoints
+from codistill_jax.storage import saver, trees, troubles
+from codistill_jax.storage.checkpoint import Checkpoints
 
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 
@@ -63,7 +63,7 @@ def save_all(directory, states, **kwargs):
 
 def assert_same_state(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (path, x), (_, y) in zip(storage.flatten(a), storage.flatten(b)):
+  for (path, x), (_, y) in zip(trees.flatten(a), trees.flatten(b)):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
     assert x.tobytes() == y.tobytes(), path
 
@@ -188,7 +188,7 @@ def test_if_all_are_damaged_it_says_what_to_do(tmp_path, state):
   with pytest.raises(ValueError, match='none of the resume') as e:
     open_checkpoints(tmp_path).restore(state)
   assert 'delete the directory' in str(e.value)
-  assert not isinstance(e.value, storage.DamagedError)
+  assert not isinstance(e.value, trees.DamagedError)
   # Nothing was deleted: a person may still rescue it.
   assert open_checkpoints(tmp_path).steps() == [10, 20]
 
@@ -226,8 +226,8 @@ class Disk:
   def __init__(self, monkeypatch, error=None):
     self.error = error or OSError(errno.ENOSPC, 'disk full')
     self.full, self.tries = True, []
-    self._save = storage.save
-    monkeypatch.setattr(storage, 'save', self.save)
+    self._save = trees.save
+    monkeypatch.setattr(trees, 'save', self.save)
     monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
 
   def save(self, directory, step, *args):
@@ -286,13 +286,13 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
 ):
   """One is written and one waits: the third takes the second's place."""
   monkeypatch.setattr(saver, '_HOLD_SECONDS', 0.05)
-  original, go_on = storage.save, threading.Event()
+  original, go_on = trees.save, threading.Event()
 
   def save(*args):
     assert go_on.wait(20)
     return original(*args)
 
-  monkeypatch.setattr(storage, 'save', save)
+  monkeypatch.setattr(trees, 'save', save)
   checkpoints = open_checkpoints(tmp_path)
   for step in (1, 2, 3, 4):
     checkpoints.save(at(state, step))
@@ -341,7 +341,7 @@ def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
       go_on.wait(20)
     raise OSError(errno.EIO, 'input/output error')
 
-  monkeypatch.setattr(storage, 'save', save)
+  monkeypatch.setattr(trees, 'save', save)
   checkpoints = open_checkpoints(tmp_path)
   checkpoints.save(at(state, 5))
   until(lambda: len(tries) == 2)
@@ -399,7 +399,7 @@ def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
   def fail(directory):
     raise OSError(errno.EIO, 'input/output error')
 
-  monkeypatch.setattr(storage, 'completed_steps', fail)
+  monkeypatch.setattr(trees, 'completed_steps', fail)
   checkpoints.save(at(state, 5))
   assert checkpoints.wait() == 5 and tries.tries == [5]
   assert checkpoints.restart_step is None

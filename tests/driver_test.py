@@ -13,19 +13,11 @@ import pytest
 import tiny_run
 import toy
 
-from codistill_jax import (
-    base,
-    checkpoint,
-    files,
-    gin_utils,
-    leases,
-    run_directory,
-    storage,
-    writers,
-)
+from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.exchange import Interrupted, NoExchange
-from codistill_jax.publications import Publication
+from codistill_jax.exchange.protocol import Interrupted, NoExchange
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import checkpoint, files, leases, trees
 from experiments import claims, cli, devices, driver, watch
 from experiments import job as job_lib
 
@@ -132,7 +124,7 @@ def run(job, exchange=None, steps=None):
 
 
 def checkpoint_steps(job):
-  return storage.completed_steps(run_directory.checkpoints_dir(job.workdir, 0))
+  return trees.completed_steps(run_directory.checkpoints_dir(job.workdir, 0))
 
 
 def records_of(job):
@@ -388,14 +380,14 @@ def test_peers_are_told_of_checkpoints_that_are_on_disk(make_job):
 
 def failing_saves(monkeypatch, steps):
   """The disk is full whenever one of these steps is saved."""
-  original = storage.save
+  original = trees.save
 
   def save(directory, step, *args):
     if step in steps:
       raise OSError(errno.ENOSPC, 'no space left on device')
     return original(directory, step, *args)
 
-  monkeypatch.setattr(storage, 'save', save)
+  monkeypatch.setattr(trees, 'save', save)
 
 
 def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):

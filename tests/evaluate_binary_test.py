@@ -5,7 +5,8 @@ import shutil
 import pytest
 import tiny_run
 
-from codistill_jax import files, run_directory
+from codistill_jax import run_directory
+from codistill_jax.storage import files
 
 LAST = tiny_run.NUM_STEPS
 

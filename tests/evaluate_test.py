@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import base, metrics
+from codistill_jax import base, losses, metrics
 from codistill_jax import evaluate as evaluate_lib
+from codistill_jax import step as step_lib
 
 CLASSES = 3
 
@@ -258,6 +259,59 @@ def test_a_sigmoid_output_is_compared_as_one():
   )
   np.testing.assert_allclose(
       found.pairs[0, 1]['churn/mean_abs'], np.abs(p[0] - p[1]).mean(), rtol=1e-5
+  )
+
+
+def exact_auc(logits, labels):
+  difference = logits[labels == 1][:, None] - logits[labels == 0][None, :]
+  return np.mean((difference > 0) + 0.5 * (difference == 0))
+
+
+@pytest.mark.parametrize('size', [6, 20])
+def test_a_sigmoid_output_has_an_area_and_no_perplexity(size):
+  rng = np.random.default_rng(1)
+  # Bins apart, so that the area is exact.
+  z = (rng.permutation(41)[:40].reshape(2, 20) / 8.0 - 2.5).astype(np.float32)
+  labels = data()[1] % 2
+  padded = batches(size)
+  for batch in padded:
+    batch['labels'] = batch['labels'] % 2
+  variables = [base.Variables(x) for x in z]
+  found = evaluate_lib.compare(table_model(), variables, padded)
+  p = 1 / (1 + np.exp(-z.astype(np.float64)))
+  mean = p.mean(0)
+  step = jax.jit(
+      step_lib.make_eval_step(table_model(), task_loss=losses.sigmoid_task_loss)
+  )
+  alone = evaluate_lib.evaluate(step, variables[0], padded, ())
+  for got, p_one in (
+      (found.members[0], p[0]),
+      (found.members[1], p[1]),
+      (found.ensemble, mean),
+      (alone, p[0]),
+  ):
+    logit = np.log(p_one / (1 - p_one))
+    assert_close(
+        got,
+        {
+            'eval/loss': np.mean(
+                -labels * np.log(p_one) - (1 - labels) * np.log(1 - p_one)
+            ),
+            'eval/accuracy': np.mean((p_one > 0.5) == labels),
+            'eval/auc': exact_auc(logit, labels),
+            'eval/calibration': p_one.sum() / labels.sum(),
+            'eval/calibration_error': got['eval/calibration_error'],
+        },
+    )
+  assert_close(
+      found.pairs[0, 1],
+      {
+          'churn/mean_abs': np.abs(p[0] - p[1]).mean(),
+          'churn/disagreement': np.mean((p[0] > 0.5) != (p[1] > 0.5)),
+          'churn/relative_difference': np.mean(
+              2 * np.abs(p[0] - p[1]) / (p[0] + p[1])
+          ),
+      },
   )
 
 

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from etils import epath
 
-from codistill_jax import files
+from codistill_jax.storage import files
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf, 0.5])

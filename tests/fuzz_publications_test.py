@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import publications, records, storage
 from codistill_jax.base import Variables
-from codistill_jax.publications import MismatchError, Publication
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.publications import MismatchError, Publication
+from codistill_jax.storage import records, trees
 
 CASES, PARTS = 1000, 4
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 GROUP, STEP, OTHER_STEP = 1, 20, 30
-REFUSALS = (storage.DamagedError, storage.MissingError, MismatchError)
+REFUSALS = (trees.DamagedError, trees.MissingError, MismatchError)
 HARMLESS = 'read'
 
 
@@ -169,7 +170,7 @@ def save(group, tree, **facts):
       'time': published.time,
       'identity': dict(published.identity),
   }
-  return storage.save(group, STEP, tree, written | facts)
+  return trees.save(group, STEP, tree, written | facts)
 
 
 def lie_about_leaves(group, before, after):
@@ -185,7 +186,7 @@ def swap_leaves(group, rng):
   name = ['kernel', 'bias'][rng.integers(2)]
   a, b = tree['params']['a'], tree['params']['b']
   a[name], b[name] = b[name], a[name]
-  before = storage.load_record(group, STEP)
+  before = trees.load_record(group, STEP)
   after = save(group, tree)
   lie_about_leaves(group, before, after if rng.integers(2) else before)
 
@@ -205,7 +206,7 @@ def another_structure(group, rng):
       lambda: params.update(more=np.ones(3, np.float32)),
   ]
   changes[rng.integers(len(changes))]()
-  before = storage.load_record(group, STEP)
+  before = trees.load_record(group, STEP)
   after = save(group, tree)
   if rng.integers(2):
     lie_about_leaves(group, before, after)
@@ -288,7 +289,7 @@ def outcome(root, written):
     return type(e).__name__
   assert found == written
   theirs, ours = (
-      storage.flatten(as_tree(x)) for x in (variables, variables_of(1))
+      trees.flatten(as_tree(x)) for x in (variables, variables_of(1))
   )
   for (path, x), (_, y) in zip(theirs, ours, strict=True):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path

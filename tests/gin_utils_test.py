@@ -235,3 +235,13 @@ def test_the_operative_configuration_makes_the_same_again(tmp_path):
   gin_utils.parse([write(tmp_path, text, 'operative.gin')])
   assert make_root().value == made.value
   gin_utils.check_no_dead_bindings()
+
+
+def test_a_file_says_what_it_is_for(tmp_path):
+  path = tmp_path / 'a.gin'
+  path.write_text('# Does it help?\n# It may.\nimport x\n# Later.\n')
+  assert gin_utils.headline(str(path)) == 'Does it help? It may.'
+  path.write_text('import x\n')
+  assert gin_utils.headline(str(path)) == ''
+  with pytest.raises(ValueError, match='no such file'):
+    gin_utils.headline('none.gin')

@@ -14,14 +14,14 @@ import pytest
 import tiny_run
 from etils import epath
 
-from codistill_jax import files, holders, leases
+from codistill_jax.storage import files, holders, leases
 
 TTL = 1.0
 
 # Holds a lease until it is killed; says how that went.
 HOLD = """
 import sys, time
-from codistill_jax import leases
+from codistill_jax.storage import leases
 try:
   lease = leases.acquire(sys.argv[1], 'training in', ttl_seconds=30)
 except leases.HeldError as e:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import toy
 
-from codistill_jax import publications, storage
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Plan, StaleError
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
+from codistill_jax.exchange.protocol import Plan, StaleError
 from codistill_jax.group import run_group
-from codistill_jax.memory_exchange import Mirror, memory_exchanges
+from codistill_jax.storage import trees
 
 EVERY = 5
 MODEL, TX = toy.RECURRENT, toy.ADAM
@@ -232,7 +233,7 @@ def test_a_restart_makes_the_publication_that_a_killed_run_did_not(tmp_path):
   seen = states_of(mirrored(tmp_path), num_steps=12)
   for group_id in range(2):
     directory = publications.group_directory(tmp_path, group_id)
-    storage.delete(directory, [10])
+    trees.delete(directory, [10])
   exchanges = mirrored(tmp_path)
   for exchange in exchanges:
     exchange.restore(10, [5])

@@ -1,5 +1,7 @@
 """Metrics: they add up over batches, and padding counts nowhere."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +135,141 @@ def test_relative_difference_is_bounded_and_zero_at_zero():
 def test_shapes_that_disagree_are_named(call):
   with pytest.raises(ValueError, match=r'\(2, 3\)'):
     call()
+
+
+# -- of a sigmoid output ------------------------------------------------------
+
+
+def exact_auc(logits, labels):
+  """By comparing every pair; ties count a half."""
+  difference = logits[labels == 1][:, None] - logits[labels == 0][None, :]
+  return np.mean((difference > 0) + 0.5 * (difference == 0))
+
+
+def scores(size=2000, seed=0, scale=2.0):
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(2, size=size)
+  logits = (rng.normal(size=size) + labels - 1.5) * scale
+  return logits.astype(np.float32), labels
+
+
+@pytest.mark.parametrize('scale', [0.01, 0.5, 2.0, 30.0])
+def test_auc_is_that_of_all_pairs_within_its_bound(scale):
+  logits, labels = scores(scale=scale)
+  found = metrics.auc(logits, labels)
+  bound = found.error_bound()
+  assert abs(found.number() - exact_auc(logits, labels)) <= bound + 1e-9
+  assert bound < {0.5: 1e-2, 2.0: 1e-2}.get(scale, 0.5)
+  if scale == 2.0:
+    np.testing.assert_allclose(found.number(), 0.76, atol=0.03)
+
+
+def test_auc_is_exact_where_predictions_are_bins_apart():
+  rng = np.random.default_rng(0)
+  # Many ties, but none between predictions that differ.
+  logits = rng.integers(-1000, 1000, size=3000) / 256.0
+  labels = rng.integers(2, size=3000)
+  np.testing.assert_allclose(
+      metrics.auc(logits, labels).number(),
+      exact_auc(logits, labels),
+      rtol=1e-12,
+  )
+  assert metrics.auc(np.zeros(9), np.arange(9) % 2).number() == 0.5
+  assert metrics.auc(np.array([-20.0, 20.0]), np.array([0, 1])).number() == 1
+  assert metrics.auc(np.array([-0.01, 0.0]), np.array([1, 0])).number() == 0
+
+
+SIGMOID_METRICS = [
+    metrics.auc,
+    metrics.calibration,
+    metrics.calibration_error,
+]
+
+
+@pytest.mark.parametrize('metric', SIGMOID_METRICS)
+def test_batches_add_up_and_padding_is_ignored(metric):
+  logits, labels = scores(1000)
+  whole = metric(logits, labels)
+  sums = []
+  for start in range(0, 1000, 300):
+    x, y = logits[start : start + 300], labels[start : start + 300]
+    pad = (0, 300 - len(x))
+    sums.append(
+        metric(
+            np.pad(x, pad, constant_values=np.nan),
+            np.pad(y, pad, constant_values=77),
+            np.pad(np.ones(len(x), np.float32), pad),
+        )
+    )
+  added = functools.reduce(metrics.merge, sums)
+  np.testing.assert_allclose(added.number(), whole.number(), rtol=1e-5)
+  for a, b in zip(added, whole):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('metric', SIGMOID_METRICS)
+def test_examples_count_by_their_weights(metric):
+  logits, labels = scores(50)
+  weights = np.arange(50) % 3
+  repeated = np.repeat(np.arange(50), weights)
+  np.testing.assert_allclose(
+      metric(logits, labels, weights).number(),
+      metric(logits[repeated], labels[repeated]).number(),
+      rtol=1e-5,
+  )
+
+
+def test_calibration_compares_mean_prediction_and_share_of_positives():
+  probs = np.array([0.1, 0.2, 0.6, 0.9])
+  logits = np.log(probs / (1 - probs))
+  labels = np.array([0, 0, 1, 0])
+  found = metrics.calibration(logits, labels)
+  np.testing.assert_allclose(found.number(), 1.8 / 1.0, rtol=1e-5)
+  expected = (0.1 + 0.2 + 0.4 + 0.9) / 4  # Each in a bin of its own.
+  np.testing.assert_allclose(
+      metrics.calibration_error(logits, labels).number(), expected, rtol=1e-5
+  )
+  # In one bin errors make up for each other.
+  found = metrics.calibration_error(np.zeros(4), np.array([0, 1, 1, 0]))
+  assert found.number() == 0
+
+
+def test_a_calibrated_model_has_small_errors_and_a_shifted_one_large_ones():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=100_000).astype(np.float32) - 1
+  labels = rng.random(100_000) < 1 / (1 + np.exp(-logits))
+  assert abs(metrics.calibration(logits, labels).number() - 1) < 0.02
+  assert metrics.calibration_error(logits, labels).number() < 0.005
+  assert metrics.calibration(logits + 1, labels).number() > 1.5
+  assert metrics.calibration_error(logits + 1, labels).number() > 0.15
+
+
+@pytest.mark.parametrize('metric', SIGMOID_METRICS)
+def test_extreme_predictions_are_counted_and_no_number_is_no_number(metric):
+  logits = np.array([np.inf, -np.inf, 1e30, -1e30, 88.0, -88.0])
+  labels = np.array([1, 0, 1, 0, 1, 0])
+  assert np.isfinite(metric(logits, labels).number())
+  assert np.isnan(metric(np.array([np.nan, 0.0]), np.array([1, 0])).number())
+  assert np.isnan(metric(logits, labels, np.zeros(6)).number())
+
+
+def test_without_both_labels_there_is_no_area():
+  assert np.isnan(metrics.auc(np.ones(3), np.ones(3, int)).number())
+  assert np.isnan(metrics.auc(np.ones(3), np.zeros(3, int)).number())
+  assert np.isnan(metrics.calibration(np.ones(3), np.zeros(3, int)).number())
+
+
+def test_quality_of_a_sigmoid_output_and_of_classes():
+  logits, labels = scores(100)
+  assert set(metrics.quality(logits, labels)) == {
+      'eval/accuracy',
+      'eval/auc',
+      'eval/calibration',
+      'eval/calibration_error',
+  }
+  two = base.two_class_logits(logits)
+  (found,) = metrics.quality(two, labels).items()
+  assert found[0] == 'eval/accuracy'
+  np.testing.assert_allclose(
+      found[1].number(), np.mean((logits > 0) == labels), rtol=1e-6
+  )

@@ -11,7 +11,8 @@ import pytest
 import stuck
 import tiny_run
 
-from codistill_jax import run_directory, storage
+from codistill_jax import run_directory
+from codistill_jax.storage import trees
 
 SECONDS = 10.0  # A rescue begins after 3; the rest is for a busy machine.
 
@@ -70,7 +71,7 @@ class Run:
     return output.splitlines()[-1] if output else ''
 
   def saved(self, group_id=0):
-    return storage.completed_steps(
+    return trees.completed_steps(
         run_directory.checkpoints_dir(self.workdir, group_id)
     )
 

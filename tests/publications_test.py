@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import publications, storage
 from codistill_jax.base import Variables
-from codistill_jax.publications import MismatchError, Publication
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.publications import MismatchError, Publication
+from codistill_jax.storage import trees
 
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 SENT = Publication(group_id=1, step=20, time=12.5, identity=IDENTITY)
@@ -45,7 +46,7 @@ def test_what_is_published_is_what_is_read(tmp_path):
   assert found == written
   assert found == dataclasses.replace(SENT, num_bytes=4 * (6 + 4 + 3 + 1))
   for (path, a), (_, b) in zip(
-      storage.flatten(variables), storage.flatten(variables_of())
+      trees.flatten(variables), trees.flatten(variables_of())
   ):
     assert a.dtype == b.dtype, path
     np.testing.assert_array_equal(a, b)
@@ -152,7 +153,7 @@ def test_a_file_system_that_refuses_is_no_reason_to_replace(
     raise PermissionError(13, 'Permission denied')
 
   with monkeypatch.context() as patch:
-    patch.setattr(storage, 'load_tree', load_tree)
+    patch.setattr(trees, 'load_tree', load_tree)
     with pytest.raises(PermissionError):
       publish(tmp_path, variables_of(2.0))
   _, variables = read(tmp_path)
@@ -235,7 +236,7 @@ def publish_unchecked(root, variables, **facts):
       'time': 12.5,
       'identity': IDENTITY,
   } | facts
-  storage.save(publications.group_directory(root, 1), 20, tree, facts)
+  trees.save(publications.group_directory(root, 1), 20, tree, facts)
 
 
 BAD = [
@@ -261,7 +262,7 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
   variables = variables_of(dtype=dtype)
   variables.params['b'][2] = bad
   publish_unchecked(tmp_path, variables)
-  with pytest.raises(storage.DamagedError, match=r'params/b .*is not finite'):
+  with pytest.raises(trees.DamagedError, match=r'params/b .*is not finite'):
     read(tmp_path)
 
 
@@ -269,7 +270,7 @@ def test_opposite_infinities_do_not_hide_each_other(tmp_path):
   variables = variables_of()
   variables.params['b'][:2] = np.inf, -np.inf
   publish_unchecked(tmp_path, variables)
-  with pytest.raises(storage.DamagedError, match='not finite'):
+  with pytest.raises(trees.DamagedError, match='not finite'):
     read(tmp_path)
 
 
@@ -302,14 +303,14 @@ def test_finite_float64_may_add_up_to_infinity(tmp_path):
 )
 def test_metadata_that_is_none_is_rejected(tmp_path, facts):
   publish_unchecked(tmp_path, variables_of(), **facts)
-  with pytest.raises(storage.DamagedError, match='expected group_id, step'):
+  with pytest.raises(trees.DamagedError, match='expected group_id, step'):
     read(tmp_path)
 
 
 def test_metadata_that_is_missing_is_rejected(tmp_path):
   directory = publications.group_directory(tmp_path, 1)
-  storage.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
-  with pytest.raises(storage.DamagedError, match='expected group_id, step'):
+  trees.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
+  with pytest.raises(trees.DamagedError, match='expected group_id, step'):
     read(tmp_path)
 
 
@@ -327,11 +328,11 @@ def test_a_publication_in_the_wrong_place_is_rejected(tmp_path, there):
   shutil.copytree(tmp_path / 'group_1' / '20', tmp_path / there)
   group_id, step = int(there[6]), int(there[8:])
   with pytest.raises(
-      storage.DamagedError, match='published by group 1 at step 20'
+      trees.DamagedError, match='published by group 1 at step 20'
   ):
     read(tmp_path, group_id=group_id, step=step)
 
 
 def test_a_missing_publication_is_missing(tmp_path):
-  with pytest.raises(storage.MissingError):
+  with pytest.raises(trees.MissingError):
     read(tmp_path)

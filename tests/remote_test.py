@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import remote as buckets
 
-from codistill_jax import leases, publications, remote, storage
 from codistill_jax.base import TrainState, Variables
-from codistill_jax.checkpoint import Checkpoints
-from codistill_jax.checkpoint_exchange import CheckpointExchange, Waiting
-from codistill_jax.exchange import Plan
-from codistill_jax.publications import Publication
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.checkpoint_exchange import (
+    CheckpointExchange,
+    Waiting,
+)
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import leases, remote, trees
+from codistill_jax.storage.checkpoint import Checkpoints
 
 ROOT = 's3://bucket/run/exchange'
 IDENTITY = {'task': 'toy'}
@@ -49,14 +53,12 @@ def a_tree(value=1.0):
 
 
 def read(step=STEP, directory=ROOT):
-  record = storage.load_record(directory, step)
-  return storage.load_tree(directory, step, record, a_tree())
+  record = trees.load_record(directory, step)
+  return trees.load_tree(directory, step, record, a_tree())
 
 
 def assert_same(a, b):
-  for (path, x), (_, y) in zip(
-      storage.flatten(a), storage.flatten(b), strict=True
-  ):
+  for (path, x), (_, y) in zip(trees.flatten(a), trees.flatten(b), strict=True):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
     assert x.tobytes() == y.tobytes(), path
 
@@ -70,26 +72,26 @@ def names_of(bucket, step=STEP):
 
 
 def test_what_is_saved_is_what_is_read(bucket):
-  assert storage.completed_steps(ROOT) == []
-  storage.save(ROOT, STEP, a_tree(), {'note': 1})
-  assert storage.completed_steps(ROOT) == [STEP]
-  assert storage.load_record(ROOT, STEP).facts == {'note': 1}
+  assert trees.completed_steps(ROOT) == []
+  trees.save(ROOT, STEP, a_tree(), {'note': 1})
+  assert trees.completed_steps(ROOT) == [STEP]
+  assert trees.load_record(ROOT, STEP).facts == {'note': 1}
   assert_same(read(), a_tree())
-  assert storage.completed_at(ROOT, STEP) > 0
-  storage.save(ROOT, STEP, a_tree(2.0), {})
+  assert trees.completed_at(ROOT, STEP) > 0
+  trees.save(ROOT, STEP, a_tree(2.0), {})
   assert_same(read(), a_tree(2.0))
 
 
 def test_large_files_go_in_pieces(bucket, monkeypatch):
   monkeypatch.setattr(remote, '_CHUNK_BYTES', 1000)
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   assert_same(read(), a_tree())
 
 
 def test_the_path_is_left_alone(bucket):
-  assert os.fspath(storage.absolute(ROOT)) == ROOT
+  assert os.fspath(trees.absolute(ROOT)) == ROOT
   here = pathlib.Path.cwd()
-  assert os.fspath(storage.absolute('there')) == str(here / 'there')
+  assert os.fspath(trees.absolute('there')) == str(here / 'there')
 
 
 def test_the_mark_goes_up_last_and_away_first(bucket, monkeypatch):
@@ -107,33 +109,33 @@ def test_the_mark_goes_up_last_and_away_first(bucket, monkeypatch):
       'rm_file',
       lambda path: (deleted.append(path), type(bucket).rm_file(bucket, path)),
   )
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   mark = f'/bucket/run/exchange/{STEP}/commit_success.txt'
   assert written[-1] == mark and written.count(mark) == 1
   assert written[-2].endswith('/record.json')
-  storage.delete(ROOT, [STEP])
+  trees.delete(ROOT, [STEP])
   assert deleted[0] == mark and not bucket.store
 
 
 def test_half_an_upload_is_no_checkpoint_and_is_replaced(bucket):
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   del bucket.store[f'/bucket/run/exchange/{STEP}/commit_success.txt']
-  assert storage.completed_steps(ROOT) == []
-  with pytest.raises(storage.MissingError):
+  assert trees.completed_steps(ROOT) == []
+  with pytest.raises(trees.MissingError):
     read()
-  storage.save(ROOT, STEP, a_tree(2.0), {})
+  trees.save(ROOT, STEP, a_tree(2.0), {})
   assert_same(read(), a_tree(2.0))
-  storage.save(ROOT, 9, a_tree(), {})
+  trees.save(ROOT, 9, a_tree(), {})
   del bucket.store['/bucket/run/exchange/9/commit_success.txt']
-  storage.delete_torn(ROOT)
+  trees.delete_torn(ROOT)
   assert names_of(bucket, 9) == []
   assert_same(read(), a_tree(2.0))
 
 
 def test_damage_is_noticed_on_the_way_down(bucket, monkeypatch):
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   before = {path: x.getvalue() for path, x in bucket.store.items()}
-  monkeypatch.setattr(storage, '_restore', lambda *_: pytest.fail('reached'))
+  monkeypatch.setattr(trees, '_restore', lambda *_: pytest.fail('reached'))
   for name in names_of(bucket):
     if not name.startswith('arrays/'):
       continue
@@ -143,24 +145,24 @@ def test_damage_is_noticed_on_the_way_down(bucket, monkeypatch):
         del bucket.store[path]
       else:
         bucket.pipe_file(path, spoiled)
-      with pytest.raises(storage.DamagedError):
+      with pytest.raises(trees.DamagedError):
         read()
     bucket.pipe_file(path, before[path])
 
 
 def test_a_damaged_one_is_set_aside_by_deleting_it(bucket):
-  storage.save(ROOT, STEP, a_tree(), {})
-  storage.set_aside(ROOT, STEP)
+  trees.save(ROOT, STEP, a_tree(), {})
+  trees.set_aside(ROOT, STEP)
   assert not bucket.store
 
 
 def test_a_deletion_is_called_off(bucket):
-  storage.save(ROOT, STEP, a_tree(), {})
-  made = storage.completed_at(ROOT, STEP)
-  storage.delete_unless(ROOT, STEP, lambda: True)
+  trees.save(ROOT, STEP, a_tree(), {})
+  made = trees.completed_at(ROOT, STEP)
+  trees.delete_unless(ROOT, STEP, lambda: True)
   assert_same(read(), a_tree())
-  assert storage.completed_at(ROOT, STEP) == made
-  storage.delete_unless(ROOT, STEP, lambda: False)
+  assert trees.completed_at(ROOT, STEP) == made
+  trees.delete_unless(ROOT, STEP, lambda: False)
   assert not bucket.store
 
 
@@ -185,16 +187,16 @@ def fail_with(monkeypatch, bucket, error, only):
 
 @pytest.mark.parametrize('error', [CloudError('no\nroute'), TimeoutError()])
 def test_a_cloud_that_refuses_is_an_os_error(bucket, monkeypatch, error):
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   with monkeypatch.context() as patch:
     fail_with(patch, bucket, error, '/d/')
     with pytest.raises(OSError, match='cannot be read') as e:
       read()
     assert '\n' not in str(e.value) and e.value.errno == errno.EIO
     with pytest.raises(OSError, match='cannot be written') as e:
-      storage.save(ROOT, 9, a_tree(), {})
+      trees.save(ROOT, 9, a_tree(), {})
     assert '\n' not in str(e.value)
-  assert storage.completed_steps(ROOT) == [STEP]
+  assert trees.completed_steps(ROOT) == [STEP]
   assert names_of(bucket, 9) == []
   assert_same(read(), a_tree())
 
@@ -202,9 +204,9 @@ def test_a_cloud_that_refuses_is_an_os_error(bucket, monkeypatch, error):
 def test_what_a_cloud_calls_missing_is_damage_while_the_step_stands(
     bucket, monkeypatch
 ):
-  storage.save(ROOT, STEP, a_tree(), {})
+  trees.save(ROOT, STEP, a_tree(), {})
   fail_with(monkeypatch, bucket, NotFoundError('gone'), '/d/')
-  with pytest.raises(storage.DamagedError, match='gone'):
+  with pytest.raises(trees.DamagedError, match='gone'):
     read()
 
 
@@ -214,7 +216,7 @@ def test_a_directory_that_is_missing_is_empty(bucket, monkeypatch, error):
     raise error('no such directory')
 
   monkeypatch.setattr(type(bucket), 'ls', ls)
-  assert storage.completed_steps(ROOT) == []
+  assert trees.completed_steps(ROOT) == []
 
 
 def test_a_cloud_that_does_not_tell_is_not_empty(bucket, monkeypatch):
@@ -223,7 +225,7 @@ def test_a_cloud_that_does_not_tell_is_not_empty(bucket, monkeypatch):
 
   monkeypatch.setattr(type(bucket), 'ls', ls)
   with pytest.raises(OSError, match='no route'):
-    storage.completed_steps(ROOT)
+    trees.completed_steps(ROOT)
 
 
 # --- The exchange ------------------------------------------------------------

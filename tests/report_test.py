@@ -10,7 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from codistill_jax import files, run_directory, writers
+from codistill_jax import run_directory, writers
+from codistill_jax.storage import files
 from experiments import (
     report,
     report_curves,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from codistill_jax.base import Variables
-from codistill_jax.exchange import Plan
-from codistill_jax.publications import Publication
-from codistill_jax.teaching import Teaching, merge_teachers
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.teaching import Teaching, merge_teachers
 
 
 def variables(value):

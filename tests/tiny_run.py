@@ -13,8 +13,9 @@ import time
 import numpy as np
 import token_files
 
-from codistill_jax import run_directory, storage
+from codistill_jax import run_directory
 from codistill_jax.data import shards
+from codistill_jax.storage import trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_STEPS, EVERY, CHECKPOINT_EVERY = 50, 10, 20
@@ -208,14 +209,14 @@ def until(condition, timeout=120.0, process=None):
 def saved_arrays(workdir, group_id, step=None):
   """Leaf path -> array of a resume checkpoint, without its step in use."""
   directory = run_directory.checkpoints_dir(workdir, group_id)
-  step = max(storage.completed_steps(directory)) if step is None else step
+  step = max(trees.completed_steps(directory)) if step is None else step
   return step, arrays_of(directory, step)
 
 
 def arrays_of(directory, step):
-  """Leaf path -> array of what `storage.save` wrote of the tiny model."""
-  directory = storage.absolute(directory)
-  record = storage.load_record(directory, step)
+  """Leaf path -> array of what `trees.save` wrote of the tiny model."""
+  directory = trees.absolute(directory)
+  record = trees.load_record(directory, step)
   like = _nested(record.leaves)
   if 'params' in like:
     like['model_state'] = {}
@@ -223,7 +224,7 @@ def arrays_of(directory, step):
     like['variables']['model_state'] = {}
     like['opt_state']['1'] = {}
     like.setdefault('teacher_carry', {})
-  return dict(storage.flatten(storage.load_tree(directory, step, record, like)))
+  return dict(trees.flatten(trees.load_tree(directory, step, record, like)))
 
 
 def _nested(leaves):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill_jax import topology
-from codistill_jax.topology import peers_of, readers_of
+from codistill_jax.exchange import topology
+from codistill_jax.exchange.topology import peers_of, readers_of
 
 SIZES = range(1, 17)
 

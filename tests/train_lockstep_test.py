@@ -6,7 +6,8 @@ import signal
 import pytest
 import tiny_run
 
-from codistill_jax import run_directory, storage
+from codistill_jax import run_directory
+from codistill_jax.storage import trees
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
   workdir = tmp_path / 'run'
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
-  tiny_run.until(lambda: storage.completed_steps(saved), process=process)
+  tiny_run.until(lambda: trees.completed_steps(saved), process=process)
   process.send(signal.SIGTERM)
   assert 'stopped and saved at step' in process.wait(143)
   steps = [
-      storage.completed_steps(run_directory.checkpoints_dir(workdir, g))
+      trees.completed_steps(run_directory.checkpoints_dir(workdir, g))
       for g in (0, 1)
   ]
   assert steps[0] == steps[1] and steps[0]

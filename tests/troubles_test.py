@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from codistill_jax.troubles import Troubles
+from codistill_jax.storage.troubles import Troubles
 
 
 @pytest.fixture

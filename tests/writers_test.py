@@ -15,13 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from codistill_jax import (
-    appender,
-    run_directory,
-    tensorboard,
-    troubles,
-    writers,
-)
+from codistill_jax import run_directory, tensorboard, writers
+from codistill_jax.storage import appender, troubles
 
 
 def _steps(path) -> list[int]:

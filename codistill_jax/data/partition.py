@@ -35,6 +35,32 @@ def permutation(size: int, key: tuple[int, ...]) -> np.ndarray:
   return np.argsort(bits, kind='stable')
 
 
+def check(
+    num_examples: int,
+    *,
+    group_id: int,
+    num_groups: int,
+    partition: str,
+    name: str = 'documents',
+) -> None:
+  """Raises ValueError if examples, called `name`, cannot be divided so."""
+  if partition not in PARTITIONS:
+    raise ValueError(
+        f"partition must be one of {', '.join(PARTITIONS)}; got {partition!r}."
+    )
+  if not 0 <= group_id < num_groups:
+    raise ValueError(
+        f'group_id must be in 0..{num_groups - 1} for'
+        f' num_groups={num_groups}; got {group_id}.'
+    )
+  if partition == 'disjoint' and num_examples < num_groups:
+    raise ValueError(
+        f'{num_examples} {name} cannot be divided among'
+        f' num_groups={num_groups}; use partition=shared, fewer groups or more'
+        f' {name}.'
+    )
+
+
 def documents_of(
     num_documents: int,
     *,
@@ -60,23 +86,14 @@ def documents_of(
     ValueError: If the partition is unknown, the group is out of range, or
       there is less than one document for each group.
   """
-  if partition not in PARTITIONS:
-    raise ValueError(
-        f"partition must be one of {', '.join(PARTITIONS)}; got {partition!r}."
-    )
-  if not 0 <= group_id < num_groups:
-    raise ValueError(
-        f'group_id must be in 0..{num_groups - 1} for'
-        f' num_groups={num_groups}; got {group_id}.'
-    )
+  check(
+      num_documents,
+      group_id=group_id,
+      num_groups=num_groups,
+      partition=partition,
+  )
   if partition == 'shared':
     return np.arange(num_documents, dtype=np.int64)
-  if num_documents < num_groups:
-    raise ValueError(
-        f'{num_documents} documents cannot be divided among'
-        f' num_groups={num_groups}; use partition=shared, fewer groups or more'
-        ' documents.'
-    )
   order = permutation(num_documents, (_PARTITION_KEY, seed))
   return np.sort(order[group_id::num_groups])
 

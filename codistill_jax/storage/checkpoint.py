@@ -1,0 +1,233 @@
+"""Resume checkpoints of one group: all that a restart needs.
+
+Checkpoint n holds the state after n updates (so the data position, since a
+batch is a function of the step) and which publications were the teachers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from absl import logging
+from etils import epath
+from flax import serialization
+
+from codistill_jax.base import TrainState
+from codistill_jax.storage import trees
+from codistill_jax.storage.saver import GaveUpError, Saver
+from codistill_jax.storage.troubles import Troubles
+
+# As troubles.
+SAVING = 'saving a resume checkpoint'
+_LISTING = 'listing resume checkpoints'
+
+# How long a disk that fails is tried when there is nothing else left to do: at
+# the last step, or when the process was asked to stop.
+PATIENCE_SECONDS = 20.0
+
+
+class Resume(NamedTuple):
+  """What `Checkpoints.restore` gives back.
+
+  Attributes:
+    state: The group's state, as numpy arrays.
+    teacher_steps: Per peer, the step of the publication in use, or None.
+  """
+
+  state: TrainState
+  teacher_steps: tuple[int | None, ...]
+
+
+class Checkpoints:
+  """The resume checkpoints of one group, in one directory, written beside it.
+
+  Only the primary process of a group saves; all of its processes restore.
+  """
+
+  def __init__(
+      self,
+      directory: epath.PathLike,
+      *,
+      identity: Mapping[str, str] | None = None,
+      keep: int = 3,
+      troubles: Troubles | None = None,
+      check: Callable[[int], None] = lambda step: None,
+  ):
+    """Opens the directory; writes nothing yet.
+
+    Args:
+      directory: Of this group alone.
+      identity: Facts that a restart must share (task, tokenizer hash, ...).
+      keep: Newest checkpoints to keep; more than one, so that a damaged one
+        does not lose the run.
+      troubles: Where a disk that fails is noted.
+      check: Called with the step before it is written; raises if this process
+        must not write here any more, or not yet (OSError).
+    """
+    self._directory = trees.absolute(directory)
+    self._identity = dict(identity or {})
+    self._keep = keep
+    self._troubles = troubles or Troubles()
+    self._check = check
+    self._saver = Saver(self._write, SAVING, self._troubles)
+    self._oldest: int | None = None
+
+  @property
+  def newest_step(self) -> int | None:
+    """The newest completed checkpoint, if any."""
+    return max(self.steps(), default=None)
+
+  def steps(self) -> list[int]:
+    """All completed checkpoints, ascending."""
+    return trees.completed_steps(self._directory)
+
+  def discard_after(self, step: int) -> None:
+    """Deletes the checkpoints beyond `step`."""
+    trees.delete(self._directory, [s for s in self.steps() if s > step])
+
+  def save(
+      self, state: TrainState, teacher_steps: Sequence[int | None] = ()
+  ) -> None:
+    """Saves in the background; a state that still waits is given up for it.
+
+    A disk that fails is tried again until it works or a newer state comes, and
+    holds up nobody. So at most two states are kept: one that is being written
+    and one that waits.
+
+    Args:
+      state: Numpy arrays that nobody will change (`PmapStep.collect`).
+      teacher_steps: Per peer, the step of the publication in use, or None.
+
+    Raises:
+      What a save before raised, unless it was an OSError.
+    """
+    self._saver.put(int(state.step), (state, list(teacher_steps)))
+
+  def wait(self, patience: float = PATIENCE_SECONDS) -> int | None:
+    """Waits until all is saved; gives the newest step saved, if any.
+
+    Args:
+      patience: Seconds to go on trying while the disk fails. A save that is
+        only slow is waited for.
+
+    Raises:
+      TimeoutError: If a state could not be saved; it is given up.
+      What a save raised, unless it was an OSError.
+    """
+    try:
+      self._saver.wait(patience)
+    except GaveUpError as e:
+      raise TimeoutError(
+          f'the resume checkpoint of step {e.step} could not be saved in'
+          f' {self._directory} within {patience:g} s'
+          f' ({_one_line(e.error)}); see to the disk, and start the same'
+          f' command again: it goes on from step {self._saver.saved or 0}'
+      ) from e
+    return self._saver.saved
+
+  @property
+  def saved_step(self) -> int | None:
+    """The newest step known to be on disk, without waiting."""
+    self._saver.raise_failure()
+    return self._saver.saved
+
+  @property
+  def restart_step(self) -> int | None:
+    """The oldest step that a restart may begin at, as far as is known.
+
+    Not the newest: that one may turn out to be damaged.
+    """
+    self._saver.raise_failure()
+    return self._oldest
+
+  def restore(self, like: TrainState) -> Resume | None:
+    """The newest sound checkpoint; None where there is none.
+
+    Args:
+      like: A state of the same structure and shapes.
+
+    Raises:
+      ValueError: If the checkpoints are of another model, optimiser, number of
+        peers, group batch or task; or if none of those present can be read.
+    """
+    damaged = []
+    for step in reversed(self.steps()):
+      try:
+        resume = self.read(step, like)
+      except trees.DamagedError as e:
+        logging.warning('Skipped a damaged resume checkpoint: %s', e)
+        damaged.append(str(e))
+        continue
+      # In the way of the run, which comes by their steps again.
+      for newer in [s for s in self.steps() if s > step]:
+        trees.set_aside(self._directory, newer)
+      self._saver.saved, self._oldest = step, self.steps()[0]
+      return resume
+    if damaged:
+      raise ValueError(
+          f'none of the resume checkpoints in {self._directory} can be read'
+          f' ({damaged[0]}); restore one from a copy, or delete the directory'
+          ' to start again'
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits as `wait` does, and ends the thread."""
+    try:
+      self.wait()
+    finally:
+      self._saver.close()
+
+  def _write(self, step: int, item: tuple[TrainState, list]) -> None:
+    self._check(step)
+    state, teacher_steps = item
+    facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
+    trees.delete_torn(self._directory)
+    trees.save(self._directory, step, serialization.to_state_dict(state), facts)
+    self._prune()
+
+  def _prune(self) -> None:
+    """Deletes all but the newest; a failure must not look like one to save."""
+    try:
+      steps = self.steps()
+    except OSError as e:
+      self._troubles.failed(_LISTING, e)
+      return
+    self._troubles.worked(_LISTING)
+    trees.delete(self._directory, steps[: -self._keep])
+    self._oldest = steps[-self._keep :][0]
+
+  def read(self, step: int, like: TrainState) -> Resume:
+    """One checkpoint; raises as `restore`, or `trees.DamagedError`."""
+    record = trees.load_record(self._directory, step)
+    where = self._directory / str(step)
+    theirs = record.facts['identity']
+    for key in sorted(theirs.keys() | self._identity.keys()):
+      if theirs.get(key) != self._identity.get(key):
+        raise ValueError(
+            f'resume checkpoint {where} was made with'
+            f' {key}={theirs.get(key)}, this run has'
+            f' {key}={self._identity.get(key)}; use another workdir, or the'
+            ' configuration of the first run'
+        )
+    target = serialization.to_state_dict(like)
+    ours = trees.describe(target)
+    for a, b in zip(record.leaves, ours):
+      if (a.path, a.shape, a.dtype) != (b.path, b.shape, b.dtype):
+        raise ValueError(
+            f'resume checkpoint {where} is of another configuration: it holds'
+            f' {a} where this run has {b}; use another workdir, or the'
+            ' configuration of the first run'
+        )
+    if len(record.leaves) != len(ours):
+      raise ValueError(
+          f'resume checkpoint {where} is of another configuration: it holds'
+          f' {len(record.leaves)} arrays, this run has {len(ours)}; use another'
+          ' workdir, or the configuration of the first run'
+      )
+    tree = trees.load_tree(self._directory, step, record, target)
+    state = serialization.from_state_dict(like, tree)
+    return Resume(state, tuple(record.facts['teacher_steps']))
+
+
+def _one_line(error: BaseException | None) -> str:
+  return ' '.join(str(error).split())

@@ -1,0 +1,230 @@
+r"""Prediction churn: how far independent retrains of a model differ.
+
+Trains a study and makes Table 1 of Anil et al. 2018 of it, with a plot:
+
+    python -m experiments.churn --workdir=runs/churn \
+        --gin_file=gin_configs/tasks/flights_dnn.gin --weights=1,3,6 --jobs=2
+
+Or compares the predictions of anybody's models:
+
+    python -m experiments.churn --predictions=a.npy --predictions=b.npy \
+        --labels=labels.npy
+
+Stopped or killed, the first goes on where it was when started again.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from codistill_jax import gin_utils
+from codistill_jax.storage import files
+from experiments import churn_files, churn_report, churn_runs, cli, processes
+from experiments.stopping import Rescue, StopRequest
+
+flags.adopt_module_key_flags(gin_utils)
+flags.adopt_module_key_flags(churn_files)
+
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the study: predictions and report.'
+)
+_RETRAINS = flags.DEFINE_integer(
+    'retrains', 5, 'Independent retrains of each arm; at least 2.'
+)
+_WEIGHTS = flags.DEFINE_list(
+    'weights', ['1', '3', '6'], 'Distill weights; a codistilled arm each.'
+)
+_NUM_GROUPS = flags.DEFINE_integer(
+    'num_groups', 2, 'Groups of a codistilled arm, and members of an ensemble.'
+)
+_ARM_GIN = flags.DEFINE_multi_string(
+    'arm_gin',
+    [],
+    'A further arm: name=file.gin, a gin file on top of --gin_file, trained'
+    ' alone; or name:groups=file.gin. Repeatable.',
+)
+_CONTROL_RETRAINS = flags.DEFINE_integer(
+    'control_retrains',
+    3,
+    'Retrains of the two controls with one seed fixed, that of the parameters'
+    ' or that of the order of data; 0 for none.',
+)
+_REPLICAS = flags.DEFINE_integer(
+    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
+)
+_JOBS = flags.DEFINE_integer(
+    'jobs',
+    1,
+    'Processes that train runs side by side. With more than one, each has its'
+    ' share of the CPU cores for itself.',
+)
+_WORKER = flags.DEFINE_string(
+    'worker', '', 'Set by --jobs for each process: its number/their number.'
+)
+_NOTE = flags.DEFINE_string(
+    'note', '', 'A sentence for the head of the page, such as on the data.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Compares files, or trains and reports."""
+  del argv
+  if churn_files.PREDICTIONS.value:
+    if _WORKDIR.value:
+      raise ValueError(
+          '--predictions and --workdir: compare files or train a study; leave'
+          ' one out (--output says where a comparison is written)'
+      )
+    churn_files.main()
+    return
+  if not _WORKDIR.value:
+    raise ValueError('give --workdir to train a study, or --predictions')
+  _check_flags()
+  workdir = _WORKDIR.value
+  if not files.is_remote(workdir):
+    workdir = os.path.abspath(workdir)
+  if _WORKER.value:
+    _work(workdir)
+    return
+  began = time.time()
+  if _JOBS.value > 1:
+    _train_in_processes(workdir, StopRequest().install())
+  else:
+    _work(workdir)
+  cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
+  churn_report.main(workdir, churn_files.OUTPUT.value, _NOTE.value)
+
+
+def _check_flags() -> None:
+  for flag, least in (
+      (_RETRAINS, 2),
+      (_NUM_GROUPS, 2),
+      (_JOBS, 1),
+      (_CONTROL_RETRAINS, 0),
+      (_REPLICAS, 0),
+  ):
+    if flag.value < least:
+      raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  _runs()
+
+
+def _runs() -> list[churn_runs.Run]:
+  weights = []
+  for text in _WEIGHTS.value:
+    try:
+      weights.append(float(text))
+    except ValueError:
+      weights.append(-1.0)
+    if not 0 < weights[-1] < float('inf'):
+      raise ValueError(
+          f'--weights: {text!r} is no distill weight; give numbers above 0,'
+          ' such as --weights=1,3,6'
+      )
+  if len(set(map(churn_runs.codistilled, weights))) < len(weights):
+    raise ValueError(f'--weights={",".join(_WEIGHTS.value)} names one twice')
+  return churn_runs.plan(
+      _RETRAINS.value,
+      weights,
+      num_groups=_NUM_GROUPS.value,
+      own={name: groups for name, (groups, _) in _own_arms().items()},
+      control_retrains=_CONTROL_RETRAINS.value,
+  )
+
+
+def _own_arms() -> dict[str, tuple[int, str]]:
+  """Groups and gin file of each arm of --arm_gin, by name."""
+  arms = {}
+  for text in _ARM_GIN.value:
+    label, _, path = text.partition('=')
+    name, colon, groups = label.partition(':')
+    groups = groups if colon else '1'
+    if not path or not groups.isdecimal() or int(groups) < 1:
+      raise ValueError(
+          f'--arm_gin={text}; expected name=file.gin or name:groups=file.gin'
+      )
+    churn_runs.check_name(name)
+    if name in arms:
+      raise ValueError(f'--arm_gin: two arms are called {name!r}')
+    arms[name] = (int(groups), path)
+  return arms
+
+
+def _train_in_processes(workdir: str, stop: StopRequest) -> None:
+  """The same command several times, each with its share of the cores."""
+  jobs = _JOBS.value
+  environment = {**os.environ, cli.COMMAND_VARIABLE: cli.own_command()}
+  command = [sys.executable, '-m', 'experiments.churn', *sys.argv[1:]]
+  start = lambda i: processes.popen(
+      [*command, f'--worker={i}/{jobs}'], env=environment
+  )
+  before = churn_runs.claimed_at(workdir)
+  workers = [start(0)]
+  try:
+    while any(worker.poll() is None for worker in workers):
+      if stop():
+        raise processes.stopped(stop)
+      _leave_with(workers)
+      # Once the first has accepted the flags: a mistake is said once.
+      if len(workers) < jobs and churn_runs.claimed_at(workdir) != before:
+        workers += map(start, range(1, jobs))
+      time.sleep(0.1)
+    _leave_with(workers)
+  finally:
+    for worker in workers:
+      processes.ask_to_leave(worker)
+    for worker in workers:
+      processes.wait_or_kill(worker, 10.0)
+
+
+def _leave_with(workers: Sequence[subprocess.Popen]) -> None:
+  """Ends as the first process that failed, which has said why."""
+  for worker in workers:
+    if worker.returncode:
+      sys.exit(worker.returncode % 256)
+
+
+def _work(workdir: str) -> None:
+  """Trains what is not done, in this process."""
+  index, jobs = 0, 1
+  if _WORKER.value:
+    index, jobs = map(int, _WORKER.value.split('/'))
+    _take_cores(index, jobs)
+  line = 'stopped; the same command goes on from here'
+  stop = StopRequest(Rescue(line)).install()
+  # Not at the top: to compare files needs no jax.
+  from experiments import churn_worker, devices
+
+  if _REPLICAS.value > 1:
+    devices.use_replicas(_REPLICAS.value)
+  own = _own_arms()
+  trainers = churn_worker.Trainers(
+      workdir,
+      *gin_utils.flag_values(),
+      own={name: path for name, (_, path) in own.items()},
+      devices=lambda: devices.chosen_devices(_REPLICAS.value),
+  )
+  study = churn_worker.describe_study(
+      trainers,
+      num_groups=_NUM_GROUPS.value,
+      command=os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
+  )
+  churn_worker.claim(workdir, study)
+  churn_worker.train_all(workdir, _runs(), trainers, stop, jobs)
+  stop.uninstall()
+
+
+def _take_cores(index: int, jobs: int) -> None:
+  """Before jax makes its threads, as many as there are cores."""
+  if hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs <= len(cores):
+      share = len(cores) // jobs
+      os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
+
+
+if __name__ == '__main__':
+  cli.run(main)

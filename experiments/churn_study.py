@@ -1,0 +1,203 @@
+"""Trains one run of a churn study and asks it for its predictions.
+
+The groups of a run are stepped in turn through memory, in lockstep. What was
+compiled for one run serves all others: a seed and a distill weight are data.
+
+Shape suffixes: B examples of a batch, C classes.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from codistill_jax import base, group, metrics
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import step as step_lib
+from codistill_jax.base import Variables
+from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.experiment import Experiment
+from codistill_jax.replicas import PmapStep
+from experiments.churn_runs import Run
+
+# Of a study that keeps the predictions of dozens of models.
+_MOST_BYTES = 2**30
+
+
+class Trainer(NamedTuple):
+  """One configuration, compiled.
+
+  Attributes:
+    experiment: In lockstep.
+    model: Its model.
+    train_step: On the replicas.
+    predict: `predict(variables, batch, carry) -> (probabilities, carry)`.
+  """
+
+  experiment: Experiment
+  model: base.Model
+  train_step: PmapStep
+  predict: Callable
+
+
+def make_trainer(
+    experiment: Experiment, devices: Sequence[jax.Device] | None = None
+) -> Trainer:
+  """Compiles nothing yet."""
+  experiment = dataclasses.replace(experiment, exchange_mode='lockstep')
+  model = experiment_lib.make_model(experiment)
+  return Trainer(
+      experiment,
+      model,
+      experiment_lib.make_replicated_step(experiment, model, devices),
+      jax.jit(make_predict_step(model)),
+  )
+
+
+def make_predict_step(model: base.Model) -> Callable:
+  """`predict(variables, batch, carry) -> (probabilities, carry)`, pure.
+
+  Probabilities are (B,) of a sigmoid output, else (B, C).
+  """
+
+  def predict(variables, batch, carry):
+    outputs, updates = model.apply(variables, batch, carry, None, False)
+    logits = base.logits_of(outputs)
+    if logits.shape == batch['labels'].shape:
+      return jax.nn.sigmoid(logits), updates.carry
+    logits = metrics.class_logits(logits, batch['labels'])
+    return jax.nn.softmax(logits), updates.carry
+
+  return predict
+
+
+def split_batches(experiment: Experiment, split: str):
+  """The batches of a split; those of validation if there is no test split."""
+  task = experiment.task
+  if split == 'test' and task.test_batches is not None:
+    return task.test_batches(experiment.eval_batch)
+  return task.eval_batches(experiment.eval_batch)
+
+
+def labels_of(experiment: Experiment, split: str) -> np.ndarray:
+  """The labels (N,) of a split, without padding."""
+  return np.concatenate(
+      [
+          np.asarray(batch['labels'])[step_lib.example_weights(batch) > 0]
+          for batch in split_batches(experiment, split)
+      ]
+  )
+
+
+# --- One run -----------------------------------------------------------------
+
+
+def configured(experiment: Experiment, run: Run) -> Experiment:
+  """The experiment of one run: its seeds, and its weight."""
+  order = experiment.data_seed
+  order = experiment.seed if order is None else order
+  schedule = experiment.distill_weight
+  if run.weight is not None:
+    schedule = with_weight(schedule, run.weight, experiment.num_steps)
+  return dataclasses.replace(
+      experiment,
+      seed=experiment.seed + run.init,
+      data_seed=order + run.order,
+      distill_weight=schedule,
+  )
+
+
+def with_weight(
+    schedule: Callable[[int], float], weight: float, num_steps: int
+) -> Callable[[int], float]:
+  """The schedule, with another weight at its end: its burn-in and ramp stay."""
+  last = float(schedule(num_steps - 1))
+  if not last:
+    raise ValueError(
+        'the distill weight of the configuration is 0 at its last step, so'
+        ' --weights cannot scale it; bind schedules.distill_weight.weight to 1'
+    )
+  return lambda step: weight * (float(schedule(step)) / last)
+
+
+def train(
+    trainer: Trainer, run: Run, tick: Callable[[int], None]
+) -> list[Variables]:
+  """Trains all groups of a run; what each has learnt, as numpy copies.
+
+  Args:
+    trainer: Of the run's configuration.
+    run: What to train.
+    tick: Called with the step after each round; may raise to end it all.
+
+  Raises:
+    FloatingPointError: If a group ends with parameters that are not finite.
+  """
+  experiment = configured(trainer.experiment, run)
+  with contextlib.ExitStack() as stack:
+    groups = [
+        stack.enter_context(contextlib.closing(g))
+        for g in _groups(trainer, experiment, run)
+    ]
+    for results in zip(*groups, strict=True):
+      tick(results[0].step)
+    learnt = [base.host_copy(result.state.variables) for result in results]
+  for group_id, variables in enumerate(learnt):
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(variables)):
+      raise FloatingPointError(
+          f'group {group_id} of {run.name} has parameters that are not finite;'
+          ' lower the learning rate or the distill weight'
+      )
+  return learnt
+
+
+def _groups(
+    trainer: Trainer, experiment: Experiment, run: Run
+) -> Iterable[Iterator[group.StepResult]]:
+  alone = run.num_groups == 1
+  exchanges = (
+      [None]
+      if alone
+      else memory_exchanges(run.num_groups, plan=experiment.plan)
+  )
+  for group_id, exchange in enumerate(exchanges):
+    stream = experiment_lib.train_stream(experiment, group_id, run.num_groups)
+    peers = () if alone else exchange.peers
+    state = step_lib.init_state(
+        trainer.model,
+        experiment.optimizer,
+        jax.random.fold_in(jax.random.PRNGKey(experiment.seed), group_id),
+        stream.batch(0),
+        num_peers=len(peers),
+        group_batch=experiment.group_batch,
+    )
+    yield group.run_group(
+        trainer.train_step,
+        state,
+        stream,
+        num_steps=experiment.num_steps,
+        exchange=exchange,
+        distill_weight=experiment.distill_weight,
+    )
+
+
+def predict(trainer: Trainer, variables: Variables, split: str) -> np.ndarray:
+  """Probabilities (N,) or (N, C) on a split, float32, without padding."""
+  parts, carry, size = [], None, 0
+  for batch in split_batches(trainer.experiment, split):
+    if carry is None:
+      carry = trainer.model.init_carry(len(batch['labels']))
+    probs, carry = trainer.predict(variables, dict(batch), carry)
+    probs = np.asarray(probs)[step_lib.example_weights(batch) > 0]
+    parts.append(probs)
+    size += probs.nbytes
+    if size > _MOST_BYTES:
+      raise ValueError(
+          f'the predictions of one model on the {split} split are more than'
+          f' {_MOST_BYTES >> 20} MB; take a smaller split, such as by'
+          ' max_eval_batches'
+      )
+  return np.concatenate(parts)

@@ -1,0 +1,217 @@
+"""Reads predictions of anybody's models: `.npy`, `.csv`, `.parquet`.
+
+Tables are read by pandas, which loads when one is read.
+
+Shape suffixes: N examples, C classes.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codistill_jax import churn
+
+_TABLES = ('.csv', '.tsv', '.parquet')
+
+
+class Columns(NamedTuple):
+  """What the columns of tables are called.
+
+  Attributes:
+    predictions: One, of the positive class, or one for each class in order.
+    label: Of the class; may be missing.
+    id: Of what tells examples apart; '' if files agree row by row.
+  """
+
+  predictions: Sequence[str] = ('prediction',)
+  label: str = 'label'
+  id: str = ''
+
+
+class Predictions(NamedTuple):
+  """One model.
+
+  Attributes:
+    name: Of the file.
+    probs: (N,) or (N, C).
+    ids: (N,), each once; None if there are none.
+    labels: (N,); None if there are none.
+  """
+
+  name: str
+  probs: np.ndarray
+  ids: np.ndarray | None
+  labels: np.ndarray | None
+
+
+def read(path: str, columns: Columns) -> Predictions:
+  """One file of predictions.
+
+  Raises:
+    ValueError: If it is of no known kind, a column is missing, ids repeat, or
+      what it holds are no probabilities.
+    OSError: If it cannot be read.
+  """
+  name = os.path.basename(path)
+  if _ending(path) == '.npy':
+    if columns.id:
+      raise ValueError(
+          f'{path} has no ids; leave --id_column out, or give tables only'
+      )
+    probs = churn.check_probabilities(_read_npy(path), path)
+    return Predictions(name, probs, None, None)
+  table = _read_table(path)
+  picked = [_column(table, c, path) for c in columns.predictions]
+  probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
+  return Predictions(
+      name,
+      churn.check_probabilities(probs, path),
+      _ids(table, columns.id, path),
+      _column(table, columns.label, path) if columns.label in table else None,
+  )
+
+
+def read_labels(path: str, columns: Columns) -> tuple[np.ndarray, Any]:
+  """Labels (N,) and their ids (None without) of one file."""
+  if _ending(path) == '.npy':
+    return _read_npy(path), None
+  table = _read_table(path)
+  return _column(table, columns.label, path), _ids(table, columns.id, path)
+
+
+def join(
+    models: Sequence[Predictions],
+    labels: tuple[np.ndarray, np.ndarray | None] | None = None,
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+  """The same examples of all models in one order, and their labels.
+
+  Args:
+    models: At least two.
+    labels: Of a file of their own, and their ids; None: those that the
+      predictions bring along.
+
+  Returns:
+    Arrays (N,) or (N, C), and labels (N,) or None. With ids, the examples and
+    the order are those of the first model.
+
+  Raises:
+    ValueError: If the models are not of the same examples.
+  """
+  first = models[0]
+  for other in models[1:]:
+    _check_same_examples(first, other)
+  arrays = [first.probs]
+  arrays += [m.probs[_places(first.ids, m.ids, m.name)] for m in models[1:]]
+  if labels is not None:
+    values, ids = labels
+    if ids is None and len(values) != len(first.probs):
+      raise ValueError(
+          f'{len(first.probs):,} predictions, but {len(values):,} labels; give'
+          ' one for each, or --id_column'
+      )
+    wanted = None if ids is None else first.ids
+    return arrays, values[_places(wanted, ids, 'labels')]
+  found = [
+      m.labels[_places(first.ids, m.ids, m.name)]
+      for m in models
+      if m.labels is not None
+  ]
+  if any(not np.array_equal(found[0], other) for other in found[1:]):
+    raise ValueError(
+        'the labels of the prediction files differ; are these the same'
+        ' examples? Give --id_column to join them, or --labels'
+    )
+  return arrays, found[0] if found else None
+
+
+def _check_same_examples(first: Predictions, other: Predictions) -> None:
+  a, b = len(first.probs), len(other.probs)
+  if a != b:
+    raise ValueError(
+        f'{first.name} has {a:,} predictions, {other.name} has {b:,}; predict'
+        ' the same examples'
+    )
+  if first.probs.shape != other.probs.shape:
+    raise ValueError(
+        f'{first.name} has predictions of shape {first.probs.shape},'
+        f' {other.name} of {other.probs.shape}; predict the same classes'
+    )
+
+
+def _places(wanted, ids, name: str):
+  """Where the wanted ids are; all in order without ids."""
+  if wanted is None or ids is None:
+    return slice(None)
+  place = {value: i for i, value in enumerate(ids.tolist())}
+  missing = [x for x in wanted.tolist() if x not in place]
+  if missing:
+    raise ValueError(
+        f'{name} lacks {len(missing):,} of {len(wanted):,} ids, such as'
+        f' {missing[0]!r}'
+    )
+  return np.array([place[x] for x in wanted.tolist()])
+
+
+def _ids(table, column: str, path: str) -> np.ndarray | None:
+  if not column:
+    return None
+  ids = _column(table, column, path)
+  again = table[column].duplicated()
+  if again.any():
+    raise ValueError(
+        f'{path}: {int(again.sum()):,} duplicate ids, such as'
+        f' {ids.tolist()[int(np.argmax(again))]!r}; give each example once'
+    )
+  return ids
+
+
+def _column(table, column: str, path: str) -> np.ndarray:
+  if column not in table:
+    raise ValueError(
+        f'{path} has no column {column!r}; it has'
+        f' {", ".join(map(str, table.columns))}'
+    )
+  return table[column].to_numpy()
+
+
+def _numbers(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
+  try:
+    return [np.asarray(c, np.float64) for c in columns]
+  except (TypeError, ValueError) as e:
+    raise ValueError(f'predictions are not numbers: {e}') from e
+
+
+def _ending(path: str) -> str:
+  ending = os.path.splitext(path)[1].lower()
+  if ending not in ('.npy', *_TABLES):
+    raise ValueError(
+        f'{path}: unknown kind of file; expected .npy, {", ".join(_TABLES)}'
+    )
+  return ending
+
+
+def _read_npy(path: str) -> np.ndarray:
+  try:
+    return np.load(path, allow_pickle=False)
+  except (ValueError, EOFError) as e:
+    raise ValueError(f'{path} is no array of numbers: {e}') from e
+
+
+def _read_table(path: str):
+  """A pandas DataFrame."""
+  try:
+    import pandas as pd
+  except ImportError as e:
+    raise ValueError(
+        f'{path}: tables are read by pandas; pip install'
+        ' "codistill_jax[report]"'
+    ) from e
+  ending = _ending(path)
+  try:
+    if ending == '.parquet':
+      return pd.read_parquet(path)
+    return pd.read_csv(path, sep='\t' if ending == '.tsv' else ',')
+  except ValueError as e:  # Also a parser's errors.
+    raise ValueError(f'{path} cannot be read as {ending[1:]}: {e}') from e

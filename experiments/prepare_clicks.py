@@ -1,0 +1,102 @@
+r"""Prepares clicks: lines of Criteo's format -> rows on disk.
+
+  python -m experiments.prepare_clicks --source=criteo:train.txt.gz \
+      --output=data/criteo
+
+The format is that of Kaggle's Display Advertising Challenge: a label, 13
+integers and 26 categories, separated by tabs, plain or gzip. Streaming: 45.8 M
+rows need about 0.5 GB of memory. Lines that do not fit are counted by reason
+and left out. Killed at any moment, the same command continues; when all is done
+it says so.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from codistill_jax.data import click_shards
+from codistill_jax.data import prepare_clicks as prepare_lib
+from experiments import cli
+from experiments.stopping import Rescue, StopRequest
+
+_STOPPED = 'stopped; the same command goes on from the last whole shard'
+
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Directory of the prepared data; made if missing. A preparation in it with'
+    ' the same settings is continued.',
+)
+_SOURCE = flags.DEFINE_string(
+    'source',
+    None,
+    'criteo:PATH_OR_GLOB. Files may end in .gz and are read in the order of'
+    ' their names. Quote globs.',
+)
+_SPLIT = flags.DEFINE_enum(
+    'split',
+    'time',
+    prepare_lib.SPLIT_BY,
+    'How lines are split. time: the last ones are the test split, those before'
+    ' them the validation split (the lines are in the order of time). hash: at'
+    ' random, by the number of the line.',
+)
+_VALIDATION_FRACTION = flags.DEFINE_float(
+    'validation_fraction',
+    0.05,
+    'Share of the lines in the validation split.',
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+_TEST_FRACTION = flags.DEFINE_float(
+    'test_fraction',
+    0.05,
+    'Share of the lines in the test split.',
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the split by hash.', lower_bound=0)
+_MAX_LINES = flags.DEFINE_integer(
+    'max_lines',
+    None,
+    'Stop after so many lines of the source. Default: all.',
+    lower_bound=1,
+)
+_SHARD_LINES = flags.DEFINE_integer(
+    'shard_lines',
+    prepare_lib.DEFAULT_SHARD_LINES,
+    'Lines of a shard, all splits together. A killed run loses at most the'
+    ' shard that it was writing.',
+    lower_bound=1,
+)
+_VERIFY = flags.DEFINE_bool(
+    'verify', False, 'Compare every file with its checksum in the end.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  if not _OUTPUT.value:
+    raise ValueError('--output is missing: a directory for the data.')
+  if not _SOURCE.value:
+    raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
+  # Nothing is to be saved: whenever it ends, the same command goes on.
+  StopRequest(Rescue(_STOPPED)).install()
+  meta = prepare_lib.prepare(
+      _OUTPUT.value,
+      _SOURCE.value,
+      split=_SPLIT.value,
+      validation_fraction=_VALIDATION_FRACTION.value,
+      test_fraction=_TEST_FRACTION.value,
+      seed=_SEED.value,
+      max_lines=_MAX_LINES.value,
+      shard_lines=_SHARD_LINES.value,
+      report=lambda line: print(line, flush=True),
+  )
+  print(prepare_lib.summary(meta))
+  if _VERIFY.value:
+    print(f'{click_shards.verify(_OUTPUT.value)} files are as written')
+
+
+if __name__ == '__main__':
+  cli.run(main)

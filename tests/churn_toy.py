@@ -1,0 +1,92 @@
+"""A task of seconds with two classes, for tests of the churn study."""
+
+import itertools
+
+import flax.linen as nn
+import numpy as np
+
+from codistill_jax import base
+from codistill_jax.models.linen import from_linen
+
+FEATURES, TRAIN, EVAL = 6, 512, 150
+_drift = itertools.count()
+
+
+def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
+  """Points of two noisy half-spaces.
+
+  Args:
+    output: 'sigmoid' or 'softmax'.
+    seed: Of the order of examples.
+    test_split: Whether there is one.
+    drifts: Whether batches change with every call: nothing is deterministic.
+    data: Seed of the data themselves.
+  """
+  rng = np.random.default_rng(data)
+  inputs = rng.normal(size=(TRAIN + 2 * EVAL, FEATURES)).astype(np.float32)
+  noise = rng.normal(size=len(inputs))
+  labels = (inputs[:, 0] * inputs[:, 1] + noise > 0).astype(np.int32)
+  part = lambda a, b: (inputs[a:b], labels[a:b])
+  validation = part(TRAIN, TRAIN + EVAL)
+  test = part(TRAIN + EVAL, TRAIN + 2 * EVAL)
+  return base.Task(
+      train_stream=lambda group_id, num_groups, group_batch, rows, seed=seed: (
+          _Stream(part(0, TRAIN), (seed, group_id), group_batch, drifts)
+      ),
+      eval_batches=lambda size: _batches(*validation, size),
+      test_batches=(lambda size: _batches(*test, size)) if test_split else None,
+      num_classes=2,
+      identity={'task': 'toy'},
+      example_name='point',
+      description='toy points',
+      output=output,
+  )
+
+
+class _Stream:
+
+  def __init__(self, data, key, size, drifts):
+    self._data, self._key, self._size = data, key, size
+    self._drifts = drifts
+
+  def batch(self, step):
+    rng = np.random.default_rng([*self._key, step])
+    rows = rng.integers(TRAIN, size=self._size)
+    inputs, labels = (x[rows] for x in self._data)
+    if self._drifts:
+      inputs = inputs + np.float32(1e-3 * next(_drift))
+    return {'inputs': inputs, 'labels': labels}
+
+
+def _batches(inputs, labels, size):
+  """Padded with NaN, which nobody may look at."""
+  found = []
+  for start in range(0, len(labels), size):
+    rows = slice(start, start + size)
+    pad = max(start + size - len(labels), 0)
+    found.append(
+        {
+            'inputs': np.pad(
+                inputs[rows], ((0, pad), (0, 0)), constant_values=np.nan
+            ),
+            'labels': np.pad(labels[rows], (0, pad)),
+            'weights': np.pad(np.ones(len(labels[rows]), np.float32), (0, pad)),
+        }
+    )
+  return found
+
+
+class _Net(nn.Module):
+  outputs: int
+  hidden: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(self.outputs)(nn.tanh(nn.Dense(self.hidden)(x)))
+    return x[:, 0] if self.outputs == 1 else x
+
+
+def model(num_classes, outputs=1, hidden=8):
+  """One hidden layer; `outputs=1` is a sigmoid."""
+  del num_classes
+  return from_linen(_Net(outputs, hidden))

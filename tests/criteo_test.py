@@ -1,0 +1,249 @@
+"""Criteo's format: every good line is read, every bad one is counted."""
+
+import collections
+import gzip
+import os
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+from click_files import expected_row, line, lines, write_lines
+from etils import epath
+from hypothesis import strategies as st
+
+from codistill_jax.data import criteo, line_blocks
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = pathlib.Path(
+    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
+)
+
+
+def joined(texts):
+  return b''.join(
+      (t.encode() if isinstance(t, str) else t) + b'\n' for t in texts
+  )
+
+
+def with_field(text, column, value):
+  fields = text.split('\t')
+  fields[column] = value
+  return '\t'.join(fields)
+
+
+GOOD = lines(1, seed=5)[0]
+BAD = {
+    'no columns': ('', 'wrong_columns'),
+    'a column less': (GOOD.rpartition('\t')[0], 'wrong_columns'),
+    'a column more': (GOOD + '\t', 'wrong_columns'),
+    'two lines in one': (GOOD + GOOD, 'wrong_columns'),
+    'other separators': (GOOD.replace('\t', ','), 'wrong_columns'),
+    'no label': (with_field(GOOD, 0, ''), 'bad_label'),
+    'label 2': (with_field(GOOD, 0, '2'), 'bad_label'),
+    'label 01': (with_field(GOOD, 0, '01'), 'bad_label'),
+    'a fraction': (with_field(GOOD, 1, '1.5'), 'bad_integer'),
+    'a word': (with_field(GOOD, 13, 'NULL'), 'bad_integer'),
+    'a sign alone': (with_field(GOOD, 2, '-'), 'bad_integer'),
+    'two signs': (with_field(GOOD, 2, '--1'), 'bad_integer'),
+    'a plus': (with_field(GOOD, 2, '+1'), 'bad_integer'),
+    'beyond int32': (with_field(GOOD, 3, '2147483648'), 'bad_integer'),
+    'the missing one': (with_field(GOOD, 3, '-2147483648'), 'bad_integer'),
+    'many digits': (with_field(GOOD, 3, '1' * 30), 'bad_integer'),
+    'a space': (with_field(GOOD, 4, ' 1'), 'bad_integer'),
+    'seven digits': (with_field(GOOD, 14, '1234567'), 'bad_category'),
+    'nine digits': (with_field(GOOD, 39, '123456789'), 'bad_category'),
+    'no digit': (with_field(GOOD, 20, '1234567g'), 'bad_category'),
+    'a NUL': (with_field(GOOD, 20, '1234567\0'), 'bad_category'),
+    'an accent': (with_field(GOOD, 20, '123456é'), 'bad_category'),
+    'Latin-1': (with_field(GOOD, 20, '123456é').encode('latin1'), 'not_utf8'),
+    'bytes': (b'\xff\xfe\x00', 'not_utf8'),
+    'long': (GOOD + 'x' * 5000, 'too_long'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_a_damaged_line_is_counted_and_harms_no_other(name):
+  bad, reason = BAD[name]
+  others = lines(3, seed=1)
+  found = criteo.parse(joined([others[0], bad, *others[1:], bad]))
+  assert found.rows.tolist() == [expected_row(t) for t in others]
+  assert found.lines.tolist() == [0, 2, 3]
+  assert found.rejects == {reason: 2}
+
+
+def test_what_is_missing_negative_or_zero_is_told_apart():
+  text = '\t'.join(['1', '', '-1', '0', '007', *[''] * 9])
+  text += '\t' + '\t'.join(['00000000', 'FFFFFFFF', 'ffffffff', *[''] * 23])
+  (row,) = criteo.parse(joined([text])).rows
+  assert row[:5].view(np.int32).tolist() == [1, -(2**31), -1, 0, 7]
+  assert row[14:18].tolist() == [1, 2**32 - 1, 2**32 - 1, 0]
+
+
+def test_windows_line_ends_are_line_ends():
+  texts = lines(3)
+  data = b''.join(t.encode() + b'\r\n' for t in texts)
+  found = criteo.parse(data)
+  assert found.rows.tolist() == [expected_row(t) for t in texts]
+  assert not found.rejects
+
+
+def test_no_lines_are_no_rows():
+  found = criteo.parse(b'')
+  assert found.rows.shape == (0, 40) and not found.rejects
+  found = criteo.parse(b'\n\n')
+  assert found.rows.shape == (0, 40)
+  assert found.rejects == {'wrong_columns': 2}
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.given(st.data())
+def test_whatever_happens_to_bytes_each_line_is_read_or_counted(data):
+  raw = bytearray(joined(lines(4, seed=data.draw(st.integers(0, 20)))))
+  for _ in range(data.draw(st.integers(0, 6))):
+    place = data.draw(st.integers(0, len(raw) - 2))
+    raw[place] = data.draw(st.sampled_from(b'\t\n\r-0f\xc3\xa9\x00 9g'))
+  raw = bytes(raw)
+  found = criteo.parse(raw)
+  texts = raw.split(b'\n')[:-1]
+  assert len(found.rows) + sum(found.rejects.values()) == len(texts)
+  for row, number in zip(found.rows.tolist(), found.lines.tolist()):
+    text = texts[number].removesuffix(b'\r').decode('ascii')
+    assert row == expected_row(text)
+
+
+@hypothesis.settings(deadline=None, max_examples=80)
+@hypothesis.given(st.binary(max_size=300))
+def test_any_bytes_are_lines_that_are_read_or_counted(raw):
+  found = criteo.parse(raw + b'\n')
+  count = raw.count(b'\n') + 1
+  assert len(found.rows) + sum(found.rejects.values()) == count
+
+
+# -- files --------------------------------------------------------------------
+
+
+def read(paths, *arguments):
+  """All lines, the files that are damaged; blocks are checked on the way."""
+  content, damaged, position = [], [], None
+  for block in line_blocks.read_blocks(
+      [epath.Path(p) for p in paths], *arguments
+  ):
+    if block.damaged_file is not None:
+      damaged.append(block.damaged_file)
+      continue
+    assert block.data.count(b'\n') == block.lines > 0
+    assert position in (None, block.first)
+    position = block.first + block.lines
+    content.append(block.data)
+  return b''.join(content).split(b'\n')[:-1], damaged
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(line_blocks, '_BLOCK', 700)
+
+
+@pytest.mark.parametrize('suffix', ['.txt', '.gz'])
+def test_lines_of_files_from_any_to_any(small_blocks, tmp_path, suffix):
+  paths = [tmp_path / f'{i}{suffix}' for i in range(3)]
+  expected = []
+  for i, count in enumerate((5, 0, 12)):
+    expected += write_lines(paths[i], count, seed=i)
+  expected = [t.encode() for t in expected]
+  assert read(paths) == (expected, [])
+  assert line_blocks.count_lines([epath.Path(p) for p in paths]) == 17
+  for start in range(18):
+    for stop in (None, 0, 4, 5, 6, 17, 30):
+      found, _ = read(paths, start, stop)
+      assert found == expected[start:stop]
+
+
+def test_the_last_line_needs_no_end_and_a_mark_at_the_start_is_none(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_bytes(b'\xef\xbb\xbfone\n\ntwo')
+  assert read([path])[0] == [b'one', b'', b'two']
+
+
+@pytest.mark.parametrize('kept', [0, 1, 5, 11, 200, 900, -1, -9])
+def test_a_truncated_gzip_file_gives_what_it_has(small_blocks, tmp_path, kept):
+  first, second = tmp_path / '0.gz', tmp_path / '1.gz'
+  expected = [t.encode() for t in write_lines(first, 30)]
+  more = [t.encode() for t in write_lines(second, 3, seed=1)]
+  first.write_bytes(first.read_bytes()[:kept])
+  found, damaged = read([first, second])
+  own = found[: len(found) - 3]
+  assert found[len(own) :] == more
+  assert own == expected[: len(own)]
+  # An empty file is an empty gzip file.
+  assert damaged == ([0] if kept else [])
+  if kept in (-1, -9):
+    assert len(own) >= 29
+  if kept == 900:
+    assert own
+
+
+def test_flipped_bytes_in_gzip_end_that_file_only(small_blocks, tmp_path):
+  paths = [tmp_path / '0.gz', tmp_path / '1.gz']
+  for i, path in enumerate(paths):
+    write_lines(path, 30, seed=i)
+  data = bytearray(paths[0].read_bytes())
+  data[len(data) // 2 :][:8] = bytes(8)
+  data[len(data) // 2 : len(data) // 2 + 8] = b'\xff' * 8
+  paths[0].write_bytes(bytes(data))
+  found, damaged = read(paths)
+  assert damaged == [0]
+  assert len(found) >= 30
+
+
+def test_a_line_of_100_megabytes_is_one_bad_line(tmp_path):
+  path = tmp_path / 'a.gz'
+  before, after = lines(2)
+  with gzip.open(path, 'wb', compresslevel=1) as f:
+    f.write(before.encode() + b'\n')
+    for _ in range(100):
+      f.write(b'x' * 10**6)
+    f.write(b'\n' + after.encode() + b'\n')
+  rejects, rows, longest = collections.Counter(), [], 0
+  for block in line_blocks.read_blocks([epath.Path(path)]):
+    parsed = criteo.parse(block.data)
+    rejects += parsed.rejects
+    rows += parsed.rows.tolist()
+    longest = max(longest, len(block.data))
+  assert rejects == {'too_long': 1}
+  assert rows == [expected_row(before), expected_row(after)]
+  assert longest < 4 << 20
+
+
+def test_files_are_found_by_name_or_pattern(tmp_path):
+  for name in ('b.txt', 'a.txt', 'c.gz'):
+    write_lines(tmp_path / name, 1)
+  names = lambda pattern: [
+      p.name for p in line_blocks.expand(f'{tmp_path}/{pattern}')
+  ]
+  assert names('*.txt') == ['a.txt', 'b.txt']
+  assert names('c.gz') == ['c.gz']
+  for pattern, error in (('*.csv', FileNotFoundError), ('', ValueError)):
+    with pytest.raises(error):
+      names(pattern)
+
+
+def test_the_first_rows_of_the_real_file():
+  path = SHARED / 'criteo-kaggle-10k' / 'train_head10k.txt.gz'
+  if not path.exists():
+    pytest.skip(f'{path} is missing: real data are not part of the project')
+  rows, rejects = [], collections.Counter()
+  for block in line_blocks.read_blocks([epath.Path(path)]):
+    parsed = criteo.parse(block.data)
+    rows.append(parsed.rows)
+    rejects += parsed.rejects
+  rows = np.concatenate(rows)
+  assert rows.shape == (10_000, 40) and not rejects
+  assert rows[:, 0].sum() == 2182
+  texts = gzip.decompress(path.read_bytes()).decode().splitlines()
+  assert rows[::97].tolist() == [expected_row(t) for t in texts[::97]]
+
+
+def test_the_helper_makes_good_lines():
+  text = line(np.random.default_rng(0))
+  assert text.count('\t') == 39 and len(expected_row(text)) == 40

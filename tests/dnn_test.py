@@ -1,0 +1,158 @@
+"""The click model: what it computes, what it has, what it learns from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codistill_jax.models import dnn
+
+SIZES, INTEGERS = (7, 3, 20), 4
+
+
+def batch(rows=6, seed=0):
+  rng = np.random.default_rng(seed)
+  ids = np.stack([rng.integers(n, size=rows) for n in SIZES], axis=1)
+  return {
+      'inputs': {
+          'integers': rng.normal(size=(rows, INTEGERS)).astype(np.float32),
+          'categories': ids.astype(np.int32),
+      },
+      'labels': rng.integers(2, size=rows).astype(np.int32),
+  }
+
+
+def model(**changes):
+  arguments = {'hidden': (8, 5), 'embedding': None, **changes}
+  return dnn.click_model(2, SIZES, INTEGERS, **arguments)
+
+
+def start(made, seed=0):
+  return made.init(jax.random.PRNGKey(seed), batch())
+
+
+def logits(made, variables, data):
+  return made.apply(variables, data, (), None, False)[0]
+
+
+def count(variables):
+  return sum(x.size for x in jax.tree.leaves(variables.params))
+
+
+def test_it_computes_what_its_head_says():
+  made, data = model(), batch()
+  params = start(made).params
+  params = jax.tree.map(np.asarray, params)
+  found = logits(made, start(made), data)
+  ids = data['inputs']['categories']
+  x = np.concatenate(
+      [
+          data['inputs']['integers'],
+          *(params[f'table_{k}'][ids[:, k]] for k in range(3)),
+      ],
+      axis=1,
+  )
+  for name in ('hidden_0', 'hidden_1'):
+    layer = params[name]
+    x = np.maximum(x @ layer['kernel'] + layer['bias'][None], 0)
+  expected = x @ params['logit']['kernel'] + params['logit']['bias'][None]
+  assert found.shape == (6,) and found.dtype == jnp.float32
+  np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_widths_of_tables_are_those_of_the_rule():
+  widths = {1: 6, 16: 12, 81: 18, 10_000: 60, 13_000: 64, 10**7: 64}
+  assert {n: dnn.embedding_width(n) for n in widths} == widths
+  params = start(model()).params
+  shapes = [params[f'table_{k}'].shape for k in range(3)]
+  assert shapes == [(7, 10), (3, 8), (20, 13)]
+  params = start(model(embedding=5)).params
+  assert [params[f'table_{k}'].shape[1] for k in range(3)] == [5, 5, 5]
+
+
+def test_parameters_are_as_many_as_counted_by_hand():
+  tables = 7 * 5 + 3 * 5 + 20 * 5
+  width = 4 + 3 * 5
+  layers = (width * 8 + 8) + (8 * 5 + 5) + (5 + 1)
+  assert count(start(model(embedding=5))) == tables + layers == 361
+
+
+def test_every_table_and_every_layer_learns():
+  made, data = model(), batch()
+  variables = start(made)
+
+  def loss(params):
+    found = logits(made, variables.replace(params=params), data)
+    return jnp.sum(jnp.square(found - 1.0))
+
+  grads = jax.grad(loss)(variables.params)
+  for path, g in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.abs(g).max() > 0, path
+  for k in range(3):
+    # The rows that were looked up, and no others.
+    seen = np.unique(data['inputs']['categories'][:, k])
+    moved = np.flatnonzero(np.abs(grads[f'table_{k}']).max(axis=1))
+    np.testing.assert_array_equal(moved, seen)
+
+
+def test_integers_matter():
+  made, data = model(), batch()
+  other = batch()
+  other['inputs']['integers'] += 1.0
+  variables = start(made)
+  found = logits(made, variables, data) - logits(made, variables, other)
+  assert np.abs(found).min() > 0
+
+
+def test_embeddings_start_at_a_length_of_about_one():
+  made = dnn.click_model(2, (4000,), 1, hidden=(4,), embedding=16)
+  data = {
+      'inputs': {
+          'integers': np.zeros((1, 1), np.float32),
+          'categories': np.zeros((1, 1), np.int32),
+      }
+  }
+  table = made.init(jax.random.PRNGKey(0), data).params['table_0']
+  np.testing.assert_allclose(np.mean(np.sum(table**2, axis=1)), 1, atol=0.05)
+
+
+@pytest.mark.parametrize('bad', [20, -21, 2**31 - 1])
+def test_an_id_outside_its_table_is_not_overlooked(bad):
+  made, data = model(), batch()
+  data['inputs']['categories'][1, 2] = bad
+  found = np.asarray(logits(made, start(made), data))
+  assert np.isnan(found[1]) and np.isfinite(np.delete(found, 1)).all()
+
+
+def test_bfloat16_computes_about_the_same_from_float32_parameters():
+  made = model(dtype='bfloat16')
+  variables = start(made)
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+  found = logits(made, variables, batch())
+  assert found.dtype == jnp.float32
+  exact = logits(model(), variables, batch())
+  assert 0 < np.abs(found - exact).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ({'num_classes': 3}, 'num_classes=3'),
+        ({'hidden': (8, 0)}, 'hidden'),
+        ({'table_sizes': (3, 0)}, 'table_sizes'),
+        ({'embedding': 0}, 'embedding'),
+        ({'dtype': 'int8'}, 'dtype'),
+        ({'table_sizes': (), 'num_integers': 0}, 'Expected columns'),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, words):
+  good = {'num_classes': 2, 'table_sizes': SIZES, 'num_integers': INTEGERS}
+  with pytest.raises(ValueError, match=words):
+    dnn.click_model(**{**good, **arguments})
+
+
+def test_a_batch_of_another_task_is_refused():
+  data = batch()
+  data['inputs']['integers'] = data['inputs']['integers'][:, :3]
+  with pytest.raises(ValueError, match=r'\(4, 3\) columns, got \(3, 3\)'):
+    model().init(jax.random.PRNGKey(0), data)

@@ -1,0 +1,203 @@
+"""Prediction files of anybody's models: .npy, .csv, parquet; errors."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_cases import run
+
+from codistill_jax import churn as churn_lib
+from experiments import churn
+
+SIZE = 40
+
+
+@pytest.fixture
+def models():
+  rng = np.random.default_rng(0)
+  return [rng.random(SIZE).astype(np.float32) for _ in range(3)]
+
+
+@pytest.fixture
+def labels():
+  return np.random.default_rng(1).integers(2, size=SIZE)
+
+
+def write(path, array, labels=None, ids=None, column='prediction'):
+  """By the ending of its name."""
+  if path.suffix == '.npy':
+    np.save(path, array)
+    return path
+  columns = {column: array}
+  columns |= {} if labels is None else {'label': labels}
+  columns |= {} if ids is None else {'key': ids}
+  table = pd.DataFrame(columns)
+  if path.suffix == '.parquet':
+    table.to_parquet(path)
+  else:
+    table.to_csv(path, index=False, sep='\t' if path.suffix == '.tsv' else ',')
+  return path
+
+
+def compare(*paths, flags=()):
+  """Exit status and output of the binary."""
+  return run(churn, [*(f'--predictions={p}' for p in paths), *flags])
+
+
+def figures(tmp_path, *paths, flags=()):
+  """The rows that it writes, by arm."""
+  output = tmp_path / 'out'
+  status, said = compare(*paths, flags=[*flags, f'--output={output}'])
+  assert status == 0, said
+  rows = json.loads((output / 'churn.json').read_text())['rows']
+  return {row['arm']: row for row in rows}
+
+
+@pytest.mark.parametrize('ending', ['.npy', '.csv', '.tsv', '.parquet'])
+def test_files_of_all_kinds_give_the_same_figures(
+    tmp_path, models, labels, ending
+):
+  paths = [
+      write(tmp_path / f'm{i}{ending}', p, labels) for i, p in enumerate(models)
+  ]
+  np.save(tmp_path / 'labels.npy', labels)
+  flags = [f'--labels={tmp_path / "labels.npy"}'] if ending == '.npy' else []
+  found = figures(tmp_path, *paths, flags=flags)['predictions']['figures']
+  expected = churn_lib.measure(models, labels)
+  for key in ('churn', 'relative', 'disagreement'):
+    matrix = getattr(expected, f'{key}_KK')
+    pairs = matrix[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(found[key]['values'], pairs, rtol=1e-5)
+  np.testing.assert_allclose(
+      found['log_loss']['values'], expected.log_loss_K, rtol=1e-5
+  )
+
+
+def test_kinds_can_be_mixed_and_every_pair_is_printed(tmp_path, models):
+  paths = [
+      write(tmp_path / 'a.npy', models[0]),
+      write(tmp_path / 'b.csv', models[1]),
+      write(tmp_path / 'c.parquet', models[2]),
+  ]
+  status, output = compare(*paths)
+  assert status == 0 and 'log loss' not in output
+  for a, b, pair in (
+      ('a.npy', 'b.csv', models[:2]),
+      ('b.csv', 'c.parquet', models[1:]),
+  ):
+    line = next(x for x in output.splitlines() if a in x and b in x)
+    assert f'{churn_lib.churn(*pair):.4f}' in line
+  assert list(tmp_path.glob('*.json')) == []  # Nothing is written unasked.
+
+
+def test_arms_are_compared_with_the_first(tmp_path, models):
+  first = [write(tmp_path / f'a{i}.npy', p) for i, p in enumerate(models)]
+  calm = [0.5 + 0.25 * (p - 0.5) for p in models]
+  other = [write(tmp_path / f'b{i}.npy', p) for i, p in enumerate(calm)]
+  named = [f'old={p}' for p in first] + [f'new={p}' for p in other]
+  rows = figures(tmp_path, *named)
+  assert rows['old']['change_of_churn'] is None
+  change = rows['new']['change_of_churn']
+  assert change['mean'] == pytest.approx(-0.75, abs=1e-6)
+  page = (tmp_path / 'out' / 'churn.md').read_text()
+  assert '-75 % ' in page and 'a0.npy' in page and '40 examples' in page
+
+
+def test_ids_join_rows_in_any_order(tmp_path, models, labels):
+  ids = np.array([f'e{i}' for i in range(SIZE)])
+  order = np.random.default_rng(2).permutation(SIZE)
+  paths = [
+      write(tmp_path / 'a.csv', models[0], ids=ids),
+      write(tmp_path / 'b.parquet', models[1][order], ids=ids[order]),
+  ]
+  table = pd.DataFrame({'label': labels[::-1], 'key': ids[::-1]})
+  table.to_csv(tmp_path / 'labels.csv')
+  found = figures(
+      tmp_path,
+      *paths,
+      flags=['--id_column=key', f'--labels={tmp_path / "labels.csv"}'],
+  )['predictions']['figures']
+  assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models[:2]))
+  np.testing.assert_allclose(
+      found['log_loss']['values'],
+      [churn_lib.log_loss(p, labels) for p in models[:2]],
+  )
+
+
+def test_classes_come_as_columns_or_as_an_array(tmp_path):
+  rng = np.random.default_rng(0)
+  models = [rng.dirichlet(np.ones(3), size=SIZE) for _ in range(2)]
+  columns = ['low', 'middle', 'high']
+  table = pd.DataFrame(models[0], columns=columns)
+  table.to_csv(tmp_path / 'a.csv', index=False)
+  np.save(tmp_path / 'b.npy', models[1])
+  found = figures(
+      tmp_path,
+      tmp_path / 'a.csv',
+      tmp_path / 'b.npy',
+      flags=[f'--prediction_column={c}' for c in columns],
+  )['predictions']['figures']
+  assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models))
+
+
+def test_mistakes_are_one_line(tmp_path, models, labels):
+  save = lambda name, array, **kwargs: write(tmp_path / name, array, **kwargs)
+  good = save('good.npy', models[0])
+  table = save('good.csv', models[0], labels=labels, ids=np.arange(SIZE))
+  nan = models[0].copy()
+  nan[3] = np.nan
+  (tmp_path / 'text.csv').write_text('prediction\n0.5\nhigh\n')
+  (tmp_path / 'torn.npy').write_bytes(b'\x93NUMPY')
+  (tmp_path / 'torn.parquet').write_bytes(b'PAR1')
+  (tmp_path / 'empty.csv').write_text('')
+  others = save('others.csv', models[0], labels=labels, ids=np.arange(1, 41))
+  ids = ['--id_column=key']
+  for paths, flags, words in [
+      ([good], [], 'give --predictions twice'),
+      ([good, save('short.npy', models[0][1:])], [], 'short.npy has 39'),
+      ([good, save('logits.npy', 9 * models[0])], [], 'not probabilities'),
+      ([good, save('nan.npy', nan)], [], '1 of 40 predictions are NaN'),
+      ([good, save('c.npy', np.eye(SIZE))], [], 'predict the same classes'),
+      ([table, save('x.csv', models[0], column='p')], [], 'it has p'),
+      ([good, tmp_path / 'text.csv'], [], 'expected numbers'),
+      ([good, tmp_path / 'torn.npy'], [], 'torn.npy'),
+      ([good, tmp_path / 'torn.parquet'], [], 'torn.parquet'),
+      ([good, tmp_path / 'empty.csv'], [], 'empty.csv'),
+      ([good, tmp_path / 'none.npy'], [], 'none.npy'),
+      ([good, tmp_path / 'x.pkl'], [], 'unknown kind of file'),
+      ([good, table], ids, 'good.npy has no ids'),
+      ([table, others], ids, 'others.csv lacks 1 of 40 ids, such as 0'),
+      ([table, others], ['--id_column=no'], "no column 'no'"),
+      (
+          [table, save('two.csv', models[0], ids=np.arange(SIZE) // 2)],
+          ids,
+          '20 duplicate ids, such as 0',
+      ),
+      ([table, save('l.csv', models[0], labels=1 - labels)], [], 'labels of'),
+      ([good, good], [f'--labels={good}'], 'is not a class'),
+      ([good, good], [f'--labels={tmp_path / "short.npy"}'], '39 labels'),
+  ]:
+    status, output = compare(*paths, flags=flags)
+    assert status == 1 and len(output.splitlines()) == 1, (words, output)
+    assert words in output, (words, output)
+
+
+def test_files_are_compared_without_jax(python, tmp_path, models):
+  """As a person with two files would: at once."""
+  import subprocess
+
+  paths = [write(tmp_path / f'{i}.npy', p) for i, p in enumerate(models)]
+  code = (
+      'import sys; sys.modules["jax"] = None\n'
+      'from absl import flags\n'
+      'from experiments import churn, cli\n'
+      'sys.exit(cli.status_of(churn.main, flags.FLAGS(sys.argv)))'
+  )
+  done = subprocess.run(
+      [python, '-c', code, *(f'--predictions={p}' for p in paths)],
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'relative' in done.stdout

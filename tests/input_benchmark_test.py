@@ -19,7 +19,7 @@ def test_a_pipeline_is_measured_against_a_need(python):
   assert not found['skipped']
   assert result['name'] == 'digits' and result['batch'] == 64
   assert result['per_sec'] > 0 and result['cores_needed'] > 0
-  assert abs(result['share_of_need'] * 100 / result['per_sec'] - 1) < 0.1
+  assert abs(result['share_of_need'] * 100 / result['per_sec'] - 1) < 0.01
   header, row = done.stderr.splitlines()[-2:]
   assert header.startswith('pipeline') and row.startswith('digits')
 

@@ -233,7 +233,7 @@ def _result(one: Measured) -> dict[str, Any]:
       'config': one.pipeline.config,
       'unit': one.pipeline.unit,
       'batch': one.units,
-      'batches_per_sec': round(rate, 2),
+      'batches_per_sec': _brief(rate),
       'per_sec': round(rate * one.units),
       'per_core': round(per_core * one.units),
       'step_ms': None,
@@ -244,11 +244,15 @@ def _result(one: Measured) -> dict[str, Any]:
     step = statistics.median(one.steps)
     result['step_ms'] = round(1e3 * step, 2)
     result['step_needs_per_sec'] = round(one.units / step)
-    result['headroom'] = round(rate * step, 1)
+    result['headroom'] = _brief(rate * step)
   if _NEED.value and one.pipeline.unit == 'image':
-    result['share_of_need'] = round(rate * one.units / _NEED.value, 2)
-    result['cores_needed'] = round(_NEED.value / (per_core * one.units), 1)
+    result['share_of_need'] = _brief(rate * one.units / _NEED.value)
+    result['cores_needed'] = _brief(_NEED.value / (per_core * one.units))
   return result
+
+
+def _brief(value: float) -> float:
+  return float(f'{value:.3g}')
 
 
 _COLUMNS = {
@@ -280,7 +284,7 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
   if value is None:
     return '-'
-  return f'{value:,}' if isinstance(value, int | float) else value
+  return f'{value:,.15g}' if isinstance(value, int | float) else value
 
 
 if __name__ == '__main__':

@@ -77,17 +77,16 @@ def pad_crop_flip(
   """
   if not pad and not flip:
     return images_NHWC
-  num, height, width, _ = images_NHWC.shape
-  offsets_N2 = (draws_NK[:, :2] * (2 * pad + 1)).astype(np.int64)
-  rows = offsets_N2[:, :1] + np.arange(height)[None, :]
-  columns = offsets_N2[:, 1:] + np.arange(width)[None, :]
-  if flip:
-    mirrored = draws_NK[:, 2:3] < 0.5
-    columns = np.where(mirrored, columns[:, ::-1], columns)
+  _, height, width, _ = images_NHWC.shape
   padded = np.pad(images_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-  return padded[
-      np.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]
-  ]
+  tops, lefts = (draws_NK[:, :2] * (2 * pad + 1)).astype(int).T.tolist()
+  mirrored = (draws_NK[:, 2] < 0.5).tolist()
+  out = np.empty_like(images_NHWC)
+  # A copy for each image: to index pixels takes four times as long.
+  for i, (top, left) in enumerate(zip(tops, lefts)):
+    crop = padded[i, top : top + height, left : left + width]
+    out[i] = crop[:, ::-1] if flip and mirrored[i] else crop
+  return out
 
 
 def random_resized_box(
@@ -161,16 +160,27 @@ def normalise(
     std_C: np.ndarray,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """float32 (..., C) of mean 0 and deviation 1.
+  """float32 (..., W, C) of mean 0 and deviation 1.
 
   Args:
-    images: uint8 (..., C).
+    images: uint8 (..., W, C).
     mean_C: Of the training set, of pixels in 0..1.
     std_C: Likewise, the standard deviation.
-    out: Where to write it.
+    out: Where to write it, contiguous.
   """
-  leading = (1,) * (images.ndim - 1)
-  mean = np.asarray(mean_C, np.float32).reshape(*leading, -1)
-  std = np.asarray(std_C, np.float32).reshape(*leading, -1)
-  out = np.multiply(images, 1 / (255 * std), out=out, dtype=np.float32)
-  return np.subtract(out, mean / std, out=out)
+  *leading, width, channels = images.shape
+  # Whole lines at a time: over 3 channels numpy takes seven times as long.
+  lines = (*leading, width * channels)
+  along = (
+      lambda x_C: np.tile(x_C, width)
+      .astype(np.float32)
+      .reshape((1,) * len(leading) + (-1,))
+  )
+  mean_C, std_C = np.asarray(mean_C), np.asarray(std_C)
+  if out is None:
+    out = np.empty(images.shape, np.float32)
+  flat = out.reshape(lines)
+  scale = along(1 / (255 * std_C))
+  np.multiply(images.reshape(lines), scale, out=flat, dtype=np.float32)
+  np.subtract(flat, along(mean_C / std_C), out=flat)
+  return out

@@ -1,23 +1,23 @@
 """JPEG and other image files to arrays, on several cores.
 
-Why Pillow in a pool of threads (`benchmarks/input.py` measures it; figures of
-one core of a 2-core machine, 500 x 375 JPEG of 87 kB to a random 224 x 224):
+Why Pillow in a pool of threads. Processor time for a random part of a 500 x 375
+JPEG of 87 kB, to 224 x 224, on the 2-core machine this was written on
+(`benchmarks/input.py` measures the whole pipeline anywhere):
 
-* Pillow lets go of the interpreter while it decodes and resizes; what it holds
-  of 2.0 ms for an image is 0.2 ms, so threads scale to about 10 cores in each
-  process. It reads every format, resizes with an antialiasing filter, and
-  decodes large JPEG files at a half, quarter or eighth of their size.
-* OpenCV needs 1.6 ms with its area filter; its bilinear filter is cheaper
-  (1.2 ms) because it does not antialias. A wheel of 60 MB, and no more than a
-  quarter faster for the same picture. simplejpeg decodes JPEG alone, in 0.9 ms
-  where Pillow takes 1.2, and needs another package to resize.
-* tf.data needs 1.3 ms (decoding the crop alone, no antialiasing), takes 5 s and
-  860 MB in the trainer, and cannot give batch n without making those before.
-* grain gives random access (`dataset[i]`), but loads in parallel only behind an
-  iterator with a state of its own, where our contract is `batch(step)`; what
-  else it would do, shuffling and batching, are a few lines of numpy here. For
-  images in memory, one by one, it gives 230 batches a second of 128 (32 x 32)
-  before any augmentation, where indexing the array gives thousands.
+* Pillow: 1.2 ms to decode and 0.7 ms to resize, without the interpreter's lock;
+  what needs the lock takes some 0.1 ms, so that many threads fit into a
+  process. It reads every format, resizes with antialiasing, and decodes large
+  JPEG files at a half, a quarter or an eighth of their size.
+* OpenCV: 1.1 ms and 0.5 ms with its area filter (0.1 ms with the bilinear one,
+  which does not antialias). A wheel of 60 MB for a fifth less time.
+* simplejpeg decodes in 0.9 ms, but JPEG alone, and something else must resize.
+* tf.data: 1.3 ms, decoding nothing but the part and without antialiasing. It
+  takes 5 s and 860 MB to import in the trainer, and cannot give batch n without
+  having made those before.
+* grain has random access (`dataset[i]`), but loads in parallel only behind an
+  iterator with a state of its own, where the contract here is `batch(step)`.
+  Its shuffling and batching are a few lines of numpy here, and slower: of
+  images of 32 x 32 in memory it makes 230 batches of 128 a second, unaugmented.
 
 Shape suffixes: B images, H height, W width, C channels, K draws.
 """
@@ -131,15 +131,14 @@ class EncodedImages:
       box_of = lambda w, h: augment.centre_box(w, h, self._size, self._resize)
     else:
       box_of = lambda w, h: augment.random_resized_box(w, h, draws_K)
+    mirror = draws_K is not None and augment.is_mirrored(draws_K)
     try:
-      image = decode_part(self._encoded(index), box_of, self._size)
+      image = decode_part(self._encoded(index), box_of, self._size, mirror)
     except Exception as e:
       # Decoders raise whatever they trip over (OSError, SyntaxError, struct
       # and zlib errors, DecompressionBombError, ...): no common base class.
       self._note(index, e)
       return False
-    if draws_K is not None and augment.is_mirrored(draws_K):
-      image = image[:, ::-1]
     augment.normalise(image, self._mean, self._std, out)
     return True
 
@@ -177,7 +176,10 @@ def _cores() -> int:
 
 
 def decode_part(
-    encoded: bytes, box_of: Callable[[int, int], augment.Box], size: int
+    encoded: bytes,
+    box_of: Callable[[int, int], augment.Box],
+    size: int,
+    mirror: bool = False,
 ) -> np.ndarray:
   """A part of an image, resized to a square.
 
@@ -185,6 +187,7 @@ def decode_part(
     encoded: An image file of any format.
     box_of: Gives the part, from width and height of the image in pixels.
     size: Height and width of the result.
+    mirror: Whether left and right are swapped.
 
   Returns:
     uint8 (size, size, 3), RGB. Resized bilinearly with antialiasing.
@@ -209,6 +212,8 @@ def decode_part(
       Image.Resampling.BILINEAR,
       box=(left * x, top * y, right * x, bottom * y),
   )
+  if mirror:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return np.asarray(image)
 
 

@@ -1,0 +1,34 @@
+"""The benchmark of input speed runs, and its table is complete."""
+
+import json
+import pathlib
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_a_pipeline_is_measured_against_a_need(python):
+  command = [python, '-m', 'benchmarks.input', '--only=digits', '--nostep']
+  command += ['--seconds=0.01', '--repeats=2', '--need=100']
+  done = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout)
+  (result,) = found['results']
+  assert not found['skipped']
+  assert result['name'] == 'digits' and result['batch'] == 64
+  assert result['per_sec'] > 0 and result['cores_needed'] > 0
+  assert abs(result['share_of_need'] * 100 / result['per_sec'] - 1) < 0.01
+  header, row = done.stderr.splitlines()[-2:]
+  assert header.startswith('pipeline') and row.startswith('digits')
+
+
+def test_every_pipeline_has_a_configuration():
+  text = (ROOT / 'benchmarks' / 'input.py').read_text()
+  configs = [w.strip("',") for w in text.split() if w.endswith(".gin',")]
+  assert len(configs) >= 6
+  missing = [
+      c for c in configs if not (ROOT / 'gin_configs' / 'tasks' / c).is_file()
+  ]
+  assert not missing

@@ -74,9 +74,9 @@ TEXTS = st.one_of(st.text(), st.lists(NASTY).map(''.join))
 @example(' ')
 @example('\n \n\n  x\n')
 def test_escape_is_inverted_and_leaves_no_space_mark(text):
-  escaped = tokenizer_lib._escape(text)
+  escaped = tokenizer_lib.escape(text)
   assert '▁' not in escaped
-  assert tokenizer_lib._unescape(escaped) == text
+  assert tokenizer_lib.unescape(escaped) == text
 
 
 # No deadline: the first example loads TensorFlow.
@@ -108,7 +108,7 @@ def test_batch_equals_one_by_one(tokenizer, texts):
 def test_tensorflow_text_and_sentencepiece_agree(tokenizer):
   texts = [*corpus(5), 'Unseen: ÄÖ\n\n 中 \0 end ']
   for text, pieces in zip(texts, tokenizer.encode_batch(texts)):
-    escaped = tokenizer_lib._escape(text)
+    escaped = tokenizer_lib.escape(text)
     assert pieces.tolist() == tokenizer._pieces.encode(escaped)
 
 

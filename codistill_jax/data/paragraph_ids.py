@@ -18,7 +18,6 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import io
 import re
 import tarfile
 import zlib
@@ -92,8 +91,8 @@ def select(
   Yields:
     Pages made of listed paragraphs; for others the Reject of `records` or
     'not_listed'; 'unnumbered' in place of all after damage;
-    'missing_paragraphs' at the end of a file that has fewer paragraphs than were listed: it is
-    another file, or paragraphs are numbered in another way.
+    'missing_paragraphs' at the end of a file that has fewer paragraphs than
+    were listed: it is another file, or paragraphs are numbered in another way.
   """
   ids = np.unique(ids)
   first = 0
@@ -260,8 +259,9 @@ def _rows(name: str, f: IO[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _csv_rows(f: IO[bytes]) -> Iterator[list[str]]:
-  text = io.TextIOWrapper(f, 'utf-8-sig', errors='replace', newline='')
-  reader = csv.reader(text)
+  # No TextIOWrapper: it closes the file of a tar, and complains when it cannot.
+  lines = (line.decode('utf-8', 'replace').lstrip('\ufeff') for line in f)
+  reader = csv.reader(lines)
   while True:
     # A limit of the whole process, of 128 KB; the list of a file is longer.
     before = csv.field_size_limit(1 << 30)
@@ -272,7 +272,6 @@ def _csv_rows(f: IO[bytes]) -> Iterator[list[str]]:
     finally:
       csv.field_size_limit(before)
     if row is None:
-      text.detach()
       return
     if row:
       yield row

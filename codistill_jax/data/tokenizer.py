@@ -11,8 +11,8 @@ each of the 256 bytes.
 * The same model runs inside a TensorFlow graph, as the SentencepieceTokenizer
   of `tensorflow_text`, with the same pieces (a test holds it). Here it is run
   by `sentencepiece` itself: two to three times as fast, and a process needs
-  60 MB and starts at once, not 900 MB and seconds, which is what allows a worker
-  for each core.
+  60 MB and starts at once, not 900 MB and seconds, which is what allows a
+  worker for each core.
 
 What sentencepiece alone loses is escaped before and restored after it (see
 `escape`): it writes U+2581 for a space, so a U+2581 of the text itself would

@@ -10,7 +10,9 @@ fifth for plain files, reads files that were compressed as a whole, which warcio
 refuses, and says how many bytes a record should have had, which shows what was
 cut short. Neither goes on after damage, so that is done here: as each member
 (or, in plain files, each record) can be read by itself, the next one that can
-be is looked for, and what lies between is one Reject('damaged_record').
+be is looked for, and what lies between is one Reject('damaged_record'). A file
+that ends within the head of a record goes unnoticed: nothing of its text is
+there.
 """
 
 from collections.abc import Iterator

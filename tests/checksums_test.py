@@ -57,7 +57,7 @@ def test_a_file_that_differs_is_refused(tmp_path, files):
 
 def test_a_file_that_is_not_listed_is_refused(tmp_path, files):
   (tmp_path / 'sums').write_text(f'{digest(b"")}  other\n')
-  with pytest.raises(ValueError, match='has no checksum of .*data/a'):
+  with pytest.raises(ValueError, match=r'has no checksum of .*data/a'):
     checksums.check_files(files, str(tmp_path / 'sums'))
 
 

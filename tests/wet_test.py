@@ -79,29 +79,35 @@ def damaged():
       'none': '',
   }
   cases = {
-      f'length {name}': (
-          plain[:3] + [record(PAGES[2], length=length)] + plain[4:]
-      )
+      f'length {name}': [
+          *plain[:3],
+          record(PAGES[2], length=length),
+          *plain[4:],
+      ]
       for name, length in lies.items()
   }
   return (
       cases
       | {
-          f'length {name}.gz': (
-              gz[:3] + [gzip.compress(record(PAGES[2], length=length))] + gz[4:]
-          )
+          f'length {name}.gz': [
+              *gz[:3],
+              gzip.compress(record(PAGES[2], length=length)),
+              *gz[4:],
+          ]
           for name, length in lies.items()
       }
       | {
-          'version': (
-              plain[:3] + [plain[3].replace(b'WARC', b'WARX')] + plain[4:]
-          ),
-          'garbage': plain[:3] + [b'\x00\x80' * 300 + b'\r\n\r\n'] + plain[4:],
-          'flipped.gz': gz[:3] + [third[:30] + bytes(40) + third[70:]] + gz[4:],
-          'head.gz': gz[:3] + [b'XXXX' + third[4:]] + gz[4:],
-          'cut.gz': gz[:3] + [third[: len(third) // 2]] + gz[4:],
-          'checksum.gz': gz[:3] + [third[:-8] + bytes(8)] + gz[4:],
-          'missing head': plain[:3] + [plain[3][20:]] + plain[4:],
+          'version': [
+              *plain[:3],
+              plain[3].replace(b'WARC', b'WARX'),
+              *plain[4:],
+          ],
+          'garbage': [*plain[:3], b'\x00\x80' * 300 + b'\r\n\r\n', *plain[4:]],
+          'flipped.gz': [*gz[:3], third[:30] + bytes(40) + third[70:], *gz[4:]],
+          'head.gz': [*gz[:3], b'XXXX' + third[4:], *gz[4:]],
+          'cut.gz': [*gz[:3], third[: len(third) // 2], *gz[4:]],
+          'checksum.gz': [*gz[:3], third[:-8] + bytes(8), *gz[4:]],
+          'missing head': [*plain[:3], plain[3][20:], *plain[4:]],
       }
   )
 

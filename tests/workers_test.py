@@ -62,12 +62,12 @@ def test_pipes_larger_than_their_buffers_do_not_block(pool):
 def test_items_are_fetched_a_bounded_number_ahead(pool):
   fetched = 0
 
-  def items():
+  def fetch(n):
     nonlocal fetched
-    for fetched in range(1, 1000):
-      yield fetched
+    fetched = n
+    return n
 
-  results = pool.map(slow_square, items())
+  results = pool.map(slow_square, map(fetch, range(1, 1000)))
   for n in range(1, 6):
     assert next(results)[0] == n * n
     assert fetched <= n + 8

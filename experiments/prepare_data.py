@@ -137,9 +137,8 @@ _CHECKSUMS = flags.DEFINE_string(
 _WORKERS = flags.DEFINE_integer(
     'workers',
     None,
-    'Processes that decode, filter and tokenise, about 100 MB each, 200 MB with'
-    ' the filter english. The result does not depend on it. Default: one for'
-    ' each core.',
+    'Processes that decode, filter and tokenise, less than 150 MB each. The'
+    ' result does not depend on it. Default: one for each core.',
     lower_bound=1,
 )
 _VERIFY = flags.DEFINE_bool(

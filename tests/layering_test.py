@@ -62,7 +62,7 @@ MAY_IMPORT = {
     'experiment': _STEP | {'replicas', 'exchange', 'topology'},
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
-HEAVY = ('tensorflow', 'tensorflow_text', 'datasets')
+HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'fastwarc', 'py3langid')
 
 
 @functools.cache

@@ -349,7 +349,8 @@ def test_data_modules_import_no_heavy_package(python):
       'import importlib, pkgutil, sys, codistill_jax.data as data\n'
       'for module in pkgutil.iter_modules(data.__path__):\n'
       '  importlib.import_module("codistill_jax.data." + module.name)\n'
-      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece"}\n'
+      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece",\n'
+      '         "fastwarc", "py3langid"}\n'
       'print(sorted(heavy & sys.modules.keys()))\n'
   )
   output = subprocess.run(

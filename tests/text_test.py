@@ -180,7 +180,7 @@ def test_slices_of_rows_make_the_whole_batch(data, cuts, step):
     seed=st.integers(0, 5),
     resumes=st.lists(st.integers(0, 40), max_size=4),
 )
-def test_a_groups_stream_is_the_same_after_any_resume_in_any_number_of_processes(
+def test_a_stream_survives_any_resume_in_any_number_of_processes(
     lengths, num_groups, processes, kind, seed, resumes
 ):
   """Killed at any steps and started again, with rows divided in any way."""
@@ -204,18 +204,18 @@ def test_a_groups_stream_is_the_same_after_any_resume_in_any_number_of_processes
       assert 'use more data' in str(e)
       continue
     expected = [whole.batch(step) for step in range(42)]
-    step = 0
+    at = 0
     for stop in [*sorted(resumes), 42]:
       parts = [
           start(group_id, slice(share * i, share * (i + 1)))
           for i in range(processes)
       ]
-      for step in range(step, stop):
+      for step in range(at, stop):
         batches = [part.batch(step) for part in parts]
         for name, array in expected[step].items():
           together = np.concatenate([batch[name] for batch in batches])
           np.testing.assert_array_equal(together, array)
-      step = stop
+      at = stop
 
 
 @settings(max_examples=40)

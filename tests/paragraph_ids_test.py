@@ -234,6 +234,15 @@ def test_of_two_files_of_a_name_the_nearer_path_wins(tmp_path):
     read(lone, tmp_path / 'a.csv')
 
 
+def test_only_the_ends_of_paths_count(tmp_path):
+  path = tmp_path / 'crawl' / '1' / 'a.wet'
+  path.parent.mkdir(parents=True)
+  write_wet(path, *PAGES)
+  rows = [('crawl/2/a.wet', [0]), ('other/1/a.wet', [3])]
+  (tmp_path / 'a.csv').write_bytes(csv_of(rows))
+  assert read(path, tmp_path / 'a.csv')[1] == 'three'
+
+
 def test_a_file_in_several_lines_has_all_their_paragraphs(tmp_path, page_file):
   rows = [('a.warc.wet.gz', [0, 3]), ('a.warc.wet.gz', [3, 7])]
   (tmp_path / 'a.csv').write_bytes(csv_of(rows))

@@ -132,6 +132,26 @@ def test_a_truncated_file_ends_with_one_damaged_record(tmp_path, suffix):
   assert read(f'{tmp_path}/*')[-1] == 'the next file'
 
 
+def test_a_gzip_file_cut_anywhere_says_so(tmp_path):
+  parts = packed(wet(*PAGES[:2]))
+  whole = b''.join(parts)
+  edges = {len(b''.join(parts[:i])) for i in range(4)}
+  for cut in set(range(4, len(whole), 7)) - edges:
+    records = read(write(tmp_path / 'a.gz', whole[:cut]))
+    assert records[-1:] == [DAMAGED]
+    assert records[:-1] == PAGES[: len(records) - 1]
+
+
+@pytest.mark.parametrize('chunk', [8, 9, 64])
+def test_the_next_record_is_found_across_reads(tmp_path, monkeypatch, chunk):
+  from codistill_jax.data import wet as wet_lib
+
+  monkeypatch.setattr(wet_lib, '_CHUNK', chunk)
+  for name in ('garbage', 'head.gz', 'length larger'):
+    path = write(tmp_path / f'a-{name}', *damaged()[name])
+    assert read(path) == [*PAGES[:2], DAMAGED, *PAGES[3:]]
+
+
 def test_damage_in_a_file_compressed_as_a_whole_ends_it(tmp_path):
   rng = random.Random(0)
   pages = [''.join(rng.choices('abc def\n', k=9000)) for _ in range(4)]
@@ -173,14 +193,19 @@ def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
 
   path = write_wet(tmp_path / 'a.wet', *PAGES)
 
+  failed = False
+
   class Failing:
+    """Fails once; what was not read must not count as damage."""
 
     def __init__(self, f):
       self._f = f
       self.seek, self.tell = f.seek, f.tell
 
     def read(self, size=-1):
-      if self._f.tell() > 100:
+      nonlocal failed
+      if self._f.tell() > 100 and not failed:
+        failed = True
         raise OSError(5, 'Input/output error')
       return self._f.read(min(size, 200))
 

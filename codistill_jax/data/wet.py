@@ -10,11 +10,10 @@ fifth for plain files, reads files that were compressed as a whole, which warcio
 refuses, and says how many bytes a record should have had, which shows what was
 cut short. Neither goes on after damage, so that is done here: as each member
 (or, in plain files, each record) can be read by itself, the next one that can
-be is looked for, and what lies between is one Reject('damaged_record'). A file
-that ends within the head of a record goes unnoticed: nothing of its text is
-there.
+be is looked for, and what lies between is one Reject('damaged_record').
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import IO
 
@@ -86,12 +85,18 @@ def _readable(
   try:
     for record in ArchiveIterator(f, parse_http=False):
       position = start + record.stream_pos
+      # Of a length that is no number, and of none at all, FastWARC makes 0.
+      declared = record.headers.get('Content-Length') or ''
+      if declared.strip() != str(record.content_length):
+        raise _DamageError(position)
       if record.record_type == WarcRecordType.warcinfo:
         yield None
       elif record.record_type != WarcRecordType.conversion:
         yield Reject('no_conversion')
       else:
         yield _content(record, limit, position)
+    if _ends_within_member(f, position):
+      raise _DamageError(position)
   except OSError as e:
     # Damage has no errno; a disk that fails has one.
     if e.errno is not None:
@@ -100,16 +105,36 @@ def _readable(
 
 
 def _content(record, limit: int, position: int) -> bytes | Reject:
-  # Of a length that is no number, and of none at all, FastWARC makes 0.
-  declared = record.headers.get('Content-Length') or ''
-  if declared.strip() != str(record.content_length):
-    raise _DamageError(position)
   content = record.reader.read(min(limit, record.content_length) + 1)
   if len(content) > limit:
     return TOO_LONG
   if len(content) != record.content_length:
     raise _DamageError(position)
   return content
+
+
+def _ends_within_member(f: IO[bytes], position: int) -> bool:
+  """Whether a gzip file is cut short, seen from its last record that is whole.
+
+  FastWARC takes what ends within the head of a record for the end of the file.
+  """
+  f.seek(position)
+  data = f.read(_CHUNK)
+  # Not of plain files; nor of one member for all, where positions mean little.
+  if not data.startswith(_GZIP_MEMBER):
+    return False
+  member = None
+  while data:
+    member = member or zlib.decompressobj(wbits=31)
+    try:
+      member.decompress(data, _CHUNK)
+    except zlib.error:
+      return True
+    data = member.unconsumed_tail
+    if member.eof:
+      data, member = member.unused_data, None
+    data = data or f.read(_CHUNK)
+  return member is not None
 
 
 def _find(f: IO[bytes], mark: bytes, start: int) -> int | None:

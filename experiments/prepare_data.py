@@ -125,8 +125,9 @@ _PARAGRAPH_UNIT = flags.DEFINE_enum(
     'line',
     paragraph_ids.UNITS,
     'What the IDs of --paragraph_ids number, through each WET file, from 0:'
-    ' lines that are not blank, or records (pages). The authors do not say; a'
-    ' wrong guess shows as missing_paragraphs.',
+    ' lines that are not blank, or records (pages). The authors do not say.'
+    ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
+    ' that are no text.',
 )
 _CHECKSUMS = flags.DEFINE_string(
     'checksums',

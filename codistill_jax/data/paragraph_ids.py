@@ -50,6 +50,9 @@ def paragraphs(content: bytes, unit: str) -> list[bytes]:
   * 'line': a paragraph is a line with more than white space in it (a WET file
     has a line for each block of text of the page);
   * 'record': a paragraph is a page, all of its text.
+  Where 'record' is wrong, IDs are larger than the file has records, which shows
+  as 'missing_paragraphs'. Where 'line' is wrong, nothing shows but the text:
+  then the beginning of each file is taken, menus and all.
 
   Args:
     content: Of one record.

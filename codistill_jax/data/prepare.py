@@ -8,6 +8,7 @@ written at the very end, makes the directory a data set.
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import pathlib
@@ -110,12 +111,7 @@ def prepare(
         f'paragraph_unit must be one of {", ".join(paragraph_ids.UNITS)}; got'
         f' {paragraph_unit!r}.'
     )
-  given = _load_tokenizer(tokenizer) if tokenizer else None
-  if given and vocab_size not in (None, given.vocab_size):
-    raise ValueError(
-        f'{tokenizer} has {given.vocab_size} word pieces, not'
-        f' vocab_size={vocab_size}; leave vocab_size out.'
-    )
+  given = _load_tokenizer(tokenizer, vocab_size) if tokenizer else None
   if given:
     vocab_size = given.vocab_size
   parsed = [filters_lib.parse(spec) for spec in filters]
@@ -133,20 +129,21 @@ def prepare(
       'max_document_bytes': max_document_bytes,
   }
   _check_positive(config)
+  listed = None
+  if paragraphs is not None:
+    listed = paragraph_ids.open_list(paragraphs, paragraphs_sha256)
+  config['paragraph_ids'] = listed.sha256 if listed else None
+  config['paragraph_unit'] = paragraph_unit if listed else None
+  opened = functools.partial(
+      sources.open_source,
+      source,
+      text_key,
+      max_document_bytes=max_document_bytes,
+      paragraphs=listed,
+      paragraph_unit=paragraph_unit,
+  )
+  output = pathlib.Path(output)
   with Workers(workers) as pool:
-    listed = None
-    if paragraphs is not None:
-      listed = paragraph_ids.open_list(paragraphs, paragraphs_sha256)
-    config['paragraph_ids'] = listed.sha256 if listed else None
-    config['paragraph_unit'] = paragraph_unit if listed else None
-    opened = lambda: sources.open_source(
-        source,
-        text_key,
-        max_document_bytes=max_document_bytes,
-        paragraphs=listed,
-        paragraph_unit=paragraph_unit,
-    )
-    output = pathlib.Path(output)
     if (output / shards.META).exists():
       return _finished(output, config, opened, report)
     corpus = opened()
@@ -185,12 +182,20 @@ def _check_positive(config: dict[str, Any]) -> None:
     raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
 
 
-def _load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def _load_tokenizer(
+    path: str | os.PathLike, vocab_size: int | None
+) -> Tokenizer:
   model = pathlib.Path(path).read_bytes()
   try:
-    return Tokenizer(model)
+    loaded = Tokenizer(model)
   except ValueError as e:
     raise ValueError(f'Cannot use the tokenizer {path}: {e}') from e
+  if vocab_size not in (None, loaded.vocab_size):
+    raise ValueError(
+        f'{path} has {loaded.vocab_size} word pieces, not'
+        f' vocab_size={vocab_size}; leave vocab_size out.'
+    )
+  return loaded
 
 
 # --- what is there already ---------------------------------------------------

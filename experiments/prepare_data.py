@@ -138,8 +138,8 @@ _CHECKSUMS = flags.DEFINE_string(
 _WORKERS = flags.DEFINE_integer(
     'workers',
     None,
-    'Processes that decode, filter and tokenise, less than 150 MB each. The'
-    ' result does not depend on it. Default: one for each core.',
+    'Processes that decode, filter and tokenise, about 150 MB each. The'
+    ' result does not depend on it. Default: up to one for each core.',
     lower_bound=1,
 )
 _VERIFY = flags.DEFINE_bool(

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from etils import epath
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wet_files import packed, record, wet, write_wet
 
@@ -74,6 +74,7 @@ def test_deltas_are_those_of_the_released_decoder():
     paragraph_ids.decode_deltas('3 -4')
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 2**40)).map(sorted))
 def test_decoding_inverts_encoding(ids):
   for text in (str(deltas(ids)), ' '.join(map(str, deltas(ids)))):
@@ -115,6 +116,7 @@ def test_a_paragraph_may_be_a_page(tmp_path, page_file):
   assert records == [NOT_LISTED, PAGES[1], NOT_LISTED, PAGES[3]]
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_selection_equals_a_naive_one(data):
   line = st.sampled_from(['', ' ', 'a', 'b c', '\r'])

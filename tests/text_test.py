@@ -171,7 +171,7 @@ def test_slices_of_rows_make_the_whole_batch(data, cuts, step):
     np.testing.assert_array_equal(together, array)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=12, max_size=30),
     num_groups=st.integers(1, 3),
@@ -218,7 +218,7 @@ def test_a_stream_survives_any_resume_in_any_number_of_processes(
       at = stop
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=12, max_size=30),
     num_groups=st.integers(1, 4),

@@ -53,6 +53,12 @@ def test_results_come_in_the_order_of_the_items(pool, number):
   assert list(workers.map(slow_square, [])) == []
 
 
+def test_little_work_starts_few_processes():
+  with Workers(50) as pool:
+    assert len({pid for _, pid in pool.map(slow_square, range(3))}) <= 3
+    assert len(pool._processes) <= 3
+
+
 def test_pipes_larger_than_their_buffers_do_not_block(pool):
   sizes = [3_000_000 + n for n in range(12)]
   assert [len(one) for one in pool.map(big, sizes)] == sizes

@@ -8,9 +8,11 @@ FastWARC reads them (of resiliparse, Apache-2.0; wheels for all systems). Beside
 warcio, the other library that is kept up, it needs half the time for gzip and a
 fifth for plain files, reads files that were compressed as a whole, which warcio
 refuses, and says how many bytes a record should have had, which shows what was
-cut short. Neither goes on after damage, so that is done here: as each member
-(or, in plain files, each record) can be read by itself, the next one that can
-be is looked for, and what lies between is one Reject('damaged_record').
+cut short. Neither goes on after damaged gzip data, and what FastWARC can pass
+over (heads that it cannot parse) it does not count. So that is done here: as
+each member (or, in plain files, each record) can be read by itself, the next
+one that can be is looked for, and what lies between is one
+Reject('damaged_record').
 """
 
 import zlib

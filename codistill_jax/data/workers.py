@@ -31,8 +31,8 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 class Workers:
   """Processes, or this one if one is enough.
 
-  Use it in a `with` statement: at its end the processes are gone. They start at
-  the first `map`.
+  Use it in a `with` statement: at its end the processes are gone. One is
+  started when an item comes and all others are busy: little work has few.
   """
 
   def __init__(self, number: int):
@@ -70,24 +70,27 @@ class Workers:
     if self._number == 1:
       yield from map(function, items)
       return
-    if not self._processes:
-      self._start()
     while self._busy:  # With what a `map` that was given up has asked for.
       self._next_results()
     for pipe in self._processes:
       self._send(pipe, ('function', function))
-    yield from self._in_order(enumerate(items))
+    yield from self._in_order(function, enumerate(items))
 
-  def _in_order(self, items: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+  def _in_order(
+      self, function: Callable, items: Iterator[tuple[int, Any]]
+  ) -> Iterator[Any]:
     done: dict[int, Any] = {}
     sent, wanted, more = 0, 0, True
     while True:
-      idle = self._processes.keys() - self._busy
-      while more and idle and sent - wanted < _AHEAD * self._number:
+      while (
+          more
+          and len(self._busy) < self._number
+          and sent - wanted < _AHEAD * self._number
+      ):
         item = next(items, None)
         more = item is not None
         if more:
-          pipe = idle.pop()
+          pipe = self._idle(function)
           self._send(pipe, ('item', item))
           self._busy.add(pipe)
           sent += 1
@@ -98,6 +101,14 @@ class Workers:
         done.update(self._next_results())
       else:
         return
+
+  def _idle(self, function: Callable) -> connection.Connection:
+    for pipe in self._processes:
+      if pipe not in self._busy:
+        return pipe
+    pipe = self._start()
+    self._send(pipe, ('function', function))
+    return pipe
 
   def _next_results(self) -> list[tuple[int, Any]]:
     results = []
@@ -134,19 +145,19 @@ class Workers:
     error.errno = errno.EAGAIN  # It may pass.
     return error
 
-  def _start(self) -> None:
+  def _start(self) -> connection.Connection:
     context = multiprocessing.get_context('spawn')
     # It would unblock the signals below when it starts by itself.
     resource_tracker.ensure_running()
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_serve, args=(theirs,), name='worker', daemon=True
+    )
     with _blocked(_SIGNALS):
-      for _ in range(self._number):
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs,), name='worker', daemon=True
-        )
-        process.start()
-        theirs.close()  # Or the death of the worker would go unheard.
-        self._processes[ours] = process
+      process.start()
+    theirs.close()  # Or the death of the worker would go unheard.
+    self._processes[ours] = process
+    return ours
 
   def _stop(self) -> None:
     # Nothing that a worker does needs to be brought to an end.

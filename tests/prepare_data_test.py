@@ -1,6 +1,7 @@
 """Preparation: nothing is lost, and a killed one ends as if it was not."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -12,11 +13,15 @@ import time
 
 import numpy as np
 import pytest
+from wet_files import packed, wet, write_wet
 
 from codistill_jax.data import partition, prepare, rounds, shards
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
+SHARED = pathlib.Path(
+    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
+)
 WORDS = ['the', 'and', 'of', 'that', 'he', 'his', 'for', 'they', 'be', 'is']
 
 
@@ -118,6 +123,49 @@ def test_shard_size_moves_no_document(tmp_path, corpus, small_batches):
     assert len(small) == len(large)
     for one, other in zip(small, large):
       np.testing.assert_array_equal(one, other)
+
+
+def test_the_number_of_workers_makes_no_difference(
+    tmp_path, corpus, small_batches
+):
+  options = {
+      'filters': ['long_paragraphs:min_characters=9'],
+      'text_key': 'text',
+  }
+  for limit in (None, 60):
+    for number in (1, 2, 3):
+      run(
+          tmp_path / f'{limit}{number}',
+          corpus,
+          workers=number,
+          max_documents=limit,
+          **options,
+      )
+    expected = contents(tmp_path / f'{limit}1')
+    assert contents(tmp_path / f'{limit}2') == expected
+    assert contents(tmp_path / f'{limit}3') == expected
+
+
+def test_continued_with_other_workers_it_ends_with_the_same_files(
+    tmp_path, corpus, small_batches, monkeypatch
+):
+  run(tmp_path / 'whole', corpus)
+  write_json, written = shards.write_json, 0
+
+  def stop_after_4(path, value):
+    nonlocal written
+    written += 1
+    if written == 4:
+      raise Killed
+    write_json(path, value)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, 'write_json', stop_after_4)
+    with pytest.raises(Killed):
+      run(tmp_path / 'a', corpus, workers=2)
+  _, lines = run(tmp_path / 'a', corpus, workers=1)
+  assert lines[0].startswith('Continuing in')
+  assert contents(tmp_path / 'a') == contents(tmp_path / 'whole')
 
 
 class Killed(BaseException):
@@ -270,6 +318,8 @@ def test_other_settings_are_refused_and_damage_nothing(
       'max_documents': 100,
       'tokenizer_bytes': 10**6,
       'text_key': 'body',
+      'max_document_bytes': 10**6,
+      'filters': ['long_paragraphs'],
   }.items():
     with pytest.raises(ValueError, match=f'was prepared with {name}='):
       run(output, corpus, **{name: value})
@@ -349,12 +399,192 @@ def test_source_without_documents_says_what_was_rejected(tmp_path):
         ({'max_documents': 0}, 'max_documents must be 1'),
         ({'shard_tokens': 0}, 'shard_tokens must be 1'),
         ({'seed': -1}, 'seed must be 0 or more'),
+        ({'workers': 0}, 'workers must be 1 or more'),
+        ({'max_document_bytes': 0}, 'max_document_bytes must be 1'),
+        ({'filters': ['french']}, "no filter 'french'"),
+        ({'paragraph_unit': 'word'}, 'one of line, record'),
+        ({'paragraphs': 'none.csv'}, 'no file'),
     ],
 )
 def test_bad_arguments(tmp_path, corpus, changes, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
     run(tmp_path / 'data', corpus, **changes)
   assert not (tmp_path / 'data').exists()
+
+
+def strip_meta(output):
+  """Makes of prepared data what an earlier version would have written."""
+  path = output / 'meta.json'
+  meta = json.loads(path.read_text())
+  del meta['records']
+  for name in (
+      'filters',
+      'max_document_bytes',
+      'paragraph_ids',
+      'paragraph_unit',
+  ):
+    del meta['config'][name]
+  for split in meta['splits'].values():
+    for shard in split['shards']:
+      del shard['tokens_sha256'], shard['offsets_sha256']
+  path.write_text(json.dumps(meta))
+
+
+def test_data_of_before_open_and_count_as_prepared(tmp_path, corpus):
+  run(tmp_path, corpus)
+  strip_meta(tmp_path)
+  meta, lines = run(tmp_path, corpus)
+  assert lines == [f'{tmp_path} is prepared already; nothing to do.']
+  assert 'rejected records: 2 bad_json' in prepare.summary(meta)
+  assert len(shards.open_tokens(tmp_path, 'train')) > 50
+  found = shards.verify(tmp_path)
+  assert found.files == 1 and found.unknown == 4
+  with pytest.raises(ValueError, match=r'with filters=\[\], now it is'):
+    run(tmp_path, corpus, filters=['long_paragraphs'])
+
+
+def test_every_shard_has_its_checksum(tmp_path, corpus, small_batches):
+  meta, _ = run(tmp_path, corpus)
+  for split in shards.SPLITS:
+    for i, shard in enumerate(meta['splits'][split]['shards']):
+      for kind in ('tokens', 'offsets'):
+        content = (tmp_path / split / f'{i:05d}.{kind}.npy').read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        assert shard[f'{kind}_sha256'] == digest
+  files = [path for path in tmp_path.rglob('*') if path.is_file()]
+  files.remove(tmp_path / 'meta.json')
+  found = shards.verify(tmp_path)
+  assert found.files == len(files) and found.unknown == 0
+  assert found.size == sum(path.stat().st_size for path in files)
+
+
+def test_filters_are_counted_and_part_of_the_settings(tmp_path):
+  long = ['lines of text that are long enough ' * 9, 'also long ' * 30]
+  documents = [f'{n} menu\n{n} {long[n % 2]}' for n in range(60)]
+  source = write_corpus(tmp_path / 'a', [*documents, 'short', 'x', 'y'])
+  meta, _ = run(tmp_path / 'data', source, filters=['long_paragraphs'])
+  full = 'long_paragraphs:min_characters=200,min_words=0'
+  assert meta['config']['filters'] == [full]
+  assert meta['rejects']['short'] == 3 and meta['records'] == 67
+  tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
+  for split in shards.SPLITS:
+    for document in documents_in(tmp_path / 'data', split):
+      assert 'menu' not in tokenizer.decode(document)
+  run(tmp_path / 'data', source, filters=[full])
+  assert 'of 67: 3 bad_json' not in prepare.summary(meta)
+  assert 'rejected records of 67: 2 bad_json' in prepare.summary(meta)
+
+
+def write_paragraph_list(path, name, ids):
+  deltas = np.diff([0, *ids])
+  cell = ' '.join(map(str, deltas))
+  path.write_text(f'file name,encoded_paragraph_list\n{name},{cell}\n')
+  return str(path)
+
+
+def test_wet_files_and_their_listed_paragraphs(tmp_path):
+  pytest.importorskip('fastwarc')
+  pages = [f'menu {n}\n{text}\nfooter' for n, text in enumerate(texts(80))]
+  lines = [line for page in pages for line in page.split('\n') if line.strip()]
+  path = write_wet(tmp_path / 'a.wet.gz', *pages)
+  wanted = [i for i, line in enumerate(lines) if ':' in line]
+  assert len(wanted) == 80 and len(lines) == 240
+  listed = write_paragraph_list(tmp_path / 'list.csv', path.name, wanted)
+  meta, _ = run(tmp_path / 'data', f'wet:{path}', paragraphs=listed)
+  tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
+  found = [
+      tokenizer.decode(document)
+      for split in shards.SPLITS
+      for document in documents_in(tmp_path / 'data', split)
+  ]
+  assert sorted(found) == sorted(lines[i].strip() for i in wanted)
+  digest = hashlib.sha256((tmp_path / 'list.csv').read_bytes()).hexdigest()
+  assert meta['config']['paragraph_ids'] == digest
+  with pytest.raises(ValueError, match='prepared with paragraph_ids='):
+    run(tmp_path / 'data', f'wet:{path}')
+  with pytest.raises(ValueError, match='SHA-256'):
+    run(
+        tmp_path / 'other',
+        f'wet:{path}',
+        paragraphs=listed,
+        paragraphs_sha256='0' * 64,
+    )
+  assert not (tmp_path / 'other').exists()
+
+
+def test_damage_is_counted_and_never_fatal(tmp_path):
+  pytest.importorskip('fastwarc')
+  parts = packed(wet(*texts(60), b'\xff', b' ', 'z' * 5000))
+  parts[3] = parts[3][:40]
+  last = packed(wet('cut short'))[1][:-20]
+  (tmp_path / 'a.wet.gz').write_bytes(b''.join(parts) + last)
+  meta, _ = run(
+      tmp_path / 'data',
+      f'wet:{tmp_path}/a.wet.gz',
+      max_document_bytes=4999,
+      workers=2,
+  )
+  assert meta['rejects'] == {
+      'damaged_record': 2,
+      'empty': 1,
+      'not_utf8': 1,
+      'too_long': 1,
+  }
+  assert meta['records'] == 64
+  documents = sum(split['documents'] for split in meta['splits'].values())
+  assert documents == 59
+
+
+def test_checksums_of_the_source(tmp_path, corpus):
+  source = write_corpus(tmp_path / 'a', texts(60))
+  digest = hashlib.sha256((tmp_path / 'a').read_bytes()).hexdigest()
+  (tmp_path / 'good').write_text(f'{digest}  a\n')
+  (tmp_path / 'bad').write_text(f'{digest[::-1]}  a\n')
+  with pytest.raises(ValueError, match='has the SHA-256'):
+    run(tmp_path / 'data', source, source_checksums=str(tmp_path / 'bad'))
+  assert not (tmp_path / 'data').exists()
+  _, lines = run(
+      tmp_path / 'data', source, source_checksums=str(tmp_path / 'good')
+  )
+  assert 'checksums agree' in lines[0]
+  with pytest.raises(ValueError, match='no files of its own'):
+    run(tmp_path / 'b', 'hf:a/b', source_checksums=str(tmp_path / 'good'))
+
+
+class TestRealFiles:
+  """Samples of public corpora, which are no part of the project."""
+
+  @pytest.fixture(autouse=True)
+  def there(self):
+    if not SHARED.is_dir():
+      pytest.skip(f'there is no {SHARED}')
+
+  def test_a_wet_file(self, tmp_path):
+    source = f'wet:{SHARED}/wet/whirlwind.warc.wet.gz'
+    meta, _ = run(tmp_path, source, vocab_size=600, validation_fraction=0)
+    assert meta['splits']['train']['documents'] == 1
+    assert meta['rejects'] == {}
+
+  def test_c4(self, tmp_path):
+    source = f'jsonl:{SHARED}/c4-samples/c4_demo.jsonl'
+    meta, _ = run(tmp_path, source, vocab_size=800, tokenizer_bytes=10**5)
+    assert sum(s['documents'] for s in meta['splits'].values()) == 300
+    assert meta['rejects'] == {}
+
+  def test_common_crawl_with_filters(self, tmp_path):
+    pytest.importorskip('py3langid')
+    source = f'jsonl:{SHARED}/commoncrawl-dolma-2019-30/CC-MAIN*.gz'
+    meta, _ = run(
+        tmp_path,
+        source,
+        vocab_size=1000,
+        tokenizer_bytes=10**5,
+        filters=['long_paragraphs', 'english'],
+    )
+    rejects, documents = meta['rejects'], meta['splits']['train']['documents']
+    assert rejects['empty'] == 27 and meta['records'] == 697
+    assert rejects['short'] > 100 and rejects['not_english'] > 100
+    assert documents > 50
 
 
 # --- the binary ---
@@ -397,6 +627,66 @@ def test_kill_9_and_the_same_command_again(tmp_path, python):
   assert contents(output) == contents(tmp_path / 'whole')
 
 
+def all_gone(session, seconds=5.0):
+  """Whether no process of a session is left, after a while."""
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
+    try:
+      os.killpg(session, 0)
+    except ProcessLookupError:
+      return True
+    time.sleep(0.02)
+  return False
+
+
+def workers_of(parent):
+  """The worker processes of a process, from /proc."""
+  children = []
+  for path in pathlib.Path(f'/proc/{parent}/task').glob('*/children'):
+    children += path.read_text().split()
+  return [
+      int(child)
+      for child in children
+      if b'spawn_main' in pathlib.Path(f'/proc/{child}/cmdline').read_bytes()
+  ]
+
+
+def test_a_killed_worker_is_a_clear_error_and_costs_nothing(tmp_path, python):
+  source = write_corpus(tmp_path / 'a', texts(12_000))
+  run(tmp_path / 'model', source, max_documents=200)
+  model = tmp_path / 'model' / 'tokenizer.model'
+  options = {'tokenizer': model, 'vocab_size': None, 'shard_tokens': 5000}
+  run(tmp_path / 'whole', source, **options)
+  output = tmp_path / 'out'
+  with subprocess.Popen(
+      command(
+          python,
+          f'--output={output}',
+          f'--source={source}',
+          f'--tokenizer={model}',
+          '--validation_fraction=0.2',
+          '--shard_tokens=5000',
+          '--workers=2',
+      ),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+  ) as process:
+    while not (output / 'train' / '00000.tokens.npy').exists():
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.002)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=10)
+  assert process.returncode == 75
+  assert errors.startswith('error: A worker process ended by signal 9')
+  assert len(errors.splitlines()) == 1
+  assert all_gone(process.pid)
+  run(output, source, workers=2, **options)
+  assert contents(output) == contents(tmp_path / 'whole')
+
+
 @pytest.mark.parametrize('phase', ['Training', 'documents,'])
 def test_a_signal_ends_it_at_once(tmp_path, python, phase):
   """In C++, where a tokenizer is trained, and in Python."""
@@ -408,6 +698,7 @@ def test_a_signal_ends_it_at_once(tmp_path, python, phase):
       f'--source={source}',
       '--vocab_size=8000',
       '--shard_tokens=100000',
+      '--workers=2',
   ]
   with subprocess.Popen(
       command(python, *flags),
@@ -415,6 +706,7 @@ def test_a_signal_ends_it_at_once(tmp_path, python, phase):
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
+      start_new_session=True,
   ) as process:
     try:
       if phase == 'Training':
@@ -431,6 +723,7 @@ def test_a_signal_ends_it_at_once(tmp_path, python, phase):
     finally:
       process.kill()
   assert process.returncode == 143
+  assert all_gone(process.pid)
   assert output.splitlines()[-1].startswith('stopped; the same command goes on')
   assert not (tmp_path / 'out' / 'meta.json').exists()
 
@@ -465,6 +758,9 @@ def test_binary_prints_a_summary(tmp_path, corpus, python):
         (['--output={}/o', '--source=text:{}/none'], 'There is no file'),
         (['--output={}/o', '--tokenizer={}/none'], 'No such file'),
         (['--output={}/file/o'], 'Not a directory'),
+        (['--output={}/o', '--filter=x'], "no filter 'x'"),
+        (['--output={}/o', '--paragraph_ids={}/file'], 'selects from WET'),
+        (['--output={}/o', '--verify'], 'holds no prepared data'),
         (['--output={}/o', '--source=hf:a/b'], 'Cannot read hf:a/b'),
     ],
 )
@@ -481,6 +777,29 @@ def test_bad_input_is_one_line_and_status_1(tmp_path, python, flags, message):
   assert 'Traceback' not in done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith('error: ') and message in last
+
+
+def test_verify(tmp_path, corpus, python):
+  run(tmp_path, corpus)
+
+  def verify():
+    return subprocess.run(
+        command(python, f'--output={tmp_path}', '--verify'),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+  done = verify()
+  assert done.returncode == 0 and 'as they were written' in done.stdout
+  path = tmp_path / 'train' / '00000.tokens.npy'
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+  shards.open_tokens(tmp_path, 'train')  # Opening compares sizes only.
+  done = verify()
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert f'{path} is damaged (SHA-256' in done.stderr
 
 
 def test_unknown_flag_is_status_1(python):

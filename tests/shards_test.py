@@ -167,3 +167,38 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
   with pytest.raises(OSError, match='No space'):
     shards.write_file(path, fail)
   assert path.read_bytes() == b'whole'
+
+
+def write_with_checksums(data_dir):
+  write_data(data_dir, [unlike_documents([5, 3]), unlike_documents([4])])
+  documents = [np.asarray([1, 9, 2])]
+  described = shards.write_shard(data_dir, 'train', 0, documents, np.uint16)
+  meta = json.loads((data_dir / 'meta.json').read_text())
+  meta['splits']['train']['shards'] = [described]
+  shards.write_json(data_dir / 'meta.json', meta)
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 64
+  path.write_bytes(content)
+
+
+def test_verify_reads_every_byte(tmp_path):
+  write_with_checksums(tmp_path)
+  found = shards.verify(tmp_path)
+  # The tokenizer and one shard; the validation split has no checksums.
+  assert (found.files, found.unknown) == (3, 2)
+  for name in (TOKENS, OFFSETS):
+    content = (tmp_path / name).read_bytes()
+    flip(tmp_path / name)
+    with pytest.raises(ValueError, match=f'{name} is damaged .SHA-256'):
+      shards.verify(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f'{name} is missing'):
+      shards.verify(tmp_path)
+    (tmp_path / name).write_bytes(content)
+  assert shards.verify(tmp_path) == found
+  flip(tmp_path / 'tokenizer.model')
+  with pytest.raises(ValueError, match='is not the tokenizer'):
+    shards.verify(tmp_path)

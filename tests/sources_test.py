@@ -4,8 +4,11 @@ import gzip
 import importlib.util
 import json
 import lzma
+import os
 import pathlib
+import pickle
 import subprocess
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -15,6 +18,10 @@ from codistill_jax.data import sources
 from codistill_jax.data.records import Reject
 
 ROOT = pathlib.Path(__file__).parent.parent
+SHARED = pathlib.Path(
+    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
+)
+TOO_LONG = Reject('too_long')
 
 
 def read(spec, start=0, **kwargs):
@@ -135,6 +142,73 @@ def test_records_keep_their_numbers(tmp_path_factory, bad, start, cut):
   assert read(f'jsonl:{folder}/*', start) == everything[start:]
 
 
+@pytest.mark.parametrize('suffix', ['', '.gz', '.xz'])
+def test_a_long_line_is_skipped_and_the_next_one_read(tmp_path, suffix):
+  content = json_lines('one', 'x' * 300, 'two').encode()
+  compress = {'.gz': gzip.compress, '.xz': lzma.compress}.get(suffix, bytes)
+  path = write(tmp_path / f'a{suffix}', compress(content))
+  long = len(json_lines('x' * 300))
+  for limit in (50, 299, long - 2):
+    records = read(f'jsonl:{path}', max_document_bytes=limit)
+    assert records == ['one', TOO_LONG, 'two']
+  # Without the end of the line.
+  records = read(f'jsonl:{path}', max_document_bytes=long - 1)
+  assert records == ['one', 'x' * 300, 'two']
+
+
+def test_a_last_long_line_may_have_no_end(tmp_path):
+  path = write(tmp_path / 'a', json_lines('one') + 'x' * 100)
+  assert read(f'jsonl:{path}', max_document_bytes=99) == ['one', TOO_LONG]
+  long = read(f'jsonl:{path}', max_document_bytes=100)
+  assert long == ['one', Reject('bad_json')]
+
+
+def test_a_long_block_of_text_is_one_reject(tmp_path):
+  blocks = ['short', 'x' * 30, 'y\n' * 15, 'a\n' + 'z' * 99 + '\nb', 'end']
+  path = write(tmp_path / 'a', '\n\n'.join(blocks))
+  records = read(f'text:{path}', max_document_bytes=29)
+  assert records == ['short', *[TOO_LONG] * 3, 'end']
+  assert TOO_LONG not in read(f'text:{path}', max_document_bytes=200)
+  for start in range(6):
+    again = read(f'text:{path}', start, max_document_bytes=29)
+    assert again == records[start:]
+
+
+def test_a_long_file_is_one_reject(tmp_path):
+  write(tmp_path / 'a', 'x' * 100)
+  write(tmp_path / 'b.gz', gzip.compress(b'x' * 101))
+  write(tmp_path / 'c', 'c')
+  records = read(f'files:{tmp_path}/*', max_document_bytes=100)
+  assert records == ['x' * 100, TOO_LONG, 'c']
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'text', 'files'])
+@pytest.mark.parametrize('suffix', ['', '.gz'])
+def test_a_line_of_100_megabytes_is_never_held(tmp_path, kind, suffix):
+  opened = gzip.open if suffix else open
+  options = {'compresslevel': 1} if suffix else {}
+  with opened(tmp_path / f'a{suffix}', 'wb', **options) as f:
+    for _ in range(100):
+      f.write(b'x' * 1_000_000)
+    f.write(b'\n\n' + json_lines('after').encode())
+  tracemalloc.start()
+  records = read(f'{kind}:{tmp_path}/a{suffix}')
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert records[0] == TOO_LONG
+  assert len(records) == (1 if kind == 'files' else 2)
+  assert peak < 60_000_000
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'text', 'files'])
+def test_decoding_can_be_done_by_another_process(tmp_path, kind):
+  path = write(tmp_path / 'a', '{"body": "x"}')
+  source = sources.open_source(f'{kind}:{path}', text_key='body')
+  decode = pickle.loads(pickle.dumps(source.decode))
+  assert [decode(raw) for raw in source.raw(0)] == list(source.records(0))
+  assert [one.name for one in source.files] == ['a']
+
+
 def test_nothing_is_read_ahead(tmp_path):
   write(tmp_path / 'a', json_lines('a'))
   write(tmp_path / 'b', json_lines('b'))
@@ -211,6 +285,38 @@ class TestHuggingFace:
       assert read(f'hf:{folder}', start) == expected[start:]
     assert read(f'hf:{folder}:default:train') == expected
 
+  def test_the_layout_of_c4(self, tmp_path):
+    """As `hf:allenai/c4:en`: a folder a config, numbered files of a split."""
+    texts = [f'document {i}' for i in range(9)]
+    (tmp_path / 'en').mkdir()
+    names = [
+        *(f'c4-train.{i:05d}-of-00002.json.gz' for i in range(2)),
+        'c4-validation.00000-of-00001.json.gz',
+    ]
+    for name, part in zip(names, (texts[:4], texts[4:7], texts[7:])):
+      lines = [
+          {'text': t, 'timestamp': '2019-04-25T12:57:54Z', 'url': 'http://a/'}
+          for t in part
+      ]
+      content = ''.join(json.dumps(line) + '\n' for line in lines).encode()
+      write(tmp_path / 'en' / name, gzip.compress(content))
+    write(
+        tmp_path / 'README.md',
+        '---\nconfigs:\n- config_name: en\n  data_files:\n'
+        '  - split: train\n    path: en/c4-train.*.json.gz\n'
+        '  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n',
+    )
+    for start in range(8):
+      assert read(f'hf:{tmp_path}:en', start) == texts[start:7]
+    assert read(f'hf:{tmp_path}:en:validation') == texts[7:]
+    assert read(f'jsonl:{tmp_path}/en/c4-train.*') == texts[:7]
+
+  def test_long_documents_are_counted(self, folder):
+    records = read(f'hf:{folder}', max_document_bytes=1)
+    assert records == ['a', Reject('empty'), 'c', Reject('no_text')]
+    write(folder / 'train.jsonl', json_lines('ab', 'c'))
+    assert read(f'hf:{folder}', max_document_bytes=1) == [TOO_LONG, 'c']
+
   def test_missing_column_names_those_there(self, folder):
     with pytest.raises(ValueError, match="no column 'body' but text, n"):
       read(f'hf:{folder}', text_key='body')
@@ -243,10 +349,35 @@ def test_data_modules_import_no_heavy_package(python):
       'import importlib, pkgutil, sys, codistill_jax.data as data\n'
       'for module in pkgutil.iter_modules(data.__path__):\n'
       '  importlib.import_module("codistill_jax.data." + module.name)\n'
-      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece"}\n'
+      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece",\n'
+      '         "fastwarc", "py3langid"}\n'
       'print(sorted(heavy & sys.modules.keys()))\n'
   )
   output = subprocess.run(
       [python, '-c', program], cwd=ROOT, capture_output=True, text=True
   )
   assert output.stdout.strip() == '[]', output.stderr
+
+
+class TestRealFiles:
+  """Samples of public corpora, which are no part of the project."""
+
+  @pytest.fixture(autouse=True)
+  def there(self):
+    if not SHARED.is_dir():
+      pytest.skip(f'there is no {SHARED}')
+
+  @pytest.mark.parametrize(
+      ('pattern', 'documents', 'empty'),
+      [
+          ('c4-samples/c4-sample.0?.json.gz', 20, 0),
+          ('c4-samples/c4_demo.jsonl', 300, 0),
+          ('commoncrawl-dolma-2019-30/CC-MAIN*.jsonl.gz', 670, 27),
+          ('commoncrawl-dolma-2019-30/cc_en_head*.jsonl.gz', 20, 0),
+      ],
+  )
+  def test_json_lines_of_c4_and_dolma(self, pattern, documents, empty):
+    records = read(f'jsonl:{SHARED}/{pattern}')
+    assert sum(isinstance(record, str) for record in records) == documents
+    assert records.count(Reject('empty')) == empty
+    assert len(records) == documents + empty

@@ -171,6 +171,84 @@ def test_slices_of_rows_make_the_whole_batch(data, cuts, step):
     np.testing.assert_array_equal(together, array)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=12, max_size=30),
+    num_groups=st.integers(1, 3),
+    processes=st.sampled_from([1, 2, 3, 6]),
+    kind=st.sampled_from(['shared', 'disjoint']),
+    seed=st.integers(0, 5),
+    resumes=st.lists(st.integers(0, 40), max_size=4),
+)
+def test_a_stream_survives_any_resume_in_any_number_of_processes(
+    lengths, num_groups, processes, kind, seed, resumes
+):
+  """Killed at any steps and started again, with rows divided in any way."""
+  options = {
+      'num_groups': num_groups,
+      'group_batch': 6,
+      'unroll': 2,
+      'partition': kind,
+      'seed': seed,
+  }
+  data = in_memory(unlike_documents(lengths))
+
+  def start(group_id, rows=None):
+    return text.TokenStream(data, group_id=group_id, rows=rows, **options)
+
+  share = 6 // processes
+  for group_id in range(num_groups):
+    try:
+      whole = start(group_id)
+    except ValueError as e:
+      assert 'use more data' in str(e)
+      continue
+    expected = [whole.batch(step) for step in range(42)]
+    at = 0
+    for stop in [*sorted(resumes), 42]:
+      parts = [
+          start(group_id, slice(share * i, share * (i + 1)))
+          for i in range(processes)
+      ]
+      for step in range(at, stop):
+        batches = [part.batch(step) for part in parts]
+        for name, array in expected[step].items():
+          together = np.concatenate([batch[name] for batch in batches])
+          np.testing.assert_array_equal(together, array)
+      at = stop
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=12, max_size=30),
+    num_groups=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_disjoint_groups_together_read_everything_once_in_each_epoch(
+    lengths, num_groups, seed
+):
+  data = in_memory(unlike_documents(lengths))
+  for epoch in range(2):
+    read = []
+    for group_id in range(num_groups):
+      stream = text.TokenStream(
+          data,
+          group_id=group_id,
+          num_groups=num_groups,
+          group_batch=1,
+          unroll=1,
+          partition='disjoint',
+          seed=seed,
+      )
+      first = epoch * stream.steps_per_epoch
+      for step in range(first, first + stream.steps_per_epoch):
+        read += stream.batch(step)['inputs'].ravel().tolist()
+    pieces = sorted(token for token in read if token > END_ID)
+    # Not one twice; with one lane and T = 1 only each group's last token, its
+    # `</s>`, is no input.
+    assert pieces == list(range(3, 3 + sum(lengths)))
+
+
 def read_epoch(stream):
   steps = range(stream.steps_per_epoch)
   inputs = np.stack([stream.batch(step)['inputs'] for step in steps])

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import pickle
 import random
 import subprocess
 
@@ -74,12 +75,11 @@ TEXTS = st.one_of(st.text(), st.lists(NASTY).map(''.join))
 @example(' ')
 @example('\n \n\n  x\n')
 def test_escape_is_inverted_and_leaves_no_space_mark(text):
-  escaped = tokenizer_lib._escape(text)
+  escaped = tokenizer_lib.escape(text)
   assert '▁' not in escaped
-  assert tokenizer_lib._unescape(escaped) == text
+  assert tokenizer_lib.unescape(escaped) == text
 
 
-# No deadline: the first example loads TensorFlow.
 @settings(deadline=None, max_examples=300)
 @given(TEXTS)
 @example('')
@@ -105,11 +105,31 @@ def test_batch_equals_one_by_one(tokenizer, texts):
     np.testing.assert_array_equal(pieces, tokenizer.encode(text))
 
 
-def test_tensorflow_text_and_sentencepiece_agree(tokenizer):
-  texts = [*corpus(5), 'Unseen: ÄÖ\n\n 中 \0 end ']
-  for text, pieces in zip(texts, tokenizer.encode_batch(texts)):
-    escaped = tokenizer_lib._escape(text)
-    assert pieces.tolist() == tokenizer._pieces.encode(escaped)
+@pytest.fixture(scope='module')
+def graph_tokenizer(tokenizer):
+  pytest.importorskip('tensorflow_text')
+  return tokenizer.tensorflow_tokenizer()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(TEXTS, min_size=1, max_size=9))
+@example(corpus(5))
+@example(['Unseen: ÄÖ\n\n 中 \0 end ', '', ' '])
+def test_tensorflow_text_gives_the_same_pieces(
+    tokenizer, graph_tokenizer, texts
+):
+  escaped = [tokenizer_lib.escape(text).encode() for text in texts]
+  expected = graph_tokenizer.tokenize(escaped).to_list()
+  found = [pieces.tolist() for pieces in tokenizer.encode_batch(texts)]
+  assert found == expected
+
+
+def test_a_pickled_tokenizer_is_the_same(tokenizer):
+  again = pickle.loads(pickle.dumps(tokenizer))
+  assert again.sha256 == tokenizer.sha256
+  np.testing.assert_array_equal(
+      again.encode('the and'), tokenizer.encode('the and')
+  )
 
 
 def test_words_of_the_corpus_are_single_pieces_wherever_they_stand(tokenizer):

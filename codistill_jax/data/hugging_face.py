@@ -1,20 +1,36 @@
-"""Hugging Face data sets as a source, streamed."""
+"""Hugging Face data sets as a source, streamed.
+
+`hf:allenai/c4:en` is C4: JSON lines in gzip, 1,024 files of the training split,
+whose `text` is the document. Resuming skips rows without decoding them into
+documents, but loads and parses all of them again: after days of streaming,
+hours. Files on disk, as `jsonl:c4/en/*.json.gz`, are skipped faster.
+
+`datasets` reads JSON in blocks and doubles one until its longest line fits, so
+here a line that is too long is rejected after it was held in memory once.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
-from codistill_jax.data.records import Record, Source, text_of
+from codistill_jax.data.raw_files import TOO_LONG
+from codistill_jax.data.records import Raw, Reject, Source, check_text
 
 
-def hugging_face_source(spec: str, text_key: str) -> Source:
+def hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
   """The source `hf:NAME[:CONFIG[:SPLIT]]`; the split is 'train' by default.
 
-  Nothing is contacted before `records` is called.
+  Nothing is contacted before `raw` is called. Rows are neither shuffled nor
+  decoded ahead, so that a row's number never changes.
+
+  Args:
+    spec: See above.
+    text_key: Column that holds the text.
+    limit: Characters of a document; a longer one is 'too_long'.
 
   Raises:
-    ValueError: If the spec is malformed; from `records`, if the data set has
+    ValueError: If the spec is malformed; from `raw`, if the data set has
       no column `text_key` or the package `datasets` is missing.
-    OSError: From `records`, if the data set cannot be read.
+    OSError: From `raw`, if the data set cannot be read.
   """
   name, *options = spec.removeprefix('hf:').split(':')
   if not name or len(options) > 2:
@@ -23,11 +39,11 @@ def hugging_face_source(spec: str, text_key: str) -> Source:
     )
   config, split = [*options, '', ''][:2]
 
-  def records(start: int) -> Iterator[Record]:
+  def raw(start: int) -> Iterator[Raw]:
     rows = _open(spec, name, config, split or 'train', text_key)
-    return _records(spec, rows, start, text_key)
+    return _raw(spec, rows, start, text_key, limit)
 
-  return Source(spec, '', records)
+  return Source(spec, '', raw, check_text)
 
 
 def _open(spec: str, name: str, config: str, split: str, text_key: str) -> Any:
@@ -53,9 +69,9 @@ def _open(spec: str, name: str, config: str, split: str, text_key: str) -> Any:
   return rows
 
 
-def _records(
-    spec: str, rows: Any, start: int, text_key: str
-) -> Iterator[Record]:
+def _raw(
+    spec: str, rows: Any, start: int, text_key: str, limit: int
+) -> Iterator[Raw]:
   rows = iter(rows.skip(start))
   while True:
     try:
@@ -64,7 +80,11 @@ def _records(
       raise _unreadable(spec, e) from e
     if row is None:
       return
-    yield text_of(row, text_key)
+    text = row.get(text_key)
+    if not isinstance(text, str):
+      yield Reject('no_text')
+    else:
+      yield TOO_LONG if len(text) > limit else text
 
 
 def _unreadable(spec: str, error: Exception) -> OSError:

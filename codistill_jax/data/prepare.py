@@ -1,27 +1,50 @@
-"""A preparation of text: source -> tokenizer -> token shards, resumable.
+"""A preparation of text: source -> filters -> tokenizer -> token shards.
 
 Everything streams; a preparation that was killed at any moment goes on when it
 is called again with the same arguments, and ends with the same files as one
-that was not. `rounds` says how. `meta.json`, written at the very end, makes
-the directory a data set.
+that was not, whatever the number of workers. `rounds` says how. `meta.json`,
+written at the very end, makes the directory a data set.
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from codistill_jax.data import partition, rounds, shards, sources
+from codistill_jax.data import (
+    checksums,
+    paragraph_ids,
+    processing,
+    rounds,
+    shards,
+    sources,
+)
+from codistill_jax.data import filters as filters_lib
 from codistill_jax.data import tokenizer as tokenizer_lib
-from codistill_jax.data.records import Record, Reject, Source
+from codistill_jax.data.records import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    Reject,
+    Source,
+)
 from codistill_jax.data.tokenizer import Tokenizer
+from codistill_jax.data.workers import Workers
 from codistill_jax.storage import locks
 
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TOKENIZER_BYTES = 50_000_000
 DEFAULT_SHARD_TOKENS = 1 << 24
+
+# What data that were prepared before a setting existed were prepared with.
+_BEFORE = {
+    'filters': [],
+    'max_document_bytes': DEFAULT_MAX_DOCUMENT_BYTES,
+    'paragraph_ids': None,
+    'paragraph_unit': None,
+}
 
 
 def prepare(
@@ -36,6 +59,13 @@ def prepare(
     seed: int = 0,
     max_documents: int | None = None,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    filters: Sequence[str] = (),
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+    paragraphs: str | None = None,
+    paragraphs_sha256: str | None = None,
+    paragraph_unit: str = 'line',
+    source_checksums: str | None = None,
+    workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Prepares data, continues a preparation, or finds that all is done.
@@ -51,6 +81,17 @@ def prepare(
     seed: Of the choice of validation documents.
     max_documents: Stop after so many documents of the source; None: all.
     shard_tokens: Close a shard at about so many tokens.
+    filters: Of documents, in this order; see `filters`.
+    max_document_bytes: Skip longer documents, as 'too_long'.
+    paragraphs: Take these paragraphs of WET files only: a list of their IDs;
+      see `paragraph_ids`.
+    paragraphs_sha256: What that list should have; see
+      `paragraph_ids.open_list`.
+    paragraph_unit: See `paragraph_ids.paragraphs`.
+    source_checksums: A file of `sha256sum`, with which all files of the source
+      are compared first.
+    workers: Processes that decode, filter and tokenise; 1: this process alone.
+      More are spawned: a script needs `if __name__ == '__main__'`.
     report: Takes a line about what goes on.
 
   Returns:
@@ -65,14 +106,15 @@ def prepare(
     raise ValueError(
         f'validation_fraction must be in [0, 1); got {validation_fraction}.'
     )
-  given = _load_tokenizer(tokenizer) if tokenizer else None
-  if given and vocab_size not in (None, given.vocab_size):
+  if paragraph_unit not in paragraph_ids.UNITS:
     raise ValueError(
-        f'{tokenizer} has {given.vocab_size} word pieces, not'
-        f' vocab_size={vocab_size}; leave vocab_size out.'
+        f'paragraph_unit must be one of {", ".join(paragraph_ids.UNITS)}; got'
+        f' {paragraph_unit!r}.'
     )
+  given = _load_tokenizer(tokenizer, vocab_size) if tokenizer else None
   if given:
     vocab_size = given.vocab_size
+  parsed = [filters_lib.parse(spec) for spec in filters]
   config = {
       'source': source,
       'text_key': text_key,
@@ -83,14 +125,47 @@ def prepare(
       'seed': seed,
       'max_documents': max_documents,
       'shard_tokens': shard_tokens,
+      'filters': [filters_lib.full_spec(one) for one in parsed],
+      'max_document_bytes': max_document_bytes,
   }
   _check_positive(config)
+  listed = None
+  if paragraphs is not None:
+    listed = paragraph_ids.open_list(paragraphs, paragraphs_sha256)
+  config['paragraph_ids'] = listed.sha256 if listed else None
+  config['paragraph_unit'] = paragraph_unit if listed else None
+  opened = functools.partial(
+      sources.open_source,
+      source,
+      text_key,
+      max_document_bytes=max_document_bytes,
+      paragraphs=listed,
+      paragraph_unit=paragraph_unit,
+  )
   output = pathlib.Path(output)
-  if (output / shards.META).exists():
-    return _finished(output, config, report)
-  opened = sources.open_source(source, text_key)
-  with locks.exclusive(output, 'preparing'):
-    return _Preparation(output, config, opened, given, report).run()
+  with Workers(workers) as pool:
+    if (output / shards.META).exists():
+      return _finished(output, config, opened, report)
+    corpus = opened()
+    filters_lib.check(parsed)
+    if source_checksums:
+      _check_files(corpus, source_checksums, report)
+    with locks.exclusive(output, 'preparing'):
+      return _Preparation(
+          output, config, corpus, given, parsed, pool, report
+      ).run()
+
+
+def _check_files(
+    source: Source, list_path: str, report: Callable[[str], None]
+) -> None:
+  if not source.files:
+    raise ValueError(
+        f'The source {source.spec} has no files of its own to compare with'
+        f' {list_path}; leave the checksums out.'
+    )
+  size = checksums.check_files(source.files, list_path)
+  report(f'{len(source.files)} source files, {size:,} bytes: checksums agree.')
 
 
 def _check_positive(config: dict[str, Any]) -> None:
@@ -99,6 +174,7 @@ def _check_positive(config: dict[str, Any]) -> None:
       'tokenizer_bytes',
       'max_documents',
       'shard_tokens',
+      'max_document_bytes',
   ):
     if config[name] is not None and config[name] < 1:
       raise ValueError(f'{name} must be 1 or more; got {config[name]}.')
@@ -106,12 +182,20 @@ def _check_positive(config: dict[str, Any]) -> None:
     raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
 
 
-def _load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def _load_tokenizer(
+    path: str | os.PathLike, vocab_size: int | None
+) -> Tokenizer:
   model = pathlib.Path(path).read_bytes()
   try:
-    return Tokenizer(model)
+    loaded = Tokenizer(model)
   except ValueError as e:
     raise ValueError(f'Cannot use the tokenizer {path}: {e}') from e
+  if vocab_size not in (None, loaded.vocab_size):
+    raise ValueError(
+        f'{path} has {loaded.vocab_size} word pieces, not'
+        f' vocab_size={vocab_size}; leave vocab_size out.'
+    )
+  return loaded
 
 
 # --- what is there already ---------------------------------------------------
@@ -121,9 +205,10 @@ def _check_config(
     output: pathlib.Path, config: dict[str, Any], stored: dict[str, Any]
 ) -> None:
   for name, value in config.items():
-    if stored.get(name) != value:
+    before = stored.get(name, _BEFORE.get(name))
+    if before != value:
       raise ValueError(
-          f'{output} was prepared with {name}={stored.get(name)!r}, now it is'
+          f'{output} was prepared with {name}={before!r}, now it is'
           f' {value!r}; use the same settings, choose another output or delete'
           ' the directory.'
       )
@@ -151,12 +236,13 @@ def _check_unused(output: pathlib.Path) -> None:
 def _finished(
     output: pathlib.Path,
     config: dict[str, Any],
+    opened: Callable[[], Source],
     report: Callable[[str], None],
 ) -> dict[str, Any]:
   meta = shards.read_meta(output)
   _check_config(output, config, meta['config'])
   try:
-    source = sources.open_source(config['source'], config['text_key'])
+    source = opened()
   except (ValueError, OSError):
     pass  # Prepared data stay good when their source is gone.
   else:
@@ -177,6 +263,8 @@ class _Preparation(NamedTuple):
   config: dict[str, Any]
   source: Source
   given: Tokenizer | None
+  filters: Sequence[filters_lib.Filter]
+  workers: Workers
   report: Callable[[str], None]
 
   def run(self) -> dict[str, Any]:
@@ -192,6 +280,7 @@ class _Preparation(NamedTuple):
         'source': self.source.spec,
         'source_fingerprint': state['source_fingerprint'],
         'config': self.config,
+        'records': state['position'],
         'rejects': state['rejects'],
         'splits': state['splits'],
     }
@@ -231,56 +320,63 @@ class _Preparation(NamedTuple):
     if self.given:
       return self.given.model
     rejects = collections.Counter()
-    texts = self._training_texts(rejects)
-    first = next(texts, None)
-    if first is None:
-      raise ValueError(
-          f'{self.source.spec} has no document to train on; rejected records:'
-          f' {counts_text(rejects)}.'
-      )
-    vocab_size = self.config['vocab_size']
-    self.report(f'Training {vocab_size:,} word pieces.')
-    return tokenizer_lib.train(itertools.chain([first], texts), vocab_size)
+    with contextlib.closing(self._training_texts(rejects)) as texts:
+      first = next(texts, None)
+      if first is None:
+        raise ValueError(
+            f'{self.source.spec} has no document to train on; rejected records:'
+            f' {counts_text(rejects)}.'
+        )
+      vocab_size = self.config['vocab_size']
+      self.report(f'Training {vocab_size:,} word pieces.')
+      return tokenizer_lib.train(itertools.chain([first], texts), vocab_size)
 
   def _training_texts(self, rejects: collections.Counter) -> Iterator[str]:
     remaining = self.config['tokenizer_bytes']
-    for record in self._records(0, self.config['max_documents']):
+    processed = self._processed(self._reader(), 0, self.config['max_documents'])
+    for record in itertools.chain.from_iterable(processed):
       if isinstance(record, Reject):
         rejects[record.reason] += 1
-      elif self._split_of(record) == 'train':
+      elif self._is_training(record):
         yield record
         remaining -= len(record.encode('utf-8'))
         if remaining <= 0:
           return
+
+  def _is_training(self, text: str) -> bool:
+    fraction, seed = self.config['validation_fraction'], self.config['seed']
+    return processing.split_of(text, fraction, seed) == 'train'
 
   def _write_rounds(self, state: dict[str, Any], tokenizer: Tokenizer) -> None:
     done = sum(split['documents'] for split in state['splits'].values())
     total = self.config['max_documents']
     if done == total:
       return
+    encoder = processing.Encoder(
+        self._reader(),
+        tokenizer,
+        self.config['validation_fraction'],
+        self.config['seed'],
+    )
     left = None if total is None else total - done
-    writer = rounds.RoundWriter(self.output, state, tokenizer, self._split_of)
+    dtype = shards.token_dtype(tokenizer.vocab_size)
+    writer = rounds.RoundWriter(self.output, state, dtype)
     with rounds.Progress(done, total, self.report) as progress:
       writer.run(
-          self._records(state['position'], left),
+          self._processed(encoder, state['position'], left),
           self.config['shard_tokens'],
           progress.advance,
       )
 
-  def _records(self, start: int, limit: int | None) -> Iterator[Record]:
-    """Records from number `start`, up to the `limit`-th document of them."""
-    documents = 0
-    for record in self.source.records(start):
-      yield record
-      documents += not isinstance(record, Reject)
-      if documents == limit:
-        return
+  def _reader(self) -> processing.Reader:
+    return processing.Reader(self.source, self.filters)
 
-  def _split_of(self, text: str) -> str:
-    inside = partition.in_validation(
-        text, self.config['validation_fraction'], self.config['seed']
-    )
-    return 'validation' if inside else 'train'
+  def _processed(
+      self, process: Callable[[list], list], start: int, limit: int | None
+  ) -> Iterator[list]:
+    """Batches from record `start` to the `limit`-th document, processed."""
+    raw = rounds.batches(self.source.raw(start))
+    return rounds.first_documents(self.workers.map(process, raw), limit)
 
   def _check_splits(self, splits: dict[str, Any]) -> None:
     wanted = self.config['validation_fraction'] > 0
@@ -311,11 +407,13 @@ def summary(meta: dict[str, Any]) -> str:
     pieces = split['tokens'] - 2 * split['documents']
     lines.append(
         f'{name}: {split["documents"]:,} documents, {split["words"]:,} words,'
-        f' {split["bytes"]:,} bytes, {split["tokens"]:,} tokens,'
-        f' {pieces / max(1, split["words"]):.3f} pieces per word,'
-        f' {len(split["shards"])} shards'
+        f' {split["bytes"]:,} bytes, {pieces:,} pieces'
+        f' ({pieces / max(1, split["words"]):.3f} pieces per word),'
+        f' {split["tokens"]:,} tokens, {len(split["shards"])} shards'
     )
-  lines.append(f'rejected records: {counts_text(meta["rejects"])}')
+  # Data prepared before records were counted have no such number.
+  of = f' of {meta["records"]:,}' if 'records' in meta else ''
+  lines.append(f'rejected records{of}: {counts_text(meta["rejects"])}')
   lines.append(
       f'tokenizer: {meta["vocab_size"]:,} word pieces, sha256'
       f' {meta["tokenizer_sha256"][:12]}'

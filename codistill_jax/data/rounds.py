@@ -1,29 +1,31 @@
 """Records -> token shards: the part of a preparation that takes long.
 
-The work goes in *rounds*. A round reads records until they fill about
-`shard_tokens` tokens, writes one shard of each split and then, last,
-`progress.json`, which says what is done. What a killed round left behind is
-written again, byte by byte the same, by the next run with the same settings.
+The work goes in *rounds*, of *batches* of records, which may be processed by
+several processes and come back in order: what is written does not depend on
+their number. A round goes on until it has about `shard_tokens` tokens, writes
+one shard of each split and then, last, `progress.json`, which says what is
+done. What a killed round left behind is written again, byte by byte the same,
+by the next run with the same settings.
 """
 
-import collections
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from codistill_jax.data import shards
-from codistill_jax.data.records import Record, Reject
-from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
+from codistill_jax.data.processing import Document
+from codistill_jax.data.records import Raw, Reject
 
 PROGRESS = 'progress.json'
 
-# One call of the tokenizer. Rounds consist of whole batches, so another number
-# here changes the shards, and data half prepared before the change are void.
+# What a worker gets at a time. Rounds consist of whole batches, so with another
+# number here a preparation that is continued ends with other shards (of the
+# same documents) than one that was not interrupted.
 _BATCH_RECORDS = 1024
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_SIZE = 1 << 20  # Bytes or characters.
 
 
 def first_state(
@@ -45,99 +47,103 @@ def first_state(
 
 
 class RoundWriter:
-  """Tokenises records into shards below `output`, round by round.
+  """Writes documents into shards below `output`, round by round.
 
   Attributes:
     state: See `first_state`; on disk as it was at the end of the last round.
   """
 
   def __init__(
-      self,
-      output: shards.Path,
-      state: dict[str, Any],
-      tokenizer: Tokenizer,
-      split_of: Callable[[str], str],
+      self, output: shards.Path, state: dict[str, Any], dtype: np.dtype
   ):
     self.state = state
     self._output = output
-    self._tokenizer = tokenizer
-    self._split_of = split_of
-    self._dtype = shards.token_dtype(tokenizer.vocab_size)
+    self._dtype = dtype
     self._documents = {split: [] for split in shards.SPLITS}
 
   def run(
       self,
-      records: Iterator[Record],
+      batches: Iterable[Sequence[Document | Reject]],
       shard_tokens: int,
       advance: Callable[[int], None],
   ) -> None:
     """All rounds that are left; `advance(n)` hears of n more documents."""
     tokens = 0
-    for batch in _batches(records):
-      tokens += self._add(batch)
-      advance(len(batch.texts))
+    for batch in batches:
+      documents = [one for one in batch if not isinstance(one, Reject)]
+      self._count(batch)
+      for document in documents:
+        self._add(document)
+        tokens += len(document.tokens)
+      advance(len(documents))
       if tokens >= shard_tokens:
         self._end_round()
         tokens = 0
     self._end_round()
 
-  def _add(self, batch: '_Batch') -> int:
-    """Adds a batch to the round; returns how many tokens it has."""
-    self.state['position'] += batch.records
+  def _count(self, batch: Sequence[Document | Reject]) -> None:
+    self.state['position'] += len(batch)
     rejects = self.state['rejects']
-    for reason, count in batch.rejects.items():
-      rejects[reason] = rejects.get(reason, 0) + count
-    total = 0
-    encoded = self._tokenizer.encode_batch(batch.texts)
-    for text, pieces in zip(batch.texts, encoded):
-      tokens = np.concatenate([[START_ID], pieces, [END_ID]])
-      split = self._split_of(text)
-      self._documents[split].append(tokens.astype(self._dtype))
-      sizes = self.state['splits'][split]
-      sizes['documents'] += 1
-      sizes['words'] += len(text.split())
-      sizes['bytes'] += len(text.encode('utf-8'))
-      sizes['tokens'] += len(tokens)
-      total += len(tokens)
-    return total
+    for record in batch:
+      if isinstance(record, Reject):
+        rejects[record.reason] = rejects.get(record.reason, 0) + 1
+
+  def _add(self, document: Document) -> None:
+    self._documents[document.split].append(document.tokens)
+    sizes = self.state['splits'][document.split]
+    sizes['documents'] += 1
+    sizes['words'] += document.words
+    sizes['bytes'] += document.size
+    sizes['tokens'] += len(document.tokens)
 
   def _end_round(self) -> None:
     """Writes the shards of the round, then that they are written."""
     for split, documents in self._documents.items():
       if documents:
         done = self.state['splits'][split]['shards']
-        shards.write_shard(
-            self._output, split, len(done), documents, self._dtype
+        done.append(
+            shards.write_shard(
+                self._output, split, len(done), documents, self._dtype
+            )
         )
-        tokens = sum(map(len, documents))
-        done.append({'documents': len(documents), 'tokens': tokens})
         documents.clear()
     shards.write_json(self._output / PROGRESS, self.state)
 
 
-class _Batch(NamedTuple):
-  records: int
-  texts: list[str]
-  rejects: collections.Counter
-
-
-def _batches(records: Iterator[Record]) -> Iterator[_Batch]:
-  """Cuts records into calls of the tokenizer."""
-  count = size = 0
-  texts, rejects = [], collections.Counter()
+def batches(records: Iterable[Raw]) -> Iterator[list[Raw]]:
+  """Cuts records into what is processed at a time."""
+  batch, size = [], 0
   for record in records:
-    count += 1
-    if isinstance(record, Reject):
-      rejects[record.reason] += 1
-    else:
-      texts.append(record)
+    batch.append(record)
+    if not isinstance(record, Reject):
       size += len(record)
-    if count >= _BATCH_RECORDS or size >= _BATCH_CHARACTERS:
-      yield _Batch(count, texts, rejects)
-      count = size = 0
-      texts, rejects = [], collections.Counter()
-  if count:
-    yield _Batch(count, texts, rejects)
+    if len(batch) >= _BATCH_RECORDS or size >= _BATCH_SIZE:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def first_documents(
+    processed: Iterable[list[Any]], limit: int | None
+) -> Iterator[list[Any]]:
+  """Batches up to the `limit`-th document of them; None: all."""
+  left = limit
+  for batch in processed:
+    if left is not None:
+      batch, left = _cut(batch, left)
+    yield batch
+    if left == 0:
+      return
+
+
+def _cut(batch: list[Any], limit: int) -> tuple[list[Any], int]:
+  """The batch up to its `limit`-th document, and how many are left then."""
+  for i, record in enumerate(batch):
+    limit -= not isinstance(record, Reject)
+    if limit == 0:
+      return batch[: i + 1], 0
+  return batch, limit
 
 
 class Progress:

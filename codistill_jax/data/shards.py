@@ -8,6 +8,10 @@
   <data_dir>/validation/...                the same
 
 A document is stored as `<s> pieces </s>` and never divided between shards.
+`meta.json` has the SHA-256 of every file. Opening compares sizes and types
+only, which costs nothing; `verify` reads everything. Data prepared before there
+were checksums open as well.
+
 Files are memory-mapped: they must lie on a local or mounted file system, and
 several processes of a machine share the memory.
 """
@@ -17,9 +21,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from codistill_jax.data import checksums
 
 FORMAT_VERSION = 1
 SPLITS = ('train', 'validation')
@@ -43,15 +49,21 @@ def offsets_path(data_dir: Path, split: str, shard: int) -> Path:
   return data_dir / split / f'{shard:05d}.offsets.npy'
 
 
-def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-  """Writes a file that is either whole or absent, whenever we are killed."""
+def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> str:
+  """Writes a file that is either whole or absent, whenever we are killed.
+
+  Returns:
+    The SHA-256 of what was written, in hex.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
   with open(temporary, 'wb') as f:
-    write(f)
+    hashing = checksums.HashingWriter(f)
+    write(hashing)
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
+  return hashing.sha256.hexdigest()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -65,15 +77,23 @@ def write_shard(
     shard: int,
     documents: Sequence[np.ndarray],
     dtype: np.dtype,
-) -> None:
-  """Writes one shard of documents that carry their `<s>` and `</s>`."""
+) -> dict[str, Any]:
+  """Writes one shard of documents that carry their `<s>` and `</s>`.
+
+  Returns:
+    What `meta.json` says of it: 'documents', 'tokens', and the SHA-256 of its
+    two files.
+  """
   lengths = [0] + [len(document) for document in documents]
   offsets = np.cumsum(lengths, dtype=np.int64)
   tokens = np.concatenate(documents).astype(dtype)
-  write_file(tokens_path(data_dir, split, shard), lambda f: np.save(f, tokens))
-  write_file(
-      offsets_path(data_dir, split, shard), lambda f: np.save(f, offsets)
-  )
+  save = lambda path, array: write_file(path, lambda f: np.save(f, array))
+  return {
+      'documents': len(documents),
+      'tokens': len(tokens),
+      'tokens_sha256': save(tokens_path(data_dir, split, shard), tokens),
+      'offsets_sha256': save(offsets_path(data_dir, split, shard), offsets),
+  }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -189,6 +209,52 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   return TokenData(
       tokens, offsets, meta['vocab_size'], meta['tokenizer_sha256']
   )
+
+
+class Verified(NamedTuple):
+  """What `verify` has found to be as it was written.
+
+  Attributes:
+    files: How many.
+    size: Their bytes.
+    unknown: How many more have no checksum: prepared before there were any.
+  """
+
+  files: int
+  size: int
+  unknown: int
+
+
+def verify(data_dir: str | os.PathLike) -> Verified:
+  """Reads all files of a data set and compares their SHA-256.
+
+  Raises:
+    FileNotFoundError: If the data set or a file of it is missing.
+    ValueError: If a file differs.
+  """
+  data_dir = Path(data_dir)
+  meta = read_meta(data_dir)  # Which compares the tokenizer.
+  files, size, unknown = 1, (data_dir / TOKENIZER).stat().st_size, 0
+  for split in SPLITS:
+    for i, shard in enumerate(meta['splits'][split]['shards']):
+      for path, key in (
+          (tokens_path(data_dir, split, i), 'tokens_sha256'),
+          (offsets_path(data_dir, split, i), 'offsets_sha256'),
+      ):
+        if not path.exists():
+          raise FileNotFoundError(f'{path} is missing; {_REMEDY}')
+        if key not in shard:
+          unknown += 1
+          continue
+        found = checksums.sha256_of(path)
+        if found != shard[key]:
+          raise ValueError(
+              f'{path} is damaged (SHA-256 {found[:12]}, expected'
+              f' {shard[key][:12]}); {_REMEDY}'
+          )
+        files += 1
+        size += path.stat().st_size
+  return Verified(files, size, unknown)
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:

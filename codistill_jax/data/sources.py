@@ -8,49 +8,71 @@ One string names a source:
   text:PATH_OR_GLOB            plain text, documents separated by blank lines
   files:PATH_OR_GLOB           plain text, a whole file a document
   jsonl:PATH_OR_GLOB           JSON lines, the text under a key of each object
+                               (the layout of C4, dolma and many others)
+  wet:PATH_OR_GLOB             WET files of Common Crawl, a page a document
   hf:NAME[:CONFIG[:SPLIT]]     a Hugging Face data set, streamed; the split is
                                'train' unless said otherwise
 
-Files may be compressed (.gz, .xz) and are read in the order of their names;
-paths go through `etils.epath`, so that buckets work. Nothing is held in memory
-but the current document.
+Files may be compressed (.gz, .xz; WET files: gzip) and are read in the order of
+their names; paths go through `etils.epath`, so that buckets work. Nothing is
+held in memory but the current document, and of one that is too long a part.
 
 A source is a sequence of *records*, each of them a document or a `Reject`, and
 a record's number never changes: reading can resume at any number, and real
 data, which always has a broken line somewhere, is counted and not fatal.
 """
 
-import glob
-import gzip
+import functools
 import hashlib
 import importlib.util
 import itertools
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
+from codistill_jax.data import paragraph_ids as ids_lib
+from codistill_jax.data import raw_files
 from codistill_jax.data.hugging_face import hugging_face_source
 from codistill_jax.data.records import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    Raw,
     Record,
     Reject,
     Source,
     decode_json,
     decode_text,
 )
+from codistill_jax.data.wet import wet_records
 
-_BOM = b'\xef\xbb\xbf'
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_KINDS = ('text', 'files', 'jsonl', 'wet', 'hf')
+_SPLITTERS = {
+    'text': raw_files.text_blocks,
+    'files': raw_files.whole_file,
+    'jsonl': raw_files.json_lines,
+    'wet': wet_records,
+}
+
+# Bytes of a file -> its raw records.
+_Split = Callable[[epath.Path], Iterator[bytes | Reject]]
 
 
-def open_source(spec: str, text_key: str = 'text') -> Source:
+def open_source(
+    spec: str,
+    text_key: str = 'text',
+    *,
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+    paragraphs: ids_lib.ParagraphList | None = None,
+    paragraph_unit: str = 'line',
+) -> Source:
   """The source that `spec` names; see the head of this file.
 
   Args:
-    spec: 'bible', 'text:...', 'files:...', 'jsonl:...' or 'hf:...'.
+    spec: 'bible', 'text:...', 'files:...', 'jsonl:...', 'wet:...' or 'hf:...'.
     text_key: Key (JSON lines) or column (Hugging Face) that holds the text.
+    max_document_bytes: A longer line, block, file or page is 'too_long'.
+    paragraphs: Of WET files, take these paragraphs only.
+    paragraph_unit: See `paragraph_ids.paragraphs`.
 
   Raises:
     ValueError: If the spec is malformed or a needed package is missing.
@@ -58,111 +80,76 @@ def open_source(spec: str, text_key: str = 'text') -> Source:
     OSError: From `records`, if a data set cannot be reached.
   """
   kind, _, rest = spec.partition(':')
+  if paragraphs is not None and kind != 'wet':
+    raise ValueError(
+        f'A list of paragraphs selects from WET files; the source is {spec},'
+        ' expected wet:PATH_OR_GLOB.'
+    )
   if kind == 'bible' and not rest:
     return _file_source(spec, [_bible_path()], _bible_chapters, decode_text)
-  if not rest or kind not in ('text', 'files', 'jsonl', 'hf'):
+  if not rest or kind not in _KINDS:
     raise ValueError(
         f'Unknown source {spec!r}; expected bible, text:PATH_OR_GLOB,'
-        ' files:PATH_OR_GLOB, jsonl:PATH_OR_GLOB or hf:NAME[:CONFIG[:SPLIT]].'
+        ' files:PATH_OR_GLOB, jsonl:PATH_OR_GLOB, wet:PATH_OR_GLOB or'
+        ' hf:NAME[:CONFIG[:SPLIT]].'
     )
   if kind == 'hf':
-    return hugging_face_source(spec, text_key)
-  paths = _expand(rest)
+    return hugging_face_source(spec, text_key, max_document_bytes)
+  paths = raw_files.expand(rest)
+  split = functools.partial(_SPLITTERS[kind], limit=max_document_bytes)
+  if paragraphs is not None:
+    split = _Selection(split, paths, paragraphs, paragraph_unit)
+  decode = decode_text
   if kind == 'jsonl':
-    decode = lambda line: decode_json(line, text_key)
-    return _file_source(spec, paths, _json_lines, decode)
-  split = _text_blocks if kind == 'text' else _whole_file
-  return _file_source(spec, paths, split, decode_text)
-
-
-# --- files -------------------------------------------------------------------
+    decode = functools.partial(decode_json, text_key=text_key)
+  return _file_source(spec, paths, split, decode)
 
 
 def _file_source(
     spec: str,
     paths: Sequence[epath.Path],
-    split: Callable[[epath.Path], Iterator[bytes | Reject]],
+    split: _Split,
     decode: Callable[[bytes], Record],
 ) -> Source:
   """A source whose files `split` cuts into raw records."""
 
-  def records(start: int) -> Iterator[Record]:
-    raw = itertools.chain.from_iterable(map(split, paths))
+  def raw(start: int) -> Iterator[Raw]:
     # Skipped before decoding: to resume costs reading, not parsing.
-    for record in itertools.islice(raw, start, None):
-      yield record if isinstance(record, Reject) else decode(record)
+    records = itertools.chain.from_iterable(map(split, paths))
+    return itertools.islice(records, start, None)
 
   listing = [(path.name, path.stat().length) for path in paths]
   fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-  return Source(spec, fingerprint, records)
+  return Source(spec, fingerprint, raw, decode, paths)
 
 
-def _expand(pattern: str) -> list[epath.Path]:
-  """The files that a path or a glob pattern names, sorted."""
-  path = epath.Path(pattern).expanduser()
-  if path.is_dir():
-    raise ValueError(
-        f'{pattern} is a directory; name the files in it, as {pattern}/*.'
-    )
-  if path.exists():  # A name with brackets in it may be a file all the same.
-    return [path]
-  parts = path.parts
-  fixed = list(
-      itertools.takewhile(lambda part: not glob.has_magic(part), parts)
-  )
-  if len(fixed) == len(parts):
-    raise FileNotFoundError(f'There is no file {pattern}.')
-  root = epath.Path(*fixed) if fixed else epath.Path('.')
-  found = root.glob('/'.join(parts[len(fixed) :])) if root.exists() else []
-  paths = sorted(path for path in found if not path.is_dir())
-  if not paths:
-    raise FileNotFoundError(f'No file matches {pattern}.')
-  return paths
+class _Selection:
+  """Cuts files into pages made of listed paragraphs."""
 
+  def __init__(
+      self,
+      split: _Split,
+      paths: Sequence[epath.Path],
+      paragraphs: ids_lib.ParagraphList,
+      unit: str,
+  ):
+    self._split = split
+    self._paths = paths
+    self._paragraphs = paragraphs
+    self._unit = unit
 
-def _lines(path: epath.Path) -> Iterator[bytes | Reject]:
-  """Lines with their ends; a damaged compressed file ends with a Reject."""
-  with path.open('rb') as raw:
-    if path.suffix == '.gz':
-      lines = gzip.GzipFile(fileobj=raw)
-    elif path.suffix == '.xz':
-      lines = lzma.LZMAFile(raw)  # noqa: SIM115 (`raw` is what needs closing)
-    else:
-      lines = raw
-    try:
-      for number, line in enumerate(lines):
-        yield line.removeprefix(_BOM) if number == 0 else line
-    except _DAMAGE:
-      yield Reject('damaged_file')
-
-
-def _json_lines(path: epath.Path) -> Iterator[bytes | Reject]:
-  for line in _lines(path):
-    if isinstance(line, Reject) or line.strip():
-      yield line
-
-
-def _text_blocks(path: epath.Path) -> Iterator[bytes | Reject]:
-  block = []
-  for line in _lines(path):
-    if isinstance(line, Reject):
-      yield line
+  def __call__(self, path: epath.Path) -> Iterator[bytes | Reject]:
+    entry = self._entries[path]
+    if entry is None:
+      yield Reject('file_not_listed')
       return
-    if line.strip():
-      block.append(line)
-    elif block:
-      yield b''.join(block).rstrip(b'\r\n')
-      block = []
-  if block:
-    yield b''.join(block).rstrip(b'\r\n')
+    ids = ids_lib.ids_of(entry, str(path))
+    yield from ids_lib.select(self._split(path), ids, self._unit)
 
-
-def _whole_file(path: epath.Path) -> Iterator[bytes | Reject]:
-  lines = list(_lines(path))
-  if lines and isinstance(lines[-1], Reject):
-    yield lines[-1]
-  else:
-    yield b''.join(lines)
+  @functools.cached_property
+  def _entries(self) -> dict[epath.Path, Sequence[bytes] | None]:
+    # On first use: it takes a while, and finished data do not need it.
+    return dict(zip(self._paths, self._paragraphs.entries(self._paths)))
 
 
 # --- the packaged default ----------------------------------------------------
@@ -181,7 +168,7 @@ def _bible_path() -> epath.Path:
 
 
 def _bible_chapters(path: epath.Path) -> Iterator[bytes]:
-  verses = (json.loads(line) for line in _json_lines(path))
+  verses = (json.loads(line) for line in raw_files.json_lines(path, 1 << 20))
   chapter_of = lambda verse: (verse['book'], verse['chapter'])
   for _, chapter in itertools.groupby(verses, key=chapter_of):
     yield '\n'.join(verse['text'] for verse in chapter).encode('utf-8')

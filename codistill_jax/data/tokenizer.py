@@ -2,26 +2,26 @@
 
 Which word pieces, and why: a byte-pair-encoding model of the `sentencepiece`
 package, trained on the corpus without any normalisation and with one piece for
-each of the 256 bytes, encoded by `tensorflow_text.SentencepieceTokenizer`.
+each of the 256 bytes.
 * WordPiece in the style of BERT (also in tensorflow-text) splits on white space
   and punctuation and forgets what was between; it cannot be inverted.
 * A character that the model never saw becomes its UTF-8 bytes, so nothing is
   ever out of vocabulary. `<unk>`, the OOV piece of the paper, keeps its place
   in the vocabulary and is never produced.
-* tensorflow-text encodes a batch of documents in one call, outside Python, and
-  the same model runs inside a TensorFlow graph. Decoding a few samples needs
-  no speed and uses `sentencepiece` alone: a trainer decodes without TensorFlow.
+* The same model runs inside a TensorFlow graph, as the SentencepieceTokenizer
+  of `tensorflow_text`, with the same pieces (a test holds it). Here it is run
+  by `sentencepiece` itself: two to three times as fast, and a process needs
+  60 MB and starts at once, not 900 MB and seconds, which is what allows a
+  worker for each core.
 
 What sentencepiece alone loses is escaped before and restored after it (see
-`_escape`): it writes U+2581 for a space, so a U+2581 of the text itself would
+`escape`): it writes U+2581 for a space, so a U+2581 of the text itself would
 come back as a space. The escape also puts a space before the first word of the
 text and of each line, as within a line, so that a word needs one piece and not
 two; other options that touch white space are off.
 """
 
-import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -49,8 +49,8 @@ _SENTENCE_CHARACTERS = 4000
 _PROBE = ' Ein\r\n\n Tür\t\u2581\u2581 \ufb01 e\u0301 \u3000\u1234 \U0001f600\n'
 
 
-def _escape(text: str) -> str:
-  """Makes text that sentencepiece does not alter; `_unescape` is the inverse.
+def escape(text: str) -> str:
+  """Makes text that sentencepiece does not alter; `unescape` is the inverse.
 
   Three steps, each of them invertible: U+2581 is replaced; a newline before
   anything but another newline gets a space after it; so does the start.
@@ -62,8 +62,8 @@ def _escape(text: str) -> str:
   return ' ' + text if text else text
 
 
-def _unescape(text: str) -> str:
-  """The inverse of `_escape`; a lone escape character, as a model may write
+def unescape(text: str) -> str:
+  """The inverse of `escape`; a lone escape character, as a model may write
   it, is left alone."""
   text = text.removeprefix(' ').replace('\n ', '\n')
   return re.sub(
@@ -109,39 +109,14 @@ class Tokenizer:
           'A tokenizer needs <unk>, <s> and </s> as pieces 0, 1 and 2; this'
           f' one has {specials}. Train one with prepare_data.'
       )
-    if self.decode(pieces.encode(_escape(_PROBE))) != _PROBE:
+    if self.decode(pieces.encode(escape(_PROBE))) != _PROBE:
       raise ValueError(
           'This sentencepiece model alters text (normalisation, white space'
           ' or unknown characters). Train one with prepare_data.'
       )
 
-  @functools.cached_property
-  def _encoder(self):
-    # On first use only: the import takes seconds and 860 MB. What it logs
-    # about CPU features and missing GPUs says nothing to a user.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    try:
-      import tensorflow as tf
-      import tensorflow_text
-    except ImportError as e:
-      raise ValueError(
-          'Tokenising needs the package tensorflow-text: pip install'
-          ' tensorflow-text.'
-      ) from e
-    # Otherwise TensorFlow takes the accelerator's memory for itself. It refuses
-    # if the caller has used TensorFlow before; the choice was made then.
-    with contextlib.suppress(RuntimeError):
-      tf.config.set_visible_devices([], 'GPU')
-    tokenizer = tensorflow_text.SentencepieceTokenizer(
-        model=self.model, out_type=tf.int32
-    )
-
-    def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
-      ragged = tokenizer.tokenize(tf.constant(texts, tf.string))
-      pieces = ragged.flat_values.numpy()
-      return np.split(pieces, ragged.row_splits.numpy()[1:-1])
-
-    return encode
+  def __reduce__(self):
+    return Tokenizer, (self.model,)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """The word pieces of each text, int32, without `<s>` and `</s>`.
@@ -149,16 +124,39 @@ class Tokenizer:
     Raises:
       ValueError: If a text cannot be written in UTF-8 (lone surrogates).
     """
-    encoded = [_escape(text).encode('utf-8') for text in texts]
-    # One call uses one core, and leaves the interpreter free meanwhile.
-    threads = min(os.cpu_count() or 1, len(texts))
-    if threads < 2:
-      return self._encoder(encoded) if encoded else []
-    encoder = self._encoder  # Made before the threads ask for it.
-    size = -(-len(encoded) // (4 * threads))
-    parts = [encoded[i : i + size] for i in range(0, len(encoded), size)]
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      return list(itertools.chain.from_iterable(pool.map(encoder, parts)))
+    # To bytes here: sentencepiece would say something else of surrogates.
+    encoded = [escape(text).encode('utf-8') for text in texts]
+    return [
+        np.asarray(self._pieces.encode(text, out_type='numpy'), np.int32)
+        for text in encoded
+    ]
+
+  def tensorflow_tokenizer(self):
+    """A `tensorflow_text.SentencepieceTokenizer` with the same model.
+
+    For graphs that tokenise by themselves. What it is given must have been
+    escaped: `tokenize(escape(text))` gives the pieces of `encode(text)`.
+
+    Raises:
+      ValueError: If tensorflow-text is missing.
+    """
+    # What the import logs about CPU features and missing GPUs says nothing.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    try:
+      import tensorflow as tf
+      import tensorflow_text
+    except ImportError as e:
+      raise ValueError(
+          'The TensorFlow form of a tokenizer needs the package'
+          ' tensorflow-text: pip install tensorflow-text.'
+      ) from e
+    # Otherwise TensorFlow takes the accelerator's memory for itself. It refuses
+    # if the caller has used TensorFlow before; the choice was made then.
+    with contextlib.suppress(RuntimeError):
+      tf.config.set_visible_devices([], 'GPU')
+    return tensorflow_text.SentencepieceTokenizer(
+        model=self.model, out_type=tf.int32
+    )
 
   def encode(self, text: str) -> np.ndarray:
     """The word pieces of one text, int32, without `<s>` and `</s>`."""
@@ -179,7 +177,7 @@ class Tokenizer:
           f'Word pieces must be in 0..{self.vocab_size - 1}; got'
           f' {min(ids)}..{max(ids)}.'
       )
-    return _unescape(self._pieces.decode(ids))
+    return unescape(self._pieces.decode(ids))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -211,7 +209,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
   """Pieces of text for the trainer: lines, cut where they are very long."""
   for text in texts:
-    for line in _NOT_TRAINED.split(_escape(text)):
+    for line in _NOT_TRAINED.split(escape(text)):
       for i in range(0, len(line), _SENTENCE_CHARACTERS):
         sentence = line[i : i + _SENTENCE_CHARACTERS]
         if sentence.strip():

@@ -1,0 +1,146 @@
+"""Raw records of files: lines, blocks of lines, whole files; memory bounded.
+
+Files may be compressed (.gz, .xz). No more than `limit` bytes of a record are
+ever held: a longer one is read past, in pieces, and is a Reject.
+"""
+
+import glob
+import gzip
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+from codistill_jax.data.records import Reject
+
+_BOM = b'\xef\xbb\xbf'
+_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_PIECE = 1 << 20
+
+TOO_LONG = Reject('too_long')
+
+
+def expand(pattern: str) -> list[epath.Path]:
+  """The files that a path or a glob pattern names, sorted.
+
+  Raises:
+    ValueError: If it names a directory.
+    FileNotFoundError: If there is none.
+  """
+  path = epath.Path(pattern).expanduser()
+  if path.is_dir():
+    raise ValueError(
+        f'{pattern} is a directory; name the files in it, as {pattern}/*.'
+    )
+  if path.exists():  # A name with brackets in it may be a file all the same.
+    return [path]
+  parts = path.parts
+  fixed = list(
+      itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+  )
+  if len(fixed) == len(parts):
+    raise FileNotFoundError(f'There is no file {pattern}.')
+  root = epath.Path(*fixed) if fixed else epath.Path('.')
+  found = root.glob('/'.join(parts[len(fixed) :])) if root.exists() else []
+  paths = sorted(path for path in found if not path.is_dir())
+  if not paths:
+    raise FileNotFoundError(f'No file matches {pattern}.')
+  return paths
+
+
+def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Lines with their ends; a damaged compressed file ends with a Reject."""
+  with path.open('rb') as raw:
+    f = _decompressed(path, raw)
+    try:
+      # One byte more: a line of exactly `limit` bytes and its end is whole.
+      line = f.readline(limit + 1).removeprefix(_BOM)
+      while line:
+        if len(line) > limit and not line.endswith(b'\n'):
+          _skip_line(f)
+          yield TOO_LONG
+        else:
+          yield line
+        line = f.readline(limit + 1)
+    except _DAMAGE:
+      yield Reject('damaged_file')
+
+
+def _decompressed(path: epath.Path, raw: IO[bytes]) -> IO[bytes]:
+  if path.suffix == '.gz':
+    return gzip.GzipFile(fileobj=raw)
+  if path.suffix == '.xz':
+    return lzma.LZMAFile(raw)
+  return raw
+
+
+def _skip_line(f: IO[bytes]) -> None:
+  """Reads to the end of the line, or of the file."""
+  while (piece := f.readline(_PIECE)) and not piece.endswith(b'\n'):
+    pass
+
+
+def json_lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Lines that are not blank."""
+  for line in lines(path, limit):
+    if isinstance(line, Reject) or line.strip():
+      yield line
+
+
+def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """What blank lines separate; without the last end of line."""
+  block = _Block(limit)
+  for line in lines(path, limit):
+    if line == Reject('damaged_file'):
+      yield line  # And not the block that it cuts short.
+      return
+    if line == TOO_LONG or line.strip():
+      block.add(line)
+    elif block:
+      yield block.pop()
+  if block:
+    yield block.pop()
+
+
+class _Block:
+  """Lines of a document that still grows, as long as it may."""
+
+  def __init__(self, limit: int):
+    self._limit = limit
+    self._lines: list[bytes] = []
+    self._size = 0
+
+  def __bool__(self) -> bool:
+    return self._size > 0
+
+  def add(self, line: bytes | Reject) -> None:
+    self._size += self._limit + 1 if line == TOO_LONG else len(line)
+    if self._size > self._limit:
+      self._lines.clear()
+    else:
+      self._lines.append(line)
+
+  def pop(self) -> bytes | Reject:
+    too_long, text = self._size > self._limit, b''.join(self._lines)
+    self._lines.clear()
+    self._size = 0
+    return TOO_LONG if too_long else text.rstrip(b'\r\n')
+
+
+def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """The content of a file."""
+  with path.open('rb') as raw:
+    try:
+      # Not in one call: a buffer of `limit` bytes would be made beforehand.
+      f, pieces, size = _decompressed(path, raw), [], 0
+      while size <= limit and (piece := f.read(_PIECE)):
+        pieces.append(piece)
+        size += len(piece)
+    except _DAMAGE:
+      yield Reject('damaged_file')
+      return
+  text = b''.join(pieces).removeprefix(_BOM)
+  yield TOO_LONG if len(text) > limit else text

@@ -1,0 +1,129 @@
+"""Filters keep what they say, and are named with all they depend on."""
+
+import pickle
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from codistill_jax.data import filters
+from codistill_jax.data.records import Reject
+
+ROOT = Path(__file__).parent.parent
+ENGLISH = 'It was the best of times, it was the worst of times, and then rain.'
+GERMAN = 'Es war die beste und die schlechteste Zeit, und dann kam der Regen.'
+FRENCH = "C'était le meilleur et le pire des temps, et puis vint la pluie."
+
+
+class TestEnglish:
+
+  @pytest.fixture(autouse=True)
+  def installed(self):
+    pytest.importorskip('py3langid')
+
+  @pytest.mark.parametrize('text', [GERMAN, FRENCH, '天地玄黃宇宙洪荒', '12 %'])
+  def test_other_languages_are_rejected(self, text):
+    assert filters.english(text) == Reject('not_english')
+
+  def test_english_is_left_as_it_is(self):
+    for text in (ENGLISH, f' {ENGLISH}\n\n{ENGLISH}\t'):
+      assert filters.english(text) == text
+
+  def test_the_beginning_decides(self):
+    text = ENGLISH * 3 + GERMAN * 30
+    assert filters.english(text, max_characters=150) == text
+    assert filters.english(text) == Reject('not_english')
+
+  def test_certainty_can_be_asked_for(self):
+    assert filters.english(ENGLISH, min_probability=0.9) == ENGLISH
+    assert filters.english(ENGLISH, min_probability=1.1) == Reject(
+        'not_english'
+    )
+
+
+def test_long_paragraphs_are_kept_and_short_ones_dropped():
+  text = 'menu\n' + 'x' * 10 + '\n   short    \n' + 'a b c d e ' + '\nend'
+  keep = filters.long_paragraphs
+  assert keep(text, min_characters=9) == 'x' * 10 + '\na b c d e '
+  assert keep(text, min_characters=10) == 'x' * 10
+  assert keep(text, min_characters=0, min_words=5) == 'a b c d e '
+  assert keep(text, min_characters=11) == Reject('short')
+  assert keep('\n \n', min_characters=0) == Reject('short')
+  assert keep(text) == Reject('short')
+  assert keep('y' * 200) == 'y' * 200
+
+
+def test_filters_see_what_those_before_them_left():
+  seen = []
+
+  def note(text):
+    seen.append(text)
+    return text
+
+  long = filters.parse('long_paragraphs:min_characters=5')
+  assert filters.apply([long, note], 'abc\nabcdef') == 'abcdef'
+  assert filters.apply([note, long, note], 'abc') == Reject('short')
+  assert filters.apply([note], Reject('empty')) == Reject('empty')
+  assert seen == ['abcdef', 'abc']
+
+
+@pytest.mark.parametrize(
+    ('spec', 'full'),
+    [
+        ('english', 'english:max_characters=4000,min_probability=0.5'),
+        (
+            'english:min_probability=0.9',
+            'english:max_characters=4000,min_probability=0.9',
+        ),
+        ('long_paragraphs', 'long_paragraphs:min_characters=200,min_words=0'),
+        (
+            'long_paragraphs:min_words=7,min_characters=1',
+            'long_paragraphs:min_characters=1,min_words=7',
+        ),
+    ],
+)
+def test_the_full_name_holds_every_parameter(spec, full):
+  parsed = filters.parse(spec)
+  assert filters.full_spec(parsed) == full
+  assert filters.full_spec(filters.parse(full)) == full
+  assert filters.full_spec(pickle.loads(pickle.dumps(parsed))) == full
+
+
+@pytest.mark.parametrize(
+    ('spec', 'message'),
+    [
+        ('french', "no filter 'french'; there are english, long_paragraphs"),
+        ('', "no filter ''"),
+        ('english:words=3', "no parameter 'words'; it has min_probability"),
+        ('long_paragraphs:min_words=x', "must be a whole number; got 'x'"),
+        ('english:min_probability=', "must be a number; got ''"),
+        ('english:min_probability=nan', "0 or more; got 'nan'"),
+        ('long_paragraphs:min_words=-1', "0 or more; got '-1'"),
+    ],
+)
+def test_malformed_filters_are_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    filters.parse(spec)
+
+
+def test_every_filter_says_what_it_does_and_works_with_its_defaults():
+  for name, function in filters.FILTERS.items():
+    assert function.__name__ == name and 'Args:' in function.__doc__
+    assert name in filters.help_text(name)
+    assert isinstance(filters.parse(name)(ENGLISH * 9), str)
+
+
+def test_a_missing_package_is_named(python):
+  program = (
+      'import sys; sys.modules["py3langid"] = None\n'
+      'from codistill_jax.data import filters\n'
+      'try:\n'
+      '  filters.check([filters.parse("english")])\n'
+      'except ValueError as e:\n'
+      '  print(e)\n'
+      'filters.check([filters.parse("long_paragraphs")])\n'
+  )
+  output = subprocess.run(
+      [python, '-c', program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert 'pip install py3langid' in output.stdout, output.stderr

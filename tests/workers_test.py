@@ -1,0 +1,161 @@
+"""Workers keep the order, pass on errors, and never stay behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from codistill_jax.data.workers import Workers
+
+ROOT = Path(__file__).parent.parent
+
+
+def slow_square(n):
+  time.sleep(0.02 * (n % 3 == 0))
+  return n * n, os.getpid()
+
+
+def fail_at_5(n):
+  if n == 5:
+    raise ValueError('no fives, please')
+  return n
+
+
+def die_at_5(n):
+  if n == 5:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return n
+
+
+def big(n):
+  return bytes(n)
+
+
+@pytest.fixture(scope='module')
+def pool():
+  with Workers(2) as pool:
+    yield pool
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_results_come_in_the_order_of_the_items(pool, number):
+  workers = pool if number == 2 else Workers(1)
+  results = list(workers.map(slow_square, range(40)))
+  assert [square for square, _ in results] == [n * n for n in range(40)]
+  processes = {process for _, process in results}
+  assert len(processes) == number
+  assert (os.getpid() in processes) == (number == 1)
+  assert list(workers.map(slow_square, [])) == []
+
+
+def test_little_work_starts_few_processes():
+  with Workers(50) as pool:
+    assert len({pid for _, pid in pool.map(slow_square, range(3))}) <= 3
+    assert len(pool._processes) <= 3
+
+
+def test_pipes_larger_than_their_buffers_do_not_block(pool):
+  sizes = [3_000_000 + n for n in range(12)]
+  assert [len(one) for one in pool.map(big, sizes)] == sizes
+  assert list(pool.map(len, map(bytes, sizes))) == sizes
+
+
+def test_items_are_fetched_a_bounded_number_ahead(pool):
+  fetched = 0
+
+  def fetch(n):
+    nonlocal fetched
+    fetched = n
+    return n
+
+  results = pool.map(slow_square, map(fetch, range(1, 1000)))
+  for n in range(1, 6):
+    assert next(results)[0] == n * n
+    assert fetched <= n + 8
+  results.close()
+
+
+def test_a_map_given_up_leaves_nothing_for_the_next(pool):
+  for _ in range(3):
+    next(pool.map(slow_square, range(30)))
+  assert list(pool.map(abs, [-1, -2, -3])) == [1, 2, 3]
+
+
+def test_errors_arrive_with_their_origin(pool):
+  with pytest.raises(ValueError, match='no fives') as raised:
+    list(pool.map(fail_at_5, range(9)))
+  assert 'fail_at_5' in raised.value.__notes__[0]
+  assert list(pool.map(abs, [-1])) == [1]
+
+
+def test_a_worker_that_dies_is_an_error_that_may_pass():
+  with Workers(2) as pool:
+    with pytest.raises(
+        OSError, match=r'ended by signal 9.*fewer --w'
+    ) as raised:
+      list(pool.map(die_at_5, range(50)))
+    assert raised.value.errno == errno.EAGAIN
+    assert 'Errno' not in str(raised.value)
+
+
+def test_at_least_one():
+  with pytest.raises(ValueError, match='workers must be 1 or more; got 0'):
+    Workers(0)
+
+
+def running(processes):
+  return {pid for pid in processes if Path(f'/proc/{pid}').exists()}
+
+
+def gone(processes, seconds=5.0):
+  deadline = time.monotonic() + seconds
+  while running(processes) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  return not running(processes)
+
+
+def test_at_the_end_the_processes_are_gone():
+  with Workers(2) as pool:
+    processes = {process for _, process in pool.map(slow_square, range(20))}
+    assert len(running(processes)) == 2
+  assert gone(processes, 0.1)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+@pytest.mark.parametrize('end', ['SIGKILL', 'os._exit', 'SIGTERM to all'])
+def test_workers_do_not_outlive_their_parent(python, tmp_path, end):
+  (tmp_path / 'parent.py').write_text(
+      'import os, sys\n'
+      'from workers_test import slow_square\n'
+      'from codistill_jax.data.workers import Workers\n'
+      'if __name__ == "__main__":\n'
+      '  with Workers(2) as pool:\n'
+      '    for n, (_, pid) in enumerate(pool.map(slow_square, range(10**6))):\n'
+      '      if n < 30: print(pid, flush=True)\n'
+      '      if n == 50 and sys.argv[1] == "os._exit": os._exit(3)\n'
+  )
+  with subprocess.Popen(
+      [python, tmp_path / 'parent.py', end],
+      cwd=ROOT,
+      env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'},
+      stdout=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+  ) as parent:
+    try:
+      processes = {int(parent.stdout.readline()) for _ in range(30)}
+      assert len(processes) == 2
+      if end == 'SIGKILL':
+        parent.kill()
+      elif end == 'SIGTERM to all':
+        os.killpg(parent.pid, signal.SIGTERM)
+      parent.wait(10)
+      assert gone(processes)
+    finally:
+      if running(processes):
+        os.killpg(parent.pid, signal.SIGKILL)

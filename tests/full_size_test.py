@@ -229,20 +229,3 @@ def test_resnet50_takes_a_step_at_the_size_of_imagenet(tmp_path):
   _, after, metrics = step_once(full, tmp_path)
   assert size(after.variables.params) == full.by_hand
   assert abs(metrics['loss/task'] - full.loss) < 1.5
-
-
-def test_a_transformer_takes_the_place_of_the_lstm_by_one_more_file(tmp_path):
-  """In a task that configures the LSTM, and nothing is left dead."""
-  swapped = dataclasses.replace(
-      FULL['transformer'],
-      files=(
-          *model_file('lstm_paper'),
-          'gin_configs/ablations/transformer.gin',
-      ),
-      task=text(vocab=50),
-  )
-  _, model = configured(swapped, tmp_path)
-  gin_utils.check_no_dead_bindings()
-  batch = swapped.task.eval_batches(ROWS)[0]
-  params = jax.eval_shape(model.init, jax.random.key(0), batch).params
-  assert size(params) == transformer(50, layers=3, units=128, hidden=384)

@@ -5,6 +5,7 @@ Shapes as in transformer.py.
 
 import functools
 
+import fast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,19 @@ def random_variables(model, seed=0):
   return jax.tree.map(fill, like)
 
 
-@functools.cache
-def compiled(model):
+def evaluate(model):
+  """`(variables, batch, carry) -> (logits, carry)`."""
+
   def apply(variables, batch, carry):
     outputs, updates = model.apply(variables, batch, carry, None, False)
     return base.logits_of(outputs), updates.carry
 
-  return jax.jit(apply)
+  return apply
+
+
+@functools.cache
+def compiled(model):
+  return fast.jit(evaluate(model))
 
 
 def run(variables, batch, carry=None, model=None):
@@ -268,7 +275,7 @@ def test_teachers_read_the_same_rows_with_memories_of_their_own():
   peers = [random_variables(small(), seed) for seed in (1, 2)]
   stack = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)
   carries = [run(v, tokens(1))[1] for v in peers]
-  together = jax.jit(jax.vmap(compiled(small()), in_axes=(0, None, 0)))
+  together = fast.jit(jax.vmap(evaluate(small()), in_axes=(0, None, 0)))
   found = together(stack(peers), tokens(), stack(carries))
   each = [run(v, tokens(), c) for v, c in zip(peers, carries)]
   jax.tree.map(assert_close, found, stack(each))
@@ -299,7 +306,7 @@ def test_gradients_are_finite_reach_every_parameter_and_no_memory(kwargs):
     log_probs = jax.nn.log_softmax(base.logits_of(outputs))
     return -jnp.sum(log_probs[..., 0]), updates
 
-  gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+  gradient = fast.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
   variables = random_variables(model)
   (of_params, of_memory), _ = gradient(variables.params, carry.inputs)
   for path, x in jax.tree.leaves_with_path(of_params):
@@ -329,7 +336,7 @@ def test_dropout_acts_in_training_only():
   model = small(dropout=0.5, layers=1)
   variables, carry = random_variables(model), model.init_carry(B)
 
-  @functools.partial(jax.jit, static_argnums=1)
+  @functools.partial(fast.jit, static_argnums=1)
   def logits(seed, train):
     key = jax.random.key(seed)
     outputs, _ = model.apply(variables, tokens(), carry, key, train)
@@ -361,7 +368,7 @@ def test_dropout_acts_on_the_embedding_each_branch_and_the_features():
 def test_it_starts_with_logits_of_unit_size():
   model = small(units=96, hidden=None, tied=True)
 
-  @jax.jit
+  @fast.jit
   def start(key):
     variables = model.init(key, tokens())
     return model.apply(variables, tokens(), model.init_carry(B), None, False)

@@ -1,0 +1,104 @@
+"""Ablations: short, a question first, and each does what it asks about."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import gin_utils
+from codistill_jax.base import Task
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
+
+# What a task would configure.
+TASK = """
+from __gin__ import dynamic_registration
+from codistill_jax import experiment
+from codistill_jax import optimizers
+from codistill_jax import schedules
+include 'gin_configs/base.gin'
+
+experiment.Experiment.optimizer = @optimizers.momentum_sgd()
+optimizers.momentum_sgd.learning_rate = @schedules.linear_scaling()
+schedules.linear_scaling.group_batch = 256
+schedules.linear_scaling.examples_per_epoch = 2560
+"""
+TOKENS = {'inputs': np.zeros((1, 2), np.int32)}
+IMAGES = {'inputs': np.zeros((1, 32, 32, 3), np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def clean():
+  yield
+  gin_utils.parse([])
+
+
+def configured(tmp_path, model, *ablations):
+  """Experiment and model of a task, a file of a model, and ablations."""
+  task = tmp_path / 'task.gin'
+  task.write_text(TASK)
+  files = [f'gin_configs/ablations/{name}.gin' for name in ablations]
+  gin_utils.parse([str(task), f'gin_configs/models/{model}.gin', *files])
+  stand_in = Task(
+      train_stream=None,
+      eval_batches=None,
+      num_classes=10,
+      identity={},
+      example_name='example',
+  )
+  experiment = gin_utils.make(experiment_lib.Experiment, stand_in)
+  model = gin_utils.call(experiment_lib.make_model, experiment)
+  gin_utils.check_no_dead_bindings()
+  return experiment, model
+
+
+@pytest.mark.parametrize('path', ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablation_is_short_and_opens_with_its_question(path):
+  first, *rest = path.read_text().splitlines()
+  assert first.startswith('# ') and first.endswith('?')
+  assert len(rest) < 15
+
+
+def test_the_transformer_takes_the_place_of_the_lstm(tmp_path):
+  _, model = configured(tmp_path, 'lstm_paper', 'transformer')
+  params = jax.eval_shape(model.init, jax.random.key(0), TOKENS).params
+  assert {'layer_0', 'layer_2'} < set(params) and 'lstm_0' not in params
+  assert params['embed']['embedding'].shape == (10, 128)
+
+
+def test_no_memory_leaves_a_transformer_without_a_carry(tmp_path):
+  _, model = configured(tmp_path, 'transformer')
+  shapes = jax.eval_shape(lambda: model.init_carry(3))
+  assert shapes.live.shape == (3, 64)
+  _, model = configured(tmp_path, 'transformer', 'no_memory')
+  assert model.init_carry(3) == ()
+
+
+def test_batch_normalisation_goes_over_the_replicas(tmp_path):
+  def train(ablations):
+    _, model = configured(tmp_path, 'resnet50', *ablations)
+    like = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    apply = lambda v, b: model.apply(v, b, (), None, True)
+    jax.eval_shape(apply, like, IMAGES)
+
+  train([])
+  with pytest.raises(ValueError, match='replica'):  # There is no such axis.
+    train(['cross_replica_batch_norm'])
+
+
+def test_lars_takes_the_place_of_sgd(tmp_path):
+  experiment, _ = configured(tmp_path, 'resnet20', 'lars')
+  tx = experiment.optimizer
+  params = {'kernel': np.float32([3.0, 4.0]), 'bias': np.float32([1.0, 1.0])}
+  state = tx.init(params)
+  # Two steps: the rate of the first is 0.
+  for _ in range(2):
+    updates, state = tx.update(params, state, params)
+  # The warm-up takes 50 steps to a rate of 0.4, of 0.001 |w| for a kernel.
+  rate = 0.4 / 50
+  np.testing.assert_allclose(updates['bias'], [-rate, -rate], rtol=1e-5)
+  expected = -rate * 0.001 * params['kernel']
+  np.testing.assert_allclose(updates['kernel'], expected, rtol=1e-5)

@@ -1,0 +1,13 @@
+"""`jax.jit` for what runs once: quick to compile, slow to run."""
+
+import functools
+
+import jax
+
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        'xla_backend_optimization_level': 1,
+        'xla_llvm_disable_expensive_passes': True,
+    },
+)

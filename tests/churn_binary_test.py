@@ -18,8 +18,11 @@ from experiments import (
     churn_figures,
     churn_results,
     churn_runs,
+    churn_study,
     churn_worker,
+    driver,
 )
+from experiments.job import Job
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
@@ -184,6 +187,36 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   assert seeds['codistilled_4', 1] == seeds['single', 1] == (1, 1)
   assert seeds['fixed_init', 1] == (0, 1)
   assert seeds['fixed_order', 1] == (1, 0)
+
+
+def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
+  """From the seed and the number of the group; group 0 as the single model."""
+  still = ['optax.adam.learning_rate=0.0', 'experiment.Experiment.num_steps=1']
+  trainers = churn_worker.Trainers(
+      tmp_path, [configuration / 'toy.gin'], still, {}, devices=lambda: None
+  )
+  trainer = trainers('')
+  groups = churn_study.train(
+      trainer, churn_runs.Run('two', 3, 2, init=3), lambda step: None
+  )
+  (single,) = churn_study.train(
+      trainer, churn_runs.Run('one', 3, 1, init=3), lambda step: None
+  )
+  toy.assert_same(groups[0], single)
+  for group_id, found in enumerate(groups):
+    job = Job(
+        experiment=churn_study.configured(
+            trainer.experiment, churn_runs.Run('two', 3, 2, init=3)
+        ),
+        model=trainer.model,
+        train_step=trainer.train_step,
+        workdir='',
+        group_id=group_id,
+        num_groups=2,
+    )
+    toy.assert_same(found, driver.new_state(job)[0].variables)
+  kernels = [g.params['Dense_0']['kernel'] for g in groups]
+  assert (kernels[0] != kernels[1]).all()
 
 
 def test_nothing_compiles_again_for_another_weight_or_seed(

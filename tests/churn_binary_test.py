@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 
+import churn_toy
 import jax
 import numpy as np
 import pytest
@@ -160,6 +161,26 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
     assert rows['ensemble']['figures']['churn']['mean'] == pytest.approx(
         churn_lib.churn(*means)
     )
+
+
+def test_each_split_is_its_own(finished):
+  """Chosen on the one, shown of the other."""
+  workdir, _ = finished
+  task = churn_toy.task()
+  for split, batches in (
+      ('validation', task.eval_batches(50)),
+      ('test', task.test_batches(50)),
+  ):
+    expected = np.concatenate([batch['labels'] for batch in batches])
+    np.testing.assert_array_equal(
+        np.load(workdir / f'labels_{split}.npy'), expected
+    )
+  assert not np.array_equal(
+      *(
+          churn_runs.read_predictions(workdir, 'single', 0, split)
+          for split in ('validation', 'test')
+      )
+  )
 
 
 def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(

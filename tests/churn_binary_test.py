@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
 from codistill_jax import churn as churn_lib
+from codistill_jax.storage import files
 from experiments import (
     churn,
     churn_figures,
@@ -360,6 +361,34 @@ def test_the_weight_is_chosen_on_validation():
   chosen, reason = churn_results.choose(base + bad)
   assert chosen == 'codistilled_1' and 'no weight' in reason
   assert churn_results.choose(base) == (None, '')
+
+
+def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
+  """Predictions made so that the splits disagree on the weights."""
+  rng = np.random.default_rng(0)
+  labels = {s: rng.integers(2, size=400) for s in churn_runs.SPLITS}
+
+  def predictions(good_at):
+    found = {}
+    for split, y in labels.items():
+      skill = 0.3 if split in good_at else 0.1
+      noise = rng.normal(0, 0.02, size=400)
+      found[split] = np.float32(0.5 + skill * (2 * y - 1) + noise)
+    return found
+
+  files.write_json(churn_runs.study_path(tmp_path), {'num_groups': 2})
+  for split, y in labels.items():
+    churn_runs.keep_labels(tmp_path, split, y)
+  for run in churn_runs.plan(2, [1.0, 3.0], control_retrains=0):
+    if not run.arm.startswith('repeat'):
+      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(run.weight, ())
+      churn_runs.write_run(tmp_path, run, [predictions(good_at)], {})
+  study = churn_results.load_study(tmp_path)
+  assert study.chosen == 'codistilled_1'
+  table = {row.arm: row.figures['log_loss'].mean for row in study.table}
+  assert set(table) == {'single', 'ensemble', 'codistilled_1'}
+  # On test the chosen one is no better than the rest, and so it stands there.
+  assert table['codistilled_1'] == pytest.approx(table['single'], abs=0.01)
 
 
 def test_mistakes_are_one_line(configuration, finished, tmp_path):

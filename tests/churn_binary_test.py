@@ -379,10 +379,10 @@ def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
   files.write_json(churn_runs.study_path(tmp_path), {'num_groups': 2})
   for split, y in labels.items():
     churn_runs.keep_labels(tmp_path, split, y)
-  for run in churn_runs.plan(2, [1.0, 3.0], control_retrains=0):
-    if not run.arm.startswith('repeat'):
-      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(run.weight, ())
-      churn_runs.write_run(tmp_path, run, [predictions(good_at)], {})
+  for job in churn_runs.plan(2, [1.0, 3.0], control_retrains=0):
+    if not job.arm.startswith('repeat'):
+      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(job.weight, ())
+      churn_runs.write_run(tmp_path, job, [predictions(good_at)], {})
   study = churn_results.load_study(tmp_path)
   assert study.chosen == 'codistilled_1'
   table = {row.arm: row.figures['log_loss'].mean for row in study.table}

@@ -421,6 +421,14 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   churn_worker.claim(tmp_path / 'other', {**claim, 'num_groups': 3})
 
 
+def test_what_another_run_wrote_is_refused(tmp_path):
+  first, other = (churn_runs.Run('single', 0, init=n) for n in (0, 5))
+  churn_runs.write_run(tmp_path, first, [], {'seed': 0})
+  assert churn_runs.read_record(tmp_path, first)['seed'] == 0
+  with pytest.raises(ValueError, match='was made by'):
+    churn_runs.read_record(tmp_path, other)
+
+
 def test_other_data_are_refused(configuration, finished):
   workdir, _ = finished
   with pytest.raises(ValueError, match='labels differ'):

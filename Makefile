@@ -33,7 +33,7 @@ demo: .venv/ready
 churn: .venv/ready
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \
 	    --gin_file=gin_configs/tasks/flights_dnn.gin \
-	    --retrains=5 --weights=1,2,3,6
+	    --retrains=5 --weights=1,1.5,2,3,6
 
 lint: .venv/ready
 	.venv/bin/ruff check .

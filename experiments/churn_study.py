@@ -21,7 +21,9 @@ from codistill_jax.base import Variables
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.replicas import PmapStep
+from experiments import driver
 from experiments.churn_runs import Run
+from experiments.job import Job
 
 # Of a study that keeps the predictions of dozens of models.
 _MOST_BYTES = 2**30
@@ -164,16 +166,15 @@ def _groups(
       else memory_exchanges(run.num_groups, plan=experiment.plan)
   )
   for group_id, exchange in enumerate(exchanges):
-    stream = experiment_lib.train_stream(experiment, group_id, run.num_groups)
-    peers = () if alone else exchange.peers
-    state = step_lib.init_state(
-        trainer.model,
-        experiment.optimizer,
-        jax.random.fold_in(jax.random.PRNGKey(experiment.seed), group_id),
-        stream.batch(0),
-        num_peers=len(peers),
-        group_batch=experiment.group_batch,
+    job = Job(
+        experiment=experiment,
+        model=trainer.model,
+        train_step=trainer.train_step,
+        workdir='',  # Nothing is written before the end.
+        group_id=group_id,
+        num_groups=run.num_groups,
     )
+    state, stream = driver.new_state(job)
     yield group.run_group(
         trainer.train_step,
         state,

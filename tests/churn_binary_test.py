@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 
+import churn_toy
 import jax
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
 from codistill_jax import churn as churn_lib
+from codistill_jax.storage import files
 from experiments import (
     churn,
     churn_figures,
     churn_results,
     churn_runs,
+    churn_study,
     churn_worker,
+    driver,
 )
+from experiments.job import Job
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
@@ -159,6 +164,26 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
     )
 
 
+def test_each_split_is_its_own(finished):
+  """Chosen on the one, shown of the other."""
+  workdir, _ = finished
+  task = churn_toy.task()
+  for split, batches in (
+      ('validation', task.eval_batches(50)),
+      ('test', task.test_batches(50)),
+  ):
+    expected = np.concatenate([batch['labels'] for batch in batches])
+    np.testing.assert_array_equal(
+        np.load(workdir / f'labels_{split}.npy'), expected
+    )
+  assert not np.array_equal(
+      *(
+          churn_runs.read_predictions(workdir, 'single', 0, split)
+          for split in ('validation', 'test')
+      )
+  )
+
+
 def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
     finished,
 ):
@@ -184,6 +209,36 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   assert seeds['codistilled_4', 1] == seeds['single', 1] == (1, 1)
   assert seeds['fixed_init', 1] == (0, 1)
   assert seeds['fixed_order', 1] == (1, 0)
+
+
+def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
+  """From the seed and the number of the group; group 0 as the single model."""
+  still = ['optax.adam.learning_rate=0.0', 'experiment.Experiment.num_steps=1']
+  trainers = churn_worker.Trainers(
+      tmp_path, [configuration / 'toy.gin'], still, {}, devices=lambda: None
+  )
+  trainer = trainers('')
+  groups = churn_study.train(
+      trainer, churn_runs.Run('two', 3, 2, init=3), lambda step: None
+  )
+  (single,) = churn_study.train(
+      trainer, churn_runs.Run('one', 3, 1, init=3), lambda step: None
+  )
+  toy.assert_same(groups[0], single)
+  for group_id, found in enumerate(groups):
+    job = Job(
+        experiment=churn_study.configured(
+            trainer.experiment, churn_runs.Run('two', 3, 2, init=3)
+        ),
+        model=trainer.model,
+        train_step=trainer.train_step,
+        workdir='',
+        group_id=group_id,
+        num_groups=2,
+    )
+    toy.assert_same(found, driver.new_state(job)[0].variables)
+  kernels = [g.params['Dense_0']['kernel'] for g in groups]
+  assert (kernels[0] != kernels[1]).all()
 
 
 def test_nothing_compiles_again_for_another_weight_or_seed(
@@ -308,6 +363,34 @@ def test_the_weight_is_chosen_on_validation():
   assert churn_results.choose(base) == (None, '')
 
 
+def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
+  """Predictions made so that the splits disagree on the weights."""
+  rng = np.random.default_rng(0)
+  labels = {s: rng.integers(2, size=400) for s in churn_runs.SPLITS}
+
+  def predictions(good_at):
+    found = {}
+    for split, y in labels.items():
+      skill = 0.3 if split in good_at else 0.1
+      noise = rng.normal(0, 0.02, size=400)
+      found[split] = np.float32(0.5 + skill * (2 * y - 1) + noise)
+    return found
+
+  files.write_json(churn_runs.study_path(tmp_path), {'num_groups': 2})
+  for split, y in labels.items():
+    churn_runs.keep_labels(tmp_path, split, y)
+  for job in churn_runs.plan(2, [1.0, 3.0], control_retrains=0):
+    if not job.arm.startswith('repeat'):
+      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(job.weight, ())
+      churn_runs.write_run(tmp_path, job, [predictions(good_at)], {})
+  study = churn_results.load_study(tmp_path)
+  assert study.chosen == 'codistilled_1'
+  table = {row.arm: row.figures['log_loss'].mean for row in study.table}
+  assert set(table) == {'single', 'ensemble', 'codistilled_1'}
+  # On test the chosen one is no better than the rest, and so it stands there.
+  assert table['codistilled_1'] == pytest.approx(table['single'], abs=0.01)
+
+
 def test_mistakes_are_one_line(configuration, finished, tmp_path):
   workdir, _ = finished
   before = tiny_run.snapshot(workdir)
@@ -336,6 +419,14 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   claim = {'configurations': {'': ['x']}, 'num_groups': 2, 'replicas': 1}
   churn_worker.claim(tmp_path / 'other', claim)
   churn_worker.claim(tmp_path / 'other', {**claim, 'num_groups': 3})
+
+
+def test_what_another_run_wrote_is_refused(tmp_path):
+  first, other = (churn_runs.Run('single', 0, init=n) for n in (0, 5))
+  churn_runs.write_run(tmp_path, first, [], {'seed': 0})
+  assert churn_runs.read_record(tmp_path, first)['seed'] == 0
+  with pytest.raises(ValueError, match='was made by'):
+    churn_runs.read_record(tmp_path, other)
 
 
 def test_other_data_are_refused(configuration, finished):

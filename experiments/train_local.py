@@ -16,7 +16,7 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.exchange.protocol import peers_of
-from experiments import cli, processes, supervisor
+from experiments import cli, machine, processes, supervisor
 from experiments.stopping import StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
   peers_of(0, _NUM_GROUPS.value)  # Raises if there are too few.
   workdir = os.path.abspath(_WORKDIR.value)
   stop = StopRequest().install()
-  environments, replicas = share_devices(
+  environments, replicas = machine.share_devices(
       _NUM_GROUPS.value, _CPU_REPLICAS.value, stop
   )
   groups = [
@@ -106,69 +106,6 @@ def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
       *([f'--arm={_ARM.value}'] if _ARM.value else []),
       *gin_utils.flag_arguments(),
   ]
-
-
-# --- Sharing devices ---------------------------------------------------------
-
-
-def share_devices(
-    num_groups: int, cpu_replicas: int, stop: StopRequest
-) -> tuple[list[dict[str, str]], int]:
-  """How the groups divide this machine.
-
-  Args:
-    num_groups: G.
-    cpu_replicas: Replicas of each group where there is no accelerator.
-    stop: Ends the look at the devices, which may take long.
-
-  Returns:
-    The environment variables of each group, and the replicas of each.
-
-  Raises:
-    OSError: If jax does not start.
-    ValueError: If the devices are of a kind that processes cannot share.
-  """
-  # In a process of its own: jax would keep the accelerators for this one.
-  code = 'import jax; print(jax.default_backend(), jax.local_device_count())'
-  probe = processes.call([sys.executable, '-c', code], stop, capture=True)
-  if probe.returncode:
-    said = probe.stderr.strip().splitlines() or ['it said nothing']
-    raise OSError(f'jax does not start here: {said[-1]}')
-  platform, count = probe.stdout.split()[-2:]
-  if platform == 'cpu':
-    return [{} for _ in range(num_groups)], cpu_replicas
-  if platform not in ('gpu', 'cuda', 'rocm'):
-    raise ValueError(
-        f'train_local cannot share out {platform} devices; start'
-        ' experiments.train_group once per host instead'
-    )
-  return share_gpus(visible_gpus(int(count)), num_groups)
-
-
-def visible_gpus(count: int) -> list[str]:
-  """The names by which this process sees its GPUs."""
-  named = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-  return named.split(',') if named else [str(i) for i in range(count)]
-
-
-def share_gpus(
-    gpus: Sequence[str], num_groups: int
-) -> tuple[list[dict[str, str]], int]:
-  """Whole GPUs for each group, or several groups on a GPU."""
-  replicas = len(gpus) // num_groups
-  if replicas:
-    shares = [
-        gpus[g * replicas : (g + 1) * replicas] for g in range(num_groups)
-    ]
-    return [{'CUDA_VISIBLE_DEVICES': ','.join(s)} for s in shares], replicas
-  per_gpu = -(-num_groups // len(gpus))
-  return [
-      {
-          'CUDA_VISIBLE_DEVICES': gpus[g % len(gpus)],
-          'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / per_gpu:.2f}',
-      }
-      for g in range(num_groups)
-  ], 1
 
 
 if __name__ == '__main__':

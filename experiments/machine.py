@@ -1,0 +1,68 @@
+"""How the groups of one machine divide its accelerators."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from experiments import processes
+from experiments.stopping import StopRequest
+
+
+def share_devices(
+    num_groups: int, cpu_replicas: int, stop: StopRequest
+) -> tuple[list[dict[str, str]], int]:
+  """How the groups divide this machine.
+
+  Args:
+    num_groups: G.
+    cpu_replicas: Replicas of each group where there is no accelerator.
+    stop: Ends the look at the devices, which may take long.
+
+  Returns:
+    The environment variables of each group, and the replicas of each.
+
+  Raises:
+    OSError: If jax does not start.
+    ValueError: If the devices are of a kind that processes cannot share.
+  """
+  # In a process of its own: jax would keep the accelerators for this one.
+  code = 'import jax; print(jax.default_backend(), jax.local_device_count())'
+  probe = processes.call([sys.executable, '-c', code], stop, capture=True)
+  if probe.returncode:
+    said = probe.stderr.strip().splitlines() or ['it said nothing']
+    raise OSError(f'jax does not start here: {said[-1]}')
+  platform, count = probe.stdout.split()[-2:]
+  if platform == 'cpu':
+    return [{} for _ in range(num_groups)], cpu_replicas
+  if platform not in ('gpu', 'cuda', 'rocm'):
+    raise ValueError(
+        f'train_local cannot share out {platform} devices; start'
+        ' experiments.train_group once per host instead'
+    )
+  return share_gpus(visible_gpus(int(count)), num_groups)
+
+
+def visible_gpus(count: int) -> list[str]:
+  """The names by which this process sees its GPUs."""
+  named = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+  return named.split(',') if named else [str(i) for i in range(count)]
+
+
+def share_gpus(
+    gpus: Sequence[str], num_groups: int
+) -> tuple[list[dict[str, str]], int]:
+  """Whole GPUs for each group, or several groups on a GPU."""
+  replicas = len(gpus) // num_groups
+  if replicas:
+    shares = [
+        gpus[g * replicas : (g + 1) * replicas] for g in range(num_groups)
+    ]
+    return [{'CUDA_VISIBLE_DEVICES': ','.join(s)} for s in shares], replicas
+  per_gpu = -(-num_groups // len(gpus))
+  return [
+      {
+          'CUDA_VISIBLE_DEVICES': gpus[g % len(gpus)],
+          'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / per_gpu:.2f}',
+      }
+      for g in range(num_groups)
+  ], 1

@@ -1,0 +1,90 @@
+"""How train_local shares out devices."""
+
+import signal
+import sys
+import time
+
+import pytest
+
+from experiments import cli, machine, processes
+
+
+def test_whole_gpus_are_shared_out():
+  environments, replicas = machine.share_gpus(list('01234567'), 3)
+  assert replicas == 2
+  assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == [
+      '0,1',
+      '2,3',
+      '4,5',
+  ]
+
+
+def test_several_groups_share_a_gpu_and_its_memory():
+  environments, replicas = machine.share_gpus(['3', '5'], 3)
+  assert replicas == 1
+  assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == ['3', '5', '3']
+  fractions = [float(e['XLA_PYTHON_CLIENT_MEM_FRACTION']) for e in environments]
+  assert sum(fractions[::2]) <= 0.9 + 1e-9
+
+
+def test_gpus_keep_the_names_that_the_user_gave_them(monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-abc')
+  assert machine.visible_gpus(2) == ['4', 'GPU-abc']
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+  assert machine.visible_gpus(2) == ['0', '1']
+
+
+class Stop:
+  """Asked to stop after a while; None: never."""
+
+  signal_number = signal.SIGINT
+
+  def __init__(self, seconds=None):
+    self._at = None if seconds is None else time.monotonic() + seconds
+
+  def __call__(self):
+    return self._at is not None and time.monotonic() > self._at
+
+
+def pretend_python(monkeypatch, tmp_path, script):
+  """Another program is started in place of Python."""
+  path = tmp_path / 'python'
+  path.write_text(f'#!/bin/sh\n{script}\n')
+  path.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(path))
+  # Tests have a jax with threads, which warns when it is forked.
+  monkeypatch.setattr(processes, '_die_with_parent', None)
+
+
+def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):
+  """It may hang: on a driver, or waiting for an accelerator."""
+  pretend_python(monkeypatch, tmp_path, 'exec sleep 60')
+  start = time.monotonic()
+  with pytest.raises(cli.Stopped) as e:
+    machine.share_devices(2, 2, Stop(0.3))
+  assert e.value.exit_status == 130
+  assert time.monotonic() - start < 10
+
+
+def test_devices_are_known_by_the_last_line(monkeypatch, tmp_path):
+  pretend_python(monkeypatch, tmp_path, 'echo Welcome to jax; echo gpu 4')
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  environments, replicas = machine.share_devices(2, 1, Stop())
+  assert replicas == 2
+  assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == ['0,1', '2,3']
+
+
+@pytest.mark.parametrize(
+    'script, reason',
+    [
+        ('echo first >&2; echo no driver >&2; exit 3', 'no driver'),
+        ('exit 3', 'it said nothing'),
+    ],
+)
+def test_a_jax_that_does_not_start_is_one_line(
+    monkeypatch, tmp_path, script, reason
+):
+  pretend_python(monkeypatch, tmp_path, script)
+  with pytest.raises(OSError) as e:
+    machine.share_devices(2, 1, Stop())
+  assert str(e.value) == f'jax does not start here: {reason}'

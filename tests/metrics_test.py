@@ -197,7 +197,7 @@ def test_batches_add_up_and_padding_is_ignored(metric):
     sums.append(
         metric(
             np.pad(x, pad, constant_values=np.nan),
-            np.pad(y, pad, constant_values=77),
+            np.pad(y.astype(float), pad, constant_values=np.nan),
             np.pad(np.ones(len(x), np.float32), pad),
         )
     )
@@ -251,6 +251,15 @@ def test_extreme_predictions_are_counted_and_no_number_is_no_number(metric):
   assert np.isfinite(metric(logits, labels).number())
   assert np.isnan(metric(np.array([np.nan, 0.0]), np.array([1, 0])).number())
   assert np.isnan(metric(logits, labels, np.zeros(6)).number())
+
+
+@pytest.mark.parametrize('metric', SIGMOID_METRICS)
+def test_scores_are_of_arrays_of_one_shape(metric):
+  x = np.zeros((2, 3))
+  assert metric(x, x.astype(int), np.ones((2, 3))).number() is not None
+  for args in ((x, x[0]), (x, x, np.ones(2)), (x, x[:, :, None])):
+    with pytest.raises(ValueError, match=r'of the logits, \(2, 3\), got \('):
+      metric(*args)
 
 
 def test_without_both_labels_there_is_no_area():

@@ -44,8 +44,10 @@ class Measured(NamedTuple):
 # --- Predictions -------------------------------------------------------------
 
 
-def check_probabilities(array: np.ndarray, name: str = 'predictions'):
-  """The predictions of one model as (N,) or (N, C >= 2).
+def check_probabilities(
+    array: np.ndarray, name: str = 'predictions'
+) -> np.ndarray:
+  """The predictions of one model as floats (N,) or (N, C >= 2).
 
   Raises:
     ValueError: If these are no probabilities.
@@ -60,6 +62,9 @@ def check_probabilities(array: np.ndarray, name: str = 'predictions'):
     )
   if array.dtype.kind not in 'fiub':
     raise ValueError(f'{name}: expected numbers, got dtype {array.dtype}')
+  if array.dtype not in (np.float32, np.float64):
+    # Differences of unsigned integers wrap, and half floats are coarse.
+    array = array.astype(np.float64)
   wrong = ~np.isfinite(array)
   if wrong.any():
     raise ValueError(

@@ -51,7 +51,7 @@ _CONTROL_RETRAINS = flags.DEFINE_integer(
     'control_retrains',
     3,
     'Retrains of the two controls with one seed fixed, that of the parameters'
-    ' or that of the order of data; 0 for none.',
+    ' or that of the order of data; at least 2, or 0 for none.',
 )
 _REPLICAS = flags.DEFINE_integer(
     'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
@@ -69,6 +69,20 @@ _NOTE = flags.DEFINE_string(
     'note', '', 'A sentence for the head of the page, such as on the data.'
 )
 
+# Without --workdir, which is refused in words of its own.
+_OF_STUDIES = (
+    'retrains',
+    'weights',
+    'num_groups',
+    'arm_gin',
+    'control_retrains',
+    'replicas',
+    'jobs',
+    'note',
+    'gin_file',
+    'gin',
+)
+
 
 def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
@@ -79,10 +93,12 @@ def main(argv: Sequence[str]) -> None:
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
       )
+    _refuse_flags_of('a study', _OF_STUDIES)
     churn_files.main()
     return
   if not _WORKDIR.value:
     raise ValueError('give --workdir to train a study, or --predictions')
+  _refuse_flags_of('--predictions', churn_files.ONLY_OF_FILES)
   _check_flags()
   workdir = _WORKDIR.value
   if not files.is_remote(workdir):
@@ -95,8 +111,28 @@ def main(argv: Sequence[str]) -> None:
     _train_in_processes(workdir, StopRequest().install())
   else:
     _work(workdir)
+  left = [
+      run.name
+      for run in _runs()
+      if churn_runs.read_record(workdir, run) is None
+  ]
+  if left:
+    cli.tell(
+        f'{left[0]} is in the hands of another process, which makes the report'
+        ' in the end; or start this command again'
+    )
+    return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
   churn_report.main(workdir, churn_files.OUTPUT.value, _NOTE.value)
+
+
+def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
+  """A flag that acts nowhere is a mistake."""
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise ValueError(
+          f'--{name} belongs to {what}, and would act nowhere; leave it out'
+      )
 
 
 def _check_flags() -> None:
@@ -109,6 +145,11 @@ def _check_flags() -> None:
   ):
     if flag.value < least:
       raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  if _CONTROL_RETRAINS.value == 1:
+    raise ValueError(
+        '--control_retrains=1: the first is a single model, which is no'
+        ' control; set it to 0, or to 2 or more'
+    )
   _runs()
 
 

@@ -39,6 +39,9 @@ OUTPUT = flags.DEFINE_string(
     ' nowhere for files.',
 )
 
+# Would act nowhere in a study.
+ONLY_OF_FILES = ('prediction_column', 'labels', 'label_column', 'id_column')
+
 _ONE_ARM = 'predictions'
 
 

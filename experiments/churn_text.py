@@ -77,6 +77,8 @@ def chosen(study: Study) -> str:
     )
   if not study.settings['has_test_split']:
     said += ' The task has no test split: the table is of validation.'
+  elif study.chosen is not None:
+    said += ' The table is of the same retrains, on other examples.'
   return said
 
 

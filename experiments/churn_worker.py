@@ -23,6 +23,9 @@ from experiments.stopping import StopRequest
 _SAY_EVERY_SECONDS = 30.0
 # A round of two groups does two updates and asks a teacher for each.
 _TEACHER_COST = 1.4
+# What all runs of a study have in common, besides their configurations; 'data'
+# tells how many examples each split has.
+_FIXED = ('num_groups', 'replicas', 'identity', 'data', 'platform')
 
 
 class Trainers:
@@ -85,7 +88,8 @@ class Trainers:
 
   def _write_configuration(self, name: str) -> None:
     path = churn_runs.config_path(self._workdir, name)
-    if not path.exists():
+    # What an attempt before a correction has left is not in force.
+    if not path.exists() or not churn_runs.has_begun(self._workdir, name):
       text = gin_utils.operative_configuration()
       files.write_bytes(path, text.encode())
 
@@ -117,6 +121,7 @@ def describe_study(
       'example': task.example_name,
       'num_classes': task.num_classes,
       'has_test_split': task.test_batches is not None,
+      'identity': dict(task.identity),
       'platform': jax.devices()[0].device_kind,
       'command': command,
   }
@@ -125,17 +130,21 @@ def describe_study(
 def claim(workdir: files.PathLike, study: Mapping[str, Any]) -> None:
   """Writes study.json; the first time, or with arms that are new.
 
+  The configuration of an arm may be corrected until one of its runs is done.
+
   Raises:
-    ValueError: If the workdir holds a study of another configuration.
+    ValueError: If the workdir holds a study of another configuration, of other
+      data, or of another kind of device.
   """
   path = churn_runs.study_path(workdir)
   begun = churn_runs.has_begun(workdir)
   before = (files.read_json(path) if begun else None) or {}
   theirs = before.get('configurations', {})
   for name, ours in study['configurations'].items():
-    if name in theirs and theirs[name] != ours:
+    same = theirs.get(name, ours) == ours
+    if not same and churn_runs.has_begun(workdir, name):
       _refuse(workdir, theirs[name], ours)
-  for key in ('num_groups', 'replicas'):
+  for key in _FIXED:
     if key in before and before[key] != study[key]:
       _refuse(workdir, [f'{key}={before[key]}'], [f'{key}={study[key]}'])
   configurations = theirs | study['configurations']

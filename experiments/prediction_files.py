@@ -6,6 +6,7 @@ Shape suffixes: N examples, C classes.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,10 +57,7 @@ def read(path: str, columns: Columns) -> Predictions:
   """
   name = os.path.basename(path)
   if _ending(path) == '.npy':
-    if columns.id:
-      raise ValueError(
-          f'{path} has no ids; leave --id_column out, or give tables only'
-      )
+    _check_no_ids(path, columns)
     probs = churn.check_probabilities(_read_npy(path), path)
     return Predictions(name, probs, None, None)
   table = _read_table(path)
@@ -74,11 +72,19 @@ def read(path: str, columns: Columns) -> Predictions:
 
 
 def read_labels(path: str, columns: Columns) -> tuple[np.ndarray, Any]:
-  """Labels (N,) and their ids (None without) of one file."""
+  """Labels (N,) and their ids (None without) of one file; errors as `read`."""
   if _ending(path) == '.npy':
+    _check_no_ids(path, columns)
     return _read_npy(path), None
   table = _read_table(path)
   return _column(table, columns.label, path), _ids(table, columns.id, path)
+
+
+def _check_no_ids(path: str, columns: Columns) -> None:
+  if columns.id:
+    raise ValueError(
+        f'{path} has no ids; leave --id_column out, or give tables only'
+    )
 
 
 def join(
@@ -212,6 +218,18 @@ def _read_table(path: str):
   try:
     if ending == '.parquet':
       return pd.read_parquet(path)
-    return pd.read_csv(path, sep='\t' if ending == '.tsv' else ',')
-  except ValueError as e:  # Also a parser's errors.
+    with warnings.catch_warnings():
+      # Of rows that are longer than the header.
+      warnings.simplefilter('error', pd.errors.ParserWarning)
+      # Or the first column of such rows would be taken for an index, and each
+      # of the others would have the name of its neighbour.
+      separator = '\t' if ending == '.tsv' else ','
+      return pd.read_csv(path, sep=separator, index_col=False)
+  # Also a parser's errors; pyarrow, where it is missing, and what it cannot do.
+  except (
+      ValueError,
+      ImportError,
+      NotImplementedError,
+      pd.errors.ParserWarning,
+  ) as e:
     raise ValueError(f'{path} cannot be read as {ending[1:]}: {e}') from e

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
 from codistill_jax import churn as churn_lib
-from codistill_jax.storage import files
+from codistill_jax.storage import files, locks
 from experiments import (
     churn,
     churn_figures,
@@ -409,16 +409,104 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
       (new, ['--arm_gin=x=none.gin'], 'no such file'),
       (new, ['--gin=schedules.distill_weight.weight=0'], 'is 0 at its last'),
       (new, ['--predictions=a.npy'], 'leave one out'),
+      (new, ['--control_retrains=1'], 'to 2 or more'),
+      (new, ['--labels=a.npy'], '--labels belongs to --predictions'),
   ]:
     status, output = study(configuration, where, *arguments)
     said = [x for x in output.splitlines() if 'runs done' not in x]
     assert status == 1 and len(said) == 1, (arguments, output)
     assert words in said[0]
   assert tiny_run.snapshot(workdir) == before
-  # A mistake leaves nothing that would refuse the correction.
-  claim = {'configurations': {'': ['x']}, 'num_groups': 2, 'replicas': 1}
-  churn_worker.claim(tmp_path / 'other', claim)
-  churn_worker.claim(tmp_path / 'other', {**claim, 'num_groups': 3})
+
+
+CLAIM = {
+    'configurations': {'': ['x'], 'wide': ['y']},
+    'num_groups': 2,
+    'replicas': 1,
+    'identity': {'ids': 'a'},
+    'data': '512 points',
+    'platform': 'cpu',
+}
+
+
+def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(tmp_path):
+  churn_worker.claim(tmp_path, CLAIM)
+  for key, value in {
+      'configurations': {'': ['z']},
+      'num_groups': 3,
+      'replicas': 2,
+      'identity': {'ids': 'b'},
+      'data': '513 points',
+      'platform': 'gpu',
+  }.items():
+    other = {**CLAIM, key: value}
+    # A mistake leaves nothing that would refuse the correction, ...
+    churn_worker.claim(tmp_path / key, other)
+    churn_worker.claim(tmp_path / key, CLAIM)
+    # ... until a run is done.
+    churn_runs.write_run(tmp_path / key, churn_runs.Run('single', 0), [], {})
+    with pytest.raises(ValueError, match='another configuration'):
+      churn_worker.claim(tmp_path / key, other)
+    churn_worker.claim(tmp_path / key, CLAIM)
+
+
+def test_an_own_arm_can_be_corrected_until_one_of_its_runs_is_done(tmp_path):
+  """Its turn comes last, and only then are bindings found that act nowhere."""
+  churn_worker.claim(tmp_path, CLAIM)
+  churn_runs.write_run(tmp_path, churn_runs.Run('single', 0), [], {})
+  corrected = {**CLAIM, 'configurations': {'': ['x'], 'wide': ['z']}}
+  churn_worker.claim(tmp_path, corrected)
+  run = churn_runs.Run('wide', 0, config='wide')
+  churn_runs.write_run(tmp_path, run, [], {})
+  with pytest.raises(ValueError, match='has z, this one has y'):
+    churn_worker.claim(tmp_path, CLAIM)
+
+
+def test_the_page_shows_the_configuration_that_was_trained(
+    configuration, tmp_path
+):
+  """Not the one of an attempt that was given up before a run was done."""
+
+  def after_training(exchange_every):
+    trainers = churn_worker.Trainers(
+        tmp_path,
+        [configuration / 'toy.gin'],
+        [f'experiment.Experiment.exchange_every={exchange_every}'],
+        {},
+        devices=lambda: None,
+    )
+    churn_study.train(
+        trainers(''), churn_runs.Run('single', 0), lambda _: trainers.check('')
+    )
+    return churn_runs.config_path(tmp_path, '').read_text()
+
+  assert 'exchange_every = 5' in after_training(5)
+  assert 'exchange_every = 6' in after_training(6)
+  churn_runs.write_run(tmp_path, churn_runs.Run('single', 0), [], {})
+  assert 'exchange_every = 6' in after_training(7)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+  path = tmp_path / 'labels_test.npy'
+  for data in (b'', b'\x93NUMPY', b'no array'):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r'labels_test\.npy is damaged'):
+      churn_runs.read_labels(tmp_path, 'test')
+
+
+def test_no_report_of_what_another_process_has_not_finished(
+    configuration, tmp_path
+):
+  run = churn_runs.Run('single', 3)
+  directory = churn_runs.run_dir(tmp_path, run)
+  arguments = ['--weights=', '--control_retrains=0']
+  with locks.exclusive(directory, 'training'):
+    status, output = study(configuration, tmp_path, *arguments)
+  assert status == 0
+  assert 'single 3 is in the hands of another process' in output
+  assert not (tmp_path / 'report').exists()
+  status, output = study(configuration, tmp_path, *arguments)
+  assert status == 0 and 'single model' in output
 
 
 def test_what_another_run_wrote_is_refused(tmp_path):

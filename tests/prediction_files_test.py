@@ -151,6 +151,7 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
   (tmp_path / 'torn.npy').write_bytes(b'\x93NUMPY')
   (tmp_path / 'torn.parquet').write_bytes(b'PAR1')
   (tmp_path / 'empty.csv').write_text('')
+  (tmp_path / 'wide.csv').write_text('prediction,label\n0.5,1,0\n0.25,0,0\n')
   others = save('others.csv', models[0], labels=labels, ids=np.arange(1, 41))
   ids = ['--id_column=key']
   for paths, flags, words in [
@@ -166,7 +167,10 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
       ([good, tmp_path / 'empty.csv'], [], 'empty.csv'),
       ([good, tmp_path / 'none.npy'], [], 'none.npy'),
       ([good, tmp_path / 'x.pkl'], [], 'unknown kind of file'),
+      ([good, tmp_path / 'wide.csv'], [], 'wide.csv cannot be read as csv'),
       ([good, table], ids, 'good.npy has no ids'),
+      ([table, table], [*ids, f'--labels={good}'], 'good.npy has no ids'),
+      ([good, good], ['--note=mine'], '--note belongs to a study'),
       ([table, others], ids, 'others.csv lacks 1 of 40 ids, such as 0'),
       ([table, others], ['--id_column=no'], "no column 'no'"),
       (

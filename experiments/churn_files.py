@@ -1,5 +1,6 @@
 """The comparison of prediction files: flags, and what is made of them."""
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -51,9 +52,13 @@ def main() -> None:
       tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
   )
   named = [_split_name(text) for text in PREDICTIONS.value]
-  models = [prediction_files.read(path, columns) for _, path in named]
-  if len(models) < 2:
+  if len(named) < 2:
     raise ValueError('churn is between models: give --predictions twice')
+  for again in (x for i, x in enumerate(named) if x in named[:i]):
+    raise ValueError(
+        f'{again[1]} is given twice; a model has no churn against itself'
+    )
+  models = [prediction_files.read(path, columns) for _, path in named]
   labels = None
   if _LABELS.value:
     labels = prediction_files.read_labels(_LABELS.value, columns)
@@ -66,6 +71,7 @@ def main() -> None:
       rows,
       pairs=_pairs(named, models),
       examples=len(arrays[0]),
+      joined_by=columns.id,
       paths=[path for _, path in named],
       output=OUTPUT.value,
   )
@@ -85,9 +91,12 @@ def _pairs(
     named: Sequence[tuple[str, str]], models: Sequence[Predictions]
 ) -> dict[str, list[tuple[str, str]]]:
   """By arm, the files of each pair in the order of a figure's values."""
+  paths = [os.path.abspath(model.name) for model in models]
+  # Their names, if all lie in one directory.
+  together = os.path.commonpath(map(os.path.dirname, paths))
   found: dict[str, list[str]] = {}
-  for (arm, _), model in zip(named, models):
-    found.setdefault(arm, []).append(model.name)
+  for (arm, _), path in zip(named, paths):
+    found.setdefault(arm, []).append(os.path.relpath(path, together))
   return {
       arm: [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
       for arm, names in found.items()

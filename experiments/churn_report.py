@@ -135,6 +135,7 @@ def report_files(
     *,
     pairs: Mapping[str, Sequence[tuple[str, str]]],
     examples: int,
+    joined_by: str,
     paths: Sequence[str],
     output: str | None,
 ) -> None:
@@ -144,6 +145,7 @@ def report_files(
     rows: An arm each.
     pairs: By arm, the names of each pair in the order of a figure's values.
     examples: N.
+    joined_by: The column of ids; '' if rows were compared with rows.
     paths: Of all files.
     output: Directory, or None.
   """
@@ -152,7 +154,8 @@ def report_files(
   cli.tell(tables.align([header, *cells]))
   if len(between[1]) > 1:
     cli.tell('\n' + tables.align([between[0], *between[1]]))
-  said = f'{examples:,} examples; ± is half of maximum minus minimum'
+  how = f'joined by {joined_by}' if joined_by else 'row by row'
+  said = f'{examples:,} examples, {how}; ± is half of maximum minus minimum'
   cli.tell(f'\n{said}')
   if output is None:
     return

@@ -141,7 +141,7 @@ def test_what_is_no_probability_is_refused(array, words):
         ([0, 1, 2], 'label 2 in row 2'),
         ([0, 0.5, 1], 'label 0.5 in row 1'),
         ([0, np.nan, 1], 'label nan in row 1'),
-        (['a', 'b', 'c'], 'expected numbers'),
+        (['a', 'b', 'c'], 'expected whole numbers'),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels, words):

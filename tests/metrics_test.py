@@ -231,6 +231,13 @@ def test_calibration_compares_mean_prediction_and_share_of_positives():
   np.testing.assert_allclose(
       calibration_error(logits, labels).number(), expected, rtol=1e-5
   )
+  # Bins are a twentieth wide, ...
+  probs = np.array([0.52, 0.58])
+  found = calibration_error(np.log(probs / (1 - probs)), np.array([1, 0]))
+  np.testing.assert_allclose(found.number(), (0.48 + 0.58) / 2, rtol=1e-5)
+  # and certainty is in the last one.
+  found = calibration_error(np.full(2, 88.0), np.array([1, 0]))
+  assert found.number() == 0.5
   # In one bin errors make up for each other.
   found = calibration_error(np.zeros(4), np.array([0, 1, 1, 0]))
   assert found.number() == 0
@@ -251,7 +258,9 @@ def test_extreme_predictions_are_counted_and_no_number_is_no_number(metric):
   logits = np.array([np.inf, -np.inf, 1e30, -1e30, 88.0, -88.0])
   labels = np.array([1, 0, 1, 0, 1, 0])
   assert np.isfinite(metric(logits, labels).number())
-  assert np.isnan(metric(np.array([np.nan, 0.0]), np.array([1, 0])).number())
+  for label in (0, 1):
+    damaged = metric(np.array([np.nan, *logits]), np.array([label, *labels]))
+    assert np.isnan(damaged.number())
   assert np.isnan(metric(logits, labels, np.zeros(6)).number())
 
 

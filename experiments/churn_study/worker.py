@@ -15,9 +15,10 @@ import jax
 from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files, locks
-from experiments import churn_runs, churn_study, cli
-from experiments.churn_runs import SPLITS, Run
-from experiments.churn_study import Trainer
+from experiments import cli
+from experiments.churn_study import run_files, training
+from experiments.churn_study.run_files import SPLITS, Run
+from experiments.churn_study.training import Trainer
 from experiments.stopping import StopRequest
 
 _SAY_EVERY_SECONDS = 30.0
@@ -73,10 +74,10 @@ class Trainers:
       self._parse(name)
       experiment = gin_utils.make(Experiment)
       for split in SPLITS:
-        labels = churn_study.labels_of(experiment, split)
-        churn_runs.keep_labels(self._workdir, split, labels)
+        labels = training.labels_of(experiment, split)
+        run_files.keep_labels(self._workdir, split, labels)
       self._made[name] = gin_utils.call(
-          churn_study.make_trainer, experiment, self._devices()
+          training.make_trainer, experiment, self._devices()
       )
     return self._made[name]
 
@@ -87,9 +88,9 @@ class Trainers:
       self._write_configuration(name)
 
   def _write_configuration(self, name: str) -> None:
-    path = churn_runs.config_path(self._workdir, name)
+    path = run_files.config_path(self._workdir, name)
     # What an attempt before a correction has left is not in force.
-    if not path.exists() or not churn_runs.has_begun(self._workdir, name):
+    if not path.exists() or not run_files.has_begun(self._workdir, name):
       text = gin_utils.operative_configuration()
       files.write_bytes(path, text.encode())
 
@@ -136,13 +137,13 @@ def claim(workdir: files.PathLike, study: Mapping[str, Any]) -> None:
     ValueError: If the workdir holds a study of another configuration, of other
       data, or of another kind of device.
   """
-  path = churn_runs.study_path(workdir)
-  begun = churn_runs.has_begun(workdir)
+  path = run_files.study_path(workdir)
+  begun = run_files.has_begun(workdir)
   before = (files.read_json(path) if begun else None) or {}
   theirs = before.get('configurations', {})
   for name, ours in study['configurations'].items():
     same = theirs.get(name, ours) == ours
-    if not same and churn_runs.has_begun(workdir, name):
+    if not same and run_files.has_begun(workdir, name):
       _refuse(workdir, theirs[name], ours)
   for key in _FIXED:
     if key in before and before[key] != study[key]:
@@ -185,11 +186,11 @@ def train_all(
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(
-            locks.exclusive(churn_runs.run_dir(workdir, run), 'training')
+            locks.exclusive(run_files.run_dir(workdir, run), 'training')
         )
       except ValueError:
         continue  # Another process is at it.
-      if churn_runs.read_record(workdir, run) is None:
+      if run_files.read_record(workdir, run) is None:
         _train_one(workdir, run, trainers, stop, Progress(runs, run, jobs))
         cli.tell(Progress(runs, run, jobs).line(workdir, 'done'))
 
@@ -218,24 +219,24 @@ def _train_one(
     _leave_if(stop, run)
     progress.say(workdir, step, trainer.experiment.num_steps)
 
-  learnt = churn_study.train(trainer, run, tick)
+  learnt = training.train(trainer, run, tick)
   predictions = [
-      {split: churn_study.predict(trainer, x, split) for split in SPLITS}
+      {split: training.predict(trainer, x, split) for split in SPLITS}
       for x in learnt
   ]
-  churn_runs.write_run(workdir, run, predictions, describe(trainer, run, began))
+  run_files.write_run(workdir, run, predictions, describe(trainer, run, began))
 
 
 def describe(trainer: Trainer, run: Run, began: float) -> dict[str, Any]:
   """What run.json says of a run that has just ended."""
-  experiment = churn_study.configured(trainer.experiment, run)
+  experiment = training.configured(trainer.experiment, run)
   return {
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
       'num_steps': experiment.num_steps,
       'began': began,
       'ended': time.time(),
-      'cores': churn_runs.own_cores(),
+      'cores': run_files.own_cores(),
       'jax': jax.__version__,
   }
 
@@ -255,7 +256,7 @@ class Progress:
 
   def line(self, workdir: files.PathLike, what: str) -> str:
     """Where the study stands, by its files."""
-    records = {run: churn_runs.read_record(workdir, run) for run in self._runs}
+    records = {run: run_files.read_record(workdir, run) for run in self._runs}
     took = [
         (r['ended'] - r['began']) / _cost(run)
         for run, r in records.items()

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import churn_figures, churn_report, prediction_files
-from experiments.prediction_files import Columns, Predictions
+from experiments.churn_study import figures, prediction_files, report
+from experiments.churn_study.prediction_files import Columns, Predictions
 
 PREDICTIONS = flags.DEFINE_multi_string(
     'predictions',
@@ -66,8 +66,8 @@ def main() -> None:
   arms: dict[str, list] = {}
   for (arm, _), array in zip(named, arrays):
     arms.setdefault(arm, []).append(array)
-  rows = churn_figures.summarise(arms, labels)
-  churn_report.report_files(
+  rows = figures.summarise(arms, labels)
+  report.report_files(
       rows,
       pairs=_pairs(named, models),
       examples=len(arrays[0]),

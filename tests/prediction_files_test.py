@@ -156,6 +156,22 @@ def test_classes_come_as_columns_or_as_an_array(tmp_path):
   assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models))
 
 
+def test_labels_that_nobody_asked_for_do_no_harm(tmp_path, models, labels):
+  words = np.where(labels, 'yes', 'no')
+  paths = [
+      write(tmp_path / f'{i}.csv', p, words) for i, p in enumerate(models[:2])
+  ]
+  status, output = compare(*paths)
+  assert status == 1 and 'give --label_column=' in output
+  found = figures(tmp_path, *paths, flags=['--label_column='])
+  assert 'log_loss' not in found['predictions']['figures']
+  np.save(tmp_path / 'labels.npy', labels)
+  found = figures(
+      tmp_path, *paths, flags=[f'--labels={tmp_path / "labels.npy"}']
+  )
+  assert 'log_loss' in found['predictions']['figures']
+
+
 def test_mistakes_are_one_line(tmp_path, models, labels):
   save = lambda name, array, **kwargs: write(tmp_path / name, array, **kwargs)
   good = save('good.npy', models[0])

@@ -12,8 +12,8 @@ the tail number is missing only there.)
 
 A feature is what is known at the scheduled departure. Dropped are the columns
 that are measured later (`LEAKS`). The weather is that of the hour *before* the
-scheduled one, at the airport of departure; most of it is measured 9 minutes
-before the hour. Neither year nor day is a feature: with rows of one day in all
+scheduled one, at the airport of departure, and may be as young as the end of
+that hour. Neither year nor day is a feature: with rows of one day in all
 splits, the day itself would say how late its other flights were. The weather
 still tells the days apart, for a model that remembers it to the digit: figures
 of this task are for comparing methods, no forecast of how late flights will be.

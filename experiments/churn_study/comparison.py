@@ -28,7 +28,9 @@ _LABELS = flags.DEFINE_string(
     ' prediction files, if they have it.',
 )
 _LABEL_COLUMN = flags.DEFINE_string(
-    'label_column', 'label', 'Column of a table with the class, from 0.'
+    'label_column',
+    'label',
+    'Column of a table with the class, from 0; nothing for no labels.',
 )
 _ID_COLUMN = flags.DEFINE_string(
     'id_column', '', 'Column by which tables are joined; default: row by row.'
@@ -58,10 +60,11 @@ def main() -> None:
     raise ValueError(
         f'{again[1]} is given twice; a model has no churn against itself'
     )
-  models = [prediction_files.read(path, columns) for _, path in named]
   labels = None
   if _LABELS.value:
     labels = prediction_files.read_labels(_LABELS.value, columns)
+    columns = columns._replace(label='')
+  models = [prediction_files.read(path, columns) for _, path in named]
   arrays, labels = prediction_files.join(models, labels)
   arms: dict[str, list] = {}
   for (arm, _), array in zip(named, arrays):

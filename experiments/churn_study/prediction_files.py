@@ -68,7 +68,10 @@ def read(path: str, columns: Columns) -> Predictions:
   labels = None
   if columns.label in table:
     labels = _column(table, columns.label, path)
-    labels = churn.check_labels(labels, probs, f'{path}, {columns.label}')
+    try:
+      labels = churn.check_labels(labels, probs, f'{path}, {columns.label}')
+    except ValueError as e:
+      raise ValueError(f'{e}; to read no labels, give --label_column=') from e
   return Predictions(
       path,
       probs,

@@ -414,6 +414,24 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   assert tiny_run.snapshot(workdir) == before
 
 
+def test_groups_that_never_exchange_are_no_codistilled_arm(
+    configuration, tmp_path
+):
+  trainers = worker.Trainers(
+      tmp_path,
+      [configuration / 'toy.gin'],
+      ['experiment.Experiment.exchange_every=24'],
+      {},
+      devices=lambda: None,
+  )
+  train = lambda weight: training.train(
+      trainers(''), run_files.Run('two', 0, 2, weight=weight), lambda step: None
+  )
+  with pytest.raises(ValueError, match='two 0 never had a teacher in 24 steps'):
+    train(1.0)
+  assert len(train(None)) == 2  # An arm of one's own may be anything.
+
+
 CLAIM = {
     'configurations': {'': ['x'], 'wide': ['y']},
     'num_groups': 2,

@@ -44,8 +44,10 @@ class Measured(NamedTuple):
 # --- Predictions -------------------------------------------------------------
 
 
-def check_probabilities(array: np.ndarray, name: str = 'predictions'):
-  """The predictions of one model as (N,) or (N, C >= 2).
+def check_probabilities(
+    array: np.ndarray, name: str = 'predictions'
+) -> np.ndarray:
+  """The predictions of one model as floats (N,) or (N, C >= 2).
 
   Raises:
     ValueError: If these are no probabilities.
@@ -60,6 +62,9 @@ def check_probabilities(array: np.ndarray, name: str = 'predictions'):
     )
   if array.dtype.kind not in 'fiub':
     raise ValueError(f'{name}: expected numbers, got dtype {array.dtype}')
+  if array.dtype not in (np.float32, np.float64):
+    # Differences of unsigned integers wrap, and half floats are coarse.
+    array = array.astype(np.float64)
   wrong = ~np.isfinite(array)
   if wrong.any():
     raise ValueError(
@@ -217,16 +222,20 @@ def measure(
   )
 
 
-def check_labels(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
+def check_labels(
+    labels: np.ndarray, probs: np.ndarray, name: str = 'labels'
+) -> np.ndarray:
   """Labels (N,) as integers; ValueError unless they suit the predictions."""
   labels = np.asarray(labels)
   if labels.shape != probs.shape[:1]:
     raise ValueError(
-        f'{len(probs):,} predictions, but labels of shape {labels.shape}; give'
-        ' one label for each'
+        f'{name}: {len(probs):,} predictions, but labels of shape'
+        f' {labels.shape}; give one label for each'
     )
   if labels.dtype.kind not in 'fiub':
-    raise ValueError(f'labels: expected numbers, got dtype {labels.dtype}')
+    raise ValueError(
+        f'{name}: expected whole numbers, got dtype {labels.dtype}'
+    )
   classes = 2 if probs.ndim == 1 else probs.shape[1]
   # A NaN is not equal to what it is cast to.
   with np.errstate(invalid='ignore'):
@@ -235,8 +244,8 @@ def check_labels(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
   if wrong.any():
     row = _first_row(wrong)
     raise ValueError(
-        f'label {labels[row]} in row {row:,} is not a class; expected whole'
-        f' numbers from 0 to {classes - 1}'
+        f'{name}: label {labels[row]} in row {row:,} is not a class; expected'
+        f' whole numbers from 0 to {classes - 1}'
     )
   return whole
 

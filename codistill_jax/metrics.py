@@ -7,6 +7,8 @@ Weights are per example and 0 for padding, whose values are ignored, be they
 NaN. Logits of the shape of their labels belong to a sigmoid output; all others
 have a class axis C at the end.
 
+`auc`, `calibration` and `calibration_error` are those of `scores`.
+
 Shape suffixes: C classes; `...` any axes of examples.
 """
 
@@ -14,18 +16,9 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from codistill_jax import base
-
-# Bins of `Auc`: of the logit, 1/256 wide, from -16 to 16. Powers of two, so
-# that every machine puts a logit into the same bin.
-_LOGIT_LIMIT = 16
-_BINS_PER_UNIT = 256
-_AUC_BINS = 2 * _LOGIT_LIMIT * _BINS_PER_UNIT
-
-# Bins of `CalibrationError`: of the probability.
-CALIBRATION_BINS = 20
+from codistill_jax import base, scores
+from codistill_jax.scores import auc, calibration, calibration_error
 
 
 class Metric(Protocol):
@@ -48,62 +41,7 @@ class Mean(NamedTuple):
 
   def number(self) -> float:
     """The mean; NaN if nothing was counted."""
-    return _ratio(self.total, self.count)
-
-
-class Auc(NamedTuple):
-  """The area under the ROC curve in the making: scores by label, in bins.
-
-  The probability that a positive example has a higher logit than a negative
-  one, where a pair in one bin counts 1/2, as ties do. Memory is that of the
-  bins, and the error is at most `error_bound`: half the share of the pairs that
-  share a bin.
-
-  Attributes:
-    positives: Weight of the examples of label 1 in each bin, float32 (8192,).
-    negatives: Likewise of label 0.
-  """
-
-  positives: base.Array
-  negatives: base.Array
-
-  def number(self) -> float:
-    """The area; NaN without examples of both labels."""
-    positives, negatives = self._float64()
-    below = np.cumsum(negatives) - negatives
-    won = np.sum(positives * (below + 0.5 * negatives))
-    return _ratio(won, positives.sum() * negatives.sum())
-
-  def error_bound(self) -> float:
-    """By how much `number` may differ from the area of the exact scores."""
-    positives, negatives = self._float64()
-    together = np.sum(positives * negatives)
-    return _ratio(0.5 * together, positives.sum() * negatives.sum())
-
-  def _float64(self) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(self.positives, float), np.asarray(self.negatives, float)
-
-
-class CalibrationError(NamedTuple):
-  """The expected calibration error in the making (Naeini et al. 2015).
-
-  Over 20 bins of the predicted probability, all of one width: the mean of
-  |mean prediction - share of positives|, weighted by the examples in the bin.
-
-  Attributes:
-    predicted: Sum of the predictions in each bin, float32 (20,).
-    observed: Sum of the labels in each bin, float32 (20,).
-    count: Weight of all examples.
-  """
-
-  predicted: base.Array
-  observed: base.Array
-  count: base.Array
-
-  def number(self) -> float:
-    """The error, in [0, 1]; NaN if nothing was counted."""
-    difference = np.subtract(self.predicted, self.observed, dtype=float)
-    return _ratio(np.sum(np.abs(difference)), self.count)
+    return scores.ratio(self.total, self.count)
 
 
 def merge(a: base.PyTree, b: base.PyTree) -> base.PyTree:
@@ -204,58 +142,6 @@ def relative_difference(
   return mean(relative, weights)
 
 
-def auc(
-    logits: base.Array, labels: base.Array, weights: base.Array | None = None
-) -> Auc:
-  """Area under the ROC curve of a sigmoid output; see `Auc`.
-
-  Args:
-    logits: (...); one that is NaN makes the area NaN.
-    labels: (...); 0 or 1.
-    weights: (...); 1 everywhere if None, 0 for padding.
-
-  Raises:
-    ValueError: If the shapes disagree.
-  """
-  logits, labels, weights = _scored(logits, labels, weights)
-  weights = jnp.where((weights != 0) & jnp.isnan(logits), jnp.nan, weights)
-  logits = jnp.nan_to_num(jnp.clip(logits, -_LOGIT_LIMIT, _LOGIT_LIMIT))
-  bins = jnp.floor((logits + _LOGIT_LIMIT) * _BINS_PER_UNIT)
-  bins = jnp.clip(bins.astype(jnp.int32), 0, _AUC_BINS - 1)
-  return Auc(
-      positives=_histogram(bins, weights * labels, _AUC_BINS),
-      negatives=_histogram(bins, weights * (1.0 - labels), _AUC_BINS),
-  )
-
-
-def calibration(
-    logits: base.Array, labels: base.Array, weights: base.Array | None = None
-) -> Mean:
-  """Mean prediction over the share of positives, of a sigmoid output.
-
-  1 is right on the whole, more predicts too many positives. Not a weighted
-  mean: `count` is the sum of the labels.
-  """
-  logits, labels, weights = _scored(logits, labels, weights)
-  predicted = mean(jax.nn.sigmoid(logits), weights)
-  return Mean(predicted.total, mean(labels, weights).total)
-
-
-def calibration_error(
-    logits: base.Array, labels: base.Array, weights: base.Array | None = None
-) -> CalibrationError:
-  """Expected calibration error of a sigmoid output; see `CalibrationError`."""
-  logits, labels, weights = _scored(logits, labels, weights)
-  probs = jnp.where(weights == 0, 0.0, jax.nn.sigmoid(logits))
-  bins = jnp.floor(jnp.nan_to_num(probs) * CALIBRATION_BINS).astype(jnp.int32)
-  bins = jnp.minimum(bins, CALIBRATION_BINS - 1)
-  return CalibrationError(
-      predicted=_histogram(bins, weights * probs, CALIBRATION_BINS),
-      observed=_histogram(bins, weights * labels, CALIBRATION_BINS),
-      count=jnp.sum(weights),
-  )
-
-
 def quality(
     logits: base.Array, labels: base.Array, weights: base.Array | None = None
 ) -> dict[str, Metric]:
@@ -273,27 +159,6 @@ def quality(
     found['eval/calibration'] = calibration(*args)
     found['eval/calibration_error'] = calibration_error(*args)
   return found
-
-
-def _scored(logits, labels, weights):
-  """Float32, flat; labels and logits of weight 0 do no harm."""
-  logits = jnp.asarray(logits, jnp.float32)
-  labels = jnp.asarray(labels, jnp.float32)
-  _check_same_shape('logits', logits, 'labels', labels)
-  if weights is None:
-    weights = jnp.ones_like(logits)
-  weights = jnp.asarray(weights, jnp.float32)
-  _check_same_shape('logits', logits, 'weights', weights)
-  labels = jnp.where(weights == 0, 0.0, labels)
-  return logits.reshape(-1), labels.reshape(-1), weights.reshape(-1)
-
-
-def _histogram(bins, weights, size):
-  return jnp.zeros((size,), jnp.float32).at[bins].add(weights)
-
-
-def _ratio(total, count) -> float:
-  return float(np.float64(total) / np.float64(count)) if count else float('nan')
 
 
 def disagreement(

@@ -23,11 +23,12 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import churn_files, churn_report, churn_runs, cli, processes
+from experiments import cli, processes
+from experiments.churn_study import comparison, report, run_files
 from experiments.stopping import Rescue, StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(churn_files)
+flags.adopt_module_key_flags(comparison)
 
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the study: predictions and report.'
@@ -51,7 +52,7 @@ _CONTROL_RETRAINS = flags.DEFINE_integer(
     'control_retrains',
     3,
     'Retrains of the two controls with one seed fixed, that of the parameters'
-    ' or that of the order of data; 0 for none.',
+    ' or that of the order of data; at least 2, or 0 for none.',
 )
 _REPLICAS = flags.DEFINE_integer(
     'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
@@ -69,20 +70,36 @@ _NOTE = flags.DEFINE_string(
     'note', '', 'A sentence for the head of the page, such as on the data.'
 )
 
+# Without --workdir, which is refused in words of its own.
+_OF_STUDIES = (
+    'retrains',
+    'weights',
+    'num_groups',
+    'arm_gin',
+    'control_retrains',
+    'replicas',
+    'jobs',
+    'note',
+    'gin_file',
+    'gin',
+)
+
 
 def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
   del argv
-  if churn_files.PREDICTIONS.value:
+  if comparison.PREDICTIONS.value:
     if _WORKDIR.value:
       raise ValueError(
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
       )
-    churn_files.main()
+    _refuse_flags_of('a study', _OF_STUDIES)
+    comparison.main()
     return
   if not _WORKDIR.value:
     raise ValueError('give --workdir to train a study, or --predictions')
+  _refuse_flags_of('--predictions', comparison.ONLY_OF_FILES)
   _check_flags()
   workdir = _WORKDIR.value
   if not files.is_remote(workdir):
@@ -95,8 +112,26 @@ def main(argv: Sequence[str]) -> None:
     _train_in_processes(workdir, StopRequest().install())
   else:
     _work(workdir)
+  left = [
+      run.name for run in _runs() if run_files.read_record(workdir, run) is None
+  ]
+  if left:
+    cli.tell(
+        f'{left[0]} is in the hands of another process, which makes the report'
+        ' in the end; or start this command again'
+    )
+    return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
-  churn_report.main(workdir, churn_files.OUTPUT.value, _NOTE.value)
+  report.main(workdir, comparison.OUTPUT.value, _NOTE.value)
+
+
+def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
+  """A flag that acts nowhere is a mistake."""
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise ValueError(
+          f'--{name} belongs to {what}, and would act nowhere; leave it out'
+      )
 
 
 def _check_flags() -> None:
@@ -109,10 +144,15 @@ def _check_flags() -> None:
   ):
     if flag.value < least:
       raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  if _CONTROL_RETRAINS.value == 1:
+    raise ValueError(
+        '--control_retrains=1: the first is a single model, which is no'
+        ' control; set it to 0, or to 2 or more'
+    )
   _runs()
 
 
-def _runs() -> list[churn_runs.Run]:
+def _runs() -> list[run_files.Run]:
   weights = []
   for text in _WEIGHTS.value:
     try:
@@ -124,9 +164,9 @@ def _runs() -> list[churn_runs.Run]:
           f'--weights: {text!r} is no distill weight; give numbers above 0,'
           ' such as --weights=1,3,6'
       )
-  if len(set(map(churn_runs.codistilled, weights))) < len(weights):
+  if len(set(map(run_files.codistilled, weights))) < len(weights):
     raise ValueError(f'--weights={",".join(_WEIGHTS.value)} names one twice')
-  return churn_runs.plan(
+  return run_files.plan(
       _RETRAINS.value,
       weights,
       num_groups=_NUM_GROUPS.value,
@@ -146,7 +186,7 @@ def _own_arms() -> dict[str, tuple[int, str]]:
       raise ValueError(
           f'--arm_gin={text}; expected name=file.gin or name:groups=file.gin'
       )
-    churn_runs.check_name(name)
+    run_files.check_name(name)
     if name in arms:
       raise ValueError(f'--arm_gin: two arms are called {name!r}')
     arms[name] = (int(groups), path)
@@ -161,7 +201,7 @@ def _train_in_processes(workdir: str, stop: StopRequest) -> None:
   start = lambda i: processes.popen(
       [*command, f'--worker={i}/{jobs}'], env=environment
   )
-  before = churn_runs.claimed_at(workdir)
+  before = run_files.claimed_at(workdir)
   workers = [start(0)]
   try:
     while any(worker.poll() is None for worker in workers):
@@ -169,7 +209,7 @@ def _train_in_processes(workdir: str, stop: StopRequest) -> None:
         raise processes.stopped(stop)
       _leave_with(workers)
       # Once the first has accepted the flags: a mistake is said once.
-      if len(workers) < jobs and churn_runs.claimed_at(workdir) != before:
+      if len(workers) < jobs and run_files.claimed_at(workdir) != before:
         workers += map(start, range(1, jobs))
       time.sleep(0.1)
     _leave_with(workers)
@@ -196,24 +236,25 @@ def _work(workdir: str) -> None:
   line = 'stopped; the same command goes on from here'
   stop = StopRequest(Rescue(line)).install()
   # Not at the top: to compare files needs no jax.
-  from experiments import churn_worker, devices
+  from experiments import devices
+  from experiments.churn_study import worker
 
   if _REPLICAS.value > 1:
     devices.use_replicas(_REPLICAS.value)
   own = _own_arms()
-  trainers = churn_worker.Trainers(
+  trainers = worker.Trainers(
       workdir,
       *gin_utils.flag_values(),
       own={name: path for name, (_, path) in own.items()},
       devices=lambda: devices.chosen_devices(_REPLICAS.value),
   )
-  study = churn_worker.describe_study(
+  study = worker.describe_study(
       trainers,
       num_groups=_NUM_GROUPS.value,
       command=os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
   )
-  churn_worker.claim(workdir, study)
-  churn_worker.train_all(workdir, _runs(), trainers, stop, jobs)
+  worker.claim(workdir, study)
+  worker.train_all(workdir, _runs(), trainers, stop, jobs)
   stop.uninstall()
 
 

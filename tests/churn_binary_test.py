@@ -14,16 +14,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
 from codistill_jax import churn as churn_lib
-from codistill_jax.storage import files
-from experiments import (
-    churn,
-    churn_figures,
-    churn_results,
-    churn_runs,
-    churn_study,
-    churn_worker,
-    driver,
-)
+from codistill_jax.intervals import Figure
+from codistill_jax.storage import files, locks
+from experiments import churn, driver
+from experiments.churn_study import results, run_files, training, worker
+from experiments.churn_study.figures import Row
 from experiments.job import Job
 
 TESTS = pathlib.Path(__file__).parent
@@ -178,7 +173,7 @@ def test_each_split_is_its_own(finished):
     )
   assert not np.array_equal(
       *(
-          churn_runs.read_predictions(workdir, 'single', 0, split)
+          run_files.read_predictions(workdir, 'single', 0, split)
           for split in ('validation', 'test')
       )
   )
@@ -190,7 +185,7 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   workdir, _ = finished
   found = {
       (arm, k, g): np.load(path)
-      for arm, k, record in churn_runs.done(workdir)
+      for arm, k, record in run_files.done(workdir)
       for g in range(record['run']['num_groups'])
       for path in [workdir / 'runs' / arm / str(k) / f'group_{g}_test.npy']
   }
@@ -203,7 +198,7 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   assert len(set(rest)) == len(rest) == 4 + 4 + 4 + 2 + 1 + 1
   seeds = {
       (arm, k): (record['seed'], record['data_seed'])
-      for arm, k, record in churn_runs.done(workdir)
+      for arm, k, record in run_files.done(workdir)
   }
   assert seeds['single', 0] == (0, 0)
   assert seeds['codistilled_4', 1] == seeds['single', 1] == (1, 1)
@@ -214,21 +209,21 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
 def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
   """From the seed and the number of the group; group 0 as the single model."""
   still = ['optax.adam.learning_rate=0.0', 'experiment.Experiment.num_steps=1']
-  trainers = churn_worker.Trainers(
+  trainers = worker.Trainers(
       tmp_path, [configuration / 'toy.gin'], still, {}, devices=lambda: None
   )
   trainer = trainers('')
-  groups = churn_study.train(
-      trainer, churn_runs.Run('two', 3, 2, init=3), lambda step: None
+  groups = training.train(
+      trainer, run_files.Run('two', 3, 2, init=3), lambda step: None
   )
-  (single,) = churn_study.train(
-      trainer, churn_runs.Run('one', 3, 1, init=3), lambda step: None
+  (single,) = training.train(
+      trainer, run_files.Run('one', 3, 1, init=3), lambda step: None
   )
   toy.assert_same(groups[0], single)
   for group_id, found in enumerate(groups):
     job = Job(
-        experiment=churn_study.configured(
-            trainer.experiment, churn_runs.Run('two', 3, 2, init=3)
+        experiment=training.configured(
+            trainer.experiment, run_files.Run('two', 3, 2, init=3)
         ),
         model=trainer.model,
         train_step=trainer.train_step,
@@ -244,15 +239,15 @@ def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
 def test_nothing_compiles_again_for_another_weight_or_seed(
     configuration, tmp_path, monkeypatch
 ):
-  trainers = churn_worker.Trainers(
+  trainers = worker.Trainers(
       tmp_path, [configuration / 'toy.gin'], [], {}, devices=lambda: None
   )
   stop = lambda: False
-  warm = churn_runs.plan(1, [1.0], control_retrains=0)
-  churn_worker.train_all(tmp_path, warm, trainers, stop)
-  rest = churn_runs.plan(3, [1.0, 2.0, 5.0], control_retrains=2)
+  warm = run_files.plan(1, [1.0], control_retrains=0)
+  worker.train_all(tmp_path, warm, trainers, stop)
+  rest = run_files.plan(2, [1.0, 5.0], control_retrains=2)
   with toy.compilations() as names:
-    churn_worker.train_all(tmp_path, rest, trainers, stop)
+    worker.train_all(tmp_path, rest, trainers, stop)
   assert trainers('').train_step.num_traces == 2  # Burn-in, codistillation.
   assert not names
 
@@ -262,7 +257,7 @@ def test_a_killed_study_ends_with_the_same_numbers(
 ):
   workdir, killed_at = tmp_path / 'run', 6  # In an arm of two groups.
   written = []
-  write_run = churn_runs.write_run
+  write_run = run_files.write_run
 
   def write(directory, job, *rest):
     if len(written) == killed_at:
@@ -271,16 +266,16 @@ def test_a_killed_study_ends_with_the_same_numbers(
     write_run(directory, job, *rest)
 
   with monkeypatch.context() as patch:
-    patch.setattr(churn_runs, 'write_run', write)
+    patch.setattr(run_files, 'write_run', write)
     assert study(configuration, workdir)[0] == 130
   before = {
-      (arm, k): record['began'] for arm, k, record in churn_runs.done(workdir)
+      (arm, k): record['began'] for arm, k, record in run_files.done(workdir)
   }
   assert len(before) == killed_at
   status, output = study(configuration, workdir)
   assert status == 0, output
   after = {
-      (arm, k): record['began'] for arm, k, record in churn_runs.done(workdir)
+      (arm, k): record['began'] for arm, k, record in run_files.done(workdir)
   }
   assert before.items() <= after.items()  # Not trained again.
   for split, rows in figures_of(workdir).items():
@@ -320,7 +315,7 @@ def test_one_changed_bit_fails_the_control(finished, tmp_path):
     probs = np.load(path)
     probs[7] = np.nextafter(probs[7], np.float32(1))
     np.save(path, probs)
-    found = {r.arm: r for r in churn_results.load_study(workdir).repeats}
+    found = {r.arm: r for r in results.load_study(workdir).repeats}
   finally:
     path.write_bytes(kept)
   assert found['single'].different == 0
@@ -346,9 +341,9 @@ def test_a_softmax_task_without_a_test_split(configuration, tmp_path):
 
 def test_the_weight_is_chosen_on_validation():
   def row(arm, loss, churn):
-    figure = lambda x: churn_figures.Figure(x, 0, x, x, (x,))
+    figure = lambda x: Figure(x, 0, x, x, (x,))
     figures = {'log_loss': figure(loss), 'churn': figure(churn)}
-    return churn_figures.Row(arm, arm, 5, figures, None)
+    return Row(arm, arm, 5, figures, None)
 
   base = [row('single', 0.5, 9), row('ensemble', 0.4, 5)]
   good = [
@@ -356,17 +351,17 @@ def test_the_weight_is_chosen_on_validation():
       row('codistilled_3', 0.40, 3),  # As good as the ensemble will do.
       row('codistilled_6', 0.41, 2),
   ]
-  assert churn_results.choose(base + good)[0] == 'codistilled_3'
+  assert results.choose(base + good)[0] == 'codistilled_3'
   bad = [row('codistilled_1', 0.42, 4), row('codistilled_6', 0.43, 2)]
-  chosen, reason = churn_results.choose(base + bad)
+  chosen, reason = results.choose(base + bad)
   assert chosen == 'codistilled_1' and 'no weight' in reason
-  assert churn_results.choose(base) == (None, '')
+  assert results.choose(base) == (None, '')
 
 
 def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
   """Predictions made so that the splits disagree on the weights."""
   rng = np.random.default_rng(0)
-  labels = {s: rng.integers(2, size=400) for s in churn_runs.SPLITS}
+  labels = {s: rng.integers(2, size=400) for s in run_files.SPLITS}
 
   def predictions(good_at):
     found = {}
@@ -376,14 +371,14 @@ def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
       found[split] = np.float32(0.5 + skill * (2 * y - 1) + noise)
     return found
 
-  files.write_json(churn_runs.study_path(tmp_path), {'num_groups': 2})
+  files.write_json(run_files.study_path(tmp_path), {'num_groups': 2})
   for split, y in labels.items():
-    churn_runs.keep_labels(tmp_path, split, y)
-  for job in churn_runs.plan(2, [1.0, 3.0], control_retrains=0):
+    run_files.keep_labels(tmp_path, split, y)
+  for job in run_files.plan(2, [1.0, 3.0], control_retrains=0):
     if not job.arm.startswith('repeat'):
       good_at = {3.0: ('test',), 1.0: ('validation',)}.get(job.weight, ())
-      churn_runs.write_run(tmp_path, job, [predictions(good_at)], {})
-  study = churn_results.load_study(tmp_path)
+      run_files.write_run(tmp_path, job, [predictions(good_at)], {})
+  study = results.load_study(tmp_path)
   assert study.chosen == 'codistilled_1'
   table = {row.arm: row.figures['log_loss'].mean for row in study.table}
   assert set(table) == {'single', 'ensemble', 'codistilled_1'}
@@ -409,30 +404,136 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
       (new, ['--arm_gin=x=none.gin'], 'no such file'),
       (new, ['--gin=schedules.distill_weight.weight=0'], 'is 0 at its last'),
       (new, ['--predictions=a.npy'], 'leave one out'),
+      (new, ['--control_retrains=1'], 'to 2 or more'),
+      (new, ['--labels=a.npy'], '--labels belongs to --predictions'),
   ]:
     status, output = study(configuration, where, *arguments)
     said = [x for x in output.splitlines() if 'runs done' not in x]
     assert status == 1 and len(said) == 1, (arguments, output)
     assert words in said[0]
   assert tiny_run.snapshot(workdir) == before
-  # A mistake leaves nothing that would refuse the correction.
-  claim = {'configurations': {'': ['x']}, 'num_groups': 2, 'replicas': 1}
-  churn_worker.claim(tmp_path / 'other', claim)
-  churn_worker.claim(tmp_path / 'other', {**claim, 'num_groups': 3})
+
+
+def test_groups_that_never_exchange_are_no_codistilled_arm(
+    configuration, tmp_path
+):
+  trainers = worker.Trainers(
+      tmp_path,
+      [configuration / 'toy.gin'],
+      ['experiment.Experiment.exchange_every=24'],
+      {},
+      devices=lambda: None,
+  )
+  train = lambda weight: training.train(
+      trainers(''), run_files.Run('two', 0, 2, weight=weight), lambda step: None
+  )
+  with pytest.raises(ValueError, match='two 0 never had a teacher in 24 steps'):
+    train(1.0)
+  assert len(train(None)) == 2  # An arm of one's own may be anything.
+
+
+CLAIM = {
+    'configurations': {'': ['x'], 'wide': ['y']},
+    'num_groups': 2,
+    'replicas': 1,
+    'identity': {'ids': 'a'},
+    'data': '512 points',
+    'platform': 'cpu',
+}
+
+
+def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(tmp_path):
+  worker.claim(tmp_path, CLAIM)
+  for key, value in {
+      'configurations': {'': ['z']},
+      'num_groups': 3,
+      'replicas': 2,
+      'identity': {'ids': 'b'},
+      'data': '513 points',
+      'platform': 'gpu',
+  }.items():
+    other = {**CLAIM, key: value}
+    # A mistake leaves nothing that would refuse the correction, ...
+    worker.claim(tmp_path / key, other)
+    worker.claim(tmp_path / key, CLAIM)
+    # ... until a run is done.
+    run_files.write_run(tmp_path / key, run_files.Run('single', 0), [], {})
+    with pytest.raises(ValueError, match='another configuration'):
+      worker.claim(tmp_path / key, other)
+    worker.claim(tmp_path / key, CLAIM)
+
+
+def test_an_own_arm_can_be_corrected_until_one_of_its_runs_is_done(tmp_path):
+  """Its turn comes last, and only then are bindings found that act nowhere."""
+  worker.claim(tmp_path, CLAIM)
+  run_files.write_run(tmp_path, run_files.Run('single', 0), [], {})
+  corrected = {**CLAIM, 'configurations': {'': ['x'], 'wide': ['z']}}
+  worker.claim(tmp_path, corrected)
+  run = run_files.Run('wide', 0, config='wide')
+  run_files.write_run(tmp_path, run, [], {})
+  with pytest.raises(ValueError, match='has z, this one has y'):
+    worker.claim(tmp_path, CLAIM)
+
+
+def test_the_page_shows_the_configuration_that_was_trained(
+    configuration, tmp_path
+):
+  """Not the one of an attempt that was given up before a run was done."""
+
+  def after_training(exchange_every):
+    trainers = worker.Trainers(
+        tmp_path,
+        [configuration / 'toy.gin'],
+        [f'experiment.Experiment.exchange_every={exchange_every}'],
+        {},
+        devices=lambda: None,
+    )
+    training.train(
+        trainers(''), run_files.Run('single', 0), lambda _: trainers.check('')
+    )
+    return run_files.config_path(tmp_path, '').read_text()
+
+  assert 'exchange_every = 5' in after_training(5)
+  assert 'exchange_every = 6' in after_training(6)
+  run_files.write_run(tmp_path, run_files.Run('single', 0), [], {})
+  assert 'exchange_every = 6' in after_training(7)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+  path = tmp_path / 'labels_test.npy'
+  for data in (b'', b'\x93NUMPY', b'no array'):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r'labels_test\.npy is damaged'):
+      run_files.read_labels(tmp_path, 'test')
+
+
+def test_no_report_of_what_another_process_has_not_finished(
+    configuration, tmp_path
+):
+  run = run_files.Run('single', 3)
+  directory = run_files.run_dir(tmp_path, run)
+  arguments = ['--weights=', '--control_retrains=0']
+  with locks.exclusive(directory, 'training'):
+    status, output = study(configuration, tmp_path, *arguments)
+  assert status == 0
+  assert 'single 3 is in the hands of another process' in output
+  assert not (tmp_path / 'report').exists()
+  status, output = study(configuration, tmp_path, *arguments)
+  assert status == 0 and 'single model' in output
 
 
 def test_what_another_run_wrote_is_refused(tmp_path):
-  first, other = (churn_runs.Run('single', 0, init=n) for n in (0, 5))
-  churn_runs.write_run(tmp_path, first, [], {'seed': 0})
-  assert churn_runs.read_record(tmp_path, first)['seed'] == 0
+  first, other = (run_files.Run('single', 0, init=n) for n in (0, 5))
+  run_files.write_run(tmp_path, first, [], {'seed': 0})
+  assert run_files.read_record(tmp_path, first)['seed'] == 0
   with pytest.raises(ValueError, match='was made by'):
-    churn_runs.read_record(tmp_path, other)
+    run_files.read_record(tmp_path, other)
 
 
 def test_other_data_are_refused(configuration, finished):
   workdir, _ = finished
   with pytest.raises(ValueError, match='labels differ'):
-    churn_runs.keep_labels(workdir, 'test', np.zeros(150, np.int32))
+    run_files.keep_labels(workdir, 'test', np.zeros(150, np.int32))
 
 
 def in_processes(launch, configuration, workdir, num_steps=24):
@@ -462,10 +563,10 @@ def test_two_processes_share_a_study(configuration, finished, launch, tmp_path):
   assert '12 of 12 runs done' in output and '--jobs=2' in report(
       workdir, 'churn.md'
   )
-  for arm, k, record in churn_runs.done(workdir):
-    assert record['cores'] * 2 <= max(churn_runs.own_cores(), 2)
+  for arm, k, record in run_files.done(workdir):
+    assert record['cores'] * 2 <= max(run_files.own_cores(), 2)
     ours, theirs = (
-        churn_runs.read_predictions(directory, arm, k, 'test')
+        run_files.read_predictions(directory, arm, k, 'test')
         for directory in (workdir, finished[0])
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -479,5 +580,5 @@ def test_processes_leave_when_asked(configuration, launch, tmp_path):
   process.send(signal.SIGTERM)
   output = process.wait(143, timeout=30)
   assert 'the same command goes on' in output.splitlines()[-1]
-  assert not churn_runs.has_begun(workdir)
+  assert not run_files.has_begun(workdir)
   assert not tiny_run.processes_of(workdir)

@@ -109,6 +109,15 @@ def test_ensembles_share_no_member_and_mean_probabilities():
     churn.ensembles(models[:5])
 
 
+@pytest.mark.parametrize('dtype', [bool, np.uint8, np.int8, np.float16])
+def test_answers_of_any_dtype_are_probabilities(dtype):
+  models = [np.array(x, dtype) for x in ([0, 1, 0, 0], [1, 1, 0, 1])]
+  found = churn.measure(models, np.array([1, 1, 0, 0]))
+  assert found.churn_KK[0, 1] == 0.5
+  assert found.relative_KK[0, 1] == 1.0
+  assert found.error_K.tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     'array, words',
     [
@@ -132,7 +141,7 @@ def test_what_is_no_probability_is_refused(array, words):
         ([0, 1, 2], 'label 2 in row 2'),
         ([0, 0.5, 1], 'label 0.5 in row 1'),
         ([0, np.nan, 1], 'label nan in row 1'),
-        (['a', 'b', 'c'], 'expected numbers'),
+        (['a', 'b', 'c'], 'expected whole numbers'),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels, words):

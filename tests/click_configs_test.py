@@ -1,5 +1,6 @@
 """The click configurations: each is made, and makes one update."""
 
+import fast
 import jax
 import numpy as np
 import pytest
@@ -59,7 +60,8 @@ def one_step(experiment, model, batch, *, teacher=False):
   teachers = teacher and step_lib.Teachers(
       jax.tree.map(lambda x: x[None], state.variables), np.ones(1, np.float32)
   )
-  after, metrics = jax.jit(train_step)(state, batch, teachers or None, 1.0)
+  train_step = fast.jit(train_step)
+  after, metrics = train_step(state, batch, teachers or None, 1.0)
   gin_utils.check_no_dead_bindings()
   assert all(np.isfinite(x) for x in metrics.values())
   assert ('loss/distill' in metrics) == teacher

@@ -1,5 +1,8 @@
 """The click model: what it computes, what it has, what it learns from."""
 
+import functools
+
+import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +25,24 @@ def batch(rows=6, seed=0):
   }
 
 
+@functools.cache
 def model(**changes):
   arguments = {'hidden': (8, 5), 'embedding': None, **changes}
   return dnn.click_model(2, SIZES, INTEGERS, **arguments)
 
 
+@functools.cache
 def start(made, seed=0):
-  return made.init(jax.random.PRNGKey(seed), batch())
+  return fast.jit(made.init)(jax.random.PRNGKey(seed), batch())
+
+
+@functools.cache
+def compiled(made):
+  return fast.jit(lambda v, data: made.apply(v, data, (), None, False)[0])
 
 
 def logits(made, variables, data):
-  return made.apply(variables, data, (), None, False)[0]
+  return compiled(made)(variables, data)
 
 
 def count(variables):
@@ -79,13 +89,13 @@ def test_parameters_are_as_many_as_counted_by_hand():
 
 def test_every_table_and_every_layer_learns():
   made, data = model(), batch()
-  variables = start(made)
 
   def loss(params):
-    found = logits(made, variables.replace(params=params), data)
+    variables = start(made).replace(params=params)
+    found, _ = made.apply(variables, data, (), None, False)
     return jnp.sum(jnp.square(found - 1.0))
 
-  grads = jax.grad(loss)(variables.params)
+  grads = fast.jit(jax.grad(loss))(start(made).params)
   for path, g in jax.tree_util.tree_leaves_with_path(grads):
     assert np.abs(g).max() > 0, path
   for k in range(3):
@@ -112,7 +122,7 @@ def test_embeddings_start_at_a_length_of_about_one():
           'categories': np.zeros((1, 1), np.int32),
       }
   }
-  table = made.init(jax.random.PRNGKey(0), data).params['table_0']
+  table = fast.jit(made.init)(jax.random.PRNGKey(0), data).params['table_0']
   np.testing.assert_allclose(np.mean(np.sum(table**2, axis=1)), 1, atol=0.05)
 
 

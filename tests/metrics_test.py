@@ -140,6 +140,12 @@ def test_shapes_that_disagree_are_named(call):
 # -- of a sigmoid output ------------------------------------------------------
 
 
+# Compiled as a whole, as in a run: operations one by one take far longer.
+auc, calibration, calibration_error = map(
+    jax.jit, (metrics.auc, metrics.calibration, metrics.calibration_error)
+)
+
+
 def exact_auc(logits, labels):
   """By comparing every pair; ties count a half."""
   difference = logits[labels == 1][:, None] - logits[labels == 0][None, :]
@@ -156,7 +162,7 @@ def scores(size=2000, seed=0, scale=2.0):
 @pytest.mark.parametrize('scale', [0.01, 0.5, 2.0, 30.0])
 def test_auc_is_that_of_all_pairs_within_its_bound(scale):
   logits, labels = scores(scale=scale)
-  found = metrics.auc(logits, labels)
+  found = auc(logits, labels)
   bound = found.error_bound()
   assert abs(found.number() - exact_auc(logits, labels)) <= bound + 1e-9
   assert bound < {0.5: 1e-2, 2.0: 1e-2}.get(scale, 0.5)
@@ -170,20 +176,16 @@ def test_auc_is_exact_where_predictions_are_bins_apart():
   logits = rng.integers(-1000, 1000, size=3000) / 256.0
   labels = rng.integers(2, size=3000)
   np.testing.assert_allclose(
-      metrics.auc(logits, labels).number(),
+      auc(logits, labels).number(),
       exact_auc(logits, labels),
       rtol=1e-12,
   )
-  assert metrics.auc(np.zeros(9), np.arange(9) % 2).number() == 0.5
-  assert metrics.auc(np.array([-20.0, 20.0]), np.array([0, 1])).number() == 1
-  assert metrics.auc(np.array([-0.01, 0.0]), np.array([1, 0])).number() == 0
+  assert auc(np.zeros(9), np.arange(9) % 2).number() == 0.5
+  assert auc(np.array([-20.0, 20.0]), np.array([0, 1])).number() == 1
+  assert auc(np.array([-0.01, 0.0]), np.array([1, 0])).number() == 0
 
 
-SIGMOID_METRICS = [
-    metrics.auc,
-    metrics.calibration,
-    metrics.calibration_error,
-]
+SIGMOID_METRICS = [auc, calibration, calibration_error]
 
 
 @pytest.mark.parametrize('metric', SIGMOID_METRICS)
@@ -197,7 +199,7 @@ def test_batches_add_up_and_padding_is_ignored(metric):
     sums.append(
         metric(
             np.pad(x, pad, constant_values=np.nan),
-            np.pad(y, pad, constant_values=77),
+            np.pad(y.astype(float), pad, constant_values=np.nan),
             np.pad(np.ones(len(x), np.float32), pad),
         )
     )
@@ -223,14 +225,21 @@ def test_calibration_compares_mean_prediction_and_share_of_positives():
   probs = np.array([0.1, 0.2, 0.6, 0.9])
   logits = np.log(probs / (1 - probs))
   labels = np.array([0, 0, 1, 0])
-  found = metrics.calibration(logits, labels)
+  found = calibration(logits, labels)
   np.testing.assert_allclose(found.number(), 1.8 / 1.0, rtol=1e-5)
   expected = (0.1 + 0.2 + 0.4 + 0.9) / 4  # Each in a bin of its own.
   np.testing.assert_allclose(
-      metrics.calibration_error(logits, labels).number(), expected, rtol=1e-5
+      calibration_error(logits, labels).number(), expected, rtol=1e-5
   )
+  # Bins are a twentieth wide, ...
+  probs = np.array([0.52, 0.58])
+  found = calibration_error(np.log(probs / (1 - probs)), np.array([1, 0]))
+  np.testing.assert_allclose(found.number(), (0.48 + 0.58) / 2, rtol=1e-5)
+  # and certainty is in the last one.
+  found = calibration_error(np.full(2, 88.0), np.array([1, 0]))
+  assert found.number() == 0.5
   # In one bin errors make up for each other.
-  found = metrics.calibration_error(np.zeros(4), np.array([0, 1, 1, 0]))
+  found = calibration_error(np.zeros(4), np.array([0, 1, 1, 0]))
   assert found.number() == 0
 
 
@@ -238,10 +247,10 @@ def test_a_calibrated_model_has_small_errors_and_a_shifted_one_large_ones():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=100_000).astype(np.float32) - 1
   labels = rng.random(100_000) < 1 / (1 + np.exp(-logits))
-  assert abs(metrics.calibration(logits, labels).number() - 1) < 0.02
-  assert metrics.calibration_error(logits, labels).number() < 0.005
-  assert metrics.calibration(logits + 1, labels).number() > 1.5
-  assert metrics.calibration_error(logits + 1, labels).number() > 0.15
+  assert abs(calibration(logits, labels).number() - 1) < 0.02
+  assert calibration_error(logits, labels).number() < 0.005
+  assert calibration(logits + 1, labels).number() > 1.5
+  assert calibration_error(logits + 1, labels).number() > 0.15
 
 
 @pytest.mark.parametrize('metric', SIGMOID_METRICS)
@@ -249,14 +258,25 @@ def test_extreme_predictions_are_counted_and_no_number_is_no_number(metric):
   logits = np.array([np.inf, -np.inf, 1e30, -1e30, 88.0, -88.0])
   labels = np.array([1, 0, 1, 0, 1, 0])
   assert np.isfinite(metric(logits, labels).number())
-  assert np.isnan(metric(np.array([np.nan, 0.0]), np.array([1, 0])).number())
+  for label in (0, 1):
+    damaged = metric(np.array([np.nan, *logits]), np.array([label, *labels]))
+    assert np.isnan(damaged.number())
   assert np.isnan(metric(logits, labels, np.zeros(6)).number())
 
 
+@pytest.mark.parametrize('metric', SIGMOID_METRICS)
+def test_scores_are_of_arrays_of_one_shape(metric):
+  x = np.zeros((2, 3))
+  assert metric(x, x.astype(int), np.ones((2, 3))).number() is not None
+  for args in ((x, x[0]), (x, x, np.ones(2)), (x, x[:, :, None])):
+    with pytest.raises(ValueError, match=r'of the logits, \(2, 3\), got \('):
+      metric(*args)
+
+
 def test_without_both_labels_there_is_no_area():
-  assert np.isnan(metrics.auc(np.ones(3), np.ones(3, int)).number())
-  assert np.isnan(metrics.auc(np.ones(3), np.zeros(3, int)).number())
-  assert np.isnan(metrics.calibration(np.ones(3), np.zeros(3, int)).number())
+  assert np.isnan(auc(np.ones(3), np.ones(3, int)).number())
+  assert np.isnan(auc(np.ones(3), np.zeros(3, int)).number())
+  assert np.isnan(calibration(np.ones(3), np.zeros(3, int)).number())
 
 
 def test_quality_of_a_sigmoid_output_and_of_classes():

@@ -43,6 +43,12 @@ def test_the_order_is_the_same_for_ever():
   assert found.tolist() == [410, 29, 140, 405, 996, 933, 523, 538]
 
 
+def test_a_walk_that_never_comes_back_is_ended(monkeypatch):
+  monkeypatch.setattr(order, '_LONGEST_WALK', 1)
+  with pytest.raises(AssertionError, match='no bijection'):
+    order.bijection(9, (1,))(np.arange(9))
+
+
 def test_keys_give_different_orders_that_look_random():
   size = 20_000
   places = np.arange(size)

@@ -91,6 +91,20 @@ def test_kinds_can_be_mixed_and_every_pair_is_printed(tmp_path, models):
   assert list(tmp_path.glob('*.json')) == []  # Nothing is written unasked.
 
 
+def test_files_of_one_name_are_told_apart(tmp_path, models, labels):
+  paths = []
+  for i, probs in enumerate(models[:2]):
+    (tmp_path / f'run{i}').mkdir()
+    paths.append(write(tmp_path / f'run{i}' / 'p.csv', probs, labels))
+  table = write(tmp_path / 'p.csv', models[2], labels)
+  status, output = compare(*paths, table)
+  assert status == 0, output
+  assert 'run0/p.csv  run1/p.csv' in output
+  write(paths[1], models[1], 1 - labels)
+  status, output = compare(*paths)
+  assert status == 1 and 'have other labels for 40 of 40' in output
+
+
 def test_arms_are_compared_with_the_first(tmp_path, models):
   first = [write(tmp_path / f'a{i}.npy', p) for i, p in enumerate(models)]
   calm = [0.5 + 0.25 * (p - 0.5) for p in models]
@@ -101,7 +115,8 @@ def test_arms_are_compared_with_the_first(tmp_path, models):
   change = rows['new']['change_of_churn']
   assert change['mean'] == pytest.approx(-0.75, abs=1e-6)
   page = (tmp_path / 'out' / 'churn.md').read_text()
-  assert '-75 % ' in page and 'a0.npy' in page and '40 examples' in page
+  assert '-75 % ' in page and 'a0.npy' in page
+  assert '40 examples, row by row' in page
 
 
 def test_ids_join_rows_in_any_order(tmp_path, models, labels):
@@ -141,6 +156,22 @@ def test_classes_come_as_columns_or_as_an_array(tmp_path):
   assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models))
 
 
+def test_labels_that_nobody_asked_for_do_no_harm(tmp_path, models, labels):
+  words = np.where(labels, 'yes', 'no')
+  paths = [
+      write(tmp_path / f'{i}.csv', p, words) for i, p in enumerate(models[:2])
+  ]
+  status, output = compare(*paths)
+  assert status == 1 and 'give --label_column=' in output
+  found = figures(tmp_path, *paths, flags=['--label_column='])
+  assert 'log_loss' not in found['predictions']['figures']
+  np.save(tmp_path / 'labels.npy', labels)
+  found = figures(
+      tmp_path, *paths, flags=[f'--labels={tmp_path / "labels.npy"}']
+  )
+  assert 'log_loss' in found['predictions']['figures']
+
+
 def test_mistakes_are_one_line(tmp_path, models, labels):
   save = lambda name, array, **kwargs: write(tmp_path / name, array, **kwargs)
   good = save('good.npy', models[0])
@@ -151,6 +182,11 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
   (tmp_path / 'torn.npy').write_bytes(b'\x93NUMPY')
   (tmp_path / 'torn.parquet').write_bytes(b'PAR1')
   (tmp_path / 'empty.csv').write_text('')
+  (tmp_path / 'wide.csv').write_text('prediction,label\n0.5,1,0\n0.25,0,0\n')
+  again = save('again.npy', models[0])
+  shuffled = save('shuffled.csv', models[0], ids=np.arange(SIZE)[::-1])
+  text = save('text_label.csv', models[0], labels=np.full(SIZE, 'yes'))
+  gap = save('gap.csv', models[0], labels=np.where(labels, 1.0, np.nan))
   others = save('others.csv', models[0], labels=labels, ids=np.arange(1, 41))
   ids = ['--id_column=key']
   for paths, flags, words in [
@@ -166,7 +202,10 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
       ([good, tmp_path / 'empty.csv'], [], 'empty.csv'),
       ([good, tmp_path / 'none.npy'], [], 'none.npy'),
       ([good, tmp_path / 'x.pkl'], [], 'unknown kind of file'),
+      ([good, tmp_path / 'wide.csv'], [], 'wide.csv cannot be read as csv'),
       ([good, table], ids, 'good.npy has no ids'),
+      ([table, others], [*ids, f'--labels={good}'], 'good.npy has no ids'),
+      ([good, again], ['--note=mine'], '--note belongs to a study'),
       ([table, others], ids, 'others.csv lacks 1 of 40 ids, such as 0'),
       ([table, others], ['--id_column=no'], "no column 'no'"),
       (
@@ -174,9 +213,17 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
           ids,
           '20 duplicate ids, such as 0',
       ),
-      ([table, save('l.csv', models[0], labels=1 - labels)], [], 'labels of'),
-      ([good, good], [f'--labels={good}'], 'is not a class'),
-      ([good, good], [f'--labels={tmp_path / "short.npy"}'], '39 labels'),
+      (
+          [table, save('l.csv', models[0], labels=1 - labels)],
+          [],
+          'l.csv have other labels for 40 of 40 examples, the first row 0',
+      ),
+      ([table, text], [], 'text_label.csv, label: expected whole numbers'),
+      ([table, gap], [], 'gap.csv, label: label nan in row'),
+      ([table, shuffled], [], 'another order; give --id_column=key'),
+      ([good, good], [], 'is given twice'),
+      ([good, again], [f'--labels={good}'], 'is not a class'),
+      ([good, again], [f'--labels={tmp_path / "short.npy"}'], '39 labels'),
   ]:
     status, output = compare(*paths, flags=flags)
     assert status == 1 and len(output.splitlines()) == 1, (words, output)

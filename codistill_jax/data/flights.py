@@ -10,11 +10,13 @@ that were cancelled or diverted lack one of the delays and are left out: 9,430,
 of which 8,255 never left. (To call them late would be another task, and a leak:
 the tail number is missing only there.)
 
-A feature is what is known an hour before the scheduled departure. Dropped are
-the columns that are measured later (`LEAKS`). The weather is that of the hour
-*before* the scheduled one, at the airport of departure. Neither year nor day is
-a feature: with rows of one day in all splits, the day itself would say how late
-its other flights were.
+A feature is what is known at the scheduled departure. Dropped are the columns
+that are measured later (`LEAKS`). The weather is that of the hour *before* the
+scheduled one, at the airport of departure, and may be as young as the end of
+that hour. Neither year nor day is a feature: with rows of one day in all
+splits, the day itself would say how late its other flights were. The weather
+still tells the days apart, for a model that remembers it to the digit: figures
+of this task are for comparing methods, no forecast of how late flights will be.
 
 Shape suffixes: N flights, I dense columns, K categorical columns.
 """

@@ -22,6 +22,10 @@ Bijection = Callable[[np.ndarray], np.ndarray]
 
 _ROUNDS = 6
 
+# A walk of n steps among numbers outside is as rare as 2**-n, and has no more
+# steps than there are such numbers; a longer one never comes back.
+_LONGEST_WALK = 1000
+
 # First words of the keys; the next after those of partition.py.
 _PARTITION_KEY = 3
 _EPOCH_KEY = 4
@@ -63,10 +67,12 @@ def bijection(size: int, key: tuple[int, ...]) -> Bijection:
     places = np.asarray(places)
     found = scramble(places.reshape(-1).astype(np.uint64))
     (outside,) = np.nonzero(found >= size)
-    while outside.size:
+    for _ in range(_LONGEST_WALK):
+      if not outside.size:
+        return found.astype(np.int64).reshape(places.shape)
       found[outside] = scramble(found[outside])
       outside = outside[found[outside] >= size]
-    return found.astype(np.int64).reshape(places.shape)
+    raise AssertionError('the numbers are scrambled by no bijection')
 
   return row_of
 

@@ -11,9 +11,14 @@ import numpy as np
 
 from codistill_jax import churn
 from codistill_jax.storage import files
-from experiments import churn_runs
-from experiments.churn_figures import Row, summarise
-from experiments.churn_runs import FIXED_INIT, FIXED_ORDER, REPEAT, SINGLE
+from experiments.churn_study import run_files
+from experiments.churn_study.figures import Row, summarise
+from experiments.churn_study.run_files import (
+    FIXED_INIT,
+    FIXED_ORDER,
+    REPEAT,
+    SINGLE,
+)
 
 ENSEMBLE = 'ensemble'
 _CONTROLS = (FIXED_INIT, FIXED_ORDER)
@@ -66,7 +71,7 @@ class Study(NamedTuple):
     return [
         row
         for row in self.rows['test']
-        if churn_runs.weight_of(row.arm) is None or row.arm == self.chosen
+        if run_files.weight_of(row.arm) is None or row.arm == self.chosen
     ]
 
 
@@ -76,8 +81,8 @@ def load_study(workdir: files.PathLike) -> Study:
   Raises:
     ValueError: If there is no study, or fewer than two single models.
   """
-  settings = files.read_json(churn_runs.study_path(workdir))
-  runs = list(churn_runs.done(workdir))
+  settings = files.read_json(run_files.study_path(workdir))
+  runs = list(run_files.done(workdir))
   retrains = _retrains(runs)
   size = settings['num_groups'] if settings else 2
   if len(retrains.get(SINGLE, ())) < 2 * size:
@@ -86,8 +91,8 @@ def load_study(workdir: files.PathLike) -> Study:
         f' churn of ensembles of {size} needs {2 * size}; train them first'
     )
   examples, rows = {}, {}
-  for split in churn_runs.SPLITS:
-    labels = churn_runs.read_labels(workdir, split)
+  for split in run_files.SPLITS:
+    labels = run_files.read_labels(workdir, split)
     arms = load_arms(workdir, retrains, split, size)
     rows[split] = summarise(arms, labels, titles_of(arms, size))
     examples[split] = len(labels)
@@ -123,7 +128,7 @@ def load_arms(
   ensembles only.
   """
   read = lambda arm: [
-      churn_runs.read_predictions(workdir, arm, k, split)
+      run_files.read_predictions(workdir, arm, k, split)
       for k in sorted(retrains[arm])
   ]
   singles = read(SINGLE)
@@ -132,13 +137,13 @@ def load_arms(
       SINGLE: singles[:count],
       ENSEMBLE: churn.ensembles(singles[: count * size], size),
   }
-  weighted = [a for a in retrains if churn_runs.weight_of(a) is not None]
+  weighted = [a for a in retrains if run_files.weight_of(a) is not None]
   others = sorted(
       arm
       for arm in retrains
       if arm not in (SINGLE, *_CONTROLS, *weighted) and REPEAT not in arm
   )
-  for arm in sorted(weighted, key=churn_runs.weight_of) + others:
+  for arm in sorted(weighted, key=run_files.weight_of) + others:
     if len(retrains[arm]) > 1:
       arms[arm] = read(arm)
   return arms
@@ -154,7 +159,7 @@ def titles_of(arms: Sequence[str], size: int) -> dict[str, str]:
       FIXED_ORDER: 'same order of data, other parameters at the start',
   }
   for arm in arms:
-    weight = churn_runs.weight_of(arm)
+    weight = run_files.weight_of(arm)
     if weight is not None:
       titles[arm] = f'{ways}-way codistilled, weight {weight:g}'
   return titles
@@ -162,7 +167,7 @@ def titles_of(arms: Sequence[str], size: int) -> dict[str, str]:
 
 def choose(rows: Sequence[Row]) -> tuple[str | None, str]:
   """The codistilled arm for the table, by validation figures alone."""
-  weighted = [r for r in rows if churn_runs.weight_of(r.arm) is not None]
+  weighted = [r for r in rows if run_files.weight_of(r.arm) is not None]
   if not weighted:
     return None, ''
   loss = lambda row: row.figures['log_loss'].mean
@@ -186,8 +191,8 @@ def choose(rows: Sequence[Row]) -> tuple[str | None, str]:
 
 def _controls(workdir, retrains) -> list[Row]:
   """Retrains that differ in one seed only; the first is single model 0."""
-  labels = churn_runs.read_labels(workdir, 'test')
-  read = lambda arm, k: churn_runs.read_predictions(workdir, arm, k, 'test')
+  labels = run_files.read_labels(workdir, 'test')
+  read = lambda arm, k: run_files.read_predictions(workdir, arm, k, 'test')
   arms = {
       arm: [read(SINGLE, 0), *(read(arm, k) for k in retrains[arm])]
       for arm in _CONTROLS
@@ -215,9 +220,9 @@ def _repeat(workdir, arm: str, records) -> Repeat:
   groups = records[arm, 0]['run']['num_groups']
   different, total, largest = 0, 0, 0.0
   for group_id in range(groups):
-    for split in churn_runs.SPLITS:
+    for split in run_files.SPLITS:
       a, b = (
-          churn_runs.read_predictions(workdir, x, 0, split, group_id)
+          run_files.read_predictions(workdir, x, 0, split, group_id)
           for x in (first, arm)
       )
       different += int(np.sum(a != b))

@@ -6,7 +6,8 @@ Shape suffixes: N examples, C classes.
 """
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,16 +35,18 @@ class Predictions(NamedTuple):
   """One model.
 
   Attributes:
-    name: Of the file.
+    name: The file, as it was given.
     probs: (N,) or (N, C).
     ids: (N,), each once; None if there are none.
-    labels: (N,); None if there are none.
+    labels: (N,) integers; None if there are none.
+    unused: Other columns that tell examples apart, unless there are ids.
   """
 
   name: str
   probs: np.ndarray
   ids: np.ndarray | None
   labels: np.ndarray | None
+  unused: Mapping[str, np.ndarray]
 
 
 def read(path: str, columns: Columns) -> Predictions:
@@ -54,31 +57,53 @@ def read(path: str, columns: Columns) -> Predictions:
       what it holds are no probabilities.
     OSError: If it cannot be read.
   """
-  name = os.path.basename(path)
   if _ending(path) == '.npy':
-    if columns.id:
-      raise ValueError(
-          f'{path} has no ids; leave --id_column out, or give tables only'
-      )
+    _check_no_ids(path, columns)
     probs = churn.check_probabilities(_read_npy(path), path)
-    return Predictions(name, probs, None, None)
+    return Predictions(path, probs, None, None, {})
   table = _read_table(path)
   picked = [_column(table, c, path) for c in columns.predictions]
   probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
+  probs = churn.check_probabilities(probs, path)
+  labels = None
+  if columns.label in table:
+    labels = _column(table, columns.label, path)
+    try:
+      labels = churn.check_labels(labels, probs, f'{path}, {columns.label}')
+    except ValueError as e:
+      raise ValueError(f'{e}; to read no labels, give --label_column=') from e
   return Predictions(
-      name,
-      churn.check_probabilities(probs, path),
+      path,
+      probs,
       _ids(table, columns.id, path),
-      _column(table, columns.label, path) if columns.label in table else None,
+      labels,
+      {} if columns.id else _unused(table, columns),
   )
 
 
+def _unused(table, columns: Columns) -> dict[str, np.ndarray]:
+  read = {*columns.predictions, columns.label}
+  return {
+      name: table[name].to_numpy()
+      for name in table.columns
+      if name not in read and table[name].is_unique
+  }
+
+
 def read_labels(path: str, columns: Columns) -> tuple[np.ndarray, Any]:
-  """Labels (N,) and their ids (None without) of one file."""
+  """Labels (N,) and their ids (None without) of one file; errors as `read`."""
   if _ending(path) == '.npy':
+    _check_no_ids(path, columns)
     return _read_npy(path), None
   table = _read_table(path)
   return _column(table, columns.label, path), _ids(table, columns.id, path)
+
+
+def _check_no_ids(path: str, columns: Columns) -> None:
+  if columns.id:
+    raise ValueError(
+        f'{path} has no ids; leave --id_column out, or give tables only'
+    )
 
 
 def join(
@@ -114,16 +139,28 @@ def join(
     wanted = None if ids is None else first.ids
     return arrays, values[_places(wanted, ids, 'labels')]
   found = [
-      m.labels[_places(first.ids, m.ids, m.name)]
+      (m.name, m.labels[_places(first.ids, m.ids, m.name)])
       for m in models
       if m.labels is not None
   ]
-  if any(not np.array_equal(found[0], other) for other in found[1:]):
-    raise ValueError(
-        'the labels of the prediction files differ; are these the same'
-        ' examples? Give --id_column to join them, or --labels'
+  for other in found[1:]:
+    _check_same_labels(*found[0], *other, first.ids)
+  return arrays, found[0][1] if found else None
+
+
+def _check_same_labels(name_a, labels_a, name_b, labels_b, ids) -> None:
+  wrong = np.flatnonzero(labels_a != labels_b)
+  if wrong.size:
+    row = int(wrong[0])
+    where = f'row {row:,}' if ids is None else f'id {ids[row]!r}'
+    remedy = (
+        'to join them, give --id_column' if ids is None else 'give --labels'
     )
-  return arrays, found[0] if found else None
+    raise ValueError(
+        f'{name_a} and {name_b} have other labels for {wrong.size:,} of'
+        f' {len(labels_a):,} examples, the first {where}: {labels_a[row]} and'
+        f' {labels_b[row]}; are these the same examples? If so, {remedy}'
+    )
 
 
 def _check_same_examples(first: Predictions, other: Predictions) -> None:
@@ -138,6 +175,18 @@ def _check_same_examples(first: Predictions, other: Predictions) -> None:
         f'{first.name} has predictions of shape {first.probs.shape},'
         f' {other.name} of {other.probs.shape}; predict the same classes'
     )
+  for column, values in first.unused.items():
+    theirs = other.unused.get(column)
+    if theirs is not None and _shuffled(values, theirs):
+      raise ValueError(
+          f'{column} has the same values in {first.name} and {other.name}, in'
+          f' another order; give --id_column={column} to join them'
+      )
+
+
+def _shuffled(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether these are the same values, each once, in different orders."""
+  return not np.array_equal(a, b) and set(a.tolist()) == set(b.tolist())
 
 
 def _places(wanted, ids, name: str):
@@ -212,6 +261,18 @@ def _read_table(path: str):
   try:
     if ending == '.parquet':
       return pd.read_parquet(path)
-    return pd.read_csv(path, sep='\t' if ending == '.tsv' else ',')
-  except ValueError as e:  # Also a parser's errors.
+    with warnings.catch_warnings():
+      # Of rows that are longer than the header.
+      warnings.simplefilter('error', pd.errors.ParserWarning)
+      # Or the first column of such rows would be taken for an index, and each
+      # of the others would have the name of its neighbour.
+      separator = '\t' if ending == '.tsv' else ','
+      return pd.read_csv(path, sep=separator, index_col=False)
+  # Also a parser's errors; pyarrow, where it is missing, and what it cannot do.
+  except (
+      ValueError,
+      ImportError,
+      NotImplementedError,
+      pd.errors.ParserWarning,
+  ) as e:
     raise ValueError(f'{path} cannot be read as {ending[1:]}: {e}') from e

@@ -1,11 +1,12 @@
 """The comparison of prediction files: flags, and what is made of them."""
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import churn_figures, churn_report, prediction_files
-from experiments.prediction_files import Columns, Predictions
+from experiments.churn_study import figures, prediction_files, report
+from experiments.churn_study.prediction_files import Columns, Predictions
 
 PREDICTIONS = flags.DEFINE_multi_string(
     'predictions',
@@ -27,7 +28,9 @@ _LABELS = flags.DEFINE_string(
     ' prediction files, if they have it.',
 )
 _LABEL_COLUMN = flags.DEFINE_string(
-    'label_column', 'label', 'Column of a table with the class, from 0.'
+    'label_column',
+    'label',
+    'Column of a table with the class, from 0; nothing for no labels.',
 )
 _ID_COLUMN = flags.DEFINE_string(
     'id_column', '', 'Column by which tables are joined; default: row by row.'
@@ -39,6 +42,9 @@ OUTPUT = flags.DEFINE_string(
     ' nowhere for files.',
 )
 
+# Would act nowhere in a study.
+ONLY_OF_FILES = ('prediction_column', 'labels', 'label_column', 'id_column')
+
 _ONE_ARM = 'predictions'
 
 
@@ -48,21 +54,27 @@ def main() -> None:
       tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
   )
   named = [_split_name(text) for text in PREDICTIONS.value]
-  models = [prediction_files.read(path, columns) for _, path in named]
-  if len(models) < 2:
+  if len(named) < 2:
     raise ValueError('churn is between models: give --predictions twice')
+  for again in (x for i, x in enumerate(named) if x in named[:i]):
+    raise ValueError(
+        f'{again[1]} is given twice; a model has no churn against itself'
+    )
   labels = None
   if _LABELS.value:
     labels = prediction_files.read_labels(_LABELS.value, columns)
+    columns = columns._replace(label='')
+  models = [prediction_files.read(path, columns) for _, path in named]
   arrays, labels = prediction_files.join(models, labels)
   arms: dict[str, list] = {}
   for (arm, _), array in zip(named, arrays):
     arms.setdefault(arm, []).append(array)
-  rows = churn_figures.summarise(arms, labels)
-  churn_report.report_files(
+  rows = figures.summarise(arms, labels)
+  report.report_files(
       rows,
       pairs=_pairs(named, models),
       examples=len(arrays[0]),
+      joined_by=columns.id,
       paths=[path for _, path in named],
       output=OUTPUT.value,
   )
@@ -82,9 +94,12 @@ def _pairs(
     named: Sequence[tuple[str, str]], models: Sequence[Predictions]
 ) -> dict[str, list[tuple[str, str]]]:
   """By arm, the files of each pair in the order of a figure's values."""
+  paths = [os.path.abspath(model.name) for model in models]
+  # Their names, if all lie in one directory.
+  together = os.path.commonpath(map(os.path.dirname, paths))
   found: dict[str, list[str]] = {}
-  for (arm, _), model in zip(named, models):
-    found.setdefault(arm, []).append(model.name)
+  for (arm, _), path in zip(named, paths):
+    found.setdefault(arm, []).append(os.path.relpath(path, together))
   return {
       arm: [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
       for arm, names in found.items()

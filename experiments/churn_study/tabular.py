@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codistill_jax.intervals import Figure
-from experiments.churn_figures import TITLES, Row
+from experiments.churn_study.figures import TITLES, Row
 
 _DIGITS = {'relative': 3}
 

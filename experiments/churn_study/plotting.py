@@ -5,18 +5,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import churn_runs, report_style
-from experiments.churn_figures import Row
-from experiments.churn_results import ENSEMBLE
+from experiments import report_style
+from experiments.churn_study import run_files
+from experiments.churn_study.figures import Row
+from experiments.churn_study.results import ENSEMBLE
 from experiments.report_style import Plot
 
 _COLOURS = {
-    churn_runs.SINGLE: '#D55E00',
+    run_files.SINGLE: '#D55E00',
     ENSEMBLE: '#009E73',
 }
 _CODISTILLED = '#0072B2'
 _OTHERS = ('#CC79A7', '#E69F00', '#56B4E9', '#000000')
-_MARKERS = {churn_runs.SINGLE: 's', ENSEMBLE: 'D'}
+_MARKERS = {run_files.SINGLE: 's', ENSEMBLE: 'D'}
 
 
 def make_plot(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
@@ -27,7 +28,7 @@ def make_plot(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
     ax.set_ylabel('churn: mean absolute difference\nbetween retrains')
     ax.xaxis.set_major_formatter('{x:.4g}')
     colours = _colours(rows)
-    weighted = [r for r in rows if churn_runs.weight_of(r.arm) is not None]
+    weighted = [r for r in rows if run_files.weight_of(r.arm) is not None]
     ax.plot(*_points(weighted), color=_CODISTILLED, lw=1.2, zorder=2)
     for row in rows:
       _draw(ax, row, colours[row.arm], row.arm == chosen)
@@ -55,7 +56,7 @@ def _colours(rows: Sequence[Row]) -> Mapping[str, str]:
   others = [
       r.arm
       for r in rows
-      if r.arm not in _COLOURS and churn_runs.weight_of(r.arm) is None
+      if r.arm not in _COLOURS and run_files.weight_of(r.arm) is None
   ]
   colours = {arm: _OTHERS[i % len(_OTHERS)] for i, arm in enumerate(others)}
   return {r.arm: _CODISTILLED for r in rows} | colours | _COLOURS
@@ -67,7 +68,7 @@ def _points(rows: Sequence[Row]) -> list[list[float]]:
 
 def _draw(ax: Axes, row: Row, colour: str, is_chosen: bool) -> None:
   x, y = row.figures['log_loss'], row.figures['churn']
-  weight = churn_runs.weight_of(row.arm)
+  weight = run_files.weight_of(row.arm)
   marker = 'o' if weight is not None else _MARKERS.get(row.arm, '^')
   bars = [
       None if np.isnan(f.low) else [[f.mean - f.low], [f.high - f.mean]]
@@ -99,7 +100,7 @@ def _draw(ax: Axes, row: Row, colour: str, is_chosen: bool) -> None:
 
 
 def _caption(rows: Sequence[Row], split: str) -> str:
-  weighted = any(churn_runs.weight_of(r.arm) is not None for r in rows)
+  weighted = any(run_files.weight_of(r.arm) is not None for r in rows)
   return (
       f'Both on the {split} split; lower and further left is better. Points are'
       ' means over retrains and over pairs of them, bars their 95 % intervals'

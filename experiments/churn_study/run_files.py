@@ -217,9 +217,17 @@ def keep_labels(
     )
 
 
-def has_begun(workdir: files.PathLike) -> bool:
-  """Whether a run is done: until then everything may still be corrected."""
-  return any(True for _ in done(workdir))
+def has_begun(workdir: files.PathLike, config: str = '') -> bool:
+  """Whether a run is done: until then all may still be corrected.
+
+  Args:
+    workdir: The study's.
+    config: Ask for the runs of this arm's own configuration; '': for all runs.
+  """
+  return any(
+      not config or record['run']['config'] == config
+      for _, _, record in done(workdir)
+  )
 
 
 def done(workdir: files.PathLike) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -240,7 +248,14 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _load(path: epath.Path) -> np.ndarray:
-  return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+  data = path.read_bytes()
+  try:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+  except (ValueError, EOFError) as e:
+    raise ValueError(
+        f'{os.fspath(path)} is damaged ({e}); delete it, and the run.json'
+        ' beside it, if any, and both are made again'
+    ) from e
 
 
 def own_cores() -> int:

@@ -6,16 +6,10 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from codistill_jax.storage import files
-from experiments import (
-    churn_results,
-    churn_table,
-    churn_text,
-    cli,
-    report_pages,
-    tables,
-)
-from experiments.churn_figures import Row
-from experiments.churn_results import Study
+from experiments import cli, report_pages, tables
+from experiments.churn_study import results, tabular, wording
+from experiments.churn_study.figures import Row
+from experiments.churn_study.results import Study
 from experiments.report_pages import (
     Block,
     Bullets,
@@ -32,50 +26,51 @@ def main(workdir: files.PathLike, output: str | None, note: str = '') -> None:
   Raises:
     ValueError: After all that, if a deterministic control failed.
   """
-  study = churn_results.load_study(workdir)
-  split = churn_text.split_of(study)
-  header, cells = churn_table.table_1(study.table, split, churn_table.SHORT)
+  study = results.load_study(workdir)
+  split = wording.split_of(study)
+  header, cells = tabular.table_1(study.table, split, tabular.SHORT)
   cli.tell(f'\n{study.settings["data"]}\n{study.settings["headline"]}')
   cli.tell('\n' + tables.align([header, *cells]) + '\n')
-  for line in (churn_text.summary(study), churn_text.chosen(study)):
+  for line in (wording.summary(study), wording.chosen(study)):
     cli.tell(line)
   directory = epath.Path(output or epath.Path(workdir) / 'report')
   _write(directory, 'Prediction churn', _blocks(study, workdir, note))
   _write_data(directory, study)
   cli.tell(f'report: {os.fspath(directory / "churn.html")}')
-  failures = churn_text.failures(study)
+  failures = wording.failures(study)
   if failures:
     raise ValueError(f'the deterministic control failed: {failures[0]}')
 
 
 def _blocks(study: Study, workdir, note: str) -> list[Block]:
-  from experiments import churn_plot  # Matplotlib, which files may do without.
+  # Here, since it needs matplotlib: files may do without.
+  from experiments.churn_study import plotting
 
-  split = churn_text.split_of(study)
-  plot = churn_plot.make_plot(study.rows['test'], study.chosen, split.strip())
+  split = wording.split_of(study)
+  plot = plotting.make_plot(study.rows['test'], study.chosen, split.strip())
   blocks = [
       *(Paragraph(x) for x in (study.settings['headline'], note) if x),
-      *(Paragraph(f'FAILED: {x}') for x in churn_text.failures(study)),
-      Paragraph(churn_text.summary(study)),
-      Paragraph(churn_text.chosen(study)),
+      *(Paragraph(f'FAILED: {x}') for x in wording.failures(study)),
+      Paragraph(wording.summary(study)),
+      Paragraph(wording.chosen(study)),
       Heading('Table 1'),
-      Table(*churn_table.table_1(study.table, split), names=1),
-      Bullets(churn_text.notes(study)),
+      Table(*tabular.table_1(study.table, split), names=1),
+      Bullets(wording.notes(study)),
       Heading('95 % intervals'),
-      Table(*churn_table.interval_table(study.table), names=1),
+      Table(*tabular.interval_table(study.table), names=1),
       Heading(plot.title),
       plot,
       Heading('All weights, and what they were chosen on'),
-      Table(*churn_table.weight_table(study.rows, study.chosen), names=1),
+      Table(*tabular.weight_table(study.rows, study.chosen), names=1),
       Heading('Controls'),
-      Table(*churn_text.repeat_table(study), names=1),
+      Table(*wording.repeat_table(study), names=1),
   ]
   if study.controls:
     blocks += [
-        Paragraph(churn_text.CONTROLS),
-        Table(*churn_table.table_1(study.controls, split), names=1),
+        Paragraph(wording.CONTROLS),
+        Table(*tabular.table_1(study.controls, split), names=1),
     ]
-  settings = churn_text.settings(study)
+  settings = wording.settings(study)
   return [
       *blocks,
       Heading('Settings'),
@@ -107,7 +102,7 @@ def _write(directory: epath.Path, title: str, blocks: Sequence[Block]) -> None:
 
 
 def _write_data(directory: epath.Path, study: Study) -> None:
-  text = churn_table.to_csv(study.rows)
+  text = tabular.to_csv(study.rows)
   files.write_bytes(directory / 'churn.csv', text.encode())
   tree = {
       'settings': study.settings,
@@ -115,10 +110,10 @@ def _write_data(directory: epath.Path, study: Study) -> None:
       'chosen': study.chosen,
       'rule': study.reason,
       'rows': {
-          split: [churn_table.to_tree(row) for row in rows]
+          split: [tabular.to_tree(row) for row in rows]
           for split, rows in study.rows.items()
       },
-      'controls': [churn_table.to_tree(row) for row in study.controls],
+      'controls': [tabular.to_tree(row) for row in study.controls],
       'repeats': [repeat._asdict() for repeat in study.repeats],
       'runs': [
           {'arm': arm, 'retrain': k, **record} for arm, k, record in study.runs
@@ -135,6 +130,7 @@ def report_files(
     *,
     pairs: Mapping[str, Sequence[tuple[str, str]]],
     examples: int,
+    joined_by: str,
     paths: Sequence[str],
     output: str | None,
 ) -> None:
@@ -144,23 +140,25 @@ def report_files(
     rows: An arm each.
     pairs: By arm, the names of each pair in the order of a figure's values.
     examples: N.
+    joined_by: The column of ids; '' if rows were compared with rows.
     paths: Of all files.
     output: Directory, or None.
   """
-  header, cells = churn_table.table_1(rows, titles=churn_table.SHORT)
-  between = churn_text.pair_table(rows, pairs)
+  header, cells = tabular.table_1(rows, titles=tabular.SHORT)
+  between = wording.pair_table(rows, pairs)
   cli.tell(tables.align([header, *cells]))
   if len(between[1]) > 1:
     cli.tell('\n' + tables.align([between[0], *between[1]]))
-  said = f'{examples:,} examples; ± is half of maximum minus minimum'
+  how = f'joined by {joined_by}' if joined_by else 'row by row'
+  said = f'{examples:,} examples, {how}; ± is half of maximum minus minimum'
   cli.tell(f'\n{said}')
   if output is None:
     return
   blocks = [
-      Table(*churn_table.table_1(rows), names=1),
-      Bullets([said, *churn_text.DEFINITIONS]),
+      Table(*tabular.table_1(rows), names=1),
+      Bullets([said, *wording.DEFINITIONS]),
       Heading('95 % intervals'),
-      Table(*churn_table.interval_table(rows), names=1),
+      Table(*tabular.interval_table(rows), names=1),
       Heading('Pairs'),
       Table(*between, names=3),
       Heading('Files'),
@@ -170,12 +168,12 @@ def report_files(
   ]
   directory = epath.Path(output)
   _write(directory, 'Prediction churn', blocks)
-  text = churn_table.to_csv({'': rows})
+  text = tabular.to_csv({'': rows})
   files.write_bytes(directory / 'churn.csv', text.encode())
   tree = {
       'examples': examples,
       'files': list(paths),
-      'rows': [churn_table.to_tree(row) for row in rows],
+      'rows': [tabular.to_tree(row) for row in rows],
       'pairs': {arm: list(names) for arm, names in pairs.items()},
   }
   files.write_json(directory / 'churn.json', tree)

@@ -15,14 +15,18 @@ import jax
 from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files, locks
-from experiments import churn_runs, churn_study, cli
-from experiments.churn_runs import SPLITS, Run
-from experiments.churn_study import Trainer
+from experiments import cli
+from experiments.churn_study import run_files, training
+from experiments.churn_study.run_files import SPLITS, Run
+from experiments.churn_study.training import Trainer
 from experiments.stopping import StopRequest
 
 _SAY_EVERY_SECONDS = 30.0
 # A round of two groups does two updates and asks a teacher for each.
 _TEACHER_COST = 1.4
+# What all runs of a study have in common, besides their configurations; 'data'
+# tells how many examples each split has.
+_FIXED = ('num_groups', 'replicas', 'identity', 'data', 'platform')
 
 
 class Trainers:
@@ -70,10 +74,10 @@ class Trainers:
       self._parse(name)
       experiment = gin_utils.make(Experiment)
       for split in SPLITS:
-        labels = churn_study.labels_of(experiment, split)
-        churn_runs.keep_labels(self._workdir, split, labels)
+        labels = training.labels_of(experiment, split)
+        run_files.keep_labels(self._workdir, split, labels)
       self._made[name] = gin_utils.call(
-          churn_study.make_trainer, experiment, self._devices()
+          training.make_trainer, experiment, self._devices()
       )
     return self._made[name]
 
@@ -84,8 +88,9 @@ class Trainers:
       self._write_configuration(name)
 
   def _write_configuration(self, name: str) -> None:
-    path = churn_runs.config_path(self._workdir, name)
-    if not path.exists():
+    path = run_files.config_path(self._workdir, name)
+    # What an attempt before a correction has left is not in force.
+    if not path.exists() or not run_files.has_begun(self._workdir, name):
       text = gin_utils.operative_configuration()
       files.write_bytes(path, text.encode())
 
@@ -117,6 +122,7 @@ def describe_study(
       'example': task.example_name,
       'num_classes': task.num_classes,
       'has_test_split': task.test_batches is not None,
+      'identity': dict(task.identity),
       'platform': jax.devices()[0].device_kind,
       'command': command,
   }
@@ -125,17 +131,21 @@ def describe_study(
 def claim(workdir: files.PathLike, study: Mapping[str, Any]) -> None:
   """Writes study.json; the first time, or with arms that are new.
 
+  The configuration of an arm may be corrected until one of its runs is done.
+
   Raises:
-    ValueError: If the workdir holds a study of another configuration.
+    ValueError: If the workdir holds a study of another configuration, of other
+      data, or of another kind of device.
   """
-  path = churn_runs.study_path(workdir)
-  begun = churn_runs.has_begun(workdir)
+  path = run_files.study_path(workdir)
+  begun = run_files.has_begun(workdir)
   before = (files.read_json(path) if begun else None) or {}
   theirs = before.get('configurations', {})
   for name, ours in study['configurations'].items():
-    if name in theirs and theirs[name] != ours:
+    same = theirs.get(name, ours) == ours
+    if not same and run_files.has_begun(workdir, name):
       _refuse(workdir, theirs[name], ours)
-  for key in ('num_groups', 'replicas'):
+  for key in _FIXED:
     if key in before and before[key] != study[key]:
       _refuse(workdir, [f'{key}={before[key]}'], [f'{key}={study[key]}'])
   configurations = theirs | study['configurations']
@@ -176,11 +186,11 @@ def train_all(
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(
-            locks.exclusive(churn_runs.run_dir(workdir, run), 'training')
+            locks.exclusive(run_files.run_dir(workdir, run), 'training')
         )
       except ValueError:
         continue  # Another process is at it.
-      if churn_runs.read_record(workdir, run) is None:
+      if run_files.read_record(workdir, run) is None:
         _train_one(workdir, run, trainers, stop, Progress(runs, run, jobs))
         cli.tell(Progress(runs, run, jobs).line(workdir, 'done'))
 
@@ -209,24 +219,24 @@ def _train_one(
     _leave_if(stop, run)
     progress.say(workdir, step, trainer.experiment.num_steps)
 
-  learnt = churn_study.train(trainer, run, tick)
+  learnt = training.train(trainer, run, tick)
   predictions = [
-      {split: churn_study.predict(trainer, x, split) for split in SPLITS}
+      {split: training.predict(trainer, x, split) for split in SPLITS}
       for x in learnt
   ]
-  churn_runs.write_run(workdir, run, predictions, describe(trainer, run, began))
+  run_files.write_run(workdir, run, predictions, describe(trainer, run, began))
 
 
 def describe(trainer: Trainer, run: Run, began: float) -> dict[str, Any]:
   """What run.json says of a run that has just ended."""
-  experiment = churn_study.configured(trainer.experiment, run)
+  experiment = training.configured(trainer.experiment, run)
   return {
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
       'num_steps': experiment.num_steps,
       'began': began,
       'ended': time.time(),
-      'cores': churn_runs.own_cores(),
+      'cores': run_files.own_cores(),
       'jax': jax.__version__,
   }
 
@@ -246,7 +256,7 @@ class Progress:
 
   def line(self, workdir: files.PathLike, what: str) -> str:
     """Where the study stands, by its files."""
-    records = {run: churn_runs.read_record(workdir, run) for run in self._runs}
+    records = {run: run_files.read_record(workdir, run) for run in self._runs}
     took = [
         (r['ended'] - r['began']) / _cost(run)
         for run, r in records.items()

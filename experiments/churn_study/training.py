@@ -22,7 +22,7 @@ from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.replicas import PmapStep
 from experiments import driver
-from experiments.churn_runs import Run
+from experiments.churn_study.run_files import Run
 from experiments.job import Job
 
 # Of a study that keeps the predictions of dozens of models.
@@ -136,6 +136,7 @@ def train(
     tick: Called with the step after each round; may raise to end it all.
 
   Raises:
+    ValueError: If the groups of a codistilled arm never taught each other.
     FloatingPointError: If a group ends with parameters that are not finite.
   """
   experiment = configured(trainer.experiment, run)
@@ -144,8 +145,16 @@ def train(
         stack.enter_context(contextlib.closing(g))
         for g in _groups(trainer, experiment, run)
     ]
+    taught = False
     for results in zip(*groups, strict=True):
+      taught |= any('loss/distill' in result.metrics for result in results)
       tick(results[0].step)
+    if run.weight is not None and not taught:
+      raise ValueError(
+          f'{run.name} never had a teacher in {experiment.num_steps} steps: it'
+          f' is no codistillation; exchange_every={experiment.exchange_every}'
+          ' and burn_in_steps must be shorter'
+      )
     learnt = [base.host_copy(result.state.variables) for result in results]
   for group_id, variables in enumerate(learnt):
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(variables)):

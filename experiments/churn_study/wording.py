@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from codistill_jax import intervals
-from experiments import churn_runs, churn_table
-from experiments.churn_figures import Row
-from experiments.churn_results import ENSEMBLE, Repeat, Study
+from experiments.churn_study import run_files, tabular
+from experiments.churn_study.figures import Row
+from experiments.churn_study.results import ENSEMBLE, Repeat, Study
 
 DEFINITIONS = (
     'Mean absolute difference between retrains: |p - q| of the positive class'
@@ -35,21 +35,19 @@ def split_of(study: Study) -> str:
 def summary(study: Study) -> str:
   """The result in a sentence or two."""
   rows = {row.arm: row for row in study.table}
-  single, ensemble = rows[churn_runs.SINGLE], rows[ENSEMBLE]
+  single, ensemble = rows[run_files.SINGLE], rows[ENSEMBLE]
   found = rows.get(study.chosen)
   if found is None:
     return (
         f'Churn of the {ensemble.title}, against the single model:'
-        f' {churn_table.percent(ensemble.change)}.'
+        f' {tabular.percent(ensemble.change)}.'
     )
-  loss = lambda row: churn_table.number(
-      'log_loss', row.figures['log_loss'].mean
-  )
+  loss = lambda row: tabular.number('log_loss', row.figures['log_loss'].mean)
   worse = found.figures['log_loss'].mean > ensemble.figures['log_loss'].mean
   return (
       f'Churn of the model {found.title}, against the single model:'
-      f' {churn_table.percent(found.change)}; of the {ensemble.title}:'
-      f' {churn_table.percent(ensemble.change)}. Its'
+      f' {tabular.percent(found.change)}; of the {ensemble.title}:'
+      f' {tabular.percent(ensemble.change)}. Its'
       f' {split_of(study)}log loss is {loss(found)},'
       f' {"worse" if worse else "no worse"} than the {loss(ensemble)} of the'
       f' {ensemble.title} ({_difference(found, ensemble)}); the single model'
@@ -63,7 +61,7 @@ def _difference(row: Row, other: Row) -> str:
   if len(ours) != len(theirs):
     return 'arms of different size'
   figure = intervals.over_retrains(ours - theirs)
-  said = churn_table.interval('log_loss', figure)
+  said = tabular.interval('log_loss', figure)
   return f'difference {said.replace(" [-]", "")}'
 
 
@@ -71,12 +69,14 @@ def chosen(study: Study) -> str:
   """How the weight was chosen."""
   said = 'No codistilled arm was trained.'
   if study.chosen is not None:
-    weight = churn_runs.weight_of(study.chosen)
+    weight = run_files.weight_of(study.chosen)
     said = (
         f'Distill weight {weight:g} was chosen on validation: {study.reason}.'
     )
   if not study.settings['has_test_split']:
     said += ' The task has no test split: the table is of validation.'
+  elif study.chosen is not None:
+    said += ' The table is of the same retrains, on other examples.'
   return said
 
 
@@ -135,13 +135,13 @@ def pair_table(
   for row in rows:
     for i, names in enumerate(pairs[row.arm]):
       values = [
-          churn_table.number(k, row.figures[k].values[i])
+          tabular.number(k, row.figures[k].values[i])
           if k in row.figures
           else '-'
           for k in keys
       ]
       cells.append([row.title, *names, *values])
-  titles = [churn_table.SHORT[k] for k in keys]
+  titles = [tabular.SHORT[k] for k in keys]
   return ['arm', 'model', 'and model', *titles], cells
 
 

@@ -73,6 +73,17 @@ def test_byte_order_mark_is_no_text(tmp_path):
   assert read(f'jsonl:{path}') == ['a', 'b']
 
 
+@pytest.mark.parametrize('kind', ['jsonl', 'text', 'files'])
+def test_a_byte_order_mark_does_not_hide_a_long_beginning(tmp_path, kind):
+  # Read in pieces of limit + 1 bytes, of which the mark takes three.
+  for size in range(1, 9):
+    write(tmp_path / 'a', b'\xef\xbb\xbf' + b'x' * size + b'\n\n{}')
+    records = read(f'{kind}:{tmp_path}/a', max_document_bytes=5)
+    texts = [one for one in records if isinstance(one, str)]
+    assert all(text in ('x' * size, '{}') for text in texts)
+    assert len(records) == (1 if kind == 'files' else 2)
+
+
 def test_text_key(tmp_path):
   path = write(tmp_path / 'a', '{"body": "x", "text": "y"}\n')
   assert read(f'jsonl:{path}', text_key='body') == ['x']
@@ -316,6 +327,9 @@ class TestHuggingFace:
     assert records == ['a', Reject('empty'), 'c', Reject('no_text')]
     write(folder / 'train.jsonl', json_lines('ab', 'c'))
     assert read(f'hf:{folder}', max_document_bytes=1) == [TOO_LONG, 'c']
+    write(folder / 'train.jsonl', json_lines('äö', 'abcd', 'äöü'))
+    records = read(f'hf:{folder}', max_document_bytes=4)
+    assert records == ['äö', 'abcd', TOO_LONG]
 
   def test_missing_column_names_those_there(self, folder):
     with pytest.raises(ValueError, match="no column 'body' but text, n"):

@@ -58,13 +58,14 @@ def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
     try:
       bom = _BOM
       # One byte more: a line of exactly `limit` bytes and its end is whole.
-      while line := f.readline(limit + 1):
-        if len(line) > limit and not line.endswith(b'\n'):
+      while line := f.readline(limit + 1 + len(bom)):
+        line, bom = line.removeprefix(bom), b''
+        if len(line) - line.endswith(b'\n') <= limit:
+          yield line
+          continue
+        if not line.endswith(b'\n'):
           _skip_line(f)
-          yield TOO_LONG
-        else:
-          yield line.removeprefix(bom)
-        bom = b''
+        yield TOO_LONG
     except _DAMAGE:
       yield Reject('damaged_file')
 

@@ -138,8 +138,8 @@ def test_the_number_of_workers_makes_no_difference(
       'filters': ['long_paragraphs:min_characters=9'],
       'text_key': 'text',
   }
-  for limit in (None, 60):
-    for number in (1, 2, 3):
+  for limit, others in ((None, 3), (60, 2)):
+    for number in (1, others):
       run(
           tmp_path / f'{limit}{number}',
           corpus,
@@ -148,8 +148,7 @@ def test_the_number_of_workers_makes_no_difference(
           **options,
       )
     expected = contents(tmp_path / f'{limit}1')
-    assert contents(tmp_path / f'{limit}2') == expected
-    assert contents(tmp_path / f'{limit}3') == expected
+    assert contents(tmp_path / f'{limit}{others}') == expected
 
 
 def test_continued_with_other_workers_it_ends_with_the_same_files(
@@ -657,19 +656,35 @@ def command(python, *flags):
   return [python, '-m', 'experiments.prepare_data', *flags]
 
 
-def test_kill_9_and_the_same_command_again(tmp_path, python):
-  documents = texts(12_000)
-  source = write_corpus(tmp_path / 'a', documents)
-  run(tmp_path / 'a_model', source)
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+  """A corpus for the binary: its flags, and what they should lead to."""
+  folder = tmp_path_factory.mktemp('large')
+  source = write_corpus(folder / 'a', texts(12_000))
+  run(folder / 'model', source, max_documents=200)
+  options = {
+      'tokenizer': folder / 'model' / 'tokenizer.model',
+      'vocab_size': None,
+      'shard_tokens': 1000,
+  }
+  run(folder / 'whole', source, **options)
   flags = [
       f'--source={source}',
-      f'--tokenizer={tmp_path}/a_model/tokenizer.model',
+      f'--tokenizer={options["tokenizer"]}',
       '--validation_fraction=0.2',
       '--shard_tokens=1000',
   ]
-  options = {'vocab_size': None, 'shard_tokens': 1000}
-  options['tokenizer'] = tmp_path / 'a_model' / 'tokenizer.model'
-  run(tmp_path / 'whole', source, **options)
+
+  def finish(output):
+    _, lines = run(output, source, **options)
+    assert lines[0].startswith('Continuing in')
+    assert contents(output) == contents(folder / 'whole')
+
+  return flags, finish
+
+
+def test_kill_9_and_the_same_command_again(tmp_path, large, python):
+  flags, finish = large
   output = tmp_path / 'killed'
   process = subprocess.Popen(
       command(python, f'--output={output}', *flags),
@@ -685,9 +700,7 @@ def test_kill_9_and_the_same_command_again(tmp_path, python):
     process.send_signal(signal.SIGKILL)
     process.wait()
   assert not (output / 'meta.json').exists()
-  _, lines = run(output, source, **options)
-  assert lines[0].startswith('Continuing in')
-  assert contents(output) == contents(tmp_path / 'whole')
+  finish(output)
 
 
 def all_gone(session, seconds=5.0):
@@ -714,23 +727,13 @@ def workers_of(parent):
   ]
 
 
-def test_a_killed_worker_is_a_clear_error_and_costs_nothing(tmp_path, python):
-  source = write_corpus(tmp_path / 'a', texts(12_000))
-  run(tmp_path / 'model', source, max_documents=200)
-  model = tmp_path / 'model' / 'tokenizer.model'
-  options = {'tokenizer': model, 'vocab_size': None, 'shard_tokens': 5000}
-  run(tmp_path / 'whole', source, **options)
+def test_a_killed_worker_is_a_clear_error_and_costs_nothing(
+    tmp_path, large, python
+):
+  flags, finish = large
   output = tmp_path / 'out'
   with subprocess.Popen(
-      command(
-          python,
-          f'--output={output}',
-          f'--source={source}',
-          f'--tokenizer={model}',
-          '--validation_fraction=0.2',
-          '--shard_tokens=5000',
-          '--workers=2',
-      ),
+      command(python, f'--output={output}', '--workers=2', *flags),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -746,25 +749,33 @@ def test_a_killed_worker_is_a_clear_error_and_costs_nothing(tmp_path, python):
   assert errors.startswith('error: A worker process ended by signal 9')
   assert len(errors.splitlines()) == 1
   assert all_gone(process.pid)
-  run(output, source, workers=2, **options)
-  assert contents(output) == contents(tmp_path / 'whole')
+  finish(output)
 
 
 @pytest.mark.parametrize('phase', ['Training', 'documents,'])
-def test_a_signal_ends_it_at_once(tmp_path, python, phase):
+def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
   """In C++, where a tokenizer is trained, and in Python."""
-  words = [f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 60_000)]
-  documents = [' '.join(words[n : n + 20]) for n in range(0, 60_000, 20)]
-  source = write_corpus(tmp_path / 'a', 20 * documents)
-  flags = [
-      f'--output={tmp_path}/out',
-      f'--source={source}',
-      '--vocab_size=8000',
-      '--shard_tokens=100000',
-      '--workers=2',
-  ]
+  flags, _ = large
+  source = tmp_path / 'a'
+  if phase == 'Training':
+    words = [
+        f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 40_000)
+    ]
+    documents = [' '.join(words[n : n + 20]) for n in range(0, 40_000, 20)]
+    write_corpus(source, documents)
+    flags = ['--vocab_size=8000']
+  else:
+    # It goes on for half a second, and should not come to its end.
+    content = pathlib.Path(flags[0].partition(':')[2]).read_bytes()
+    source.write_bytes(12 * content)
   with subprocess.Popen(
-      command(python, *flags),
+      command(
+          python,
+          *flags,
+          f'--source=jsonl:{source}',
+          f'--output={tmp_path}/out',
+          '--workers=2',
+      ),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

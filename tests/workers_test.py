@@ -138,14 +138,22 @@ def test_what_cannot_be_sent_is_an_error_all_the_same(pool):
   assert list(pool.map(abs, [-1])) == [1]
 
 
-def test_items_are_fetched_while_all_workers_are_busy(pool):
-  """Not only when one of them is idle already and has to wait for it."""
-  fetched = []
-  results = pool.map(
-      slow_square, map(lambda n: fetched.append(n) or n, [0] * 9)
-  )
-  next(results)
-  assert len(fetched) >= 4
+def exists_soon(path):
+  deadline = time.monotonic() + 5
+  while not path.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return path.exists()
+
+
+def test_items_are_fetched_while_all_workers_are_busy(pool, tmp_path):
+  """Not only when one is idle, which would then wait for the item."""
+
+  def items():
+    yield from [tmp_path / 'a'] * 3
+    (tmp_path / 'a').touch()  # Both workers wait for it.
+    yield tmp_path / 'a'
+
+  assert list(pool.map(exists_soon, items())) == [True] * 4
 
 
 def test_a_script_without_a_guard_is_told_so(python, tmp_path):

@@ -765,11 +765,11 @@ def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
   source = tmp_path / 'a'
   if phase == 'Training':
     words = [
-        f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 40_000)
+        f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 300_000)
     ]
-    documents = [' '.join(words[n : n + 20]) for n in range(0, 40_000, 20)]
+    documents = [' '.join(words[n : n + 20]) for n in range(0, 300_000, 20)]
     write_corpus(source, documents)
-    flags = ['--vocab_size=8000']
+    flags = ['--vocab_size=30000']
   else:
     # It goes on for half a second, and should not come to its end.
     content = pathlib.Path(flags[0].partition(':')[2]).read_bytes()
@@ -793,7 +793,7 @@ def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
         for line in process.stdout:
           if phase in line:
             break
-        time.sleep(0.3)
+        time.sleep(0.1)
       else:
         while not (tmp_path / 'out' / 'train' / '00000.tokens.npy').exists():
           assert process.poll() is None

@@ -17,7 +17,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax.data import filters, paragraph_ids, records, shards
+from codistill_jax.data import (
+    filters,
+    paragraph_ids,
+    prepare_settings,
+    prepare_summary,
+    records,
+    shards,
+)
 from codistill_jax.data import prepare as prepare_lib
 from experiments import cli
 from experiments.stopping import Rescue, StopRequest
@@ -49,8 +56,8 @@ _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size',
     None,
     'Word pieces in the vocabulary, with <unk>, <s>, </s> and 256 bytes; 24006'
-    f' in the paper. Default: {prepare_lib.DEFAULT_VOCAB_SIZE}, or those of'
-    ' --tokenizer.',
+    f' in the paper. Default: {prepare_settings.DEFAULT_VOCAB_SIZE}, or those'
+    ' of --tokenizer.',
     lower_bound=1,
 )
 _TOKENIZER = flags.DEFINE_string(
@@ -60,7 +67,7 @@ _TOKENIZER = flags.DEFINE_string(
 )
 _TOKENIZER_BYTES = flags.DEFINE_integer(
     'tokenizer_bytes',
-    prepare_lib.DEFAULT_TOKENIZER_BYTES,
+    prepare_settings.DEFAULT_TOKENIZER_BYTES,
     'Train the tokenizer on the first so many bytes of the training split;'
     ' they are held in memory.',
     lower_bound=1,
@@ -79,13 +86,13 @@ _SEED = flags.DEFINE_integer(
 _MAX_DOCUMENTS = flags.DEFINE_integer(
     'max_documents',
     None,
-    'Stop after so many documents of the source, both splits together.'
-    ' Default: all.',
+    'Stop after so many documents, both splits together; rejected records are'
+    ' not counted. Default: all.',
     lower_bound=1,
 )
 _SHARD_TOKENS = flags.DEFINE_integer(
     'shard_tokens',
-    prepare_lib.DEFAULT_SHARD_TOKENS,
+    prepare_settings.DEFAULT_SHARD_TOKENS,
     'Close a shard at about so many tokens. A killed run loses at most the'
     ' shard that it was writing.',
     lower_bound=1,
@@ -133,13 +140,14 @@ _CHECKSUMS = flags.DEFINE_string(
     'checksums',
     None,
     'A list made by sha256sum. All files of the source are compared with it'
-    ' first, which reads them once more, at each start.',
+    ' first, which reads them once more, at each start that has work to do.',
 )
 _WORKERS = flags.DEFINE_integer(
     'workers',
     None,
-    'Processes that decode, filter and tokenise, about 150 MB each. The'
-    ' result does not depend on it. Default: up to one for each core.',
+    'Processes that decode, filter and tokenise, about 150 MB each; with 1 it'
+    ' is done without others. The result does not depend on it. Default: up to'
+    ' one for each core that this process may use.',
     lower_bound=1,
 )
 _VERIFY = flags.DEFINE_bool(
@@ -177,10 +185,16 @@ def main(argv: Sequence[str]) -> None:
       paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
       paragraph_unit=_PARAGRAPH_UNIT.value,
       source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or os.cpu_count() or 1,
+      workers=_WORKERS.value or _cores(),
       report=lambda line: print(line, flush=True),
   )
-  print(prepare_lib.summary(meta))
+  print(prepare_summary.summary(meta))
+
+
+def _cores() -> int:
+  if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _verify() -> None:

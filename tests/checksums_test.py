@@ -76,3 +76,12 @@ def test_a_writer_hashes_what_it_passes_on(tmp_path):
   assert (tmp_path / 'a').read_bytes() == b'abcdef'
   assert writer.sha256.hexdigest() == digest(b'abcdef')
   assert checksums.sha256_of(tmp_path / 'a') == digest(b'abcdef')
+
+
+def test_lines_that_contradict_each_other_are_refused(tmp_path, files):
+  lines = [f'{digest(path.read_bytes())}  {path.name}' for path in files]
+  (tmp_path / 'sums').write_text('\n'.join([*lines, lines[0]]))
+  assert checksums.check_files(files, str(tmp_path / 'sums')) == 4000
+  (tmp_path / 'sums').write_text('\n'.join([*lines, f'{"0" * 64}  a']))
+  with pytest.raises(ValueError, match='line 3: a has another SHA-256'):
+    checksums.check_files(files, str(tmp_path / 'sums'))

@@ -12,7 +12,7 @@ from click_files import expected_row, line, lines, write_lines
 from etils import epath
 from hypothesis import strategies as st
 
-from codistill_jax.data import criteo, line_blocks
+from codistill_jax.data import criteo, line_blocks, raw_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(
@@ -238,7 +238,7 @@ def test_files_are_found_by_name_or_pattern(tmp_path):
   for name in ('b.txt', 'a.txt', 'c.gz'):
     write_lines(tmp_path / name, 1)
   names = lambda pattern: [
-      p.name for p in line_blocks.expand(f'{tmp_path}/{pattern}')
+      p.name for p in raw_files.expand(f'{tmp_path}/{pattern}')
   ]
   assert names('*.txt') == ['a.txt', 'b.txt']
   assert names('c.gz') == ['c.gz']

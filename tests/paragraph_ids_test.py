@@ -289,6 +289,12 @@ def test_only_a_tar_with_the_released_checksum_is_taken(tmp_path, page_file):
         ),
         (b'', 'lists none of the 1 files'),
         (b'a.warc.wet.gz,"1,-5"\n', 'of .*a.warc.wet.gz: paragraph ID -4'),
+        (b'a.warc.wet.gz,%s\n' % (b'9' * 40), 'of .*gz: 999.* is too large'),
+        (
+            'a.warc.wet.gz,1\u00a02\n'.encode(),
+            r"whole numbers .* got '\\xa0'",
+        ),
+        ('a.warc.wet.gz,\u0663\n'.encode(), 'whole numbers'),
     ],
 )
 def test_malformed_lists_are_one_line(tmp_path, page_file, content, message):

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 from wet_files import packed, wet, write_wet
 
-from codistill_jax.data import partition, prepare, rounds, shards
+from codistill_jax.data import (
+    partition,
+    prepare,
+    prepare_summary,
+    rounds,
+    shards,
+)
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,6 +51,12 @@ def write_corpus(path, documents, damaged=True):
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
   return write_corpus(tmp_path_factory.mktemp('corpus') / 'a', texts(120))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+  """What a power failure would lose; a process that is killed loses nothing."""
+  monkeypatch.setattr(os, 'fsync', lambda handle: None)
 
 
 @pytest.fixture
@@ -132,8 +144,8 @@ def test_the_number_of_workers_makes_no_difference(
       'filters': ['long_paragraphs:min_characters=9'],
       'text_key': 'text',
   }
-  for limit in (None, 60):
-    for number in (1, 2, 3):
+  for limit, others in ((None, 3), (60, 2)):
+    for number in (1, others):
       run(
           tmp_path / f'{limit}{number}',
           corpus,
@@ -142,8 +154,7 @@ def test_the_number_of_workers_makes_no_difference(
           **options,
       )
     expected = contents(tmp_path / f'{limit}1')
-    assert contents(tmp_path / f'{limit}2') == expected
-    assert contents(tmp_path / f'{limit}3') == expected
+    assert contents(tmp_path / f'{limit}{others}') == expected
 
 
 def test_continued_with_other_workers_it_ends_with_the_same_files(
@@ -342,6 +353,62 @@ def test_changed_source_is_noticed(tmp_path, monkeypatch, finished):
     run(tmp_path / 'data', source)
 
 
+def test_a_swapped_tokenizer_is_noticed(tmp_path, corpus, monkeypatch):
+  output = tmp_path / 'data'
+  interrupted(output, corpus, monkeypatch)
+  run(tmp_path / 'other', corpus, vocab_size=321)
+  model = (output / 'tokenizer.model').read_bytes()
+  shutil.copy(tmp_path / 'other' / 'tokenizer.model', output)
+  with pytest.raises(ValueError, match='not the one that the preparation'):
+    run(output, corpus)
+  (output / 'tokenizer.model').write_bytes(model)
+  run(output, corpus)
+
+
+def test_finished_by_another_process_meanwhile(tmp_path, corpus, monkeypatch):
+  exclusive = prepare.locks.exclusive
+
+  def late(*arguments):
+    with monkeypatch.context() as patch:
+      patch.setattr(prepare.locks, 'exclusive', exclusive)
+      run(tmp_path, corpus)
+    return exclusive(*arguments)
+
+  monkeypatch.setattr(prepare.locks, 'exclusive', late)
+  _, lines = run(tmp_path, corpus)
+  assert lines == [f'{tmp_path} is prepared already; nothing to do.']
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_what_lies_behind_max_documents_is_no_error(
+    tmp_path, corpus, small_batches, monkeypatch, number
+):
+  """However far ahead is read."""
+  run(tmp_path / 'a', corpus)
+  opened = prepare.sources.open_source
+
+  def failing(*arguments, **options):
+    source = opened(*arguments, **options)
+
+    def raw(start):
+      for n, record in enumerate(source.raw(start), start):
+        if n == 40:
+          raise OSError('the network is gone')
+        yield record
+
+    return source._replace(raw=raw)
+
+  monkeypatch.setattr(prepare.sources, 'open_source', failing)
+  options = {
+      'tokenizer': tmp_path / 'a' / 'tokenizer.model',
+      'vocab_size': None,
+      'workers': number,
+  }
+  run(tmp_path / 'b', corpus, max_documents=30, **options)
+  with pytest.raises(OSError, match='the network is gone'):
+    run(tmp_path / 'c', corpus, **options)
+
+
 def test_finished_data_outlive_their_source(tmp_path):
   source = write_corpus(tmp_path / 'a', texts(50))
   meta, _ = run(tmp_path / 'data', source)
@@ -404,6 +471,7 @@ def test_source_without_documents_says_what_was_rejected(tmp_path):
         ({'filters': ['french']}, "no filter 'french'"),
         ({'paragraph_unit': 'word'}, 'one of line, record'),
         ({'paragraphs': 'none.csv'}, 'no file'),
+        ({'paragraphs_sha256': 'ab'}, 'no list of paragraphs'),
     ],
 )
 def test_bad_arguments(tmp_path, corpus, changes, message):
@@ -435,7 +503,7 @@ def test_data_of_before_open_and_count_as_prepared(tmp_path, corpus):
   strip_meta(tmp_path)
   meta, lines = run(tmp_path, corpus)
   assert lines == [f'{tmp_path} is prepared already; nothing to do.']
-  assert 'rejected records: 2 bad_json' in prepare.summary(meta)
+  assert 'rejected records: 2 bad_json' in prepare_summary.summary(meta)
   assert len(shards.open_tokens(tmp_path, 'train')) > 50
   found = shards.verify(tmp_path)
   assert found.files == 1 and found.unknown == 4
@@ -471,8 +539,8 @@ def test_filters_are_counted_and_part_of_the_settings(tmp_path):
     for document in documents_in(tmp_path / 'data', split):
       assert 'menu' not in tokenizer.decode(document)
   run(tmp_path / 'data', source, filters=[full])
-  assert 'of 67: 3 bad_json' not in prepare.summary(meta)
-  assert 'rejected records of 67: 2 bad_json' in prepare.summary(meta)
+  assert 'of 67: 3 bad_json' not in prepare_summary.summary(meta)
+  assert 'rejected records of 67: 2 bad_json' in prepare_summary.summary(meta)
 
 
 def write_paragraph_list(path, name, ids):
@@ -594,19 +662,35 @@ def command(python, *flags):
   return [python, '-m', 'experiments.prepare_data', *flags]
 
 
-def test_kill_9_and_the_same_command_again(tmp_path, python):
-  documents = texts(12_000)
-  source = write_corpus(tmp_path / 'a', documents)
-  run(tmp_path / 'a_model', source)
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+  """A corpus for the binary: its flags, and what they should lead to."""
+  folder = tmp_path_factory.mktemp('large')
+  source = write_corpus(folder / 'a', texts(12_000))
+  run(folder / 'model', source, max_documents=200)
+  options = {
+      'tokenizer': folder / 'model' / 'tokenizer.model',
+      'vocab_size': None,
+      'shard_tokens': 1000,
+  }
+  run(folder / 'whole', source, **options)
   flags = [
       f'--source={source}',
-      f'--tokenizer={tmp_path}/a_model/tokenizer.model',
+      f'--tokenizer={options["tokenizer"]}',
       '--validation_fraction=0.2',
       '--shard_tokens=1000',
   ]
-  options = {'vocab_size': None, 'shard_tokens': 1000}
-  options['tokenizer'] = tmp_path / 'a_model' / 'tokenizer.model'
-  run(tmp_path / 'whole', source, **options)
+
+  def finish(output):
+    _, lines = run(output, source, **options)
+    assert lines[0].startswith('Continuing in')
+    assert contents(output) == contents(folder / 'whole')
+
+  return flags, finish
+
+
+def test_kill_9_and_the_same_command_again(tmp_path, large, python):
+  flags, finish = large
   output = tmp_path / 'killed'
   process = subprocess.Popen(
       command(python, f'--output={output}', *flags),
@@ -622,9 +706,7 @@ def test_kill_9_and_the_same_command_again(tmp_path, python):
     process.send_signal(signal.SIGKILL)
     process.wait()
   assert not (output / 'meta.json').exists()
-  _, lines = run(output, source, **options)
-  assert lines[0].startswith('Continuing in')
-  assert contents(output) == contents(tmp_path / 'whole')
+  finish(output)
 
 
 def all_gone(session, seconds=5.0):
@@ -651,23 +733,13 @@ def workers_of(parent):
   ]
 
 
-def test_a_killed_worker_is_a_clear_error_and_costs_nothing(tmp_path, python):
-  source = write_corpus(tmp_path / 'a', texts(12_000))
-  run(tmp_path / 'model', source, max_documents=200)
-  model = tmp_path / 'model' / 'tokenizer.model'
-  options = {'tokenizer': model, 'vocab_size': None, 'shard_tokens': 5000}
-  run(tmp_path / 'whole', source, **options)
+def test_a_killed_worker_is_a_clear_error_and_costs_nothing(
+    tmp_path, large, python
+):
+  flags, finish = large
   output = tmp_path / 'out'
   with subprocess.Popen(
-      command(
-          python,
-          f'--output={output}',
-          f'--source={source}',
-          f'--tokenizer={model}',
-          '--validation_fraction=0.2',
-          '--shard_tokens=5000',
-          '--workers=2',
-      ),
+      command(python, f'--output={output}', '--workers=2', *flags),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -683,25 +755,33 @@ def test_a_killed_worker_is_a_clear_error_and_costs_nothing(tmp_path, python):
   assert errors.startswith('error: A worker process ended by signal 9')
   assert len(errors.splitlines()) == 1
   assert all_gone(process.pid)
-  run(output, source, workers=2, **options)
-  assert contents(output) == contents(tmp_path / 'whole')
+  finish(output)
 
 
 @pytest.mark.parametrize('phase', ['Training', 'documents,'])
-def test_a_signal_ends_it_at_once(tmp_path, python, phase):
+def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
   """In C++, where a tokenizer is trained, and in Python."""
-  words = [f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 60_000)]
-  documents = [' '.join(words[n : n + 20]) for n in range(0, 60_000, 20)]
-  source = write_corpus(tmp_path / 'a', 20 * documents)
-  flags = [
-      f'--output={tmp_path}/out',
-      f'--source={source}',
-      '--vocab_size=8000',
-      '--shard_tokens=100000',
-      '--workers=2',
-  ]
+  flags, _ = large
+  source = tmp_path / 'a'
+  if phase == 'Training':
+    words = [
+        f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 300_000)
+    ]
+    documents = [' '.join(words[n : n + 20]) for n in range(0, 300_000, 20)]
+    write_corpus(source, documents)
+    flags = ['--vocab_size=30000']
+  else:
+    # It goes on for half a second, and should not come to its end.
+    content = pathlib.Path(flags[0].partition(':')[2]).read_bytes()
+    source.write_bytes(12 * content)
   with subprocess.Popen(
-      command(python, *flags),
+      command(
+          python,
+          *flags,
+          f'--source=jsonl:{source}',
+          f'--output={tmp_path}/out',
+          '--workers=2',
+      ),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -713,7 +793,7 @@ def test_a_signal_ends_it_at_once(tmp_path, python, phase):
         for line in process.stdout:
           if phase in line:
             break
-        time.sleep(0.3)
+        time.sleep(0.1)
       else:
         while not (tmp_path / 'out' / 'train' / '00000.tokens.npy').exists():
           assert process.poll() is None
@@ -728,81 +808,91 @@ def test_a_signal_ends_it_at_once(tmp_path, python, phase):
   assert not (tmp_path / 'out' / 'meta.json').exists()
 
 
-def test_binary_prints_a_summary(tmp_path, corpus, python):
-  run(tmp_path, corpus)
-  done = subprocess.run(
-      command(
-          python,
-          f'--output={tmp_path}',
-          f'--source={corpus}',
-          '--vocab_size=320',
-          '--validation_fraction=0.2',
-          '--shard_tokens=500',
-      ),
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  assert 'nothing to do' in done.stdout
-  for part in ('train: ', 'pieces per word', '2 bad_json', '320 word pieces'):
-    assert part in done.stdout
+@pytest.fixture(scope='module')
+def outcomes(tmp_path_factory, python):
+  """Runs the binary on lists of flags, in one process: by name."""
 
-
-@pytest.mark.parametrize(
-    ('flags', 'message'),
-    [
-        ([], '--output is missing'),
-        (['--output={}/o', 'stray'], "unexpected argument 'stray'"),
-        (['--output={}/o', '--source=ftp:a'], "Unknown source 'ftp:a'"),
-        (['--output={}/o', '--source=text:{}/none'], 'There is no file'),
-        (['--output={}/o', '--tokenizer={}/none'], 'No such file'),
-        (['--output={}/file/o'], 'Not a directory'),
-        (['--output={}/o', '--filter=x'], "no filter 'x'"),
-        (['--output={}/o', '--paragraph_ids={}/file'], 'selects from WET'),
-        (['--output={}/o', '--verify'], 'holds no prepared data'),
-        (['--output={}/o', '--source=hf:a/b'], 'Cannot read hf:a/b'),
-    ],
-)
-def test_bad_input_is_one_line_and_status_1(tmp_path, python, flags, message):
-  (tmp_path / 'file').touch()
-  done = subprocess.run(
-      command(python, *(flag.format(tmp_path) for flag in flags)),
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-  )
-  assert done.returncode == 1
-  assert done.stdout == ''
-  assert 'Traceback' not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
-  assert last.startswith('error: ') and message in last
-
-
-def test_verify(tmp_path, corpus, python):
-  run(tmp_path, corpus)
-
-  def verify():
-    return subprocess.run(
-        command(python, f'--output={tmp_path}', '--verify'),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+  def of(cases):
+    folder = tmp_path_factory.mktemp('cases')
+    (folder / 'in.json').write_text(json.dumps(cases))
+    script = ROOT / 'tests' / 'run_cases.py'
+    subprocess.run(
+        [python, script, 'prepare_data', folder / 'in.json', folder / 'out'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        check=True,
     )
+    return json.loads((folder / 'out').read_text())
 
-  done = verify()
-  assert done.returncode == 0 and 'as they were written' in done.stdout
-  path = tmp_path / 'train' / '00000.tokens.npy'
+  return of
+
+
+def test_the_binary_prints_a_summary_and_verifies(tmp_path, corpus, outcomes):
+  for name in 'ab':
+    run(tmp_path / name, corpus)
+  path = tmp_path / 'b' / 'train' / '00000.tokens.npy'
   content = bytearray(path.read_bytes())
   content[-1] ^= 1
   path.write_bytes(content)
-  shards.open_tokens(tmp_path, 'train')  # Opening compares sizes only.
-  done = verify()
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
-  assert f'{path} is damaged (SHA-256' in done.stderr
+  shards.open_tokens(tmp_path / 'b', 'train')  # Which compares sizes only.
+  found = outcomes(
+      {
+          'again': [
+              f'--output={tmp_path}/a',
+              f'--source={corpus}',
+              '--vocab_size=320',
+              '--validation_fraction=0.2',
+              '--shard_tokens=500',
+          ],
+          'good': [f'--output={tmp_path}/a', '--verify'],
+          'damaged': [f'--output={tmp_path}/b', '--verify'],
+      }
+  )
+  status, output = found['again']
+  assert status == 0 and 'nothing to do' in output
+  for part in ('train: ', 'pieces per word', '2 bad_json', '320 word pieces'):
+    assert part in output
+  status, output = found['good']
+  assert status == 0 and 'as they were written' in output
+  status, output = found['damaged']
+  assert status == 1
+  assert output.startswith(f'error: {path} is damaged (SHA-256')
 
 
-def test_unknown_flag_is_status_1(python):
+BAD_FLAGS = {
+    'no output': ([], '--output is missing'),
+    'stray': (['--output={}/o', 'stray'], "unexpected argument 'stray'"),
+    'source': (['--output={}/o', '--source=ftp:a'], "Unknown source 'ftp:a'"),
+    'no file': (['--output={}/o', '--source=text:{}/none'], 'There is no file'),
+    'tokenizer': (['--output={}/o', '--tokenizer={}/none'], 'No such file'),
+    'file': (['--output={}/file/o'], 'Not a directory'),
+    'filter': (['--output={}/o', '--filter=x'], "no filter 'x'"),
+    'list': (['--output={}/o', '--paragraph_ids={}/file'], 'selects from WET'),
+    'verify': (['--output={}/o', '--verify'], 'holds no prepared data'),
+    'hub': (['--output={}/o', '--source=hf:a/b'], 'Cannot read hf:a/b'),
+}
+
+
+@pytest.fixture(scope='module')
+def refused(tmp_path_factory, outcomes):
+  folder = tmp_path_factory.mktemp('bad')
+  (folder / 'file').touch()
+  return outcomes(
+      {
+          name: [flag.format(folder) for flag in given]
+          for name, (given, _) in BAD_FLAGS.items()
+      }
+  )
+
+
+@pytest.mark.parametrize('name', BAD_FLAGS)
+def test_bad_input_is_one_line_and_status_1(refused, name):
+  status, output = refused[name]
+  assert status == 1
+  assert output.startswith('error: ') and BAD_FLAGS[name][1] in output
+  assert len(output.splitlines()) == 1
+
+
+def test_an_unknown_flag_is_status_1(python):
   done = subprocess.run(
       command(python, '--vocabulary=3'),
       cwd=ROOT,

@@ -73,6 +73,23 @@ def test_byte_order_mark_is_no_text(tmp_path):
   assert read(f'jsonl:{path}') == ['a', 'b']
 
 
+@pytest.mark.parametrize('kind', ['jsonl', 'text', 'files'])
+def test_a_byte_order_mark_does_not_hide_a_long_beginning(
+    tmp_path, kind, monkeypatch
+):
+  # What is read at a time, limit + 1 or a piece, has the mark in it.
+  monkeypatch.setattr(sources.raw_files, '_PIECE', 4)
+  end = '' if kind == 'files' else '\n\n{}'
+  for size in range(1, 20):
+    write(tmp_path / 'a', '\ufeff' + 'x' * size + end)
+    records = read(f'{kind}:{tmp_path}/a', max_document_bytes=5)
+    assert len(records) == (1 if kind == 'files' else 2)
+    found = 'x' * size if kind != 'jsonl' else Reject('bad_json')
+    # The end of its line counts in a block of text.
+    fits = size <= (4 if kind == 'text' else 5)
+    assert records[0] == (found if fits else TOO_LONG)
+
+
 def test_text_key(tmp_path):
   path = write(tmp_path / 'a', '{"body": "x", "text": "y"}\n')
   assert read(f'jsonl:{path}', text_key='body') == ['x']
@@ -316,6 +333,9 @@ class TestHuggingFace:
     assert records == ['a', Reject('empty'), 'c', Reject('no_text')]
     write(folder / 'train.jsonl', json_lines('ab', 'c'))
     assert read(f'hf:{folder}', max_document_bytes=1) == [TOO_LONG, 'c']
+    write(folder / 'train.jsonl', json_lines('äö', 'abcd', 'äöü'))
+    records = read(f'hf:{folder}', max_document_bytes=4)
+    assert records == ['äö', 'abcd', TOO_LONG]
 
   def test_missing_column_names_those_there(self, folder):
     with pytest.raises(ValueError, match="no column 'body' but text, n"):

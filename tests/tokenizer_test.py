@@ -105,6 +105,49 @@ def test_batch_equals_one_by_one(tokenizer, texts):
     np.testing.assert_array_equal(pieces, tokenizer.encode(text))
 
 
+@settings(deadline=None, max_examples=100)
+@given(TEXTS, st.integers(1, 9))
+@example(corpus(5)[0], 1)
+def test_parts_of_a_text_have_the_pieces_of_the_whole(tokenizer, text, size):
+  escaped = tokenizer_lib.escape(text).encode()
+  parts = list(tokenizer_lib._parts(escaped, size))
+  assert b''.join(parts) == escaped
+  assert all(part[:1] == b' ' for part in parts[1:])
+  pieces = tokenizer._pieces
+  found = [piece for part in parts for piece in pieces.encode(part)]
+  assert found == pieces.encode(escaped)
+
+
+def test_a_text_is_not_cut_where_pieces_reach_over_spaces():
+  import sentencepiece
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(corpus()),
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=340,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      byte_fallback=True,
+      split_by_whitespace=False,
+      minloglevel=2,
+  )
+  tokenizer = tokenizer_lib.Tokenizer(model.getvalue())
+  text = ' '.join(corpus())
+  pieces = tokenizer._pieces.encode(tokenizer_lib.escape(text))
+  assert tokenizer.encode(text).tolist() == pieces
+  found = [
+      piece
+      for part in tokenizer_lib._parts(
+          tokenizer_lib.escape(text).encode(), 1000
+      )
+      for piece in tokenizer._pieces.encode(part)
+  ]
+  assert found != pieces  # Or the test would show nothing.
+
+
 @pytest.fixture(scope='module')
 def graph_tokenizer(tokenizer):
   pytest.importorskip('tensorflow_text')

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -91,6 +92,86 @@ def test_errors_arrive_with_their_origin(pool):
     list(pool.map(fail_at_5, range(9)))
   assert 'fail_at_5' in raised.value.__notes__[0]
   assert list(pool.map(abs, [-1])) == [1]
+
+
+@pytest.mark.parametrize('number', [1, 2])
+@pytest.mark.parametrize('where', ['function', 'items'])
+def test_an_error_comes_after_the_results_before_it(pool, number, where):
+  """So that what is never asked for is no error, with any number."""
+  workers = pool if number == 2 else Workers(1)
+  if where == 'function':
+    results = workers.map(fail_at_5, range(9))
+  else:
+    results = workers.map(abs, map(fail_at_5, range(9)))
+  assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+  with pytest.raises(ValueError, match='no fives'):
+    next(results)
+
+
+def test_an_error_of_a_map_given_up_is_none_of_the_next(pool):
+  results = pool.map(fail_at_5, range(4, 9))
+  assert next(results) == 4
+  assert list(pool.map(abs, [-1, -2])) == [1, 2]
+
+
+class TwoArgumentsError(Exception):
+  """Can be pickled, and not be unpickled."""
+
+  def __init__(self, one, other):
+    super().__init__(f'{one} and {other}')
+
+
+def fail_oddly(n):
+  raise TwoArgumentsError('odd', n)
+
+
+def not_picklable(n):
+  return lambda: n
+
+
+def test_what_cannot_be_sent_is_an_error_all_the_same(pool):
+  with pytest.raises(RuntimeError, match='odd and 3') as raised:
+    list(pool.map(fail_oddly, [3]))
+  assert 'fail_oddly' in str(raised.value)
+  with pytest.raises((AttributeError, pickle.PicklingError), match='lambda'):
+    list(pool.map(not_picklable, [3]))
+  assert list(pool.map(abs, [-1])) == [1]
+
+
+def exists_soon(path):
+  deadline = time.monotonic() + 5
+  while not path.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return path.exists()
+
+
+def test_items_are_fetched_while_all_workers_are_busy(pool, tmp_path):
+  """Not only when one is idle, which would then wait for the item."""
+
+  def items():
+    yield from [tmp_path / 'a'] * 3
+    (tmp_path / 'a').touch()  # Both workers wait for it.
+    yield tmp_path / 'a'
+
+  assert list(pool.map(exists_soon, items())) == [True] * 4
+
+
+def test_a_script_without_a_guard_is_told_so(python, tmp_path):
+  (tmp_path / 'parent.py').write_text(
+      'from codistill_jax.data.workers import Workers\n'
+      'with Workers(2) as pool:\n'
+      '  list(pool.map(abs, range(9)))\n'
+  )
+  done = subprocess.run(
+      [python, tmp_path / 'parent.py'],
+      env={**os.environ, 'PYTHONPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+      timeout=30,
+  )
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('OSError: A worker process ended with status 1')
+  assert "needs `if __name__ == '__main__':`" in last
 
 
 def test_a_worker_that_dies_is_an_error_that_may_pass():

@@ -46,7 +46,7 @@ def read_list(path: epath.Path) -> dict[str, str]:
 
   Raises:
     FileNotFoundError: If there is no such list.
-    ValueError: If a line is malformed.
+    ValueError: If a line is malformed, or two lines contradict each other.
   """
   found = {}
   for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -58,7 +58,12 @@ def read_list(path: epath.Path) -> dict[str, str]:
           f'{path}, line {number}: expected a SHA-256, two spaces and a file'
           ' name, as sha256sum writes them.'
       )
-    found[match[2]] = match[1].lower()
+    name, digest = match[2], match[1].lower()
+    if found.setdefault(name, digest) != digest:
+      raise ValueError(
+          f'{path}, line {number}: {name} has another SHA-256 in a line before;'
+          ' leave in the right one.'
+      )
   return found
 
 

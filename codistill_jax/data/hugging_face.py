@@ -25,7 +25,7 @@ def hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
   Args:
     spec: See above.
     text_key: Column that holds the text.
-    limit: Characters of a document; a longer one is 'too_long'.
+    limit: Bytes of a document in UTF-8; a longer one is 'too_long'.
 
   Raises:
     ValueError: If the spec is malformed; from `raw`, if the data set has
@@ -84,7 +84,13 @@ def _raw(
     if not isinstance(text, str):
       yield Reject('no_text')
     else:
-      yield TOO_LONG if len(text) > limit else text
+      yield TOO_LONG if _too_long(text, limit) else text
+
+
+def _too_long(text: str, limit: int) -> bool:
+  if 4 * len(text) <= limit:  # No character takes more bytes.
+    return False
+  return len(text) > limit or len(text.encode('utf-8', 'replace')) > limit
 
 
 def _unreadable(spec: str, error: Exception) -> OSError:

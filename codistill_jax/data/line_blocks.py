@@ -60,27 +60,6 @@ def read_blocks(
         yield block
 
 
-def expand(pattern: str) -> list[epath.Path]:
-  """The files that a path or a glob pattern (of a file's name) names, sorted.
-
-  Raises:
-    ValueError: If it is a directory.
-    FileNotFoundError: If there is none.
-  """
-  path = epath.Path(pattern).expanduser()
-  if path.is_dir():
-    raise ValueError(
-        f'{pattern} is a directory; name the files in it, as {pattern}/*.'
-    )
-  if path.exists():  # A name with brackets in it may be a file all the same.
-    return [path]
-  found = path.parent.glob(path.name) if path.parent.exists() else []
-  paths = sorted(path for path in found if not path.is_dir())
-  if not paths:
-    raise FileNotFoundError(f'There is no file {pattern}.')
-  return paths
-
-
 def count_lines(paths: Sequence[epath.Path]) -> int:
   """The number of lines of all files, damaged ones as far as they go."""
   return sum(block.lines for block in read_blocks(paths))

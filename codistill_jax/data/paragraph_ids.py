@@ -37,8 +37,9 @@ RELEASED_SHA256 = (
 )
 UNITS = ('line', 'record')
 _COLUMNS = ('file name', 'encoded_paragraph_list')
-_NUMBER = re.compile(r'-?\d+')
-_NO_LIST = re.compile(r'[^\d\s,;:|\[\](){}\'"-]')
+_NUMBER = re.compile(r'-?\d+', re.ASCII)
+_NO_LIST = re.compile(r'[^\d\s,;:|\[\](){}\'"-]', re.ASCII)
+_MAX_DIGITS = 15
 
 
 def paragraphs(content: bytes, unit: str) -> list[bytes]:
@@ -71,8 +72,11 @@ def decode_deltas(text: str) -> np.ndarray:
   """
   if wrong := _NO_LIST.search(text):
     raise ValueError(f'expected whole numbers, got {wrong[0]!r} among them')
-  deltas = np.asarray([int(number) for number in _NUMBER.findall(text)])
-  ids = np.cumsum(deltas.astype(np.int64))
+  numbers = _NUMBER.findall(text)
+  longest = max(numbers, key=len, default='')
+  if len(longest) > _MAX_DIGITS:  # It and the sums would not fit 64 bits.
+    raise ValueError(f'{longest[:30]} is too large for the ID of a paragraph')
+  ids = np.cumsum(np.asarray([int(number) for number in numbers], np.int64))
   if len(ids) and ids.min() < 0:
     raise ValueError(f'paragraph ID {ids.min()} is below 0')
   return ids

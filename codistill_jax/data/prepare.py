@@ -9,6 +9,7 @@ written at the very end, makes the directory a data set.
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from codistill_jax.data import (
     checksums,
-    paragraph_ids,
+    prepare_settings,
     processing,
     rounds,
     shards,
@@ -25,6 +26,8 @@ from codistill_jax.data import (
 )
 from codistill_jax.data import filters as filters_lib
 from codistill_jax.data import tokenizer as tokenizer_lib
+from codistill_jax.data.prepare_settings import Settings
+from codistill_jax.data.prepare_summary import counts_text
 from codistill_jax.data.records import (
     DEFAULT_MAX_DOCUMENT_BYTES,
     Reject,
@@ -34,18 +37,6 @@ from codistill_jax.data.tokenizer import Tokenizer
 from codistill_jax.data.workers import Workers
 from codistill_jax.storage import locks
 
-DEFAULT_VOCAB_SIZE = 4096
-DEFAULT_TOKENIZER_BYTES = 50_000_000
-DEFAULT_SHARD_TOKENS = 1 << 24
-
-# What data that were prepared before a setting existed were prepared with.
-_BEFORE = {
-    'filters': [],
-    'max_document_bytes': DEFAULT_MAX_DOCUMENT_BYTES,
-    'paragraph_ids': None,
-    'paragraph_unit': None,
-}
-
 
 def prepare(
     output: str | os.PathLike,
@@ -54,11 +45,11 @@ def prepare(
     text_key: str = 'text',
     vocab_size: int | None = None,
     tokenizer: str | os.PathLike | None = None,
-    tokenizer_bytes: int = DEFAULT_TOKENIZER_BYTES,
+    tokenizer_bytes: int = prepare_settings.DEFAULT_TOKENIZER_BYTES,
     validation_fraction: float = 0.05,
     seed: int = 0,
     max_documents: int | None = None,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    shard_tokens: int = prepare_settings.DEFAULT_SHARD_TOKENS,
     filters: Sequence[str] = (),
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
     paragraphs: str | None = None,
@@ -102,58 +93,43 @@ def prepare(
       anything but a preparation with the same arguments.
     OSError: If something cannot be read or written.
   """
-  if not 0 <= validation_fraction < 1:
-    raise ValueError(
-        f'validation_fraction must be in [0, 1); got {validation_fraction}.'
-    )
-  if paragraph_unit not in paragraph_ids.UNITS:
-    raise ValueError(
-        f'paragraph_unit must be one of {", ".join(paragraph_ids.UNITS)}; got'
-        f' {paragraph_unit!r}.'
-    )
-  given = _load_tokenizer(tokenizer, vocab_size) if tokenizer else None
-  if given:
-    vocab_size = given.vocab_size
-  parsed = [filters_lib.parse(spec) for spec in filters]
-  config = {
-      'source': source,
-      'text_key': text_key,
-      'vocab_size': DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
-      'tokenizer': given.sha256 if given else None,
-      'tokenizer_bytes': None if given else tokenizer_bytes,
-      'validation_fraction': validation_fraction,
-      'seed': seed,
-      'max_documents': max_documents,
-      'shard_tokens': shard_tokens,
-      'filters': [filters_lib.full_spec(one) for one in parsed],
-      'max_document_bytes': max_document_bytes,
-  }
-  _check_positive(config)
-  listed = None
-  if paragraphs is not None:
-    listed = paragraph_ids.open_list(paragraphs, paragraphs_sha256)
-  config['paragraph_ids'] = listed.sha256 if listed else None
-  config['paragraph_unit'] = paragraph_unit if listed else None
+  given = prepare_settings.settings(
+      source=source,
+      text_key=text_key,
+      vocab_size=vocab_size,
+      tokenizer=tokenizer,
+      tokenizer_bytes=tokenizer_bytes,
+      validation_fraction=validation_fraction,
+      seed=seed,
+      max_documents=max_documents,
+      shard_tokens=shard_tokens,
+      filters=filters,
+      max_document_bytes=max_document_bytes,
+      paragraphs=paragraphs,
+      paragraphs_sha256=paragraphs_sha256,
+      paragraph_unit=paragraph_unit,
+  )
   opened = functools.partial(
       sources.open_source,
       source,
       text_key,
       max_document_bytes=max_document_bytes,
-      paragraphs=listed,
+      paragraphs=given.paragraphs,
       paragraph_unit=paragraph_unit,
   )
   output = pathlib.Path(output)
   with Workers(workers) as pool:
     if (output / shards.META).exists():
-      return _finished(output, config, opened, report)
+      return _finished(output, given.config, opened, report)
     corpus = opened()
-    filters_lib.check(parsed)
+    filters_lib.check(given.filters)
     if source_checksums:
       _check_files(corpus, source_checksums, report)
     with locks.exclusive(output, 'preparing'):
-      return _Preparation(
-          output, config, corpus, given, parsed, pool, report
-      ).run()
+      # Another process may have finished it just now.
+      if (output / shards.META).exists():
+        return _finished(output, given.config, opened, report)
+      return _Preparation(output, given, corpus, pool, report).run()
 
 
 def _check_files(
@@ -168,71 +144,6 @@ def _check_files(
   report(f'{len(source.files)} source files, {size:,} bytes: checksums agree.')
 
 
-def _check_positive(config: dict[str, Any]) -> None:
-  for name in (
-      'vocab_size',
-      'tokenizer_bytes',
-      'max_documents',
-      'shard_tokens',
-      'max_document_bytes',
-  ):
-    if config[name] is not None and config[name] < 1:
-      raise ValueError(f'{name} must be 1 or more; got {config[name]}.')
-  if config['seed'] < 0:
-    raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
-
-
-def _load_tokenizer(
-    path: str | os.PathLike, vocab_size: int | None
-) -> Tokenizer:
-  model = pathlib.Path(path).read_bytes()
-  try:
-    loaded = Tokenizer(model)
-  except ValueError as e:
-    raise ValueError(f'Cannot use the tokenizer {path}: {e}') from e
-  if vocab_size not in (None, loaded.vocab_size):
-    raise ValueError(
-        f'{path} has {loaded.vocab_size} word pieces, not'
-        f' vocab_size={vocab_size}; leave vocab_size out.'
-    )
-  return loaded
-
-
-# --- what is there already ---------------------------------------------------
-
-
-def _check_config(
-    output: pathlib.Path, config: dict[str, Any], stored: dict[str, Any]
-) -> None:
-  for name, value in config.items():
-    before = stored.get(name, _BEFORE.get(name))
-    if before != value:
-      raise ValueError(
-          f'{output} was prepared with {name}={before!r}, now it is'
-          f' {value!r}; use the same settings, choose another output or delete'
-          ' the directory.'
-      )
-
-
-def _check_source(output: pathlib.Path, source: Source, stored: str) -> None:
-  if source.fingerprint != stored:
-    raise ValueError(
-        f'The files of {source.spec} have changed since {output} was prepared'
-        ' from them; choose another output or delete the directory.'
-    )
-
-
-def _check_unused(output: pathlib.Path) -> None:
-  """Refuses to mix data with somebody else's files."""
-  own = rounds.PROGRESS + '.tmp'  # Killed in the very first write.
-  foreign = sorted(path.name for path in output.iterdir() if path.name != own)
-  if foreign:
-    raise ValueError(
-        f'{output} holds {foreign[0]}, but no preparation of data; choose'
-        ' another output or empty the directory.'
-    )
-
-
 def _finished(
     output: pathlib.Path,
     config: dict[str, Any],
@@ -240,39 +151,41 @@ def _finished(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
   meta = shards.read_meta(output)
-  _check_config(output, config, meta['config'])
+  prepare_settings.check_config(output, config, meta['config'])
   try:
     source = opened()
   except (ValueError, OSError):
     pass  # Prepared data stay good when their source is gone.
   else:
-    _check_source(output, source, meta['source_fingerprint'])
+    prepare_settings.check_source(output, source, meta['source_fingerprint'])
   # Killed between the last two steps of `_Preparation.run`.
   (output / rounds.PROGRESS).unlink(missing_ok=True)
   report(f'{output} is prepared already; nothing to do.')
   return meta
 
 
-# --- the work ----------------------------------------------------------------
-
-
 class _Preparation(NamedTuple):
   """An unfinished preparation."""
 
   output: pathlib.Path
-  config: dict[str, Any]
+  settings: Settings
   source: Source
-  given: Tokenizer | None
-  filters: Sequence[filters_lib.Filter]
   workers: Workers
   report: Callable[[str], None]
+
+  @property
+  def config(self) -> dict[str, Any]:
+    return self.settings.config
 
   def run(self) -> dict[str, Any]:
     """From wherever it is to the end."""
     state = self._start_or_resume()
     tokenizer = Tokenizer((self.output / shards.TOKENIZER).read_bytes())
+    prepare_settings.check_tokenizer(
+        self.output, tokenizer, state.get('tokenizer_sha256')
+    )
     self._write_rounds(state, tokenizer)
-    self._check_splits(state['splits'])
+    prepare_settings.check_splits(self.config, state['splits'])
     meta = {
         'format_version': shards.FORMAT_VERSION,
         'vocab_size': tokenizer.vocab_size,
@@ -285,7 +198,8 @@ class _Preparation(NamedTuple):
         'splits': state['splits'],
     }
     shards.write_json(self.output / shards.META, meta)
-    (self.output / rounds.PROGRESS).unlink()
+    # Another start may have found that all is done, and cleaned up.
+    (self.output / rounds.PROGRESS).unlink(missing_ok=True)
     return meta
 
   def _start_or_resume(self) -> dict[str, Any]:
@@ -293,19 +207,23 @@ class _Preparation(NamedTuple):
     path = self.output / rounds.PROGRESS
     if path.exists():
       state = shards.read_json(path)
-      _check_config(self.output, self.config, state['config'])
-      _check_source(self.output, self.source, state['source_fingerprint'])
+      prepare_settings.check_config(self.output, self.config, state['config'])
+      prepare_settings.check_source(
+          self.output, self.source, state['source_fingerprint']
+      )
       self.report(
           f'Continuing in {self.output} at record {state["position"]:,}.'
       )
       if not (self.output / shards.TOKENIZER).exists():
         self._write_tokenizer(self._make_tokenizer())
       return state
-    _check_unused(self.output)
+    prepare_settings.check_unused(self.output)
     # Nothing is written before there is a tokenizer: a wrong source or size
     # then leaves no settings behind that the corrected command would offend.
     model = self._make_tokenizer()
-    state = rounds.first_state(self.config, self.source.fingerprint)
+    state = rounds.first_state(
+        self.config, self.source.fingerprint, hashlib.sha256(model).hexdigest()
+    )
     # In this order: a tokenizer in a directory without settings is not ours.
     shards.write_json(path, state)
     self._write_tokenizer(model)
@@ -317,8 +235,8 @@ class _Preparation(NamedTuple):
 
   def _make_tokenizer(self) -> bytes:
     """The given model, or one of the beginning of the training split."""
-    if self.given:
-      return self.given.model
+    if self.settings.tokenizer:
+      return self.settings.tokenizer.model
     rejects = collections.Counter()
     with contextlib.closing(self._training_texts(rejects)) as texts:
       first = next(texts, None)
@@ -369,7 +287,7 @@ class _Preparation(NamedTuple):
       )
 
   def _reader(self) -> processing.Reader:
-    return processing.Reader(self.source, self.filters)
+    return processing.Reader(self.source, self.settings.filters)
 
   def _processed(
       self, process: Callable[[list], list], start: int, limit: int | None
@@ -377,45 +295,3 @@ class _Preparation(NamedTuple):
     """Batches from record `start` to the `limit`-th document, processed."""
     raw = rounds.batches(self.source.raw(start))
     return rounds.first_documents(self.workers.map(process, raw), limit)
-
-  def _check_splits(self, splits: dict[str, Any]) -> None:
-    wanted = self.config['validation_fraction'] > 0
-    train, validation = (splits[split]['documents'] for split in shards.SPLITS)
-    if not train or (wanted and not validation):
-      raise ValueError(
-          f'Of {train + validation} documents, {train} fell into the training'
-          f' and {validation} into the validation split; choose another'
-          ' validation_fraction (0 for none) or more documents, and another'
-          ' output.'
-      )
-
-
-# --- for people --------------------------------------------------------------
-
-
-def counts_text(rejects: dict[str, int]) -> str:
-  """'3 bad_json, 1 empty', or 'none'."""
-  counts = (f'{rejects[reason]:,} {reason}' for reason in sorted(rejects))
-  return ', '.join(counts) or 'none'
-
-
-def summary(meta: dict[str, Any]) -> str:
-  """A few lines about prepared data."""
-  lines = []
-  for name, split in meta['splits'].items():
-    # <s> and </s> are pieces of no word.
-    pieces = split['tokens'] - 2 * split['documents']
-    lines.append(
-        f'{name}: {split["documents"]:,} documents, {split["words"]:,} words,'
-        f' {split["bytes"]:,} bytes, {pieces:,} pieces'
-        f' ({pieces / max(1, split["words"]):.3f} pieces per word),'
-        f' {split["tokens"]:,} tokens, {len(split["shards"])} shards'
-    )
-  # Data prepared before records were counted have no such number.
-  of = f' of {meta["records"]:,}' if 'records' in meta else ''
-  lines.append(f'rejected records{of}: {counts_text(meta["rejects"])}')
-  lines.append(
-      f'tokenizer: {meta["vocab_size"]:,} word pieces, sha256'
-      f' {meta["tokenizer_sha256"][:12]}'
-  )
-  return '\n'.join(lines)

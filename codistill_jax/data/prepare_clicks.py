@@ -20,6 +20,7 @@ from codistill_jax.data import (
     click_rounds,
     click_shards,
     line_blocks,
+    raw_files,
     shards,
 )
 from codistill_jax.data.rounds import PROGRESS, Progress
@@ -118,7 +119,7 @@ def open_source(spec: str) -> list[epath.Path]:
   kind, _, pattern = spec.partition(':')
   if kind != 'criteo' or not pattern:
     raise ValueError(f'Unknown source {spec!r}; expected criteo:PATH_OR_GLOB.')
-  return line_blocks.expand(pattern)
+  return raw_files.expand(pattern)
 
 
 def fingerprint(paths: list[epath.Path]) -> str:

@@ -3,7 +3,7 @@
 Tokenising is by far the most expensive of these, and Python's part of it holds
 the interpreter; so all three run in worker processes, and one process reads,
 decompresses and writes. `Tokenizer.encode_batch` needs no TensorFlow and this
-module no jax, so a worker takes less than 150 MB, English filter included.
+module no jax, so a worker takes about 150 MB, English filter included.
 """
 
 from collections.abc import Sequence

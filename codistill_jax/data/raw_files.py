@@ -56,15 +56,16 @@ def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   with path.open('rb') as raw:
     f = _decompressed(path, raw)
     try:
+      bom = _BOM
       # One byte more: a line of exactly `limit` bytes and its end is whole.
-      line = f.readline(limit + 1).removeprefix(_BOM)
-      while line:
-        if len(line) > limit and not line.endswith(b'\n'):
-          _skip_line(f)
-          yield TOO_LONG
-        else:
+      while line := f.readline(limit + 1 + len(bom)):
+        line, bom = line.removeprefix(bom), b''
+        if len(line) - line.endswith(b'\n') <= limit:
           yield line
-        line = f.readline(limit + 1)
+          continue
+        if not line.endswith(b'\n'):
+          _skip_line(f)
+        yield TOO_LONG
     except _DAMAGE:
       yield Reject('damaged_file')
 
@@ -137,10 +138,11 @@ def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
       # Not in one call: a buffer of `limit` bytes would be made beforehand.
       f, pieces, size = _decompressed(path, raw), [], 0
       while size <= limit and (piece := f.read(_PIECE)):
+        piece = piece if pieces else piece.removeprefix(_BOM)
         pieces.append(piece)
         size += len(piece)
     except _DAMAGE:
       yield Reject('damaged_file')
       return
-  text = b''.join(pieces).removeprefix(_BOM)
+  text = b''.join(pieces)
   yield TOO_LONG if len(text) > limit else text

@@ -29,17 +29,18 @@ _BATCH_SIZE = 1 << 20  # Bytes or characters.
 
 
 def first_state(
-    config: dict[str, Any], source_fingerprint: str
+    config: dict[str, Any], source_fingerprint: str, tokenizer_sha256: str
 ) -> dict[str, Any]:
   """The state of a preparation before its first round.
 
   Keys: `position`, records read; `rejects`, a count for each reason; `splits`,
-  the sizes of each split and of its shards; and the two arguments.
+  the sizes of each split and of its shards; and the three arguments.
   """
   sizes = {'documents': 0, 'words': 0, 'bytes': 0, 'tokens': 0}
   return {
       'config': config,
       'source_fingerprint': source_fingerprint,
+      'tokenizer_sha256': tokenizer_sha256,
       'position': 0,
       'rejects': {},
       'splits': {split: {**sizes, 'shards': []} for split in shards.SPLITS},

@@ -6,12 +6,12 @@ experiment.Experiment.optimizer = @optax.adam()
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optax
 
 from codistill_jax import losses, replicas, schedules, step
-from codistill_jax.base import Model, Stream, Task
+from codistill_jax.base import Batch, Model, Stream, Task
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
 
@@ -160,6 +160,21 @@ def train_stream(
       rows=rows,
       **given,
   )
+
+
+def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
+  """The batches of the 'validation' or 'test' split, in order.
+
+  Raises:
+    ValueError: If there is no such split.
+  """
+  splits = {'validation': task.eval_batches, 'test': task.test_batches}
+  if splits.get(split) is None:
+    raise ValueError(
+        f'the task has no {split} split; it has:'
+        f' {", ".join(name for name, batches in splits.items() if batches)}'
+    )
+  return splits[split](batch_size)
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:

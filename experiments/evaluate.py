@@ -6,7 +6,8 @@ For each run: the validation metrics of each group, of the ensemble of its
 groups (the mean of their probabilities), and churn and disagreement between
 them. The run's own configuration is used; the figures are printed, and written
 to `<workdir>/report/comparison.json`, where a report finds them (of another
-step than the newest: to `comparison_<step>.json`).
+step than the newest: to `comparison_<step>.json`; of the test split, to
+`comparison_test.json`).
 """
 
 import os
@@ -43,6 +44,12 @@ _SOURCE = flags.DEFINE_enum(
 _STEP = flags.DEFINE_integer(
     'step', None, 'Evaluate this step of every group; default: its newest.'
 )
+_SPLIT = flags.DEFINE_enum(
+    'split',
+    'validation',
+    ['validation', 'test'],
+    'Evaluate on this split, where the task has it.',
+)
 _EVAL_BATCH = flags.DEFINE_integer(
     'eval_batch',
     None,
@@ -72,9 +79,11 @@ def main(argv: Sequence[str]) -> None:
         source=_SOURCE.value,
         step=_STEP.value,
         eval_batch=_EVAL_BATCH.value,
+        split=_SPLIT.value,
     )
     print(describe(comparison))
-    print(f'written to {comparison_path(workdir, _STEP.value)}\n')
+    path = comparison_path(workdir, _STEP.value, _SPLIT.value)
+    print(f'written to {path}\n')
 
 
 def compare_run(
@@ -83,6 +92,7 @@ def compare_run(
     source: str = CHECKPOINTS,
     step: int | None = None,
     eval_batch: int | None = None,
+    split: str = 'validation',
 ) -> dict[str, Any]:
   """Evaluates one run and writes its comparison.json; returns its content.
 
@@ -96,7 +106,7 @@ def compare_run(
   result = evaluate_lib.compare(
       run.model,
       [variables for _, variables in found],
-      run.experiment.task.eval_batches(rows),
+      experiment_lib.split_batches(run.experiment.task, split, rows),
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   comparison = {
@@ -116,14 +126,21 @@ def compare_run(
           ]
       },
   }
-  files.write_json(comparison_path(workdir, step), comparison)
+  files.write_json(comparison_path(workdir, step, split), comparison)
   return comparison
 
 
-def comparison_path(workdir: str, step: int | None) -> epath.Path:
-  """Where the comparison goes; a report shows the one of the newest step."""
-  newest = run_directory.comparison_path(workdir)
-  return newest if step is None else newest.with_stem(f'comparison_{step}')
+def comparison_path(
+    workdir: str, step: int | None, split: str = 'validation'
+) -> epath.Path:
+  """Where the comparison goes.
+
+  A report shows the one of the newest step, on the validation split.
+  """
+  shown = run_directory.comparison_path(workdir)
+  rest = [] if split == 'validation' else [split]
+  rest += [] if step is None else [str(step)]
+  return shown.with_stem('_'.join([shown.stem, *rest]))
 
 
 def open_run(workdir: str) -> Run:

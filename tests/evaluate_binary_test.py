@@ -43,6 +43,7 @@ def results(workdirs, tmp_path_factory):
       name: [f'--workdir={workdirs[name]}', *words]
       for name, words in arguments.items()
   }
+  cases['no_split'] = [f'--workdir={workdirs["good"]}', '--split=test']
   cases['no_step'] = [f'--workdir={workdirs["good"]}', '--step=13']
   with tiny_run.launcher(tmp_path_factory) as launch:
     return launch.cases('evaluate', cases)
@@ -104,6 +105,7 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
     'name, words',
     [
         ('no_step', ['group 0', 'no checkpoints of step 13', '[20, 40, 50]']),
+        ('no_split', ['no test split', 'it has: validation']),
         ('lost', ['group 1', 'no checkpoints']),
         ('damaged', ['checkpoints/50', 'altered']),
         ('torn_config', ['config.gin', 'line ']),

@@ -146,3 +146,12 @@ def test_a_data_seed_replaces_the_one_of_the_task(data_seed, given):
   experiment_lib.train_stream(experiment, 1, 2)
   expected = {'group_id': 1, 'num_groups': 2, 'group_batch': 8, 'rows': None}
   assert asked == [{**expected, **given}]
+
+
+def test_a_split_is_what_the_task_says_it_is():
+  test = lambda rows: [f'test batches of {rows}']
+  task = TASK._replace(eval_batches=lambda rows: [rows], test_batches=test)
+  assert experiment_lib.split_batches(task, 'validation', 3) == [3]
+  assert experiment_lib.split_batches(task, 'test', 3) == test(3)
+  with pytest.raises(ValueError, match='no test split; it has: validation'):
+    experiment_lib.split_batches(TASK, 'test', 3)

@@ -42,8 +42,9 @@ class EncodedImages:
   """Images that are decoded when they are read; see `image_stream.Images`.
 
   An image that cannot be read or decoded becomes zeros of weight 0: it counts
-  in no loss. It is named in the log once. Only if too many are damaged, which
-  means that something else is wrong, an error ends the run.
+  in no loss; batch normalisation sees an image of the mean colour. It is named
+  in the log once. Only if too many are damaged, which means that something else
+  is wrong, an error ends the run.
 
   Attributes:
     labels: int32, of all images.
@@ -83,12 +84,13 @@ class EncodedImages:
     Raises:
       ValueError: If an argument is out of range.
     """
-    if not 1 <= size <= resize:
+    if not (type(size) is type(resize) is int and 1 <= size <= resize):
       raise ValueError(
-          f'Expected 1 <= size <= resize; got size={size}, resize={resize}.'
+          'Expected whole numbers 1 <= size <= resize; got'
+          f' size={size!r}, resize={resize!r}.'
       )
-    if workers is not None and workers < 1:
-      raise ValueError(f'workers must be 1 or more, or None; got {workers}.')
+    if workers is not None and (type(workers) is not int or workers < 1):
+      raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
     self.labels = np.asarray(labels, np.int32)
     self.damaged: dict[int, str] = {}
     self._encoded, self._name = encoded, name

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import optax
 
 from codistill_jax import losses, replicas, schedules, step
-from codistill_jax.base import Model, Stream, Task
+from codistill_jax.base import Batch, Model, Stream, Task
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
 
@@ -160,6 +160,14 @@ def train_stream(
       rows=rows,
       **given,
   )
+
+
+def first_row(experiment: Experiment, num_groups: int) -> Batch:
+  """The first row of group 0's first batch, for its shapes.
+
+  The whole batch may be many gigabytes, and take a minute to decode.
+  """
+  return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:

@@ -7,7 +7,12 @@ and by the processes that tests start.
 import os
 import sys
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+# Tests compile far longer than they run.
+os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=4'
+    ' --xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true'
+)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_DATASETS_OFFLINE'] = '1'

@@ -11,9 +11,10 @@ JPEG of 87 kB, to 224 x 224, on the 2-core machine this was written on
 * OpenCV: 1.1 ms and 0.5 ms with its area filter (0.1 ms with the bilinear one,
   which does not antialias). A wheel of 60 MB for a fifth less time.
 * simplejpeg decodes in 0.9 ms, but JPEG alone, and something else must resize.
-* tf.data: 1.3 ms, decoding nothing but the part and without antialiasing. It
-  takes 5 s and 860 MB to import in the trainer, and cannot give batch n without
-  having made those before.
+* tf.data: 1.4 ms (as much wall time with one thread as with two, on a busy
+  machine), decoding nothing but the part and without antialiasing. It takes 5 s
+  and 860 MB to import in the trainer, and cannot give batch n without having
+  made those before.
 * grain has random access (`dataset[i]`), but loads in parallel only behind an
   iterator with a state of its own, where the contract here is `batch(step)`.
   Its shuffling and batching are a few lines of numpy here, and slower: of

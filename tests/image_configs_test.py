@@ -1,4 +1,4 @@
-"""The image configurations: they fit their data, and update the true shapes."""
+"""The image configurations: models fit their data, and can be updated."""
 
 import functools
 
@@ -68,7 +68,7 @@ def clean():
     CONFIGS,
     ids=[config[0] for config in CONFIGS],
 )
-def test_a_configuration_updates_its_model(
+def test_a_configuration_fits_its_data(
     tmp_path, name, data, bindings, shape, parameters
 ):
   data(tmp_path)
@@ -83,11 +83,13 @@ def test_a_configuration_updates_its_model(
   assert batch['inputs'].shape == (experiment.group_batch, *shape)
   eval_batch = experiment.task.eval_batches(4)[0]
   assert eval_batch['inputs'].shape == (4, *shape)
-  # Shapes alone: an update of ResNet-50 takes minutes to compile.
+  # Shapes alone, which is quick.
   init = functools.partial(step.init_state, model, experiment.optimizer)
   state = jax.eval_shape(init, jax.random.PRNGKey(0), batch)
   leaves = jax.tree.leaves(state.variables.params)
   assert sum(x.size for x in leaves) == parameters
+  if name == 'imagenet_resnet50':
+    return  # full_size_test.py updates it.
   update = step.make_train_step(
       model,
       experiment.optimizer,

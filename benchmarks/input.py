@@ -12,7 +12,8 @@ a disk is not measured.
 Prints JSON, and a table to stderr: medians over repeats. `per_core` is what a
 second of processor time gives, which hardly depends on what else runs on the
 machine; `headroom` is how many examples are loaded while the step takes one,
-each alone on the machine; `cores_needed` are those that load for `--need`.
+each alone on the machine; `cores_needed` are those that load for `--need`;
+`load` is the mean number of running processes in the minute before.
 """
 
 import json
@@ -118,6 +119,7 @@ class Measured(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  load = os.getloadavg()[0]
   chosen = [
       p
       for p in PIPELINES
@@ -141,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
               'benchmark': 'input',
               'device': jax.devices()[0].device_kind,
               'cores': os.cpu_count(),
+              'load': _brief(load),
               'repeats': _REPEATS.value,
               'seconds': _SECONDS.value,
               'need': _NEED.value,

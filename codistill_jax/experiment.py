@@ -177,6 +177,14 @@ def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
   return splits[split](batch_size)
 
 
+def first_row(experiment: Experiment, num_groups: int) -> Batch:
+  """The first row of group 0's first batch, for its shapes.
+
+  The whole batch may be many gigabytes, and take a minute to decode.
+  """
+  return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
+
+
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
   """The evaluation step of the task; jit it."""
   return step.make_eval_step(

@@ -31,9 +31,10 @@ _GIN = flags.DEFINE_multi_string(
 
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+_BASE = _ROOT / 'gin_configs' / 'base.gin'
 
-# Bindings, as text, of what was in use until a later file (or binding) of the
-# same command line put something else in its place.
+# Bindings of files, as text, of what was in use until a later file (or binding)
+# of the same command line put something else in its place.
 _superseded: set[str] = set()
 
 
@@ -62,12 +63,12 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     bindings: `Configurable.argument=value` strings, applied last.
 
   Raises:
-    ValueError: If a file is missing, a name is unknown or a line does not
-      parse; one line, with the place.
+    ValueError: If a file is missing, a name is unknown, a line does not parse,
+      or a task comes after another file; one line, with the place.
   """
   gin.clear_config()
   _superseded.clear()
-  for file in files:
+  for number, file in enumerate(files):
     found = _find(file)
     # From the root, to which the includes of the project's files are relative:
     # elsewhere gin takes their directory for a Python package, and fails.
@@ -76,10 +77,39 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         contextlib.chdir(_ROOT),
         _superseding(),
     ):
-      gin.parse_config_file(str(found))
+      parsed = gin.parse_config_file(str(found))
+      if number and _is_whole(parsed):
+        raise ValueError(
+            'a task, which undoes what the files before it bind; give it first'
+        )
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'), _superseding():
       gin.parse_config(binding)
+  # Files bring along what a swap puts out of use; what is typed is meant.
+  _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def _is_whole(parsed: Any) -> bool:
+  """Whether a file, by an include of base.gin, binds a whole experiment.
+
+  Before such a file an ablation would act nowhere, and as what it binds was in
+  use until then, that would not be noticed as a dead binding.
+  """
+  path = _ROOT / parsed.filename
+  return path.resolve() == _BASE or any(map(_is_whole, parsed.includes))
+
+
+def _bound_by(
+    bindings: Sequence[str],
+) -> Iterator[config_parser.BindingStatement]:
+  """The statements of the configuration that `--gin` makes."""
+  typed = [s for binding in bindings for s in _bindings(binding)]
+  for statement in _bindings(gin.config_str()):
+    for s in typed:
+      same = (s.scope, s.arg_name) == (statement.scope, statement.arg_name)
+      # What is typed may leave out modules.
+      if same and f'.{statement.selector}'.endswith(f'.{s.selector}'):
+        yield statement
 
 
 def _find(file: str) -> pathlib.Path:
@@ -172,8 +202,9 @@ def check_no_dead_bindings() -> None:
   """Raises ValueError if a binding acted nowhere; after the first step.
 
   Gin silently ignores a binding to something that nothing references: a
-  misspelled ablation would be reported as a negative result. What a later file
-  has put out of use is not dead: the sizes of a model that another replaces.
+  misspelled ablation would be reported as a negative result. What one file
+  binds and a later one has put out of use is not dead: the sizes of a model
+  that another replaces.
   """
   used = {_key(s) for s in _bindings(gin.operative_config_str())}
   dead = [

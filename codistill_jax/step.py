@@ -55,7 +55,8 @@ def init_state(
     tx: The optimiser.
     rng: Key, `jax.random.key(seed)` or `PRNGKey(seed)`; groups that should
       start from different parameters are given different keys.
-    batch: Any batch of the task; only shapes and dtypes matter.
+    batch: Any batch of the task; only shapes and dtypes matter. One row of it
+      is given to `model.init`: the whole may be larger than a device.
     num_peers: P, the length of the teachers' axis; 0 trains alone.
     group_batch: Rows of the whole group, if `batch` holds only some of them.
 
@@ -67,7 +68,8 @@ def init_state(
   if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
     # The state holds plain arrays, which can be copied, placed and saved.
     rng = jax.random.key_data(rng)
-  return _init_of(model, tx, rows, num_peers)(rng, dict(batch))
+  row = jax.tree.map(lambda x: x[:1], dict(batch))
+  return _init_of(model, tx, rows, num_peers)(rng, row)
 
 
 # Compiled once for all groups and seeds of a process; a few models at a time.

@@ -6,7 +6,7 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from codistill_jax import base, gin_utils, replicas, run_directory, writers
 from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import Exchange, Interrupted
-from codistill_jax.experiment import train_stream
+from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.checkpoint import (
@@ -33,8 +33,22 @@ from experiments.watch import Watch
 _DONE_PAUSE_SECONDS = 1.0
 
 
-def new_state(job: Job) -> tuple[TrainState, Stream]:
-  """The group's state before the first update (numpy), and its stream."""
+class Start(NamedTuple):
+  """What a group begins with.
+
+  Attributes:
+    state: Before the first update, in numpy.
+    stream: Of its batches; nothing is read yet.
+    examples: How many an update takes, over the whole group.
+  """
+
+  state: TrainState
+  stream: Stream
+  examples: int
+
+
+def new_state(job: Job) -> Start:
+  """The start of a group that has no checkpoint."""
   experiment = job.experiment
   replicas.check_group_batch(
       experiment.group_batch, job.train_step.num_replicas
@@ -45,16 +59,21 @@ def new_state(job: Job) -> tuple[TrainState, Stream]:
       job.num_groups,
       replicas.process_rows(experiment.group_batch),
   )
+  row = first_row(experiment, job.num_groups)
   state = step_lib.init_state(
       job.model,
       experiment.optimizer,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
-      stream.batch(0),
+      row,
       num_peers=len(experiment.plan.peers_of(job.group_id, job.num_groups)),
       group_batch=experiment.group_batch,
   )
   # Not on a device, where it would stay beside the state in training.
-  return base.host_copy(state), stream
+  return Start(
+      base.host_copy(state),
+      stream,
+      experiment.group_batch * int(np.prod(np.shape(row['labels'])[1:])),
+  )
 
 
 def train(
@@ -79,7 +98,7 @@ def train(
   done = run_directory.done_path(job.workdir, job.group_id)
   if done.exists():
     return
-  state, stream = new_state(job)
+  state, stream, examples = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
     stack.callback(job.rescue.let_go, job.group_id)
@@ -112,8 +131,6 @@ def train(
     if job.agreement.is_primary:
       writer = writer_of(start)
     stack.push(_closing(writer.close))
-    row_shape = stream.batch(0)['labels'].shape[1:]
-    examples = job.experiment.group_batch * int(np.prod(row_shape))
     watch = Watch(job, exchange, writer, start, examples)
     if resume:
       exchange.restore(start, resume.teacher_steps)

@@ -196,14 +196,15 @@ def _like(run: Run, group_id: int) -> TrainState:
   """Shapes of a group's state."""
   experiment = run.experiment
   peers = experiment.plan.peers_of(group_id, run.num_groups)
-  stream = experiment_lib.train_stream(experiment, 0, run.num_groups)
+  row = experiment_lib.first_row(experiment, run.num_groups)
   return jax.eval_shape(
       lambda: step_lib.init_state(
           run.model,
           experiment.optimizer,
           jax.random.PRNGKey(0),
-          stream.batch(0),
+          row,
           num_peers=len(peers),
+          group_batch=experiment.group_batch,
       )
   )
 

@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _train(job: Job) -> None:
-  state, _ = driver.new_state(job)
+  state = driver.new_state(job).state
   if _DRY_RUN.value:
     claims.print_dry_run(job, state)
     return

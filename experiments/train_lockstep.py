@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
       )
       for group_id in range(num_groups)
   ]
-  state, _ = driver.new_state(jobs[0])
+  state = driver.new_state(jobs[0]).state
   if _DRY_RUN.value:
     claims.print_dry_run(jobs[0], state)
     return

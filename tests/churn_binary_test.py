@@ -231,7 +231,7 @@ def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
         group_id=group_id,
         num_groups=2,
     )
-    toy.assert_same(found, driver.new_state(job)[0].variables)
+    toy.assert_same(found, driver.new_state(job).state.variables)
   kernels = [g.params['Dense_0']['kernel'] for g in groups]
   assert (kernels[0] != kernels[1]).all()
 

@@ -73,23 +73,16 @@ def count(state):
 
 
 def test_criteo_has_the_size_of_the_paper(criteo_dir):
+  # Shapes alone: full_size_test.py counts and steps it.
   made = make(
       ['gin_configs/tasks/criteo_dnn.gin'],
       [f"clicks.criteo_task.data_dir='{criteo_dir}'"],
   )
-  state, after = one_step(*made)
-  width = 2 * 13 + 26 * 16
-  layers = (width + 1) * 2560 + 2561 * 1024 + 1025 * 256 + 257
-  assert count(state) == 26 * 32_769 * 16 + layers == 17_651_105
-  params = after.variables.params
+  params = jax.eval_shape(lambda: start(*made)).variables.params
+  gin_utils.check_no_dead_bindings()
   assert params['hidden_0']['kernel'].shape == (442, 2560)
   assert params['hidden_2']['kernel'].shape == (1024, 256)
-  moved = jax.tree.map(
-      lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))),
-      state.variables.params,
-      params,
-  )
-  assert all(jax.tree.leaves(moved))
+  assert params['table_25'].shape == (32_769, 16)
 
 
 def test_criteo_with_a_vocabulary_is_smaller(criteo_dir):

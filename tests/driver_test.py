@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -628,7 +629,7 @@ def test_only_the_primary_process_writes(make_job, tmp_path):
 
 def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   job = make_job()
-  state, _ = driver.new_state(job)
+  state = driver.new_state(job).state
   configuration = ['a.b = 1', 'c.d = 2']
   monkeypatch.setattr(gin_utils, 'configuration', lambda: configuration)
   job = dataclasses.replace(job, arm='ours')
@@ -652,10 +653,31 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
   job = make_job(distill_weight=lambda step: float(step >= 5))
-  state, _ = driver.new_state(job)
+  state = driver.new_state(job).state
   assert claims.describe_run(job, state)['burn_in_steps'] == 5
   job = make_job(distill_weight=lambda step: 0.0)
   assert claims.describe_run(job, state)['burn_in_steps'] == STEPS
+
+
+def test_a_start_reads_one_row_of_the_data(make_job):
+  """A group batch of images takes a minute to decode, and gigabytes."""
+  read = []
+
+  def train_stream(*, group_batch, rows, **_):
+    stream = toy.Tokens(group_batch)
+
+    def batch(step):
+      read.append((rows, step))
+      return {k: v[rows or slice(None)] for k, v in stream.batch(step).items()}
+
+    return types.SimpleNamespace(batch=batch)
+
+  job = make_job(task=TASK._replace(train_stream=train_stream))
+  start = driver.new_state(job)
+  assert read == [(slice(0, 1), 0)]
+  assert start.examples == 3 * BATCH
+  assert len(start.stream.batch(0)['labels']) == BATCH
+  assert start.state.carry.shape == (BATCH, 4)
 
 
 def test_a_group_batch_that_cannot_be_shared_is_refused(make_job):

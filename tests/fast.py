@@ -7,7 +7,7 @@ import jax
 jit = functools.partial(
     jax.jit,
     compiler_options={
-        'xla_backend_optimization_level': 1,
+        'xla_backend_optimization_level': 0,
         'xla_llvm_disable_expensive_passes': True,
     },
 )

@@ -167,6 +167,28 @@ def test_what_is_bound_after_it_went_out_of_use_is_dead(tmp_path):
     gin_utils.check_no_dead_bindings()
 
 
+def test_what_is_typed_is_never_excused(tmp_path):
+  swapped(tmp_path, 'leaf.size=3')  # As in the first file, where it acted.
+  with pytest.raises(ValueError, match=r'leaf\.size = 3'):
+    gin_utils.check_no_dead_bindings()
+  # And in whatever order it is typed.
+  configured(tmp_path, 'leaf.size=7', 'Root.value=@configurables.unused()')
+  with pytest.raises(ValueError, match=r'leaf\.size = 7'):
+    gin_utils.check_no_dead_bindings()
+
+
+def test_a_task_after_an_ablation_is_refused(tmp_path):
+  """It would undo the ablation, whose bindings would pass for superseded."""
+  ablation = write(tmp_path, _CONFIG, 'ablation.gin')
+  task = write(tmp_path, "include 'gin_configs/base.gin'\n", 'task.gin')
+  outer = write(tmp_path, f"include '{task}'\n", 'outer.gin')
+  gin_utils.parse([outer, ablation])
+  for file in (task, outer, 'gin_configs/base.gin'):
+    with pytest.raises(ValueError, match=r'undoes .* give it first') as e:
+      gin_utils.parse([ablation, file])
+    assert str(e.value).startswith(f'--gin_file={file}: a task')
+
+
 def test_what_never_was_in_use_is_dead_after_a_swap_too(tmp_path):
   swapped(tmp_path, text=_CONFIG + 'configurables.strict.size = 7\n')
   with pytest.raises(ValueError, match=r'strict\.size = 7'):

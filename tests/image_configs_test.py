@@ -1,4 +1,4 @@
-"""The image configurations: they fit their data, and update the true shapes."""
+"""The image configurations: models fit their data, and can be updated."""
 
 import functools
 
@@ -68,7 +68,7 @@ def clean():
     CONFIGS,
     ids=[config[0] for config in CONFIGS],
 )
-def test_a_configuration_updates_its_model(
+def test_a_configuration_fits_its_data(
     tmp_path, name, data, bindings, shape, parameters
 ):
   data(tmp_path)
@@ -83,11 +83,13 @@ def test_a_configuration_updates_its_model(
   assert batch['inputs'].shape == (experiment.group_batch, *shape)
   eval_batch = experiment.task.eval_batches(4)[0]
   assert eval_batch['inputs'].shape == (4, *shape)
-  # Shapes alone: an update of ResNet-50 takes minutes to compile.
+  # Shapes alone, which is quick.
   init = functools.partial(step.init_state, model, experiment.optimizer)
   state = jax.eval_shape(init, jax.random.PRNGKey(0), batch)
   leaves = jax.tree.leaves(state.variables.params)
   assert sum(x.size for x in leaves) == parameters
+  if name == 'imagenet_resnet50':
+    return  # full_size_test.py updates it.
   update = step.make_train_step(
       model,
       experiment.optimizer,
@@ -108,6 +110,7 @@ def test_imagenet_comes_from_the_hub_by_one_more_file():
 
 @pytest.mark.slow
 def test_two_groups_learn_the_digits(tmp_path, python):
+  import os
   import re
   import subprocess
 
@@ -120,6 +123,8 @@ def test_two_groups_learn_the_digits(tmp_path, python):
           '--gin_file=gin_configs/tasks/digits_resnet.gin',
           '--replicas=1',
       ],
+      # It runs for longer than it compiles, unlike what conftest.py is for.
+      env={**os.environ, 'XLA_FLAGS': ''},
       capture_output=True,
       text=True,
       timeout=900,

@@ -202,6 +202,8 @@ def test_only_the_first_damaged_images_are_named(caplog):
     [
         ({'size': 8, 'resize': 7}, '1 <= size <= resize'),
         ({'size': 0}, '1 <= size <= resize'),
+        ({'size': 8.0}, r'whole numbers .*size=8\.0'),
+        ({'workers': 2.0}, r'workers must be .* got 2\.0'),
         ({'workers': 0}, 'workers must be 1 or more, or None; got 0'),
     ],
 )

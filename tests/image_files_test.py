@@ -35,6 +35,15 @@ class TestFolder:
     path = tmp_path / 'train' / 'n02' / '1.JPEG'
     assert split.encoded(4) == path.read_bytes()
 
+  def test_what_begins_with_a_dot_is_no_class_and_no_image(self, tmp_path):
+    write_folder(tmp_path, 'train', {'a': 1, '.ipynb_checkpoints': 1})
+    shutil.copy(
+        tmp_path / 'train' / 'a' / '0.JPEG',
+        tmp_path / 'train' / 'a' / '._0.JPEG',  # As macOS leaves them.
+    )
+    split = image_files.folder_split(tmp_path / 'train')
+    assert split.classes == ('a',) and split.labels.tolist() == [0]
+
   def test_another_split_has_the_classes_of_training(self, tmp_path):
     write_folder(tmp_path, 'validation', {'c': 1})
     classes = ('a', 'b', 'c')
@@ -202,6 +211,7 @@ class TestCifar:
     offsets = content['offsets'].copy()
     offsets[4] = offsets[5] + 1
     assert 'offsets do not rise' in read(offsets=offsets)
+    assert 'offsets do not rise' in read(offsets=offsets[:0])
     assert '29 labels' in read(labels=content['labels'][1:])
     assert 'labels 0..99' in read(labels=content['labels'] * 11)
     assert 'image 0 of 30' in read(jpeg=np.zeros_like(content['jpeg']))

@@ -171,7 +171,8 @@ class TestDigits:
           ({'source': 'letters'}, "digits, mnist; got 'letters'"),
           ({'validation_fraction': 0.0}, 'validation_fraction must be'),
           ({'test_fraction': 1.0}, 'test_fraction must be'),
-          ({'pad': -1}, 'pad must be 0 or more'),
+          ({'pad': -1}, 'pad must be a whole number, 0 or more; got -1'),
+          ({'pad': 1.5}, r'pad must be a whole number, 0 or more; got 1\.5'),
       ],
   )
   def test_errors(self, arguments, message):

@@ -362,6 +362,21 @@ def test_carries_have_a_row_for_each_row_of_the_group_batch():
   assert alone.teacher_carry == ()
 
 
+def test_a_model_starts_from_one_row_however_large_the_batch():
+  """The group batch itself, which may fill a device, is not put on it."""
+  seen = []
+
+  def init(rng, batch):
+    seen.append(batch['inputs'].shape)
+    return TWO_LAYERS.init(rng, batch)
+
+  model = TWO_LAYERS._replace(init=init)
+  batch = toy.Clusters(8).batch(0)
+  state = step_lib.init_state(model, TX, jax.random.PRNGKey(0), batch)
+  assert seen == [(1, *batch['inputs'].shape[1:])]
+  toy.assert_same(state, initialised(0))
+
+
 # -- evaluation ---------------------------------------------------------------
 
 

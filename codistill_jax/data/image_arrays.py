@@ -80,8 +80,8 @@ class ArrayImages:
     Raises:
       ValueError: If an argument is out of range.
     """
-    if pad < 0:
-      raise ValueError(f'pad must be 0 or more; got {pad}.')
+    if type(pad) is not int or pad < 0:
+      raise ValueError(f'pad must be a whole number, 0 or more; got {pad!r}.')
     self.labels = data.labels
     self._images = data.images
     self._mean, self._std = mean, std
@@ -245,7 +245,7 @@ def _read_jpeg_archive(path: pathlib.Path) -> Labelled:
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
     raise ValueError(f'{path} is damaged: {e}; fetch it again.') from e
   content = jpeg.tobytes()
-  if (np.diff(offsets) <= 0).any() or offsets[0] < 0:
+  if len(offsets) < 2 or (np.diff(offsets) <= 0).any() or offsets[0] < 0:
     raise ValueError(f'{path} is damaged: its offsets do not rise.')
   try:
     images = image_decode.decode_all(

@@ -11,9 +11,10 @@ JPEG of 87 kB, to 224 x 224, on the 2-core machine this was written on
 * OpenCV: 1.1 ms and 0.5 ms with its area filter (0.1 ms with the bilinear one,
   which does not antialias). A wheel of 60 MB for a fifth less time.
 * simplejpeg decodes in 0.9 ms, but JPEG alone, and something else must resize.
-* tf.data: 1.3 ms, decoding nothing but the part and without antialiasing. It
-  takes 5 s and 860 MB to import in the trainer, and cannot give batch n without
-  having made those before.
+* tf.data: 1.4 ms (as much wall time with one thread as with two, on a busy
+  machine), decoding nothing but the part and without antialiasing. It takes 5 s
+  and 860 MB to import in the trainer, and cannot give batch n without having
+  made those before.
 * grain has random access (`dataset[i]`), but loads in parallel only behind an
   iterator with a state of its own, where the contract here is `batch(step)`.
   Its shuffling and batching are a few lines of numpy here, and slower: of
@@ -42,8 +43,9 @@ class EncodedImages:
   """Images that are decoded when they are read; see `image_stream.Images`.
 
   An image that cannot be read or decoded becomes zeros of weight 0: it counts
-  in no loss. It is named in the log once. Only if too many are damaged, which
-  means that something else is wrong, an error ends the run.
+  in no loss; batch normalisation sees an image of the mean colour. It is named
+  in the log once. Only if too many are damaged, which means that something else
+  is wrong, an error ends the run.
 
   Attributes:
     labels: int32, of all images.
@@ -83,12 +85,13 @@ class EncodedImages:
     Raises:
       ValueError: If an argument is out of range.
     """
-    if not 1 <= size <= resize:
+    if not (type(size) is type(resize) is int and 1 <= size <= resize):
       raise ValueError(
-          f'Expected 1 <= size <= resize; got size={size}, resize={resize}.'
+          'Expected whole numbers 1 <= size <= resize; got'
+          f' size={size!r}, resize={resize!r}.'
       )
-    if workers is not None and workers < 1:
-      raise ValueError(f'workers must be 1 or more, or None; got {workers}.')
+    if workers is not None and (type(workers) is not int or workers < 1):
+      raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
     self.labels = np.asarray(labels, np.int32)
     self.damaged: dict[int, str] = {}
     self._encoded, self._name = encoded, name

@@ -31,7 +31,8 @@ def folder_split(
 ) -> EncodedSplit:
   """`<directory>/<class>/*.JPEG`, the layout of ImageNet.
 
-  Classes are numbered, and images ordered, by name.
+  Classes are numbered, and images ordered, by name. What begins with a dot is
+  no class and no image: other programs leave such things behind.
 
   Args:
     directory: Of the split.
@@ -48,7 +49,7 @@ def folder_split(
         f' {root.parent}/train/<class>/*.JPEG and'
         f' {root.parent}/validation/<class>/*.JPEG.'
     )
-  found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+  found = sorted(e.name for e in _visible(root) if e.is_dir())
   classes = tuple(found) if classes is None else classes
   unknown = sorted(set(found) - set(classes))
   if unknown:
@@ -76,11 +77,13 @@ def folder_split(
   )
 
 
+def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
+  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
+
+
 def _images_in(directory: pathlib.Path) -> list[str]:
   return sorted(
-      entry.name
-      for entry in os.scandir(directory)
-      if entry.name.lower().endswith(_ENDINGS)
+      e.name for e in _visible(directory) if e.name.lower().endswith(_ENDINGS)
   )
 
 

@@ -183,7 +183,7 @@ def _groups(
         group_id=group_id,
         num_groups=run.num_groups,
     )
-    state, stream = driver.new_state(job)
+    state, stream, _ = driver.new_state(job)
     yield group.run_group(
         trainer.train_step,
         state,

@@ -202,6 +202,8 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
       ([good, tmp_path / 'empty.csv'], [], 'empty.csv'),
       ([good, tmp_path / 'none.npy'], [], 'none.npy'),
       ([good, tmp_path / 'x.pkl'], [], 'unknown kind of file'),
+      ([good, tmp_path / 'gone.npy'], [], 'there is no file'),
+      ([good, tmp_path / 'gone.csv'], [], 'there is no file'),
       ([good, tmp_path / 'wide.csv'], [], 'wide.csv cannot be read as csv'),
       ([good, table], ids, 'good.npy has no ids'),
       ([table, others], [*ids, f'--labels={good}'], 'good.npy has no ids'),

@@ -238,6 +238,8 @@ def _ending(path: str) -> str:
     raise ValueError(
         f'{path}: unknown kind of file; expected .npy, {", ".join(_TABLES)}'
     )
+  if not os.path.exists(path):
+    raise FileNotFoundError(f'there is no file {path}')
   return ending
 
 

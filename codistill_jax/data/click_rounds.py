@@ -151,7 +151,7 @@ class RoundWriter:
     if split == 'train':
       path = value_counts.run_path(self._output, number)
       value_counts.write_run(path, rows[:, -criteo.NUM_CATEGORIES :])
-    digest = click_shards.write_hashed(
+    digest = shards.write_file(
         click_shards.rows_path(self._output, split, number),
         lambda f: np.save(f, rows),
     )
@@ -177,5 +177,5 @@ class RoundWriter:
         file.write(pairs.astype('<u4').tobytes())
 
     path = click_shards.counts_path(self._output, column)
-    digest = click_shards.write_hashed(path, write)
+    digest = shards.write_file(path, write)
     return {'values': values, 'sha256': digest}

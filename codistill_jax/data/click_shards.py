@@ -13,11 +13,10 @@ lies in one place, so that one taken at random costs one page of the disk.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -40,43 +39,14 @@ def counts_path(data_dir: Path, column: int) -> Path:
   return data_dir / 'counts' / f'C{column + 1:02d}.u32'
 
 
-def write_hashed(path: Path, write: Callable[[IO[bytes]], None]) -> str:
-  """Writes a file that is either whole or absent; returns its sha256."""
-  digest = hashlib.sha256()
-
-  class Both:
-    """What is written here is hashed as well."""
-
-    def __init__(self, file: IO[bytes]):
-      self._file = file
-
-    def write(self, data) -> int:
-      digest.update(data)
-      return self._file.write(data)
-
-  shards.write_file(path, lambda f: write(Both(f)))
-  return digest.hexdigest()
-
-
 def write_meta(data_dir: Path, meta: Mapping[str, Any]) -> None:
   known = {'format_version': FORMAT_VERSION, 'kind': _KIND}
   shards.write_json(data_dir / META, {**known, **meta})
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object that `prepare_clicks` wrote.
-
-  Raises:
-    FileNotFoundError: If there is none.
-    ValueError: If the file is damaged.
-  """
-  try:
-    value = json.loads(path.read_bytes())
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged ({e}); {_REMEDY}') from e
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} is damaged (not a JSON object); {_REMEDY}')
-  return value
+  """As `shards.read_json`, of what `prepare_clicks` wrote."""
+  return shards.read_json(path, _REMEDY)
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:

@@ -96,8 +96,12 @@ def write_shard(
   }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object that `prepare_data` wrote.
+def read_json(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+  """Reads a JSON object that a preparation wrote.
+
+  Args:
+    path: Of the file.
+    remedy: What to do if it is damaged, for the error.
 
   Raises:
     FileNotFoundError: If there is none.
@@ -106,9 +110,9 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_bytes())
   except ValueError as e:
-    raise ValueError(f'{path} is damaged ({e}); {_REMEDY}') from e
+    raise ValueError(f'{path} is damaged ({e}); {remedy}') from e
   if not isinstance(value, dict):
-    raise ValueError(f'{path} is damaged (not a JSON object); {_REMEDY}')
+    raise ValueError(f'{path} is damaged (not a JSON object); {remedy}')
   return value
 
 

@@ -560,27 +560,31 @@ def test_freshest_looks_again_only_at_its_interval(join, tmp_path):
 def test_freshest_follows_a_peer_that_publishes_and_prunes(join, tmp_path):
   """No read is lost, no value is torn, no step goes back."""
   writer, reader = join(group_id=1, every=1), join(every=1)
-  stop = threading.Event()
+  over = threading.Event()
+  seen = []
 
   def train():
     for n in range(1, 40):
       writer.publish_if_due(n, variables_of(n))
-      time.sleep(0.01)
+      # However slow the reader is, it gets to see some on the way.
+      while n % 10 == 0 and n > 10 * len(set(seen)) and not over.is_set():
+        time.sleep(0.001)
     writer.flush()
-    stop.set()
 
-  seen = []
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     training = pool.submit(train)
     n = 0
-    while not stop.is_set() or not seen or seen[-1] != 39:
-      n += 1
-      teachers = reader.fetch(n)
-      if teachers is not None:
-        seen.append(steps_in_use(reader)[0])
-        assert values(teachers) == [seen[-1]]
-      assert n < 100_000
-      time.sleep(0.001)
+    try:
+      while not training.done() or not seen or seen[-1] != 39:
+        n += 1
+        teachers = reader.fetch(n)
+        if teachers is not None:
+          seen.append(steps_in_use(reader)[0])
+          assert values(teachers) == [seen[-1]]
+        assert n < 1_000_000
+        time.sleep(0.001)
+    finally:
+      over.set()
     training.result(30)
   assert seen == sorted(seen)
   assert len(set(seen)) > 2

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import losses
+from codistill_jax import losses, predictions
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
     Batch,
     Metrics,
     Model,
+    PeerPredictions,
     PyTree,
     Teachers,
     TrainState,
@@ -31,7 +32,8 @@ from codistill_jax.base import (
 )
 
 TrainStep = Callable[
-    [TrainState, Batch, Teachers | None, Array], tuple[TrainState, Metrics]
+    [TrainState, Batch, Teachers | PeerPredictions | None, Array],
+    tuple[TrainState, Metrics],
 ]
 EvalStep = Callable[
     [Variables, Batch, PyTree],
@@ -120,20 +122,21 @@ def make_train_step(
     With `teachers=None` (burn-in, or a group without peers) no teacher is
     evaluated and the metrics have no `loss/distill`. `state.rng` is never
     advanced: the step folds in `state.step` and the replica's index.
+    With `PeerPredictions` none is evaluated either: the soft target is what
+    the other groups of the program predict in the same step.
   """
 
   def train_step(
       state: TrainState,
       batch: Batch,
-      teachers: Teachers | None,
+      teachers: Teachers | PeerPredictions | None,
       distill_weight: Array,
   ) -> tuple[TrainState, Metrics]:
     weights = example_weights(batch)
     count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
     distill_weight = jnp.asarray(distill_weight, jnp.float32)
-    if teachers is None:
-      teacher_logits, teacher_carry = None, state.teacher_carry
-    else:
+    teacher_logits, teacher_carry = None, state.teacher_carry
+    if isinstance(teachers, Teachers):
       _check_carries(state, teachers)
       # Outside the differentiated function: no residual of a teacher is kept.
       teacher_logits, teacher_carry = _teacher_logits(
@@ -156,9 +159,11 @@ def make_train_step(
       }
       total = sums['loss/task']
       if teachers is not None:
-        sums['loss/distill'] = _weighted_sum(
-            distill_loss(logits, teacher_logits, teachers.present_P), weights
-        )
+        if isinstance(teachers, PeerPredictions):
+          distill = predictions.peer_loss(distill_loss, logits, teachers)
+        else:
+          distill = distill_loss(logits, teacher_logits, teachers.present_P)
+        sums['loss/distill'] = _weighted_sum(distill, weights)
         total += distill_weight * sums['loss/distill']
       sums['loss/total'] = total
       # Divided by the count of the *group*: the sum of the replicas'

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'step'}
+_STEP = _LOSSES | {'predictions', 'step'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -35,7 +35,8 @@ MAY_IMPORT = {
     'metrics': {'base', 'scores'},
     'churn': set(),
     'intervals': set(),
-    'step': _LOSSES,
+    'predictions': {'base', 'losses'},
+    'step': _LOSSES | {'predictions'},
     'replicas': _STEP,
     'storage': set(),
     'storage.files': set(),

@@ -128,7 +128,6 @@ def _of_peers(
     class_logits: jax.Array, peers: PeerPredictions
 ) -> losses.SoftTarget:
   """The mean of what the peers predict, themselves detached."""
-  class_logits = jax.lax.stop_gradient(class_logits)
 
   def probabilities() -> jax.Array:
     return _mean_over_peers(jax.nn.softmax(class_logits), peers)

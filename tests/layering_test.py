@@ -38,6 +38,8 @@ MAY_IMPORT = {
     'predictions': {'base', 'losses'},
     'step': _LOSSES | {'predictions'},
     'replicas': _STEP,
+    'population': _STEP | {'replicas'},
+    'joint': {'base', 'population'},
     'storage': set(),
     'storage.files': set(),
     'storage.locks': set(),
@@ -66,7 +68,7 @@ MAY_IMPORT = {
         _READING | {'exchange.fetching', 'exchange.publisher', 'storage.leases'}
     ),
     # Through the protocol: the loop knows no kind of exchange.
-    'group': _STEP | {'replicas', 'exchange.protocol'},
+    'group': {'base', 'exchange.protocol'},
     'evaluate': _METRICS,
     'run_directory': {'storage.files'},
     'writers': {
@@ -220,10 +222,12 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
     'names, home',
     [
         (('pmap',), 'replicas'),
+        # Groups on a mesh: what goes with `pmap` is not what goes with this.
+        (('shard_map',), 'population'),
         (('grad', 'value_and_grad', 'vjp'), 'step'),
     ],
 )
-def test_one_module_has_pmap_and_one_differentiates(names, home):
+def test_one_module_has_pmap_one_shard_map_and_one_differentiates(names, home):
   found = files_with(['codistill_jax', 'experiments'], using(*names))
   assert found == {f'codistill_jax/{home}.py'}
 

@@ -211,6 +211,7 @@ class Task(NamedTuple):
       arguments of `Experiment.model`, such as the sizes of its tables.
     test_batches: As `eval_batches`, of a test split, on which nothing is
       chosen; None if the data have none.
+    partition: How groups divide the training split, 'shared' or 'disjoint'.
   """
 
   train_stream: Callable[..., Stream]
@@ -222,6 +223,7 @@ class Task(NamedTuple):
   output: str = 'softmax'
   model_arguments: Mapping[str, Any] = MappingProxyType({})
   test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
+  partition: str = 'shared'
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

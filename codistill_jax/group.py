@@ -23,7 +23,8 @@ class PlacedState(Protocol):
   """A state on the devices, of which the loop reads the variables alone."""
 
   @property
-  def variables(self) -> Variables: ...
+  def variables(self) -> Variables:
+    ...
 
 
 class GroupStep(Protocol):

@@ -1,8 +1,8 @@
 """Groups that update together: one program, and each group's own turns.
 
 `run_group` drives one group. Here every group has a seat that takes the place
-of its `PmapStep`: the first one to ask for update n makes it for all, the others
-find theirs made. Nothing is copied or stacked between updates.
+of its `PmapStep`: the first one to ask for update n makes it for all, and the
+others find theirs made. Nothing is copied or stacked between updates.
 
     update = JointUpdate(population, mix_GG)
     runs = [run_group(seat, state, stream, ...) for seat, ... in ...]
@@ -10,7 +10,7 @@ find theirs made. Nothing is copied or stacked between updates.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -60,7 +60,9 @@ class Scalar:
     self._values_G = values_G
     self._group_id = group_id
 
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+  def __array__(
+      self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
     del copy  # Of a single number; the stack is read once for all groups.
     return np.asarray(np.asarray(self._values_G)[self._group_id], dtype)
 
@@ -178,9 +180,7 @@ class JointUpdate:
     metrics = {k: Scalar(x, group_id) for k, x in self._metrics.items()}
     return GroupState(self, group_id, self._turn, self._state), metrics
 
-  def _advance(
-      self, group_id: int, told: tuple[Batch, bool, float]
-  ) -> None:
+  def _advance(self, group_id: int, told: tuple[Batch, bool, float]) -> None:
     if self._waiting:
       raise ValueError(
           f'group {group_id} asks for its next update before group(s)'
@@ -213,6 +213,21 @@ class JointUpdate:
     begun = [self._begun[g] for g in range(self.population.num_groups)]
     self._begun = {}  # No second copy of what is on the devices.
     return self.population.place(begun)
+
+
+def _same(told: tuple, before: tuple) -> bool:
+  (batch, *rest), (batch_before, *rest_before) = told, before
+  if rest != rest_before:
+    return False
+  if batch is batch_before:  # As of a `SharedStream`.
+    return True
+  return batch.keys() == batch_before.keys() and all(
+      np.array_equal(batch[key], batch_before[key]) for key in batch
+  )
+
+
+def _names(groups: Iterable[int]) -> str:
+  return ', '.join(map(str, sorted(groups)))
 
 
 class _Begun(GroupState):

@@ -75,7 +75,9 @@ class Population:
     self.num_groups, self.num_replicas = num_groups, num_replicas
     self.num_traces = 0
     self._wait = devices[0].platform == 'cpu' and mesh.size > 1
-    rows = Spec(REPLICA_AXIS) if shared_batch else Spec(BLOCK_AXIS, REPLICA_AXIS)
+    rows = (
+        Spec(REPLICA_AXIS) if shared_batch else Spec(BLOCK_AXIS, REPLICA_AXIS)
+    )
     self._batch = NamedSharding(mesh, rows)
     self._specs = _state_specs()
     self._mesh = mesh
@@ -117,9 +119,7 @@ class Population:
       jax.block_until_ready(state)
     return state, metrics
 
-  def peers(
-      self, mix_GG: Array, top_k: int | None = None
-  ) -> PeerPredictions:
+  def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
     """The `teachers` of all groups, on the devices.
 
     Args:
@@ -217,9 +217,7 @@ def _mesh(
   while num_groups % blocks:
     blocks -= 1
   used = np.array(devices[: blocks * num_replicas])
-  return Mesh(
-      used.reshape(blocks, num_replicas), (BLOCK_AXIS, REPLICA_AXIS)
-  )
+  return Mesh(used.reshape(blocks, num_replicas), (BLOCK_AXIS, REPLICA_AXIS))
 
 
 def _state_specs() -> TrainState:

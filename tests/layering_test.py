@@ -60,6 +60,7 @@ MAY_IMPORT = {
     'exchange.publications': _STORAGE,
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
+    'exchange.prediction_exchange': _PLAN,
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -80,7 +81,8 @@ MAY_IMPORT = {
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
     'experiment': (
-        _STEP | {'replicas', 'exchange.protocol', 'exchange.topology'}
+        _STEP
+        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> None:
       gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
-  train_steps, shared_stream = _train_steps(experiment, model, num_groups)
+  train_steps, shared_stream = train_steps_of(
+      experiment, model, num_groups, _REPLICAS.value
+  )
   jobs = [
       Job(
           experiment=experiment,
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     return
   claims.check_workdir(jobs[0], start.state)
   keep_common_checkpoints(jobs)
-  exchanges = _exchanges(jobs, start)
+  exchanges = exchanges_of(jobs, start)
   del start
   train_in_turn(
       [
@@ -105,12 +107,15 @@ def main(argv: Sequence[str]) -> None:
   )
 
 
-def _train_steps(
-    experiment: experiment_lib.Experiment, model: Model, num_groups: int
+def train_steps_of(
+    experiment: experiment_lib.Experiment,
+    model: Model,
+    num_groups: int,
+    num_replicas: int,
 ) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
   """What updates each group; and the stream of all, if they update together."""
+  chosen = devices.chosen_devices(num_replicas)
   if experiment.exchange == 'checkpoints':
-    chosen = devices.chosen_devices(_REPLICAS.value)
     step = experiment_lib.make_replicated_step(experiment, model, chosen)
     return [step] * num_groups, None  # Compiled once for all.
   if num_groups < 2:
@@ -119,16 +124,15 @@ def _train_steps(
         ' to exchange with; set --num_groups to at least 2, or'
         " exchange='checkpoints' for a baseline"
     )
-  devices.chosen_devices(_REPLICAS.value)  # Raises if there are too few.
   population = experiment_lib.make_population(
       experiment,
       model,
       num_groups,
-      num_replicas=_REPLICAS.value or jax.local_device_count(),
+      num_replicas=num_replicas or jax.local_device_count(),
   )
+  plan = experiment.plan
   peers = [
-      experiment.plan.peers_of(group_id, num_groups)
-      for group_id in range(num_groups)
+      plan.peers_of(group_id, num_groups) for group_id in range(num_groups)
   ]
   update = joint.JointUpdate(
       population, mixing_matrix(peers), experiment.prediction_top_k
@@ -137,7 +141,10 @@ def _train_steps(
   return update.seats, joint.SharedStream(stream)
 
 
-def _exchanges(jobs: Sequence[Job], start: driver.Start) -> Sequence[Exchange]:
+def exchanges_of(
+    jobs: Sequence[Job], start: driver.Start
+) -> Sequence[Exchange]:
+  """The exchange of each group, through memory."""
   job = jobs[0]
   experiment, num_groups = job.experiment, job.num_groups
   if experiment.exchange == 'checkpoints':

@@ -27,6 +27,8 @@ class Experiment:
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
+    fused_loss: Whether the losses of a language model are computed over blocks
+      of tokens, see `blocks`; False: all logits at once, for comparison.
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
@@ -58,6 +60,7 @@ class Experiment:
       default_factory=schedules.distill_weight
   )
   distill_loss: str = 'cross_entropy'
+  fused_loss: bool = True
   num_steps: int = 1000
   group_batch: int = 128
   seed: int = 0
@@ -204,5 +207,6 @@ def make_replicated_step(
           experiment.distill_loss, experiment.task.output
       ),
       axis_name=replicas.REPLICA_AXIS,
+      fused=experiment.fused_loss,
   )
   return replicas.PmapStep(train_step, devices)

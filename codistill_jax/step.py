@@ -103,6 +103,7 @@ def make_train_step(
     distill_loss: Callable[..., Array] = losses.cross_entropy,
     axis_name: str | None = None,
     fused: bool = True,
+    teacher_model: Model | None = None,
 ) -> TrainStep:
   """Builds the update of algorithm 1 of Anil et al. 2018.
 
@@ -121,6 +122,8 @@ def make_train_step(
       computed over blocks of examples, see `blocks`, so that the logits never
       exist at once. The losses then see any number B of examples in a single
       axis, the tokens of a language model too. False: all logits at once.
+    teacher_model: The same model, computed more cheaply, for the teachers (in
+      bfloat16, say); default: `model`. It takes the same parameters.
 
   Returns:
     `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
@@ -146,7 +149,7 @@ def make_train_step(
       _check_carries(state, teachers)
       # Outside the differentiated function: no residual of a teacher is kept.
       outputs, teacher_carry = _teacher_outputs(
-          model, teachers, batch, state.teacher_carry
+          teacher_model or model, teachers, batch, state.teacher_carry
       )
       teaching = outputs, teachers.present_P
 

@@ -62,9 +62,9 @@ def with_gradient(summed):
   return jax.jit(of)
 
 
-def both(loss, block, args):
+def both(loss, block, args, lanes=None):
   """Results of the loss over blocks and of the plain one."""
-  fused = functools.partial(blocks.summed, loss, block=block)
+  fused = functools.partial(blocks.summed, loss, block=block, lanes=lanes)
   return [with_gradient(f)(*args) for f in (fused, lambda *a: plain(loss, *a))]
 
 
@@ -98,17 +98,27 @@ def arguments(seed, lead, features, classes, peers, dtype=jnp.float32):
     st.integers(2, 37),
     st.integers(0, 3),
     st.integers(1, 40),
+    st.sampled_from([None, 8]),
     st.sampled_from([n for n in losses.DISTILL_LOSSES if 'sigmoid' not in n]),
     st.sampled_from([1.0, 2.5]),
     st.sampled_from([0.0, 0.1]),
     st.integers(0, 2**16),
 )
 def test_value_and_gradient_are_those_of_all_logits_at_once(
-    lead, features, classes, peers, block, name, temperature, smoothing, seed
+    lead,
+    features,
+    classes,
+    peers,
+    block,
+    lanes,
+    name,
+    temperature,
+    smoothing,
+    seed,
 ):
   args = arguments(seed, tuple(lead), features, classes, peers)
   loss = loss_of(name, temperature, smoothing)
-  assert_close(*both(loss, block, args), rtol=1e-5)
+  assert_close(*both(loss, block, args, lanes), rtol=1e-5)
 
 
 def test_unigram_smoothing_sees_every_block():

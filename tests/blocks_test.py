@@ -206,6 +206,17 @@ def test_logits_of_all_tokens_never_exist(summed, exists):
     assert largest <= 2 * tokens * classes / 16  # Two teachers in one array.
 
 
+@pytest.mark.parametrize('peers', [0, 3])
+def test_the_student_has_one_softmax_and_so_has_each_teacher(peers):
+  """Task loss, distillation and the gradient of both share the student's."""
+  examples, classes = 64, 1000
+  args = arguments(0, (examples,), 4, classes, peers)
+  fused = with_gradient(functools.partial(blocks.summed, loss_of()))
+  cost = fused.lower(*args).compile().cost_analysis()
+  exponentials = cost['transcendentals'] / (examples * classes)
+  assert 1 + peers <= exponentials < 1.01 + peers
+
+
 @hypothesis.given(
     st.integers(1, 2**20), st.integers(2, 2**20), st.integers(0, 15)
 )

@@ -130,7 +130,7 @@ def _of_peers(
   """The mean of what the peers predict, themselves detached."""
 
   def probabilities() -> jax.Array:
-    return _mean_over_peers(jax.nn.softmax(class_logits), peers)
+    return _mean_over_peers(losses.softmax(class_logits), peers)
 
   def log_probabilities() -> jax.Array:
     # Of what underflows, the logarithm of the smallest float: the exact one

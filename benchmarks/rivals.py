@@ -7,7 +7,9 @@ would get into each other's way in one), with as many threads as there are
 cores; it starts from a copy of the parameters, and before anything is timed the
 losses and gradient norms of the first three updates of both sides must agree,
 plain and codistilled. Then all arms are measured in turn: jitted JAX steps,
-eager PyTorch, and `torch.compile` of model and loss where that works.
+eager PyTorch, and `torch.compile` where that works: of model and loss; of a
+language model's cell and loss, since the loop over time would be unrolled and
+take minutes to compile.
 
 A ratio is the time of PyTorch over ours: above 1 we are ahead.
 """

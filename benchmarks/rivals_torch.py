@@ -39,33 +39,34 @@ class Lstm(nn.Module):
     self.h_scale = take('h_norm_scale')
     self.c_scale = take('c_norm_scale')
     self.c_shift = take('c_norm_shift')
-    self.units = len(self.c_scale)
+    self.cell = _cell
 
   def forward(self, x_TBE, carry, keep_TB1):
     """`(h_TBD, (c_BD, h_BD))`."""
-    size = (4 * self.units,)
-    inputs_TBF = F.layer_norm(
-        F.linear(x_TBE, self.x_weight), size, self.x_scale, self.bias, _EPSILON
-    )
+    product = F.linear(x_TBE, self.x_weight)
+    size = self.bias.shape
+    inputs_TBF = F.layer_norm(product, size, self.x_scale, self.bias, _EPSILON)
+    own = (self.h_weight, self.h_scale, self.c_scale, self.c_shift)
     c, h = carry
     outputs = []
     # Unbind, whose gradient is one stack; an index would add up T arrays.
     for inputs, keep in zip(inputs_TBF.unbind(0), keep_TB1.unbind(0)):
-      c, h = self.cell(inputs, c * keep, h * keep)
+      c, h = self.cell(inputs, keep, c, h, *own)
       outputs.append(h)
     return torch.stack(outputs), (c, h)
 
-  def cell(self, inputs_BF, c, h):
-    """One token."""
-    product = F.linear(h, self.h_weight)
-    normed = F.layer_norm(
-        product, (4 * self.units,), self.h_scale, None, _EPSILON
-    )
-    gates, g = (normed + inputs_BF).split((3 * self.units, self.units), -1)
-    f, i, o = gates.sigmoid().chunk(3, -1)
-    c = f * c + i * g.tanh()
-    out = F.layer_norm(c, (self.units,), self.c_scale, self.c_shift, _EPSILON)
-    return c, o * out.tanh()
+
+def _cell(inputs_BF, keep_B1, c, h, h_weight, h_scale, c_scale, c_shift):
+  """One token."""
+  units = len(c_scale)
+  c, h = c * keep_B1, h * keep_B1
+  product = F.linear(h, h_weight)
+  normed = F.layer_norm(product, h_scale.shape, h_scale, None, _EPSILON)
+  gates, g = (normed + inputs_BF).split((3 * units, units), -1)
+  f, i, o = gates.sigmoid().chunk(3, -1)
+  c = f * c + i * g.tanh()
+  out = F.layer_norm(c, c_scale.shape, c_scale, c_shift, _EPSILON)
+  return c, o * out.tanh()
 
 
 class LanguageModel(nn.Module):
@@ -246,7 +247,7 @@ class Trainer:
     }
     make, self._optimizer, self._loss = _KINDS[kind]
     self._new = lambda: make(part('student')).to(device)
-    self._teacher = make(part('teacher')).to(device).eval()
+    self._new_teacher = lambda: make(part('teacher')).to(device).eval()
     self._batch = {
         key: torch.tensor(x).to(device) for key, x in part('batch').items()
     }
@@ -259,7 +260,7 @@ class Trainer:
     """`call()` does one more update from the start; gives loss and module."""
     model = self._new()
     optimizer = self._optimizer(model)
-    batch, teacher, loss_of = self._batch, self._teacher, self._loss
+    batch, teacher, loss_of = self._batch, self._new_teacher(), self._loss
     carry, teacher_carry = model.start(batch), teacher.start(batch)
 
     def ask(carry):
@@ -269,7 +270,12 @@ class Trainer:
       logits, carry = model(batch, carry)
       return loss_of(logits, batch['labels'], teacher_logits), carry
 
-    if compiled:
+    if compiled and isinstance(model, LanguageModel):
+      # Not the loop, which would be unrolled: some 64 cells take minutes.
+      cell, loss_of = torch.compile(_cell), torch.compile(loss_of)
+      for layer in [*model.layers, *teacher.layers]:
+        layer.cell = cell
+    elif compiled:
       ask, objective = torch.compile(ask), torch.compile(objective)
 
     def call():

@@ -6,6 +6,7 @@ experiment.Experiment.optimizer = @optax.adam()
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 
 import optax
@@ -27,6 +28,8 @@ class Experiment:
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
+    fused_loss: Whether the losses of a language model are computed over blocks
+      of tokens, see `blocks`; False: all logits at once, for comparison.
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
@@ -35,7 +38,8 @@ class Experiment:
     exchange_mode: 'freshest' or 'lockstep'.
     staleness: In lockstep, age of a publication when it comes into use.
     publish_dtype: 'float32' or 'bfloat16'.
-    teacher_dtype: 'float32' or 'bfloat16'.
+    teacher_dtype: 'float32' or 'bfloat16': how teachers are held. In bfloat16
+      they are computed in it too, if `model` takes a `dtype`.
     max_staleness_steps: In freshest, the age beyond which a teacher is not
       used; None for any age.
     staleness_policy: What happens then: 'drop' the peer from the mean, 'wait'
@@ -58,6 +62,7 @@ class Experiment:
       default_factory=schedules.distill_weight
   )
   distill_loss: str = 'cross_entropy'
+  fused_loss: bool = True
   num_steps: int = 1000
   group_batch: int = 128
   seed: int = 0
@@ -145,6 +150,17 @@ def make_model(experiment: Experiment) -> Model:
   return experiment.model(task.num_classes, **task.model_arguments)
 
 
+def make_teacher_model(experiment: Experiment) -> Model | None:
+  """The model in the dtype of the teachers; None if that is no cheaper."""
+  takes = inspect.signature(experiment.model).parameters
+  if experiment.teacher_dtype == 'float32' or 'dtype' not in takes:
+    return None
+  task = experiment.task
+  return experiment.model(
+      task.num_classes, dtype=experiment.teacher_dtype, **task.model_arguments
+  )
+
+
 def train_stream(
     experiment: Experiment,
     group_id: int,
@@ -204,5 +220,7 @@ def make_replicated_step(
           experiment.distill_loss, experiment.task.output
       ),
       axis_name=replicas.REPLICA_AXIS,
+      fused=experiment.fused_loss,
+      teacher_model=make_teacher_model(experiment),
   )
   return replicas.PmapStep(train_step, devices)

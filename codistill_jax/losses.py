@@ -56,20 +56,20 @@ def task_loss(
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(f'Labels must be integers, got dtype {labels.dtype}.')
   _check_smoothing(label_smoothing)
-  log_q = jax.nn.log_softmax(logits)
+  shifted, log_sum = _normalized(logits)
   num_classes = logits.shape[-1]
-  index = jnp.asarray(labels, jnp.int32)
-  # A negative index would count from the end; beyond the end it gives NaN.
-  index = jnp.where(index < 0, num_classes, index)
-  picked = jnp.take_along_axis(log_q, index[..., None], axis=-1, mode='fill')
-  loss = -picked[..., 0]
+  classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, labels.ndim)
+  picked = jnp.where(classes == labels[..., None], shifted, 0.0)
+  loss = log_sum - jnp.sum(picked, axis=-1)
+  loss = jnp.where((labels < 0) | (labels >= num_classes), jnp.nan, loss)
   if not label_smoothing:
     return loss
   if smoothing_distribution is None:
-    smooth = -jnp.mean(log_q, axis=-1)
+    smooth = log_sum - jnp.mean(shifted, axis=-1)
   else:
     target = _check_distribution(smoothing_distribution, num_classes)
-    smooth = -jnp.sum(jnp.broadcast_to(target, log_q.shape) * log_q, axis=-1)
+    target = jnp.broadcast_to(target, shifted.shape)
+    smooth = log_sum - jnp.sum(target * shifted, axis=-1)
   return (1.0 - label_smoothing) * loss + label_smoothing * smooth
 
 
@@ -202,7 +202,8 @@ def cross_entropy(student_logits, teacher_logits_P, present_P):
     ValueError: If shapes disagree, or `temperature` is not positive.
   """
   p = soft_target(teacher_logits_P, present_P)
-  return -jnp.sum(p * jax.nn.log_softmax(student_logits), axis=-1)
+  shifted, log_sum = _normalized(student_logits)
+  return log_sum - jnp.sum(p * shifted, axis=-1)
 
 
 @_distillation
@@ -340,6 +341,18 @@ def _of_two(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def _finite(logits):
   """Float32 logits with minus infinity replaced; NaN stays NaN."""
   return jnp.maximum(jnp.asarray(logits, jnp.float32), _LOWEST)
+
+
+def _normalized(logits):
+  """Logits less their maximum (..., C), and the log of their sum of exp (...).
+
+  The difference is `log_softmax`. Apart, a cross entropy is one minus a sum
+  over classes, and its gradient, softmax minus target, is made in one pass
+  without an array of log probabilities.
+  """
+  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  shifted = logits - highest
+  return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
 def _kl(log_p, log_q):

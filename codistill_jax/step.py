@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import losses
+from codistill_jax import blocks, losses
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
     Batch,
+    HeadOutputs,
     Metrics,
     Model,
+    Outputs,
     PyTree,
     Teachers,
     TrainState,
@@ -100,6 +102,8 @@ def make_train_step(
     task_loss: Callable[[Array, Array], Array] = losses.task_loss,
     distill_loss: Callable[..., Array] = losses.cross_entropy,
     axis_name: str | None = None,
+    fused: bool = True,
+    teacher_model: Model | None = None,
 ) -> TrainStep:
   """Builds the update of algorithm 1 of Anil et al. 2018.
 
@@ -114,6 +118,12 @@ def make_train_step(
     task_loss: `(logits (B, C), labels (B,)) -> (B,)`.
     distill_loss: `(student (B, C), teachers (P, B, C), present (P,)) -> (B,)`.
     axis_name: The pmap axis of the replicas, or None for a single one.
+    fused: Whether the losses of a model that returns `HeadOutputs` are
+      computed over blocks of examples, see `blocks`, so that the logits never
+      exist at once. The losses then see any number B of examples in a single
+      axis, the tokens of a language model too. False: all logits at once.
+    teacher_model: The same model, computed more cheaply, for the teachers (in
+      bfloat16, say); default: `model`. It takes the same parameters.
 
   Returns:
     `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
@@ -121,6 +131,8 @@ def make_train_step(
     evaluated and the metrics have no `loss/distill`. `state.rng` is never
     advanced: the step folds in `state.step` and the replica's index.
   """
+
+  summed_losses = _summed_losses(task_loss, distill_loss, fused)
 
   def train_step(
       state: TrainState,
@@ -132,13 +144,14 @@ def make_train_step(
     count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
     distill_weight = jnp.asarray(distill_weight, jnp.float32)
     if teachers is None:
-      teacher_logits, teacher_carry = None, state.teacher_carry
+      teaching, teacher_carry = None, state.teacher_carry
     else:
       _check_carries(state, teachers)
       # Outside the differentiated function: no residual of a teacher is kept.
-      teacher_logits, teacher_carry = _teacher_logits(
-          model, teachers, batch, state.teacher_carry
+      outputs, teacher_carry = _teacher_outputs(
+          teacher_model or model, teachers, batch, state.teacher_carry
       )
+      teaching = outputs, teachers.present_P
 
     def objective(params: PyTree) -> tuple[Array, tuple]:
       outputs, updates = model.apply(
@@ -148,23 +161,13 @@ def make_train_step(
           _step_rng(state, axis_name),
           True,
       )
-      logits = logits_of(outputs)
-      sums = {
-          'loss/task': _weighted_sum(
-              task_loss(logits, batch['labels']), weights
-          )
-      }
-      total = sums['loss/task']
-      if teachers is not None:
-        sums['loss/distill'] = _weighted_sum(
-            distill_loss(logits, teacher_logits, teachers.present_P), weights
-        )
-        total += distill_weight * sums['loss/distill']
-      sums['loss/total'] = total
+      total, sums = summed_losses(
+          outputs, batch['labels'], weights, teaching, distill_weight
+      )
       # Divided by the count of the *group*: the sum of the replicas'
       # gradients is then the gradient of the group's mean, however padding
       # falls on the replicas.
-      return total / count, (sums, updates)
+      return total / count, (sums | {'loss/total': total}, updates)
 
     grads, (sums, updates) = jax.grad(objective, has_aux=True)(
         state.variables.params
@@ -204,16 +207,25 @@ def make_eval_step(
   """
   loss_fn = task_loss or losses.task_loss
 
+  def qualities(
+      logits: Array, teacher_logits: None, rows: tuple, shared: None
+  ) -> tuple[float, dict[str, metrics_lib.Metric]]:
+    del teacher_logits, shared
+    logits, (labels, weights) = jnp.asarray(logits, jnp.float32), rows
+    return 0.0, {
+        'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
+        **metrics_lib.quality(logits, labels, weights),
+    }
+
   def eval_step(
       variables: Variables, batch: Batch, carry: PyTree
   ) -> tuple[dict[str, metrics_lib.Metric], PyTree]:
     outputs, updates = model.apply(variables, batch, carry, None, False)
-    logits, labels = logits_of(outputs), batch['labels']
-    weights = example_weights(batch)
-    sums = {
-        'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
-        **metrics_lib.quality(logits, labels, weights),
-    }
+    rows = batch['labels'], example_weights(batch)
+    if isinstance(outputs, HeadOutputs):
+      _, sums = blocks.summed(qualities, outputs, None, rows, None)
+    else:
+      _, sums = qualities(outputs, None, rows, None)
     return sums, updates.carry
 
   return eval_step
@@ -245,17 +257,65 @@ def _check_carries(state: TrainState, teachers: Teachers) -> None:
     )
 
 
-def _teacher_logits(
+def _teacher_outputs(
     model: Model, teachers: Teachers, batch: Batch, carry_PB: PyTree
-) -> tuple[jax.Array, PyTree]:
-  """Logits (P, B, C) of the teachers in eval mode, and their new carries."""
+) -> tuple[Outputs, PyTree]:
+  """Outputs (P, ...) of the teachers in eval mode, and their new carries.
 
-  def one(variables: Variables, carry: PyTree) -> tuple[jax.Array, PyTree]:
+  Of a model with a head the features, hidden states, rather than the logits.
+  """
+
+  def one(variables: Variables, carry: PyTree) -> tuple[Outputs, PyTree]:
     outputs, updates = model.apply(variables, batch, carry, None, False)
-    return logits_of(outputs), updates.carry
+    return outputs, updates.carry
 
-  logits_PBC, carry_PB = jax.vmap(one)(teachers.variables, carry_PB)
-  return jax.lax.stop_gradient((logits_PBC, carry_PB))
+  outputs_P, carry_PB = jax.vmap(one)(teachers.variables, carry_PB)
+  return jax.lax.stop_gradient((outputs_P, carry_PB))
+
+
+def _summed_losses(
+    task_loss: Callable[[Array, Array], Array],
+    distill_loss: Callable[..., Array],
+    fused: bool,
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+  """The losses of a step from what student and teachers put out.
+
+  Returns:
+    `(outputs, labels, weights, teaching, distill_weight) -> (total, sums)`,
+    where `teaching` is None or the teachers' outputs and presence (P,).
+  """
+
+  def losses_of(
+      logits: Array, teacher_logits: Array | None, rows: tuple, shared: tuple
+  ) -> tuple[jax.Array, Metrics]:
+    labels, weights = rows
+    present_P, distill_weight = shared
+    total = _weighted_sum(task_loss(logits, labels), weights)
+    sums = {'loss/task': total}
+    if teacher_logits is not None:
+      sums['loss/distill'] = _weighted_sum(
+          distill_loss(logits, teacher_logits, present_P), weights
+      )
+      total += distill_weight * sums['loss/distill']
+    return total, sums
+
+  def summed(
+      outputs: Outputs,
+      labels: Array,
+      weights: Array,
+      teaching: tuple[Outputs, Array] | None,
+      distill_weight: Array,
+  ) -> tuple[jax.Array, Metrics]:
+    teacher_outputs, present_P = teaching or (None, None)
+    rows, shared = (labels, weights), (present_P, distill_weight)
+    if fused and isinstance(outputs, HeadOutputs):
+      return blocks.summed(losses_of, outputs, teacher_outputs, rows, shared)
+    teacher_logits = None
+    if teacher_outputs is not None:
+      teacher_logits = jax.vmap(logits_of)(teacher_outputs)
+    return losses_of(logits_of(outputs), teacher_logits, rows, shared)
+
+  return summed
 
 
 def _step_rng(state: TrainState, axis_name: str | None) -> Array:

@@ -155,3 +155,20 @@ def test_a_split_is_what_the_task_says_it_is():
   assert experiment_lib.split_batches(task, 'test', 3) == test(3)
   with pytest.raises(ValueError, match='no test split; it has: validation'):
     experiment_lib.split_batches(TASK, 'test', 3)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_teachers_are_computed_in_the_dtype_in_which_they_are_held(dtype):
+  made = []
+
+  def model(num_classes, dtype='float32'):
+    made.append(dtype)
+    return linen.from_linen(toy.TwoLayers())
+
+  found = experiment_lib.make_teacher_model(
+      make(model=model, teacher_dtype=dtype)
+  )
+  # In float32 the student's own model, whatever that computes in.
+  assert made == ([] if dtype == 'float32' else ['bfloat16'])
+  assert (found is None) == (dtype == 'float32')
+  assert experiment_lib.make_teacher_model(make(teacher_dtype=dtype)) is None

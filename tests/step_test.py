@@ -221,6 +221,27 @@ def test_teachers_may_be_held_in_bfloat16():
   assert np.any(near.variables.params['head'] != exact.variables.params['head'])
 
 
+def test_a_model_of_their_own_computes_the_teachers_and_nothing_else():
+  def halved(*args):
+    logits, updates = TWO_LAYERS.apply(*args)
+    return logits / 2, updates
+
+  cheaper = TWO_LAYERS._replace(apply=halved)
+  state, (peer,) = toy.start(TWO_LAYERS), toy.peers_of(TWO_LAYERS, 1)
+  teachers = toy.stacked([peer])
+  _, found = compiled(TWO_LAYERS, teacher_model=cheaper)(
+      state, BATCH, teachers, 1.0
+  )
+  student, teacher = (
+      toy.evaluated(TWO_LAYERS)(v, BATCH, ())[0]
+      for v in (state.variables, peer)
+  )
+  expected = losses.cross_entropy(student, teacher[None] / 2, jnp.ones(1))
+  np.testing.assert_allclose(
+      found['loss/distill'], jnp.mean(expected), rtol=1e-5
+  )
+
+
 # -- padding, dtypes, choices -------------------------------------------------
 
 

@@ -57,11 +57,16 @@ def run(benchmark: str, rows: Rows) -> None:
   def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
-    options = Options(_DEVICE.value, _QUICK.value, _REPEATS.value)
+    options, output = from_flags()
     choose_device(options.device)
-    print(json.dumps(collect(benchmark, rows, options, _OUTPUT.value)))
+    print(json.dumps(collect(benchmark, rows, options, output)))
 
   app.run(main)
+
+
+def from_flags() -> tuple[Options, str | None]:
+  """What the flags say, and where to write."""
+  return Options(_DEVICE.value, _QUICK.value, _REPEATS.value), _OUTPUT.value
 
 
 def collect(

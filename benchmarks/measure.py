@@ -6,6 +6,7 @@ the machine meets them alike; a ratio is the median of the ratios of the
 repeats, in each of which both arms ran within seconds of each other.
 """
 
+import concurrent.futures
 import importlib.metadata
 import math
 import os
@@ -54,8 +55,8 @@ def alternate(
   """Seconds per call of each arm, `repeats` of them, measured in turn.
 
   Args:
-    arms: By name. Each is called once to warm up (it compiles then), and once
-      to see how long it takes.
+    arms: By name. Each is called once to warm up, if `warm_up` has not done
+      that, and once to see how long it takes.
     repeats: Measurements of each.
     least_seconds: A measurement calls an arm as often as this takes.
     most_calls: But not more often.
@@ -72,11 +73,18 @@ def alternate(
   return seconds
 
 
+def warm_up(arms: Mapping[str, Arm]) -> None:
+  """Calls each once, at the same time: they compile beside each other."""
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda arm: arm(1), arms.values()))
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
-  """Median and quartiles."""
+  """Median and quartiles, and of how many."""
   return {
       'median': brief(statistics.median(values)),
       'quartiles': [brief(x) for x in _quartiles(values)],
+      'repeats': len(values),
   }
 
 

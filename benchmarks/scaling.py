@@ -27,6 +27,7 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
     for point in points:
       for kind, call in call_of(point).items():
         arms[f'{kind} {point}'] = measure.timed(call)
+    measure.warm_up(arms)
     seconds = measure.alternate(arms, options.times(3), most_calls=20)
     row = {'name': name, 'along': list(points), 'fit': fit.__name__}
     for kind in call_of.kinds:
@@ -45,7 +46,9 @@ def _lines(options: command.Options) -> dict[str, tuple]:
   from benchmarks import cases
 
   gpu = options.device == 'gpu'
-  units, vocab, few, tokens = (512, 8192, 128, 32) if gpu else (128, 2048, 8, 32)
+  units, vocab, few, tokens = (
+      (512, 8192, 128, 32) if gpu else (128, 2048, 8, 32)
+  )
   if options.quick:
     units, vocab, few, tokens = 8, 30, 2, 4
   lm = lambda **sizes: cases.lstm_lm(
@@ -81,7 +84,8 @@ class Updates:
 
     case = self._case_of(**{self._name: point})
     return {
-        kind: cases.updates(case, peers) for peers, kind in enumerate(self.kinds)
+        kind: cases.updates(case, peers)
+        for peers, kind in enumerate(self.kinds)
     }
 
 
@@ -121,6 +125,8 @@ class Rounds:
     def call():
       return [next(turn).metrics['loss/total'] for turn in turns]
 
+    for _ in range(_EVERY + 1):  # Until there are teachers.
+      call()
     return {'codistilled': call}
 
 

@@ -32,6 +32,7 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
     numbers = _PEERS[: 1 if options.quick else None]
     for peers in numbers:
       arms[f'{peers}'] = measure.timed(cases.updates(case, peers))
+    measure.warm_up(arms)
     seconds = measure.alternate(arms, options.times(7))
     plain_operations = cases.update_operations(case, 0)
     for peers in numbers:

@@ -28,6 +28,7 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
     }
     arms = {f'{size}': measure.timed(call) for size, call in products.items()}
     arms['step'] = measure.timed(cases.updates(case, 0))
+    measure.warm_up(arms)
     seconds = measure.alternate(arms, options.times(5))
     yield _row(case, products, seconds)
 
@@ -71,7 +72,9 @@ def step_operations(case) -> int:
   if 'memory' in case.sizes:
     # Scores, and the mean of the values, of each token with window and memory.
     seen = case.sizes['tokens'] + case.sizes['memory']
-    operations += 12 * tokens * seen * case.sizes['units'] * case.sizes['layers']
+    operations += (
+        12 * tokens * seen * case.sizes['units'] * case.sizes['layers']
+    )
   return operations
 
 

@@ -42,6 +42,8 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
   """One row for each start."""
   needed = 'gin-config'
   for name, code in _IMPORTS.items():
+    if options.quick and name not in ('interpreter', 'import codistill_jax'):
+      continue
     if 'experiments' in name and not measure.versions([needed]):
       yield command.skipped(name, f'needs {needed}')
       continue

@@ -27,10 +27,10 @@ FIGURES = (
         'step_cost',
         'What teachers cost a step',
         'at most 1.05 of the limit 1 + P x (forward share)',
-        'Time of a codistilled update over a plain one. The forward share is a'
-        ' pass in eval mode up to the logits, over the plain update (in the next'
-        ' column, up to the features only); operations are those of the programs'
-        ' as they are written.',
+        'Time of a codistilled update over a plain one. The forward share is'
+        ' a pass in eval mode up to the logits, over the plain update (in the'
+        ' next column, up to the features only); operations are those of the'
+        ' programs as they are written.',
         (
             ('plain, ms', 'plain_ms'),
             ('ratio', 'ratio'),
@@ -64,9 +64,9 @@ FIGURES = (
         'rivals',
         'Against the same in PyTorch',
         'ahead of both: PyTorch takes at least as long',
-        'Losses and gradient norms of the first updates agree before anything is'
-        ' timed (`deviation`). PyTorch has a process of its own with as many'
-        ' threads. Ratios are the time of PyTorch over that of JAX.',
+        'Losses and gradient norms of the first updates agree before anything'
+        ' is timed (`deviation`). PyTorch has a process of its own with as'
+        ' many threads. Ratios are the time of PyTorch over that of JAX.',
         (
             ('JAX, ms', 'jax_ms'),
             ('eager, ms', 'eager_ms'),
@@ -94,8 +94,8 @@ FIGURES = (
         'scaling',
         'How the cost grows',
         '',
-        'Milliseconds of an update along a size; `exponent` is that of a power of'
-        ' the size, `slope` and `intercept` those of a straight line in'
+        'Milliseconds of an update along a size; `exponent` is that of a power'
+        ' of the size, `slope` and `intercept` those of a straight line in'
         ' milliseconds, `residual` the relative distance from it. `groups`: one'
         ' update in a round of lockstep of so many groups in one process.',
         (

@@ -43,7 +43,7 @@ def memory(
   import jax
 
   dtype = _dtype(options)
-  shapes = jax.eval_shape(lambda: _arguments(tokens, features, vocab, dtype))
+  shapes = jax.eval_shape(lambda: arguments_of(tokens, features, vocab, dtype))
   found = {}
   for name, function in functions(backward=True).items():
     compiled = jax.jit(function).lower(*shapes).compile()
@@ -66,8 +66,8 @@ def times(
   import jax
 
   dtype = _dtype(options)
-  arguments = _arguments(tokens, features, vocab, dtype)
-  for backward in (False, True):
+  arguments = arguments_of(tokens, features, vocab, dtype)
+  for backward in (False,) if options.quick else (False, True):
     arms = {}
     for name, function in functions(backward).items():
       run = jax.jit(function)
@@ -113,7 +113,8 @@ def functions(backward: bool) -> dict[str, Any]:
   return {name: jax.value_and_grad(f) for name, f in found.items()}
 
 
-def _arguments(tokens: int, features: int, vocab: int, dtype: str) -> tuple:
+def arguments_of(tokens: int, features: int, vocab: int, dtype: str) -> tuple:
+  """Student, one teacher and labels, of random numbers."""
   import jax
   import jax.numpy as jnp
 

@@ -40,9 +40,9 @@ def timed(call: Callable[[], Any]) -> Arm:
   return arm
 
 
-def in_turn(names: Iterable[str], repeat: int) -> list[str]:
-  """The names, in the other direction in every second repeat."""
-  return list(names)[:: -1 if repeat % 2 else 1]
+def in_turn(arms: Iterable[Any], repeat: int) -> list[Any]:
+  """The arms, in the other direction in every second repeat."""
+  return list(arms)[:: -1 if repeat % 2 else 1]
 
 
 def alternate(
@@ -160,7 +160,7 @@ def machine() -> dict[str, Any]:
   return {
       'device': jax.devices()[0].device_kind,
       'cores': cores(),
-      'load': brief(os.getloadavg()[0]),
+      'load': load(),
       'python': platform.python_version(),
       'versions': versions(_PACKAGES),
   }

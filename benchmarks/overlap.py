@@ -18,7 +18,7 @@ from benchmarks import command, measure
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
   """One row for each model."""
   for case in _cases(options):
-    arms = {name: measure.timed(call) for name, call in _calls(case).items()}
+    arms = {name: measure.timed(call) for name, call in calls_of(case).items()}
     measure.warm_up(arms)
     seconds = measure.alternate(arms, options.times(7))
     yield {
@@ -32,7 +32,8 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
     }
 
 
-def _calls(case) -> dict[str, Callable[[], Any]]:
+def calls_of(case) -> dict[str, Callable[[], Any]]:
+  """The arms: each call does one more update."""
   import jax
 
   from benchmarks import cases

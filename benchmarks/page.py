@@ -93,8 +93,8 @@ def read_notes(text: str) -> list[Note]:
   notes = []
   for part in ('\n' + text).split('\n## ')[1:]:
     heading, _, body = part.partition('\n')
-    names = [name.strip() for name in heading.split(' / ')]
-    notes.append(Note(*(names + ['', ''])[:3], body.strip()))
+    names = [*(name.strip() for name in heading.split(' / ')), '', '']
+    notes.append(Note(*names[:3], body.strip()))
   return notes
 
 

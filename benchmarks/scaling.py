@@ -45,15 +45,12 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
 def _lines(options: command.Options) -> dict[str, tuple]:
   from benchmarks import cases
 
-  gpu = options.device == 'gpu'
-  units, vocab, few, tokens = (
-      (512, 8192, 128, 32) if gpu else (128, 2048, 8, 32)
-  )
+  usual = {'units': 128, 'vocab': 2048, 'rows': 8, 'tokens': 32}
+  if options.device == 'gpu':
+    usual = {'units': 512, 'vocab': 8192, 'rows': 128, 'tokens': 32}
   if options.quick:
-    units, vocab, few, tokens = 8, 30, 2, 4
-  lm = lambda **sizes: cases.lstm_lm(
-      **{'units': units, 'vocab': vocab, 'rows': few, 'tokens': tokens, **sizes}
-  )
+    usual = {'units': 8, 'vocab': 30, 'rows': 2, 'tokens': 4}
+  lm = lambda **sizes: cases.lstm_lm(**{**usual, **sizes})
   along = {
       'groups': (1, 2, 4, 8),
       'vocab': (2048, 8192, 32768, 131072),

@@ -60,31 +60,22 @@ def step_operations(case) -> int:
   """Of the matrix products of a plain update of a language model."""
   import jax
 
+  from benchmarks import cases
+
   tokens = case.units
+  params = jax.eval_shape(lambda: cases.state_of(case)).variables.params
   sizes = [
       x.size
-      for path, x in jax.tree.leaves_with_path(
-          cases_params(case), is_leaf=lambda x: hasattr(x, 'size')
-      )
+      for path, x in jax.tree.leaves_with_path(params)
       if x.ndim == 2 and 'mbed' not in jax.tree_util.keystr(path)
   ]
   operations = 6 * tokens * sum(sizes)
   if 'memory' in case.sizes:
     # Scores, and the mean of the values, of each token with window and memory.
     seen = case.sizes['tokens'] + case.sizes['memory']
-    operations += (
-        12 * tokens * seen * case.sizes['units'] * case.sizes['layers']
-    )
+    width = case.sizes['units'] * case.sizes['layers']
+    operations += 12 * tokens * seen * width
   return operations
-
-
-def cases_params(case) -> Any:
-  """Shapes of the parameters."""
-  import jax
-
-  from benchmarks import cases
-
-  return jax.eval_shape(lambda: cases.state_of(case)).variables.params
 
 
 def _product(size: int, dtype: str):

@@ -51,8 +51,8 @@ def problem(layer_norm, dtype='float32', units=D):
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   x = normal(T, B, E).astype(dtype)
   carry = normal(B, units), normal(B, units)
-  resets = rng.random((T, B)) < 0.3
-  assert resets[0].any() and 0 < resets[1:].sum() < resets[1:].size
+  resets = np.zeros((T, B), bool)
+  resets[[0, 2, 3], [1, 0, 1]] = True
   shapes = jax.eval_shape(layer.init, jax.random.key(0), x, carry, resets)
   params = jax.tree.map(lambda s: 0.5 * normal(*s.shape), shapes['params'])
   params = {k: v + ('scale' in k) for k, v in params.items()}
@@ -93,15 +93,23 @@ def test_value_and_gradients_are_those_of_a_plain_scan(layer_norm, with_resets):
 
 
 @pytest.mark.parametrize('layer_norm', [True, False])
-def test_in_bfloat16_gradients_stay_near_those_of_a_plain_scan(layer_norm):
-  ours, plain = both(layer_norm, 'bfloat16')
-  # The kernel is centred before it is rounded, and gradients are rounded on
-  # their way into a product: some units of the last of 8 bits.
-  assert_close(ours, plain, 0.06)
-  exact = both(layer_norm)[1]
-  assert_close(ours, exact, 0.06)
-  with pytest.raises(AssertionError):
-    assert_close(ours, exact, 2e-5)
+def test_in_bfloat16_errors_are_those_of_a_plain_scan(layer_norm):
+  # Normalised cells of a few units would blow up any rounding.
+  (_, ours), (_, plain) = both(layer_norm, 'bfloat16', units=64)
+  exact = both(layer_norm, units=64)[1][1]
+  errors, plain_errors = error(ours, exact), error(plain, exact)
+  assert errors.max() < 0.05
+  assert (errors / plain_errors).max() < 2.5
+
+
+def error(found, exact):
+  """Of each array, as a part of its size; in root mean squares."""
+  size = lambda x: np.sqrt(np.mean(np.square(x)))
+  arrays = [
+      (np.asarray(a, np.float32), np.asarray(b, np.float32))
+      for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact))
+  ]
+  return np.array([size(a - b) / size(b) for a, b in arrays])
 
 
 def test_a_product_by_columns_is_the_same(monkeypatch):

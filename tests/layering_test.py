@@ -221,10 +221,10 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
     [
         ('pmap', {'replicas'}),
         ('grad', {'step'}),
-        # Gradients made by hand, for speed or memory.
-        ('custom_vjp', {'blocks'}),
+        # Gradients made by hand, for speed or memory, of those of their parts.
+        ('custom_vjp', {'blocks', 'models/recurrence'}),
         ('value_and_grad', {'blocks'}),
-        ('vjp', set()),
+        ('vjp', {'models/recurrence'}),
     ],
 )
 def test_one_module_has_pmap_and_one_differentiates(name, homes):

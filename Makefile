@@ -1,14 +1,16 @@
 # Two groups codistil on real text:   make demo
 # Prediction churn, Table 1:          make churn
 # Lint and the whole test suite:      make test
+# The benchmarks, docs/benchmarks.md: make bench
 # All do all set-up, in .venv.
 
 PYTHON ?= python3
 DEMO ?= runs/demo
 CHURN ?= runs/churn
+DEVICE ?= cpu
 RUN = .venv/bin/python -m
 
-.PHONY: demo churn test lint clean
+.PHONY: demo churn test bench lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -41,6 +43,14 @@ lint: .venv/ready
 
 test: lint
 	$(RUN) pytest
+
+# PyTorch, which nothing else needs.
+.venv/bench: .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+bench: .venv/bench
+	$(RUN) benchmarks.run_all --device=$(DEVICE)
 
 clean:
 	rm -rf .venv runs data

@@ -34,6 +34,8 @@ _TEST = [
     'pytest>=9,<10',
     'ruff==0.17.6',
 ]
+# The rivals of benchmarks/rivals.py; nothing else needs it.
+_BENCH = ['torch>=2.13,<2.14']
 
 setuptools.setup(
     name='codistill_jax',
@@ -54,5 +56,6 @@ setuptools.setup(
         'report': _REPORT,
         'demo': _DEMO,
         'test': _TEST,
+        'bench': _BENCH,
     },
 )

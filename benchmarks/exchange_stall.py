@@ -33,6 +33,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from benchmarks import measure
+
 ARMS = ('off', 'synchronous', 'asynchronous')
 _WIDTH = 2048
 
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   if _ARM.value:
-    print(json.dumps(measure(_ARM.value, _MILLIONS.value[0])))
+    print(json.dumps(measure_arm(_ARM.value, _MILLIONS.value[0])))
     return
   results = [compare(millions) for millions in _MILLIONS.value]
   print(
@@ -74,7 +76,7 @@ def compare(millions: int) -> dict[str, Any]:
   """All arms at one size, alternating."""
   runs = {arm: [] for arm in ARMS}
   for repeat in range(_REPEATS.value):
-    for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
+    for arm in measure.in_turn(ARMS, repeat):
       runs[arm].append(_in_a_process(arm, millions))
       print(f'{millions} M, {arm}: {runs[arm][-1]}', file=sys.stderr)
   give_back = {'MALLOC_MMAP_THRESHOLD_': str(1 << 16)}
@@ -106,7 +108,7 @@ def compare(millions: int) -> dict[str, Any]:
       'repeats': _REPEATS.value,
       'platform': runs['off'][0]['platform'],
       'free_core': _FREE_CORE.value,
-      'cores': os.cpu_count(),
+      'cores': measure.cores(),
       'arms': arms,
   }
 
@@ -125,7 +127,7 @@ def _in_a_process(
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(arm: str, millions: int) -> dict[str, Any]:
+def measure_arm(arm: str, millions: int) -> dict[str, Any]:
   """One arm, in this process."""
   _compute_beside_the_free_core()
   # Here, so that the parent holds no accelerator and no memory.

@@ -17,7 +17,6 @@ each alone on the machine; `cores_needed` are those that load for `--need`;
 """
 
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from benchmarks import input_data
+from benchmarks import input_data, measure
 
 _NEED = flags.DEFINE_float(
     'need', None, 'Examples per second that an accelerator takes, to compare.'
@@ -119,7 +118,7 @@ class Measured(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  load = os.getloadavg()[0]
+  load = measure.load()
   chosen = [
       p
       for p in PIPELINES
@@ -128,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
   with tempfile.TemporaryDirectory() as root:
     opened, skipped = _open_all(chosen, pathlib.Path(root))
     for repeat in range(_REPEATS.value):
-      for one in opened if repeat % 2 == 0 else opened[::-1]:
+      for one in measure.in_turn(opened, repeat):
         _load(one)
     if _STEP.value:
       for one in opened:
@@ -142,8 +141,8 @@ def main(argv: Sequence[str]) -> None:
           {
               'benchmark': 'input',
               'device': jax.devices()[0].device_kind,
-              'cores': os.cpu_count(),
-              'load': _brief(load),
+              'cores': measure.cores(),
+              'load': load,
               'repeats': _REPEATS.value,
               'seconds': _SECONDS.value,
               'need': _NEED.value,
@@ -236,7 +235,7 @@ def _result(one: Measured) -> dict[str, Any]:
       'config': one.pipeline.config,
       'unit': one.pipeline.unit,
       'batch': one.units,
-      'batches_per_sec': _brief(rate),
+      'batches_per_sec': measure.brief(rate),
       'per_sec': round(rate * one.units),
       'per_core': round(per_core * one.units),
       'step_ms': None,
@@ -247,15 +246,11 @@ def _result(one: Measured) -> dict[str, Any]:
     step = statistics.median(one.steps)
     result['step_ms'] = round(1e3 * step, 2)
     result['step_needs_per_sec'] = round(one.units / step)
-    result['headroom'] = _brief(rate * step)
+    result['headroom'] = measure.brief(rate * step)
   if _NEED.value and one.pipeline.unit == 'image':
-    result['share_of_need'] = _brief(rate * one.units / _NEED.value)
-    result['cores_needed'] = _brief(_NEED.value / (per_core * one.units))
+    result['share_of_need'] = measure.brief(rate * one.units / _NEED.value)
+    result['cores_needed'] = measure.brief(_NEED.value / (per_core * one.units))
   return result
-
-
-def _brief(value: float) -> float:
-  return float(f'{value:.3g}')
 
 
 _COLUMNS = {

@@ -13,19 +13,19 @@ def no_data(directory: pathlib.Path) -> None:
   del directory
 
 
-def token_shards(directory: pathlib.Path) -> None:
-  """Ten million tokens in documents of 500."""
+def token_shards(directory: pathlib.Path, documents: int = 20_000) -> None:
+  """Ten million tokens in documents of 500, or of that many documents."""
   from codistill_jax.data import shards, tokenizer
 
   rng = np.random.default_rng(0)
   splits = {}
-  for split, count in (('train', 20_000), ('validation', 100)):
-    documents = rng.integers(3, 2048, (count, 500)).astype(np.uint16)
-    documents[:, 0], documents[:, -1] = tokenizer.START_ID, tokenizer.END_ID
+  for split, count in (('train', documents), ('validation', 100)):
+    texts = rng.integers(3, 2048, (count, 500)).astype(np.uint16)
+    texts[:, 0], texts[:, -1] = tokenizer.START_ID, tokenizer.END_ID
     shards.write_shard(
-        directory, split, 0, list(documents), shards.token_dtype(2048)
+        directory, split, 0, list(texts), shards.token_dtype(2048)
     )
-    described = {'documents': count, 'tokens': documents.size}
+    described = {'documents': count, 'tokens': texts.size}
     splits[split] = {'shards': [described]}
   model = b'stands for a tokenizer'
   (directory / shards.TOKENIZER).write_bytes(model)

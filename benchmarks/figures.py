@@ -1,0 +1,136 @@
+"""What the page of the benchmarks shows of each: goal, words, columns."""
+
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+  """A section of the page.
+
+  Attributes:
+    benchmark: Its module.
+    title: Of the section.
+    goal: In words; '' if there is none.
+    text: What the reader needs to know of the columns.
+    columns: (heading, key of a row), beside the name and the goal; () for
+      whatever a row has.
+  """
+
+  benchmark: str
+  title: str
+  goal: str
+  text: str
+  columns: tuple[tuple[str, str], ...] = ()
+
+
+FIGURES = (
+    Figure(
+        'step_cost',
+        'What teachers cost a step',
+        'at most 1.05 of the limit 1 + P x (forward share)',
+        'Time of a codistilled update over a plain one. The forward share is'
+        ' a pass in eval mode up to the logits, over the plain update (in the'
+        ' next column, up to the features only); operations are those of the'
+        ' programs as they are written.',
+        (
+            ('plain, ms', 'plain_ms'),
+            ('ratio', 'ratio'),
+            ('forward share', 'forward_share'),
+            ('to the features', 'feature_share'),
+            ('limit', 'limit'),
+            ('operations', 'operations_ratio'),
+        ),
+    ),
+    Figure(
+        'prediction_exchange',
+        'Predictions in place of a second forward pass',
+        'at most 1.05 of plain training for any G',
+        '',
+    ),
+    Figure(
+        'loss',
+        'The loss over blocks of tokens',
+        'memory at most 1/8 of the plain loss; not slower at V = 24,006',
+        'Task loss and one teacher, from features of 1,024 values to the'
+        ' gradients, in MB of temporary memory or milliseconds.',
+        (
+            ('fused, MB', 'fused_mb'),
+            ('plain, MB', 'plain_mb'),
+            ('fused, ms', 'fused_ms'),
+            ('plain, ms', 'plain_ms'),
+            ('fused / plain', 'ratio'),
+        ),
+    ),
+    Figure(
+        'rivals',
+        'Against the same in PyTorch',
+        'ahead of both: PyTorch takes at least as long',
+        'Losses and gradient norms of the first updates agree before anything'
+        ' is timed (`deviation`). PyTorch has a process of its own with as'
+        ' many threads. Ratios are the time of PyTorch over that of JAX.',
+        (
+            ('JAX, ms', 'jax_ms'),
+            ('eager, ms', 'eager_ms'),
+            ('compiled, ms', 'compiled_ms'),
+            ('eager / JAX', 'eager_ratio'),
+            ('compiled / JAX', 'compiled_ratio'),
+            ('deviation', 'deviation'),
+            ('not compiled because', 'not_compiled'),
+        ),
+    ),
+    Figure(
+        'utilisation',
+        'Utilisation',
+        'at least 60 % of a large matrix product at 512 units',
+        'GFLOP/s of a plain update, of whose work only matrix products count,'
+        ' against those of the fastest of some square products.',
+        (
+            ('update, ms', 'step_ms'),
+            ('GFLOP/s', 'gflops'),
+            ('product, GFLOP/s', 'peak_gflops'),
+            ('share', 'share'),
+        ),
+    ),
+    Figure(
+        'scaling',
+        'How the cost grows',
+        '',
+        'Milliseconds of an update along a size; `exponent` is that of a power'
+        ' of the size, `slope` and `intercept` those of a straight line in'
+        ' milliseconds, `residual` the relative distance from it. `groups`: one'
+        ' update in a round of lockstep of so many groups in one process.',
+        (
+            ('at', 'along'),
+            ('plain, ms', 'plain_ms'),
+            ('plain line', 'plain_line'),
+            ('codistilled, ms', 'codistilled_ms'),
+            ('codistilled line', 'codistilled_line'),
+        ),
+    ),
+    Figure(
+        'cold_start',
+        'Cold start',
+        'import under 3 s; first line of the demo under 10 s',
+        'Seconds of fresh processes, the start of the interpreter included.',
+        (('seconds', 'seconds'),),
+    ),
+    Figure(
+        'overlap',
+        "The teacher's next pass beside the step",
+        '',
+        'Below 1 it would pay to ask the teacher about the next batch while the'
+        ' step runs.',
+        (
+            ('teacher inside, ms', 'inside_ms'),
+            ('apart, ms', 'apart_ms'),
+            ('beside, ms', 'beside_ms'),
+            ('beside / inside', 'ratio'),
+        ),
+    ),
+)
+
+ELSEWHERE = """\
+## Elsewhere
+
+* [What an exchange costs the training loop](results/exchange_stall.md)
+* [Does loading keep up with training?](results/input.md)
+"""

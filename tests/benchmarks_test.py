@@ -1,0 +1,306 @@
+"""The benchmarks run, in their tiniest form, and their page says what they say.
+
+What needs PyTorch is in an extra of its own, and is run by hand.
+"""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from benchmarks import (
+    cases,
+    cold_start,
+    command,
+    figures,
+    loss,
+    measure,
+    overlap,
+    page,
+    rivals,
+    run_all,
+    scaling,
+    step_cost,
+    utilisation,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICK = command.Options(quick=True)
+
+
+# -- measure ------------------------------------------------------------------
+
+
+class Clockwork:
+  """An arm that takes what it is told, and remembers when it was asked."""
+
+  def __init__(self, name, seconds, asked):
+    self._name, self._seconds, self._asked = name, seconds, asked
+
+  def __call__(self, times):
+    self._asked.append((self._name, times))
+    return times * self._seconds
+
+
+def test_arms_run_in_turn_as_often_as_they_need():
+  asked = []
+  arms = {n: Clockwork(n, s, asked) for n, s in (('a', 0.5), ('b', 0.25))}
+  seconds = measure.alternate(arms, 3, least_seconds=1.0)
+  assert seconds == {'a': [0.5] * 3, 'b': [0.25] * 3}
+  measured = asked[4:]
+  forth, back = [('a', 2), ('b', 4)], [('b', 4), ('a', 2)]
+  assert measured == [*forth, *back, *forth]
+
+
+def test_an_arm_of_no_time_at_all_is_not_called_for_ever():
+  asked = []
+  measure.alternate({'a': Clockwork('a', 0.0, asked)}, 1, most_calls=5)
+  assert asked[-1] == ('a', 5)
+
+
+def test_a_ratio_is_taken_repeat_by_repeat():
+  # The machine was ten times slower in one repeat, for both.
+  found = measure.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+  assert found == {'median': 2.0, 'quartiles': [2.0, 2.0], 'repeats': 3}
+  assert measure.spread([1, 2, 3, 4, 5])['quartiles'] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    'value, bound, met',
+    [
+        (1.0, {'at_most': 1.0}, True),
+        (1.01, {'at_most': 1.0}, False),
+        (0.6, {'at_least': 0.6}, True),
+        (0.59, {'at_least': 0.6}, False),
+    ],
+)
+def test_a_goal_is_met_at_its_bound(value, bound, met):
+  assert measure.goal(value, **bound) == {**bound, 'value': value, 'met': met}
+
+
+def test_a_goal_has_one_bound():
+  with pytest.raises(ValueError, match='either'):
+    measure.goal(1.0, at_most=1.0, at_least=1.0)
+
+
+def test_lines_are_found_again():
+  x = [1, 2, 4, 8]
+  power = measure.slope(x, [3 * n**2 for n in x])
+  assert power['exponent'] == 2 and power['residual'] < 1e-6
+  straight = measure.line(x, [3 * n + 5 for n in x])
+  assert (straight['slope'], straight['intercept']) == (3, 5)
+  assert straight['residual'] < 1e-6
+  assert measure.line(x, [1, 3, 1, 3])['residual'] > 0.1
+
+
+# -- the scripts --------------------------------------------------------------
+
+
+def rows_of(benchmark):
+  rows = list(benchmark.rows(QUICK))
+  assert rows and json.dumps(rows)
+  return {row['name']: row for row in rows}
+
+
+def test_step_cost_names_the_limit():
+  (row,) = rows_of(step_cost).values()
+  share = row['forward_share']['median']
+  assert row['limit'] == pytest.approx(1 + share, rel=1e-2)
+  # Teachers multiply a third of what a plain update multiplies, or less, where
+  # the input of the first layer needs no gradient.
+  assert 1.1 < row['operations_ratio'] < 1.5
+  assert row['goal']['value'] == row['of_limit']['median']
+
+
+def test_fused_loss_needs_less_memory_and_gives_the_same():
+  memory, time = rows_of(loss).values()
+  assert memory['fused_mb'] < memory['plain_mb'] / 4
+  assert time['ratio']['repeats'] == 1
+  arguments = loss.arguments_of(300, 4, 20, 'float32')
+  fused, plain = (f(*arguments) for f in loss.functions(False).values())
+  np.testing.assert_allclose(fused, plain, rtol=1e-5)
+
+
+def test_overlapping_programs_train_as_one():
+  case = cases.click_dnn(4, (8,), tables=2, buckets=10)
+  calls = overlap.calls_of(case)
+  found = [
+      [float(call()['loss/total']) for _ in range(3)] for call in calls.values()
+  ]
+  assert list(calls) == ['inside', 'apart', 'beside']
+  np.testing.assert_allclose(found, [found[0]] * 3, rtol=1e-5)
+
+
+def test_operations_of_a_step_are_those_of_its_matrices():
+  case = cases.lstm_lm(8, 30, 2, 4)
+  # Two layers, from an embedding of 8 and from 8 units; the head.
+  matrices = 2 * (8 + 8) * 32 + 8 * 30
+  assert utilisation.step_operations(case) == 6 * (2 * 4) * matrices
+
+
+def test_groups_of_a_round_teach_each_other():
+  case = cases.click_dnn(4, (8,), tables=2, buckets=10)
+  call = scaling.Rounds(case)(2)['codistilled']
+  assert len(call()) == 2
+
+
+def test_imports_are_timed():
+  rows = rows_of(cold_start)
+  assert rows['import codistill_jax']['seconds']['median'] > 0
+  assert 'quick' in rows['first line']['skipped']
+
+
+def test_rivals_say_what_they_need():
+  if importlib.util.find_spec('torch'):
+    pytest.skip('PyTorch is there: `python -m benchmarks.rivals --quick`')
+  (row,) = rows_of(rivals).values()
+  assert 'bench' in row['skipped']
+
+
+# -- the run and the page -----------------------------------------------------
+
+MACHINE = {
+    'device': 'cpu',
+    'cores': 2,
+    'load': 0.1,
+    'python': '3.11',
+    'versions': {'jax': '0.10.2'},
+}
+
+
+def a_row(name, value, **rest):
+  ratio = {'median': value, 'quartiles': [value, value], 'repeats': 3}
+  goal = measure.goal(value, at_most=1.05)
+  return {'name': name, 'ratio': ratio, 'goal': goal, **rest}
+
+
+def a_run(device='cpu', **results):
+  return {
+      'device': device,
+      'quick': False,
+      'made': '2026-01-02T03:04:05+00:00',
+      'command': f'python -m benchmarks.run_all --device={device}',
+      'benchmarks': {
+          name: {'machine': MACHINE, 'seconds': 12.3, 'results': rows}
+          for name, rows in results.items()
+      },
+      'not_run': {},
+  }
+
+
+ROWS = [a_row('LSTM 256, P = 1', 1.02), a_row('LSTM 256, P = 3', 1.34)]
+
+
+def test_the_page_says_which_goals_are_met():
+  text = page.make([a_run(step_cost=ROWS)], [])
+  met, missed = (x for x in text.splitlines() if x.startswith('| LSTM'))
+  assert met.endswith('| ≤ 1.05: 1.02 | yes |')
+  assert missed.endswith('| ≤ 1.05: 1.34 | **no** |')
+  assert 'Missed: LSTM 256, P = 3 (1.34, goal ≤ 1.05).' in text
+  assert page._UNKNOWN in text and '3 repeats' in text
+  assert '| What teachers cost a step |' in text and '1 of 2 met' in text
+
+
+def test_every_benchmark_is_on_the_page():
+  text = page.make([a_run(step_cost=ROWS)], [])
+  for name in run_all.BENCHMARKS:
+    assert f'`benchmarks/{name}.py`' in text
+  assert {f.benchmark for f in figures.FIGURES} == set(run_all.BENCHMARKS)
+
+
+def test_rows_of_unknown_columns_are_shown():
+  rows = [a_row('G = 4', 1.01, groups=4)]
+  text = page.make([a_run(prediction_exchange=rows)], [])
+  assert '| G = 4 | 1.01 | 4 | ≤ 1.05: 1.01 | yes |' in text
+
+
+def test_what_was_not_measured_says_why():
+  run = a_run(rivals=[command.skipped('PyTorch', 'needs torch')])
+  run['not_run'] = {'loss': 'no time was left'}
+  text = page.make([run], [])
+  assert '* PyTorch: not measured, needs torch.' in text
+  assert 'On cpu: not run (no time was left).' in text
+
+
+NOTES = """\
+An introduction that nobody looks for.
+
+## step_cost
+
+About all.
+
+## step_cost / LSTM
+
+Layer norm.
+
+## step_cost / LSTM 256, P = 3 / gpu
+
+Launches.
+"""
+
+
+@pytest.mark.parametrize(
+    'row, device, expected',
+    [
+        ('', '', 'About all.'),
+        ('LSTM 256, P = 3', 'cpu', 'Layer norm.'),
+        ('LSTM 256, P = 3', 'gpu', 'Launches.'),
+        ('ResNet-20, P = 3', 'cpu', ''),
+    ],
+)
+def test_the_note_that_fits_best_is_taken(row, device, expected):
+  notes = page.read_notes(NOTES)
+  assert page.find_note(notes, 'step_cost', row, device) == expected
+  assert page.find_note(notes, 'loss', row, device) == ''
+
+
+def test_a_page_made_again_keeps_the_notes(tmp_path):
+  paths = {n: tmp_path / n for n in ('run.json', 'notes.md', 'page.md')}
+  command.write_json(paths['run.json'], a_run(step_cost=ROWS))
+  paths['notes.md'].write_text(NOTES)
+  for _ in range(2):
+    page.write([paths['run.json']], paths['notes.md'], paths['page.md'])
+    text = paths['page.md'].read_text()
+    assert text.count('Layer norm.') == 1 and text.count('About all.') == 1
+  assert paths['notes.md'].read_text() == NOTES
+
+
+def test_a_page_of_something_else_is_refused(tmp_path):
+  path = tmp_path / 'input.json'
+  path.write_text('{"benchmark": "input"}')
+  with pytest.raises(ValueError, match='run_all: it has no benchmarks'):
+    page.read_run(path)
+
+
+def test_rows_are_on_disk_before_the_benchmark_ends(tmp_path):
+  path, seen = tmp_path / 'out' / 'record.json', []
+
+  def rows(options):
+    yield a_row('first', 1.0)
+    seen.append(json.loads(path.read_text())['results'])
+    yield a_row('second', 1.0)
+
+  record = command.collect('made', rows, QUICK, path)
+  assert [row['name'] for row in seen[0]] == ['first']
+  assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+
+
+def test_only_benchmarks_that_exist_are_chosen():
+  assert run_all.chosen(['loss', 'step_cost']) == ['step_cost', 'loss']
+  assert set(run_all.chosen([])) <= set(run_all.BENCHMARKS)
+  with pytest.raises(ValueError, match='no such benchmark'):
+    run_all.chosen(['speed'])
+
+
+def test_the_page_in_docs_is_that_of_the_runs_in_docs():
+  results = sorted((ROOT / 'docs' / 'results').glob('bench_*pu.json'))
+  if not results:
+    pytest.skip('no run is kept')
+  runs = {run['device']: run for run in map(page.read_run, results)}
+  notes = (ROOT / 'docs' / 'benchmarks_notes.md').read_text()
+  made = page.make(
+      [runs[d] for d in command.DEVICES if d in runs], page.read_notes(notes)
+  )
+  assert made == (ROOT / 'docs' / 'benchmarks.md').read_text()

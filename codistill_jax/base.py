@@ -19,6 +19,7 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 REPLICA_AXIS = 'replica'  # The pmap axis of a group.
+GROUP_AXIS = 'group'  # The vmap axis of groups that are one program.
 
 
 @struct.dataclass
@@ -140,6 +141,31 @@ class Teachers:
   present_P: Array
 
 
+@struct.dataclass
+class PeerPredictions:
+  """Stands for teachers where the peers predict the same batch, now.
+
+  The groups are one program with a named axis over them. The soft target of a
+  step is the mean of what the peers predict in that very step, in training
+  mode: staleness 0, and no second forward pass.
+
+  Attributes:
+    mix_G: float32 (G,), over all groups of the axis: how much each counts in
+      this group's soft target. 1 / P for a peer that is present; 0 for the
+      group itself and whoever is absent; all 0 if it is alone.
+    axis_name: The axis of the groups; several if it is split, as by
+      `population`, the outermost first.
+    top_k: How many classes a group sends of each prediction, with one number
+      for the rest; None sends all.
+  """
+
+  mix_G: Array
+  axis_name: str | tuple[str, ...] = struct.field(
+      pytree_node=False, default=GROUP_AXIS
+  )
+  top_k: int | None = struct.field(pytree_node=False, default=None)
+
+
 class Agreement(NamedTuple):
   """How the processes of one group decide together.
 
@@ -185,6 +211,7 @@ class Task(NamedTuple):
       arguments of `Experiment.model`, such as the sizes of its tables.
     test_batches: As `eval_batches`, of a test split, on which nothing is
       chosen; None if the data have none.
+    partition: How groups divide the training split, 'shared' or 'disjoint'.
   """
 
   train_stream: Callable[..., Stream]
@@ -196,6 +223,7 @@ class Task(NamedTuple):
   output: str = 'softmax'
   model_arguments: Mapping[str, Any] = MappingProxyType({})
   test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
+  partition: str = 'shared'
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

@@ -8,13 +8,24 @@ experiment.Experiment.optimizer = @optax.adam()
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import optax
 
-from codistill_jax import losses, replicas, schedules, step
+from codistill_jax import (
+    losses,
+    population,
+    predictions,
+    replicas,
+    schedules,
+    step,
+)
 from codistill_jax.base import Batch, Model, Stream, Task
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
+
+EXCHANGES = ('checkpoints', 'predictions')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,12 @@ class Experiment:
     group_batch: Examples (rows, for a language model) per update of one group.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
-    exchange_every: Steps between exchanges.
+    exchange: What groups give each other: 'checkpoints', parameters now and
+      then; or 'predictions' of the same batch in every step, which needs all
+      groups in one program (`train_lockstep`) and no second forward pass.
+    prediction_top_k: With 'predictions': classes sent of each, and one number
+      for the rest; None sends all.
+    exchange_every: Steps between exchanges (of checkpoints).
     exchange_mode: 'freshest' or 'lockstep'.
     staleness: In lockstep, age of a publication when it comes into use.
     publish_dtype: 'float32' or 'bfloat16'.
@@ -67,6 +83,8 @@ class Experiment:
   group_batch: int = 128
   seed: int = 0
   data_seed: int | None = None
+  exchange: str = 'checkpoints'
+  prediction_top_k: int | None = None
   exchange_every: int = 50
   exchange_mode: str = 'freshest'
   staleness: int = 0
@@ -127,6 +145,43 @@ class Experiment:
     losses.task_loss_of(self.task.output)  # Raises on an unknown name.
     losses.distill_loss(self.distill_loss, self.task.output)
     self.plan  # noqa: B018  Raises on what does not fit together.
+    self._check_exchange()
+
+  def _check_exchange(self) -> None:
+    if self.exchange not in EXCHANGES:
+      raise ValueError(
+          f'Experiment.exchange={self.exchange!r} is not one of'
+          f' {", ".join(EXCHANGES)}'
+      )
+    if self.exchange == 'checkpoints':
+      if self.prediction_top_k is not None:
+        raise ValueError(
+            f'Experiment.prediction_top_k={self.prediction_top_k} acts nowhere'
+            " without Experiment.exchange='predictions'; set that too"
+        )
+      return
+    loss = losses.distill_loss(self.distill_loss, self.task.output)
+    predictions.check(loss, self.prediction_top_k, self.task.num_classes)
+    # Of an exchange of parameters.
+    for name in (
+        'staleness',
+        'publish_dtype',
+        'teacher_dtype',
+        'max_staleness_steps',
+    ):
+      value, default = getattr(self, name), _defaults()[name]
+      if value != default:
+        raise ValueError(
+            f'Experiment.{name}={value!r} acts nowhere with'
+            " Experiment.exchange='predictions', which exchanges no parameters;"
+            f' leave it {default!r}'
+        )
+    if self.task.partition != 'shared':
+      raise ValueError(
+          "Experiment.exchange='predictions' needs the same batches in all"
+          f' groups, but the task has partition={self.task.partition!r}; set'
+          " the partition of the task to 'shared'"
+      )
 
   @property
   def plan(self) -> Plan:
@@ -142,6 +197,17 @@ class Experiment:
         topology=self.topology,
         topology_seed=self.topology_seed,
     )
+
+
+def _defaults() -> dict[str, Any]:
+  return {f.name: f.default for f in dataclasses.fields(Experiment)}
+
+
+def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
+  """P, the models that a group runs beside its own."""
+  if experiment.exchange == 'predictions':
+    return 0  # The peers run themselves.
+  return len(experiment.plan.peers_of(group_id, num_groups))
 
 
 def make_model(experiment: Experiment) -> Model:
@@ -212,7 +278,27 @@ def make_replicated_step(
     experiment: Experiment, model: Model, devices=None
 ) -> replicas.PmapStep:
   """The train step on all replicas of a group (or on `devices`)."""
-  train_step = step.make_train_step(
+  return replicas.PmapStep(_train_step(experiment, model), devices)
+
+
+def make_population(
+    experiment: Experiment,
+    model: Model,
+    num_groups: int,
+    devices: Sequence[jax.Device] | None = None,
+    num_replicas: int = 1,
+) -> population.Population:
+  """The train step of all groups as one program, with a shared batch."""
+  return population.Population(
+      _train_step(experiment, model),
+      num_groups,
+      devices=devices,
+      num_replicas=num_replicas,
+  )
+
+
+def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
+  return step.make_train_step(
       model,
       experiment.optimizer,
       task_loss=losses.task_loss_of(experiment.task.output),
@@ -223,4 +309,3 @@ def make_replicated_step(
       fused=experiment.fused_loss,
       teacher_model=make_teacher_model(experiment),
   )
-  return replicas.PmapStep(train_step, devices)

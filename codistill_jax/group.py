@@ -11,13 +11,35 @@ import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from codistill_jax.base import Batch, Metrics, Stream, TrainState
+from codistill_jax.base import Batch, Metrics, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import Exchange, NoExchange
-from codistill_jax.replicas import PmapStep
+
+
+class PlacedState(Protocol):
+  """A state on the devices, of which the loop reads the variables alone."""
+
+  @property
+  def variables(self) -> Variables:
+    ...
+
+
+class GroupStep(Protocol):
+  """The update of a group on all its replicas: `PmapStep`, `joint.Seat`."""
+
+  def place(self, state: TrainState) -> PlacedState:
+    """Puts a state on the devices."""
+
+  def place_teachers(self, teachers: Any) -> Any:
+    """Puts what `Exchange.fetch` gave on the devices."""
+
+  def __call__(
+      self, state: Any, batch: Batch, teachers: Any, distill_weight: float
+  ) -> tuple[Any, Metrics]:
+    """The next state and the metrics of the update."""
 
 
 class StepResult(NamedTuple):
@@ -26,18 +48,18 @@ class StepResult(NamedTuple):
   Attributes:
     step: Updates done.
     state: The state after them, on the devices; donated to the next turn, so
-      read it (`PmapStep.collect`) before taking the next result.
+      read it (`collect` of the step) before taking the next result.
     metrics: Of this update; device arrays and floats. `exchange/stall_ms` is
       the time that the loop was held by the exchange in this turn.
   """
 
   step: int
-  state: TrainState
+  state: PlacedState
   metrics: Metrics
 
 
 def run_group(
-    train_step: PmapStep,
+    train_step: GroupStep,
     state: TrainState,
     stream: Stream,
     *,
@@ -69,14 +91,15 @@ def run_group(
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
   # step and are stepped in turn look for each other's publication of it.
-  exchange.publish_if_due(step, state.variables)
+  if exchange.due(step):
+    exchange.publish_if_due(step, state.variables)
   batches = prefetch(stream, step, num_steps)
   return _turns(train_step, state, batches, step, exchange, distill_weight)
 
 
 def _turns(
-    train_step: PmapStep,
-    state: TrainState,
+    train_step: GroupStep,
+    state: PlacedState,
     batches: Iterator[Batch],
     step: int,
     exchange: Exchange,
@@ -103,11 +126,12 @@ def _turns(
     step += 1
 
     if exchange.due(step):
+      variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.
-      jax.block_until_ready(state.variables)
-    start = time.perf_counter()
-    exchange.publish_if_due(step, state.variables, metrics)
-    held += time.perf_counter() - start
+      jax.block_until_ready(variables)
+      start = time.perf_counter()
+      exchange.publish_if_due(step, variables, metrics)
+      held += time.perf_counter() - start
     metrics['exchange/stall_ms'] = 1e3 * held
     yield StepResult(step, state, metrics)
 

@@ -8,7 +8,9 @@ minus infinity (a padded class) has probability 0 and does no harm.
 Shape suffixes: B examples, C classes, P peers; `...` any axes of examples.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def task_loss(
   Raises:
     ValueError: If shapes disagree, or an argument is out of range.
   """
-  logits = _finite(logits)
+  logits = finite(logits)
   labels = jnp.asarray(labels)
   if logits.shape[:-1] != labels.shape or not logits.ndim:
     raise ValueError(
@@ -96,7 +98,7 @@ def sigmoid_task_loss(
   Raises:
     ValueError: If shapes disagree, or an argument is out of range.
   """
-  logits = _finite(logits)
+  logits = finite(logits)
   labels = jnp.asarray(labels, jnp.float32)
   if logits.shape != labels.shape:
     raise ValueError(
@@ -150,12 +152,60 @@ def log_soft_target(
   return jnp.where(_anyone(present_P), mean, -np.log(num_classes))
 
 
-def _distillation(core):
-  """A distillation loss with the common arguments around its formula.
+class SoftTarget(NamedTuple):
+  """What a loss may ask of the teachers; what it does not ask is not computed.
 
-  `core(student_logits, teacher_logits_P, present_P)` gets checked float32
-  logits, divided by the temperature; the teachers are detached.
+  Attributes:
+    probabilities: () -> mean probability (..., C).
+    log_probabilities: () -> its logarithm.
+    logits: () -> mean logits (..., C).
   """
+
+  probabilities: Callable[[], jax.Array]
+  log_probabilities: Callable[[], jax.Array]
+  logits: Callable[[], jax.Array]
+
+
+class Formula(NamedTuple):
+  """A distillation loss, wherever its soft target comes from.
+
+  Attributes:
+    of: `(student_logits, SoftTarget) -> (...)`, of finite float32 logits over
+      the temperature.
+    class_logits: Logits as a model gives them -> those (..., C) that a soft
+      target is made of.
+  """
+
+  of: Callable[[jax.Array, SoftTarget], jax.Array]
+  class_logits: Callable[[jax.Array], jax.Array]
+
+
+def formula_of(loss: Callable[..., jax.Array]) -> Formula:
+  """The formula of one of the distillation losses of this module.
+
+  Raises:
+    ValueError: If `loss` is none of them.
+  """
+  formula = getattr(loss, 'formula', None)
+  if formula is None:
+    name = getattr(loss, '__name__', loss)
+    raise ValueError(
+        f'distill_loss {name} has no formula of a soft target, as predictions'
+        f' of peers need it; use one of {", ".join(DISTILL_LOSSES)}'
+    )
+  return formula
+
+
+def _of_teachers(logits_P, present_P) -> SoftTarget:
+  return SoftTarget(
+      lambda: soft_target(logits_P, present_P),
+      lambda: log_soft_target(logits_P, present_P),
+      lambda: _mean_over_present(logits_P, present_P),
+  )
+
+
+def _distillation(core, class_logits=lambda logits: logits):
+  """A distillation loss with the common arguments around its formula."""
 
   def loss(
       student_logits: base.Array,
@@ -168,7 +218,7 @@ def _distillation(core):
     student, teachers = _prepare(
         student_logits, teacher_logits_P, present_P, temperature
     )
-    values = core(student, teachers, present_P)
+    values = core(student, _of_teachers(class_logits(teachers), present_P))
     if scale_by_temperature_squared:
       values = values * temperature**2
     return jnp.where(_anyone(present_P), values, 0.0)
@@ -176,11 +226,12 @@ def _distillation(core):
   # Not functools.wraps, which would show the signature of `core`.
   loss.__name__ = loss.__qualname__ = core.__name__
   loss.__doc__ = core.__doc__
+  loss.formula = Formula(core, class_logits)
   return loss
 
 
 @_distillation
-def cross_entropy(student_logits, teacher_logits_P, present_P):
+def cross_entropy(student_logits, target):
   """Cross entropy of the student against the soft target: -sum p log q.
 
   The distillation loss of Anil et al. 2018, algorithm 1. Teachers are averaged
@@ -201,46 +252,46 @@ def cross_entropy(student_logits, teacher_logits_P, present_P):
   Raises:
     ValueError: If shapes disagree, or `temperature` is not positive.
   """
-  p = soft_target(teacher_logits_P, present_P)
+  p = target.probabilities()
   shifted, log_sum = _normalized(student_logits)
   return log_sum - jnp.sum(p * shifted, axis=-1)
 
 
 @_distillation
-def kl(student_logits, teacher_logits_P, present_P):
+def kl(student_logits, target):
   """KL(p || q) of the soft target p from the student q: sum p log(p / q).
 
   `cross_entropy` less the entropy of the soft target; arguments as there.
   """
-  log_p = log_soft_target(teacher_logits_P, present_P)
+  log_p = target.log_probabilities()
   return _kl(log_p, jax.nn.log_softmax(student_logits))
 
 
 @_distillation
-def reverse_kl(student_logits, teacher_logits_P, present_P):
+def reverse_kl(student_logits, target):
   """KL(q || p) of the student q from the soft target p: sum q log(q / p).
 
   Arguments as in `cross_entropy`.
   """
-  log_p = log_soft_target(teacher_logits_P, present_P)
+  log_p = target.log_probabilities()
   return _kl(jax.nn.log_softmax(student_logits), log_p)
 
 
 @_distillation
-def jsd(student_logits, teacher_logits_P, present_P):
+def jsd(student_logits, target):
   """Jensen-Shannon divergence of student and soft target, in [0, log 2].
 
   (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Arguments as in
   `cross_entropy`.
   """
-  log_p = log_soft_target(teacher_logits_P, present_P)
+  log_p = target.log_probabilities()
   log_q = jax.nn.log_softmax(student_logits)
   log_m = jnp.logaddexp(log_p, log_q) - np.log(2.0)
   return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
 
 
 @_distillation
-def squared_logits(student_logits, teacher_logits_P, present_P):
+def squared_logits(student_logits, target):
   """Half the mean over C of the squared difference of centred logits.
 
   The one loss here that averages teachers as LOGITS, not as probabilities
@@ -250,23 +301,22 @@ def squared_logits(student_logits, teacher_logits_P, present_P):
   grows. A class that student and teachers all hold at minus infinity counts
   as agreement. Arguments as in `cross_entropy`.
   """
-  teacher = _mean_over_present(teacher_logits_P, present_P)
+  teacher = target.logits()
   padded = (student_logits <= _LOWEST) & (teacher <= 0.5 * _LOWEST)
   difference = jnp.where(padded, 0.0, student_logits - teacher)
   centred = difference - jnp.mean(difference, axis=-1, keepdims=True)
   return 0.5 * jnp.mean(jnp.square(centred), axis=-1)
 
 
-@_distillation
-def sigmoid_cross_entropy(student_logits, teacher_logits_P, present_P):
+@functools.partial(_distillation, class_logits=base.two_class_logits)
+def sigmoid_cross_entropy(student_logits, target):
   """Log loss of a logistic output against the peers' mean probability.
 
   Logits (...) and (P, ...) without a class axis; else as `cross_entropy`.
   """
-  positive = _mean_over_present(jax.nn.sigmoid(teacher_logits_P), present_P)
+  p = target.probabilities()
   # Not 1 - positive, which loses what a confident teacher leaves to the rest.
-  negative = _mean_over_present(jax.nn.sigmoid(-teacher_logits_P), present_P)
-  return _log_loss(student_logits, positive, negative)
+  return _log_loss(student_logits, positive=p[..., 1], negative=p[..., 0])
 
 
 DISTILL_LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -326,19 +376,18 @@ _SIGMOID_ONLY = ('sigmoid_cross_entropy',)
 
 def _of_two(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """A loss over classes, of the two classes of a sigmoid output."""
+  two = base.two_class_logits
 
   def of_two(student_logits, teacher_logits_P, present_P, **kwargs):
-    return loss(
-        base.two_class_logits(student_logits),
-        base.two_class_logits(teacher_logits_P),
-        present_P,
-        **kwargs,
-    )
+    return loss(two(student_logits), two(teacher_logits_P), present_P, **kwargs)
 
+  of_two.formula = Formula(
+      lambda student, target: loss.formula.of(two(student), target), two
+  )
   return of_two
 
 
-def _finite(logits):
+def finite(logits: base.Array) -> jax.Array:
   """Float32 logits with minus infinity replaced; NaN stays NaN."""
   return jnp.maximum(jnp.asarray(logits, jnp.float32), _LOWEST)
 
@@ -353,6 +402,13 @@ def _normalized(logits):
   highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
   shifted = logits - highest
   return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+  """Probabilities (..., C) of finite logits, by the exp that the losses use."""
+  shifted, _ = _normalized(logits)
+  unnormalized = jnp.exp(shifted)
+  return unnormalized / jnp.sum(unnormalized, axis=-1, keepdims=True)
 
 
 def _kl(log_p, log_q):
@@ -380,7 +436,7 @@ def _count(present_P):
 
 def _checked_teachers(teacher_logits_P, present_P):
   """Finite float32 teacher logits whose P is that of `present_P`."""
-  logits = _finite(teacher_logits_P)
+  logits = finite(teacher_logits_P)
   shape = jnp.shape(present_P)
   if not logits.ndim or not logits.shape[0] or shape != logits.shape[:1]:
     raise ValueError(
@@ -409,7 +465,7 @@ def _prepare(student_logits, teacher_logits_P, present_P, temperature):
     )
   teachers = jax.lax.stop_gradient(jnp.asarray(teacher_logits_P, jnp.float32))
   teachers = _checked_teachers(teachers / temperature, present_P)
-  return _finite(student / temperature), teachers
+  return finite(student / temperature), teachers
 
 
 def _check_smoothing(label_smoothing):

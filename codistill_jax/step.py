@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import blocks, losses
+from codistill_jax import blocks, losses, predictions
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
@@ -25,6 +25,7 @@ from codistill_jax.base import (
     Metrics,
     Model,
     Outputs,
+    PeerPredictions,
     PyTree,
     Teachers,
     TrainState,
@@ -33,7 +34,8 @@ from codistill_jax.base import (
 )
 
 TrainStep = Callable[
-    [TrainState, Batch, Teachers | None, Array], tuple[TrainState, Metrics]
+    [TrainState, Batch, Teachers | PeerPredictions | None, Array],
+    tuple[TrainState, Metrics],
 ]
 EvalStep = Callable[
     [Variables, Batch, PyTree],
@@ -130,6 +132,8 @@ def make_train_step(
     With `teachers=None` (burn-in, or a group without peers) no teacher is
     evaluated and the metrics have no `loss/distill`. `state.rng` is never
     advanced: the step folds in `state.step` and the replica's index.
+    With `PeerPredictions` none is evaluated either: the soft target is what
+    the other groups of the program predict in the same step.
   """
 
   summed_losses = _summed_losses(task_loss, distill_loss, fused)
@@ -137,15 +141,14 @@ def make_train_step(
   def train_step(
       state: TrainState,
       batch: Batch,
-      teachers: Teachers | None,
+      teachers: Teachers | PeerPredictions | None,
       distill_weight: Array,
   ) -> tuple[TrainState, Metrics]:
     weights = example_weights(batch)
     count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
     distill_weight = jnp.asarray(distill_weight, jnp.float32)
-    if teachers is None:
-      teaching, teacher_carry = None, state.teacher_carry
-    else:
+    teaching, teacher_carry = teachers, state.teacher_carry
+    if isinstance(teachers, Teachers):
       _check_carries(state, teachers)
       # Outside the differentiated function: no residual of a teacher is kept.
       outputs, teacher_carry = _teacher_outputs(
@@ -282,32 +285,38 @@ def _summed_losses(
 
   Returns:
     `(outputs, labels, weights, teaching, distill_weight) -> (total, sums)`,
-    where `teaching` is None or the teachers' outputs and presence (P,).
+    where `teaching` is None, the teachers' outputs and presence (P,), or
+    `PeerPredictions`.
   """
 
   def losses_of(
       logits: Array, teacher_logits: Array | None, rows: tuple, shared: tuple
   ) -> tuple[jax.Array, Metrics]:
     labels, weights = rows
-    present_P, distill_weight = shared
+    taught_by, distill_weight = shared
     total = _weighted_sum(task_loss(logits, labels), weights)
     sums = {'loss/task': total}
-    if teacher_logits is not None:
-      sums['loss/distill'] = _weighted_sum(
-          distill_loss(logits, teacher_logits, present_P), weights
-      )
-      total += distill_weight * sums['loss/distill']
+    if taught_by is None:
+      return total, sums
+    if isinstance(taught_by, PeerPredictions):
+      distill = predictions.peer_loss(distill_loss, logits, taught_by)
+    else:
+      distill = distill_loss(logits, teacher_logits, taught_by)
+    sums['loss/distill'] = _weighted_sum(distill, weights)
+    total += distill_weight * sums['loss/distill']
     return total, sums
 
   def summed(
       outputs: Outputs,
       labels: Array,
       weights: Array,
-      teaching: tuple[Outputs, Array] | None,
+      teaching: tuple[Outputs, Array] | PeerPredictions | None,
       distill_weight: Array,
   ) -> tuple[jax.Array, Metrics]:
-    teacher_outputs, present_P = teaching or (None, None)
-    rows, shared = (labels, weights), (present_P, distill_weight)
+    teacher_outputs, taught_by = None, teaching
+    if isinstance(teaching, tuple):
+      teacher_outputs, taught_by = teaching
+    rows, shared = (labels, weights), (taught_by, distill_weight)
     if fused and isinstance(outputs, HeadOutputs):
       return blocks.summed(losses_of, outputs, teacher_outputs, rows, shared)
     teacher_logits = None

@@ -16,6 +16,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
   """What run.json says; see `run_directory.write_run`."""
   experiment = job.experiment
   sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
+  of_predictions = experiment.exchange == 'predictions'
   burn_in = (
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
@@ -27,8 +28,8 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'seed': experiment.seed,
       'num_steps': experiment.num_steps,
       'burn_in_steps': next(burn_in, experiment.num_steps),
-      'exchange_every': experiment.exchange_every,
-      'mode': experiment.exchange_mode,
+      'exchange_every': 1 if of_predictions else experiment.exchange_every,
+      'mode': 'predictions' if of_predictions else experiment.exchange_mode,
       'example': experiment.task.example_name,
       'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),

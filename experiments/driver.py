@@ -16,7 +16,7 @@ from codistill_jax import base, gin_utils, replicas, run_directory, writers
 from codistill_jax import step as step_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import Exchange, Interrupted
-from codistill_jax.experiment import first_row, train_stream
+from codistill_jax.experiment import first_row, num_teachers, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.checkpoint import (
@@ -53,7 +53,7 @@ def new_state(job: Job) -> Start:
   replicas.check_group_batch(
       experiment.group_batch, job.train_step.num_replicas
   )
-  stream = train_stream(
+  stream = job.shared_stream or train_stream(
       experiment,
       job.group_id,
       job.num_groups,
@@ -65,7 +65,7 @@ def new_state(job: Job) -> Start:
       experiment.optimizer,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       row,
-      num_peers=len(experiment.plan.peers_of(job.group_id, job.num_groups)),
+      num_peers=num_teachers(experiment, job.group_id, job.num_groups),
       group_batch=experiment.group_batch,
   )
   # Not on a device, where it would stay beside the state in training.
@@ -82,6 +82,8 @@ def train(
     writer_of: Callable[[int], writers.Writer],
 ) -> Iterator[int]:
   """Trains one group to its last step; yields the step after each update.
+
+  A group of those that update together yields once before, at its start.
 
   Args:
     job: The group.
@@ -149,6 +151,8 @@ def train(
     result, claimed = None, False
     log_every = job.experiment.log_every
     try:
+      if job.shared_stream is not None:
+        yield start
       for result in turns:
         first = result.step == start + 1
         keeper.hold(result)
@@ -297,7 +301,8 @@ def _after_update(
   stopping = _asked_to_stop(job, due(experiment.log_every))
   save = due(experiment.checkpoint_every)
   # The age of each teacher is on record for every exchange.
-  exchanged = keeper.has_peers and experiment.plan.due(step)
+  at_intervals = keeper.has_peers and experiment.exchange == 'checkpoints'
+  exchanged = at_intervals and experiment.plan.due(step)
   watch.add(result)
   if due(experiment.log_every) or save or exchanged:
     watch.log(step)

@@ -195,7 +195,6 @@ def load(
 def _like(run: Run, group_id: int) -> TrainState:
   """Shapes of a group's state."""
   experiment = run.experiment
-  peers = experiment.plan.peers_of(group_id, run.num_groups)
   row = experiment_lib.first_row(experiment, run.num_groups)
   return jax.eval_shape(
       lambda: step_lib.init_state(
@@ -203,7 +202,9 @@ def _like(run: Run, group_id: int) -> TrainState:
           experiment.optimizer,
           jax.random.PRNGKey(0),
           row,
-          num_peers=len(peers),
+          num_peers=experiment_lib.num_teachers(
+              experiment, group_id, run.num_groups
+          ),
           group_batch=experiment.group_batch,
       )
   )

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from codistill_jax import replicas
-from codistill_jax.base import ALONE, Agreement, Model
+from codistill_jax import joint, replicas
+from codistill_jax.base import ALONE, Agreement, Model, Stream
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage.troubles import Troubles
 from experiments.stopping import Rescue
@@ -26,11 +26,13 @@ class Job:
     rescue: How the group is saved if its main thread is stuck then.
     troubles: What this group cannot do at the moment, such as saving.
     arm: Name of the run in reports; '' for the name of the workdir.
+    shared_stream: The batches of all groups, if these update together; each
+      then yields once before its first update, so that all have begun.
   """
 
   experiment: Experiment
   model: Model
-  train_step: replicas.PmapStep
+  train_step: replicas.PmapStep | joint.Seat
   workdir: str
   group_id: int
   num_groups: int
@@ -39,6 +41,7 @@ class Job:
   rescue: Rescue = dataclasses.field(default_factory=Rescue)
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
   arm: str = ''
+  shared_stream: Stream | None = None
 
   @property
   def identity(self) -> dict[str, str]:

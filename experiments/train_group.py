@@ -91,6 +91,12 @@ def main(argv: Sequence[str]) -> None:
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
+  if experiment.exchange == 'predictions':
+    raise ValueError(
+        "Experiment.exchange='predictions' is for groups that are one program;"
+        ' use experiments.train_lockstep, which trains all groups in one'
+        " process, or set exchange='checkpoints'"
+    )
   model = gin_utils.call(experiment_lib.make_model, experiment)
   job = Job(
       experiment=experiment,

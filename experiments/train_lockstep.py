@@ -1,7 +1,9 @@
 r"""Trains all groups in one process, in lockstep, through memory.
 
 For small models and studies: the result is a function of the configuration
-alone, bit for bit the one of `train_group` in lockstep mode.
+alone, bit for bit the one of `train_group` in lockstep mode. Or, with
+Experiment.exchange='predictions', as one program whose groups see the same
+batches and learn from each other's predictions of them.
 
     python -m experiments.train_lockstep --workdir=runs/two --num_groups=2 \
         --gin_file=gin_configs/tasks/bible_lm.gin
@@ -11,12 +13,17 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
+import jax
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory
+from codistill_jax import gin_utils, joint, run_directory
+from codistill_jax.base import Model, Stream
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.exchange.prediction_exchange import PredictionExchange
+from codistill_jax.exchange.protocol import Exchange, peers_of
+from codistill_jax.predictions import bytes_per_example, mixing_matrix
+from codistill_jax.replicas import PmapStep
 from codistill_jax.storage import trees
 from codistill_jax.storage.checkpoint import Checkpoints
 from codistill_jax.storage.troubles import Troubles
@@ -33,7 +40,8 @@ _REPLICAS = flags.DEFINE_integer(
     'replicas',
     0,
     'Devices to use, by every group in turn; 0 means all. On a machine without'
-    ' accelerator that many fake CPU devices are made.',
+    ' accelerator that many fake CPU devices are made. With'
+    " exchange='predictions' groups are spread over further devices, if any.",
 )
 _ARM = flags.DEFINE_string(
     'arm', '', 'Name of the run in reports; default: the name of --workdir.'
@@ -56,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
       gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
-  train_step = experiment_lib.make_replicated_step(
-      experiment, model, devices.chosen_devices(_REPLICAS.value)
+  train_steps, shared_stream = train_steps_of(
+      experiment, model, num_groups, _REPLICAS.value
   )
   jobs = [
       Job(
           experiment=experiment,
           model=model,
-          train_step=train_step,  # Compiled once for all.
+          train_step=train_steps[group_id],
           workdir=workdir,
           group_id=group_id,
           num_groups=num_groups,
@@ -71,24 +79,18 @@ def main(argv: Sequence[str]) -> None:
           rescue=stop.rescue,
           troubles=Troubles(f'group {group_id}: '),
           arm=_ARM.value,
+          shared_stream=shared_stream,
       )
       for group_id in range(num_groups)
   ]
-  state = driver.new_state(jobs[0]).state
+  start = driver.new_state(jobs[0])
   if _DRY_RUN.value:
-    claims.print_dry_run(jobs[0], state)
+    claims.print_dry_run(jobs[0], start.state)
     return
-  claims.check_workdir(jobs[0], state)
+  claims.check_workdir(jobs[0], start.state)
   keep_common_checkpoints(jobs)
-  exchanges = memory_exchanges(
-      num_groups,
-      plan=experiment.plan,
-      mirror=Mirror(
-          run_directory.exchange_root(jobs[0].workdir),
-          state.variables,
-          jobs[0].identity,
-      ),
-  )
+  exchanges = exchanges_of(jobs, start)
+  del start
   train_in_turn(
       [
           driver.train(
@@ -103,6 +105,73 @@ def main(argv: Sequence[str]) -> None:
   cli.tell(
       f'all groups have reached step {experiment.num_steps}; see {workdir}'
   )
+
+
+def train_steps_of(
+    experiment: experiment_lib.Experiment,
+    model: Model,
+    num_groups: int,
+    num_replicas: int,
+) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
+  """What updates each group; and the stream of all, if they update together."""
+  chosen = devices.chosen_devices(num_replicas)
+  if experiment.exchange == 'checkpoints':
+    step = experiment_lib.make_replicated_step(experiment, model, chosen)
+    return [step] * num_groups, None  # Compiled once for all.
+  if num_groups < 2:
+    raise ValueError(
+        "Experiment.exchange='predictions' with --num_groups=1: there is nobody"
+        ' to exchange with; set --num_groups to at least 2, or'
+        " exchange='checkpoints' for a baseline"
+    )
+  population = experiment_lib.make_population(
+      experiment,
+      model,
+      num_groups,
+      num_replicas=num_replicas or jax.local_device_count(),
+  )
+  plan = experiment.plan
+  peers = [
+      plan.peers_of(group_id, num_groups) for group_id in range(num_groups)
+  ]
+  update = joint.JointUpdate(
+      population, mixing_matrix(peers), experiment.prediction_top_k
+  )
+  stream = experiment_lib.train_stream(experiment, 0, num_groups)
+  return update.seats, joint.SharedStream(stream)
+
+
+def exchanges_of(
+    jobs: Sequence[Job], start: driver.Start
+) -> Sequence[Exchange]:
+  """The exchange of each group, through memory."""
+  job = jobs[0]
+  experiment, num_groups = job.experiment, job.num_groups
+  if experiment.exchange == 'checkpoints':
+    return memory_exchanges(
+        num_groups,
+        plan=experiment.plan,
+        mirror=Mirror(
+            run_directory.exchange_root(job.workdir),
+            start.state.variables,
+            job.identity,
+        ),
+    )
+  size = bytes_per_example(
+      experiment.task.num_classes,
+      experiment.prediction_top_k,
+      experiment.task.output,
+  )
+  return [
+      PredictionExchange(
+          group_id,
+          num_groups,
+          experiment.plan,
+          top_k=experiment.prediction_top_k,
+          bytes_to_peer=start.examples * size,
+      )
+      for group_id in range(num_groups)
+  ]
 
 
 class Latch:

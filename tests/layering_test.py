@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'step'}
+_STEP = _LOSSES | {'blocks', 'predictions', 'step'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -36,8 +36,11 @@ MAY_IMPORT = {
     'churn': set(),
     'intervals': set(),
     'blocks': {'base'},
-    'step': _LOSSES | {'blocks'},
+    'predictions': {'base', 'losses'},
+    'step': _LOSSES | {'blocks', 'predictions'},
     'replicas': _STEP,
+    'population': _STEP | {'replicas'},
+    'joint': {'base', 'population'},
     'storage': set(),
     'storage.files': set(),
     'storage.locks': set(),
@@ -58,6 +61,7 @@ MAY_IMPORT = {
     'exchange.publications': _STORAGE,
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
+    'exchange.prediction_exchange': _PLAN,
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -66,7 +70,7 @@ MAY_IMPORT = {
         _READING | {'exchange.fetching', 'exchange.publisher', 'storage.leases'}
     ),
     # Through the protocol: the loop knows no kind of exchange.
-    'group': _STEP | {'replicas', 'exchange.protocol'},
+    'group': {'base', 'exchange.protocol'},
     'evaluate': _METRICS,
     'run_directory': {'storage.files'},
     'writers': {
@@ -78,7 +82,8 @@ MAY_IMPORT = {
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
     'experiment': (
-        _STEP | {'replicas', 'exchange.protocol', 'exchange.topology'}
+        _STEP
+        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.
@@ -220,6 +225,8 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
     'name, homes',
     [
         ('pmap', {'replicas'}),
+        # Groups on a mesh: what goes with `pmap` is not what goes with this.
+        ('shard_map', {'population'}),
         ('grad', {'step'}),
         # Gradients made by hand, for speed or memory, of those of their parts.
         ('custom_vjp', {'blocks', 'models/recurrence'}),

@@ -246,6 +246,7 @@ def _task(
           f' {sum(encoder.table_sizes):,} ids in'
           f' {len(encoder.table_sizes)} columns, {partition} partition'
       ),
+      partition=partition,
       output='sigmoid',
       model_arguments={
           'table_sizes': encoder.table_sizes,

@@ -53,6 +53,7 @@ def _task(
           f'{name}: {len(train[1]):,} training images of {len(classes):,}'
           f' classes, {partition} partition'
       ),
+      partition=partition,
   )
 
 

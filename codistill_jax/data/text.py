@@ -273,4 +273,5 @@ def language_model_task(
           f'{source}: {train.num_tokens:,} training tokens of'
           f' {train.vocab_size:,} word pieces, {partition} partition'
       ),
+      partition=partition,
   )

@@ -19,6 +19,7 @@ import numpy as np
 
 from codistill_jax.base import (
     Metrics,
+    PeerPredictions,
     Teachers,
     Variables,
 )
@@ -73,7 +74,7 @@ class Exchange(Protocol):
         published.
     """
 
-  def fetch(self, step: int) -> Teachers | None:
+  def fetch(self, step: int) -> Teachers | PeerPredictions | None:
     """The teachers of the update that follows `step`; None if there are none.
 
     Returns the same object until a teacher changes.

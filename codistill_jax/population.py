@@ -1,0 +1,253 @@
+"""Several groups as one compiled program; the only `shard_map`.
+
+The states of all groups are one state with an axis G in front that never leaves
+the devices: G groups on one device are a `vmap`, and the same program spreads
+them over a mesh of M blocks of groups by R replicas. What a step needs of one
+group (a publication, a checkpoint, an evaluation) is sliced when it is read.
+
+Shape suffixes: G groups, M blocks of G / M groups on devices of their own,
+R replicas of a group, B rows of the group batch, P peers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from codistill_jax import replicas
+from codistill_jax.base import (
+    GROUP_AXIS,
+    REPLICA_AXIS,
+    Array,
+    Batch,
+    Metrics,
+    PeerPredictions,
+    PyTree,
+    Teachers,
+    TrainState,
+    Variables,
+)
+
+BLOCK_AXIS = 'group_block'  # The mesh axis; `GROUP_AXIS` is within a block.
+
+
+class Population:
+  """The train step of G groups as one program.
+
+  Called as `step(state, batch, teachers, distill_weight)`, like the pure step,
+  with a state that went through `place` once. Metrics have a leading axis G.
+  The state passed in is donated: keep what is returned.
+
+  Attributes:
+    num_groups: G.
+    num_replicas: Replicas of each group.
+    num_traces: How often the step was traced, so compiled; 2 in a whole run.
+  """
+
+  def __init__(
+      self,
+      train_step: Callable[..., tuple[TrainState, Metrics]],
+      num_groups: int,
+      *,
+      devices: Sequence[jax.Device] | None = None,
+      num_replicas: int = 1,
+      shared_batch: bool = True,
+  ):
+    """Wraps a step made with `axis_name=REPLICA_AXIS`.
+
+    Args:
+      train_step: From `make_train_step(..., axis_name=REPLICA_AXIS)`.
+      num_groups: G.
+      devices: Devices to use, as far as blocks of equally many groups fit on
+        them; default: all.
+      num_replicas: R, devices for each group.
+      shared_batch: Whether all groups get the same batch (B, ...); otherwise
+        each has its own, (G, B, ...).
+
+    Raises:
+      ValueError: If there are too few devices, or several processes.
+    """
+    devices = list(devices or jax.devices())
+    mesh = _mesh(devices, num_groups, num_replicas)
+    self.num_groups, self.num_replicas = num_groups, num_replicas
+    self.num_traces = 0
+    self._wait = devices[0].platform == 'cpu' and mesh.size > 1
+    rows = (
+        Spec(REPLICA_AXIS) if shared_batch else Spec(BLOCK_AXIS, REPLICA_AXIS)
+    )
+    self._batch = NamedSharding(mesh, rows)
+    self._specs = _state_specs()
+    self._mesh = mesh
+
+    def counted(*args: Any) -> tuple[TrainState, Metrics]:
+      self.num_traces += 1  # Runs only while jax traces.
+      return train_step(*args)
+
+    in_axes = (0, None if shared_batch else 0, 0, None)
+    block_step = jax.vmap(counted, in_axes=in_axes, axis_name=GROUP_AXIS)
+    groups = Spec(BLOCK_AXIS)
+    # The check of what varies over which axis would sum the gradients of the
+    # replicas once more; the step has psummed what it returns.
+    step = jax.shard_map(
+        block_step,
+        mesh=mesh,
+        in_specs=(self._specs, rows, groups, Spec()),
+        out_specs=(self._specs, groups),
+        check_vma=False,
+    )
+    self._step = jax.jit(step, donate_argnums=(0,))
+
+  def __call__(
+      self,
+      state: TrainState,
+      batch: Batch,
+      teachers: PeerPredictions | Teachers | None,
+      distill_weight: float | Array,
+  ) -> tuple[TrainState, Metrics]:
+    self._check_rows(batch)
+    state, metrics = self._step(
+        state,
+        jax.device_put(dict(batch), self._batch),
+        teachers,
+        np.float32(distill_weight),
+    )
+    if self._wait:
+      # As in `PmapStep`: steps in flight on fake devices dead-lock.
+      jax.block_until_ready(state)
+    return state, metrics
+
+  def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
+    """The `teachers` of all groups, on the devices.
+
+    Args:
+      mix_GG: Rows of `predictions.mixing_matrix`.
+      top_k: As in `PeerPredictions`.
+    """
+    return PeerPredictions(
+        self._put(np.asarray(mix_GG, np.float32), Spec(BLOCK_AXIS)),
+        axis_name=(BLOCK_AXIS, GROUP_AXIS),
+        top_k=top_k,
+    )
+
+  def place_teachers(self, teachers: Sequence[Teachers]) -> Teachers:
+    """One `Teachers` for each group, stacked on the devices."""
+    return self._stack(teachers, Spec(BLOCK_AXIS))
+
+  def place(self, states: Sequence[TrainState]) -> TrainState:
+    """Stacks the states of all groups on the devices, in the order of groups.
+
+    Args:
+      states: As of `PmapStep.place`, one for each group. Not altered, and not
+        shared with the result.
+
+    Raises:
+      ValueError: If there are not G of them, they differ in shape or in
+        what they are made of, or the replicas cannot share the rows evenly.
+    """
+    if len(states) != self.num_groups:
+      raise ValueError(
+          f'Expected the states of {self.num_groups} groups, got {len(states)}.'
+      )
+    for x in jax.tree.leaves(states[0].carry):
+      replicas.check_group_batch(len(x), self.num_replicas)
+    fields = vars(self._specs)
+    parts = {
+        name: self._stack([getattr(state, name) for state in states], spec)
+        for name, spec in fields.items()
+    }
+    return TrainState(**parts)
+
+  def collect(self, state: TrainState, group_id: int) -> TrainState:
+    """One group's state as numpy copies; `place` takes it back."""
+    return jax.tree.map(lambda x: _read(x, group_id), state)
+
+  def variables(self, state: TrainState, group_id: int) -> Variables:
+    """One group's variables, on one of its devices."""
+    parts, places = [], []
+    leaves, treedef = jax.tree.flatten(state.variables)
+    for x in leaves:
+      shard = next(s for s in x.addressable_shards if _holds(s, group_id, x))
+      parts.append(shard.data)
+      places.append(group_id - (shard.index[0].start or 0))
+    return jax.tree.unflatten(treedef, _rows(parts, np.int32(places[0])))
+
+  def _stack(self, trees: Sequence[PyTree], spec: Spec) -> PyTree:
+    return jax.tree.map(lambda *xs: self._put_rows(xs, spec), *trees)
+
+  def _put_rows(self, xs: Sequence[Array], spec: Spec) -> jax.Array:
+    """Stacked, leaf by leaf, without a whole stack on the host."""
+    xs = [np.asarray(x) for x in xs]
+    if len({(x.shape, x.dtype) for x in xs}) > 1:
+      raise ValueError(
+          'the groups of one program have one shape, but an array is'
+          f' {" and ".join(sorted({f"{x.dtype}{list(x.shape)}" for x in xs}))}'
+      )
+    return jax.make_array_from_callback(
+        (len(xs), *xs[0].shape),
+        NamedSharding(self._mesh, spec),
+        lambda index: np.stack([x[index[1:]] for x in xs[index[0]]]),
+    )
+
+  def _put(self, x: np.ndarray, spec: Spec) -> jax.Array:
+    return jax.device_put(x, NamedSharding(self._mesh, spec))
+
+  def _check_rows(self, batch: Batch) -> None:
+    rows = self._batch.spec.index(REPLICA_AXIS)
+    for x in jax.tree.leaves(dict(batch)):
+      replicas.check_group_batch(x.shape[rows], self.num_replicas)
+
+
+def _mesh(
+    devices: Sequence[jax.Device], num_groups: int, num_replicas: int
+) -> Mesh:
+  """(M, R) of the devices, with the largest M that divides G."""
+  if jax.process_count() > 1:
+    raise ValueError(
+        'groups that are one program are one process, and here are'
+        f' {jax.process_count()}; start them without --coordinator'
+    )
+  if len(devices) < num_replicas:
+    raise ValueError(
+        f'num_replicas={num_replicas}, but there are {len(devices)} devices'
+    )
+  blocks = len(devices) // num_replicas
+  while num_groups % blocks:
+    blocks -= 1
+  used = np.array(devices[: blocks * num_replicas])
+  return Mesh(used.reshape(blocks, num_replicas), (BLOCK_AXIS, REPLICA_AXIS))
+
+
+def _state_specs() -> TrainState:
+  """How each part of a stacked state is laid out; a prefix of it."""
+  groups = Spec(BLOCK_AXIS)
+  return TrainState(
+      step=groups,
+      variables=groups,
+      opt_state=groups,
+      rng=groups,
+      carry=Spec(BLOCK_AXIS, REPLICA_AXIS),
+      teacher_carry=Spec(BLOCK_AXIS, None, REPLICA_AXIS),
+  )
+
+
+@jax.jit
+def _rows(arrays: list[jax.Array], row: Array) -> list[jax.Array]:
+  return [jax.lax.dynamic_index_in_dim(x, row, 0, False) for x in arrays]
+
+
+def _holds(shard: Any, group_id: int, x: jax.Array) -> bool:
+  return group_id in range(*shard.index[0].indices(len(x)))
+
+
+def _read(x: jax.Array, group_id: int) -> np.ndarray:
+  """Row `group_id` of a stacked array, from the devices that hold it."""
+  found = np.empty(x.shape[1:], x.dtype)
+  for shard in x.addressable_shards:
+    # Not x[group_id], which would copy through all devices.
+    if shard.replica_id == 0 and _holds(shard, group_id, x):
+      row = group_id - (shard.index[0].start or 0)
+      found[shard.index[1:]] = np.asarray(shard.data)[row]
+  return found

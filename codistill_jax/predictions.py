@@ -1,0 +1,245 @@
+"""Distillation from what the peers predict for the same batch, in this step.
+
+The third way to teach, beside checkpoints on disk and in memory: groups that
+see the same batches in one program send each other their predictions of the
+step instead of their parameters. No teacher makes a forward pass, staleness is
+0, and all groups are updated at once (Deep Mutual Learning, Zhang et al. 2018,
+where they take turns). Each group takes one softmax, whatever G is.
+
+Under `jax.vmap` over all groups of a device what is gathered has no batch axis:
+gathering is free there, and what is made of it is made once for all groups.
+
+Shape suffixes: G groups, C classes, K classes sent of a prediction; `...` any
+axes of examples.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codistill_jax import losses
+from codistill_jax.base import Array, PeerPredictions
+
+_TINY = np.finfo(np.float32).tiny
+
+
+def mixing_matrix(peers: Sequence[Sequence[int]]) -> np.ndarray:
+  """How much each group counts for each: float32 (G, G), rows learn.
+
+  Args:
+    peers: For each group the ids of those it learns from.
+  """
+  mix_GG = np.zeros((len(peers), len(peers)), np.float32)
+  for group_id, others in enumerate(peers):
+    if others:
+      mix_GG[group_id, list(others)] = 1.0 / len(others)
+  return mix_GG
+
+
+def bytes_per_example(num_classes: int, top_k: int | None, output: str) -> int:
+  """What one prediction takes on its way to one peer, in bytes.
+
+  A probability is 4 bytes, as is the index of a class, and the rest. Between
+  groups of one device nothing moves.
+  """
+  if output == 'sigmoid':
+    return 4 * 2
+  return 4 * num_classes if top_k is None else 8 * top_k + 4
+
+
+def check(
+    distill_loss: Callable[..., Array],
+    top_k: int | None,
+    num_classes: int | None = None,
+) -> None:
+  """Raises ValueError if predictions cannot be compared in this way."""
+  formula = losses.formula_of(_unwrapped(distill_loss))
+  if top_k is None:
+    return
+  if formula is not losses.cross_entropy.formula:
+    raise ValueError(
+        f'prediction_top_k={top_k} is there for the distill_loss cross_entropy'
+        ' of a softmax output only; leave prediction_top_k=None to send whole'
+        ' predictions'
+    )
+  if type(top_k) is not int or top_k < 1:
+    raise ValueError(
+        f'prediction_top_k={top_k!r}; set it to a number of classes of at'
+        ' least 1, or to None to send whole predictions'
+    )
+  if num_classes is not None and top_k > num_classes:
+    raise ValueError(
+        f'prediction_top_k={top_k}, but there are {num_classes} classes; set'
+        ' it to fewer, or to None to send whole predictions'
+    )
+
+
+def peer_loss(
+    distill_loss: Callable[..., Array],
+    logits: Array,
+    peers: PeerPredictions,
+    *,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+) -> jax.Array:
+  """A distillation loss against what the peers predict of the same examples.
+
+  To be called by every group of the axis `peers.axis_name` alike.
+
+  Args:
+    distill_loss: One of `losses.DISTILL_LOSSES`, or a `functools.partial` of
+      one that sets the arguments below.
+    logits: What this group predicts; (..., C), or (...) for a sigmoid output.
+    peers: Who counts, and how much.
+    temperature: Divides the logits of all groups.
+    scale_by_temperature_squared: As in `losses.cross_entropy`.
+
+  Returns:
+    Loss per example in nats, (...); 0 for a group that is alone. No gradient
+    flows into the peers.
+
+  Raises:
+    ValueError: If the loss is none of them, or `top_k` does not suit it.
+  """
+  if isinstance(distill_loss, functools.partial):
+    return peer_loss(distill_loss.func, logits, peers, **distill_loss.keywords)
+  formula = losses.formula_of(distill_loss)
+  student = losses.finite(jnp.asarray(logits, jnp.float32) / temperature)
+  if peers.top_k is not None:
+    check(distill_loss, peers.top_k, student.shape[-1])
+    values = _top_k_cross_entropy(student, peers)
+  else:
+    target = _of_peers(formula.class_logits(student), peers)
+    values = formula.of(student, target)
+  if scale_by_temperature_squared:
+    values = values * temperature**2
+  return jnp.where(jnp.any(peers.mix_G != 0), values, 0.0)
+
+
+def _unwrapped(loss: Callable[..., Array]) -> Callable[..., Array]:
+  return loss.func if isinstance(loss, functools.partial) else loss
+
+
+def _of_peers(
+    class_logits: jax.Array, peers: PeerPredictions
+) -> losses.SoftTarget:
+  """The mean of what the peers predict, themselves detached."""
+
+  def probabilities() -> jax.Array:
+    return _mean_over_peers(losses.softmax(class_logits), peers)
+
+  def log_probabilities() -> jax.Array:
+    # Of what underflows, the logarithm of the smallest float: the exact one
+    # would take a softmax of each peer in every group.
+    return jnp.log(jnp.maximum(probabilities(), _TINY))
+
+  return losses.SoftTarget(
+      probabilities,
+      log_probabilities,
+      lambda: _mean_over_peers(class_logits, peers),
+  )
+
+
+def _mean_over_peers(values: jax.Array, peers: PeerPredictions) -> jax.Array:
+  """The mean of the peers' (..., C) by `mix_G`; no gradient flows into it."""
+  return _mix(gather(values, peers.axis_name), peers)
+
+
+def _mix(values_G: jax.Array, peers: PeerPredictions) -> jax.Array:
+  if len(peers.mix_G) != len(values_G):
+    raise ValueError(
+        f'mix_G has {len(peers.mix_G)} groups, but the axis'
+        f' {peers.axis_name!r} has {len(values_G)}'
+    )
+  # A matrix product of all groups of a device at once. Not the sum over all
+  # less one's own: that cancels where a group is sure of itself.
+  return jnp.tensordot(
+      peers.mix_G, values_G, axes=1, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def gather(values: Array, axis_name: str | tuple[str, ...]) -> jax.Array:
+  """The `values` (...) of all groups of an axis, (G, ...), detached.
+
+  What is not a number counts as 0: a group that has diverged ends its own run,
+  and not those of groups that have nothing to do with it.
+  """
+  values = jax.lax.stop_gradient(values)
+  values = jnp.where(jnp.isnan(values), 0, values)
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  shape = values.shape
+  for name in reversed(names):  # The outermost comes last, so it leads.
+    values = jax.lax.all_gather(values, name)
+  return values.reshape(-1, *shape)
+
+
+# --- The K largest probabilities, and the rest as one more class --------------
+
+
+class Sent(NamedTuple):
+  """What a group sends of its prediction with a top_k of K.
+
+  Attributes:
+    probabilities_K: The largest (..., K).
+    classes_K: Of which classes, int32 (..., K).
+    rest: The probability of all other classes together, (...).
+  """
+
+  probabilities_K: jax.Array
+  classes_K: jax.Array
+  rest: jax.Array
+
+
+def largest(probabilities: jax.Array, top_k: int) -> Sent:
+  """The `top_k` largest of probabilities (..., C), and the rest."""
+  values_K, classes_K = jax.lax.top_k(probabilities, top_k)
+  # Not 1 - sum, which loses what a confident group leaves to the rest.
+  others = _outside(classes_K, probabilities.shape[-1])
+  rest = jnp.sum(probabilities * others, axis=-1)
+  return Sent(values_K, classes_K, rest)
+
+
+def _top_k_cross_entropy(
+    student: jax.Array, peers: PeerPredictions
+) -> jax.Array:
+  """Mean over the peers of a cross entropy over K + 1 classes.
+
+  The classes are the K that the peer names, and all others as one: nothing is
+  renormalised. By the data processing inequality the divergence that it stands
+  for is never above that of the whole predictions.
+  """
+  num_classes = student.shape[-1]
+  log_q = jax.nn.log_softmax(student)
+  q = jnp.exp(log_q)
+  mine = largest(jax.lax.stop_gradient(q), peers.top_k)
+  sent = Sent(*(gather(x, peers.axis_name) for x in mine))
+  # Dense again, as the target of a whole prediction is: for all groups of a
+  # device once, and in a form that is cheap to differentiate.
+  named_G = _scattered(sent.probabilities_K, sent.classes_K, num_classes)
+  outside_G = _outside(sent.classes_K, num_classes)
+  named = -jnp.sum(_mix(named_G, peers) * log_q, axis=-1)
+  mass_G = jnp.einsum(
+      '...c,g...c->g...', q, outside_G, precision=jax.lax.Precision.HIGHEST
+  )
+  log_mass_G = jnp.log(jnp.maximum(mass_G, _TINY))
+  return named - _mix(sent.rest * log_mass_G, peers)
+
+
+def _outside(classes_K: jax.Array, num_classes: int) -> jax.Array:
+  """float32 (..., C): 0 at the classes named in (..., K), else 1."""
+  ones = jnp.ones(classes_K.shape, jnp.float32)
+  return 1.0 - _scattered(ones, classes_K, num_classes)
+
+
+def _scattered(
+    values_K: jax.Array, classes_K: jax.Array, num_classes: int
+) -> jax.Array:
+  """(..., C) of 0 with the values (..., K) at their classes."""
+  zeros = jnp.zeros((*values_K.shape[:-1], num_classes), values_K.dtype)
+  return jnp.put_along_axis(
+      zeros, classes_K, values_K, axis=-1, inplace=False, mode='drop'
+  )

@@ -1,0 +1,248 @@
+"""A run that exchanges predictions, with all that surrounds its loop."""
+
+import functools
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_run
+import toy
+
+from codistill_jax import base, gin_utils, joint, run_directory
+from codistill_jax import experiment as experiment_lib
+from codistill_jax.exchange.prediction_exchange import PredictionExchange
+from codistill_jax.predictions import mixing_matrix
+from codistill_jax.storage import trees
+from experiments import cli, driver, train_lockstep, watch
+from experiments.job import Job
+
+G, BATCH, STEPS = 3, 4, 12
+MODEL = toy.recurrent_model(units=4)
+TASK = base.Task(
+    train_stream=lambda group_id, group_batch, **_: toy.Tokens(
+        group_batch, group_id=group_id
+    ),
+    eval_batches=lambda rows: [toy.Tokens(rows).batch(n) for n in (0, 1)],
+    num_classes=7,
+    identity={'task': 'toy'},
+    example_name='token',
+)
+
+
+def make_experiment(**kwargs):
+  defaults = {
+      'task': TASK,
+      'model': lambda num_classes: MODEL,
+      'optimizer': optax.adam(1e-2),
+      'distill_weight': lambda step: float(step >= 2),
+      'exchange': 'predictions',
+      'prediction_top_k': 3,
+      'topology': 'ring',
+      'num_steps': STEPS,
+      'group_batch': BATCH,
+      'log_every': 2,
+      'eval_every': 6,
+      'eval_batch': 2,
+      'checkpoint_every': 4,
+  }
+  return experiment_lib.Experiment(**{**defaults, **kwargs})
+
+
+EXPERIMENT = make_experiment()
+
+
+@functools.cache
+def population():
+  devices = jax.devices()[:3]
+  return experiment_lib.make_population(EXPERIMENT, MODEL, G, devices)
+
+
+class Request:
+  """Asked to stop before a certain round of updates."""
+
+  def __init__(self, rounds=None):
+    self._rounds = rounds
+
+  @property
+  def signal_number(self):
+    if self._rounds is None:
+      return None
+    self._rounds -= 1
+    return signal.SIGTERM if self._rounds < 0 else None
+
+  def __call__(self):
+    return True
+
+
+def train(workdir, stop_after=None):
+  """Trains all groups as `train_lockstep` does."""
+  gin_utils.parse([])
+  latch = train_lockstep.Latch(Request(stop_after))
+  plan = EXPERIMENT.plan
+  mix_GG = mixing_matrix([plan.peers_of(g, G) for g in range(G)])
+  update = joint.JointUpdate(population(), mix_GG, EXPERIMENT.prediction_top_k)
+  stream = joint.SharedStream(experiment_lib.train_stream(EXPERIMENT, 0, G))
+  jobs = [
+      Job(
+          experiment=EXPERIMENT,
+          model=MODEL,
+          train_step=update.seats[g],
+          workdir=str(workdir),
+          group_id=g,
+          num_groups=G,
+          stop=latch,
+          shared_stream=stream,
+      )
+      for g in range(G)
+  ]
+  train_lockstep.keep_common_checkpoints(jobs)
+  start = driver.new_state(jobs[0])
+  groups = [
+      driver.train(
+          job,
+          lambda variables, exchange=exchange: exchange,
+          watch.group_writer(job, progress=False),
+      )
+      for job, exchange in zip(jobs, train_lockstep.exchanges_of(jobs, start))
+  ]
+  train_lockstep.train_in_turn(groups, latch)
+  return update
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  train(workdir)
+  return workdir
+
+
+def arrays(workdir, group_id, step=STEPS):
+  directory = run_directory.checkpoints_dir(workdir, group_id)
+  return tiny_run.arrays_of(directory, step)
+
+
+def records_of(workdir, group_id):
+  path = run_directory.metrics_path(workdir, group_id)
+  return run_directory.read_metrics(path).records
+
+
+def test_a_run_directory_is_that_of_any_run(whole):
+  for g in range(G):
+    assert run_directory.done_path(whole, g).exists()
+    directory = run_directory.checkpoints_dir(whole, g)
+    assert trees.completed_steps(directory) == [4, 8, 12]
+    records = records_of(whole, g)
+    assert [r['step'] for r in records if 'eval/loss' in r] == [6, 12]
+    training = [r for r in records if 'loss/task' in r]
+    assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
+    first, *later = training
+    assert 'loss/distill' not in first and 'exchange/peers_present' not in first
+    for record in later:
+      assert record['loss/distill'] > 0
+      assert record['exchange/peers_present'] == 1
+      assert record['exchange/staleness_steps'] == 0
+      # 4 rows of 3 tokens, 3 classes and the rest, to one reader.
+      assert record['exchange/prediction_bytes'] == 4 * 3 * (3 * 8 + 4)
+    status = run_directory.read_status(whole, g)
+    assert (status['phase'], status['peers']) == ('done', [(g - 1) % G])
+  run = run_directory.read_run(whole)
+  assert (run['mode'], run['exchange_every']) == ('predictions', 1)
+  assert np.any(
+      arrays(whole, 0)['variables/params/embed']
+      != arrays(whole, 1)['variables/params/embed']
+  )
+
+
+@pytest.mark.parametrize('stop_after', [1, 6])
+def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path, stop_after):
+  with pytest.raises(cli.Stopped):
+    train(tmp_path, stop_after)
+  steps = {
+      max(trees.completed_steps(run_directory.checkpoints_dir(tmp_path, g)))
+      for g in range(G)
+  }
+  assert len(steps) == 1 and steps < {*range(STEPS)}
+  train(tmp_path)
+  for g in range(G):
+    tiny_run.assert_same_bits(arrays(tmp_path, g), arrays(whole, g))
+    steps = [r['step'] for r in records_of(tmp_path, g) if 'eval/loss' in r]
+    assert steps == [6, 12]
+
+
+def test_a_finished_run_is_left_alone(whole):
+  before = tiny_run.snapshot(whole)
+  train(whole)
+  assert tiny_run.snapshot(whole) == before
+
+
+def test_a_whole_run_compiles_two_steps(whole):
+  assert population().num_traces == 2
+
+
+def test_all_groups_read_the_stream_of_the_first(monkeypatch):
+  asked = []
+  task = TASK._replace(
+      train_stream=lambda **kwargs: asked.append(kwargs['group_id'])
+      or toy.Tokens(4)
+  )
+  experiment = make_experiment(task=task)
+  _, stream = train_lockstep.train_steps_of(experiment, MODEL, 3, 1)
+  assert asked == [0] and stream.batch(3) is stream.batch(3)
+
+
+def test_nobody_sends_to_those_who_do_not_learn_from_him():
+  plan = experiment_lib.Plan(topology=[[1], [], [1]])
+  sent = [
+      PredictionExchange(g, 3, plan, bytes_to_peer=5).metrics(0)[
+          'exchange/prediction_bytes'
+      ]
+      for g in range(3)
+  ]
+  assert sent == [0.0, 10.0, 0.0]
+  assert PredictionExchange(1, 3, plan).fetch(7) is None
+
+
+# -- what is refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ({'exchange': 'rumours'}, "exchange='rumours' is not one of checkp"),
+        ({'exchange': 'checkpoints'}, r'prediction_top_k=3 acts nowhere'),
+        (
+            {'task': TASK._replace(partition='disjoint')},
+            r"'disjoint'; .*shared",
+        ),
+        ({'distill_loss': 'kl'}, r'prediction_top_k=3 .* cross_entropy'),
+        ({'prediction_top_k': 8}, r'prediction_top_k=8, but .* 7 classes'),
+        ({'publish_dtype': 'bfloat16'}, r"publish_dtype='bfloat16' acts nowh"),
+        ({'teacher_dtype': 'bfloat16'}, r"teacher_dtype='bfloat16' acts nowh"),
+        ({'max_staleness_steps': 100}, r'max_staleness_steps=100 acts nowhere'),
+        (
+            {'staleness': 50, 'exchange_mode': 'lockstep'},
+            r'staleness=50 acts nowhere .* leave it 0',
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(wrong, message):
+  with pytest.raises(ValueError, match=message) as e:
+    make_experiment(**wrong)
+  assert '\n' not in str(e.value)
+
+
+def test_a_single_group_is_refused():
+  with pytest.raises(ValueError, match=r'num_groups=1: there is nobody'):
+    train_lockstep.train_steps_of(EXPERIMENT, MODEL, 1, 1)
+
+
+@pytest.mark.parametrize('partition', ['shared', 'disjoint'])
+def test_tasks_tell_their_partition(partition, tmp_path):
+  from codistill_jax.data import text
+
+  data = tiny_run.write_data(tmp_path)
+  assert text.language_model_task(data, partition=partition).partition == (
+      partition
+  )

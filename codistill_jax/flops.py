@@ -12,6 +12,7 @@ often it runs: of a scan over 100 tokens it reports a hundredth.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,11 @@ class Flops(NamedTuple):
 _NONE = Flops({})
 
 
-def count(function: Callable[..., Any], *args: PyTree) -> Flops:
+def count(
+    function: Callable[..., Any],
+    *args: PyTree,
+    axis_sizes: Mapping[str, int] = MappingProxyType({}),
+) -> Flops:
   """The FLOPs of a call with arguments of these shapes.
 
   A scan counts as often as it runs, a condition as its dearest branch, and the
@@ -62,8 +67,11 @@ def count(function: Callable[..., Any], *args: PyTree) -> Flops:
   Args:
     function: Anything that `jax.jit` takes.
     *args: Pytrees of arrays or `jax.ShapeDtypeStruct`.
+    axis_sizes: Named axes within which it is to be called, such as those of a
+      pmap; it is counted once.
   """
-  return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+  trace = jax.make_jaxpr(function, axis_env=list(axis_sizes.items()))
+  return of_jaxpr(trace(*args).jaxpr)
 
 
 def of_jaxpr(jaxpr: Jaxpr) -> Flops:

@@ -221,8 +221,11 @@ def _same(told: tuple, before: tuple) -> bool:
     return False
   if batch is batch_before:  # As of a `SharedStream`.
     return True
-  return batch.keys() == batch_before.keys() and all(
-      np.array_equal(batch[key], batch_before[key]) for key in batch
+  (leaves, tree), (leaves_before, tree_before) = (
+      jax.tree.flatten(dict(x)) for x in (batch, batch_before)
+  )
+  return tree == tree_before and all(
+      np.array_equal(x, y) for x, y in zip(leaves, leaves_before)
   )
 
 

@@ -119,6 +119,20 @@ class Population:
       jax.block_until_ready(state)
     return state, metrics
 
+  def operations(
+      self,
+      state: TrainState,
+      batch: Batch,
+      teachers: PeerPredictions | Teachers | None,
+  ) -> float:
+    """Floating point operations of an update of all groups.
+
+    As the program is written: XLA's count, in which the body of a loop occurs
+    once.
+    """
+    lowered = self._step.lower(state, dict(batch), teachers, np.float32(1.0))
+    return float(lowered.cost_analysis()['flops'])
+
   def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
     """The `teachers` of all groups, on the devices.
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from codistill_jax import flops, peaks
+from codistill_jax import flops, joint, peaks
 from codistill_jax.base import (
-    REPLICA_AXIS,
     Batch,
+    PeerPredictions,
     PyTree,
     Teachers,
     TrainState,
@@ -81,18 +81,21 @@ class Efficiency:
     self._counter.shutdown(wait=False, cancel_futures=True)
 
   def _count(self, taught: bool) -> flops.Flops:
+    step = self._job.train_step
     # The whole group batch on one replica, which takes the same.
     return flops.count(
-        self._job.train_step.train_step,
+        step.train_step,
         self._state,
         self._batch,
         self._teachers() if taught else None,
         jax.ShapeDtypeStruct((), np.float32),
-        axis_sizes={REPLICA_AXIS: 1},
+        axis_sizes=step.axis_sizes,
     )
 
-  def _teachers(self) -> Teachers:
+  def _teachers(self) -> Teachers | PeerPredictions:
     job, plan = self._job, self._job.experiment.plan
+    if isinstance(job.train_step, joint.Seat):
+      return _shapes(job.train_step.peers)
     peers = len(plan.peers_of(job.group_id, job.num_groups))
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

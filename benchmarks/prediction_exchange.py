@@ -43,9 +43,9 @@ def _of_groups(
   for arm in arms.values():  # Of one state: not at the same time.
     arm(1)
   seconds = measure.alternate(arms, options.times(7))
-  plain = together.operations(None)
+  plain = together.flops(None)
   for name in list(forms)[1:]:
-    operations = together.operations(forms[name]) / plain
+    operations = together.flops(forms[name]) / plain
     yield _row(case, groups, forms[name].top_k, seconds, name, operations)
 
 
@@ -122,9 +122,19 @@ class _Groups:
 
     return call
 
-  def operations(self, teachers: Any) -> float:
-    """Floating point operations of one update of all groups."""
-    return self._step.operations(self._state, self._case.batch, teachers)
+  def flops(self, teachers: Any) -> float:
+    """Of one update of one group."""
+    from benchmarks import cases
+    from codistill_jax import flops
+
+    if teachers is not None:
+      teachers = teachers.replace(mix_G=teachers.mix_G[0])
+    step = self._step
+    state, batch = cases.state_of(self._case), self._case.batch
+    given = (state, batch, teachers, 1.0)
+    return flops.count(
+        step.train_step, *given, axis_sizes=step.axis_sizes
+    ).total
 
 
 def _cases(options: command.Options) -> Iterator[Any]:

@@ -32,6 +32,8 @@ MAY_IMPORT = {
     'schedules': {'base'},
     'optimizers': {'base'},
     'scores': {'base'},
+    'flops': {'base'},
+    'peaks': set(),
     'metrics': {'base', 'scores'},
     'churn': set(),
     'intervals': set(),
@@ -228,10 +230,10 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
         # Groups on a mesh: what goes with `pmap` is not what goes with this.
         ('shard_map', {'population'}),
         ('grad', {'step'}),
-        # Gradients made by hand, for speed or memory.
-        ('custom_vjp', {'blocks'}),
+        # Gradients made by hand, for speed or memory, of those of their parts.
+        ('custom_vjp', {'blocks', 'models/recurrence'}),
         ('value_and_grad', {'blocks'}),
-        ('vjp', set()),
+        ('vjp', {'models/recurrence'}),
     ],
 )
 def test_one_module_has_pmap_and_one_differentiates(name, homes):

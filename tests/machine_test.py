@@ -88,3 +88,10 @@ def test_a_jax_that_does_not_start_is_one_line(
   with pytest.raises(OSError) as e:
     machine.share_devices(2, 1, Stop())
   assert str(e.value) == f'jax does not start here: {reason}'
+
+
+def test_groups_on_cpu_compute_in_large_pages(monkeypatch):
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  assert machine.large_pages() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
+  assert machine.large_pages() == {}

@@ -20,13 +20,10 @@ Shape suffixes: B rows, T tokens, E embedding, D units, V vocabulary.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from codistill_jax import base
-from codistill_jax.models import linen
-
-_EPSILON = 1e-6
+from codistill_jax.models import linen, recurrence
 
 
 def language_model(
@@ -110,9 +107,9 @@ class LanguageModel(nn.Module):
     x_BTE = drop(embed(inputs_BT))
     # Time goes first, because the scan runs over the leading axis.
     x_TBD = jnp.swapaxes(x_BTE, 0, 1)
-    if resets is None:
-      resets = jnp.zeros(inputs_BT.shape, bool)
-    resets_TB = jnp.swapaxes(jnp.asarray(resets, bool), 0, 1)
+    resets_TB = None
+    if resets is not None:
+      resets_TB = jnp.swapaxes(jnp.asarray(resets, bool), 0, 1)
     new_carry = []
     for i in range(self.layers):
       layer = LSTM(self.units, self.layer_norm, self.dtype, name=f'lstm_{i}')
@@ -145,53 +142,42 @@ class LSTM(nn.Module):
     x_kernel = self.param('x_kernel', matrix, (x_TBE.shape[-1], size))
     h_kernel = self.param('h_kernel', matrix, (self.units, size))
     bias = self.param('bias', _forget_bias, (size,))
-    x_norm = self._norm('x_norm', size, shift=False)
-    h_norm = self._norm('h_norm', size, shift=False)
-    c_norm = self._norm('c_norm', self.units, shift=True)
+    norms = None
+    if self.layer_norm:
+      x_scale = self._vector('x_norm_scale', size)
+      norms = recurrence.Norms(
+          gates_F=self._vector('h_norm_scale', size),
+          cell_D=self._vector('c_norm_scale', self.units),
+          shift_D=self._vector('c_norm_shift', self.units, 0.0),
+      )
+      x_kernel, h_kernel = _centred(x_kernel), _centred(h_kernel)
     # All that does not depend on the state happens outside the scan, in one
-    # large product over T * B rows.
-    inputs = x_norm(self._dot(x_TBE, x_kernel)) + bias.reshape(1, 1, -1)
-    inputs_TBF = inputs.astype(self.dtype)
-    h_kernel = h_kernel.astype(self.dtype)
-
-    def step(state, now):
-      inputs_BF, resets_B = now
-      # Before the token is processed: it is the first of its document.
-      c, h = (jnp.where(resets_B[:, None], 0.0, s) for s in state)
-      gates = h_norm(self._dot(h, h_kernel)) + inputs_BF.astype(jnp.float32)
-      f, i, o, g = jnp.split(gates, 4, axis=-1)
-      c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-      h = jax.nn.sigmoid(o) * jnp.tanh(c_norm(c))
-      return (c, h), h.astype(self.dtype)
-
-    carry, h_TBD = jax.lax.scan(step, carry, (inputs_TBF, resets_TB))
-    return h_TBD, carry
-
-  def _dot(self, x, kernel):
-    """Product in `dtype`, summed up in float32."""
-    return jnp.dot(
-        x.astype(self.dtype),
-        kernel.astype(self.dtype),
-        preferred_element_type=jnp.float32,
+    # large product over N = T * B rows.
+    x_NE = x_TBE.reshape(-1, x_TBE.shape[-1])
+    inputs_NF = recurrence.dot(x_NE, x_kernel.astype(self.dtype))
+    if self.layer_norm:
+      inputs_NF = recurrence.unit_size(inputs_NF) * recurrence.row(x_scale, 2)
+    inputs_NF = inputs_NF + recurrence.row(bias, 2)
+    inputs_TBF = inputs_NF.reshape(*x_TBE.shape[:2], size)
+    return recurrence.run(
+        h_kernel.astype(self.dtype),
+        norms,
+        inputs_TBF.astype(self.dtype),
+        resets_TB,
+        carry,
     )
 
-  def _norm(self, name, size, shift):
-    """A function that normalises the last axis; identity without layer norm."""
-    if not self.layer_norm:
-      return lambda x: x
-    scale = self.param(f'{name}_scale', nn.initializers.ones, (size,))
-    offset = jnp.zeros(())
-    if shift:
-      offset = self.param(f'{name}_shift', nn.initializers.zeros, (size,))
+  def _vector(self, name, size, value=1.0):
+    return self.param(name, nn.initializers.constant(value), (size,))
 
-    def norm(x):
-      centred = x - jnp.mean(x, axis=-1, keepdims=True)
-      variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-      row = (1,) * (x.ndim - 1) + (-1,)
-      unit = centred * jax.lax.rsqrt(variance + _EPSILON)
-      return unit * scale.reshape(row) + offset.reshape(row)
 
-    return norm
+def _centred(kernel):
+  """Takes from each row its mean: then each product with it has mean 0.
+
+  Layer normalisation of the product has nothing to centre any more, token by
+  token, forwards and backwards.
+  """
+  return kernel - jnp.mean(kernel, axis=1, keepdims=True)
 
 
 def _forget_bias(rng, shape, dtype=jnp.float32):

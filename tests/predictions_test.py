@@ -260,8 +260,9 @@ def test_a_class_that_nobody_has_does_no_harm(top_k):
   mix_GG = predictions.mixing_matrix(PEERS['two'])
   padded = np.concatenate([logits, np.full((2, 3, 2), -np.inf)], axis=-1)
   loss = functools.partial(mixed, 'cross_entropy', mix_GG=mix_GG, top_k=top_k)
-  np.testing.assert_allclose(loss(padded), loss(logits), rtol=1e-6)
-  grad = jax.jit(jax.grad(lambda z: jnp.sum(loss(z))))(padded)
+  sum_of = lambda z: jnp.sum(loss(z))
+  found, grad = jax.jit(jax.value_and_grad(sum_of))(padded)
+  np.testing.assert_allclose(found, np.sum(loss(logits)), rtol=1e-6)
   assert np.all(np.isfinite(grad)) and not np.any(grad[..., CLASSES:])
 
 
@@ -295,12 +296,13 @@ def entropy(p):
   return -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0), axis=-1)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(LOGITS)
 def test_few_classes_never_tell_more_than_all(logits):
   """The data processing inequality, and that of one class less."""
   full = np.float64(cross_entropy(logits, None))
-  p = np.float64(jax.nn.softmax(logits[::-1].astype(np.float64)))
+  p = np.exp(logits[::-1].astype(np.float64))
+  p /= p.sum(axis=-1, keepdims=True)
   divergence = full - entropy(p)
   before = 0.0
   for top_k in (1, 3, CLASSES):
@@ -349,7 +351,8 @@ def test_all_classes_give_the_gradient_of_the_whole(logits):
 
 
 def test_what_is_sent_is_as_small_as_it_is_said_to_be():
-  sent = predictions.largest(jnp.asarray(jax.nn.softmax(np.ones((7, 100)))), 5)
+  whole = jax.ShapeDtypeStruct((7, 100), np.float32)
+  sent = jax.eval_shape(lambda p: predictions.largest(p, 5), whole)
   size = sum(x.size * x.dtype.itemsize for x in sent)
   assert size == 7 * predictions.bytes_per_example(100, 5, 'softmax')
   assert predictions.bytes_per_example(100, None, 'softmax') == 400
@@ -380,7 +383,9 @@ def test_a_loss_of_somebody_else_is_refused():
 
   step = step_lib.make_train_step(toy.TWO_LAYERS, toy.SGD, distill_loss=mine)
   with pytest.raises(ValueError, match=r'mine has no formula .*; use one of'):
-    step(toy.start(toy.TWO_LAYERS), BATCH, PeerPredictions(np.ones(1)), 1.0)
+    jax.eval_shape(
+        step, toy.start(toy.TWO_LAYERS), BATCH, PeerPredictions(np.ones(1)), 1.0
+    )
 
 
 def test_a_mean_over_other_groups_than_there_are_is_refused():

@@ -202,6 +202,7 @@ def test_the_loop_makes_the_updates_of_the_program_in_any_order(order):
     for g in order:
       result = next(groups[g])
       assert result.step == n + 1
+      assert ('loss/distill' in result.metrics) == (n >= 1)  # After burn-in.
       found[g] = (seats()[g].collect(result.state), result.metrics)
   states, metrics = on_one_device()
   toy.assert_same([state for state, _ in found], states)

@@ -159,6 +159,8 @@ def test_a_run_directory_is_that_of_any_run(whole):
     assert (status['phase'], status['peers']) == ('done', [(g - 1) % G])
   run = run_directory.read_run(whole)
   assert (run['mode'], run['exchange_every']) == ('predictions', 1)
+  # No teacher runs here, so none has a recurrent state.
+  assert not any(key.startswith('teacher_carry') for key in arrays(whole, 0))
   assert np.any(
       arrays(whole, 0)['variables/params/embed']
       != arrays(whole, 1)['variables/params/embed']

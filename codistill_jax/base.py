@@ -64,6 +64,16 @@ def logits_of(outputs: Outputs) -> jax.Array:
   return jnp.asarray(outputs, jnp.float32)
 
 
+def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> jax.Array:
+  """Sums products over an axis of each of two arrays, in float32."""
+  return jax.lax.dot_general(
+      a,
+      b,
+      (((axis_a,), (axis_b,)), ((), ())),
+      preferred_element_type=jnp.float32,
+  )
+
+
 def two_class_logits(logits: Array) -> jax.Array:
   """The logits (..., 2) of two classes that predict as a sigmoid (...) does."""
   logits = jnp.asarray(logits, jnp.float32)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from codistill_jax.base import Array, HeadOutputs, PyTree
+from codistill_jax.base import Array, HeadOutputs, PyTree, contract
 
 # `(logits (S, C), teacher_logits (P, S, C) or None, rows, shared) ->
 # (total, sums)`; `total` is a scalar to be differentiated, `sums` a tree of
@@ -129,7 +129,7 @@ def _widen(kernel: Array, lanes: int) -> jax.Array:
 
 def _logits(features: Array, kernel: Array, bias: Array) -> jax.Array:
   """The logits (S, C) of a kernel that may have more columns than C."""
-  logits = _product(features, kernel, 1, 0)[:, : bias.shape[0]]
+  logits = contract(features, kernel, 1, 0)[:, : bias.shape[0]]
   return logits + bias.astype(jnp.float32)[None]
 
 
@@ -155,8 +155,8 @@ def _summed_fwd(loss, student, blocks, heads, shared):
     sums, logits_grad = jax.value_and_grad(of_logits, has_aux=True)(logits, x)
     bias_grad = jnp.sum(logits_grad, axis=0)
     logits_grad = _widen(logits_grad.astype(kernel.dtype), kernel.shape[1])
-    kernel_grad = _product(features, logits_grad, 0, 0)
-    features_grad = _product(logits_grad, kernel, 1, 1)
+    kernel_grad = contract(features, logits_grad, 0, 0)
+    features_grad = contract(logits_grad, kernel, 1, 1)
     return (sums, kernel_grad, bias_grad), features_grad.astype(features.dtype)
 
   def add(carry, x):
@@ -209,16 +209,6 @@ def _zeros_of(summand, xs):
   first = jax.tree.map(lambda x: x[0], xs)
   like = jax.eval_shape(summand, first)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-
-def _product(a, b, a_axis, b_axis):
-  """Contracts an axis of each of two matrices, in float32."""
-  return jax.lax.dot_general(
-      a,
-      b,
-      (((a_axis,), (b_axis,)), ((), ())),
-      preferred_element_type=jnp.float32,
-  )
 
 
 def _check_rows(lead, teachers, rows) -> None:

@@ -77,12 +77,18 @@ class Seat:
 
   Attributes:
     num_replicas: Replicas of the group.
+    peers: Its teachers, as the update gives them to its pure step.
   """
 
   def __init__(self, update: 'JointUpdate', group_id: int):
     self._update = update
     self._group_id = group_id
     self.num_replicas = update.population.num_replicas
+    self.peers = update.peers_of(group_id)
+    # As of a `PmapStep`.
+    self.device_kind = update.population.device_kind
+    self.train_step = update.population.train_step
+    self.axis_sizes = update.population.axis_sizes
 
   @property
   def num_traces(self) -> int:
@@ -137,6 +143,7 @@ class JointUpdate:
       top_k: As in `PeerPredictions`.
     """
     self.population = population
+    self._mix_GG = np.asarray(mix_GG, np.float32)
     self._peers = population.peers(mix_GG, top_k)
     self._begun: dict[int, TrainState] = {}
     self._state: TrainState | None = None
@@ -145,6 +152,10 @@ class JointUpdate:
     self._told: tuple[Batch, bool, float] = ({}, False, 0.0)
     self._waiting: set[int] = set()  # Who has yet to take the last update.
     self.seats = [Seat(self, g) for g in range(population.num_groups)]
+
+  def peers_of(self, group_id: int) -> PeerPredictions:
+    """The teachers of one group."""
+    return self._peers.replace(mix_G=self._mix_GG[group_id])
 
   def register(self, group_id: int, state: TrainState) -> GroupState:
     """A group begins with this state; a run may begin again."""
@@ -221,8 +232,11 @@ def _same(told: tuple, before: tuple) -> bool:
     return False
   if batch is batch_before:  # As of a `SharedStream`.
     return True
-  return batch.keys() == batch_before.keys() and all(
-      np.array_equal(batch[key], batch_before[key]) for key in batch
+  (leaves, tree), (leaves_before, tree_before) = (
+      jax.tree.flatten(dict(x)) for x in (batch, batch_before)
+  )
+  return tree == tree_before and all(
+      np.array_equal(x, y) for x, y in zip(leaves, leaves_before)
   )
 
 

@@ -45,6 +45,10 @@ class Population:
     num_groups: G.
     num_replicas: Replicas of each group.
     num_traces: How often the step was traced, so compiled; 2 in a whole run.
+    device_kind: What its devices are, in jax's words.
+    train_step: The pure step of one replica of one group.
+    axis_sizes: The named axes within which that is called, all groups being
+      in one block and each on one replica.
   """
 
   def __init__(
@@ -74,6 +78,9 @@ class Population:
     mesh = _mesh(devices, num_groups, num_replicas)
     self.num_groups, self.num_replicas = num_groups, num_replicas
     self.num_traces = 0
+    self.device_kind = devices[0].device_kind
+    self.train_step = train_step
+    self.axis_sizes = {REPLICA_AXIS: 1, BLOCK_AXIS: 1, GROUP_AXIS: num_groups}
     self._wait = devices[0].platform == 'cpu' and mesh.size > 1
     rows = (
         Spec(REPLICA_AXIS) if shared_batch else Spec(BLOCK_AXIS, REPLICA_AXIS)

@@ -24,6 +24,9 @@ import numpy as np
 from codistill_jax import losses
 from codistill_jax.base import Array, PeerPredictions
 
+# Up to so many a sum that is fused into what needs it beats a matrix product,
+# which reads each prediction once for all groups of a device, but writes more.
+_FEW_GROUPS = 8
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -155,8 +158,10 @@ def _mix(values_G: jax.Array, peers: PeerPredictions) -> jax.Array:
         f'mix_G has {len(peers.mix_G)} groups, but the axis'
         f' {peers.axis_name!r} has {len(values_G)}'
     )
-  # A matrix product of all groups of a device at once. Not the sum over all
-  # less one's own: that cancels where a group is sure of itself.
+  # Not the sum over all less one's own: that cancels where a group is sure of
+  # itself.
+  if len(values_G) <= _FEW_GROUPS:
+    return sum(mix * values for mix, values in zip(peers.mix_G, values_G))
   return jnp.tensordot(
       peers.mix_G, values_G, axes=1, precision=jax.lax.Precision.HIGHEST
   )

@@ -100,6 +100,9 @@ class PmapStep:
 
   Attributes:
     num_replicas: Replicas of the group, over all its processes.
+    device_kind: What its devices are, in jax's words.
+    train_step: The pure step of one replica.
+    axis_sizes: The named axes within which that is called, for one replica.
     num_traces: How often the step was traced, so compiled; 2 in a whole run.
   """
 
@@ -126,6 +129,9 @@ class PmapStep:
     self._rows = NamedSharding(mesh, PartitionSpec(REPLICA_AXIS))
     self._wait = self._devices[0].platform == 'cpu' and len(self._devices) > 1
     self.num_replicas = len(self._devices)
+    self.device_kind = self._devices[0].device_kind
+    self.train_step = train_step
+    self.axis_sizes = {REPLICA_AXIS: 1}
     self.num_traces = 0
 
     def counted(*args: Any) -> tuple[TrainState, Metrics]:

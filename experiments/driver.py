@@ -26,6 +26,7 @@ from codistill_jax.storage.checkpoint import (
 )
 from experiments import claims
 from experiments.cli import Stopped
+from experiments.efficiency import Efficiency
 from experiments.job import Job
 from experiments.keeper import Keeper, stop_signal
 from experiments.watch import Watch
@@ -40,11 +41,13 @@ class Start(NamedTuple):
     state: Before the first update, in numpy.
     stream: Of its batches; nothing is read yet.
     examples: How many an update takes, over the whole group.
+    efficiency: Of its updates.
   """
 
   state: TrainState
   stream: Stream
   examples: int
+  efficiency: Efficiency
 
 
 def new_state(job: Job) -> Start:
@@ -73,6 +76,7 @@ def new_state(job: Job) -> Start:
       base.host_copy(state),
       stream,
       experiment.group_batch * int(np.prod(np.shape(row['labels'])[1:])),
+      Efficiency(job, state, row),
   )
 
 
@@ -100,7 +104,7 @@ def train(
   done = run_directory.done_path(job.workdir, job.group_id)
   if done.exists():
     return
-  state, stream, examples = new_state(job)
+  state, stream, examples, efficiency = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
     stack.callback(job.rescue.let_go, job.group_id)
@@ -133,7 +137,8 @@ def train(
     if job.agreement.is_primary:
       writer = writer_of(start)
     stack.push(_closing(writer.close))
-    watch = Watch(job, exchange, writer, start, examples)
+    stack.callback(efficiency.close)
+    watch = Watch(job, exchange, writer, start, examples, efficiency)
     if resume:
       exchange.restore(start, resume.teacher_steps)
       exchange.checkpointed(checkpoints.restart_step)

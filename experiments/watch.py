@@ -9,10 +9,11 @@ from collections.abc import Callable
 import jax
 
 from codistill_jax import evaluate, run_directory, tensorboard, writers
-from codistill_jax.base import Variables
+from codistill_jax.base import Metrics, Variables
 from codistill_jax.exchange.protocol import Exchange, check_finite
 from codistill_jax.experiment import make_eval_step
 from codistill_jax.group import StepResult
+from experiments.efficiency import Efficiency
 from experiments.job import Job
 
 _STATUS_SECONDS = 2.0
@@ -29,6 +30,7 @@ class Watch:
       writer: writers.Writer,
       start: int,
       examples: int,
+      efficiency: Efficiency,
   ):
     """Starts to watch.
 
@@ -38,9 +40,11 @@ class Watch:
       writer: Where records go.
       start: The step before the first update.
       examples: Per update of the group.
+      efficiency: Of its updates.
     """
     self._job = job
     self._examples = examples
+    self._efficiency = efficiency
     self._exchange = exchange
     self._writer = writer
     self._eval_step = jax.jit(make_eval_step(job.experiment, job.model))
@@ -57,6 +61,7 @@ class Watch:
 
   def add(self, result: StepResult) -> None:
     self._results.append(result.metrics)
+    self._efficiency.seen(_taught(result.metrics))
     if result.step == self._first_step:
       # The first update includes compilation; it says nothing of the speed.
       self._restart_clock(result.step)
@@ -83,6 +88,8 @@ class Watch:
       self._speed = steps / seconds
       newest['perf/steps_per_sec'] = self._speed
       newest['perf/examples_per_sec'] = self._speed * self._examples
+      taught = [_taught(metrics) for metrics in self._results[-steps:]]
+      newest |= self._efficiency.metrics(taught, seconds)
     self._results = []
     self._restart_clock(step)
     self._writer.write(step, newest)
@@ -141,6 +148,11 @@ class Watch:
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()
+
+
+def _taught(metrics: Metrics) -> bool:
+  """Whether an update had teachers."""
+  return 'loss/distill' in metrics
 
 
 def group_writer(

@@ -19,6 +19,7 @@ from benchmarks import (
     measure,
     overlap,
     page,
+    prediction_exchange,
     rivals,
     run_all,
     scaling,
@@ -112,6 +113,14 @@ def test_step_cost_names_the_limit():
   # the input of the first layer needs no gradient.
   assert 1.1 < row['operations_ratio'] < 1.5
   assert row['goal']['value'] == row['of_limit']['median']
+
+
+def test_predictions_of_peers_take_no_second_forward_pass():
+  (row,) = rows_of(prediction_exchange).values()
+  # A teacher would take a third of all products.
+  assert 1.0 <= row['operations_ratio'] < 1.1
+  assert (row['groups'], row['bytes_to_peer']) == (2, 4 * 2 * 4)
+  assert row['goal']['value'] == row['ratio']['median']
 
 
 def test_fused_loss_needs_less_memory_and_gives_the_same():

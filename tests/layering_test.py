@@ -32,6 +32,8 @@ MAY_IMPORT = {
     'schedules': {'base'},
     'optimizers': {'base'},
     'scores': {'base'},
+    'flops': {'base'},
+    'peaks': set(),
     'metrics': {'base', 'scores'},
     'churn': set(),
     'intervals': set(),

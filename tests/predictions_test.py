@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from codistill_jax import losses, predictions
+from codistill_jax import blocks, losses, predictions
 from codistill_jax import step as step_lib
-from codistill_jax.base import GROUP_AXIS, PeerPredictions
+from codistill_jax.base import (
+    GROUP_AXIS,
+    HeadOutputs,
+    Model,
+    PeerPredictions,
+    TrainState,
+    Updates,
+    Variables,
+)
 from codistill_jax.exchange import topology
 
 CLASSES = 6
@@ -122,8 +130,8 @@ def test_no_forward_pass_is_made_for_a_teacher():
   text = str(
       jax.make_jaxpr(compiled(toy.TWO_LAYERS))(states, BATCH, peers, 1.0)
   )
-  # Two layers: two products forward, three backward; and the mean.
-  assert text.count(' dot_general[') == 5 + 1
+  # Two layers: two products forward, three backward.
+  assert text.count(' dot_general[') == 5
 
 
 def test_a_recurrent_model_keeps_its_state_and_needs_no_other():
@@ -145,6 +153,65 @@ def test_a_recurrent_model_keeps_its_state_and_needs_no_other():
     np.testing.assert_allclose(found['loss/distill'][g], expected, rtol=1e-5)
 
 
+# -- blocks of examples -------------------------------------------------------
+
+
+def head_model(classes):
+  """Features that are the inputs, and a head for as many classes."""
+
+  def apply(variables, batch, carry, rng, train):
+    del rng, train
+    p = variables.params
+    outputs = HeadOutputs(batch['inputs'], p['kernel'], p['bias'])
+    return outputs, Updates({}, carry)
+
+  def start(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {'kernel': (toy.FEATURES, classes), 'bias': (classes,)}
+    params = {
+        k: rng.normal(size=n).astype(np.float32) for k, n in shapes.items()
+    }
+    return TrainState(
+        np.int32(0),
+        Variables(params),
+        toy.SGD.init(params),
+        np.zeros(2, 'u4'),
+        (),
+        (),
+    )
+
+  return Model(None, apply), start
+
+
+@pytest.mark.parametrize('top_k', [None, 2])
+def test_blocks_of_examples_give_what_all_at_once_give(top_k, monkeypatch):
+  monkeypatch.setattr(blocks, 'block_size', lambda *_: 3)
+  model, start = head_model(toy.CLASSES)
+  states = stack([start(seed) for seed in range(3)])
+  peers = PeerPredictions(
+      predictions.mixing_matrix([(1, 2), (2,), ()]), top_k=top_k
+  )
+  fused, plain = (
+      compiled(model, fused=choice)(states, BATCH, peers, 0.7)
+      for choice in (True, False)
+  )
+  toy.assert_same(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('groups', [2, 4])
+def test_each_group_takes_one_softmax_whatever_their_number(groups):
+  classes = 500
+  model, start = head_model(classes)
+  states = stack([start(seed) for seed in range(groups)])
+  mix_GG = predictions.mixing_matrix(
+      [topology.peers_of(g, groups) for g in range(groups)]
+  )
+  args = states, BATCH, PeerPredictions(mix_GG), 0.7
+  cost = compiled(model).lower(*args).compile().cost_analysis()
+  exponentials = cost['transcendentals'] / (groups * 8 * classes)
+  assert 1 <= exponentials < 1.05
+
+
 # -- the loss -----------------------------------------------------------------
 
 
@@ -162,6 +229,17 @@ def test_the_loss_is_that_of_teachers_that_predict_the_same(name, output):
     expected = loss(logits[g], logits, mix_GG[g] != 0)
     np.testing.assert_allclose(found[g], expected, rtol=1e-4, atol=1e-5)
   assert not np.any(found[3])
+
+
+def test_many_groups_are_averaged_like_few():
+  logits = np.random.default_rng(0).normal(0, 3, (9, 2, CLASSES))
+  peers = [topology.peers_of(g, 9) for g in range(9)]
+  found = mixed(CE, logits, predictions.mixing_matrix(peers))
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  for g, others in enumerate(peers):
+    mean = np.mean(p[list(others)], axis=0)
+    expected = -np.sum(mean * np.log(p[g]), axis=-1)
+    np.testing.assert_allclose(found[g], expected, rtol=1e-5)
 
 
 def test_a_temperature_divides_the_logits_of_all():

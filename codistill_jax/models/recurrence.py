@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from codistill_jax.base import Array
+from codistill_jax.base import Array, contract
 
 _EPSILON = 1e-6
 # Between 2 and 1.1 times as fast from 16 rows to 64, at 512 and 1024 units; no
@@ -60,22 +60,13 @@ def _dot_fwd(x_NE, kernel_EF):
 def _dot_bwd(residuals, d_NF):
   x_NE, kernel_EF = residuals
   d_NF = d_NF.astype(kernel_EF.dtype)
-  d_x_NE = _product(d_NF, kernel_EF, 1, 1)
+  d_x_NE = contract(d_NF, kernel_EF, 1, 1)
   return d_x_NE.astype(x_NE.dtype), _kernel_gradient(x_NE, d_NF, kernel_EF)
 
 
 def _kernel_gradient(x_NE, d_NF, kernel_EF):
-  d_kernel_EF = _product(x_NE.astype(d_NF.dtype), d_NF, 0, 0)
+  d_kernel_EF = contract(x_NE.astype(d_NF.dtype), d_NF, 0, 0)
   return d_kernel_EF.astype(kernel_EF.dtype)
-
-
-def _product(a, b, axis_a, axis_b):
-  return jax.lax.dot_general(
-      a,
-      b,
-      (((axis_a,), (axis_b,)), ((), ())),
-      preferred_element_type=jnp.float32,
-  )
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)
@@ -87,7 +78,7 @@ def _times(x_BK, kernel_KM, kernel_MK):
   XLA's product on CPU first copies its right side into blocks. For a few rows
   that takes as long as to multiply, unless the kernel is the left side.
   """
-  plain = lambda x, kernel, _: _product(x, kernel, 1, 0)
+  plain = lambda x, kernel, _: contract(x, kernel, 1, 0)
   if len(x_BK) > _FEW_ROWS or kernel_KM.size < _LARGE_KERNEL:
     return plain(x_BK, kernel_KM, kernel_MK)
   return jax.lax.platform_dependent(
@@ -99,7 +90,7 @@ def _times_by_columns(x_BK, kernel_KM, kernel_MK):
   del kernel_KM
   # Without the barriers XLA would put the sides back in order.
   x_KB = jax.lax.optimization_barrier(x_BK.T)
-  return jax.lax.optimization_barrier(_product(kernel_MK, x_KB, 1, 0)).T
+  return jax.lax.optimization_barrier(contract(kernel_MK, x_KB, 1, 0)).T
 
 
 def _transposed(kernel_DF):

@@ -299,7 +299,7 @@ def test_rows_are_on_disk_before_the_benchmark_ends(tmp_path):
 
 
 def test_only_benchmarks_that_exist_are_chosen():
-  assert run_all.chosen(['loss', 'step_cost']) == ['step_cost', 'loss']
+  assert run_all.chosen(['loss', 'step_cost']) == ['loss', 'step_cost']
   assert set(run_all.chosen([])) <= set(run_all.BENCHMARKS)
   with pytest.raises(ValueError, match='no such benchmark'):
     run_all.chosen(['speed'])

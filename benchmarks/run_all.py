@@ -2,10 +2,11 @@ r"""Runs the benchmarks, each as a process, and makes their page.
 
     python -m benchmarks.run_all --device=cpu
 
-On a GPU that is lent for four minutes, the most important ones:
+On a GPU that is lent for four minutes, the most important ones, in that order;
+jax, flax, optax, orbax and numpy will do there:
 
-    python -m benchmarks.run_all --device=gpu --budget=230 \
-        --only=loss,step_cost,utilisation
+    python -m benchmarks.run_all --device=gpu --budget=225 \
+        --only=loss,step_cost,utilisation --output=bench_gpu.json
 
 Writes the JSON after each benchmark, and `docs/benchmarks.md` at the end, from
 the runs on all devices that lie beside it. What ends early, or fails, says why
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chosen(only: Sequence[str]) -> list[str]:
-  """The benchmarks of these names, in order; all that there are if none.
+  """The benchmarks of these names, as ordered; all that there are if none.
 
   Raises:
     ValueError: If there is none of a name.
@@ -91,7 +92,7 @@ def chosen(only: Sequence[str]) -> list[str]:
         f'--only={",".join(sorted(unknown))}: no such benchmark; choose of'
         f' {", ".join(there)}'
     )
-  return [name for name in there if not only or name in only]
+  return list(only) or there
 
 
 def run_one(

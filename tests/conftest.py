@@ -19,10 +19,22 @@ os.environ['HF_DATASETS_OFFLINE'] = '1'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# The same examples every time, and none is too slow: a test that fails does so
+# on every machine, however busy it is.
+hypothesis.settings.register_profile(
+    'suite',
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile('suite')
 
 
 @pytest.fixture(scope='session')

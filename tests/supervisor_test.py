@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import time
+import types
 
 import pytest
 import tiny_run
@@ -23,8 +24,18 @@ from experiments import cli, processes, supervisor
 def no_fork(monkeypatch):
   """Tests have a jax with threads, which warns when it is forked."""
   monkeypatch.setattr(processes, '_die_with_parent', None)
-  # Only who is deaf is to be killed.
-  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  """The seconds of the supervisor pass quickly; only who is deaf is killed."""
+  clock = types.SimpleNamespace(
+      monotonic=lambda: 20 * time.monotonic(),
+      sleep=lambda seconds: time.sleep(seconds / 20),
+  )
+  monkeypatch.setattr(supervisor, 'time', clock)
+  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', 20 * PATIENCE)
+  monkeypatch.setattr(processes, '_POLL_SECONDS', 0.01)
 
 
 @pytest.fixture
@@ -473,10 +484,11 @@ def test_deaf_groups_share_the_time_they_are_given(
     pretend, tmp_path, monkeypatch
 ):
   clock, given = Clock(), []
+  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', 10.0)
 
   def wait_or_kill(process, seconds):
     given.append(seconds)
-    clock.now += 0.4 * PATIENCE  # As if it took that long.
+    clock.now += 4.0  # As if it took that long.
     process.kill()
     process.wait()
 
@@ -487,7 +499,7 @@ def test_deaf_groups_share_the_time_they_are_given(
     group._start()
   until(lambda: all(lines_of(tmp_path / f'begun{g}') for g in range(3)))
   supervisor.end_all(groups)
-  assert given == pytest.approx([PATIENCE, 0.6 * PATIENCE, 0.2 * PATIENCE])
+  assert given == pytest.approx([10.0, 6.0, 2.0])
   assert not any(group.running for group in groups)
 
 

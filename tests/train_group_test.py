@@ -203,6 +203,7 @@ def test_two_processes_of_two_devices_are_one_of_four(
             num_processes=2,
             process_id=process_id,
             replicas=2,
+            heartbeat_seconds=300,
             gin=f'experiment.Experiment.num_steps={steps}',
         )
         for process_id in (0, 1)
@@ -341,7 +342,7 @@ def wrong(launch, reference, finished, tmp_path_factory):
   # The time limit is part of the configuration, which has to be the run's.
   run = run_directory.read_run(lonely)
   run['configuration'] = [
-      line.replace('120.0', '0.1') for line in run['configuration']
+      line.replace('600.0', '0.1') for line in run['configuration']
   ]
   run_directory.write_run(lonely, run)
   before = {w: tiny_run.snapshot(w) for w in set(workdirs.values())}

@@ -497,7 +497,7 @@ def test_a_disk_that_is_full_is_one_clear_error_and_no_step(tmp_path, python):
       [python, '-c', textwrap.dedent(FULL_DISK), str(tmp_path)],
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=600,
   )
   assert done.returncode == 0, done.stderr[-4000:]
   # Orbax prints tracebacks of what it also raises.

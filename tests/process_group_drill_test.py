@@ -19,7 +19,7 @@ from codistill_jax.storage import trees
 
 # Seconds of silence that are a loss: where one is to be noticed, elsewhere.
 HEARTBEAT, PATIENT = 6, 300
-EVERY, CHECKPOINT_EVERY, TOO_OLD, LAST = 10, 20, 30, 500
+EVERY, CHECKPOINT_EVERY, TOO_OLD, LAST = 10, 20, 30, 300
 MAY_PASS = 75
 
 BINDINGS = [

@@ -314,6 +314,40 @@ def test_a_reader_that_takes_nothing_is_seen(ledger, monkeypatch):
   assert not ledger.starved(90.0, 15.0)
 
 
+def test_it_is_known_when_each_has_read_what_came_since(ledger, monkeypatch):
+  clock = [100.0]
+  monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+  for group in (0, 1):
+    tell(ledger, ('alive', 0), ('start', 0), group=group, pid=group + 1)
+    tell(ledger, ('published', 10), group=group, pid=group + 1)
+  read = lambda group, step: ledger.book(
+      {'event': 'used', 'group': group, 'pid': group + 1, 'peer': 1 - group}
+      | {'step': step, 'digest': 'x'}
+  )
+  read(0, 10)
+  read(1, 10)
+  clock[0] = 110.0
+  assert not ledger.all_read_since(105.0)
+  for group in (0, 1):
+    tell(ledger, ('published', 20), group=group, pid=group + 1)
+  read(0, 20)
+  assert not ledger.all_read_since(105.0)
+  read(1, 30)  # Or something newer.
+  assert ledger.all_read_since(105.0) and not ledger.all_read_since(110.0)
+
+
+def test_who_trains_has_made_an_update_and_not_ended(ledger):
+  assert not ledger.trains(0)
+  tell(ledger, ('alive', 0), ('start', 0))
+  assert not ledger.trains(0)
+  tell(ledger, ('step', 1))
+  assert ledger.trains(0)
+  ledger.ended(0, 1, -9)
+  assert not ledger.trains(0)
+  live(ledger, 0, 1, pid=2)
+  assert ledger.trains(0)
+
+
 @pytest.mark.parametrize(
     'seconds,step,fault,silent',
     [

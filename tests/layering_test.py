@@ -260,7 +260,7 @@ def run_python(python, code):
       env=environment,
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=600,
   )
   assert done.returncode == 0, done.stderr[-4000:]
 

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'predictions', 'step'}
+_STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     'intervals': set(),
     'blocks': {'base'},
     'predictions': {'base', 'losses'},
-    'step': _LOSSES | {'blocks', 'predictions'},
+    'step': _LOSSES | {'blocks', 'flops', 'predictions'},
     'replicas': _STEP,
     'population': _STEP | {'replicas'},
     'joint': {'base', 'population'},

@@ -7,8 +7,7 @@ of the state. It leaves those of the gates stacked, from which those of kernel
 and scales are made after it, from all T * B rows at once: one large product.
 Where nothing is differentiated, nothing is stacked.
 
-Shape suffixes: B rows, T tokens, D units, F = 4 D gate values; N any number of
-rows, E the size of an input.
+Shape suffixes: B rows, T tokens, D units, F = 4 D gate values.
 """
 
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from codistill_jax.base import Array
+from codistill_jax.models import products
 
 _EPSILON = 1e-6
 # Where it pays to multiply by columns: a gradient at 1024 units took 0.76 times
@@ -41,53 +41,13 @@ class Norms(NamedTuple):
   shift_D: Array
 
 
-@jax.custom_vjp
-def dot(x_NE: Array, kernel_EF: Array) -> jax.Array:
-  """Product in the dtype of the kernel, summed up in float32.
-
-  The products of its gradient are too: of float32 and bfloat16, as they would
-  be otherwise, they would run at the speed of float32. And they are laid out so
-  that what has to be transposed for them is x, not the larger gradient.
-  """
-  x_NE = x_NE.astype(kernel_EF.dtype)
-  return jnp.dot(x_NE, kernel_EF, preferred_element_type=jnp.float32)
-
-
-def _dot_fwd(x_NE, kernel_EF):
-  return dot(x_NE, kernel_EF), (x_NE, kernel_EF)
-
-
-def _dot_bwd(residuals, d_NF):
-  x_NE, kernel_EF = residuals
-  d_NF = d_NF.astype(kernel_EF.dtype)
-  d_x_NE = _product(d_NF, kernel_EF, 1, 1)
-  return d_x_NE.astype(x_NE.dtype), _kernel_gradient(x_NE, d_NF, kernel_EF)
-
-
-def _kernel_gradient(x_NE, d_NF, kernel_EF):
-  d_kernel_EF = _product(x_NE.astype(d_NF.dtype), d_NF, 0, 0)
-  return d_kernel_EF.astype(kernel_EF.dtype)
-
-
-def _product(a, b, axis_a, axis_b):
-  return jax.lax.dot_general(
-      a,
-      b,
-      (((axis_a,), (axis_b,)), ((), ())),
-      preferred_element_type=jnp.float32,
-  )
-
-
-dot.defvjp(_dot_fwd, _dot_bwd)
-
-
 def _times(x_BK, kernel_KM, kernel_MK):
   """x times a kernel that is given both ways round.
 
   XLA's product on CPU first copies its right side into blocks. For a few rows
   that takes as long as to multiply, unless the kernel is the left side.
   """
-  plain = lambda x, kernel, _: _product(x, kernel, 1, 0)
+  plain = lambda x, kernel, _: products.product(x, kernel, 1, 0)
   if len(x_BK) > _FEW_ROWS or kernel_KM.size < _LARGE_KERNEL:
     return plain(x_BK, kernel_KM, kernel_MK)
   return jax.lax.platform_dependent(
@@ -99,7 +59,7 @@ def _times_by_columns(x_BK, kernel_KM, kernel_MK):
   del kernel_KM
   # Without the barriers XLA would put the sides back in order.
   x_KB = jax.lax.optimization_barrier(x_BK.T)
-  return jax.lax.optimization_barrier(_product(kernel_MK, x_KB, 1, 0)).T
+  return jax.lax.optimization_barrier(products.product(kernel_MK, x_KB, 1, 0)).T
 
 
 def _transposed(kernel_DF):
@@ -275,9 +235,7 @@ def _run_bwd(residuals, d):
         cell_D=total(d_shown_TBD * _normal(c_TBD)),
         shift_D=total(d_shown_TBD),
     )
-  d_kernel_DF = _kernel_gradient(
-      _rows(before[1]), _rows(d_product_TBF), kernel_DF
-  )
+  d_kernel_DF = products.kernel_gradient(_rows(before[1]), _rows(d_product_TBF))
   d_inputs_TBF = d_gates_TBF.astype(inputs_TBF.dtype)
   return d_kernel_DF, d_norms, d_inputs_TBF, None, d_first
 

@@ -231,7 +231,7 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
         ('shard_map', {'population'}),
         ('grad', {'step'}),
         # Gradients made by hand, for speed or memory, of those of their parts.
-        ('custom_vjp', {'blocks', 'models/recurrence'}),
+        ('custom_vjp', {'blocks', 'models/products', 'models/recurrence'}),
         ('value_and_grad', {'blocks'}),
         ('vjp', {'models/recurrence'}),
     ],

@@ -54,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
   del argv
   options, output = command.from_flags()
   output = output or f'docs/results/bench_{options.device}.json'
-  names = chosen(_ONLY.value)
+  try:
+    names = chosen(_ONLY.value)
+  except ValueError as e:
+    sys.exit(f'error: {e}')
   run = {
       'device': options.device,
       'quick': options.quick,

@@ -27,6 +27,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import command, page
+from experiments import machine
 
 # By importance, for runs with little time.
 BENCHMARKS = (
@@ -115,6 +116,8 @@ def run_one(
       done = subprocess.run(
           run,
           cwd=_HERE.parent,
+          # As `train_local` starts its groups; PyTorch has the same.
+          env=os.environ | machine.large_pages(),
           stdout=subprocess.DEVNULL,
           timeout=None if seconds == float('inf') else seconds,
       )

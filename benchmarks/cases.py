@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import base, losses, optimizers
+from codistill_jax import base, flops, losses, optimizers
 from codistill_jax import step as step_lib
 from codistill_jax.models import dnn, lstm, resnet, transformer
 
@@ -220,9 +220,9 @@ def forward(case: Case, to_logits: bool) -> Callable[[], Any]:
 def floating_operations(function: Callable[..., Any], *args: Any) -> float:
   """Floating point operations of a function of arrays, as it is written.
 
-  XLA's count, in which the body of a loop occurs once.
+  Of products and convolutions alone; see `flops`.
   """
-  return float(jax.jit(function).lower(*args).cost_analysis()['flops'])
+  return flops.count(function, *args).total
 
 
 def update_operations(case: Case, num_peers: int, **kwargs: Any) -> float:

@@ -58,7 +58,10 @@ def run(benchmark: str, rows: Rows) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     options, output = from_flags()
-    choose_device(options.device)
+    try:
+      choose_device(options.device)
+    except ValueError as e:
+      sys.exit(f'error: {e}')
     print(json.dumps(collect(benchmark, rows, options, output)))
 
   app.run(main)

@@ -44,7 +44,17 @@ FIGURES = (
         'prediction_exchange',
         'Predictions in place of a second forward pass',
         'at most 1.05 of plain training for any G',
-        '',
+        'Groups in one program that see the same batch: an update of all with'
+        ' distillation over one without. Last but one, a plain update of all'
+        ' over G times that of one group by itself.',
+        (
+            ('plain, ms', 'plain_ms'),
+            ('codistilled, ms', 'codistilled_ms'),
+            ('ratio', 'ratio'),
+            ('operations', 'operations_ratio'),
+            ('of G programs', 'of_single'),
+            ('bytes to a peer', 'bytes_to_peer'),
+        ),
     ),
     Figure(
         'loss',

@@ -2,10 +2,11 @@ r"""Runs the benchmarks, each as a process, and makes their page.
 
     python -m benchmarks.run_all --device=cpu
 
-On a GPU that is lent for four minutes, the most important ones:
+On a GPU that is lent for four minutes, the most important ones, in that order;
+jax, flax, optax, orbax and numpy will do there:
 
-    python -m benchmarks.run_all --device=gpu --budget=230 \
-        --only=loss,step_cost,utilisation
+    python -m benchmarks.run_all --device=gpu --budget=225 \
+        --only=loss,step_cost,utilisation --output=bench_gpu.json
 
 Writes the JSON after each benchmark, and `docs/benchmarks.md` at the end, from
 the runs on all devices that lie beside it. What ends early, or fails, says why
@@ -26,6 +27,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import command, page
+from experiments import machine
 
 # By importance, for runs with little time.
 BENCHMARKS = (
@@ -53,7 +55,10 @@ def main(argv: Sequence[str]) -> None:
   del argv
   options, output = command.from_flags()
   output = output or f'docs/results/bench_{options.device}.json'
-  names = chosen(_ONLY.value)
+  try:
+    names = chosen(_ONLY.value)
+  except ValueError as e:
+    sys.exit(f'error: {e}')
   run = {
       'device': options.device,
       'quick': options.quick,
@@ -79,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chosen(only: Sequence[str]) -> list[str]:
-  """The benchmarks of these names, in order; all that there are if none.
+  """The benchmarks of these names, as ordered; all that there are if none.
 
   Raises:
     ValueError: If there is none of a name.
@@ -91,7 +96,7 @@ def chosen(only: Sequence[str]) -> list[str]:
         f'--only={",".join(sorted(unknown))}: no such benchmark; choose of'
         f' {", ".join(there)}'
     )
-  return [name for name in there if not only or name in only]
+  return list(only) or there
 
 
 def run_one(
@@ -111,6 +116,8 @@ def run_one(
       done = subprocess.run(
           run,
           cwd=_HERE.parent,
+          # As `train_local` starts its groups; PyTorch has the same.
+          env=os.environ | machine.large_pages(),
           stdout=subprocess.DEVNULL,
           timeout=None if seconds == float('inf') else seconds,
       )

@@ -2,9 +2,9 @@ r"""How much of what the machine can multiply does a language model's step use?
 
     python -m benchmarks.utilisation --device=cpu
 
-The operations of a step are those of its matrix products (forward, and twice
-as many backward), counted by hand below; what else a step does (gates, softmax,
-the optimiser) counts as nothing, so that it lowers the share. They are compared
+The operations of a step are those of its matrix products, forward and backward,
+as `codistill_jax.flops` counts them; what else a step does (gates, softmax, the
+optimiser) counts as nothing, so that it lowers the share. They are compared
 with a large square product of the same dtype, the best of several sizes, that
 runs in turn with the step on the same machine.
 """
@@ -40,7 +40,9 @@ def _row(case, products, seconds) -> dict[str, Any]:
       max(2 * size**3 / seconds[f'{size}'][i] for size in products)
       for i in range(len(steps))
   ]
-  operations = step_operations(case)
+  from benchmarks import cases
+
+  operations = cases.update_operations(case, 0)
   share = measure.spread([operations / s / p for s, p in zip(steps, peaks)])
   row = {
       'name': case.name,
@@ -54,28 +56,6 @@ def _row(case, products, seconds) -> dict[str, Any]:
   if case.name.startswith('LSTM') and case.sizes['units'] == _GOAL_AT:
     row['goal'] = measure.goal(share['median'], at_least=_LEAST)
   return row
-
-
-def step_operations(case) -> int:
-  """Of the matrix products of a plain update of a language model."""
-  import jax
-
-  from benchmarks import cases
-
-  tokens = case.units
-  params = jax.eval_shape(lambda: cases.state_of(case)).variables.params
-  sizes = [
-      x.size
-      for path, x in jax.tree.leaves_with_path(params)
-      if x.ndim == 2 and 'mbed' not in jax.tree_util.keystr(path)
-  ]
-  operations = 6 * tokens * sum(sizes)
-  if 'memory' in case.sizes:
-    # Scores, and the mean of the values, of each token with window and memory.
-    seen = case.sizes['tokens'] + case.sizes['memory']
-    width = case.sizes['units'] * case.sizes['layers']
-    operations += 12 * tokens * seen * width
-  return operations
 
 
 def _product(size: int, dtype: str):

@@ -54,13 +54,12 @@ Outputs = Array | HeadOutputs
 def logits_of(outputs: Outputs) -> jax.Array:
   """Logits (..., C), in float32, of either form of model output."""
   if isinstance(outputs, HeadOutputs):
-    logits = jnp.dot(
-        outputs.features,
-        outputs.kernel,
-        preferred_element_type=jnp.float32,
-    )
-    bias = outputs.bias.astype(jnp.float32)
-    return logits + jnp.reshape(bias, (1,) * (logits.ndim - 1) + (-1,))
+    features, kernel, bias = outputs
+    # As a matrix: of more axes, the gradient of the kernel would transpose that
+    # of the logits.
+    rows = jnp.reshape(features, (-1, features.shape[-1]))
+    logits = contract(rows, kernel, 1, 0) + bias.astype(jnp.float32)[None]
+    return jnp.reshape(logits, (*features.shape[:-1], kernel.shape[-1]))
   return jnp.asarray(outputs, jnp.float32)
 
 

@@ -79,6 +79,20 @@ def of_jaxpr(jaxpr: Jaxpr) -> Flops:
   return sum((_of_equation(e) for e in jaxpr.eqns), _NONE)
 
 
+def has_convolution(function: Callable[..., Any], *args: PyTree) -> bool:
+  """Whether a convolution occurs in a function of such arguments."""
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+  return _convolves(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _convolves(jaxpr: Jaxpr) -> bool:
+  return any(
+      e.primitive.name == 'conv_general_dilated'
+      or any(map(_convolves, jaxprs_in_params(e.params)))
+      for e in jaxpr.eqns
+  )
+
+
 def _of_equation(equation) -> Flops:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':

@@ -187,6 +187,14 @@ class Ledger:
       lives = [x for x in self.lives[group] if x.start is not None]
       return lives[-1].reached if lives else 0
 
+  def trains(self, group: int) -> bool:
+    """Whether its newest process has made an update and is not known to end."""
+    with self._lock:
+      lives = self.lives[group]
+      return (
+          bool(lives) and lives[-1].step is not None and not lives[-1].ended_at
+      )
+
   def losses(self, group: int) -> list[Loss]:
     """For each restart that got as far as training."""
     with self._lock:
@@ -247,6 +255,26 @@ class Ledger:
                 f' broken any more; the newest it read is {used}'
             )
     return found
+
+  def all_read_since(self, since: float) -> bool:
+    """Whether each group has read what a peer published since then.
+
+    Args:
+      since: In monotonic seconds.
+    """
+    with self._lock:
+      new = {
+          peer: min(
+              (step for at, step in published if at > since), default=None
+          )
+          for peer, published in self._published.items()
+      }
+      return len(new) > 1 and all(
+          step is not None and self._newest_use.get((group, peer), -1) >= step
+          for peer, step in new.items()
+          for group in new
+          if group != peer
+      )
 
   def _asked_for(self, life: Life, status: int, num_steps: int) -> bool:
     faults = self._names(life.pid)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from codistill_jax import flops, joint, peaks
 from codistill_jax.base import (
@@ -83,7 +84,7 @@ class Efficiency:
   def _count(self, taught: bool) -> flops.Flops:
     step = self._job.train_step
     # The whole group batch on one replica, which takes the same.
-    return flops.count(
+    found = flops.count(
         step.train_step,
         self._state,
         self._batch,
@@ -91,6 +92,13 @@ class Efficiency:
         jax.ShapeDtypeStruct((), np.float32),
         axis_sizes=step.axis_sizes,
     )
+    if found.unknown_loops:
+      logging.warning(
+          'perf/model_flops counts %d while loops of the step once, however'
+          ' often they run; a scan would be counted as often as it runs',
+          found.unknown_loops,
+      )
+    return found
 
   def _teachers(self) -> Teachers | PeerPredictions:
     job, plan = self._job, self._job.experiment.plan

@@ -131,6 +131,9 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(cli.CLEAR_ERROR)
 
 
+Enough = Callable[[Sequence[drill_report.Fault], Ledger], bool]
+
+
 class Drill:
   """One run with faults."""
 
@@ -147,6 +150,7 @@ class Drill:
       calm_seconds: float = 25.0,
       patience_seconds: float = 15.0,
       deck: Mapping[str, int] | None = None,
+      enough: Enough | None = None,
   ):
     """Prepares the run; starts nothing.
 
@@ -162,6 +166,11 @@ class Drill:
       patience_seconds: That a group then has to take what a peer publishes.
       deck: How often each fault comes before all begins anew; by default as in
         `FAULTS`. Dealt in random order.
+      enough: Of the faults so far and the ledger: whether harm may end. Then
+        the drill lasts as long as that takes on this machine: a fault comes
+        only when all groups train, harm goes on beyond `seconds` until it is
+        true, and the calm until each group has read what a peer has published
+        since, or twice `patience_seconds`.
 
     Raises:
       ValueError: If the run directory is not empty.
@@ -176,6 +185,8 @@ class Drill:
     self._between = seconds_between
     self._calm_seconds = calm_seconds
     self._patience_seconds = patience_seconds
+    self._enough = enough
+    self._calm_since: float | None = None
     self._num_steps = num_steps
     self._rng = np.random.default_rng(seed)
     self._facts = {
@@ -257,7 +268,7 @@ class Drill:
         faults=self._log,
         ledger=self._ledger,
         groups=self._groups,
-        calm_since=self._began + self._seconds if self._began else None,
+        calm_since=self._calm_since,
         patience=self._patience_seconds,
         error=error,
         stopped=stop(),
@@ -270,11 +281,12 @@ class Drill:
       now = time.monotonic()
       if not self._began and self._all_train():
         self._began, next_fault = now, now
-      end = self._began + self._seconds
-      harm = bool(self._began) and now < end
-      self._supervise(end - now if self._began else self._seconds)
+      harm = bool(self._began) and self._calm_since is None
+      if harm and self._may_end(now):
+        self._calm_since, harm = now, False
+      self._supervise(self._left(now))
       self._undo_what_is_over(everything=not harm)
-      if harm and now >= next_fault and self._strike():
+      if harm and now >= next_fault and self._ready() and self._strike():
         next_fault = now + float(self._rng.exponential(self._between))
       if now - said > _PROGRESS_SECONDS:
         said = now
@@ -283,8 +295,40 @@ class Drill:
       self._check_time(now - start)
       time.sleep(_POLL_SECONDS)
 
+  def _ready(self) -> bool:
+    """Whether the next fault may come."""
+    # On a slow machine more would happen than a group can recover from.
+    return self._enough is None or self._all_train()
+
+  def _may_end(self, now: float) -> bool:
+    """Whether the harm may."""
+    if now < self._began + self._seconds:
+      return False
+    return (
+        self._enough is None
+        or self._enough(self._log, self._ledger)
+        or any(group.done for group in self._groups)
+    )
+
+  def _left(self, now: float) -> float:
+    """Seconds for the groups to train on, if nothing delays the drill more."""
+    if not self._began:
+      return self._seconds + self._calm_seconds
+    if self._calm_since is None:
+      harm = self._began + self._seconds - now
+      return max(harm, 0.0) + self._calm_seconds
+    calm = now - self._calm_since
+    if self._enough is None:
+      return self._calm_seconds - calm
+    settled = self._ledger.all_read_since(self._calm_since)
+    return (
+        0.0
+        if settled or calm > 2 * self._patience_seconds
+        else (self._calm_seconds)
+    )
+
   def _all_train(self) -> bool:
-    return all(self._ledger.step_of(g.group_id) > 0 for g in self._groups)
+    return all(self._ledger.trains(g.group_id) for g in self._groups)
 
   def _check_endings(self) -> None:
     count = len(self._ledger.unasked_endings(self._num_steps))
@@ -312,7 +356,7 @@ class Drill:
         f' {steps} of {self._num_steps}'
     )
 
-  def _supervise(self, harm_left: float) -> None:
+  def _supervise(self, seconds_left: float) -> None:
     """Starts what died; sets the pace.
 
     So that the faults do not outlive the run, all arrive at the same time, and
@@ -328,7 +372,7 @@ class Drill:
       victim.pid = group.pid
       left = self._num_steps - self._ledger.step_of(group.group_id)
       if left > 0:
-        pace = max(harm_left + self._calm_seconds, 0.0) / left
+        pace = max(seconds_left, 0.0) / left
         victim.wish(step_seconds=min(max(pace, _FASTEST), _SLOWEST))
 
   def _inherit(self, group_id: int, pid: int) -> None:

@@ -19,6 +19,7 @@ from experiments import (
     report_data,
     report_pages,
     report_plots,
+    report_speed,
     report_style,
     report_table,
     report_text,
@@ -72,6 +73,13 @@ def report_blocks(
   ]
   for plot in plots:
     blocks += [report_pages.Heading(plot.title), plot]
+  speed = report_speed.rows(arms)
+  if speed:
+    blocks += [
+        report_pages.Heading('Speed'),
+        report_pages.Table(report_speed.TITLES, speed, names=2),
+        report_pages.Bullets(report_speed.NOTES),
+    ]
   health = report_table.health_rows(arms)
   if health:
     blocks += [

@@ -152,7 +152,7 @@ class Watch:
 
 def _taught(metrics: Metrics) -> bool:
   """Whether an update had teachers."""
-  return 'loss/distill' in metrics
+  return bool(metrics['distill/weight'])
 
 
 def group_writer(

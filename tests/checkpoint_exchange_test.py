@@ -8,16 +8,19 @@ import pathlib
 import shutil
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from waits import PATIENCE, until
 
 from codistill_jax.base import Agreement, Variables
 from codistill_jax.exchange import (
     checkpoint_exchange,
     fetching,
+    protocol,
     publications,
     publisher,
 )
@@ -34,10 +37,10 @@ def variables_of(value, width=3):
   return Variables({'w': np.full((width,), value, np.float32)})
 
 
-def publish(root, group_id, step, value=None, *, seconds_ago=0.0, **kwargs):
+def publish(root, group_id, step, value=None, *, at=None, **kwargs):
   publications.write(
       root,
-      Publication(group_id, step, time.time() - seconds_ago, IDENTITY),
+      Publication(group_id, step, time.time() if at is None else at, IDENTITY),
       variables_of(step if value is None else value, **kwargs),
   )
 
@@ -85,9 +88,9 @@ def steps_in_use(exchange):
   return tuple(None if p is None else p.step for p in exchange.in_use)
 
 
-def fetch_until(exchange, step, wanted, seconds=30.0):
+def fetch_until(exchange, step, wanted):
   """Fetches, as a loop does, until these steps are in use."""
-  deadline = time.monotonic() + seconds
+  deadline = time.monotonic() + PATIENCE
   while True:
     teachers = exchange.fetch(step)
     if steps_in_use(exchange) == wanted:
@@ -98,13 +101,6 @@ def fetch_until(exchange, step, wanted, seconds=30.0):
 
 def values(teachers):
   return np.asarray(teachers.variables.params['w'])[:, 0].tolist()
-
-
-def until(condition, seconds=30.0):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.005)
 
 
 def flip(directory):
@@ -146,7 +142,7 @@ def test_what_is_published_does_not_follow_the_training(
   original = publisher.cast_floats
 
   def late(*args):
-    assert go_on.wait(30)
+    assert go_on.wait(PATIENCE)
     return original(*args)
 
   monkeypatch.setattr(publisher, 'cast_floats', late)
@@ -167,13 +163,13 @@ def test_publishing_is_no_longer_than_the_copy(join, monkeypatch):
 
   def slow(*args):
     begun.set()
-    assert go_on.wait(30)
+    assert go_on.wait(PATIENCE)
     return original(*args)
 
   monkeypatch.setattr(publications, 'write', slow)
   exchange = join()
   assert exchange.publish_if_due(10, variables_of(1))
-  assert begun.wait(30)  # It writes, and the loop goes on.
+  assert begun.wait(PATIENCE)  # It writes, and the loop goes on.
   go_on.set()
 
 
@@ -269,10 +265,11 @@ def test_lockstep_holds_training_up_rather_than_fill_the_memory(
             exchange.publish_if_due(n, variables_of(n)) for n in (10, 20, 30)
         ]
     )
-    time.sleep(0.2)
+    until(lambda: disk.tried and exchange._publisher._waiting)
+    time.sleep(0.05)
     assert not training.done()  # One is written, one waits, one is held up.
     stop.set()  # But not a stop.
-    assert training.result(30) == [True] * 3
+    assert training.result(PATIENCE) == [True] * 3
   disk.left = 0
   exchange.flush()
   assert publications.published_steps(tmp_path, 0) == [10, 20, 30]
@@ -442,13 +439,13 @@ def test_nothing_is_deleted_that_a_peer_is_reading(join, tmp_path, monkeypatch):
 
   def slow(peer, step):
     begun.set()
-    assert go_on.wait(30)
+    assert go_on.wait(PATIENCE)
     return original(peer, step)
 
   monkeypatch.setattr(reader._fetcher, '_read', slow)
   publish_many(writer, 10)
   reader.fetch(0)
-  assert begun.wait(30)
+  assert begun.wait(PATIENCE)
   publish_many(writer, 80)
   assert publications.published_steps(tmp_path, 1) == [10, *range(40, 90, 10)]
   go_on.set()
@@ -516,13 +513,13 @@ def test_freshest_never_waits_for_a_slow_disk(join, tmp_path, monkeypatch):
 
   def slow(*args, **kwargs):
     begun.set()
-    assert go_on.wait(30)
+    assert go_on.wait(PATIENCE)
     return original(*args, **kwargs)
 
   monkeypatch.setattr(publications, 'read', slow)
   exchange = join()
   exchange.fetch(0)
-  assert begun.wait(30)
+  assert begun.wait(PATIENCE)
   assert [exchange.fetch(n) for n in range(1, 40)] == [None] * 39
   go_on.set()
   assert values(fetch_until(exchange, 40, (10,))) == [10.0]
@@ -585,7 +582,7 @@ def test_freshest_follows_a_peer_that_publishes_and_prunes(join, tmp_path):
         time.sleep(0.001)
     finally:
       over.set()
-    training.result(30)
+    training.result(PATIENCE)
   assert seen == sorted(seen)
   assert len(set(seen)) > 2
   assert reader.rejected == 0
@@ -750,16 +747,16 @@ def test_the_policy_fail_ends_the_run_but_looks_first(join, tmp_path):
 
 def test_the_policy_wait_waits(join, tmp_path):
   limits = {'max_staleness_steps': 20, 'staleness_policy': 'wait'}
-  exchange = join(waiting=Waiting(30.0), **limits)
+  exchange = join(waiting=Waiting(600.0), **limits)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     fetching_now = pool.submit(exchange.fetch, 31)
-    time.sleep(0.2)
+    time.sleep(0.1)
     assert not fetching_now.done()
     publish(tmp_path, 1, 10)  # Still too old.
-    time.sleep(0.2)
+    until(lambda: exchange._teaching.held_steps[1] == 10)
     assert not fetching_now.done()
     publish(tmp_path, 1, 20)
-    assert values(fetching_now.result(30)) == [20.0]
+    assert values(fetching_now.result(PATIENCE)) == [20.0]
 
 
 def test_the_policy_wait_has_a_limit_and_heeds_a_stop(join):
@@ -819,9 +816,13 @@ def test_a_restart_takes_the_newest_where_what_was_in_use_is_gone(
   assert steps_in_use(exchange) == (30, None) and exchange.rejected == 0
 
 
-def test_staleness_is_own_step_minus_published_step(join, tmp_path):
-  publish(tmp_path, 1, 10, seconds_ago=100.0)
-  publish(tmp_path, 2, 40, seconds_ago=10.0)
+def test_staleness_is_own_step_minus_published_step(
+    join, tmp_path, monkeypatch
+):
+  clock = types.SimpleNamespace(time=lambda: 1100.0)
+  monkeypatch.setattr(protocol, 'time', clock)
+  publish(tmp_path, 1, 10, at=1000.0)
+  publish(tmp_path, 2, 40, at=1090.0)
   exchange = join(num_groups=4)
   fetch_until(exchange, 30, (10, 40, None))
   metrics = exchange.metrics(35)
@@ -831,9 +832,8 @@ def test_staleness_is_own_step_minus_published_step(join, tmp_path):
   assert metrics['exchange/staleness_steps_group_1'] == 25.0
   assert metrics['exchange/staleness_steps_group_2'] == -5.0
   assert 'exchange/staleness_steps_group_3' not in metrics
-  seconds = metrics['exchange/staleness_seconds_group_1']
-  assert seconds == pytest.approx(100.0, abs=5.0)
-  assert metrics['exchange/staleness_seconds'] == pytest.approx(55.0, abs=5.0)
+  assert metrics['exchange/staleness_seconds_group_1'] == 100.0
+  assert metrics['exchange/staleness_seconds'] == 55.0
 
 
 @pytest.mark.parametrize('topology, peers', [('ring', (15,)), ('all', 15)])
@@ -873,11 +873,11 @@ def test_lockstep_with_staleness_takes_older_ones(join, tmp_path):
 
 
 def test_lockstep_waits_for_a_slow_peer(join, tmp_path):
-  exchange = join(mode='lockstep', waiting=Waiting(30.0))
+  exchange = join(mode='lockstep', waiting=Waiting(600.0))
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     fetching = pool.submit(exchange.fetch, 10)
     publish(tmp_path, 1, 10)
-    assert values(fetching.result(30)) == [10.0]
+    assert values(fetching.result(PATIENCE)) == [10.0]
 
 
 def test_lockstep_gives_up_and_says_on_whom_it_waited(join, tmp_path):
@@ -908,15 +908,18 @@ def test_lockstep_with_different_intervals_is_an_error(
     exchange.fetch(20)
 
 
-def test_lockstep_bears_that_publications_appear_out_of_order(join, tmp_path):
+def test_lockstep_bears_that_publications_appear_out_of_order(
+    join, tmp_path, monkeypatch
+):
   """As they may on a network file system."""
+  monkeypatch.setattr(fetching, '_SETTLE_SECONDS', 600.0)
   publish(tmp_path, 1, 30)
-  exchange = join(mode='lockstep', waiting=Waiting(30.0))
+  exchange = join(mode='lockstep', waiting=Waiting(600.0))
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    fetching = pool.submit(exchange.fetch, 20)
+    fetching_now = pool.submit(exchange.fetch, 20)
     time.sleep(0.1)
     publish(tmp_path, 1, 20)
-    assert values(fetching.result(30)) == [20.0]
+    assert values(fetching_now.result(PATIENCE)) == [20.0]
 
 
 def test_lockstep_does_not_step_over_damage(join, tmp_path):
@@ -934,12 +937,12 @@ def test_lockstep_does_not_step_over_damage(join, tmp_path):
 def test_lockstep_goes_on_when_the_damaged_one_is_made_again(join, tmp_path):
   publish(tmp_path, 1, 10)
   flip(tmp_path / 'group_1' / '10')
-  exchange = join(mode='lockstep', waiting=Waiting(30.0))
+  exchange = join(mode='lockstep', waiting=Waiting(600.0))
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     waiting = pool.submit(exchange.fetch, 10)
     until(lambda: exchange.rejected)
     publish(tmp_path, 1, 10)  # As the group does that starts again.
-    assert values(waiting.result(30)) == [10.0]
+    assert values(waiting.result(PATIENCE)) == [10.0]
 
 
 def test_lockstep_refuses_a_peer_of_another_architecture(join, tmp_path):
@@ -1004,7 +1007,7 @@ class Together:
   """Two processes of a group, as threads that meet at every decision."""
 
   def __init__(self):
-    self._barrier = threading.Barrier(2, timeout=30)
+    self._barrier = threading.Barrier(2, timeout=PATIENCE)
     self._said = [None, None]
 
   def _exchange(self, process, value):
@@ -1028,7 +1031,7 @@ def fetch_on_both(processes, *steps):
       teachers = process.fetch(step)
       reading = process._fetching._reading
       if reading is not None:
-        concurrent.futures.wait([reading], 30)
+        concurrent.futures.wait([reading], PATIENCE)
     return teachers
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -1101,7 +1104,7 @@ def test_processes_read_in_the_background_and_swap_at_the_same_step(
   original = processes[1]._fetcher._read
 
   def slow(peer, step):
-    assert go_on.wait(30)
+    assert go_on.wait(PATIENCE)
     return original(peer, step)
 
   monkeypatch.setattr(processes[1]._fetcher, '_read', slow)
@@ -1111,7 +1114,7 @@ def test_processes_read_in_the_background_and_swap_at_the_same_step(
       assert on_both(step) == [None, None]  # Nobody waits, nobody swaps.
     go_on.set()
     for process in processes:
-      concurrent.futures.wait([process._fetching._reading], 30)
+      concurrent.futures.wait([process._fetching._reading], PATIENCE)
     on_both(15)  # No meeting 5 steps after an exchange step.
     assert [steps_in_use(p)[0] for p in processes] == [None, None]
     on_both(18)
@@ -1146,17 +1149,19 @@ def test_processes_apply_a_policy_together(join, tmp_path, policy):
           max_staleness_steps=20,
           staleness_policy=policy,
           # One of them is late with its own clock: both give up.
-          waiting=Waiting(0.1 if i else 600.0),
+          waiting=Waiting(0.1 if i and policy == 'wait' else 600.0),
       )
       for i in (0, 1)
   ]
   publish(tmp_path, 1, 10)
+  if policy == 'wait':  # Or they might give up before they have read it.
+    fetch_on_both(processes, 10, 11)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     fetches = [pool.submit(p.fetch, 31) for p in processes]
     for one in fetches:
       error = StaleError if policy == 'fail' else TimeoutError
       with pytest.raises(error, match='group 1 by 21 steps'):
-        one.result(30)
+        one.result(PATIENCE)
 
 
 def test_copies_made_by_hand_are_not_trusted(join, tmp_path):

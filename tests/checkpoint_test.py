@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from waits import PATIENCE, until
 
 from codistill_jax import step as step_lib
 from codistill_jax.storage import saver, trees, troubles
@@ -229,19 +230,13 @@ class Disk:
     self._save = trees.save
     monkeypatch.setattr(trees, 'save', self.save)
     monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
+    monkeypatch.setattr(Checkpoints.wait, '__defaults__', (PATIENCE,))
 
   def save(self, directory, step, *args):
     self.tries.append(step)
     if self.full:
       raise self.error
     return self._save(directory, step, *args)
-
-
-def until(condition):
-  deadline = time.monotonic() + 20
-  while not condition():
-    assert time.monotonic() < deadline, 'waited in vain'
-    time.sleep(0.005)
 
 
 def test_a_full_disk_is_tried_until_it_works(
@@ -269,12 +264,13 @@ def test_a_newer_state_takes_the_place_of_one_that_fails(
 ):
   """And handing it over does not wait for the disk."""
   disk = Disk(monkeypatch)
+  monkeypatch.setattr(saver, '_HOLD_SECONDS', PATIENCE)
   checkpoints = open_checkpoints(tmp_path)
   start = time.monotonic()
   for step in (5, 6, 7):
     checkpoints.save(at(state, step))
     until(lambda step=step: disk.tries[-1:] == [step])
-  assert time.monotonic() - start < 5
+  assert time.monotonic() - start < PATIENCE / 2
   tries = len(disk.tries)
   disk.full = False
   checkpoints.close()
@@ -286,15 +282,19 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
 ):
   """One is written and one waits: the third takes the second's place."""
   monkeypatch.setattr(saver, '_HOLD_SECONDS', 0.05)
-  original, go_on = trees.save, threading.Event()
+  original = trees.save
+  begun, go_on = threading.Event(), threading.Event()
 
   def save(*args):
-    assert go_on.wait(20)
+    begun.set()
+    assert go_on.wait(PATIENCE)
     return original(*args)
 
   monkeypatch.setattr(trees, 'save', save)
   checkpoints = open_checkpoints(tmp_path)
-  for step in (1, 2, 3, 4):
+  checkpoints.save(at(state, 1))
+  assert begun.wait(PATIENCE)
+  for step in (2, 3, 4):
     checkpoints.save(at(state, step))
   go_on.set()
   assert checkpoints.wait(0.0) == 4  # What is slow is waited for.
@@ -302,7 +302,8 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
   checkpoints.close()
 
 
-def test_a_quick_disk_skips_no_step(tmp_path, state):
+def test_a_quick_disk_skips_no_step(tmp_path, state, monkeypatch):
+  monkeypatch.setattr(saver, '_HOLD_SECONDS', PATIENCE)
   checkpoints = open_checkpoints(tmp_path, keep=9)
   for step in range(1, 7):
     checkpoints.save(at(state, step))
@@ -322,9 +323,10 @@ def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
   monkeypatch.setattr(Checkpoints.wait, '__defaults__', (0.1,))
   with pytest.raises(TimeoutError, match=r'step 5 .*disk full.*from step 3'):
     getattr(checkpoints, ask)()
+  monkeypatch.setattr(Checkpoints.wait, '__defaults__', (PATIENCE,))
   start = time.monotonic()
   checkpoints.close()  # It was given up: this does not wait again.
-  assert time.monotonic() - start < 0.1
+  assert time.monotonic() - start < PATIENCE / 2
   assert len(disk.tries) >= 1 and checkpoints.steps() == [3]
 
 
@@ -338,7 +340,7 @@ def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
   def save(*unused):
     tries.append(1)
     if len(tries) > 1:
-      go_on.wait(20)
+      go_on.wait(PATIENCE)
     raise OSError(errno.EIO, 'input/output error')
 
   monkeypatch.setattr(trees, 'save', save)
@@ -349,7 +351,7 @@ def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
     checkpoints.wait(0.0)
   start = time.monotonic()
   checkpoints.close()
-  assert time.monotonic() - start < 5
+  assert time.monotonic() - start < PATIENCE / 2
   go_on.set()
 
 

@@ -578,7 +578,7 @@ def test_processes_leave_when_asked(configuration, launch, tmp_path):
   locked = lambda: len(list(workdir.glob('runs/*/*'))) == 2
   tiny_run.until(locked, process=process)
   process.send(signal.SIGTERM)
-  output = process.wait(143, timeout=30)
+  output = process.wait(143)
   assert 'the same command goes on' in output.splitlines()[-1]
   assert not run_files.has_begun(workdir)
   assert not tiny_run.processes_of(workdir)

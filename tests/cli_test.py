@@ -82,7 +82,7 @@ def test_a_log_on_a_full_disk_does_not_change_the_status(error, status):
         stdout=full,
         stderr=full,
         env={**os.environ, 'PYTHONUNBUFFERED': ''},
-        timeout=120,
+        timeout=600,
     )
   assert done.returncode == status
 
@@ -101,7 +101,7 @@ def test_a_wrong_flag_is_status_1_without_a_traceback(binary, flags, words):
       cwd=tiny_run.ROOT,
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=600,
   )
   assert done.returncode == 1
   assert words in done.stderr

@@ -163,6 +163,15 @@ def test_a_run_leaves_what_the_contract_says(make_job):
     assert record['perf/examples_per_sec'] == pytest.approx(
         record['perf/steps_per_sec'] * BATCH * 3
     )
+    # Three forward passes, of h W and the head, for each token.
+    assert record['perf/model_flops_per_step'] == 3 * BATCH * 3 * 2 * 4 * (
+        4 + 7
+    )
+    assert record['perf/model_flops_per_sec'] == pytest.approx(
+        record['perf/steps_per_sec'] * record['perf/model_flops_per_step']
+    )
+    assert record['perf/teacher_share'] == 0.0
+    assert 'perf/utilisation' not in record  # Of a CPU no peak is known.
   status = run_directory.read_status(job.workdir, 0)
   assert (status['step'], status['phase']) == (STEPS, 'done')
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from waits import PATIENCE, until
 
 from codistill_jax.base import host_copy
 from codistill_jax.exchange.memory_exchange import memory_exchanges
@@ -409,6 +410,8 @@ class Slow(NoExchange):
 
 
 def test_the_stall_is_the_time_that_the_exchange_held_the_loop():
+  results, total = [], 0.0
+  begin = time.perf_counter()
   for result in run_group(
       shared_step(TWO_LAYERS),
       start(TWO_LAYERS, 0),
@@ -416,7 +419,10 @@ def test_the_stall_is_the_time_that_the_exchange_held_the_loop():
       num_steps=2,
       exchange=Slow(),
   ):
-    assert 30.0 <= result.metrics['exchange/stall_ms'] < 1000.0
+    results.append(result.metrics['exchange/stall_ms'])
+  total = 1000.0 * (time.perf_counter() - begin)
+  assert len(results) == 2 and min(results) >= 30.0
+  assert sum(results) <= total
 
 
 def test_what_a_stream_raises_comes_up_at_its_own_step():
@@ -435,13 +441,6 @@ def loaders():
   return [t for t in threading.enumerate() if t.name.startswith('load')]
 
 
-def until(condition):
-  deadline = time.monotonic() + 10
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-
-
 class Numbers:
   """A stream of step numbers; waits for leave to give the later ones."""
 
@@ -454,7 +453,7 @@ class Numbers:
   def batch(self, step):
     self.asked.append(step)
     if step >= self.free:
-      assert self.leave.wait(10)
+      assert self.leave.wait(PATIENCE)
     self.given.append(step)
     return {'step': step}
 
@@ -486,7 +485,7 @@ def test_a_generator_that_is_closed_early_loads_no_more():
   start_time = time.monotonic()
   batches.close()
   # At once, though a batch is under way.
-  assert stream.given == [0] and time.monotonic() - start_time < 5.0
+  assert stream.given == [0] and time.monotonic() - start_time < PATIENCE / 2
   stream.leave.set()
   until(lambda: not loaders())
   assert stream.asked == [0, 1]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from waits import PATIENCE
 
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
@@ -190,7 +191,7 @@ def test_groups_in_threads_end_like_groups_in_turn():
   *_, turn = zip(*groups(memory_exchanges(2, every=EVERY)))
   ends = {}
   threads = []
-  exchanges = memory_exchanges(2, every=EVERY, timeout_seconds=60.0)
+  exchanges = memory_exchanges(2, every=EVERY, timeout_seconds=600.0)
   for g, group in enumerate(groups(exchanges)):
     finish = lambda g=g, group=group: ends.update({g: [*group][-1]})
     threads.append(threading.Thread(target=finish))
@@ -309,12 +310,12 @@ def test_a_stale_peer_ends_the_run_if_told_to(policy, error):
 
 def test_the_policy_wait_waits_for_a_thread():
   plan = Plan(every=5, max_staleness_steps=10, staleness_policy='wait')
-  ours, theirs = memory_exchanges(2, plan=plan, timeout_seconds=30.0)
+  ours, theirs = memory_exchanges(2, plan=plan, timeout_seconds=600.0)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     waiting = pool.submit(ours.fetch, 16)
     theirs.publish_if_due(5, variables(1))  # Too old.
     theirs.publish_if_due(10, variables(2))
-    assert waiting.result(30) is not None
+    assert waiting.result(PATIENCE) is not None
   assert ours.in_use[0].step == 10
 
 

@@ -299,7 +299,7 @@ def test_the_binary_prepares_and_says_what_is_wrong_in_one_line(
       cwd=ROOT,
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=600,
   )
   output = f'--output={tmp_path / "data"}'
   done = run(f'--source=criteo:{source}', output, '--verify')

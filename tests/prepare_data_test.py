@@ -9,10 +9,11 @@ import random
 import shutil
 import signal
 import subprocess
-import time
+import sys
 
 import numpy as np
 import pytest
+from waits import PATIENCE, until
 from wet_files import packed, wet, write_wet
 
 from codistill_jax.data import (
@@ -662,6 +663,59 @@ def command(python, *flags):
   return [python, '-m', 'experiments.prepare_data', *flags]
 
 
+# Suspends itself as soon as that training shard is written: at a random moment
+# it might be done before a test, on a busy machine, has struck.
+HALTS = """
+import os, signal, sys
+from codistill_jax.data import shards
+halt_after = int(sys.argv.pop(1))
+write_shard = shards.write_shard
+def write_and_halt(data_dir, split, shard, *rest):
+  found = write_shard(data_dir, split, shard, *rest)
+  if (split, shard) == ('train', halt_after):
+    os.kill(os.getpid(), signal.SIGSTOP)
+  return found
+shards.write_shard = write_and_halt
+from experiments import cli, prepare_data
+if __name__ == '__main__':
+  cli.run(prepare_data.main)
+"""
+
+
+# Gets SIGTERM from the system while it trains a tokenizer: after so much work
+# (processor time), not at a time when it might be done.
+TRAINS = """
+import ctypes, sentencepiece, signal
+trainer = sentencepiece.SentencePieceTrainer
+train = trainer.train
+def train_and_be_signalled(**kwargs):
+  libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+  event = (ctypes.c_long * 8)(0, signal.SIGTERM)
+  seconds = (ctypes.c_long * 4)(0, 0, 1, 0)
+  cpu_time = 2  # CLOCK_PROCESS_CPUTIME_ID
+  assert not libc.timer_create(cpu_time, event, ctypes.byref(timer))
+  assert not libc.timer_settime(timer, 0, seconds, None)
+  train(**kwargs)
+trainer.train = train_and_be_signalled
+from experiments import cli, prepare_data
+if __name__ == '__main__':
+  cli.run(prepare_data.main)
+"""
+
+
+def halting(python, shard, *flags):
+  return [python, '-c', HALTS, str(shard), *flags]
+
+
+def until_halted(process):
+  def halted():
+    assert process.poll() is None
+    stat = pathlib.Path(f'/proc/{process.pid}/stat').read_text()
+    return stat.rpartition(')')[2].split()[0] == 'T'
+
+  until(halted)
+
+
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
   """A corpus for the binary: its flags, and what they should lead to."""
@@ -693,15 +747,13 @@ def test_kill_9_and_the_same_command_again(tmp_path, large, python):
   flags, finish = large
   output = tmp_path / 'killed'
   process = subprocess.Popen(
-      command(python, f'--output={output}', *flags),
+      halting(python, 1, f'--output={output}', *flags),
       cwd=ROOT,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
   )
   try:
-    while not (output / 'train' / '00001.tokens.npy').exists():
-      assert process.poll() is None
-      time.sleep(0.002)
+    until_halted(process)
   finally:
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -709,15 +761,12 @@ def test_kill_9_and_the_same_command_again(tmp_path, large, python):
   finish(output)
 
 
-def all_gone(session, seconds=5.0):
-  """Whether no process of a session is left, after a while."""
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    try:
-      os.killpg(session, 0)
-    except ProcessLookupError:
-      return True
-    time.sleep(0.02)
+def is_gone(session):
+  """Whether no process of a session is left."""
+  try:
+    os.killpg(session, 0)
+  except ProcessLookupError:
+    return True
   return False
 
 
@@ -739,49 +788,48 @@ def test_a_killed_worker_is_a_clear_error_and_costs_nothing(
   flags, finish = large
   output = tmp_path / 'out'
   with subprocess.Popen(
-      command(python, f'--output={output}', '--workers=2', *flags),
+      halting(python, 0, f'--output={output}', '--workers=2', *flags),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
   ) as process:
-    while not (output / 'train' / '00000.tokens.npy').exists():
-      assert process.poll() is None, process.stderr.read()
-      time.sleep(0.002)
+    until_halted(process)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=10)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=PATIENCE)
   assert process.returncode == 75
   assert errors.startswith('error: A worker process ended by signal 9')
   assert len(errors.splitlines()) == 1
-  assert all_gone(process.pid)
+  until(lambda: is_gone(process.pid))
   finish(output)
 
 
-@pytest.mark.parametrize('phase', ['Training', 'documents,'])
+@pytest.mark.skipif(sys.platform != 'linux', reason='timers, and /proc')
+@pytest.mark.parametrize('phase', ['training', 'documents'])
 def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
   """In C++, where a tokenizer is trained, and in Python."""
   flags, _ = large
   source = tmp_path / 'a'
-  if phase == 'Training':
+  if phase == 'training':
     words = [
         f'{n:x}' * 3 for n in random.Random(0).sample(range(10**9), 300_000)
     ]
     documents = [' '.join(words[n : n + 20]) for n in range(0, 300_000, 20)]
     write_corpus(source, documents)
-    flags = ['--vocab_size=30000']
+    flags, start = ['--vocab_size=30000'], [python, '-c', TRAINS]
   else:
-    # It goes on for half a second, and should not come to its end.
-    content = pathlib.Path(flags[0].partition(':')[2]).read_bytes()
-    source.write_bytes(12 * content)
+    source = pathlib.Path(flags[0].partition(':')[2])
+    start = halting(python, 0)
   with subprocess.Popen(
-      command(
-          python,
+      [
+          *start,
           *flags,
           f'--source=jsonl:{source}',
           f'--output={tmp_path}/out',
           '--workers=2',
-      ),
+      ],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -789,21 +837,15 @@ def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
       start_new_session=True,
   ) as process:
     try:
-      if phase == 'Training':
-        for line in process.stdout:
-          if phase in line:
-            break
-        time.sleep(0.1)
-      else:
-        while not (tmp_path / 'out' / 'train' / '00000.tokens.npy').exists():
-          assert process.poll() is None
-          time.sleep(0.002)
-      process.send_signal(signal.SIGTERM)
-      output, _ = process.communicate(timeout=5)
+      if phase == 'documents':
+        until_halted(process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+      output, _ = process.communicate(timeout=PATIENCE)
     finally:
       process.kill()
   assert process.returncode == 143
-  assert all_gone(process.pid)
+  until(lambda: is_gone(process.pid))
   assert output.splitlines()[-1].startswith('stopped; the same command goes on')
   assert not (tmp_path / 'out' / 'meta.json').exists()
 

@@ -179,25 +179,6 @@ def test_no_scan_carries_the_gradient_of_the_kernel():
     assert set(stacked) <= {(T, B, 4 * D), (T, B, D), (T, B, 1)}
 
 
-def test_the_gradient_of_a_product_is_in_the_dtype_of_the_kernel():
-  x, kernel = jnp.ones((3, 4)), jnp.ones((4, 8), jnp.bfloat16)
-  loss = lambda x, kernel: jnp.sum(recurrence.dot(x, kernel))
-  jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel)
-  products = [
-      e for e in _flat(jaxpr.jaxpr) if e.primitive.name == 'dot_general'
-  ]
-  assert len(products) >= 2
-  dtypes = {v.aval.dtype for e in products for v in e.invars}
-  assert dtypes == {jnp.dtype('bfloat16')}
-
-
-def _flat(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from _flat(inner)
-
-
 def test_a_row_of_zeros_has_a_finite_gradient():
   loss = lambda x: jnp.sum(recurrence.unit_size(x) * jnp.arange(4.0)[None])
   gradient = jax.grad(loss)(jnp.zeros((2, 4)))

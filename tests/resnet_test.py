@@ -343,6 +343,28 @@ def test_a_teacher_uses_the_statistics_it_was_published_with():
   assert step.num_traces <= 2
 
 
+def test_teachers_are_asked_one_after_another_in_plain_convolutions():
+  """Batched over teachers, convolutions would be grouped, which is slow."""
+  two = [random_variables(tiny(), seed=seed) for seed in (1, 2)]
+  teachers = base.Teachers(
+      jax.tree.map(lambda *x: np.stack(x), *two), np.ones(2, np.float32)
+  )
+  step = step_lib.make_train_step(tiny(), SGD)
+  state = step_lib.init_state(
+      tiny(), SGD, jax.random.key(0), images(), num_peers=2
+  )
+  traced = str(jax.make_jaxpr(step)(state, images(), teachers, 1.0))
+  assert 'feature_group_count=1\n' in traced
+  assert 'feature_group_count=2' not in traced
+  student, _ = run(tiny(), state.variables, images(), train=True)
+  logits = np.stack([run(tiny(), v, images(), False)[0] for v in two])
+  expected = losses.cross_entropy(student, logits, np.ones(2, np.float32))
+  _, found = jax.jit(step)(state, images(), teachers, 1.0)
+  np.testing.assert_allclose(
+      found['loss/distill'], np.mean(expected), rtol=1e-5
+  )
+
+
 def test_across_replicas_needs_the_axis_in_training_only():
   model = resnet.resnet20(CLASSES, batch_norm='cross_replica')
   batch = images()

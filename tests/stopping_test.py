@@ -3,10 +3,10 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny_run
+from waits import PATIENCE
 
 from experiments import stopping
 
@@ -15,7 +15,7 @@ from experiments import stopping
 _PROLOGUE = """
 import ctypes, sys, threading, time
 from experiments import cli, stopping
-stopping._SOON, stopping._PATIENCE = 0.1, 0.5
+stopping._SOON, stopping._PATIENCE = 0.1, 0.2
 calls = []
 def stuck(seconds):
   left = seconds
@@ -28,6 +28,7 @@ rescue = stopping.Rescue('nothing lost')
 stop = stopping.StopRequest(rescue).install()
 def ready():
   print('ready', flush=True)
+FOR_LONG = 1000  # None of the scripts is to last so long.
 """
 
 
@@ -47,14 +48,17 @@ class Script:
   def send(self, number):
     self._process.send_signal(number)
 
-  def end(self, within=5.0):
-    """Exit status and output; fails if it takes longer."""
+  def read(self):
+    return self._process.stdout.readline()
+
+  def end(self):
+    """Exit status and output; fails if it is still inside C code."""
     try:
-      output, _ = self._process.communicate(timeout=within)
+      output, _ = self._process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
       self._process.kill()
       output, _ = self._process.communicate()
-      pytest.fail(f'still there after {within} s: {output}')
+      pytest.fail(f'still there after {PATIENCE} s: {output}')
     return self._process.returncode, output
 
 
@@ -62,9 +66,9 @@ class Script:
     'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_with_nothing_to_lose_it_leaves_at_once(number, status):
-  script = Script('ready()\nstuck(30)\n')
+  script = Script('ready()\nstuck(FOR_LONG)\n')
   script.send(number)
-  assert script.end(2.0) == (status, 'nothing lost\n')
+  assert script.end() == (status, 'nothing lost\n')
 
 
 def test_a_stuck_main_thread_is_saved_by_another():
@@ -73,7 +77,7 @@ print_all = lambda: print('at exit', calls, flush=True)
 rescue.hold(0, 7, save)
 rescue.at_exit(0, print_all)
 ready()
-stuck(30)
+stuck(FOR_LONG)
 """)
   script.send(signal.SIGTERM)
   assert script.end() == (143, "at exit ['save']\nsaved all\n")
@@ -83,11 +87,14 @@ def test_groups_of_one_process_are_saved_at_one_step():
   script = Script("""
 rescue.hold(0, 7, lambda: save('first'))
 rescue.hold(1, 6, lambda: save('second'))
+tries, all_of_it = [], rescue.save
+rescue.save = lambda: tries.append(1) or all_of_it()
 ready()
-time.sleep(1.2)
-rescue.hold(1, 7, lambda: save('second'))
+while len(tries) < 2:
+  time.sleep(0.01)
 print(calls, flush=True)  # Nothing before they agree.
-stuck(30)
+rescue.hold(1, 7, lambda: save('second'))
+stuck(FOR_LONG)
 """)
   script.send(signal.SIGTERM)
   assert script.end() == (143, '[]\nfirst\nsecond\n')
@@ -95,11 +102,18 @@ stuck(30)
 
 def test_a_main_thread_that_comes_to_poll_does_it_itself():
   script = Script("""
+over = threading.Event()
+class Patience(threading.Event):  # Is over when the main thread says so.
+  def wait(self, seconds):
+    over.wait()
+    return self.is_set()
+stop._heard = Patience()
 rescue.hold(0, 7, save)
 ready()
 while not stop():
   time.sleep(0.01)
-time.sleep(1)  # Saves, longer than it is waited for a poll.
+over.set()
+time.sleep(0.3)  # Saves, longer than it is waited for a poll.
 print(calls, stop.signal_number)
 sys.exit(3)
 """)
@@ -116,7 +130,7 @@ def moved_on():
   return f'{len(calls)} tries'
 rescue.hold(0, 7, moved_on)
 ready()
-stuck(30)
+stuck(FOR_LONG)
 """)
   script.send(signal.SIGTERM)
   assert script.end() == (143, '3 tries\n')
@@ -125,12 +139,14 @@ stuck(30)
 def test_the_main_thread_waits_for_a_rescue_under_way():
   """Else both would save, or the main thread would go on meanwhile."""
   script = Script("""
+begun = threading.Event()
 def slow():
-  time.sleep(1)
+  begun.set()
+  time.sleep(0.3)
   return 'saved once'
 rescue.hold(0, 7, slow)
 ready()
-time.sleep(1)  # The rescue begins after half of it.
+begun.wait()
 stop()
 print('must not be reached', flush=True)
 """)
@@ -147,7 +163,7 @@ def poll():
 rescue.hold(0, 7, save)
 threading.Thread(target=poll, daemon=True).start()
 ready()
-stuck(30)
+stuck(FOR_LONG)
 """)
   script.send(signal.SIGTERM)
   assert script.end() == (143, 'saved all\n')
@@ -159,20 +175,36 @@ def fail():
   raise TimeoutError('disk full')
 rescue.hold(0, 7, fail)
 ready()
-stuck(30)
+stuck(FOR_LONG)
 """)
   script.send(signal.SIGTERM)
   assert script.end() == (75, 'error: disk full\n')
 
 
-@pytest.mark.parametrize('rescue', ['', 'rescue.hold(0, 7, lambda: stuck(30))'])
-def test_a_second_signal_leaves_at_once(rescue):
+_BEFORE_A_RESCUE = """
+stopping._PATIENCE = FOR_LONG
+def heard():
+  while not stop.signal_number:
+    time.sleep(0.01)
+  print('heard', flush=True)
+threading.Thread(target=heard, daemon=True).start()
+rescue.hold(0, 7, save)
+"""
+_DURING_A_RESCUE = """
+rescue.hold(0, 7, lambda: print('heard', flush=True) or stuck(FOR_LONG))
+"""
+
+
+@pytest.mark.parametrize(
+    'first', [_BEFORE_A_RESCUE, _DURING_A_RESCUE], ids=['before', 'during']
+)
+def test_a_second_signal_leaves_at_once(first):
   """Also while the first one is being dealt with."""
-  script = Script(f'stop.rescue.hold(1, 7, save)\n{rescue}\nready()\nstuck(30)')
+  script = Script(f'{first}\nready()\nstuck(FOR_LONG)\n')
   script.send(signal.SIGTERM)
-  time.sleep(0.2)
+  assert script.read() == 'heard\n'
   script.send(signal.SIGINT)
-  assert script.end(1.0)[0] == 130
+  assert script.end() == (130, '')
 
 
 def test_without_a_rescue_it_only_is_a_flag():
@@ -181,7 +213,9 @@ def test_without_a_rescue_it_only_is_a_flag():
 stop.uninstall()
 stop = stopping.StopRequest().install()
 ready()
-time.sleep(0.8)
+while not stop():
+  time.sleep(0.01)
+time.sleep(0.4)
 print(stop(), stop.signal_number)
 """)
   script.send(signal.SIGTERM)

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import token_files
+from waits import PATIENCE
 
 from codistill_jax import run_directory
 from codistill_jax.data import shards
@@ -24,8 +25,8 @@ VOCABULARY = 30
 _GIN = """\
 from __gin__ import dynamic_registration
 import optax
+import paced
 from codistill_jax import experiment
-from codistill_jax import schedules
 from codistill_jax.data import text
 from codistill_jax.models import lstm
 
@@ -38,13 +39,13 @@ lstm.language_model.units = 8
 lstm.language_model.embedding = 8
 experiment.Experiment.optimizer = @optax.adam()
 optax.adam.learning_rate = 1e-2
-experiment.Experiment.distill_weight = @schedules.distill_weight()
-schedules.distill_weight.burn_in_steps = {every}
+experiment.Experiment.distill_weight = @paced.distill_weight()
+paced.distill_weight.burn_in_steps = {every}
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 8
 experiment.Experiment.exchange_every = {every}
 experiment.Experiment.exchange_mode = 'lockstep'
-experiment.Experiment.exchange_timeout_seconds = 120.0
+experiment.Experiment.exchange_timeout_seconds = 600.0
 experiment.Experiment.log_every = 5
 experiment.Experiment.eval_every = 25
 experiment.Experiment.eval_batch = 4
@@ -113,7 +114,7 @@ class Process:
   def send(self, number: int) -> None:
     self._popen.send_signal(number)
 
-  def wait(self, status: int = 0, timeout: float = 150.0) -> str:
+  def wait(self, status: int = 0, timeout: float = 2 * PATIENCE) -> str:
     """Waits for the end; its output. Fails on another exit status."""
     try:
       found = self._popen.wait(timeout)
@@ -139,6 +140,7 @@ class Launcher:
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     }
+    self.python_path = [str(ROOT), str(ROOT / 'tests')]
     self._started = []
 
   def __call__(self, binary, *args, **flags) -> Process:
@@ -146,20 +148,22 @@ class Launcher:
     log = self._directory / f'{len(self._started)}-{binary}.log'
     command = [sys.executable, '-m', f'experiments.{binary}', *args]
     command += [f'--{name}={value}' for name, value in flags.items()]
-    process = Process(command, log, self._environment)
+    process = Process(command, log, self._variables())
     self._started.append(process)
     return process
+
+  def _variables(self):
+    return self._environment | {'PYTHONPATH': os.pathsep.join(self.python_path)}
 
   def cases(self, binary, cases):
     """Runs a binary on each list of arguments: (status, output) by name."""
     paths = [self._directory / f'{binary}.{x}.json' for x in ('in', 'out')]
     paths[0].write_text(json.dumps(cases))
     script = ROOT / 'tests' / 'run_cases.py'
-    environment = {**self._environment, 'PYTHONPATH': str(ROOT)}
     process = Process(
         [sys.executable, str(script), binary, *map(str, paths)],
         self._directory / f'{binary}.cases.log',
-        environment,
+        self._variables(),
     )
     self._started.append(process)
     process.wait()
@@ -197,7 +201,7 @@ def launcher(tmp_path_factory, name='logs'):
     one.close()
 
 
-def until(condition, timeout=120.0, process=None):
+def until(condition, timeout=PATIENCE, process=None):
   """Waits until `condition()` holds; fails if the process ends before."""
   deadline = time.monotonic() + timeout
   while not condition():

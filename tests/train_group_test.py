@@ -186,41 +186,52 @@ def free_port():
 def test_two_processes_of_two_devices_are_one_of_four(
     launch, reference, tmp_path
 ):
-  """Equal but for the order in which four gradients are added up."""
+  """Equal but for the order in which four gradients are added up.
+
+  Group 0, beside the publications of a group 1 of one process.
+  """
   gin_file, one_process = reference
   workdir = tmp_path / 'run'
+  shutil.copytree(
+      run_directory.publications_dir(one_process, 1),
+      run_directory.publications_dir(workdir, 1),
+  )
   steps = 2 * tiny_run.EVERY
-  processes = []
-  for group_id in (0, 1):
-    port = free_port()
-    processes += [
-        start_group(
-            launch,
-            workdir,
-            gin_file,
-            group_id,
-            coordinator=f'127.0.0.1:{port}',
-            num_processes=2,
-            process_id=process_id,
-            replicas=2,
-            gin=f'experiment.Experiment.num_steps={steps}',
-        )
-        for process_id in (0, 1)
-    ]
+  port = free_port()
+  processes = [
+      start_group(
+          launch,
+          workdir,
+          gin_file,
+          0,
+          coordinator=f'127.0.0.1:{port}',
+          num_processes=2,
+          process_id=process_id,
+          replicas=2,
+          heartbeat_seconds=300,
+          gin=f'experiment.Experiment.num_steps={steps}',
+      )
+      for process_id in (0, 1)
+  ]
   for process in processes:
     process.wait()
   assert run_directory.read_run(workdir)['replicas'] == 4
-  for group_id in (0, 1):
-    _, found = tiny_run.saved_arrays(workdir, group_id, steps)
-    _, expected = tiny_run.saved_arrays(one_process, group_id, steps)
+  for directory_of in (
+      run_directory.checkpoints_dir,
+      run_directory.publications_dir,
+  ):
+    found, expected = (
+        tiny_run.arrays_of(directory_of(w, 0), steps)
+        for w in (workdir, one_process)
+    )
     assert found.keys() == expected.keys()
     for path, x in found.items():
       np.testing.assert_allclose(
           x, expected[path], rtol=1e-4, atol=1e-6, err_msg=path
       )
-    # Each record once: only the primary process writes.
-    lines = [r['step'] for r in metrics_of(workdir, group_id)]
-    assert lines == [5, 10, 15, 20, 20]
+  # Each record once: only the primary process writes.
+  lines = [r['step'] for r in metrics_of(workdir, 0)]
+  assert lines == [5, 10, 15, 20, 20]
 
 
 # --- What is wrong -----------------------------------------------------------
@@ -341,7 +352,7 @@ def wrong(launch, reference, finished, tmp_path_factory):
   # The time limit is part of the configuration, which has to be the run's.
   run = run_directory.read_run(lonely)
   run['configuration'] = [
-      line.replace('120.0', '0.1') for line in run['configuration']
+      line.replace('600.0', '0.1') for line in run['configuration']
   ]
   run_directory.write_run(lonely, run)
   before = {w: tiny_run.snapshot(w) for w in set(workdirs.values())}

@@ -3,6 +3,7 @@
 import shutil
 import signal
 
+import paced
 import pytest
 import tiny_run
 
@@ -46,9 +47,13 @@ def assert_same_end(workdir, reference):
     assert steps == list(range(5, tiny_run.NUM_STEPS + 1, 5))
 
 
-def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
+def test_a_stop_saves_all_groups_at_one_step(
+    launch, reference, tmp_path, monkeypatch
+):
   gin_file, never_stopped = reference
   workdir = tmp_path / 'run'
+  monkeypatch.setenv(paced.VARIABLE, str(tmp_path / 'pace'))
+  paced.write(tmp_path / 'pace', limit=22)  # It cannot reach its end.
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
   tiny_run.until(lambda: trees.completed_steps(saved), process=process)
@@ -59,6 +64,7 @@ def test_a_stop_saves_all_groups_at_one_step(launch, reference, tmp_path):
       for g in (0, 1)
   ]
   assert steps[0] == steps[1] and steps[0]
+  paced.write(tmp_path / 'pace')
   train(launch, workdir, gin_file).wait()
   assert_same_end(workdir, never_stopped)
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waits import PATIENCE, until
 
 from codistill_jax.data.workers import Workers
 
@@ -19,6 +20,18 @@ ROOT = Path(__file__).parent.parent
 def slow_square(n):
   time.sleep(0.02 * (n % 3 == 0))
   return n * n, os.getpid()
+
+
+class Together:
+  """The process that takes an item; once so many have taken one."""
+
+  def __init__(self, number, path):
+    self._number, self._path = number, path
+
+  def __call__(self, n):
+    (self._path / str(os.getpid())).touch()
+    until(lambda: len(list(self._path.iterdir())) >= self._number)
+    return n * n, os.getpid()
 
 
 def fail_at_5(n):
@@ -44,13 +57,15 @@ def pool():
 
 
 @pytest.mark.parametrize('number', [1, 2])
-def test_results_come_in_the_order_of_the_items(pool, number):
+def test_results_come_in_the_order_of_the_items(pool, number, tmp_path):
   workers = pool if number == 2 else Workers(1)
-  results = list(workers.map(slow_square, range(40)))
+  results = list(workers.map(Together(number, tmp_path), range(40)))
   assert [square for square, _ in results] == [n * n for n in range(40)]
   processes = {process for _, process in results}
   assert len(processes) == number
   assert (os.getpid() in processes) == (number == 1)
+  results = [square for square, _ in workers.map(slow_square, range(40))]
+  assert results == [n * n for n in range(40)]
   assert list(workers.map(slow_square, [])) == []
 
 
@@ -139,10 +154,8 @@ def test_what_cannot_be_sent_is_an_error_all_the_same(pool):
 
 
 def exists_soon(path):
-  deadline = time.monotonic() + 5
-  while not path.exists() and time.monotonic() < deadline:
-    time.sleep(0.01)
-  return path.exists()
+  until(path.exists, PATIENCE / 4)
+  return True
 
 
 def test_items_are_fetched_while_all_workers_are_busy(pool, tmp_path):
@@ -167,7 +180,7 @@ def test_a_script_without_a_guard_is_told_so(python, tmp_path):
       env={**os.environ, 'PYTHONPATH': str(ROOT)},
       capture_output=True,
       text=True,
-      timeout=30,
+      timeout=PATIENCE,
   )
   last = done.stderr.splitlines()[-1]
   assert last.startswith('OSError: A worker process ended with status 1')
@@ -193,35 +206,31 @@ def running(processes):
   return {pid for pid in processes if Path(f'/proc/{pid}').exists()}
 
 
-def gone(processes, seconds=5.0):
-  deadline = time.monotonic() + seconds
-  while running(processes) and time.monotonic() < deadline:
-    time.sleep(0.02)
-  return not running(processes)
-
-
-def test_at_the_end_the_processes_are_gone():
+def test_at_the_end_the_processes_are_gone(tmp_path):
   with Workers(2) as pool:
-    processes = {process for _, process in pool.map(slow_square, range(20))}
+    work = Together(2, tmp_path)
+    processes = {process for _, process in pool.map(work, range(20))}
     assert len(running(processes)) == 2
-  assert gone(processes, 0.1)
+  assert not running(processes)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
 @pytest.mark.parametrize('end', ['SIGKILL', 'os._exit', 'SIGTERM to all'])
 def test_workers_do_not_outlive_their_parent(python, tmp_path, end):
   (tmp_path / 'parent.py').write_text(
-      'import os, sys\n'
-      'from workers_test import slow_square\n'
+      'import os, pathlib, sys\n'
+      'from workers_test import Together\n'
       'from codistill_jax.data.workers import Workers\n'
       'if __name__ == "__main__":\n'
       '  with Workers(2) as pool:\n'
-      '    for n, (_, pid) in enumerate(pool.map(slow_square, range(10**6))):\n'
+      '    work = Together(2, pathlib.Path(sys.argv[2]))\n'
+      '    for n, (_, pid) in enumerate(pool.map(work, range(10**6))):\n'
       '      if n < 30: print(pid, flush=True)\n'
       '      if n == 50 and sys.argv[1] == "os._exit": os._exit(3)\n'
   )
+  (tmp_path / 'marks').mkdir()
   with subprocess.Popen(
-      [python, tmp_path / 'parent.py', end],
+      [python, tmp_path / 'parent.py', end, tmp_path / 'marks'],
       cwd=ROOT,
       env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'},
       stdout=subprocess.PIPE,
@@ -235,8 +244,8 @@ def test_workers_do_not_outlive_their_parent(python, tmp_path, end):
         parent.kill()
       elif end == 'SIGTERM to all':
         os.killpg(parent.pid, signal.SIGTERM)
-      parent.wait(10)
-      assert gone(processes)
+      parent.wait(PATIENCE)
+      until(lambda: not running(processes))
     finally:
       if running(processes):
         os.killpg(parent.pid, signal.SIGKILL)

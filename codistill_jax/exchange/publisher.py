@@ -30,6 +30,7 @@ _FIRST_RETRY_SECONDS = 1.0
 _SLOWEST_RETRY_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0  # For what a full disk still holds up at the end, ...
 _SLOW_SECONDS = 280.0  # ... and how much longer a slow one has.
+_JOIN_SECONDS = 20.0  # For the thread, which has nothing to write any more.
 
 _Waiting = tuple[Publication, Variables]
 
@@ -183,7 +184,7 @@ class Publisher:
       self._waiting.clear()
       self._changed.notify_all()
     if done:
-      self._thread.join(_CLOSE_SECONDS)
+      self._thread.join(_JOIN_SECONDS)
     self.raise_error()
     if not done and self._plan.mode == 'lockstep':
       raise TimeoutError(

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.models import linen
+from codistill_jax.models import linen, products
 
 _EPSILON = 1e-6
 _LONGEST_WAVE = 10_000.0  # Su et al. 2021, section 3.2.2.
@@ -252,7 +252,12 @@ class Layer(nn.Module):
         scale, 'fan_in', 'truncated_normal'
     )
     return nn.Dense(
-        size, use_bias=False, dtype=self.dtype, kernel_init=matrix, name=name
+        size,
+        use_bias=False,
+        dtype=self.dtype,
+        kernel_init=matrix,
+        dot_general=products.dense,
+        name=name,
     )
 
   def _adding(self, name, size):

@@ -211,9 +211,10 @@ def _contend(
       if found is not None and found.holder == own:
         return
     else:
-      # Perhaps written over a holder. It puts its file back at its next beat.
+      # Perhaps written over a holder. It puts its file back at its next beat,
+      # which on a busy machine may be late.
       _remove(path, own)
-      _pause(own.ttl_seconds / _BEATS_PER_TTL + settle, interrupted)
+      _pause(2 * own.ttl_seconds / _BEATS_PER_TTL + settle, interrupted)
       settle = 3 * took  # On a disk as slow as that it would never end.
 
 

@@ -27,11 +27,13 @@ BlockLoss = Callable[
 ]
 
 # Fewer examples than that make slow matrix products; more make no faster ones.
-_FEWEST = {'cpu': 128, 'accelerator': 1024}
+_FEWEST = {'cpu': 256, 'accelerator': 1024}
 _MOST = {'cpu': 1024, 'accelerator': 4096}
 # The memory of a block grows with its share of the examples.
 _SHARE = 1 / 16
-# What the logits of student and teachers may take in one block.
+# What the logits of student and teachers may take in one block, unless that is
+# less than a few examples.
+_FEW = 128
 _MOST_BYTES = {'cpu': 2**28, 'accelerator': 2**30}
 # Tensor cores want rows that begin at such multiples; a vocabulary of 24,006
 # takes twice the time of one of 24,064. A CPU gains less than the copy costs.
@@ -114,7 +116,7 @@ def block_size(num_examples: int, num_classes: int, num_peers: int = 0) -> int:
   fewest, most = _FEWEST[_platform()], _MOST[_platform()]
   size = min(max(math.ceil(num_examples * _SHARE), fewest), most)
   fitting = _MOST_BYTES[_platform()] // (4 * num_classes * (1 + num_peers))
-  return max(1, min(size, max(fitting, _FEWEST['cpu']), num_examples))
+  return max(1, min(size, max(fitting, _FEW), num_examples))
 
 
 def _platform() -> str:

@@ -227,7 +227,7 @@ def test_blocks_are_large_enough_to_be_fast_and_small_enough_to_fit(
   assert min(128, examples) <= size <= min(1024, examples)
   if size > 128:
     assert 4 * size * classes * (1 + peers) <= 2**28
-    assert size <= -(-examples // 16)
+    assert size <= max(256, -(-examples // 16))
 
 
 def test_shapes_that_disagree_are_named():

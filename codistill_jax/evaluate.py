@@ -70,6 +70,10 @@ def evaluate(
     ValueError: If there is no batch.
   """
   step = lambda batch, carry: eval_step(variables, batch, carry)
+  leaf = jax.tree.leaves(variables)[0]
+  if isinstance(leaf, jax.Array) and leaf.committed:
+    # Where later carries are; else the second batch would compile once more.
+    carry = jax.device_put(carry, leaf.sharding)
   sums = _sum_over(step, batches, carry, should_stop)
   return None if sums is None else _values(sums)
 

@@ -148,6 +148,18 @@ def test_the_carry_goes_from_batch_to_batch():
   assert_close(found.members[1], expected_metrics(softmax(table)))
 
 
+def test_one_program_evaluates_all_batches_of_variables_on_a_device():
+  """They come from a training step: a carry that did not would retrace it."""
+  step = jax.jit(make_eval_step(counting_model()))
+  variables = base.Variables(
+      jnp.ones((20, CLASSES)), {'rate': jnp.float32(0.5)}
+  )
+  variables = jax.device_put(variables, jax.devices()[1])
+  carry = counting_model().init_carry(5)
+  evaluate_lib.evaluate(step, variables, batches(5), carry)
+  assert step._cache_size() == 1
+
+
 def test_should_stop_is_asked_before_every_batch():
   asked, served = [], []
 

@@ -52,6 +52,7 @@ def pretend_python(monkeypatch, tmp_path, script):
   path.write_text(f'#!/bin/sh\n{script}\n')
   path.chmod(0o755)
   monkeypatch.setattr(sys, 'executable', str(path))
+  monkeypatch.setattr(machine, 'may_have_accelerator', lambda: True)
   # Tests have a jax with threads, which warns when it is forked.
   monkeypatch.setattr(processes, '_die_with_parent', None)
 
@@ -95,3 +96,24 @@ def test_groups_on_cpu_compute_in_large_pages(monkeypatch):
   assert machine.large_pages() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
   monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
   assert machine.large_pages() == {}
+
+
+def test_jax_is_asked_only_where_there_may_be_an_accelerator(
+    monkeypatch, tmp_path
+):
+  driver = tmp_path / 'nvidia0'
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setattr(machine, '_DEVICE_FILES', [f'{tmp_path}/nvidia*'])
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  assert not machine.may_have_accelerator()
+  monkeypatch.setattr(processes, 'call', None)  # It would fail.
+  environments, replicas = machine.share_devices(2, 3, Stop())
+  assert (len(environments), replicas) == (2, 3)
+  driver.touch()
+  assert machine.may_have_accelerator()
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert not machine.may_have_accelerator()
+  monkeypatch.delenv('JAX_PLATFORMS')
+  driver.unlink()
+  monkeypatch.setattr(sys, 'platform', 'darwin')
+  assert machine.may_have_accelerator()

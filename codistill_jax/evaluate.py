@@ -70,7 +70,7 @@ def evaluate(
     ValueError: If there is no batch.
   """
   step = lambda batch, carry: eval_step(variables, batch, carry)
-  leaf = jax.tree.leaves(variables)[0]
+  leaf = next(iter(jax.tree.leaves(variables)), None)
   if isinstance(leaf, jax.Array) and leaf.committed:
     # Where later carries are; else the second batch would compile once more.
     carry = jax.device_put(carry, leaf.sharding)

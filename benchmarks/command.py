@@ -18,16 +18,19 @@ from absl import app, flags, logging
 
 DEVICES = ('cpu', 'gpu')
 
-_DEVICE = flags.DEFINE_enum('device', 'cpu', DEVICES, 'What to measure on.')
-_QUICK = flags.DEFINE_bool(
-    'quick', False, 'Tiny sizes, once: to see whether it runs.'
-)
-_REPEATS = flags.DEFINE_integer(
-    'repeats', None, 'Measurements of each arm; default: as the benchmark says.'
-)
-_OUTPUT = flags.DEFINE_string(
-    'output', None, 'Also write the JSON to this file, after each row.'
-)
+
+def define_flags() -> None:
+  """Those of every benchmark; by the program, not by whoever imports it."""
+  flags.DEFINE_enum('device', 'cpu', DEVICES, 'What to measure on.')
+  flags.DEFINE_bool('quick', False, 'Tiny sizes, once: to see whether it runs.')
+  flags.DEFINE_integer(
+      'repeats',
+      None,
+      'Measurements of each arm; default: as the benchmark says.',
+  )
+  flags.DEFINE_string(
+      'output', None, 'Also write the JSON to this file, after each row.'
+  )
 
 
 class Options(NamedTuple):
@@ -64,12 +67,14 @@ def run(benchmark: str, rows: Rows) -> None:
       sys.exit(f'error: {e}')
     print(json.dumps(collect(benchmark, rows, options, output)))
 
+  define_flags()
   app.run(main)
 
 
 def from_flags() -> tuple[Options, str | None]:
   """What the flags say, and where to write."""
-  return Options(_DEVICE.value, _QUICK.value, _REPEATS.value), _OUTPUT.value
+  given = flags.FLAGS
+  return Options(given.device, given.quick, given.repeats), given.output
 
 
 def collect(

@@ -23,14 +23,6 @@ from benchmarks import figures
 
 Run = Mapping[str, Any]  # What `run_all` writes.
 
-_INPUT = flags.DEFINE_multi_string(
-    'input', ['docs/results/bench_cpu.json'], 'JSON of a run; repeatable.'
-)
-_NOTES = flags.DEFINE_string(
-    'notes', 'docs/benchmarks_notes.md', 'What is written by hand; only read.'
-)
-_PAGE = flags.DEFINE_string('page', 'docs/benchmarks.md', 'The page to make.')
-
 _HEAD = """\
 # Benchmarks
 
@@ -54,7 +46,7 @@ class Note(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  write(_INPUT.value, _NOTES.value, _PAGE.value)
+  write(flags.FLAGS.input, flags.FLAGS.notes, flags.FLAGS.page)
 
 
 def write(inputs: Sequence[str], notes: str, page: str) -> None:
@@ -304,4 +296,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_multi_string(
+      'input', ['docs/results/bench_cpu.json'], 'JSON of a run; repeatable.'
+  )
+  flags.DEFINE_string(
+      'notes', 'docs/benchmarks_notes.md', 'What is written by hand; only read.'
+  )
+  flags.DEFINE_string('page', 'docs/benchmarks.md', 'The page to make.')
   app.run(main)

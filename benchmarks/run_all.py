@@ -42,21 +42,13 @@ BENCHMARKS = (
 )
 _HERE = pathlib.Path(__file__).parent
 
-_ONLY = flags.DEFINE_list('only', [], 'Benchmarks to run; default: all.')
-_BUDGET = flags.DEFINE_float(
-    'budget', None, 'Seconds after which what runs is ended.'
-)
-_KEEP = flags.DEFINE_bool(
-    'keep', False, 'Keep what the output holds of benchmarks not run now.'
-)
-
 
 def main(argv: Sequence[str]) -> None:
   del argv
   options, output = command.from_flags()
   output = output or f'docs/results/bench_{options.device}.json'
   try:
-    names = chosen(_ONLY.value)
+    names = chosen(flags.FLAGS.only)
   except ValueError as e:
     sys.exit(f'error: {e}')
   run = {
@@ -64,10 +56,10 @@ def main(argv: Sequence[str]) -> None:
       'quick': options.quick,
       'made': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
       'command': ' '.join(['python -m benchmarks.run_all', *_said()]),
-      'benchmarks': _kept(output) if _KEEP.value else {},
+      'benchmarks': _kept(output) if flags.FLAGS.keep else {},
       'not_run': {},
   }
-  deadline = time.monotonic() + (_BUDGET.value or float('inf'))
+  deadline = time.monotonic() + (flags.FLAGS.budget or float('inf'))
   for name in names:
     start = time.monotonic()
     run['benchmarks'].pop(name, None)
@@ -151,5 +143,16 @@ def _said() -> list[str]:
   return [arg for arg in sys.argv[1:] if not arg.startswith('--output')]
 
 
+def define_flags() -> None:
+  """Beside those of every benchmark."""
+  command.define_flags()
+  flags.DEFINE_list('only', [], 'Benchmarks to run; default: all.')
+  flags.DEFINE_float('budget', None, 'Seconds after which what runs is ended.')
+  flags.DEFINE_bool(
+      'keep', False, 'Keep what the output holds of benchmarks not run now.'
+  )
+
+
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

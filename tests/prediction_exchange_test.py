@@ -16,7 +16,7 @@ from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.experiment import make_eval_step
 from codistill_jax.predictions import mixing_matrix
 from codistill_jax.storage import trees
-from experiments import cli, driver, train_lockstep, watch
+from experiments import cli, driver, lockstep, watch
 from experiments.job import Job
 
 G, BATCH, STEPS = 3, 4, 12
@@ -89,7 +89,7 @@ class Request:
 def train(workdir, stop_after=None):
   """Trains all groups as `train_lockstep` does."""
   gin_utils.parse([])
-  latch = train_lockstep.Latch(Request(stop_after))
+  latch = lockstep.Latch(Request(stop_after))
   plan = EXPERIMENT.plan
   mix_GG = mixing_matrix([plan.peers_of(g, G) for g in range(G)])
   update = joint.JointUpdate(population(), mix_GG, EXPERIMENT.prediction_top_k)
@@ -107,7 +107,7 @@ def train(workdir, stop_after=None):
       )
       for g in range(G)
   ]
-  train_lockstep.keep_common_checkpoints(jobs)
+  lockstep.keep_common_checkpoints(jobs)
   start = driver.new_state(jobs[0])
   groups = [
       driver.train(
@@ -115,9 +115,9 @@ def train(workdir, stop_after=None):
           lambda variables, exchange=exchange: exchange,
           watch.group_writer(job, progress=False),
       )
-      for job, exchange in zip(jobs, train_lockstep.exchanges_of(jobs, start))
+      for job, exchange in zip(jobs, lockstep.exchanges_of(jobs, start))
   ]
-  train_lockstep.train_in_turn(groups, latch)
+  lockstep.train_in_turn(groups, latch)
   return update
 
 
@@ -200,7 +200,7 @@ def test_all_groups_read_the_stream_of_the_first(monkeypatch):
       or toy.Tokens(4)
   )
   experiment = make_experiment(task=task)
-  _, stream = train_lockstep.train_steps_of(experiment, MODEL, 3, 1)
+  _, stream = lockstep.train_steps_of(experiment, MODEL, 3, 1)
   assert asked == [0] and stream.batch(3) is stream.batch(3)
 
 
@@ -247,7 +247,7 @@ def test_a_configuration_that_does_not_fit_is_refused(wrong, message):
 
 def test_a_single_group_is_refused():
   with pytest.raises(ValueError, match=r'num_groups=1: there is nobody'):
-    train_lockstep.train_steps_of(EXPERIMENT, MODEL, 1, 1)
+    lockstep.train_steps_of(EXPERIMENT, MODEL, 1, 1)
 
 
 @pytest.mark.parametrize('partition', ['shared', 'disjoint'])

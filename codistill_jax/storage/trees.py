@@ -20,6 +20,7 @@ directory, and `etils.epath` copies the files. So any backend of it will do.
 """
 
 import contextlib
+import inspect
 import os
 import tempfile
 import threading
@@ -79,10 +80,21 @@ _SAVING = threading.Lock()
 
 _T = TypeVar('_T')
 
-# By default orbax copies every array before it writes it; those that come here
-# are copies already. And it would read or write 96 GB at a time.
+
+def _numpy_handler() -> ocp.type_handlers.NumpyHandler:
+  """By default orbax copies every array before it writes it.
+
+  Those that come here are copies already. Releases before 0.12.6 always copy.
+  """
+  handler = ocp.type_handlers.NumpyHandler
+  if 'deepcopy_host_arrays' in inspect.signature(handler).parameters:
+    return handler(deepcopy_host_arrays=False)
+  return handler()
+
+
+# Orbax would read or write 96 GB at a time.
 _HANDLERS = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (np.ndarray, _numpy_handler()),
     (jax.Array, ocp.type_handlers.ArrayHandler()),  # Missed aloud otherwise.
 )
 _BUFFERS_GB = 1

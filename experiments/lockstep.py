@@ -1,0 +1,144 @@
+"""All groups of a run in one process: what makes and steps them in turn."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import joint, run_directory
+from codistill_jax.base import Model, Stream
+from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
+from codistill_jax.exchange.prediction_exchange import PredictionExchange
+from codistill_jax.exchange.protocol import Exchange
+from codistill_jax.predictions import bytes_per_example, mixing_matrix
+from codistill_jax.replicas import PmapStep
+from codistill_jax.storage.checkpoint import Checkpoints
+from experiments import cli, devices, driver
+from experiments.job import Job
+from experiments.stopping import StopRequest
+
+
+def train_steps_of(
+    experiment: experiment_lib.Experiment,
+    model: Model,
+    num_groups: int,
+    num_replicas: int,
+) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
+  """What updates each group; and the stream of all, if they update together."""
+  chosen = devices.chosen_devices(num_replicas)
+  if experiment.exchange == 'checkpoints':
+    step = experiment_lib.make_replicated_step(experiment, model, chosen)
+    return [step] * num_groups, None  # Compiled once for all.
+  if num_groups < 2:
+    raise ValueError(
+        "Experiment.exchange='predictions' with --num_groups=1: there is nobody"
+        ' to exchange with; set --num_groups to at least 2, or'
+        " exchange='checkpoints' for a baseline"
+    )
+  population = experiment_lib.make_population(
+      experiment,
+      model,
+      num_groups,
+      num_replicas=num_replicas or jax.local_device_count(),
+  )
+  plan = experiment.plan
+  peers = [
+      plan.peers_of(group_id, num_groups) for group_id in range(num_groups)
+  ]
+  update = joint.JointUpdate(
+      population, mixing_matrix(peers), experiment.prediction_top_k
+  )
+  stream = experiment_lib.train_stream(experiment, 0, num_groups)
+  return update.seats, joint.SharedStream(stream)
+
+
+def exchanges_of(
+    jobs: Sequence[Job], start: driver.Start
+) -> Sequence[Exchange]:
+  """The exchange of each group, through memory."""
+  job = jobs[0]
+  experiment, num_groups = job.experiment, job.num_groups
+  if experiment.exchange == 'checkpoints':
+    return memory_exchanges(
+        num_groups,
+        plan=experiment.plan,
+        mirror=Mirror(
+            run_directory.exchange_root(job.workdir),
+            start.state.variables,
+            job.identity,
+        ),
+    )
+  size = bytes_per_example(
+      experiment.task.num_classes,
+      experiment.prediction_top_k,
+      experiment.task.output,
+  )
+  return [
+      PredictionExchange(
+          group_id,
+          num_groups,
+          experiment.plan,
+          top_k=experiment.prediction_top_k,
+          bytes_to_peer=start.examples * size,
+      )
+      for group_id in range(num_groups)
+  ]
+
+
+class Latch:
+  """A stop request that all groups of a round see alike."""
+
+  def __init__(self, request: StopRequest):
+    self._request = request
+    self._stop = False
+
+  def __call__(self) -> bool:
+    # Asked only now, and not in `update`: until a group is about to save, the
+    # main thread may be stuck in an update, and others have to save for it.
+    return self._stop and self._request()
+
+  def update(self) -> None:
+    self._stop = self._request.signal_number is not None
+
+  @property
+  def signal_number(self) -> int | None:
+    return self._request.signal_number
+
+
+def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
+  """Steps all groups, one update each, until all are done."""
+  running = list(groups)
+  while running:
+    latch.update()
+    stopped = None
+    for group in list(running):
+      try:
+        next(group)
+      except StopIteration:
+        running.remove(group)
+      except cli.Stopped as e:
+        stopped = e  # The others save at this step too.
+    if stopped is not None:
+      raise stopped
+
+
+def keep_common_checkpoints(jobs: Sequence[Job]) -> None:
+  """All groups restart at one step: the newest that all of them have."""
+  stores = [
+      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      for job in jobs
+  ]
+  steps = [set(store.steps()) for store in stores]
+  common = set.intersection(*steps)
+  if all(steps) and not common:
+    raise ValueError(
+        f'the groups of {jobs[0].workdir} have no step in common among their'
+        ' resume checkpoints; use another --workdir to start again'
+    )
+  start = max(common, default=-1)
+  for job, store in zip(jobs, stores):
+    if store.newest_step not in (None, start):
+      # It goes back with the others, also if it had reached its last step.
+      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      store.discard_after(start)
+    store.close()

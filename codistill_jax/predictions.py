@@ -27,6 +27,7 @@ from codistill_jax.base import Array, PeerPredictions
 # Up to so many a sum that is fused into what needs it beats a matrix product,
 # which reads each prediction once for all groups of a device, but writes more.
 _FEW_GROUPS = 8
+_LEAST_LEFT = 1e-6  # Float32 knows 1 less a sum no better.
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -202,9 +203,9 @@ class Sent(NamedTuple):
 def largest(probabilities: jax.Array, top_k: int) -> Sent:
   """The `top_k` largest of probabilities (..., C), and the rest."""
   values_K, classes_K = jax.lax.top_k(probabilities, top_k)
-  # Not 1 - sum, which loses what a confident group leaves to the rest.
-  others = _outside(classes_K, probabilities.shape[-1])
-  rest = jnp.sum(probabilities * others, axis=-1)
+  if top_k == probabilities.shape[-1]:
+    return Sent(values_K, classes_K, jnp.zeros(values_K.shape[:-1]))
+  rest = jnp.maximum(1.0 - jnp.sum(values_K, axis=-1), 0.0)
   return Sent(values_K, classes_K, rest)
 
 
@@ -215,36 +216,26 @@ def _top_k_cross_entropy(
 
   The classes are the K that the peer names, and all others as one: nothing is
   renormalised. By the data processing inequality the divergence that it stands
-  for is never above that of the whole predictions.
+  for is never above that of the whole predictions. What the student leaves to
+  the others is 1 less what it gives to the K, and counts as at least 1e-6: it
+  takes no pass over all classes for each peer.
   """
-  num_classes = student.shape[-1]
   log_q = jax.nn.log_softmax(student)
-  q = jnp.exp(log_q)
-  mine = largest(jax.lax.stop_gradient(q), peers.top_k)
+  mine = largest(jax.lax.stop_gradient(jnp.exp(log_q)), peers.top_k)
   sent = Sent(*(gather(x, peers.axis_name) for x in mine))
-  # Dense again, as the target of a whole prediction is: for all groups of a
-  # device once, and in a form that is cheap to differentiate.
-  named_G = _scattered(sent.probabilities_K, sent.classes_K, num_classes)
-  outside_G = _outside(sent.classes_K, num_classes)
-  named = -jnp.sum(_mix(named_G, peers) * log_q, axis=-1)
-  mass_G = jnp.einsum(
-      '...c,g...c->g...', q, outside_G, precision=jax.lax.Precision.HIGHEST
-  )
-  log_mass_G = jnp.log(jnp.maximum(mass_G, _TINY))
-  return named - _mix(sent.rest * log_mass_G, peers)
+  # Of all peers at once: their gradients are added in one go.
+  classes_GK = jnp.moveaxis(sent.classes_K, 0, -2)
+  lead, named = classes_GK.shape[:-2], classes_GK.shape[-2:]
+  log_q_GK = jnp.take_along_axis(
+      log_q, classes_GK.reshape(*lead, -1), axis=-1
+  ).reshape(*lead, *named)
+  log_q_GK = jnp.moveaxis(log_q_GK, -2, 0)
+  given_G = jnp.sum(sent.probabilities_K * log_q_GK, axis=-1)
+  left_G = 1.0 - jnp.sum(jnp.exp(log_q_GK), axis=-1)
+  return -_mix(given_G + sent.rest * _log_at_least(left_G, _LEAST_LEFT), peers)
 
 
-def _outside(classes_K: jax.Array, num_classes: int) -> jax.Array:
-  """float32 (..., C): 0 at the classes named in (..., K), else 1."""
-  ones = jnp.ones(classes_K.shape, jnp.float32)
-  return 1.0 - _scattered(ones, classes_K, num_classes)
-
-
-def _scattered(
-    values_K: jax.Array, classes_K: jax.Array, num_classes: int
-) -> jax.Array:
-  """(..., C) of 0 with the values (..., K) at their classes."""
-  zeros = jnp.zeros((*values_K.shape[:-1], num_classes), values_K.dtype)
-  return jnp.put_along_axis(
-      zeros, classes_K, values_K, axis=-1, inplace=False, mode='drop'
-  )
+def _log_at_least(values: jax.Array, least: float) -> jax.Array:
+  """The logarithm of no less than `least`, with a gradient there too."""
+  raised = jax.lax.stop_gradient(jnp.maximum(values, least) - values)
+  return jnp.log(values + raised)

@@ -8,8 +8,8 @@ import optax
 import pytest
 import toy
 
+from codistill_jax import base, flops, peaks
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import flops, peaks
 from codistill_jax import step as step_lib
 from codistill_jax.models import resnet
 from experiments import efficiency
@@ -30,14 +30,17 @@ def make_job(model=MODEL, *, peers=2, devices=None, **plan):
       ),
   )
   train_step = step_lib.make_train_step(
-      model, optax.adam(1e-3), axis_name=efficiency.REPLICA_AXIS
+      model, optax.adam(1e-3), axis_name=base.REPLICA_AXIS
   )
   return types.SimpleNamespace(
       experiment=experiment,
       group_id=0,
       num_groups=peers + 1,
       train_step=types.SimpleNamespace(
-          train_step=train_step, num_replicas=2, device_kind='cpu'
+          train_step=train_step,
+          axis_sizes={base.REPLICA_AXIS: 1},
+          num_replicas=2,
+          device_kind='cpu',
       ),
   )
 
@@ -152,7 +155,12 @@ def test_to_count_is_to_look_at_shapes(watched):
 
 def test_a_step_on_replicas_shows_what_it_runs_on():
   job = types.SimpleNamespace(
-      task=toy_task(), optimizer=optax.sgd(0.1), distill_loss='cross_entropy'
+      task=toy_task(),
+      model=lambda num_classes: MODEL,
+      optimizer=optax.sgd(0.1),
+      distill_loss='cross_entropy',
+      fused_loss=True,
+      teacher_dtype='float32',
   )
   step = experiment_lib.make_replicated_step(job, MODEL, jax.devices()[:2])
   assert (step.num_replicas, step.device_kind) == (2, 'cpu')

@@ -115,8 +115,8 @@ def test_a_group_that_compiles_leaves_and_loses_no_update(make_run, reference):
   )
   first.start_stuck('train-1')
   second.start_stuck('train-2')
-  # The teacher of the second trace is the first to be applied in eval mode.
-  evaluating.start_stuck('eval-2')
+  # The teacher of the second trace is applied in eval mode before, twice.
+  evaluating.start_stuck('eval-3')
 
   line = first.stop(signal.SIGINT)
   assert (

@@ -7,12 +7,14 @@ in the main thread meanwhile, and other threads run.
 import ctypes
 import os
 import pathlib
+import threading
 
 from codistill_jax.models import lstm
 from experiments import stopping
 
 # Where: 'train-1' and 'train-2' are the traces of the step, 'eval-1' the first
-# of an evaluation (or of a teacher). And the file that says it got there.
+# of an evaluation (or of a teacher, who is looked at once before). And the file
+# that says it got there.
 WHERE, MARK = 'STUCK_WHERE', 'STUCK_MARK'
 # How long the main thread is waited for before a rescue, in seconds.
 LIMIT = 'STUCK_LIMIT'
@@ -25,6 +27,9 @@ def language_model(num_classes):
   counts = {'train': 0, 'eval': 0}
 
   def apply(variables, batch, carry, rng, train):
+    if threading.current_thread() is not threading.main_thread():
+      # Where its operations are counted.
+      return model.apply(variables, batch, carry, rng, train)
     kind = 'train' if train else 'eval'
     counts[kind] += 1
     if os.environ.get(WHERE) == f'{kind}-{counts[kind]}':

@@ -5,6 +5,7 @@ is asked of one of them alone, with a clock of the test's.
 """
 
 import concurrent.futures
+import contextlib
 import queue
 import socket
 import threading
@@ -56,7 +57,8 @@ class Group:
   def die(self, me):
     """As the kernel ends the connections of a process that is killed."""
     for connection in self.all[me]._sockets:
-      connection.shutdown(socket.SHUT_RDWR)
+      with contextlib.suppress(OSError):  # Who was lost has let go already.
+        connection.shutdown(socket.SHUT_RDWR)
 
   def end(self):
     for one in self.all:

@@ -666,7 +666,7 @@ def command(python, *flags):
 # Suspends itself as soon as that training shard is written: at a random moment
 # it might be done before a test, on a busy machine, has struck.
 HALTS = """
-import os, signal, sys
+import os, signal, sys, time
 from codistill_jax.data import shards
 halt_after = int(sys.argv.pop(1))
 write_shard = shards.write_shard
@@ -674,6 +674,7 @@ def write_and_halt(data_dir, split, shard, *rest):
   found = write_shard(data_dir, split, shard, *rest)
   if (split, shard) == ('train', halt_after):
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(float(os.environ.get('WORK_LEFT', 0)))
   return found
 shards.write_shard = write_and_halt
 from experiments import cli, prepare_data
@@ -822,6 +823,8 @@ def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
   else:
     source = pathlib.Path(flags[0].partition(':')[2])
     start = halting(python, 0)
+  # What is left to do takes longer than to leave, on any machine.
+  environment = os.environ | {'WORK_LEFT': '1000'}
   with subprocess.Popen(
       [
           *start,
@@ -831,6 +834,7 @@ def test_a_signal_ends_it_at_once(tmp_path, large, python, phase):
           '--workers=2',
       ],
       cwd=ROOT,
+      env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

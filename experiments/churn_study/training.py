@@ -183,11 +183,11 @@ def _groups(
         group_id=group_id,
         num_groups=run.num_groups,
     )
-    state, stream, _ = driver.new_state(job)
+    start = driver.new_state(job)
     yield group.run_group(
         trainer.train_step,
-        state,
-        stream,
+        start.state,
+        start.stream,
         num_steps=experiment.num_steps,
         exchange=exchange,
         distill_weight=experiment.distill_weight,

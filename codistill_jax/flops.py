@@ -82,15 +82,16 @@ def of_jaxpr(jaxpr: Jaxpr) -> Flops:
 def has_convolution(function: Callable[..., Any], *args: PyTree) -> bool:
   """Whether a convolution occurs in a function of such arguments."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-  return _convolves(jax.make_jaxpr(function)(*shapes).jaxpr)
+  found = equations(jax.make_jaxpr(function)(*shapes).jaxpr)
+  return any(e.primitive.name == 'conv_general_dilated' for e in found)
 
 
-def _convolves(jaxpr: Jaxpr) -> bool:
-  return any(
-      e.primitive.name == 'conv_general_dilated'
-      or any(map(_convolves, jaxprs_in_params(e.params)))
-      for e in jaxpr.eqns
-  )
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+  """The equations of a trace and of all that it calls, each once."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from equations(inner)
 
 
 def _of_equation(equation) -> Flops:

@@ -132,7 +132,10 @@ def soft_target(
   Returns:
     Probabilities (..., C); the uniform distribution if nobody is present.
   """
-  teachers = _checked_teachers(teacher_logits_P, present_P)
+  return _soft_target(_checked_teachers(teacher_logits_P, present_P), present_P)
+
+
+def _soft_target(teachers, present_P):
   mean = _mean_over_present([softmax(x) for x in teachers], present_P)
   return jnp.where(_anyone(present_P), mean, 1.0 / mean.shape[-1])
 
@@ -141,7 +144,13 @@ def log_soft_target(
     teacher_logits_P: base.Array, present_P: base.Array
 ) -> jax.Array:
   """Logarithm of `soft_target`, exact also where that underflows to 0."""
-  logits = jnp.stack(_checked_teachers(teacher_logits_P, present_P))
+  return _log_soft_target(
+      _checked_teachers(teacher_logits_P, present_P), present_P
+  )
+
+
+def _log_soft_target(teachers, present_P):
+  logits = jnp.stack(teachers)
   num_classes = logits.shape[-1]
   present = jnp.broadcast_to(_align(present_P, logits.ndim), logits.shape)
   # -1e30 rather than `logsumexp(where=)`: nobody present stays finite.
@@ -195,11 +204,12 @@ def formula_of(loss: Callable[..., jax.Array]) -> Formula:
   return formula
 
 
-def _of_teachers(logits_P, present_P) -> SoftTarget:
+def _of_teachers(teachers, present_P) -> SoftTarget:
+  """Of finite float32 logits (..., C), an array for each teacher."""
   return SoftTarget(
-      lambda: soft_target(logits_P, present_P),
-      lambda: log_soft_target(logits_P, present_P),
-      lambda: _mean_over_present(logits_P, present_P),
+      lambda: _soft_target(teachers, present_P),
+      lambda: _log_soft_target(teachers, present_P),
+      lambda: _mean_over_present(teachers, present_P),
   )
 
 
@@ -441,8 +451,6 @@ def _checked_teachers(teacher_logits_P, present_P):
   Apart: what is done to those of one teacher is done in one go, while they are
   in the cache. For all of them at once it takes half as long again.
   """
-  if isinstance(teacher_logits_P, list):
-    return teacher_logits_P  # They have been here.
   shape, peers = jnp.shape(teacher_logits_P), jnp.shape(present_P)
   if not shape or not shape[0] or peers != shape[:1]:
     raise ValueError(

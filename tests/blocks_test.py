@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from codistill_jax import blocks, losses
+from codistill_jax import blocks, flops, losses
 from codistill_jax.base import HeadOutputs, logits_of
 
 
@@ -178,21 +178,6 @@ def test_many_groups_at_once_are_each_as_if_alone():
   assert_close(together, alone, rtol=1e-5)
 
 
-def largest_arrays(jaxpr):
-  """The number of elements of all arrays of a program, inner ones too."""
-  for equation in jaxpr.eqns:
-    yield from (
-        v.aval.size for v in equation.outvars if hasattr(v.aval, 'size')
-    )
-    for inner in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'),
-    ):
-      inner = getattr(inner, 'jaxpr', inner)
-      if hasattr(inner, 'eqns'):
-        yield from largest_arrays(inner)
-
-
 @pytest.mark.parametrize('summed, exists', [('fused', False), ('plain', True)])
 def test_logits_of_all_tokens_never_exist(summed, exists):
   tokens, features, classes = 4096, 8, 1000
@@ -200,7 +185,8 @@ def test_logits_of_all_tokens_never_exist(summed, exists):
   loss = loss_of()
   of = functools.partial({'fused': blocks.summed, 'plain': plain}[summed], loss)
   jaxpr = jax.make_jaxpr(with_gradient(of))(*args)
-  largest = max(largest_arrays(jaxpr.jaxpr))
+  arrays = [v.aval for e in flops.equations(jaxpr.jaxpr) for v in e.outvars]
+  largest = max(x.size for x in arrays)
   assert (largest >= tokens * classes) == exists
   if not exists:
     assert largest <= 2 * tokens * classes / 16  # Two teachers in one array.

@@ -24,15 +24,7 @@ from experiments import job as job_lib
 
 BATCH, STEPS = 4, 12
 MODEL = toy.recurrent_model(units=4)
-TASK = base.Task(
-    train_stream=lambda group_id, group_batch, **_: toy.Tokens(
-        group_batch, group_id=group_id
-    ),
-    eval_batches=lambda rows: [toy.Tokens(rows).batch(n) for n in (0, 1)],
-    num_classes=7,
-    identity={'task': 'toy'},
-    example_name='token',
-)
+TASK = toy.TOKEN_TASK
 
 
 def make_experiment(**kwargs):

@@ -10,8 +10,8 @@ import pytest
 import tiny_run
 import toy
 
-from codistill_jax import base, gin_utils, joint, run_directory
 from codistill_jax import experiment as experiment_lib
+from codistill_jax import gin_utils, joint, run_directory
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.experiment import make_eval_step
 from codistill_jax.predictions import mixing_matrix
@@ -21,15 +21,7 @@ from experiments.job import Job
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)
-TASK = base.Task(
-    train_stream=lambda group_id, group_batch, **_: toy.Tokens(
-        group_batch, group_id=group_id
-    ),
-    eval_batches=lambda rows: [toy.Tokens(rows).batch(n) for n in (0, 1)],
-    num_classes=7,
-    identity={'task': 'toy'},
-    example_name='token',
-)
+TASK = toy.TOKEN_TASK
 
 
 def make_experiment(**kwargs):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.extend.core import jaxprs_in_params
 
+from codistill_jax import flops
 from codistill_jax.models import products
 
 N, E, F = 6, 4, 8
@@ -38,7 +38,7 @@ def test_gradients_are_multiplied_in_the_dtype_of_the_kernel(x_dtype):
   x, kernel, weights = arrays()
   x, kernel = x.astype(x_dtype), kernel.astype(jnp.bfloat16)
   traced = jax.make_jaxpr(lambda *args: gradients(products.dot, *args))
-  found = list(dots(traced(x, kernel, weights).jaxpr))
+  found = dots(traced(x, kernel, weights).jaxpr)
   assert len(found) == 3
   assert {v.aval.dtype.name for e in found for v in e.invars} == {'bfloat16'}
   assert {e.outvars[0].aval.dtype.name for e in found} == {'float32'}
@@ -48,11 +48,8 @@ def test_gradients_are_multiplied_in_the_dtype_of_the_kernel(x_dtype):
 
 def dots(jaxpr):
   """The products of a traced function, at any depth."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from dots(inner)
+  found = flops.equations(jaxpr)
+  return [e for e in found if e.primitive.name == 'dot_general']
 
 
 def test_the_larger_side_is_never_transposed():

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
+from codistill_jax import flops
 from codistill_jax.models import lstm, recurrence
 
 T, B, E, D = 5, 3, 4, 8
@@ -143,11 +143,7 @@ def assert_close(ours, plain, tolerance):
 
 def scans(jaxpr):
   """The scans of a traced function, at any depth."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'scan':
-      yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from scans(inner)
+  return [e for e in flops.equations(jaxpr) if e.primitive.name == 'scan']
 
 
 def stacked_and_carried(scan):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from codistill_jax import step as step_lib
-from codistill_jax.base import Model, Teachers, Updates, Variables
+from codistill_jax.base import Model, Task, Teachers, Updates, Variables
 from codistill_jax.models.linen import from_linen
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
@@ -100,6 +100,17 @@ class Tokens:
         'weights': rng.integers(2, size=self._shape).astype(np.float32),
         'resets': rng.random(self._shape) < 0.2,
     }
+
+
+TOKEN_TASK = Task(
+    train_stream=lambda group_id, group_batch, **_: Tokens(
+        group_batch, group_id=group_id
+    ),
+    eval_batches=lambda rows: [Tokens(rows).batch(n) for n in (0, 1)],
+    num_classes=7,
+    identity={'task': 'toy'},
+    example_name='token',
+)
 
 
 def statistics_model():

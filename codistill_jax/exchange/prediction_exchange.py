@@ -5,25 +5,25 @@ update itself, see `predictions` and `joint`. What remains is whose they are.
 """
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 
-from codistill_jax.base import Metrics, PeerPredictions, Variables
-from codistill_jax.exchange.protocol import Plan, staleness_metrics
+from codistill_jax.base import PeerPredictions
+from codistill_jax.exchange.protocol import (
+    NoExchange,
+    Plan,
+    staleness_metrics,
+)
 from codistill_jax.exchange.publications import Publication
 
 
-class PredictionExchange:
-  """The exchange of one group; see `Exchange`.
+class PredictionExchange(NoExchange):
+  """The exchange of one group; see `Exchange`. Nothing is published.
 
   Attributes:
     peers: The ids of the peers.
     in_use: What taught in the last update: predictions as old as itself.
   """
-
-  rejected = 0
-  last_rejection = ''
 
   def __init__(
       self,
@@ -51,16 +51,6 @@ class PredictionExchange:
     self._bytes_to_peer = bytes_to_peer
     self._readers = len(plan.readers_of(group_id, num_groups))
 
-  def due(self, step: int) -> bool:
-    del step
-    return False
-
-  def publish_if_due(
-      self, step: int, variables: Variables, metrics: Metrics | None = None
-  ) -> bool:
-    del step, variables, metrics
-    return False
-
   def fetch(self, step: int) -> PeerPredictions | None:
     """The peers, who all teach in the update after `step`; None without any."""
     if not self.peers:
@@ -74,15 +64,3 @@ class PredictionExchange:
     sent = float(self._bytes_to_peer * self._readers)
     metrics['exchange/prediction_bytes'] = sent
     return metrics
-
-  def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
-    del step, teacher_steps
-
-  def settle(self, step: int) -> None:
-    del step
-
-  def checkpointed(self, step: int) -> None:
-    del step
-
-  def close(self) -> None:
-    pass

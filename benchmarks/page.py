@@ -26,7 +26,7 @@ Run = Mapping[str, Any]  # What `run_all` writes.
 _HEAD = """\
 # Benchmarks
 
-Made by `benchmarks/page.py` from the JSON of one run for each device: do not
+Made by `benchmarks/page.py` from the JSON of the commands below: do not
 edit it here. What limits a figure is in [{notes_name}]({notes_name}).
 
 Medians, with the quartiles in parentheses; a ratio is the median of the ratios

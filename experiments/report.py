@@ -76,7 +76,7 @@ def report_blocks(
   speed = report_speed.rows(arms)
   if speed:
     blocks += [
-        report_pages.Heading('Speed'),
+        report_pages.Heading('Speed and arithmetic'),
         report_pages.Table(report_speed.TITLES, speed, names=2),
         report_pages.Bullets(report_speed.NOTES),
     ]

@@ -1,0 +1,133 @@
+"""What a study is: arms, scales, and what is compared; data, no code.
+
+A study is declared in `catalogue/`, trained by `worker`, read back by
+`results`, and turned into figures, plots and a page by the modules beside
+them. Nothing here imports jax.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+SCALES = ('smoke', 'cpu', 'gpu', 'paper')
+
+# What a comparison may measure; see `analysis`.
+MEASURES = {
+    'steps_to_target': "steps to the baseline's best validation loss",
+    'total_steps_to_target': 'steps to it, with those of the teachers before',
+    'compute_to_target': 'FLOPs to it, over all groups and teachers',
+    'final_loss': 'validation loss at the last evaluation',
+    'best_loss': 'best validation loss',
+    'churn': 'mean absolute difference between retrains',
+}
+
+
+class Arm(NamedTuple):
+  """One method in a comparison.
+
+  Attributes:
+    name: In files; letters, digits and underscores.
+    title: For people.
+    gin_files: On top of those of the scale.
+    bindings: On top of all files.
+    num_groups: G.
+    ensemble_of: Trains nothing: the mean prediction of the groups of each run
+      of that arm.
+    taught_by: Trained after that arm, and towards the groups of its run of the
+      same seed, which stay as they are.
+    tuned_as: Takes the learning rate of that arm rather than its own of the
+      grid.
+    workers: Workers of each group that give each other something in every
+      update; what they give is counted as `communication` says.
+    communication: Pattern of bytes, a name in `communication`: 'none',
+      'all_reduce', 'exchange', 'outer' or 'server'.
+    x: Where the arm stands on the axis of the study, if that has one.
+    series: Which line of the plot against that axis it belongs to.
+  """
+
+  name: str
+  title: str
+  gin_files: tuple[str, ...] = ()
+  bindings: tuple[str, ...] = ()
+  num_groups: int = 1
+  ensemble_of: str = ''
+  taught_by: str = ''
+  tuned_as: str = ''
+  workers: int = 1
+  communication: str = 'none'
+  x: float | None = None
+  series: str = ''
+
+
+class Comparison(NamedTuple):
+  """One number of one arm against that of another, seed by seed.
+
+  Attributes:
+    arm: The one of interest.
+    against: The other.
+    measure: A key of `MEASURES`.
+    expect: What the paper leads us to expect of the arm's number: 'less',
+      'more' or 'equal' to the other's.
+    paper: What the paper says, with its mark: 'half the steps [B]'.
+  """
+
+  arm: str
+  against: str
+  measure: str
+  expect: str
+  paper: str
+
+
+class Scale(NamedTuple):
+  """How large a study is.
+
+  Attributes:
+    gin_files: The task first; `--gin_file` replaces them. They define the
+      macros RATE (learning rate) and STEPS (updates of a group).
+    bindings: On top of them.
+    seeds: How many seeds each arm is trained with.
+    rates: The grid of learning rates of every arm; each is tried with one more
+      seed, which is reported nowhere. One rate: nothing is tuned.
+    arms: Names of the arms that are trained; empty for all.
+    hours: About how long it takes, and on what; a note for people.
+  """
+
+  gin_files: tuple[str, ...]
+  bindings: tuple[str, ...] = ()
+  seeds: int = 3
+  rates: tuple[float, ...] = ()
+  arms: tuple[str, ...] = ()
+  hours: str = ''
+
+
+class Study(NamedTuple):
+  """A declaration.
+
+  Attributes:
+    name: Of `--study`.
+    title: Heading of the page.
+    source: 'Figure 2a of Anil et al. 2018', or what else is reproduced.
+    question: One sentence.
+    claim: What the paper says, with the marks of how sure we are of it.
+    arms: In the order of tables and plots.
+    baseline: The arm whose best loss is the target.
+    comparisons: What the verdict is about; the first is the main one.
+    scales: By name.
+    x_label: Of the axis on which arms stand; '' for none.
+    x_log: Whether that axis is logarithmic.
+    views: Further figures of this study, names in `views`; such as 'latency'.
+    notes: Paragraphs for the page: what the result depends on.
+  """
+
+  name: str
+  title: str
+  source: str
+  question: str
+  claim: str
+  arms: tuple[Arm, ...]
+  baseline: str
+  comparisons: tuple[Comparison, ...]
+  scales: Mapping[str, Scale]
+  x_label: str = ''
+  x_log: bool = False
+  views: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ The rules, the same for all arms and said on every page by `wording`:
 Numpy only. Shape suffix: N evaluations of a run.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,12 +46,15 @@ class Outcome(NamedTuple):
     state: One of the states above.
     at_least: Where the target was not reached, the value at the last
       evaluation; else NaN.
+    resolution: Of a target that was reached, the distance to the evaluation
+      before: by how much the value may be too high; else NaN.
   """
 
   seed: int
   value: float
   state: str
   at_least: float = float('nan')
+  resolution: float = float('nan')
 
 
 class Cell(NamedTuple):
@@ -79,19 +83,29 @@ class Effect(NamedTuple):
     theirs: Those of the other, in the same order.
     figure: Of ratios the geometric mean, with its interval; None if a pair is
       not measured for any other reason than divergence.
-    baseline: Mean of the other over the pairs that count; NaN without.
+    mean: Of the arm over the pairs that count; NaN without.
+    baseline: Of the other.
+    resolution: The largest of theirs: what lies no further apart may be the
+      spacing of evaluations.
   """
 
   ratio: bool
   ours: tuple[Outcome, ...]
   theirs: tuple[Outcome, ...]
   figure: Figure | None
-  baseline: float
+  mean: float = float('nan')
+  baseline: float = float('nan')
+  resolution: float = float('nan')
 
   @property
   def pairs(self) -> int:
     """Over how many seeds the figure is."""
     return len(self.figure.values) if self.figure else 0
+
+  @property
+  def within_resolution(self) -> bool:
+    """Whether the two are no more than one evaluation apart."""
+    return abs(self.mean - self.baseline) <= self.resolution
 
 
 class Analysis(NamedTuple):
@@ -240,7 +254,9 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
   at = np.flatnonzero(smooth(run.loss_N, analysis.window) <= target)
   if not len(at):
     return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
-  return Outcome(run.seed, float(costs_N[at[0]]), MEASURED)
+  value = float(costs_N[at[0]])
+  before = float(costs_N[at[0] - 1]) if at[0] else 0.0
+  return Outcome(run.seed, value, MEASURED, resolution=value - before)
 
 
 def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
@@ -251,7 +267,7 @@ def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
   counted = [o for o in outcomes if o.state != DIVERGED]
   figure = None
   if counted and all(o.state == MEASURED for o in counted):
-    figure = intervals.over_retrains(np.array([o.value for o in counted]))
+    figure = _over_seeds(tuple(o.value for o in counted))
   return Cell(outcomes, figure)
 
 
@@ -266,18 +282,13 @@ def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
   pairs = [(ours[s], theirs[s]) for s in seeds]
   counted = [p for p in pairs if DIVERGED not in (p[0].state, p[1].state)]
   ratio = measure in RATIOS
-  figure, baseline = None, float('nan')
-  if counted and all(o.state == MEASURED for p in counted for o in p):
-    values = np.array([[a.value, b.value] for a, b in counted])
-    figure = _ratio(values) if ratio else _difference(values)
-    baseline = float(values[:, 1].mean())
-  return Effect(
-      ratio,
-      tuple(a for a, _ in pairs),
-      tuple(b for _, b in pairs),
-      figure,
-      baseline,
-  )
+  sides = (tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+  if not counted or any(o.state != MEASURED for p in counted for o in p):
+    return Effect(ratio, *sides, None)
+  values = np.array([[a.value, b.value] for a, b in counted])
+  figure = _ratio(values) if ratio else _difference(values)
+  resolution = max(o.resolution for p in counted for o in p)
+  return Effect(ratio, *sides, figure, *values.mean(0).tolist(), resolution)
 
 
 def _ratio(values: np.ndarray) -> Figure | None:
@@ -285,7 +296,7 @@ def _ratio(values: np.ndarray) -> Figure | None:
     return None  # Reached before the first update: no ratio.
   # On logarithms, so that a against b is one over b against a.
   logs = np.log(values[:, 0]) - np.log(values[:, 1])
-  found = intervals.over_retrains(logs)
+  found = _over_seeds(tuple(logs))
   ratios = np.exp(logs)
   return Figure(
       mean=float(np.exp(found.mean)),
@@ -297,7 +308,12 @@ def _ratio(values: np.ndarray) -> Figure | None:
 
 
 def _difference(values: np.ndarray) -> Figure:
-  return intervals.over_retrains(values[:, 0] - values[:, 1])
+  return _over_seeds(tuple(values[:, 0] - values[:, 1]))
+
+
+@functools.lru_cache(maxsize=4096)  # Tables and plots ask for the same.
+def _over_seeds(values: tuple[float, ...]) -> Figure:
+  return intervals.over_retrains(np.array(values))
 
 
 # --- Curves ------------------------------------------------------------------

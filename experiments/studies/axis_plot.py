@@ -16,7 +16,14 @@ from experiments.studies.results import Setting
 
 _COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#000000')
 _MARKERS = ('o', 's', 'D', '^', 'v', 'P')
-_PANELS = ('steps_to_target', 'compute_to_target', 'best_loss')
+_PANELS = (
+    'steps_to_target',
+    'compute_to_target',
+    'best_loss',
+    analysis.ACCURACY,
+    'final_loss',
+)
+_MOST = 4
 _LABELS = {
     'steps_to_target': 'steps to target',
     'total_steps_to_target': 'steps to target, with teachers',
@@ -31,7 +38,7 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
   del setting
   if not found.study.x_label or not _series(found):
     return None
-  panels = [m for m in _panels(found) if _any(found, m)]
+  panels = [m for m in _panels(found) if _any(found, m)][:_MOST]
   if not panels:
     return None
   with report_style.look():

@@ -1,6 +1,9 @@
 """Loss against bytes received: a plot, and losses at equal bytes."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from experiments import report_style
@@ -28,28 +31,33 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
     plotting.zoom(ax, found, 'loss')
     extra = plotting.draw_target([ax], found)
     silent = [name for name, band in bands.items() if band is None]
-    legend = [
-        handle
-        for handle, arm in zip(
-            plotting.handles(found, styles),
-            [a for a in found.study.arms if found.runs[a.name]],
-        )
-        if arm.name not in silent
-    ]
+    levels = _draw_levels(ax, found, silent, styles)
+    legend = plotting.handles(found, styles)
     report_style.legend_below(figure, [*legend, *extra])
     png = report_style.save(figure)
-  titles = [
-      a.title
-      for a in found.study.arms
-      if a.name in silent and found.runs[a.name]
-  ]
   caption = (
       'Bytes by the formulas below, not measured on a network; the axis is'
       ' logarithmic. Lines are means over seeds, bands their range.'
   )
-  if titles:
-    caption += f' Receives nothing, so not drawn: {", ".join(titles)}.'
+  if levels:
+    caption += (
+        ' Levels are arms that receive nothing, at their loss at the end:'
+        f' {", ".join(levels)}.'
+    )
   return Plot('loss_bytes', 'Validation loss at equal bytes', caption, png)
+
+
+def _draw_levels(
+    ax: Axes, found: Analysis, names: Sequence[str], styles: dict
+) -> list[str]:
+  """Arms that receive nothing; returns their titles."""
+  titles = []
+  for arm in found.study.arms:
+    band = analysis.band(found, arm.name, 'bytes')
+    if arm.name in names and band is not None:
+      ax.axhline(band.mean_N[-1], lw=1.2, alpha=0.7, **styles[arm.name])
+      titles.append(arm.title)
+  return titles
 
 
 def _received(found: Analysis, arm: str) -> analysis.Band | None:

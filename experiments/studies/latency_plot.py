@@ -107,6 +107,6 @@ def _axis(ax: Axes) -> None:
   ax.set_xlabel('workers in all')
   ax.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
   ax.xaxis.set_major_formatter('{x:,.0f}')
-  ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=30))
   ax.yaxis.set_major_formatter('{x:,.0f}')
   ax.yaxis.set_minor_locator(NullLocator())

@@ -24,7 +24,7 @@ TARGET_STYLE = {'color': '#555555', 'ls': (0, (2, 2)), 'lw': 1.0}
 _DASHES = ('-', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _COLOURS = 7  # Of `report_style`, before they come again.
 # Curves are shown from where the slowest arm has done this share of its run.
-_SHOWN_FROM = 0.15
+_SHOWN_FROM = 0.35
 _MARKED = 30  # Evaluations up to which each has a marker.
 
 

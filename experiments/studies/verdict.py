@@ -19,6 +19,11 @@ Where it leads us to expect the same:
 * 'no difference seen': it is wider than that, but includes no effect.
 * 'opposite to the paper': it neither lies within nor includes no effect.
 
+Steps and compute to a target are known to one evaluation: arms whose means are
+no further apart than the distance between two have 'no difference seen',
+whatever the interval, and are 'as in the paper' where the same is expected only
+if that distance is within the 10 % too.
+
 'cannot be said (why)': fewer than three seeds, which give no interval; a target
 that some seeds reach and others do not; a measure that these runs do not have.
 Where in each of at least three seeds one of the two arms reaches the target and
@@ -96,6 +101,8 @@ def _words(effect: Effect, comparison: Comparison) -> str:
     )
   if comparison.expect == 'equal':
     return _equal(effect)
+  if effect.within_resolution:
+    return NONE
   sign = 1 if comparison.expect == 'more' else -1
   mean, low, high = _centred(effect)
   ends = (low, high) if sign > 0 else (-high, -low)
@@ -120,9 +127,10 @@ def _equal(effect: Effect) -> str:
       if effect.ratio
       else _LOSS_MARGIN * abs(effect.baseline)
   )
+  coarse = effect.resolution > _RATIO_MARGIN * effect.baseline
   if -margin <= low and high <= margin:
-    return AS
-  return NONE if low <= 0 <= high else OPPOSITE
+    return NONE if coarse else AS
+  return NONE if low <= 0 <= high or effect.within_resolution else OPPOSITE
 
 
 def _without_figure(effect: Effect, comparison: Comparison) -> str:

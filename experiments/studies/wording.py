@@ -1,7 +1,7 @@
 """What the page of a study says in words; every number comes from its runs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from codistill_jax.intervals import Figure
 from experiments.studies import analysis
@@ -22,6 +22,10 @@ VERDICTS = (
     "Where the same is expected: 'as in the paper' if the whole interval lies"
     " within 10 % (losses: 1 %) of no effect, 'no difference seen' if it is"
     " wider but includes no effect, else 'opposite to the paper'.",
+    'Steps and compute to a target are known to one evaluation: arms whose'
+    " means are no further apart than that have 'no difference seen', whatever"
+    ' the interval; and so have arms that should be the same if it is more than'
+    ' 10 %.',
     "'Cannot be said': fewer than three seeds, a target that some seeds reach"
     ' and others do not, or a measure that these runs do not have. If in all of'
     ' at least three seeds one arm reaches the target and the other does not,'
@@ -42,6 +46,19 @@ def sentence_start(text: str) -> str:
   return text[:1].upper() + text[1:]
 
 
+_LONG = {
+    **ALL_MEASURES,
+    'total_steps_to_target': (
+        "steps to the baseline's best validation loss, with those of the"
+        ' teachers before'
+    ),
+    'compute_to_target': (
+        "FLOPs of all groups and teachers to the baseline's best validation"
+        ' loss'
+    ),
+}
+
+
 # --- Numbers -----------------------------------------------------------------
 
 
@@ -50,7 +67,7 @@ def number(measure: str, value: float) -> str:
   if math.isnan(value):
     return '-'
   if measure == 'compute_to_target':
-    return f'{value:.3g}'
+    return f'{value:.3g}'.replace('e+', 'e')
   if measure in analysis.RATIOS:
     return f'{value:,.0f}'
   return f'{value:.2%}' if measure == analysis.ACCURACY else f'{value:.4f}'
@@ -105,20 +122,24 @@ def comparison(
   titles = {arm.name: arm.title for arm in found.study.arms}
   return (
       f'{sentence_start(titles[compared.arm])} against'
-      f' {titles[compared.against]}, {ALL_MEASURES[compared.measure]}:'
-      f' {_said(compared, effect)}: {words}. The paper: {compared.paper}.'
+      f' {titles[compared.against]}, {_LONG[compared.measure]}:'
+      f' {_said(compared, effect, titles)}: {words}. The paper:'
+      f' {compared.paper}.'
   )
 
 
-def _said(compared: Comparison, effect: Effect) -> str:
+def _said(
+    compared: Comparison, effect: Effect, titles: Mapping[str, str]
+) -> str:
   if effect.figure is None:
-    return _reached(effect)
+    return _reached(effect, titles[compared.against])
   seeds = count(effect.pairs, 'seed')
   left_out = len(effect.ours) - effect.pairs
   if left_out:
     seeds += f', {left_out} left out for divergence'
   if effect.ratio:
-    return f'{_times(effect.figure)} ({seeds})'
+    apart = ', one evaluation apart or less' if effect.within_resolution else ''
+    return f'{_times(effect.figure)}{apart} ({seeds})'
   sign = '+' if effect.figure.mean > 0 else ''
   found = effect.figure
   text = sign + number(compared.measure, found.mean)
@@ -137,7 +158,7 @@ def _times(found: Figure) -> str:
   return text
 
 
-def _reached(effect: Effect) -> str:
+def _reached(effect: Effect, against: str) -> str:
   outcomes = (effect.ours, effect.theirs)
   states = {o.state for side in outcomes for o in side}
   if analysis.NOT_REACHED not in states:
@@ -147,7 +168,7 @@ def _reached(effect: Effect) -> str:
       sum(o.state == analysis.MEASURED for o in side) for side in outcomes
   ]
   return (
-      f'reached by the first in {reached[0]} of {seeds} seeds, by the second in'
+      f'reached in {reached[0]} of {count(seeds, "seed")}, by {against} in'
       f' {reached[1]}; no ratio'
   )
 
@@ -162,7 +183,7 @@ def why_no_figure(effect: Effect) -> str:
   ):  # Each seed has one that did.
     return 'in every seed one of the two diverged'
   if analysis.NOT_REACHED in states:
-    return 'the target was not reached in every seed'
+    return 'the target was not reached in all seeds'
   if analysis.NO_TARGET in states:
     return 'the baseline of a seed diverged or is missing: no target'
   if analysis.ABSENT in states:

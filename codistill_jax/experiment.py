@@ -6,6 +6,7 @@ experiment.Experiment.optimizer = @optax.adam()
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from codistill_jax import (
     schedules,
     step,
 )
-from codistill_jax.base import Batch, Model, Stream, Task
+from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
+from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
 
@@ -36,6 +38,7 @@ class Experiment:
     task: Data; see `base.Task`.
     model: `model(num_classes, **task.model_arguments) -> base.Model`.
     optimizer: An optax transformation.
+    method: How a group updates, see `baselines`; None: synchronous SGD.
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
@@ -74,6 +77,7 @@ class Experiment:
   task: Task
   model: Callable[[int], Model]
   optimizer: optax.GradientTransformation
+  method: Method | None = None
   distill_weight: Callable[[int], float] = dataclasses.field(
       default_factory=schedules.distill_weight
   )
@@ -146,6 +150,22 @@ class Experiment:
     losses.distill_loss(self.distill_loss, self.task.output)
     self.plan  # noqa: B018  Raises on what does not fit together.
     self._check_exchange()
+    self._check_method()
+
+  def _check_method(self) -> None:
+    if self.method is None:
+      return
+    if isinstance(self.method, type) or not isinstance(self.method, Method):
+      raise ValueError(
+          f'Experiment.method={self.method!r}; bind it to a method, such as'
+          ' @async_sgd.AsynchronousSgd()'
+      )
+    if self.exchange == 'predictions':
+      raise ValueError(
+          "Experiment.exchange='predictions' needs synchronous SGD in every"
+          f' group, but method={self.method!r}; leave one of them out'
+      )
+    self.method.check(self.group_batch, 1)
 
   def _check_exchange(self) -> None:
     if self.exchange not in EXCHANGES:
@@ -199,6 +219,11 @@ class Experiment:
     )
 
 
+def method_of(experiment: Experiment) -> Method:
+  """How a group updates."""
+  return experiment.method or SynchronousSgd()
+
+
 def _defaults() -> dict[str, Any]:
   return {f.name: f.default for f in dataclasses.fields(Experiment)}
 
@@ -235,12 +260,16 @@ def train_stream(
 ) -> Stream:
   """The training batches of one group; see `Task.train_stream`."""
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
-  return experiment.task.train_stream(
-      group_id=group_id,
-      num_groups=num_groups,
+  return method_of(experiment).train_stream(
+      functools.partial(
+          experiment.task.train_stream,
+          group_id=group_id,
+          num_groups=num_groups,
+          **given,
+      ),
       group_batch=experiment.group_batch,
+      num_steps=experiment.num_steps,
       rows=rows,
-      **given,
   )
 
 
@@ -265,6 +294,26 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
   The whole batch may be many gigabytes, and take a minute to decode.
   """
   return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
+
+
+def init_state(
+    experiment: Experiment,
+    model: Model,
+    rng: Array,
+    row: Batch,
+    *,
+    num_peers: int,
+) -> TrainState:
+  """The state of a group before its first update."""
+  state = step.init_state(
+      model,
+      experiment.optimizer,
+      rng,
+      row,
+      num_peers=num_peers,
+      group_batch=experiment.group_batch,
+  )
+  return method_of(experiment).init_state(experiment.optimizer, state)
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
@@ -298,9 +347,10 @@ def make_population(
 
 
 def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
-  return step.make_train_step(
+  return method_of(experiment).make_train_step(
       model,
       experiment.optimizer,
+      num_steps=experiment.num_steps,
       task_loss=losses.task_loss_of(experiment.task.output),
       distill_loss=losses.distill_loss(
           experiment.distill_loss, experiment.task.output

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
 _STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
+_METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -83,8 +84,12 @@ MAY_IMPORT = {
     },
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
+    'baselines': set(),
+    'baselines.method': _STEP | {'replicas'},
+    'baselines.async_sgd': _METHOD,
+    'baselines.diloco': _METHOD,
     'experiment': (
-        _STEP
+        _METHOD
         | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
     ),
 }

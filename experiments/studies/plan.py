@@ -93,8 +93,8 @@ class Plan(NamedTuple):
     ]
     return found + [
         PlannedRun(arm.name, seed, None, False)
+        for arm in self.trained  # Compiled once for all seeds.
         for seed in range(self.scale.seeds)
-        for arm in self.trained
     ]
 
   def needed(self, run: PlannedRun) -> list[PlannedRun]:

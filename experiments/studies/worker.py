@@ -237,6 +237,14 @@ class Worker:
         'seed': experiment.seed,
         'data_seed': experiment.data_seed,
         'num_steps': experiment.num_steps,
+        'exchange_every': experiment.exchange_every,
+        'peers': np.mean(
+            [
+                experiment_lib.num_teachers(experiment, g, arm.num_groups)
+                for g in range(arm.num_groups)
+            ]
+        ),
+        'outer_every': getattr(experiment, 'outer_every', 1),
         'examples_per_step': start.examples * arm.num_groups,
         'diverged_at': diverged_at,
         'loss': last_loss(directory, arm.num_groups),

@@ -14,7 +14,7 @@ LANGUAGE = {
     'cpu': Scale(
         (_GIN + 'lm_cpu.gin',),
         workers=4,
-        worker_rows=16,
+        worker_rows=64,
         seeds=3,
         rates=(4e-3, 8e-3, 1.6e-2),
     ),

@@ -1,0 +1,1 @@
+"""experiments.reproduce: every study runs at smoke scale and writes its page."""

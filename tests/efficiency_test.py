@@ -158,6 +158,8 @@ def test_a_step_on_replicas_shows_what_it_runs_on():
       task=toy_task(),
       model=lambda num_classes: MODEL,
       optimizer=optax.sgd(0.1),
+      method=None,
+      num_steps=1,
       distill_loss='cross_entropy',
       fused_loss=True,
       teacher_dtype='float32',

@@ -54,7 +54,9 @@ def new_state(job: Job) -> Start:
   """The start of a group that has no checkpoint."""
   experiment = job.experiment
   replicas.check_group_batch(
-      experiment.group_batch, job.train_step.num_replicas
+      experiment.group_batch,
+      job.train_step.num_replicas,
+      experiment.simulated_replicas,
   )
   stream = job.shared_stream or train_stream(
       experiment,

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
+_STEP = _LOSSES | {'blocks', 'flops', 'parts', 'predictions', 'step'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -39,7 +39,9 @@ MAY_IMPORT = {
     'intervals': set(),
     'blocks': {'base'},
     'predictions': {'base', 'losses'},
-    'step': _LOSSES | {'blocks', 'flops', 'predictions'},
+    'objectives': {'base', 'losses'},
+    'parts': {'base', 'flops'},
+    'step': _LOSSES | {'blocks', 'flops', 'parts', 'predictions'},
     'replicas': _STEP,
     'population': _STEP | {'replicas'},
     'joint': {'base', 'population'},
@@ -85,7 +87,8 @@ MAY_IMPORT = {
     'gin_utils': set(),
     'experiment': (
         _STEP
-        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
+        | {'objectives', 'population', 'replicas'}
+        | {'exchange.protocol', 'exchange.topology'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

@@ -252,13 +252,13 @@ def test_rows_that_cannot_be_divided_are_refused_where_they_are_configured():
 
 
 def test_rows_that_cannot_be_divided_are_refused_by_the_step_too():
-  with pytest.raises(ValueError, match='8 rows of a replica.*replicas=3; set'):
+  with pytest.raises(ValueError, match=r'8 rows of a replica.*replicas=3; set'):
     traced(3)
 
 
 @pytest.mark.parametrize('number', [0, 2.0])
 def test_a_number_of_parts_is_a_whole_one(number):
-  with pytest.raises(ValueError, match='Experiment.simulated_replicas='):
+  with pytest.raises(ValueError, match=r'Experiment.simulated_replicas='):
     experiment_lib.Experiment(
         task=toy.TOKEN_TASK,
         model=lambda num_classes: toy.RECURRENT,

@@ -16,6 +16,7 @@ import optax
 
 from codistill_jax import (
     losses,
+    objectives,
     population,
     predictions,
     replicas,
@@ -42,10 +43,18 @@ class Experiment:
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
+    distill_target: 'mean', one loss towards the peers' mean prediction; or
+      'each', the mean of a loss towards each peer; see `objectives.towards`.
+    label_smoothing: Share of each target, in [0, 1), that training takes from
+      the label; evaluation does not.
+    smoothing_distribution: What gets it: 'uniform', all classes alike; or
+      'unigram', in proportion to their frequencies in the training split.
     fused_loss: Whether the losses of a language model are computed over blocks
       of tokens, see `blocks`; False: all logits at once, for comparison.
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
+    simulated_replicas: Replicas that each device stands for, one after another
+      (gradient accumulation); see `parts`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
     exchange: What groups give each other: 'checkpoints', parameters now and
@@ -82,9 +91,13 @@ class Experiment:
       default_factory=schedules.distill_weight
   )
   distill_loss: str = 'cross_entropy'
+  distill_target: str = 'mean'
+  label_smoothing: float = 0.0
+  smoothing_distribution: str = 'uniform'
   fused_loss: bool = True
   num_steps: int = 1000
   group_batch: int = 128
+  simulated_replicas: int = 1
   seed: int = 0
   data_seed: int | None = None
   exchange: str = 'checkpoints'
@@ -120,6 +133,7 @@ class Experiment:
     for name in (
         'num_steps',
         'group_batch',
+        'simulated_replicas',
         'log_every',
         'eval_every',
         'eval_batch',
@@ -147,7 +161,10 @@ class Experiment:
           ' of seconds'
       )
     losses.task_loss_of(self.task.output)  # Raises on an unknown name.
-    losses.distill_loss(self.distill_loss, self.task.output)
+    self.distillation  # noqa: B018  Raises on an unknown name.
+    objectives.check_smoothing(
+        self.task, self.label_smoothing, self.smoothing_distribution
+    )
     self.plan  # noqa: B018  Raises on what does not fit together.
     self._check_exchange()
     self._check_method()
@@ -165,7 +182,20 @@ class Experiment:
           "Experiment.exchange='predictions' needs synchronous SGD in every"
           f' group, but method={self.method!r}; leave one of them out'
       )
+    if self.simulated_replicas > 1:
+      raise ValueError(
+          f'Experiment.simulated_replicas={self.simulated_replicas} are of'
+          f' synchronous SGD, but method={self.method!r}; leave one of them out'
+      )
     self.method.check(self.group_batch, 1)
+
+  @property
+  def distillation(self) -> Callable[..., jax.Array]:
+    """The distillation loss of a step."""
+    return objectives.towards(
+        self.distill_target,
+        losses.distill_loss(self.distill_loss, self.task.output),
+    )
 
   def _check_exchange(self) -> None:
     if self.exchange not in EXCHANGES:
@@ -180,8 +210,15 @@ class Experiment:
             " without Experiment.exchange='predictions'; set that too"
         )
       return
-    loss = losses.distill_loss(self.distill_loss, self.task.output)
-    predictions.check(loss, self.prediction_top_k, self.task.num_classes)
+    if self.distill_target != 'mean':
+      raise ValueError(
+          f'Experiment.distill_target={self.distill_target!r} with'
+          " Experiment.exchange='predictions', where groups send each other one"
+          " mean; set distill_target='mean', or exchange='checkpoints'"
+      )
+    predictions.check(
+        self.distillation, self.prediction_top_k, self.task.num_classes
+    )
     # Of an exchange of parameters.
     for name in (
         'staleness',
@@ -233,6 +270,15 @@ def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
   if experiment.exchange == 'predictions':
     return 0  # The peers run themselves.
   return len(experiment.plan.peers_of(group_id, num_groups))
+
+
+def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
+  """Raises ValueError if the replicas cannot share the rows of an update."""
+  rows, simulated = experiment.group_batch, experiment.simulated_replicas
+  if simulated > 1:
+    replicas.check_group_batch(rows, num_replicas, simulated)
+  else:
+    method_of(experiment).check(rows, num_replicas)
 
 
 def make_model(experiment: Experiment) -> Model:
@@ -351,11 +397,14 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       model,
       experiment.optimizer,
       num_steps=experiment.num_steps,
-      task_loss=losses.task_loss_of(experiment.task.output),
-      distill_loss=losses.distill_loss(
-          experiment.distill_loss, experiment.task.output
+      task_loss=objectives.training_loss(
+          experiment.task,
+          experiment.label_smoothing,
+          experiment.smoothing_distribution,
       ),
+      distill_loss=experiment.distillation,
       axis_name=replicas.REPLICA_AXIS,
       fused=experiment.fused_loss,
       teacher_model=make_teacher_model(experiment),
+      simulated_replicas=experiment.simulated_replicas,
   )

@@ -24,6 +24,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
+      'simulated_replicas': experiment.simulated_replicas,
       'group_batch': experiment.group_batch,
       'seed': experiment.seed,
       'num_steps': experiment.num_steps,

@@ -53,9 +53,7 @@ class Start(NamedTuple):
 def new_state(job: Job) -> Start:
   """The start of a group that has no checkpoint."""
   experiment = job.experiment
-  experiment_lib.method_of(experiment).check(
-      experiment.group_batch, job.train_step.num_replicas
-  )
+  experiment_lib.check_group_batch(experiment, job.train_step.num_replicas)
   stream = job.shared_stream or train_stream(
       experiment,
       job.group_id,

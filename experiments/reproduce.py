@@ -163,8 +163,10 @@ def _report(workdir: str, plan: plan_lib.Plan) -> None:
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
   summary = report.write(study, setting, runs, output)
-  cli.tell(summary.text)
-  cli.tell(f'page: {os.path.join(output, "page.md")}')
+  cli.tell('\n' + summary.table + '\n')
+  for line in summary.lines:
+    cli.tell(line)
+  cli.tell(f'page: {os.fspath(summary.page)}')
 
 
 def _print_studies() -> None:

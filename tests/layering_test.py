@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
+_STEP = _LOSSES | {'blocks', 'flops', 'parts', 'predictions', 'step'}
 _METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
@@ -40,7 +40,9 @@ MAY_IMPORT = {
     'intervals': set(),
     'blocks': {'base'},
     'predictions': {'base', 'losses'},
-    'step': _LOSSES | {'blocks', 'flops', 'predictions'},
+    'objectives': {'base', 'losses'},
+    'parts': {'base', 'flops'},
+    'step': _LOSSES | {'blocks', 'flops', 'parts', 'predictions'},
     'replicas': _STEP,
     'population': _STEP | {'replicas'},
     'joint': {'base', 'population'},
@@ -90,7 +92,8 @@ MAY_IMPORT = {
     'baselines.diloco': _METHOD,
     'experiment': (
         _METHOD
-        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
+        | {'objectives', 'population', 'replicas'}
+        | {'exchange.protocol', 'exchange.topology'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

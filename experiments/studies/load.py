@@ -105,9 +105,7 @@ def _flops(group: report_data.Group, steps_N: np.ndarray) -> np.ndarray:
   if not curve:
     return np.full(len(steps_N), np.nan)
   spent = np.cumsum(np.diff(curve.steps, prepend=0) * curve.values)
-  return np.interp(
-      steps_N, np.append(0, curve.steps), np.append(0.0, spent)
-  )
+  return np.interp(steps_N, np.append(0, curve.steps), np.append(0.0, spent))
 
 
 def _bytes_per_step(

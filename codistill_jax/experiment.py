@@ -25,10 +25,11 @@ from codistill_jax import (
 )
 from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
 from codistill_jax.baselines.method import Method, SynchronousSgd
+from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
 
-EXCHANGES = ('checkpoints', 'predictions')
+EXCHANGES = ('checkpoints', 'predictions', 'fixed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Experiment:
     exchange: What groups give each other: 'checkpoints', parameters now and
       then; or 'predictions' of the same batch in every step, which needs all
       groups in one program (`train_lockstep`) and no second forward pass.
+      'fixed': nothing; all learn from the groups of runs that have ended.
+    teacher_runs: With 'fixed': the run directories; every group in them is a
+      teacher.
+    teacher_step: With 'fixed': of which step; None for the newest resume
+      checkpoint of each.
     prediction_top_k: With 'predictions': classes sent of each, and one number
       for the rest; None sends all.
     exchange_every: Steps between exchanges (of checkpoints).
@@ -101,6 +107,8 @@ class Experiment:
   seed: int = 0
   data_seed: int | None = None
   exchange: str = 'checkpoints'
+  teacher_runs: Sequence[str] = ()
+  teacher_step: int | None = None
   prediction_top_k: int | None = None
   exchange_every: int = 50
   exchange_mode: str = 'freshest'
@@ -203,7 +211,8 @@ class Experiment:
           f'Experiment.exchange={self.exchange!r} is not one of'
           f' {", ".join(EXCHANGES)}'
       )
-    if self.exchange == 'checkpoints':
+    self._check_fixed()
+    if self.exchange != 'predictions':
       if self.prediction_top_k is not None:
         raise ValueError(
             f'Experiment.prediction_top_k={self.prediction_top_k} acts nowhere'
@@ -219,26 +228,49 @@ class Experiment:
     predictions.check(
         self.distillation, self.prediction_top_k, self.task.num_classes
     )
-    # Of an exchange of parameters.
-    for name in (
-        'staleness',
-        'publish_dtype',
-        'teacher_dtype',
-        'max_staleness_steps',
-    ):
-      value, default = getattr(self, name), _defaults()[name]
-      if value != default:
-        raise ValueError(
-            f'Experiment.{name}={value!r} acts nowhere with'
-            " Experiment.exchange='predictions', which exchanges no parameters;"
-            f' leave it {default!r}'
-        )
+    self._check_unused(*_OF_PUBLICATIONS, 'teacher_dtype')
     if self.task.partition != 'shared':
       raise ValueError(
           "Experiment.exchange='predictions' needs the same batches in all"
           f' groups, but the task has partition={self.task.partition!r}; set'
           " the partition of the task to 'shared'"
       )
+
+  def _check_fixed(self) -> None:
+    if self.exchange != 'fixed':
+      self._check_unused('teacher_runs', 'teacher_step')
+      return
+    self._check_unused(*_OF_PUBLICATIONS, 'topology')
+    runs = self.teacher_runs
+    if not isinstance(runs, list | tuple) or not all(
+        isinstance(run, str) and run for run in runs
+    ):
+      raise ValueError(
+          f'Experiment.teacher_runs={runs!r}; set it to a list of run'
+          " directories, such as ['runs/teachers']"
+      )
+    if not runs:
+      raise ValueError(
+          "Experiment.exchange='fixed' needs teachers; set"
+          ' Experiment.teacher_runs to the run directories that they were'
+          " trained in, such as ['runs/teachers']"
+      )
+    step = self.teacher_step
+    if step is not None and (type(step) is not int or step < 1):
+      raise ValueError(
+          f'Experiment.teacher_step={step!r}; set it to the step of a resume'
+          ' checkpoint, or None for the newest'
+      )
+
+  def _check_unused(self, *names: str) -> None:
+    """Raises ValueError if one is set that this exchange does not look at."""
+    for name in names:
+      value, default = getattr(self, name), _defaults()[name]
+      if value != default:
+        raise ValueError(
+            f'Experiment.{name}={value!r} acts nowhere with'
+            f' Experiment.exchange={self.exchange!r}; leave it {default!r}'
+        )
 
   @property
   def plan(self) -> Plan:
@@ -256,6 +288,10 @@ class Experiment:
     )
 
 
+# What acts where groups publish their parameters alone.
+_OF_PUBLICATIONS = ('staleness', 'publish_dtype', 'max_staleness_steps')
+
+
 def method_of(experiment: Experiment) -> Method:
   """How a group updates."""
   return experiment.method or SynchronousSgd()
@@ -269,6 +305,8 @@ def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
   """P, the models that a group runs beside its own."""
   if experiment.exchange == 'predictions':
     return 0  # The peers run themselves.
+  if experiment.exchange == 'fixed':
+    return len(teacher_sources(experiment))
   return len(experiment.plan.peers_of(group_id, num_groups))
 
 
@@ -279,6 +317,19 @@ def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
     replicas.check_group_batch(rows, num_replicas, simulated)
   else:
     method_of(experiment).check(rows, num_replicas)
+
+
+def teacher_sources(
+    experiment: Experiment,
+) -> tuple[fixed_teachers.Source, ...]:
+  """What the teachers are made of, with Experiment.exchange='fixed'.
+
+  Raises:
+    ValueError: If a teacher run is not there or has not ended.
+  """
+  if experiment.exchange != 'fixed':
+    return ()
+  return fixed_teachers.find(experiment.teacher_runs, experiment.teacher_step)
 
 
 def make_model(experiment: Experiment) -> Model:

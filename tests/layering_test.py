@@ -67,6 +67,7 @@ MAY_IMPORT = {
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
     'exchange.prediction_exchange': _PLAN,
+    'exchange.fixed_teachers': _PLAN | {'run_directory'},
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -94,6 +95,7 @@ MAY_IMPORT = {
         _METHOD
         | {'objectives', 'population', 'replicas'}
         | {'exchange.protocol', 'exchange.topology'}
+        | {'exchange.fixed_teachers'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

@@ -1,1 +1,1 @@
-"""experiments.reproduce: every study runs at smoke scale and writes its page."""
+"""experiments.reproduce: all studies run at smoke scale and write a page."""

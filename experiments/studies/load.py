@@ -100,7 +100,7 @@ def _groups(directory: files.PathLike, arm: Arm) -> list[report_data.Group]:
 
 
 def _flops(group: report_data.Group, steps_N: np.ndarray) -> np.ndarray:
-  """FLOPs until each evaluation; those of a step are on record with its loss."""
+  """FLOPs until each evaluation, from those on record of the steps before."""
   curve = group.curve('perf/model_flops_per_step')
   if not curve:
     return np.full(len(steps_N), np.nan)

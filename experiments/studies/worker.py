@@ -244,7 +244,7 @@ class Worker:
                 for g in range(arm.num_groups)
             ]
         ),
-        'outer_every': getattr(experiment, 'outer_every', 1),
+        'outer_every': getattr(experiment.method, 'inner_steps', 1),
         'examples_per_step': start.examples * arm.num_groups,
         'diverged_at': diverged_at,
         'loss': last_loss(directory, arm.num_groups),

@@ -11,7 +11,10 @@ def _asynchronous(workers: int) -> Arm:
       f'asynchronous_{workers}',
       f'asynchronous, {workers} workers',
       gin_files=(tasks.ABLATIONS + 'asynchronous_sgd.gin',),
-      bindings=(f'AsynchronousSgd.workers={workers}',),
+      bindings=(
+          f'AsynchronousSgd.workers={workers}',
+          "AsynchronousSgd.order='round_robin'",
+      ),
       workers=workers,
       batch_workers=1,
       communication='server',

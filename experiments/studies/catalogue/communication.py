@@ -22,7 +22,10 @@ def _diloco(workers: int, name: str, title: str) -> Arm:
       name,
       title,
       gin_files=(tasks.ABLATIONS + 'diloco.gin',),
-      bindings=(f'Diloco.workers={workers}',),
+      bindings=(
+          f'Diloco.workers={workers}',
+          'Diloco.inner_steps=%INNER_STEPS',
+      ),
       workers=workers,
       communication='outer',
   )

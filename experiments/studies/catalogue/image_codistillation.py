@@ -28,7 +28,7 @@ STUDY = Study(
             tuned_as='baseline',
             communication='all_reduce',
         ),
-        Arm('ensemble', 'ensemble of two', ensemble_of='alone'),
+        Arm('ensemble', 'ensemble of two', num_groups=2, ensemble_of='alone'),
         Arm(
             'smoothing_uniform',
             'label smoothing',

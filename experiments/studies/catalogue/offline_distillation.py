@@ -32,7 +32,12 @@ STUDY = Study(
             tuned_as='baseline',
             communication='all_reduce',
         ),
-        Arm('ensemble', 'ensemble of the teachers', ensemble_of='teachers'),
+        Arm(
+            'ensemble',
+            'ensemble of the teachers',
+            num_groups=2,
+            ensemble_of='teachers',
+        ),
         Arm(
             'student',
             'a student of both, afterwards',

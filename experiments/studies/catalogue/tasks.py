@@ -10,13 +10,19 @@ ABLATIONS = 'gin_configs/ablations/'
 # The workers of a group are where more of them have stopped to help, or nearly:
 # at `cpu` by the study `sgd_scaling`, at `paper` by Figure 1.
 LANGUAGE = {
-    'smoke': Scale((_GIN + 'lm_smoke.gin',), workers=2, worker_rows=2, seeds=2),
+    'smoke': Scale(
+        (_GIN + 'lm_smoke.gin',),
+        workers=2,
+        worker_rows=2,
+        seeds=2,
+        rates=(8e-3,),
+    ),
     'cpu': Scale(
         (_GIN + 'lm_cpu.gin',),
         workers=4,
         worker_rows=64,
         seeds=3,
-        rates=(4e-3, 8e-3, 1.6e-2),
+        rates=(8e-3, 1.6e-2),
     ),
     'gpu': Scale(
         (_GIN + 'lm_gpu.gin',),
@@ -34,7 +40,7 @@ LANGUAGE = {
     ),
 }
 IMAGES = {
-    'smoke': Scale((_GIN + 'images_smoke.gin',), seeds=2),
+    'smoke': Scale((_GIN + 'images_smoke.gin',), seeds=2, rates=(3e-3,)),
     'cpu': Scale((_GIN + 'images_cpu.gin',), seeds=3, rates=(1e-3, 3e-3)),
     'gpu': Scale((_GIN + 'images_gpu.gin',), seeds=5, rates=(0.05, 0.1, 0.2)),
     'paper': Scale((_GIN + 'images_paper.gin',), seeds=3, rates=(0.1,)),

@@ -9,6 +9,7 @@ import pytest
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.base import Task
+from codistill_jax.baselines import async_sgd, diloco
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
@@ -102,3 +103,16 @@ def test_lars_takes_the_place_of_sgd(tmp_path):
   np.testing.assert_allclose(updates['bias'], [-rate, -rate], rtol=1e-5)
   expected = -rate * 0.001 * params['kernel']
   np.testing.assert_allclose(updates['kernel'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'name, method',
+    [
+        ('asynchronous_sgd', async_sgd.AsynchronousSgd(8, 'random')),
+        ('local_sgd', diloco.Diloco(4, 50, 1.0, 0.0)),
+        ('diloco', diloco.Diloco(4, 50, 0.7, 0.9)),
+    ],
+)
+def test_a_method_takes_the_place_of_synchronous_sgd(tmp_path, name, method):
+  experiment, _ = configured(tmp_path, 'resnet20', name)
+  assert experiment.method == method

@@ -25,6 +25,7 @@ def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   """As much of a job as is looked at."""
   experiment = types.SimpleNamespace(
       group_batch=ROWS,
+      exchange='checkpoints',
       plan=types.SimpleNamespace(
           teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
       ),

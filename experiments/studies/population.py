@@ -25,7 +25,10 @@ from codistill_jax.experiment import Experiment
 from codistill_jax.population import Population
 from experiments.efficiency import Efficiency
 from experiments.job import Job
-from experiments.studies.population_exchange import StackedExchange
+from experiments.studies.population_exchange import (
+    StackedExchange,
+    peers_of_all,
+)
 
 ENSEMBLE = -1  # Stands for a group: the mean prediction of those of its seed.
 
@@ -91,6 +94,7 @@ def train_population(
         f' {experiment.exchange!r}; train its groups in turn'
     )
   runs = [configured(experiment, seed) for seed in seeds]
+  peers_of_all(runs[0].plan, num_groups)  # Raises if they are uneven.
   program = experiment_lib.make_population(
       experiment, model, len(runs) * num_groups, devices, shared_batch=False
   )

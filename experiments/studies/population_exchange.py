@@ -46,15 +46,8 @@ class StackedExchange:
       ValueError: If groups have different numbers of peers.
     """
     self._plan = plan
-    self._peers = [plan.peers_of(g, num_groups) for g in range(num_groups)]
-    counts = {len(peers) for peers in self._peers}
-    if len(counts) > 1:
-      raise ValueError(
-          'groups that are one program have equally many peers, but by'
-          f' topology={plan.topology!r} they have'
-          f' {" and ".join(map(str, sorted(counts)))}; train them in turn'
-      )
-    self.num_peers = counts.pop()
+    self._peers = peers_of_all(plan, num_groups)
+    self.num_peers = len(self._peers[0])
     self.num_devices = sharding.num_devices
     self._peers_NP = np.array(
         [
@@ -68,14 +61,11 @@ class StackedExchange:
     self._shown: tuple[int, np.ndarray, float] | None = None
     self._teachers: Teachers | None = None
     self._num_bytes = 0
-    # Both copy: the state that they read is donated to the next update.
     self._copy = jax.jit(
-        lambda variables: _copied(variables, plan.publish_dtype),
-        out_shardings=sharding,
+        _copied, static_argnames='dtype', out_shardings=sharding
     )
     self._gather = jax.jit(
-        lambda *args: _gathered(*args, plan.teacher_dtype),
-        out_shardings=sharding,
+        _gathered, static_argnames='dtype', out_shardings=sharding
     )
 
   def due(self, step: int) -> bool:
@@ -93,7 +83,7 @@ class StackedExchange:
       alive_N: False for a member that has diverged. It, and one with parameters
         that are not finite, teaches nobody from here on.
     """
-    published, finite_N = self._copy(variables)
+    published, finite_N = self._copy(variables, dtype=self._plan.publish_dtype)
     sound_N = np.asarray(finite_N) & np.asarray(alive_N)
     self._history[step] = published, sound_N, time.time()
     # Nothing is asked for that is older than what a run from here on needs.
@@ -112,7 +102,9 @@ class StackedExchange:
     asked = self._plan.asked(step)
     if asked is not None and (not self._shown or asked != self._shown[0]):
       published, sound_N, seconds = self._history[asked]
-      self._teachers = self._gather(published, sound_N, self._peers_NP)
+      self._teachers = self._gather(
+          published, sound_N, self._peers_NP, dtype=self._plan.teacher_dtype
+      )
       self._shown = asked, sound_N, seconds
     return self._teachers
 
@@ -132,6 +124,23 @@ class StackedExchange:
     return metrics
 
 
+def peers_of_all(plan: Plan, num_groups: int) -> list[tuple[int, ...]]:
+  """The peers of each group of a run.
+
+  Raises:
+    ValueError: If not all groups have equally many.
+  """
+  peers = [plan.peers_of(g, num_groups) for g in range(num_groups)]
+  counts = sorted({len(found) for found in peers})
+  if len(counts) > 1:
+    raise ValueError(
+        'groups that are one program have equally many peers, but by'
+        f' topology={plan.topology!r} they have'
+        f' {" and ".join(map(str, counts))}; train them in turn'
+    )
+  return peers
+
+
 def _copied(variables: Variables, dtype: str) -> tuple[Variables, jax.Array]:
   """In the dtype of publications; and whose are finite (N,)."""
   finite = [
@@ -139,7 +148,8 @@ def _copied(variables: Variables, dtype: str) -> tuple[Variables, jax.Array]:
       for x in jax.tree.leaves(variables)
       if jnp.issubdtype(x.dtype, jnp.floating)
   ]
-  # Else what needs no cast would be the very array, which is donated soon.
+  # What needs no cast would else be the very array that the next update is
+  # given to write over.
   copied = jax.tree.map(jnp.copy, variables)
   return cast_floats(copied, dtype), jnp.all(jnp.stack(finite), axis=0)
 

@@ -26,6 +26,7 @@ def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   experiment = types.SimpleNamespace(
       exchange='checkpoints',
       group_batch=ROWS,
+      exchange='checkpoints',
       plan=types.SimpleNamespace(
           teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
       ),

@@ -24,7 +24,7 @@ import numpy as np
 from experiments.studies import communication
 
 _CUT = (-45.0, 6.0)  # Of the integral: beyond, the weight is below 1e-19.
-_NODES = 20_000
+_NODES = 4_000
 _P99 = 0.01
 
 
@@ -113,7 +113,9 @@ def _upper_quantile(distribution: LogNormal):
         f'Expected 0 < median <= p99, got median={median}, p99={p99}.'
     )
   sigma = math.log(p99 / median) / -special.ndtri(_P99)
-  return lambda p: median * np.exp(-sigma * special.ndtri(np.minimum(p, 1.0)))
+  # Below 1, where the normal quantile is infinite and no tail times it is NaN.
+  most = np.nextafter(1.0, 0.0)
+  return lambda p: median * np.exp(-sigma * special.ndtri(np.minimum(p, most)))
 
 
 def _maximum_of_sample(sample_N: np.ndarray, workers: int) -> float:

@@ -59,6 +59,9 @@ def _loss(found: Analysis, setting: Setting) -> Plot:
       ' which a run diverged. The axis of losses does not start at zero, and'
       ' the start of the runs lies above the frame.'
   )
+  runs = [run for runs in found.runs.values() for run in runs]
+  if any(run.prior_steps for run in runs):
+    caption += ' Steps of teachers that were trained before are not drawn left.'
   return Plot('loss', 'Validation loss', caption, png)
 
 
@@ -66,7 +69,8 @@ def _accuracy(found: Analysis) -> Plot:
   png = _two_axes(found, 'accuracy', 'validation accuracy', target=False)
   caption = (
       'The same runs by validation accuracy, left at equal steps of each group,'
-      ' right at equal compute. Lines are means over seeds, bands their range.'
+      ' right at equal compute. Lines are means over seeds, bands their range,'
+      ' smoothed as the losses are.'
   )
   return Plot('accuracy', 'Validation accuracy', caption, png)
 

@@ -111,10 +111,12 @@ def test_a_fit_is_the_least_of_squares():
   workers, steps = [1, 2, 4, 8], [1000, 700, 400, 380]
   fit = latency.fit_steps(workers, steps)
   error = lambda floor, critical: np.sqrt(
-      np.mean([
-          (math.log(s) - math.log(floor * (1 + critical / w))) ** 2
-          for w, s in zip(workers, steps)
-      ])
+      np.mean(
+          [
+              (math.log(s) - math.log(floor * (1 + critical / w))) ** 2
+              for w, s in zip(workers, steps)
+          ]
+      )
   )
   assert error(fit.floor, fit.critical) == pytest.approx(fit.error)
   for a, b in itertools.product((0.99, 1.01), (0.99, 1.01)):

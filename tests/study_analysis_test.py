@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.studies import analysis, verdict
+from experiments.studies import analysis, curves, verdict
 from experiments.studies.results import Run
 
 
@@ -53,7 +53,7 @@ def test_each_seed_has_its_own_target():
 
 def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
   np.testing.assert_allclose(
-      analysis.smooth(np.array([6.0, 4, 2, 0]), 3), [6, 5, 4, 2]
+      curves.smooth(np.array([6.0, 4, 2, 0]), 3), [6, 5, 4, 2]
   )
   spike_N = np.full(20, 4.0)
   spike_N[10] = 1.0  # A lucky evaluation is no target.
@@ -63,8 +63,8 @@ def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
 
 
 def test_few_evaluations_are_not_smoothed():
-  assert analysis.window_of([by_hand('baseline', [3.0] * 11)]) == 1
-  assert analysis.window_of([by_hand('baseline', [3.0] * 12)]) == 3
+  assert curves.window_of([by_hand('baseline', [3.0] * 11)]) == 1
+  assert curves.window_of([by_hand('baseline', [3.0] * 12)]) == 3
 
 
 def test_a_target_that_one_seed_does_not_reach_leaves_no_mean():
@@ -104,7 +104,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_means():
 
 def test_a_loss_that_is_not_finite_is_divergence_too():
   run = by_hand('two', [5, np.nan, 4])
-  assert analysis.diverged_at(run) == 20
+  assert curves.diverged_at(run) == 20
 
 
 def test_a_baseline_that_diverged_gives_no_target():

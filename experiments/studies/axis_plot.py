@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from experiments import report_style
 from experiments.report_style import Plot
-from experiments.studies import analysis, wording
+from experiments.studies import analysis, formatting
 from experiments.studies.analysis import ALL_MEASURES, Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.results import Setting
@@ -51,7 +51,7 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
       ' axis.'
   )
   title = f'Against {found.study.x_label}'
-  return Plot('against_x', wording.sentence_start(title), caption, png)
+  return Plot('against_x', formatting.sentence_start(title), caption, png)
 
 
 def _panels(found: Analysis) -> list[str]:

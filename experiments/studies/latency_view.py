@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.report_pages import Block, Bullets, Heading, Paragraph, Table
 from experiments.report_table import size
-from experiments.studies import analysis, latency
+from experiments.studies import analysis, curves, latency
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.latency import Crossover, Empirical, Fit, Latency
@@ -67,7 +67,7 @@ def _steps(found: Analysis, arms: dict[int, Arm]) -> dict[int, float]:
 
 def _flops_per_update(found: Analysis, arm: Arm) -> float:
   """Of one group; with teachers, burn-in averaged in."""
-  runs = [r for r in found.runs[arm.name] if analysis.diverged_at(r) is None]
+  runs = [r for r in found.runs[arm.name] if curves.diverged_at(r) is None]
   rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
   return float(np.mean(rates)) / arm.num_groups
 

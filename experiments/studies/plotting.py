@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments import report_style
 from experiments.report_style import Plot
-from experiments.studies import analysis
+from experiments.studies import analysis, curves
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm, Study
 from experiments.studies.results import Setting
@@ -187,7 +187,7 @@ def zoom(ax: Axes, found: Analysis, y: str) -> None:
 def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
   for name, runs in found.runs.items():
     for run in runs:
-      step = analysis.diverged_at(run)
+      step = curves.diverged_at(run)
       if step is not None:
         ax.plot(
             [step],

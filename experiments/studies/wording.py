@@ -4,9 +4,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from codistill_jax.intervals import Figure
-from experiments.studies import analysis
-from experiments.studies.analysis import ALL_MEASURES, Analysis, Cell, Effect
+from experiments.studies import analysis, curves
+from experiments.studies.analysis import ALL_MEASURES, Analysis, Effect
 from experiments.studies.declaration import Arm, Comparison, Study
+from experiments.studies.formatting import (
+    count,
+    number,
+    ratio,
+    sentence_start,
+)
 from experiments.studies.results import Run, Setting
 
 VERDICTS = (
@@ -36,16 +42,6 @@ VERDICTS = (
 )
 
 
-def count(number: int, noun: str) -> str:
-  """`1 seed`, `3 seeds`."""
-  return f'{number:,} {noun}{"" if number == 1 else "s"}'
-
-
-def sentence_start(text: str) -> str:
-  """With a capital."""
-  return text[:1].upper() + text[1:]
-
-
 _LONG = {
     **ALL_MEASURES,
     'total_steps_to_target': (
@@ -57,59 +53,6 @@ _LONG = {
         ' loss'
     ),
 }
-
-
-# --- Numbers -----------------------------------------------------------------
-
-
-def number(measure: str, value: float) -> str:
-  """A value with the digits of its measure."""
-  if math.isnan(value):
-    return '-'
-  if measure == 'compute_to_target':
-    return f'{value:.3g}'.replace('e+', 'e')
-  if measure in analysis.RATIOS:
-    return f'{value:,.0f}'
-  return f'{value:.2%}' if measure == analysis.ACCURACY else f'{value:.4f}'
-
-
-def figure(measure: str, found: Figure, interval: bool = True) -> str:
-  """`1,234 ± 56 [1,100, 1,400]`."""
-  text = number(measure, found.mean)
-  if len(found.values) > 1:
-    text += f' ± {number(measure, found.half_range)}'
-  if interval and not math.isnan(found.low):
-    ends = (number(measure, found.low), number(measure, found.high))
-    text += f' [{", ".join(ends)}]'
-  return text
-
-
-def ratio(found: Figure) -> str:
-  """`0.83 [0.78, 0.88]`."""
-  if math.isnan(found.low):
-    return f'{found.mean:.3g}'
-  return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
-
-
-def cell(measure: str, found: Cell, interval: bool = True) -> str:
-  """One arm by one measure, for a table."""
-  seeds = len(found.outcomes)
-  if not seeds:
-    return 'not trained'
-  diverged = found.count(analysis.DIVERGED)
-  if diverged == seeds:
-    return 'diverged'
-  if found.figure is not None:
-    text = figure(measure, found.figure, interval)
-    left = seeds - diverged
-    return f'{text} ({left} of {seeds} seeds)' if diverged else text
-  reached = found.count(analysis.MEASURED)
-  missed = found.count(analysis.NOT_REACHED)
-  if not missed:
-    return '-'
-  if not reached:
-    return 'not reached'
-  return f'reached in {reached} of {seeds} seeds'
 
 
 # --- Comparisons -------------------------------------------------------------
@@ -144,9 +87,10 @@ def _said(
   found = effect.figure
   text = sign + number(compared.measure, found.mean)
   if not math.isnan(found.low):
-    ends = (found.low, found.high)
-    text += f' [{", ".join(number(compared.measure, x) for x in ends)}]'
-  return f'a difference of {text} ({seeds})'
+    low, high = (number(compared.measure, x) for x in (found.low, found.high))
+    text += f' [{low}, {high}]'
+  points = ', in points,' if compared.measure == analysis.ACCURACY else ''
+  return f'a difference{points} of {text} ({seeds})'
 
 
 def _times(found: Figure) -> str:
@@ -268,17 +212,13 @@ def divergences(found: Analysis) -> list[str]:
   lines = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
-    at = [analysis.diverged_at(run) for run in runs]
-    steps = [step for step in at if step is not None]
+    at = [curves.diverged_at(run) for run in runs]
+    steps = [f'{step:,}' for step in at if step is not None]
     if steps:
+      rest = '; its means are of the others' if len(steps) < len(runs) else ''
       lines.append(
-          f'{sentence_start(arm.title)} diverged at step'
-          f' {_list(f"{s:,}" for s in steps)} in {len(steps)} of'
-          f' {count(len(runs), "seed")}; its means are of the others.'
-          if len(steps) < len(runs)
-          else f'{sentence_start(arm.title)} diverged at step'
-          f' {_list(f"{s:,}" for s in steps)} in {len(steps)} of'
-          f' {count(len(runs), "seed")}.'
+          f'{sentence_start(arm.title)} diverged at step {_list(steps)} in'
+          f' {len(steps)} of {count(len(runs), "seed")}{rest}.'
       )
   return lines
 

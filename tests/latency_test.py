@@ -55,6 +55,13 @@ def test_the_maximum_of_a_sample_is_exact():
   )
 
 
+def test_a_sample_is_in_units_of_its_median():
+  sample = latency.from_sample([20.0, 10.0, 40.0])
+  assert sample == Empirical((1.0, 0.5, 2.0))
+  with pytest.raises(ValueError, match='all positive'):
+    latency.from_sample([1.0, 0.0])
+
+
 def test_more_workers_and_longer_tails_take_longer():
   times = [
       latency.expected_maximum(LogNormal(1.0, p99), w)

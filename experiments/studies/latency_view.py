@@ -158,7 +158,7 @@ def _assumptions(
     measured: Measured, fit: Fit, assumed: Latency, setting: Setting
 ) -> list[str]:
   lines = [
-      f'Assumed, not measured: {_distribution(assumed)}; an all-reduce takes'
+      f'Assumed: {_distribution(assumed)}; an all-reduce takes'
       f' {assumed.alpha:g} and {_per_byte(assumed, setting)}. Time is in median'
       ' steps of one worker.',
       'Step times of workers are independent and all alike; every update waits'
@@ -180,7 +180,10 @@ def _assumptions(
 
 def _distribution(assumed: Latency) -> str:
   if isinstance(assumed.steps, Empirical):
-    return f'step times as in a sample of {len(assumed.steps.sample):,}'
+    return (
+        f'step times as in a sample of {len(assumed.steps.sample):,}, with no'
+        ' tail beyond it'
+    )
   median, p99 = assumed.steps
   return f'log-normal step times, median {median:g}, 99th percentile {p99:g}'
 

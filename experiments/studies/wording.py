@@ -180,7 +180,8 @@ def rules(found: Analysis) -> list[str]:
       ' the same seed. Steps to it are those of the first evaluation at or'
       ' under it, without interpolation, counted for each group; compute is of'
       ' all groups and teachers. An arm that does not reach it in every seed'
-      ' has no mean.',
+      ' has no mean. An arm as good as the baseline has no fixed number: the'
+      ' best of a flat and noisy curve may be early or late.',
       'Loss at the end is that of the last evaluation, not smoothed; the best'
       ' loss is the smallest smoothed one.',
       '± is half of maximum minus minimum over seeds; brackets are 95 %'

@@ -106,6 +106,12 @@ def test_processes_load_the_rows_of_one_group_batch(short_blocks):
     np.testing.assert_array_equal(np.concatenate(loaded, axis=1), whole)
 
 
+def test_the_base_rate_is_that_of_the_training_flights(task):
+  stream = task.train_stream(group_id=0, num_groups=1, group_batch=261_878)
+  late = stream.batch(0)['labels'].mean()
+  np.testing.assert_allclose(task.label_frequencies(), [1 - late, late])
+
+
 @pytest.mark.parametrize(
     'changes, words',
     [

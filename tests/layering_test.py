@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
+_STEP = _LOSSES | {'blocks', 'flops', 'parts', 'predictions', 'step'}
+_METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -39,7 +40,9 @@ MAY_IMPORT = {
     'intervals': set(),
     'blocks': {'base'},
     'predictions': {'base', 'losses'},
-    'step': _LOSSES | {'blocks', 'flops', 'predictions'},
+    'objectives': {'base', 'losses'},
+    'parts': {'base', 'flops'},
+    'step': _LOSSES | {'blocks', 'flops', 'parts', 'predictions'},
     'replicas': _STEP,
     'population': _STEP | {'replicas'},
     'joint': {'base', 'population'},
@@ -64,6 +67,7 @@ MAY_IMPORT = {
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
     'exchange.prediction_exchange': _PLAN,
+    'exchange.fixed_teachers': _PLAN | {'run_directory'},
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -83,9 +87,15 @@ MAY_IMPORT = {
     },
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
+    'baselines': set(),
+    'baselines.method': _STEP | {'replicas'},
+    'baselines.async_sgd': _METHOD,
+    'baselines.diloco': _METHOD,
     'experiment': (
-        _STEP
-        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
+        _METHOD
+        | {'objectives', 'population', 'replicas'}
+        | {'exchange.protocol', 'exchange.topology'}
+        | {'exchange.fixed_teachers'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

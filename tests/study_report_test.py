@@ -189,6 +189,20 @@ def test_a_study_in_which_everything_diverged_has_a_page(tmp_path):
   assert 'diverged at step 60, 60 and 60 in 3 of 3 seeds' in page
 
 
+def test_what_is_not_on_record_is_not_made_up(tmp_path):
+  unknown = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
+  runs = [*toy.runs(**unknown), *toy.runs('two', speed=2, **unknown)]
+  study = toy.study(
+      comparisons=[toy.compare('two', measure='compute_to_target')]
+  )
+  summary = report.write(study, toy.setting(), runs, tmp_path)
+  (found,) = summary.verdicts
+  assert found.words == 'cannot be said (these runs do not measure it)'
+  assert 'nan' not in summary.page.read_text()
+  rows = read_csv(tmp_path / 'curves.csv')
+  assert {row['flops'] for row in rows} == {''}
+
+
 def test_a_view_that_does_not_exist_is_refused(tmp_path):
   study = toy.study(views=('sideways',))
   with pytest.raises(ValueError, match="No view 'sideways' for toy"):
@@ -220,7 +234,8 @@ def scaling(both=(8, 16, 32), **kwargs):
   ):
     for w in workers:
       name = f'{series.split()[0]}_{w}'
-      arms.append(toy.arm(name, num_groups=groups, x=w, series=series))
+      place = {'workers': w, 'x': groups * w, 'series': series}
+      arms.append(toy.arm(name, num_groups=groups, **place))
       speed = gain / (0.15 * (1 + 6 / w))
       runs += toy.runs(name, speed=speed, groups=groups, steps_N=EVERY_N)
   study = toy.study(
@@ -284,7 +299,7 @@ def test_without_two_groups_there_is_no_crossover():
 def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():
   study, runs = scaling()
   runs += toy.runs('late', shift=1.0, steps_N=EVERY_N)
-  late = toy.arm('late', x=2, series='one group')
+  late = toy.arm('late', workers=2, x=2, series='one group')
   study = study._replace(arms=(*study.arms, late))
   found = analysis.analyse(study, runs)
   value, low, _, whole = axis_plot._point(found, late, 'steps_to_target')

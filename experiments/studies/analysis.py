@@ -231,6 +231,8 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
     return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
   value = float(costs_N[at[0]])
   before = float(costs_N[at[0] - 1]) if at[0] else 0.0
+  if np.isnan(value):  # Of FLOPs that are not on record.
+    return Outcome(run.seed, np.nan, ABSENT)
   return Outcome(run.seed, value, MEASURED, resolution=value - before)
 
 

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 def measure(found: Analysis) -> Measured:
   """Steps to the target where all seeds reach it; their ratio and cost."""
   arms = {
-      series: {int(a.x): a for a in found.study.arms if a.series == series}
+      series: {a.workers: a for a in found.study.arms if a.series == series}
       for series in (ONE, TWO)
   }
   one, two = (_steps(found, arms[series]) for series in (ONE, TWO))

@@ -236,11 +236,14 @@ def _list(words: Iterable[str]) -> str:
 
 def rates(runs: Sequence[Run]) -> str:
   """Those that were used."""
-  return ', '.join(f'{r:g}' for r in sorted({run.rate for run in runs}))
+  known = {run.rate for run in runs if not math.isnan(run.rate)}
+  return ', '.join(f'{rate:g}' for rate in sorted(known))
 
 
 def at_the_edge(arm: Arm, found: Analysis, setting: Setting) -> bool:
   """Whether the chosen rate is the least or the largest of the grid."""
-  used = {run.rate for run in found.runs[arm.name]}
-  ends = {min(setting.rates), max(setting.rates)}
-  return len(setting.rates) > 1 and bool(used & ends)
+  if len(setting.rates) < 2:
+    return False
+  ends = (min(setting.rates), max(setting.rates))
+  runs = found.runs[arm.name]
+  return any(math.isclose(run.rate, end) for run in runs for end in ends)

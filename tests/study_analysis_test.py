@@ -258,6 +258,13 @@ def test_an_arm_that_was_stopped_early_says_nothing():
   assert judge(found).words.startswith('cannot be said')
 
 
+def test_what_the_paper_did_not_compare_is_not_said_to_be_in_it():
+  found = analyse(toy.runs(), toy.runs('two', speed=2))
+  said = judge(found, paper='not in the paper: a guess').sentence
+  assert said.endswith(': as expected. Not in the paper: a guess.')
+  assert 'as in the paper' in judge(found).sentence
+
+
 def test_churn_is_no_number_of_these_runs():
   found = analyse(toy.runs(), toy.runs('two'))
   assert judge(found, measure='churn').words == (

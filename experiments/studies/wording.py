@@ -42,6 +42,13 @@ VERDICTS = (
 )
 
 
+# How the `paper` of a comparison begins that the paper did not make.
+_OURS = 'not in the paper'
+_EXPECTED = {
+    'as in the paper': 'as expected',
+    "in the paper's direction": 'in the expected direction',
+    'opposite to the paper': 'opposite to what was expected',
+}
 _LONG = {
     **ALL_MEASURES,
     'total_steps_to_target': (
@@ -63,11 +70,15 @@ def comparison(
 ) -> str:
   """The sentence of a verdict."""
   titles = {arm.name: arm.title for arm in found.study.arms}
+  paper = f'The paper: {compared.paper}.'
+  if compared.paper.startswith(_OURS):
+    paper = f'{sentence_start(compared.paper)}.'
+    for of_paper, ours in _EXPECTED.items():
+      words = words.replace(of_paper, ours)
   return (
       f'{sentence_start(titles[compared.arm])} against'
       f' {titles[compared.against]}, {_LONG[compared.measure]}:'
-      f' {_said(compared, effect, titles)}: {words}. The paper:'
-      f' {compared.paper}.'
+      f' {_said(compared, effect, titles)}: {words}. {paper}'
   )
 
 

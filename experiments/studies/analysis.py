@@ -18,6 +18,8 @@ import numpy as np
 
 from codistill_jax import intervals
 from codistill_jax.intervals import Figure
+from experiments.studies import curves
+from experiments.studies.curves import Band, diverged_at, smooth
 from experiments.studies.declaration import MEASURES, Study
 from experiments.studies.results import Run
 
@@ -32,9 +34,6 @@ NOT_REACHED = 'not reached'
 DIVERGED = 'diverged'
 NO_TARGET = 'no target'
 ABSENT = 'not measured'
-
-_WINDOW = 3
-_FEW = 12
 
 
 class Outcome(NamedTuple):
@@ -137,7 +136,7 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   _check(study, runs)
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
-  window = window_of(final.get(study.baseline, ()))
+  window = curves.window_of(final.get(study.baseline, ()))
   targets = {
       run.seed: float(smooth(run.loss_N, window).min())
       for run in final.get(study.baseline, ())
@@ -182,30 +181,6 @@ def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
       arm.name: tuple(r for r in ordered if r.arm == arm.name)
       for arm in study.arms
   }
-
-
-# --- Smoothing and divergence ------------------------------------------------
-
-
-def window_of(baseline: Sequence[Run]) -> int:
-  """k: 3, or 1 where the baseline has fewer than 12 evaluations."""
-  counts = [len(r.loss_N) for r in baseline if diverged_at(r) is None]
-  return _WINDOW if counts and min(counts) >= _FEW else 1
-
-
-def smooth(values_N: np.ndarray, window: int) -> np.ndarray:
-  """Trailing mean over `window` evaluations, fewer at the start; (N,)."""
-  values_N = np.asarray(values_N, np.float64)
-  starts = [max(0, i - window + 1) for i in range(len(values_N))]
-  return np.array([values_N[s : i + 1].mean() for i, s in enumerate(starts)])
-
-
-def diverged_at(run: Run) -> int | None:
-  """The step at which a run diverged, also if only an evaluation shows it."""
-  if run.diverged_at is not None:
-    return run.diverged_at
-  bad = np.flatnonzero(~np.isfinite(run.loss_N))
-  return int(run.steps_N[bad[0]]) if len(bad) else None
 
 
 # --- Outcomes ----------------------------------------------------------------
@@ -256,6 +231,8 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
     return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
   value = float(costs_N[at[0]])
   before = float(costs_N[at[0] - 1]) if at[0] else 0.0
+  if np.isnan(value):  # Of FLOPs that are not on record.
+    return Outcome(run.seed, np.nan, ABSENT)
   return Outcome(run.seed, value, MEASURED, resolution=value - before)
 
 
@@ -316,50 +293,6 @@ def _over_seeds(values: tuple[float, ...]) -> Figure:
   return intervals.over_retrains(np.array(values))
 
 
-# --- Curves ------------------------------------------------------------------
-
-
-class Band(NamedTuple):
-  """A curve over seeds: mean and range at the evaluations that all have."""
-
-  x_N: np.ndarray
-  mean_N: np.ndarray
-  low_N: np.ndarray
-  high_N: np.ndarray
-
-
 def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
-  """A smoothed curve of an arm over the runs that did not diverge.
-
-  Args:
-    analysis: All of them.
-    arm: Name.
-    x: 'steps', 'flops' (with those of the teachers before) or 'bytes'.
-    y: 'loss' or 'accuracy'.
-
-  Returns:
-    None if no run has such values.
-  """
-  runs = [r for r in analysis.runs[arm] if diverged_at(r) is None]
-  runs = [r for r in runs if len(getattr(r, f'{y}_N'))]
-  if not runs:
-    return None
-  steps = runs[0].steps_N
-  for run in runs[1:]:
-    steps = np.intersect1d(steps, run.steps_N)
-  if not len(steps):
-    return None
-  at = [np.searchsorted(r.steps_N, steps) for r in runs]
-  ys = np.stack(
-      [
-          smooth(getattr(r, f'{y}_N'), analysis.window)[i]
-          for r, i in zip(runs, at)
-      ]
-  )
-  xs = np.stack(
-      [
-          getattr(r, f'{x}_N')[i] + (r.prior_flops if x == 'flops' else 0.0)
-          for r, i in zip(runs, at)
-      ]
-  )
-  return Band(xs.mean(0), ys.mean(0), ys.min(0), ys.max(0))
+  """A smoothed curve of an arm over seeds; see `curves.band`."""
+  return curves.band(analysis.runs[arm], analysis.window, x, y)

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from experiments import report_style
 from experiments.report_style import Plot
-from experiments.studies import analysis, wording
+from experiments.studies import analysis, formatting
 from experiments.studies.analysis import ALL_MEASURES, Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.results import Setting
@@ -46,12 +46,14 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
   caption = (
       'Means over seeds, bars 95 % intervals (a bar is missing for fewer than'
       ' three seeds). An open triangle is an arm that did not reach the target'
-      ' in every seed, at the largest value seen: its mean would lie higher'
-      ' than its reached runs say. Dotted: the arms that do not stand on the'
-      ' axis.'
+      ' in every seed, at the largest value seen; its mean is not known.'
   )
+  if len(_series(found)) > 1:
+    caption += ' Points of several lines are set apart a little.'
+  if _others(found):
+    caption += ' Dotted levels are arms that do not stand on the axis.'
   title = f'Against {found.study.x_label}'
-  return Plot('against_x', wording.sentence_start(title), caption, png)
+  return Plot('against_x', formatting.sentence_start(title), caption, png)
 
 
 def _panels(found: Analysis) -> list[str]:
@@ -71,6 +73,14 @@ def _series(found: Analysis) -> dict[str, list[Arm]]:
     if arm.x is not None and found.runs[arm.name]:
       series.setdefault(arm.series, []).append(arm)
   return {k: sorted(v, key=lambda arm: arm.x) for k, v in series.items()}
+
+
+def _place(found: Analysis, arm: Arm, apart: float) -> float:
+  """x, moved so that bars of several lines do not hide each other."""
+  if found.study.x_log and arm.x > 0:
+    return arm.x * (1 + 0.03 * apart)
+  places = [a.x for a in found.study.arms if a.x is not None]
+  return arm.x + 0.008 * (max(places) - min(places)) * apart
 
 
 def _point(found: Analysis, arm: Arm, measure: str):
@@ -93,7 +103,7 @@ def _draw(found: Analysis, panels: Sequence[str]) -> bytes:
         'marker': _MARKERS[i % len(_MARKERS)],
     }
     for ax, measure in zip(axes, panels):
-      _draw_series(ax, found, arms, measure, style)
+      _draw_series(ax, found, arms, measure, style, i - (len(series) - 1) / 2)
     label = name or found.study.x_label
     legend.append(Line2D([], [], label=label, lw=1.4, ms=5, **style))
   for ax, measure in zip(axes, panels):
@@ -104,9 +114,16 @@ def _draw(found: Analysis, panels: Sequence[str]) -> bytes:
 
 
 def _draw_series(
-    ax: Axes, found: Analysis, arms: Sequence[Arm], measure: str, style: dict
+    ax: Axes,
+    found: Analysis,
+    arms: Sequence[Arm],
+    measure: str,
+    style: dict,
+    apart: float,
 ) -> None:
-  points = [(arm.x, *_point(found, arm, measure)) for arm in arms]
+  points = [
+      (_place(found, arm, apart), *_point(found, arm, measure)) for arm in arms
+  ]
   whole = [(x, y) for x, y, _, _, whole in points if whole]
   if whole:
     ax.plot(*zip(*whole), color=style['color'], lw=1.4)
@@ -120,13 +137,17 @@ def _draw_series(
       ax.plot([x], [mean], '^', ms=7, mfc='none', mec=style['color'])
 
 
+def _others(found: Analysis) -> list[Arm]:
+  arms = found.study.arms
+  return [arm for arm in arms if arm.x is None and found.runs[arm.name]]
+
+
 def _levels(
     axes: Sequence[Axes], found: Analysis, panels: Sequence[str], used: int
 ) -> list[Line2D]:
   """Arms without a place on the axis, as levels."""
   legend = []
-  others = [a for a in found.study.arms if a.x is None and found.runs[a.name]]
-  for i, arm in enumerate(others, used):
+  for i, arm in enumerate(_others(found), used):
     style = {'color': _COLOURS[i % len(_COLOURS)], 'ls': (0, (1.5, 1.5))}
     for ax, measure in zip(axes, panels):
       figure = analysis.cell(found, arm.name, measure).figure

@@ -24,14 +24,14 @@ import numpy as np
 from experiments.studies import communication
 
 _CUT = (-45.0, 6.0)  # Of the integral: beyond, the weight is below 1e-19.
-_NODES = 20_000
+_NODES = 4_000
 _P99 = 0.01
 
 
 class LogNormal(NamedTuple):
   """Step times of a worker: median and 99th percentile.
 
-  Any unit of time; that of `Latency` is the median step.
+  In any unit of time; all times of one `Latency` share theirs.
   """
 
   median: float
@@ -39,7 +39,10 @@ class LogNormal(NamedTuple):
 
 
 class Empirical(NamedTuple):
-  """Step times of a worker as they were measured; no tail beyond the sample."""
+  """Step times of a worker as they were measured; see `from_sample`.
+
+  Beyond the sample there is no tail: with many workers the model is too kind.
+  """
 
   sample: tuple[float, ...]
 
@@ -47,8 +50,23 @@ class Empirical(NamedTuple):
 Distribution = LogNormal | Empirical
 
 
+def from_sample(times: Sequence[float]) -> Empirical:
+  """Measured step times of one worker, in units of their median.
+
+  Raises:
+    ValueError: If there is none, or one is not positive and finite.
+  """
+  times = np.asarray(times, np.float64)
+  if not len(times) or not (np.isfinite(times) & (times > 0)).all():
+    raise ValueError(
+        'Expected step times, all positive and finite, got'
+        f' {times.tolist()[:5]}.'
+    )
+  return Empirical(tuple((times / np.median(times)).tolist()))
+
+
 class Latency(NamedTuple):
-  """What is assumed of workers and network; nothing of it is measured.
+  """What is assumed of workers and network; the unit is a median step.
 
   Attributes:
     steps: Of one worker, without the all-reduce.
@@ -113,7 +131,9 @@ def _upper_quantile(distribution: LogNormal):
         f'Expected 0 < median <= p99, got median={median}, p99={p99}.'
     )
   sigma = math.log(p99 / median) / -special.ndtri(_P99)
-  return lambda p: median * np.exp(-sigma * special.ndtri(np.minimum(p, 1.0)))
+  # Below 1, where the normal quantile is infinite and no tail times it is NaN.
+  most = np.nextafter(1.0, 0.0)
+  return lambda p: median * np.exp(-sigma * special.ndtri(np.minimum(p, most)))
 
 
 def _maximum_of_sample(sample_N: np.ndarray, workers: int) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.report_pages import Block, Bullets, Heading, Paragraph, Table
 from experiments.report_table import size
-from experiments.studies import analysis, latency
+from experiments.studies import analysis, curves, latency
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.latency import Crossover, Empirical, Fit, Latency
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 def measure(found: Analysis) -> Measured:
   """Steps to the target where all seeds reach it; their ratio and cost."""
   arms = {
-      series: {int(a.x): a for a in found.study.arms if a.series == series}
+      series: {a.workers: a for a in found.study.arms if a.series == series}
       for series in (ONE, TWO)
   }
   one, two = (_steps(found, arms[series]) for series in (ONE, TWO))
@@ -67,7 +67,7 @@ def _steps(found: Analysis, arms: dict[int, Arm]) -> dict[int, float]:
 
 def _flops_per_update(found: Analysis, arm: Arm) -> float:
   """Of one group; with teachers, burn-in averaged in."""
-  runs = [r for r in found.runs[arm.name] if analysis.diverged_at(r) is None]
+  runs = [r for r in found.runs[arm.name] if curves.diverged_at(r) is None]
   rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
   return float(np.mean(rates)) / arm.num_groups
 
@@ -158,7 +158,7 @@ def _assumptions(
     measured: Measured, fit: Fit, assumed: Latency, setting: Setting
 ) -> list[str]:
   lines = [
-      f'Assumed, not measured: {_distribution(assumed)}; an all-reduce takes'
+      f'Assumed: {_distribution(assumed)}; an all-reduce takes'
       f' {assumed.alpha:g} and {_per_byte(assumed, setting)}. Time is in median'
       ' steps of one worker.',
       'Step times of workers are independent and all alike; every update waits'
@@ -180,7 +180,10 @@ def _assumptions(
 
 def _distribution(assumed: Latency) -> str:
   if isinstance(assumed.steps, Empirical):
-    return f'step times as in a sample of {len(assumed.steps.sample):,}'
+    return (
+        f'step times as in a sample of {len(assumed.steps.sample):,}, with no'
+        ' tail beyond it'
+    )
   median, p99 = assumed.steps
   return f'log-normal step times, median {median:g}, 99th percentile {p99:g}'
 

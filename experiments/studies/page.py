@@ -15,7 +15,7 @@ from experiments.report_pages import (
     Table,
 )
 from experiments.report_style import Plot
-from experiments.studies import plotting, tabular, views, wording
+from experiments.studies import formatting, plotting, tabular, views, wording
 from experiments.studies.analysis import Analysis
 from experiments.studies.latency import Latency
 from experiments.studies.results import Setting
@@ -77,7 +77,7 @@ def _each_seed(found: Analysis) -> list[Block]:
 
 def _rates(found: Analysis, setting: Setting) -> list[Block]:
   header, rows = tabular.rates_table(found, setting)
-  said = wording.sentence_start(setting.selection).rstrip('.') + '.'
+  said = formatting.sentence_start(setting.selection).rstrip('.') + '.'
   if not any(found.tuning.values()):
     return [Heading('Learning rates'), Paragraph(said)] if said != '.' else []
   return [

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments import report_style
 from experiments.report_style import Plot
-from experiments.studies import analysis
+from experiments.studies import analysis, curves
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm, Study
 from experiments.studies.results import Setting
@@ -23,8 +23,12 @@ from experiments.studies.results import Setting
 TARGET_STYLE = {'color': '#555555', 'ls': (0, (2, 2)), 'lw': 1.0}
 _DASHES = ('-', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _COLOURS = 7  # Of `report_style`, before they come again.
-# Curves are shown from where the slowest arm has done this share of its run.
+# Curves are shown from about this share of a run on.
 _SHOWN_FROM = 0.35
+# Arms that do not stand on the axis of a study, where others do.
+_APART = ('#D55E00', '#CC79A7', '#000000', '#E69F00')
+# An arm that ends so many times higher above the best is not in the frame.
+_FAR = 3.0
 _MARKED = 30  # Evaluations up to which each has a marker.
 
 
@@ -57,8 +61,12 @@ def _loss(found: Analysis, setting: Setting) -> Plot:
       f' means over seeds, bands their range; {smoothed}. The dotted level is'
       ' the target, its mean over seeds. A cross at the top marks the step at'
       ' which a run diverged. The axis of losses does not start at zero, and'
-      ' the start of the runs lies above the frame.'
+      ' the start of the runs lies above the frame, as do arms that end far'
+      ' above the others.'
   )
+  runs = [run for runs in found.runs.values() for run in runs]
+  if any(run.prior_steps for run in runs):
+    caption += ' Steps of teachers that were trained before are not drawn left.'
   return Plot('loss', 'Validation loss', caption, png)
 
 
@@ -66,7 +74,8 @@ def _accuracy(found: Analysis) -> Plot:
   png = _two_axes(found, 'accuracy', 'validation accuracy', target=False)
   caption = (
       'The same runs by validation accuracy, left at equal steps of each group,'
-      ' right at equal compute. Lines are means over seeds, bands their range.'
+      ' right at equal compute. Lines are means over seeds, bands their range,'
+      ' smoothed as the losses are.'
   )
   return Plot('accuracy', 'Validation accuracy', caption, png)
 
@@ -74,9 +83,11 @@ def _accuracy(found: Analysis) -> Plot:
 def _two_axes(found: Analysis, y: str, label: str, target: bool) -> bytes:
   figure, (left, right) = report_style.figure_of(2)
   styles = styles_of(found.study)
+  shade = 0.15 if len(found.study.arms) <= _COLOURS else 0.08
   for ax, x in ((left, 'steps'), (right, 'flops')):
     for arm in found.study.arms:
-      draw_band(ax, analysis.band(found, arm.name, x, y), styles[arm.name])
+      band = analysis.band(found, arm.name, x, y)
+      draw_band(ax, band, styles[arm.name], shade)
     zoom(ax, found, y)
   left.set_title('Equal steps')
   left.set_xlabel('steps of each group')
@@ -121,7 +132,11 @@ def _by_place(study: Study, on_axis: Sequence[Arm]) -> dict[str, dict]:
   places = sorted({arm.x for arm in on_axis})
   series = list(dict.fromkeys(arm.series for arm in on_axis))
   shades = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, len(places)))
-  styles = {arm.name: {'color': '#000000', 'ls': ':'} for arm in study.arms}
+  others = [arm for arm in study.arms if arm.x is None]
+  styles = {
+      arm.name: {'color': _APART[i % len(_APART)], 'ls': _DASHES[2]}
+      for i, arm in enumerate(others)
+  }
   for arm in on_axis:
     styles[arm.name] = {
         'color': matplotlib.colors.to_hex(shades[places.index(arm.x)]),
@@ -142,7 +157,9 @@ def handles(found: Analysis, styles: dict[str, dict]) -> list[Line2D]:
 # --- Drawing -----------------------------------------------------------------
 
 
-def draw_band(ax: Axes, band: analysis.Band | None, style: dict) -> None:
+def draw_band(
+    ax: Axes, band: analysis.Band | None, style: dict, shade: float = 0.15
+) -> None:
   """A line of means with the range around it; nothing for None."""
   if band is None:
     return
@@ -150,7 +167,7 @@ def draw_band(ax: Axes, band: analysis.Band | None, style: dict) -> None:
   marker = {'marker': 'o', 'ms': 2.5} if few else {}
   ax.plot(band.x_N, band.mean_N, lw=1.6, **marker, **style)
   ax.fill_between(
-      band.x_N, band.low_N, band.high_N, color=style['color'], alpha=0.15, lw=0
+      band.x_N, band.low_N, band.high_N, color=style['color'], alpha=shade, lw=0
   )
 
 
@@ -165,25 +182,35 @@ def draw_target(axes: Sequence[Axes], found: Analysis) -> list[Line2D]:
 
 
 def zoom(ax: Axes, found: Analysis, y: str) -> None:
-  """Vertical limits that leave out the start of the runs."""
-  low, high = [], []
-  for arm in found.study.arms:
-    band = analysis.band(found, arm.name, 'steps', y)
-    if band is not None:
-      late = band.x_N >= _SHOWN_FROM * band.x_N[-1]
-      low.append(band.low_N[late].min())
-      high.append(band.high_N[late].max())
+  """Vertical limits that leave out the start of the runs.
+
+  Half of the arms are in sight from `_SHOWN_FROM` on, and the ends of all but
+  those that end far above: one slow arm must not press the others together.
+  """
+  bands = [analysis.band(found, a.name, 'steps', y) for a in found.study.arms]
+  bands = [band for band in bands if band is not None]
+  if not bands:
+    return
+  starts = []
+  for band in bands:
+    late = np.flatnonzero(band.x_N >= _SHOWN_FROM * band.x_N[-1])
+    starts.append(band.mean_N[late[0]])
+  ends = [end for b in bands for end in (b.low_N[-1], b.high_N[-1])]
+  middle = float(np.median(starts))
+  shown = [middle, *ends]
   if y == 'loss':
-    low += found.targets.values()
-  if low and max(high) > min(low):
-    margin = 0.06 * (max(high) - min(low))
-    ax.set_ylim(min(low) - margin, max(high) + margin)
+    shown += found.targets.values()
+    far = min(shown) + _FAR * (middle - min(shown))
+    shown = [value for value in shown if value <= max(far, middle)]
+  if max(shown) > min(shown):
+    margin = 0.06 * (max(shown) - min(shown))
+    ax.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
 def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
   for name, runs in found.runs.items():
     for run in runs:
-      step = analysis.diverged_at(run)
+      step = curves.diverged_at(run)
       if step is not None:
         ax.plot(
             [step],

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.studies import analysis, wording
+from experiments.studies import analysis, formatting, wording
 from experiments.studies.analysis import ACCURACY, ALL_MEASURES, Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.results import Setting
@@ -40,7 +40,9 @@ def arms_table(found: Analysis) -> Table:
   rows = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
-    cells = [wording.cell(k, analysis.cell(found, arm.name, k)) for k in keys]
+    cells = [
+        formatting.cell(k, analysis.cell(found, arm.name, k)) for k in keys
+    ]
     rates = wording.rates(runs) or '-'
     rows.append([arm.title, str(arm.num_groups), str(len(runs)), rates, *cells])
   return header, rows
@@ -53,7 +55,7 @@ def short_table(found: Analysis) -> Table:
   rows = []
   for arm in found.study.arms:
     cells = [
-        wording.cell(k, analysis.cell(found, arm.name, k), interval=False)
+        formatting.cell(k, analysis.cell(found, arm.name, k), interval=False)
         for k in keys
     ]
     rows.append([arm.title, str(len(found.runs[arm.name])), *cells])

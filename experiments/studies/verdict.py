@@ -34,7 +34,7 @@ direction is known without a ratio: the arm that does not has more.
 import math
 from typing import NamedTuple
 
-from experiments.studies import analysis, wording
+from experiments.studies import analysis, formatting, wording
 from experiments.studies.analysis import Analysis, Effect, Outcome
 from experiments.studies.declaration import Comparison
 
@@ -96,7 +96,7 @@ def _words(effect: Effect, comparison: Comparison) -> str:
     return _without_figure(effect, comparison)
   if effect.pairs < _LEAST_SEEDS:
     return (
-        f'{CANNOT} ({wording.count(effect.pairs, "seed")} of both arms: an'
+        f'{CANNOT} ({formatting.count(effect.pairs, "seed")} of both arms: an'
         f' interval needs {_LEAST_SEEDS})'
     )
   if comparison.expect == 'equal':

@@ -4,9 +4,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from codistill_jax.intervals import Figure
-from experiments.studies import analysis
-from experiments.studies.analysis import ALL_MEASURES, Analysis, Cell, Effect
+from experiments.studies import analysis, curves
+from experiments.studies.analysis import ALL_MEASURES, Analysis, Effect
 from experiments.studies.declaration import Arm, Comparison, Study
+from experiments.studies.formatting import (
+    count,
+    number,
+    ratio,
+    sentence_start,
+)
 from experiments.studies.results import Run, Setting
 
 VERDICTS = (
@@ -36,16 +42,13 @@ VERDICTS = (
 )
 
 
-def count(number: int, noun: str) -> str:
-  """`1 seed`, `3 seeds`."""
-  return f'{number:,} {noun}{"" if number == 1 else "s"}'
-
-
-def sentence_start(text: str) -> str:
-  """With a capital."""
-  return text[:1].upper() + text[1:]
-
-
+# How the `paper` of a comparison begins that the paper did not make.
+_OURS = 'not in the paper'
+_EXPECTED = {
+    'as in the paper': 'as expected',
+    "in the paper's direction": 'in the expected direction',
+    'opposite to the paper': 'opposite to what was expected',
+}
 _LONG = {
     **ALL_MEASURES,
     'total_steps_to_target': (
@@ -59,59 +62,6 @@ _LONG = {
 }
 
 
-# --- Numbers -----------------------------------------------------------------
-
-
-def number(measure: str, value: float) -> str:
-  """A value with the digits of its measure."""
-  if math.isnan(value):
-    return '-'
-  if measure == 'compute_to_target':
-    return f'{value:.3g}'.replace('e+', 'e')
-  if measure in analysis.RATIOS:
-    return f'{value:,.0f}'
-  return f'{value:.2%}' if measure == analysis.ACCURACY else f'{value:.4f}'
-
-
-def figure(measure: str, found: Figure, interval: bool = True) -> str:
-  """`1,234 ± 56 [1,100, 1,400]`."""
-  text = number(measure, found.mean)
-  if len(found.values) > 1:
-    text += f' ± {number(measure, found.half_range)}'
-  if interval and not math.isnan(found.low):
-    ends = (number(measure, found.low), number(measure, found.high))
-    text += f' [{", ".join(ends)}]'
-  return text
-
-
-def ratio(found: Figure) -> str:
-  """`0.83 [0.78, 0.88]`."""
-  if math.isnan(found.low):
-    return f'{found.mean:.3g}'
-  return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
-
-
-def cell(measure: str, found: Cell, interval: bool = True) -> str:
-  """One arm by one measure, for a table."""
-  seeds = len(found.outcomes)
-  if not seeds:
-    return 'not trained'
-  diverged = found.count(analysis.DIVERGED)
-  if diverged == seeds:
-    return 'diverged'
-  if found.figure is not None:
-    text = figure(measure, found.figure, interval)
-    left = seeds - diverged
-    return f'{text} ({left} of {seeds} seeds)' if diverged else text
-  reached = found.count(analysis.MEASURED)
-  missed = found.count(analysis.NOT_REACHED)
-  if not missed:
-    return '-'
-  if not reached:
-    return 'not reached'
-  return f'reached in {reached} of {seeds} seeds'
-
-
 # --- Comparisons -------------------------------------------------------------
 
 
@@ -120,11 +70,15 @@ def comparison(
 ) -> str:
   """The sentence of a verdict."""
   titles = {arm.name: arm.title for arm in found.study.arms}
+  paper = f'The paper: {compared.paper}.'
+  if compared.paper.startswith(_OURS):
+    paper = f'{sentence_start(compared.paper)}.'
+    for of_paper, ours in _EXPECTED.items():
+      words = words.replace(of_paper, ours)
   return (
       f'{sentence_start(titles[compared.arm])} against'
       f' {titles[compared.against]}, {_LONG[compared.measure]}:'
-      f' {_said(compared, effect, titles)}: {words}. The paper:'
-      f' {compared.paper}.'
+      f' {_said(compared, effect, titles)}: {words}. {paper}'
   )
 
 
@@ -144,9 +98,10 @@ def _said(
   found = effect.figure
   text = sign + number(compared.measure, found.mean)
   if not math.isnan(found.low):
-    ends = (found.low, found.high)
-    text += f' [{", ".join(number(compared.measure, x) for x in ends)}]'
-  return f'a difference of {text} ({seeds})'
+    low, high = (number(compared.measure, x) for x in (found.low, found.high))
+    text += f' [{low}, {high}]'
+  points = ', in points,' if compared.measure == analysis.ACCURACY else ''
+  return f'a difference{points} of {text} ({seeds})'
 
 
 def _times(found: Figure) -> str:
@@ -236,7 +191,8 @@ def rules(found: Analysis) -> list[str]:
       ' the same seed. Steps to it are those of the first evaluation at or'
       ' under it, without interpolation, counted for each group; compute is of'
       ' all groups and teachers. An arm that does not reach it in every seed'
-      ' has no mean.',
+      ' has no mean. An arm as good as the baseline has no fixed number: the'
+      ' best of a flat and noisy curve may be early or late.',
       'Loss at the end is that of the last evaluation, not smoothed; the best'
       ' loss is the smallest smoothed one.',
       '± is half of maximum minus minimum over seeds; brackets are 95 %'
@@ -268,17 +224,13 @@ def divergences(found: Analysis) -> list[str]:
   lines = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
-    at = [analysis.diverged_at(run) for run in runs]
-    steps = [step for step in at if step is not None]
+    at = [curves.diverged_at(run) for run in runs]
+    steps = [f'{step:,}' for step in at if step is not None]
     if steps:
+      rest = '; its means are of the others' if len(steps) < len(runs) else ''
       lines.append(
-          f'{sentence_start(arm.title)} diverged at step'
-          f' {_list(f"{s:,}" for s in steps)} in {len(steps)} of'
-          f' {count(len(runs), "seed")}; its means are of the others.'
-          if len(steps) < len(runs)
-          else f'{sentence_start(arm.title)} diverged at step'
-          f' {_list(f"{s:,}" for s in steps)} in {len(steps)} of'
-          f' {count(len(runs), "seed")}.'
+          f'{sentence_start(arm.title)} diverged at step {_list(steps)} in'
+          f' {len(steps)} of {count(len(runs), "seed")}{rest}.'
       )
   return lines
 
@@ -295,11 +247,14 @@ def _list(words: Iterable[str]) -> str:
 
 def rates(runs: Sequence[Run]) -> str:
   """Those that were used."""
-  return ', '.join(f'{r:g}' for r in sorted({run.rate for run in runs}))
+  known = {run.rate for run in runs if not math.isnan(run.rate)}
+  return ', '.join(f'{rate:g}' for rate in sorted(known))
 
 
 def at_the_edge(arm: Arm, found: Analysis, setting: Setting) -> bool:
   """Whether the chosen rate is the least or the largest of the grid."""
-  used = {run.rate for run in found.runs[arm.name]}
-  ends = {min(setting.rates), max(setting.rates)}
-  return len(setting.rates) > 1 and bool(used & ends)
+  if len(setting.rates) < 2:
+    return False
+  ends = (min(setting.rates), max(setting.rates))
+  runs = found.runs[arm.name]
+  return any(math.isclose(run.rate, end) for run in runs for end in ends)

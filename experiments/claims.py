@@ -17,6 +17,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
   experiment = job.experiment
   sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
   of_predictions = experiment.exchange == 'predictions'
+  simulated = experiment.simulated_replicas
   burn_in = (
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
@@ -24,7 +25,8 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
-      'simulated_replicas': experiment.simulated_replicas,
+      # Few runs simulate any: the others do not speak of it.
+      'simulated_replicas': simulated if simulated > 1 else None,
       'group_batch': experiment.group_batch,
       'seed': experiment.seed,
       'num_steps': experiment.num_steps,

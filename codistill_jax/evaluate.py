@@ -78,6 +78,40 @@ def evaluate(
   return None if sums is None else _values(sums)
 
 
+def evaluate_stacked(
+    eval_step: Callable[..., tuple[Sequence[base.PyTree], base.PyTree]],
+    variables: base.PyTree,
+    batches: Iterable[base.Batch],
+    carry: base.PyTree,
+    *,
+    should_stop: Callable[[], bool] = never,
+) -> list[list[dict[str, float]]] | None:
+  """As `evaluate`, of many models in one pass.
+
+  Args:
+    eval_step: `eval_step(variables, batch, carry) -> (stacks, carry)`, where
+      each of the stacks is metrics by key, every leaf of which has an axis of
+      models in front.
+    variables: What it takes.
+    batches: As of `evaluate`.
+    carry: What it takes before the first batch, where its later ones will be.
+    should_stop: Asked before every batch.
+
+  Returns:
+    For each stack, for each model in it, what `evaluate` gives.
+  """
+  step = lambda batch, carry: eval_step(variables, batch, carry)
+  sums = _sum_over(step, batches, carry, should_stop)
+  return None if sums is None else [_each(stack) for stack in sums]
+
+
+def _each(stack):
+  count = len(jax.tree.leaves(stack)[0])
+  return [
+      _values(jax.tree.map(lambda x, n=n: x[n], stack)) for n in range(count)
+  ]
+
+
 def make_compare_step(model: base.Model) -> Callable[..., tuple]:
   """A pure step that compares sets of variables on a batch.
 
@@ -148,7 +182,7 @@ def compare(
     raise ValueError(_NO_BATCH)
   rows = first['labels'].shape[0]
   carries = [model.init_carry(rows) for _ in variables_list]
-  compare_step = jax.jit(make_compare_step(model))
+  compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
   sums = _sum_over(
       step, itertools.chain([first], batches), carries, should_stop
@@ -160,6 +194,12 @@ def compare(
       ensemble=_values(sums.ensemble),
       pairs={pair: _values(found) for pair, found in sums.pairs.items()},
   )
+
+
+# Compiled once, however often the models of a run are compared.
+@functools.lru_cache(maxsize=4)
+def _compare_step(model: base.Model) -> Callable[..., tuple]:
+  return jax.jit(make_compare_step(model))
 
 
 _NO_BATCH = 'Expected at least one batch to evaluate on, got none.'

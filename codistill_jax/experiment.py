@@ -6,6 +6,7 @@ experiment.Experiment.optimizer = @optax.adam()
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +23,13 @@ from codistill_jax import (
     schedules,
     step,
 )
-from codistill_jax.base import Batch, Model, Stream, Task
+from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
+from codistill_jax.baselines.method import Method, SynchronousSgd
+from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
 
-EXCHANGES = ('checkpoints', 'predictions')
+EXCHANGES = ('checkpoints', 'predictions', 'fixed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Experiment:
     task: Data; see `base.Task`.
     model: `model(num_classes, **task.model_arguments) -> base.Model`.
     optimizer: An optax transformation.
+    method: How a group updates, see `baselines`; None: synchronous SGD.
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
@@ -57,6 +61,11 @@ class Experiment:
     exchange: What groups give each other: 'checkpoints', parameters now and
       then; or 'predictions' of the same batch in every step, which needs all
       groups in one program (`train_lockstep`) and no second forward pass.
+      'fixed': nothing; all learn from the groups of runs that have ended.
+    teacher_runs: With 'fixed': the run directories; every group in them is a
+      teacher.
+    teacher_step: With 'fixed': of which step; None for the newest resume
+      checkpoint of each.
     prediction_top_k: With 'predictions': classes sent of each, and one number
       for the rest; None sends all.
     exchange_every: Steps between exchanges (of checkpoints).
@@ -83,6 +92,7 @@ class Experiment:
   task: Task
   model: Callable[[int], Model]
   optimizer: optax.GradientTransformation
+  method: Method | None = None
   distill_weight: Callable[[int], float] = dataclasses.field(
       default_factory=schedules.distill_weight
   )
@@ -97,6 +107,8 @@ class Experiment:
   seed: int = 0
   data_seed: int | None = None
   exchange: str = 'checkpoints'
+  teacher_runs: Sequence[str] = ()
+  teacher_step: int | None = None
   prediction_top_k: int | None = None
   exchange_every: int = 50
   exchange_mode: str = 'freshest'
@@ -163,6 +175,27 @@ class Experiment:
     )
     self.plan  # noqa: B018  Raises on what does not fit together.
     self._check_exchange()
+    self._check_method()
+
+  def _check_method(self) -> None:
+    if self.method is None:
+      return
+    if isinstance(self.method, type) or not isinstance(self.method, Method):
+      raise ValueError(
+          f'Experiment.method={self.method!r}; bind it to a method, such as'
+          ' @async_sgd.AsynchronousSgd()'
+      )
+    if self.exchange == 'predictions':
+      raise ValueError(
+          "Experiment.exchange='predictions' needs synchronous SGD in every"
+          f' group, but method={self.method!r}; leave one of them out'
+      )
+    if self.simulated_replicas > 1:
+      raise ValueError(
+          f'Experiment.simulated_replicas={self.simulated_replicas} are of'
+          f' synchronous SGD, but method={self.method!r}; leave one of them out'
+      )
+    self.method.check(self.group_batch, 1)
 
   @property
   def distillation(self) -> Callable[..., jax.Array]:
@@ -178,7 +211,8 @@ class Experiment:
           f'Experiment.exchange={self.exchange!r} is not one of'
           f' {", ".join(EXCHANGES)}'
       )
-    if self.exchange == 'checkpoints':
+    self._check_fixed()
+    if self.exchange != 'predictions':
       if self.prediction_top_k is not None:
         raise ValueError(
             f'Experiment.prediction_top_k={self.prediction_top_k} acts nowhere'
@@ -194,26 +228,49 @@ class Experiment:
     predictions.check(
         self.distillation, self.prediction_top_k, self.task.num_classes
     )
-    # Of an exchange of parameters.
-    for name in (
-        'staleness',
-        'publish_dtype',
-        'teacher_dtype',
-        'max_staleness_steps',
-    ):
-      value, default = getattr(self, name), _defaults()[name]
-      if value != default:
-        raise ValueError(
-            f'Experiment.{name}={value!r} acts nowhere with'
-            " Experiment.exchange='predictions', which exchanges no parameters;"
-            f' leave it {default!r}'
-        )
+    self._check_unused(*_OF_PUBLICATIONS, 'teacher_dtype')
     if self.task.partition != 'shared':
       raise ValueError(
           "Experiment.exchange='predictions' needs the same batches in all"
           f' groups, but the task has partition={self.task.partition!r}; set'
           " the partition of the task to 'shared'"
       )
+
+  def _check_fixed(self) -> None:
+    if self.exchange != 'fixed':
+      self._check_unused('teacher_runs', 'teacher_step')
+      return
+    self._check_unused(*_OF_PUBLICATIONS, 'topology')
+    runs = self.teacher_runs
+    if not isinstance(runs, list | tuple) or not all(
+        isinstance(run, str) and run for run in runs
+    ):
+      raise ValueError(
+          f'Experiment.teacher_runs={runs!r}; set it to a list of run'
+          " directories, such as ['runs/teachers']"
+      )
+    if not runs:
+      raise ValueError(
+          "Experiment.exchange='fixed' needs teachers; set"
+          ' Experiment.teacher_runs to the run directories that they were'
+          " trained in, such as ['runs/teachers']"
+      )
+    step = self.teacher_step
+    if step is not None and (type(step) is not int or step < 1):
+      raise ValueError(
+          f'Experiment.teacher_step={step!r}; set it to the step of a resume'
+          ' checkpoint, or None for the newest'
+      )
+
+  def _check_unused(self, *names: str) -> None:
+    """Raises ValueError if one is set that this exchange does not look at."""
+    for name in names:
+      value, default = getattr(self, name), _defaults()[name]
+      if value != default:
+        raise ValueError(
+            f'Experiment.{name}={value!r} acts nowhere with'
+            f' Experiment.exchange={self.exchange!r}; leave it {default!r}'
+        )
 
   @property
   def plan(self) -> Plan:
@@ -231,6 +288,15 @@ class Experiment:
     )
 
 
+# What acts where groups publish their parameters alone.
+_OF_PUBLICATIONS = ('staleness', 'publish_dtype', 'max_staleness_steps')
+
+
+def method_of(experiment: Experiment) -> Method:
+  """How a group updates."""
+  return experiment.method or SynchronousSgd()
+
+
 def _defaults() -> dict[str, Any]:
   return {f.name: f.default for f in dataclasses.fields(Experiment)}
 
@@ -239,7 +305,31 @@ def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
   """P, the models that a group runs beside its own."""
   if experiment.exchange == 'predictions':
     return 0  # The peers run themselves.
+  if experiment.exchange == 'fixed':
+    return len(teacher_sources(experiment))
   return len(experiment.plan.peers_of(group_id, num_groups))
+
+
+def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
+  """Raises ValueError if the replicas cannot share the rows of an update."""
+  rows, simulated = experiment.group_batch, experiment.simulated_replicas
+  if simulated > 1:
+    replicas.check_group_batch(rows, num_replicas, simulated)
+  else:
+    method_of(experiment).check(rows, num_replicas)
+
+
+def teacher_sources(
+    experiment: Experiment,
+) -> tuple[fixed_teachers.Source, ...]:
+  """What the teachers are made of, with Experiment.exchange='fixed'.
+
+  Raises:
+    ValueError: If a teacher run is not there or has not ended.
+  """
+  if experiment.exchange != 'fixed':
+    return ()
+  return fixed_teachers.find(experiment.teacher_runs, experiment.teacher_step)
 
 
 def make_model(experiment: Experiment) -> Model:
@@ -267,12 +357,16 @@ def train_stream(
 ) -> Stream:
   """The training batches of one group; see `Task.train_stream`."""
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
-  return experiment.task.train_stream(
-      group_id=group_id,
-      num_groups=num_groups,
+  return method_of(experiment).train_stream(
+      functools.partial(
+          experiment.task.train_stream,
+          group_id=group_id,
+          num_groups=num_groups,
+          **given,
+      ),
       group_batch=experiment.group_batch,
+      num_steps=experiment.num_steps,
       rows=rows,
-      **given,
   )
 
 
@@ -299,6 +393,26 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
   return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
 
 
+def init_state(
+    experiment: Experiment,
+    model: Model,
+    rng: Array,
+    row: Batch,
+    *,
+    num_peers: int,
+) -> TrainState:
+  """The state of a group before its first update."""
+  state = step.init_state(
+      model,
+      experiment.optimizer,
+      rng,
+      row,
+      num_peers=num_peers,
+      group_batch=experiment.group_batch,
+  )
+  return method_of(experiment).init_state(experiment.optimizer, state)
+
+
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
   """The evaluation step of the task; jit it."""
   return step.make_eval_step(
@@ -319,20 +433,23 @@ def make_population(
     num_groups: int,
     devices: Sequence[jax.Device] | None = None,
     num_replicas: int = 1,
+    shared_batch: bool = True,
 ) -> population.Population:
-  """The train step of all groups as one program, with a shared batch."""
+  """The train step of all groups as one program; see `Population`."""
   return population.Population(
       _train_step(experiment, model),
       num_groups,
       devices=devices,
       num_replicas=num_replicas,
+      shared_batch=shared_batch,
   )
 
 
 def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
-  return step.make_train_step(
+  return method_of(experiment).make_train_step(
       model,
       experiment.optimizer,
+      num_steps=experiment.num_steps,
       task_loss=objectives.training_loss(
           experiment.task,
           experiment.label_smoothing,

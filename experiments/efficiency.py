@@ -19,6 +19,7 @@ from codistill_jax.base import (
     Teachers,
     TrainState,
 )
+from codistill_jax.experiment import num_teachers
 from experiments.job import Job
 
 
@@ -104,7 +105,7 @@ class Efficiency:
     job, plan = self._job, self._job.experiment.plan
     if isinstance(job.train_step, joint.Seat):
       return _shapes(job.train_step.peers)
-    peers = len(plan.peers_of(job.group_id, job.num_groups))
+    peers = num_teachers(job.experiment, job.group_id, job.num_groups)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)

@@ -6,7 +6,9 @@ import jax
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import joint, run_directory
-from codistill_jax.base import Model, Stream
+from codistill_jax.base import Model, Stream, Variables
+from codistill_jax.exchange import fixed_teachers
+from codistill_jax.exchange.fixed_teachers import FixedTeachers
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.exchange.protocol import Exchange
@@ -26,7 +28,7 @@ def train_steps_of(
 ) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
   """What updates each group; and the stream of all, if they update together."""
   chosen = devices.chosen_devices(num_replicas)
-  if experiment.exchange == 'checkpoints':
+  if experiment.exchange != 'predictions':
     step = experiment_lib.make_replicated_step(experiment, model, chosen)
     return [step] * num_groups, None  # Compiled once for all.
   if num_groups < 2:
@@ -68,6 +70,9 @@ def exchanges_of(
             job.identity,
         ),
     )
+  if experiment.exchange == 'fixed':
+    exchange = fixed_exchange(job, start.state.variables)
+    return [exchange] * num_groups  # On the devices once.
   size = bytes_per_example(
       experiment.task.num_classes,
       experiment.prediction_top_k,
@@ -83,6 +88,15 @@ def exchanges_of(
       )
       for group_id in range(num_groups)
   ]
+
+
+def fixed_exchange(job: Job, like: Variables) -> FixedTeachers:
+  """Teachers that are on the devices and stay there."""
+  sources = experiment_lib.teacher_sources(job.experiment)
+  teachers = fixed_teachers.load(
+      sources, like, job.identity, job.experiment.teacher_dtype
+  )
+  return FixedTeachers(sources, job.train_step.place_teachers(teachers))
 
 
 class Latch:

@@ -235,6 +235,7 @@ _SETTINGS = {
     'burn_in_steps': 'burn-in, steps',
     'exchange_every': 'steps between exchanges',
     'mode': 'exchange mode',
+    'prior_steps': 'steps of the teachers before',
     'seed': 'seed',
     'model_parameters': 'model parameters',
 }

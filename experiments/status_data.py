@@ -108,7 +108,9 @@ def read_group(
   done = look(done_path.exists, False)
   step = _first(_whole(sign, 'step'), _whole(last, 'step'))
   num_groups = _first(_whole(sign, 'num_groups'), _whole(run, 'num_groups'))
-  peers, ages = _peers(sign, group_id, num_groups), _ages(sign)
+  peers = _peers(sign, group_id, num_groups)
+  # Teachers that are no peers are fixed, and do not age in steps of this run.
+  ages = {} if peers == () else _ages(sign)
   return GroupStatus(
       group_id=group_id,
       step=step,

@@ -28,10 +28,10 @@ from codistill_jax.exchange.checkpoint_exchange import (
     CheckpointExchange,
     Waiting,
 )
-from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.exchange.protocol import Exchange, peers_of
 from codistill_jax.storage import trees
 from codistill_jax.storage.troubles import Troubles
-from experiments import claims, cli, companions, devices, driver
+from experiments import claims, cli, companions, devices, driver, lockstep
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest
 from experiments.watch import group_writer
@@ -136,7 +136,9 @@ def _train(job: Job) -> None:
 
 
 def _exchange_of(job: Job):
-  def make(variables: Variables) -> CheckpointExchange:
+  def make(variables: Variables) -> Exchange:
+    if job.experiment.exchange == 'fixed':
+      return lockstep.fixed_exchange(job, variables)
     return CheckpointExchange(
         run_directory.exchange_root(job.workdir),
         job.group_id,

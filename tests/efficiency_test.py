@@ -24,7 +24,9 @@ FORWARD = 2 * ROWS * TOKENS * (UNITS * UNITS + UNITS * VOCAB)
 def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   """As much of a job as is looked at."""
   experiment = types.SimpleNamespace(
+      exchange='checkpoints',
       group_batch=ROWS,
+      exchange='checkpoints',
       plan=types.SimpleNamespace(
           teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
       ),

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
 _STEP = _LOSSES | {'blocks', 'flops', 'parts', 'predictions', 'step'}
+_METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -66,6 +67,7 @@ MAY_IMPORT = {
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
     'exchange.prediction_exchange': _PLAN,
+    'exchange.fixed_teachers': _PLAN | {'run_directory'},
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -85,10 +87,15 @@ MAY_IMPORT = {
     },
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
+    'baselines': set(),
+    'baselines.method': _STEP | {'replicas'},
+    'baselines.async_sgd': _METHOD,
+    'baselines.diloco': _METHOD,
     'experiment': (
-        _STEP
+        _METHOD
         | {'objectives', 'population', 'replicas'}
         | {'exchange.protocol', 'exchange.topology'}
+        | {'exchange.fixed_teachers'}
     ),
 }
 PACKAGES = ('data', 'models')  # Base, locks, and their own modules downwards.

@@ -7,7 +7,8 @@ not the numbers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def write(
   """
   tree = _as_dict(variables)
   for path, x in trees.flatten(tree):
-    if not _is_finite(x):
+    if not is_finite(x):
       raise FloatingPointError(
           f'group {publication.group_id} does not publish step'
           f' {publication.step}: {path} is not finite'
@@ -152,7 +153,7 @@ def read(
   _check_leaves(group_id, record.leaves, trees.describe(_as_dict(like)))
   tree = trees.load_tree(directory, step, record, _as_dict(like))
   for leaf, (_, x) in zip(record.leaves, trees.flatten(tree), strict=True):
-    if not _is_finite(x):
+    if not is_finite(x):
       raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
   variables = Variables(tree['params'], tree['model_state'])
   return publication, cast_floats(variables, dtype)
@@ -194,16 +195,28 @@ def _check_identity(publication: Publication, ours: Mapping[str, str]) -> None:
 def _check_leaves(
     group_id: int, theirs: tuple[Leaf, ...], ours: tuple[Leaf, ...]
 ) -> None:
-  for i in range(max(len(theirs), len(ours))):
-    their_leaf = theirs[i] if i < len(theirs) else None
-    our_leaf = ours[i] if i < len(ours) else None
+  differing = first_difference(theirs, ours)
+  if differing is not None:
+    raise MismatchError(
+        f'group {group_id} trains another architecture: the first differing'
+        f' leaf is {differing[0] or "missing"} there and'
+        f' {differing[1] or "missing"} here; give all groups the same model'
+        ' configuration'
+    )
+
+
+def first_difference(
+    theirs: Sequence[Leaf], ours: Sequence[Leaf]
+) -> tuple[Leaf | None, Leaf | None] | None:
+  """Where two models first differ, but for the width of their floats.
+
+  Returns:
+    Their leaf and ours, None for one that is missing; None if they agree.
+  """
+  for their_leaf, our_leaf in itertools.zip_longest(theirs, ours):
     if not their_leaf or not our_leaf or not _same(their_leaf, our_leaf):
-      raise MismatchError(
-          f'group {group_id} trains another architecture: the first differing'
-          f' leaf is {their_leaf or "missing"} there and'
-          f' {our_leaf or "missing"} here; give all groups the same model'
-          ' configuration'
-      )
+      return their_leaf, our_leaf
+  return None
 
 
 def _same(a: Leaf, b: Leaf) -> bool:
@@ -214,7 +227,8 @@ def _same(a: Leaf, b: Leaf) -> bool:
   )
 
 
-def _is_finite(x: np.ndarray) -> bool:
+def is_finite(x: np.ndarray) -> bool:
+  """Whether all floats of an array are finite."""
   if not jnp.issubdtype(x.dtype, np.floating):
     return True
   with np.errstate(invalid='ignore', over='ignore'):

@@ -64,6 +64,7 @@ __all__ = [
     'delete_unless',
     'describe',
     'flatten',
+    'load_part',
     'load_record',
     'load_tree',
     'save',
@@ -191,18 +192,48 @@ def load_tree(
     DamagedError: If an array cannot be read, or differs from what was saved.
     OSError: If the file system refuses to give it.
   """
+  return _load(path_of(directory, step), record, record.leaves, like)
+
+
+def load_part(
+    directory: epath.PathLike,
+    step: int,
+    record: Record,
+    like: PyTree,
+    name: str,
+) -> PyTree:
+  """One entry of the outermost dict of a checkpoint; the rest may be anything.
+
+  Args:
+    directory: Where.
+    step: Which.
+    record: From `load_record`.
+    like: A tree of the structure of that entry (arrays or their shapes).
+    name: The key of the entry.
+
+  Raises:
+    As `load_tree`, which verifies as much.
+  """
+  leaves = [x for x in record.leaves if x.path.startswith(f'{name}/')]
   path = path_of(directory, step)
+  return _load(path, record, leaves, {name: like})[name]
+
+
+def _load(
+    path: epath.Path, record: Record, leaves: Sequence[Leaf], like: PyTree
+) -> PyTree:
   shapes, treedef = jax.tree.flatten(like)
   targets = [
       np.empty(x.shape, leaf.dtype)
-      for x, leaf in zip(shapes, record.leaves, strict=True)
+      for x, leaf in zip(shapes, leaves, strict=True)
   ]
   target = treedef.unflatten(targets)
+  partial = len(leaves) < len(record.leaves)
 
   def read() -> PyTree:
     with _verified_arrays(path, record) as arrays:
-      tree = _restore(arrays, target)
-    _check_leaves(path, record.leaves, tree)
+      tree = _restore(arrays, target, partial)
+    _check_leaves(path, leaves, tree)
     return tree
 
   return _read_twice(path, read)
@@ -313,7 +344,7 @@ def _save(path: epath.Path, tree: PyTree) -> None:
     raise refusal from e
 
 
-def _restore(path: epath.Path, target: PyTree) -> PyTree:
+def _restore(path: epath.Path, target: PyTree, partial: bool) -> PyTree:
   with quiet(), _checkpointer() as checkpointer:
     return checkpointer.restore(
         path,
@@ -322,6 +353,7 @@ def _restore(path: epath.Path, target: PyTree) -> PyTree:
             restore_args=jax.tree.map(
                 lambda x: ocp.RestoreArgs(np.ndarray, dtype=x.dtype), target
             ),
+            partial_restore=partial,
         ),
     )
 

@@ -1,0 +1,395 @@
+"""Offline distillation: the student learns from runs that have ended."""
+
+import pathlib
+import signal
+
+import algorithm1
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_run
+import toy
+
+from codistill_jax import experiment as experiment_lib
+from codistill_jax import gin_utils, run_directory
+from codistill_jax import step as step_lib
+from codistill_jax.exchange import fixed_teachers
+from codistill_jax.exchange.fixed_teachers import FixedTeachers
+from codistill_jax.exchange.publications import MismatchError
+from codistill_jax.group import run_group
+from codistill_jax.schedules import distill_weight
+from codistill_jax.storage.checkpoint import Checkpoints
+from experiments import cli, driver, lockstep, watch
+from experiments.job import Job
+
+TX = optax.sgd(0.5)
+IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
+
+
+def save_run(workdir, model, seeds=(100, 101), steps=(3, 5), identity=IDENTITY):
+  """A run of groups that were trained somehow, with another optimiser."""
+  for group_id, seed in enumerate(seeds):
+    checkpoints = Checkpoints(
+        run_directory.checkpoints_dir(workdir, group_id), identity=identity
+    )
+    for step in steps:
+      state = toy.start(model, toy.ADAM, seed + 10 * step, num_peers=0)
+      checkpoints.save(state.replace(step=np.int32(step)))
+      checkpoints.wait()
+    checkpoints.close()
+    run_directory.done_path(workdir, group_id).touch()
+  run_directory.write_run(workdir, {'num_groups': len(seeds)})
+  return workdir
+
+
+def variables_of(model, seed, step=5):
+  return toy.start(model, toy.ADAM, seed + 10 * step, num_peers=0).variables
+
+
+def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
+  sources = fixed_teachers.find(runs, step)
+  like = toy.start(model, TX).variables
+  return FixedTeachers(
+      sources, fixed_teachers.load(sources, like, identity, **kwargs)
+  )
+
+
+@pytest.fixture(scope='module')
+def teacher_run(tmp_path_factory):
+  return save_run(tmp_path_factory.mktemp('runs') / 'two', toy.TWO_LAYERS)
+
+
+def fresh(tmp_path, model=toy.TWO_LAYERS, **kwargs):
+  return save_run(tmp_path / 'teachers', model, **kwargs)
+
+
+# -- what the student learns --------------------------------------------------
+
+
+def test_the_student_is_that_of_algorithm_1_with_fixed_teachers(teacher_run):
+  model, stream = toy.TWO_LAYERS, toy.Clusters(8, weights=True)
+  before = tiny_run.snapshot(teacher_run)
+  exchange = exchange_of([teacher_run], model)
+  teachers = [
+      algorithm1.as_float64(variables_of(model, seed).params)
+      for seed in (100, 101)
+  ]
+  state = toy.start(model, TX, 1, num_peers=2)
+  theta = algorithm1.as_float64(state.variables.params)
+  step = toy.on_replicas(model, TX, 1)
+  for result in run_group(
+      step,
+      state,
+      stream,
+      num_steps=5,
+      exchange=exchange,
+      distill_weight=lambda step: 0.7 * (step >= 1),
+  ):
+    # From the first update after burn-in on, whatever an exchange step is.
+    peers = teachers if result.step > 1 else []
+    batch = stream.batch(result.step - 1)
+    phi, psi = algorithm1.losses(theta, batch, peers)
+    theta = algorithm1.update(theta, batch, peers, 0.7, 0.5)
+    np.testing.assert_allclose(result.metrics['loss/task'], phi, rtol=1e-4)
+    if peers:
+      np.testing.assert_allclose(result.metrics['loss/distill'], psi, rtol=1e-4)
+      assert result.metrics['exchange/peers_present'] == 2.0
+    # Nobody claims an age that they do not have.
+    assert not any('staleness' in key for key in result.metrics)
+  found = step.collect(result.state).variables.params
+  found = jax.tree.map(lambda x: x.astype(np.float64), found)
+  toy.assert_same(found, theta, rtol=1e-4, atol=1e-5)
+  # The teachers are what they were, here and there.
+  expected = [variables_of(model, seed) for seed in (100, 101)]
+  toy.assert_same(exchange.fetch(0), toy.stacked(expected))
+  assert tiny_run.snapshot(teacher_run) == before
+
+
+def test_teachers_bring_their_statistics_and_are_in_eval_mode(tmp_path):
+  """A model that centres its inputs by the batch, or by what it learnt."""
+  model = toy.STATISTICS
+  run = fresh(tmp_path, model)
+  directory = run_directory.checkpoints_dir(run, 0)
+  state = toy.start(model, toy.ADAM, 100, num_peers=0)
+  state_of = {
+      'mean': np.full(toy.FEATURES, 2.0, np.float32),
+      'calls': np.asarray(7, np.int32),
+  }
+  taught = state.variables.replace(model_state=state_of)
+  checkpoints = Checkpoints(directory, identity=IDENTITY)
+  checkpoints.save(state.replace(step=np.int32(9), variables=taught))
+  checkpoints.close()
+  run_directory.write_run(run, {'num_groups': 1})
+  teachers = exchange_of([run], model).fetch(0)
+  assert teachers.variables.model_state['calls'].tolist() == [7]
+  batch = toy.stream_of(model).batch(0)
+  student = toy.start(model, TX, 1)
+  _, metrics = toy.on_replicas(model, TX, 1)(
+      toy.on_replicas(model, TX, 1).place(student), batch, teachers, 1.0
+  )
+  x, w = batch['inputs'].astype(np.float64), batch['weights']
+  soft = lambda z: np.exp(z) / np.exp(z).sum(1, keepdims=True)
+  p = soft((x - 2.0) @ np.asarray(taught.params['kernel'], np.float64))
+  kernel = np.asarray(student.variables.params['kernel'], np.float64)
+  q = soft((x - x.mean(0, keepdims=True)) @ kernel)
+  expected = -np.sum(w * np.sum(p * np.log(q), axis=1)) / w.sum()
+  np.testing.assert_allclose(metrics['loss/distill'], expected, rtol=1e-4)
+
+
+def test_all_groups_of_all_runs_teach_in_order(teacher_run, tmp_path):
+  model = toy.TWO_LAYERS
+  other = fresh(tmp_path, seeds=(7,), steps=(3,))
+  exchange = exchange_of([teacher_run, other], model)
+  expected = [
+      *(variables_of(model, seed) for seed in (100, 101)),
+      variables_of(model, 7, 3),
+  ]
+  toy.assert_same(exchange.fetch(0), toy.stacked(expected))
+  assert [p.step for p in exchange.in_use] == [5, 5, 3]
+  assert exchange.fetch(0) is exchange.fetch(10)
+  assert exchange.peers == () and not exchange.due(10)
+  older = exchange_of([teacher_run], model, step=3)
+  expected = [variables_of(model, seed, 3) for seed in (100, 101)]
+  toy.assert_same(older.fetch(0), toy.stacked(expected))
+
+
+def test_teachers_are_held_in_their_dtype(teacher_run):
+  teachers = exchange_of([teacher_run], toy.TWO_LAYERS, dtype='bfloat16')
+  found = {x.dtype.name for x in jax.tree.leaves(teachers.fetch(0).variables)}
+  assert found == {'bfloat16'}
+
+
+# -- what does not fit --------------------------------------------------------
+
+
+def without_done(run):
+  run_directory.done_path(run, 1).unlink()
+
+
+def without_checkpoints(run):
+  for step in (3, 5):
+    mark = run_directory.checkpoints_dir(run, 1) / str(step)
+    (mark / 'commit_success.txt').unlink()
+
+
+def without_a_group(run):
+  run_directory.write_run(run, {'num_groups': 3})
+
+
+def with_a_flipped_bit(run):
+  arrays = run_directory.checkpoints_dir(run, 1) / '5' / 'arrays'
+  files = [f for f in pathlib.Path(arrays).rglob('*') if f.is_file()]
+  largest = max(files, key=lambda f: f.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (
+            without_done,
+            r'group 1 of .* \(there is no DONE\); start its command',
+        ),
+        (without_checkpoints, 'step any in .*there are: none. Set Experiment.'),
+        (without_a_group, 'group 2 of .* has not reached its last step'),
+        (with_a_flipped_bit, 'was altered'),
+    ],
+)
+def test_a_run_that_cannot_teach_is_named(tmp_path, spoil, message):
+  run = fresh(tmp_path)
+  spoil(run)
+  with pytest.raises(ValueError, match=message) as e:
+    exchange_of([run], toy.TWO_LAYERS)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'asked, error, message',
+    [
+        ({'runs': ['nowhere']}, ValueError, 'no run in .*nowhere; train the'),
+        ({'step': 4}, ValueError, 'checkpoint of step 4 .*there are: 3, 5'),
+        (
+            {'identity': {**IDENTITY, 'tokenizer': 'xyz'}},
+            MismatchError,
+            'group 0 of the teacher run .* tokenizer=abc, .* tokenizer=xyz',
+        ),
+        (
+            {'model': toy.STATISTICS},
+            MismatchError,
+            r'differing leaf is params/Dense_0/bias float32\[8\] there and'
+            r' model_state/calls int32\[\] here',
+        ),
+    ],
+    ids=['run', 'step', 'identity', 'leaf'],
+)
+def test_what_does_not_fit_is_named(teacher_run, asked, error, message):
+  asked = {'runs': [teacher_run], 'model': toy.TWO_LAYERS, **asked}
+  with pytest.raises(error, match=message) as e:
+    exchange_of(**asked)
+  assert '\n' not in str(e.value)
+
+
+# -- a run --------------------------------------------------------------------
+
+MODEL = toy.recurrent_model(units=4)
+
+
+def experiment_of(teacher_run, **kwargs):
+  return experiment_lib.Experiment(
+      **{
+          'task': toy.TOKEN_TASK,
+          'model': lambda num_classes: MODEL,
+          'optimizer': optax.adam(1e-2),
+          'exchange': 'fixed',
+          'teacher_runs': [str(teacher_run)],
+          'distill_weight': distill_weight(burn_in_steps=2),
+          'num_steps': 8,
+          'group_batch': 4,
+          'log_every': 2,
+          'eval_every': 8,
+          'eval_batch': 2,
+          'checkpoint_every': 4,
+          **kwargs,
+      }
+  )
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ({'teacher_runs': []}, 'needs teachers; set Experiment.teacher_runs'),
+        ({'teacher_runs': 'runs/two'}, "teacher_runs='runs/two'; set it to a"),
+        ({'teacher_step': 0}, 'teacher_step=0; set it to the step'),
+        ({'topology': 'ring'}, "topology='ring' acts nowhere with Experiment."),
+        ({'exchange': 'checkpoints'}, 'teacher_runs=.* acts nowhere with'),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    experiment_of('runs/two', **wrong)
+
+
+@pytest.fixture(scope='module')
+def taught(tmp_path_factory):
+  """A teacher run of the recurrent model, and the compiled step of students."""
+  run = tmp_path_factory.mktemp('runs') / 'recurrent'
+  batch = toy.Tokens(4).batch(0)
+  for group_id in (0, 1):
+    state = step_lib.init_state(
+        MODEL, TX, jax.random.PRNGKey(50 + group_id), batch
+    )
+    checkpoints = Checkpoints(
+        run_directory.checkpoints_dir(run, group_id),
+        identity=toy.TOKEN_TASK.identity,
+    )
+    checkpoints.save(state.replace(step=np.int32(20 + group_id)))
+    checkpoints.close()
+    run_directory.done_path(run, group_id).touch()
+  run_directory.write_run(run, {'num_groups': 2, 'prior_steps': 9})
+  experiment = experiment_of(run)
+  step = experiment_lib.make_replicated_step(
+      experiment, MODEL, jax.devices()[:1]
+  )
+  return experiment, step
+
+
+def jobs_of(taught, workdir, stop):
+  gin_utils.parse([])
+  experiment, step = taught
+  return [
+      Job(
+          experiment=experiment,
+          model=MODEL,
+          train_step=step,
+          workdir=str(workdir),
+          group_id=group_id,
+          num_groups=2,
+          stop=stop,
+      )
+      for group_id in (0, 1)
+  ]
+
+
+class StopAt:
+  """Asked to stop from the n-th round on."""
+
+  signal_number = signal.SIGTERM
+
+  def __init__(self, rounds=100):
+    self._rounds = rounds
+
+  def __call__(self):
+    return self._rounds < 0
+
+  def update(self):
+    self._rounds -= 1
+
+
+def train(taught, workdir, latch):
+  jobs = jobs_of(taught, workdir, latch)
+  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
+  lockstep.train_in_turn(
+      [
+          driver.train(
+              job,
+              lambda variables, exchange=exchange: exchange,
+              watch.group_writer(job, progress=False),
+          )
+          for job, exchange in zip(jobs, exchanges)
+      ],
+      latch,
+  )
+
+
+def last_arrays(workdir, group_id):
+  return tiny_run.saved_arrays(workdir, group_id)[1]
+
+
+@pytest.fixture(scope='module')
+def finished(taught, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('students') / 'run'
+  train(taught, workdir, StopAt())
+  return workdir
+
+
+def test_a_student_that_was_stopped_ends_with_the_same_bits(
+    taught, finished, tmp_path
+):
+  workdir = tmp_path / 'run'
+  with pytest.raises(cli.Stopped):
+    train(taught, workdir, StopAt(5))
+  assert tiny_run.saved_arrays(workdir, 0)[0] < 8
+  train(taught, workdir, StopAt())
+  for group_id in (0, 1):
+    tiny_run.assert_same_bits(
+        last_arrays(workdir, group_id), last_arrays(finished, group_id)
+    )
+  # Two programs for two students: burn-in and distillation.
+  assert taught[1].num_traces == 2
+
+
+def test_a_run_says_what_its_teachers_cost(taught, finished):
+  run = run_directory.read_run(finished)
+  teachers = taught[0].teacher_runs[0]
+  assert run['teacher_runs'] == [{'workdir': teachers, 'steps': [20, 21]}]
+  assert run['prior_steps'] == 20 + 21 + 9  # The teachers had some, too.
+  assert run['mode'] == 'fixed' and run['exchange_every'] is None
+  path = run_directory.metrics_path(finished, 1)
+  records = run_directory.read_metrics(path).records
+  present = [
+      r.get('exchange/peers_present') for r in records if 'loss/task' in r
+  ]
+  assert present == [None, 2.0, 2.0, 2.0]  # Nobody in the burn-in.
+
+
+def test_a_student_does_not_go_on_with_other_teachers(taught):
+  exchange = lockstep.fixed_exchange(
+      jobs_of(taught, 'run', StopAt())[0],
+      jax.eval_shape(MODEL.init, jax.random.PRNGKey(0), toy.Tokens(4).batch(0)),
+  )
+  exchange.restore(4, [20, 21])
+  with pytest.raises(ValueError, match=r'steps \[20, 20\], now .* \[20, 21\]'):
+    exchange.restore(4, [20, 20])

@@ -1,0 +1,1 @@
+"""experiments.reproduce: all studies run at smoke scale and write a page."""

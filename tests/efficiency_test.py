@@ -26,7 +26,6 @@ def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   experiment = types.SimpleNamespace(
       exchange='checkpoints',
       group_batch=ROWS,
-      exchange='checkpoints',
       plan=types.SimpleNamespace(
           teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
       ),

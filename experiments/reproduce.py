@@ -53,6 +53,13 @@ _JOBS = flags.DEFINE_integer(
     'Processes that train runs side by side. With more than one, each has its'
     ' share of the CPU cores for itself.',
 )
+_ONE_PROGRAM = flags.DEFINE_enum(
+    'one_program',
+    'auto',
+    ['auto', 'yes', 'no'],
+    'Whether all seeds of an arm are trained as one program; auto: on an'
+    ' accelerator, where that is faster.',
+)
 _WORKER = flags.DEFINE_string(
     'worker', '', 'Set by --jobs for each process: its number/their number.'
 )
@@ -135,22 +142,24 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
   jobs = side_by_side.take_cores(_WORKER.value)
   stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
   # Not at the top: to list studies, or to draw a page, needs no jax.
+  import jax
+
   from experiments import devices
-  from experiments.studies import claim
-  from experiments.studies.worker import Worker
+  from experiments.studies import claim, worker
+  from experiments.studies.configurations import Configurations
 
   if _REPLICAS.value > 1:
     devices.use_replicas(_REPLICAS.value)
-  worker = Worker(
-      workdir,
-      plan,
-      bindings=gin_utils.flag_values()[1],
+  configurations = Configurations(workdir, plan, gin_utils.flag_values()[1])
+  num_replicas = _REPLICAS.value or jax.local_device_count()
+  claim.claim(configurations, num_replicas)
+  worker.Worker(
+      configurations,
       stop=stop,
       replicas=_REPLICAS.value,
       jobs=jobs,
-  )
-  claim.claim(workdir, plan, worker)
-  worker.train_all()
+      together=worker.trains_together(_ONE_PROGRAM.value),
+  ).train_all()
   stop.uninstall()
 
 

@@ -12,15 +12,15 @@ from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli
 from experiments.studies import plan as plan_lib
-from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.worker import Worker
+from experiments.studies.configurations import Configurations
+from experiments.studies.plan import PlannedRun
 
 _OF_A_RUN = ('.seed', '.data_seed', '.teacher_runs', 'RATE')
 # What cannot differ between the runs of one study.
 _FIXED = ('study', 'scale', 'configurations', 'identity', 'data')
 
 
-def claim(workdir: files.PathLike, plan: Plan, worker: Worker) -> None:
+def claim(configurations: Configurations, num_replicas: int) -> None:
   """Writes study.json, or checks that it is of this very study.
 
   More seeds, rates and arms may be asked for later, and whatever has no run
@@ -29,7 +29,8 @@ def claim(workdir: files.PathLike, plan: Plan, worker: Worker) -> None:
   Raises:
     ValueError: If the workdir holds a study of another configuration.
   """
-  ours = describe(plan, worker)
+  workdir, plan = configurations.workdir, configurations.plan
+  ours = describe(configurations, num_replicas)
   path = plan_lib.study_path(workdir)
   theirs = files.read_json(path) or {}
   done = [
@@ -39,22 +40,24 @@ def claim(workdir: files.PathLike, plan: Plan, worker: Worker) -> None:
   ]
   if done:
     _check_same(workdir, theirs, ours, set(done))
-  configurations = theirs.get('configurations', {}) | ours['configurations']
-  files.write_json(path, {**ours, 'configurations': configurations})
+  together = theirs.get('configurations', {}) | ours['configurations']
+  files.write_json(path, {**ours, 'configurations': together})
 
 
-def describe(plan: Plan, worker: Worker) -> dict[str, Any]:
+def describe(
+    configurations: Configurations, num_replicas: int
+) -> dict[str, Any]:
   """What study.json says."""
-  configurations = {}
-  for arm in reversed(plan.trained):  # The baseline's is left in force.
-    worker.parse(_any_run(arm.name))
-    configurations[arm.name] = [
+  plan, by_arm = configurations.plan, {}
+  for arm in plan.trained:
+    configurations.parse(_any_run(arm.name))
+    by_arm[arm.name] = [
         text
         for text in gin_utils.configuration()
         if not text.split(' = ')[0].endswith(_OF_A_RUN)
     ]
   baseline = plan.arm(plan.study.baseline)
-  experiment = worker.configure(_any_run(baseline.name))
+  experiment = configurations.configure(_any_run(baseline.name))
   model = gin_utils.call(experiment_lib.make_model, experiment)
   row = experiment_lib.first_row(experiment, baseline.num_groups)
   variables = jax.eval_shape(model.init, jax.random.PRNGKey(0), row)
@@ -64,7 +67,7 @@ def describe(plan: Plan, worker: Worker) -> dict[str, Any]:
   return {
       'study': plan.study.name,
       'scale': plan.scale_name,
-      'configurations': configurations,
+      'configurations': by_arm,
       'identity': {k: str(v) for k, v in task.identity.items()},
       'data': task.description,
       'headline': ' '.join(map(gin_utils.headline, plan.scale.gin_files[:1])),
@@ -74,13 +77,19 @@ def describe(plan: Plan, worker: Worker) -> dict[str, Any]:
       'num_steps': experiment.num_steps,
       'exchange_every': experiment.exchange_every,
       'publish_dtype': experiment.publish_dtype,
+      'model': _name_of(experiment.model),
       'model_parameters': int(count),
-      'replicas': worker.num_replicas,
+      'replicas': num_replicas,
       'device': jax.devices()[0].device_kind,
       'platform': jax.devices()[0].platform,
       'cores': os.cpu_count() or 1,
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
   }
+
+
+def _name_of(model: Any) -> str:
+  """Module and name of what makes the model."""
+  return f'{model.__module__.split(".")[-1]}.{model.__name__}'
 
 
 def _any_run(arm: str) -> PlannedRun:

@@ -177,7 +177,7 @@ def _setting(
       exchange_every=settings['exchange_every'],
       replicas=settings['replicas'],
       model_parameters=settings['model_parameters'],
-      model=settings['headline'],
+      model=settings['model'],
       bytes_of_model=_BYTES[settings['publish_dtype']]
       * settings['model_parameters'],
       cores=settings['cores'] if on_cpu else 0,

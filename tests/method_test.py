@@ -236,6 +236,16 @@ def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   assert '\n' not in str(e.value)
 
 
+def test_each_worker_reads_rows_of_its_own_group():
+  method = AsynchronousSgd(3)
+  experiment = make_experiment(method=method)
+  stream = experiment_lib.train_stream(experiment, 1, 2)
+  for n in range(7):
+    k, w = divmod(n, 3)
+    rows = slice(4 * w, 4 * w + 4)
+    toy.assert_same(stream.batch(n), Rows(12, group_id=1, rows=rows).batch(k))
+
+
 def test_no_method_is_synchronous_sgd():
   experiment = make_experiment()
   state = toy.start(toy.RECURRENT, toy.SGD)

@@ -147,7 +147,7 @@ class AsynchronousSgd:
   Attributes:
     workers: W.
     order: 'round_robin' or 'random'; see `worker_turns`.
-    seed: Of the random order.
+    seed: Of the random order, which is the same in all groups.
     ramp_up_steps: Updates until all workers have joined; 0: at once.
   """
 

@@ -71,8 +71,10 @@ class Diloco:
   parameters, in every H updates; nothing in between.
 
   The inner optimiser is that of the experiment. The losses are means over the
-  workers. `local/divergence` is the root mean square, over the workers, of the
-  distance of their parameters from their mean, before they are averaged.
+  workers, each of which takes the mean over its own examples, however many of
+  its rows are padding. `local/divergence` is the root mean square, over the
+  workers, of the distance of their parameters from their mean, before they are
+  averaged.
 
   Attributes:
     workers: M; 1 is the control, of an outer optimiser without any averaging.
@@ -93,11 +95,11 @@ class Diloco:
           f'Diloco.inner_steps={self.inner_steps!r}; set it to a whole number'
           ' of at least 1'
       )
-    if not self.outer_rate > 0:
+    if not _is_number(self.outer_rate) or self.outer_rate <= 0:
       raise ValueError(
           f'Diloco.outer_rate={self.outer_rate!r}; set it to a number above 0'
       )
-    if not 0 <= self.outer_momentum < 1:
+    if not _is_number(self.outer_momentum) or not 0 <= self.outer_momentum < 1:
       raise ValueError(
           f'Diloco.outer_momentum={self.outer_momentum!r}; set it to a number'
           ' from 0 to below 1'
@@ -188,6 +190,10 @@ class Diloco:
   def _outer(self) -> optax.GradientTransformation:
     momentum = self.outer_momentum or None
     return optax.sgd(self.outer_rate, momentum, nesterov=True)
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _outer_step(

@@ -141,13 +141,13 @@ class AsynchronousSgd:
   The metric `async/staleness_steps` is how many updates the server did between
   a worker's pull and its gradient: W - 1 in round-robin, and on average in a
   random order, once all are there. `async/loss_over_start` is a moving average
-  of the loss, over that of the first update; `async/diverged` is 1 while it is
-  more than `DIVERGED`.
+  of the task's loss, over that of the first update; `async/diverged` is 1 while
+  it is more than `DIVERGED`.
 
   Attributes:
     workers: W.
     order: 'round_robin' or 'random'; see `worker_turns`.
-    seed: Of the random order.
+    seed: Of the random order, which is the same in all groups.
     ramp_up_steps: Updates until all workers have joined; 0: at once.
   """
 
@@ -332,7 +332,7 @@ def _serve(
   held, params = state.opt_state, state.variables.params
   updates, server = tx.update(answer.opt_state, held.server, params)
   params = optax.apply_updates(params, updates)
-  loss, first = metrics['loss/total'], state.step == 0
+  loss, first = metrics['loss/task'], state.step == 0
   first_loss = jnp.where(first, loss, held.first_loss)
   recent_loss = jnp.where(
       first, loss, _LOSS_MEMORY * held.recent_loss + (1 - _LOSS_MEMORY) * loss

@@ -17,9 +17,11 @@ from codistill_jax import base, evaluate
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.exchange.protocol import Plan
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from experiments.studies import population
+from experiments.studies.population_exchange import StackedExchange
 
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 SEEDS = (0, 3)
@@ -236,6 +238,26 @@ def test_members_may_be_spread_over_devices():
   found, records = together(experiment_of(), devices=jax.devices()[:2])
   toy.assert_same(dict(found.variables), dict(expected.variables), **CLOSE)
   assert records[3, 1, STEPS]['eval/loss'] > 0
+
+
+def test_the_slot_of_an_absent_teacher_is_finite():
+  """So that no loss has to know how to look away."""
+  exchange = StackedExchange(
+      Plan(1, 'lockstep'),
+      2,
+      2,
+      jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  values = np.float32([[1.0], [2.0], [np.nan], [4.0]])
+  exchange.publish(
+      1, base.Variables({'w': jax.numpy.asarray(values)}), [True] * 4
+  )
+  teachers = exchange.fetch(1)
+  found = np.asarray(teachers.variables.params['w'])
+  np.testing.assert_array_equal(found.ravel(), [2.0, 1.0, 4.0, 0.0])
+  np.testing.assert_array_equal(
+      np.asarray(teachers.present_P).ravel(), [1.0, 1.0, 1.0, 0.0]
+  )
 
 
 # -- what goes wrong ----------------------------------------------------------

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
     'exchange.prediction_exchange': _PLAN,
-    'exchange.fixed_teachers': _PLAN | {'run_directory'},
+    'exchange.fixed_teachers': _PLAN | {'run_directory', 'storage.files'},
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},

@@ -91,9 +91,10 @@ MAY_IMPORT = {
     'baselines.method': _STEP | {'replicas'},
     'baselines.async_sgd': _METHOD,
     'baselines.diloco': _METHOD,
+    'experiment_checks': _METHOD | {'objectives'},
     'experiment': (
         _METHOD
-        | {'objectives', 'population', 'replicas'}
+        | {'experiment_checks', 'objectives', 'population', 'replicas'}
         | {'exchange.protocol', 'exchange.topology'}
         | {'exchange.fixed_teachers'}
     ),

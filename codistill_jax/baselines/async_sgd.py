@@ -22,7 +22,7 @@ import dataclasses
 import fractions
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,7 @@ ORDERS = ('round_robin', 'random')
 # A run has diverged while its loss is so many times that of its first update.
 DIVERGED = 2.0
 _LOSS_MEMORY = 0.95
+_STREAMS = 8  # At most so many of a group, where workers can share them.
 
 
 class Turns(NamedTuple):
@@ -216,15 +217,22 @@ class AsynchronousSgd:
     So the n-th batch of worker w are rows w B to (w + 1) B of batch n of that
     stream, and a document of a language model stays with its worker.
     """
+    # Whoever joined later is at an earlier batch than the others.
+    at_one_batch = rows is None and not self.ramp_up_steps
+    together = -(-self.workers // _STREAMS) if at_one_batch else 1
     start, stop, _ = (rows or slice(None)).indices(group_batch)
-    streams = [
-        make(
-            group_batch=self.workers * group_batch,
-            rows=slice(w * group_batch + start, w * group_batch + stop),
-        )
-        for w in range(self.workers)
-    ]
-    return _WorkerStreams(streams, self.turns(num_steps))
+
+    def stream_of(number: int) -> Stream:
+      first = number * together
+      last = min(first + together, self.workers) - 1
+      return make(
+          group_batch=self.workers * group_batch,
+          rows=slice(first * group_batch + start, last * group_batch + stop),
+      )
+
+    return _WorkerStreams(
+        stream_of, self.turns(num_steps), together, stop - start
+    )
 
   def make_train_step(
       self,
@@ -257,15 +265,44 @@ class AsynchronousSgd:
 
 
 class _WorkerStreams:
-  """The batch of whoever has the turn."""
+  """The batch of whoever has the turn.
 
-  def __init__(self, streams: Sequence[Stream], turns: Turns):
-    self._streams = streams
+  A stream may hold much, such as the order of all documents. So workers that
+  read the same batch at about the same time share one, and what it gives.
+  """
+
+  def __init__(
+      self,
+      stream_of: Callable[[int], Stream],
+      turns: Turns,
+      together: int,
+      rows: int,
+  ):
+    """Makes no stream before it is read.
+
+    Args:
+      stream_of: Number of a stream -> the rows of its workers, in order.
+      turns: Whose turn each update is.
+      together: Workers of a stream.
+      rows: Of each worker.
+    """
     self._turns = turns
+    self._together = together
+    self._rows = rows
+    self._stream_of = functools.cache(stream_of)
+    # In a round every stream is read at one place; if workers are by
+    # themselves, none is read there twice.
+    size = _STREAMS if together > 1 else 1
+    self._read = functools.lru_cache(size)(self._read_batch)
 
   def batch(self, step: int) -> dict[str, Array]:
-    stream = self._streams[self._turns.worker_N[step]]
-    return stream.batch(int(self._turns.batch_N[step]))
+    number, place = divmod(int(self._turns.worker_N[step]), self._together)
+    batch = self._read(number, int(self._turns.batch_N[step]))
+    rows = slice(place * self._rows, (place + 1) * self._rows)
+    return jax.tree.map(lambda x: x[rows], dict(batch))
+
+  def _read_batch(self, number: int, index: int) -> dict[str, Array]:
+    return self._stream_of(number).batch(index)
 
 
 # Applies nothing: of a step with this optimiser, the new `opt_state` is the

@@ -89,7 +89,8 @@ MAY_IMPORT = {
     'gin_utils': set(),
     'baselines': set(),
     'baselines.method': _STEP | {'replicas'},
-    'baselines.async_sgd': _METHOD,
+    'baselines.turns': {'base'},
+    'baselines.async_sgd': _METHOD | {'baselines', 'baselines.turns'},
     'baselines.diloco': _METHOD,
     'experiment_checks': _METHOD | {'objectives'},
     'experiment': (

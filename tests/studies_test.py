@@ -148,7 +148,12 @@ def finished(launch, places):
   cases |= {
       'again': again,
       'another': [*again, '--gin=lstm.language_model.units=5'],
-      'more seeds': [*again, '--seeds=3', '--arms=two'],
+      'more seeds': [
+          *again,
+          '--seeds=3',
+          '--arms=two',
+          f'--output={places / "more"}',
+      ],
       'no study': ['--scale=smoke'],
       'no arm': [*again, '--arms=nine'],
       'no rate': [*again, '--rates=fast'],
@@ -159,7 +164,7 @@ def finished(launch, places):
       ],
       'dead binding': [
           *arguments(places, 'topology', places / 'dead'),
-          '--gin=schedules.warmup_cosine.learning_rate=1.0',
+          '--gin=optax.sgd.learning_rate=1.0',
       ],
       'list': ['--list'],
       'one program': [
@@ -263,10 +268,11 @@ def test_a_study_that_is_done_is_not_trained_again(finished):
   assert 'runs done' not in output and 'page:' in output
 
 
-def test_more_seeds_are_added_to_those_that_are_there(finished):
+def test_more_seeds_are_added_to_those_that_are_there(finished, places):
   status, output = finished['more seeds']
   assert status == 0, output
   assert 'two, seed 2: done' in output and 'two, seed 1' not in output
+  assert '3 seeds of each arm' in (places / 'more' / 'page.md').read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ command goes on where it was. `--list` shows what there is.
 """
 
 import os
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -17,9 +18,11 @@ from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli, side_by_side
 from experiments.stopping import Rescue, StopRequest
+from experiments.studies import latency
 from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.declaration import SCALES
+from experiments.studies.latency import Latency, LogNormal
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -69,6 +72,24 @@ _OUTPUT = flags.DEFINE_string(
 _NOTE = flags.DEFINE_string(
     'note', '', 'A sentence for the page, such as on the data.'
 )
+_STEP_TIMES = flags.DEFINE_string(
+    'step_times',
+    None,
+    'File with measured step times of one worker, a number a line, for the wall'
+    ' time of sgd_scaling; default: log-normal, see --tail.',
+)
+_TAIL = flags.DEFINE_float(
+    'tail',
+    2.0,
+    '99th percentile of the step times of a worker over their median, if there'
+    ' is no --step_times.',
+)
+_ALL_REDUCE = flags.DEFINE_list(
+    'all_reduce',
+    ['0.05', '0.05'],
+    'What an all-reduce takes, in median steps: its fixed time, and the time in'
+    ' which a worker receives as many bytes as one model has.',
+)
 _REPORT_ONLY = flags.DEFINE_bool(
     'report_only', False, 'Train nothing; make the page of what is there.'
 )
@@ -81,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
     _print_studies()
     return
   plan = _plan()
+  _latency()  # Raises now rather than after the training.
   workdir = _WORKDIR.value or f'runs/{_STUDY.value}_{_SCALE.value}'
   if not files.is_remote(workdir):
     workdir = os.path.abspath(workdir)
@@ -123,6 +145,34 @@ def _plan() -> plan_lib.Plan:
       rates=None if _RATES.value is None else list(map(_rate, _RATES.value)),
       arms=_ARMS.value,
   )
+
+
+def _latency() -> Latency:
+  """From the flags."""
+  steps = LogNormal(1.0, _TAIL.value)
+  if _TAIL.value < 1:
+    raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
+  if _STEP_TIMES.value:
+    steps = latency.from_sample(_numbers('step_times', _STEP_TIMES.value))
+  try:
+    alpha, model_time = map(float, _ALL_REDUCE.value)
+  except ValueError:
+    alpha = model_time = -1.0
+  if not (alpha >= 0 and model_time >= 0):
+    raise ValueError(
+        f'--all_reduce={",".join(_ALL_REDUCE.value)}; expected two numbers of'
+        ' at least 0, such as --all_reduce=0.05,0.05'
+    )
+  return Latency(steps, alpha, model_time=model_time)
+
+
+def _numbers(flag: str, path: str) -> list[float]:
+  try:
+    return [float(word) for word in pathlib.Path(path).read_text().split()]
+  except OSError as e:
+    raise ValueError(f'--{flag}={path}: {e.strerror}') from e
+  except ValueError as e:
+    raise ValueError(f'--{flag}={path}: expected numbers, but {e}') from e
 
 
 def _rate(text: str) -> float:
@@ -186,7 +236,7 @@ def _report(workdir: str, plan: plan_lib.Plan) -> None:
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
-  summary = report.write(study, setting, runs, output)
+  summary = report.write(study, setting, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:
     cli.tell(line)

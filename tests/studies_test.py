@@ -157,6 +157,8 @@ def finished(launch, places):
       'no study': ['--scale=smoke'],
       'no arm': [*again, '--arms=nine'],
       'no rate': [*again, '--rates=fast'],
+      'no latency': [*again, '--all_reduce=1'],
+      'no times': [*again, '--step_times=no-such-file'],
       'no scale': ['--study=topology', '--scale=cpu', '--seeds=0'],
       'nothing to report': [
           *arguments(places, 'topology', places / 'nothing'),
@@ -282,6 +284,8 @@ def test_more_seeds_are_added_to_those_that_are_there(finished, places):
         ('no study', 'give --study, one of'),
         ('no arm', "no arm 'nine'; it has baseline"),
         ('no rate', 'is no learning rate'),
+        ('no latency', '--all_reduce=1; expected two numbers'),
+        ('no times', '--step_times=no-such-file: No such file'),
         ('no scale', '--seeds=0; set it to 1 or more'),
         ('nothing to report', 'holds no study; train it first'),
         ('dead binding', 'acts nowhere'),

@@ -38,6 +38,7 @@ BENCHMARKS = (
     'rivals',
     'cold_start',
     'overlap',
+    'population',
     'scaling',
 )
 _HERE = pathlib.Path(__file__).parent

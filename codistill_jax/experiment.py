@@ -9,16 +9,15 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
 
 from codistill_jax import (
+    experiment_checks,
     losses,
     objectives,
     population,
-    predictions,
     replicas,
     schedules,
     step,
@@ -28,8 +27,6 @@ from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
-
-EXCHANGES = ('checkpoints', 'predictions', 'fixed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,76 +123,7 @@ class Experiment:
   checkpoint_every: int = 200
 
   def __post_init__(self):
-    if not isinstance(self.task, Task):
-      raise ValueError(
-          f'Experiment.task={self.task!r}; bind it to a task, such as'
-          ' @text.language_model_task()'
-      )
-    for name in ('model', 'distill_weight'):
-      if not callable(getattr(self, name)):
-        raise ValueError(
-            f'Experiment.{name}={getattr(self, name)!r}; bind it to a'
-            ' reference, such as @lstm.language_model or'
-            ' @schedules.distill_weight()'
-        )
-    for name in (
-        'num_steps',
-        'group_batch',
-        'simulated_replicas',
-        'log_every',
-        'eval_every',
-        'eval_batch',
-        'checkpoint_every',
-    ):
-      value = getattr(self, name)
-      if type(value) is not int or value < 1:
-        raise ValueError(
-            f'Experiment.{name}={value!r}; set it to a whole number of at'
-            ' least 1'
-        )
-    for name in ('seed', 'data_seed'):
-      value = getattr(self, name)
-      if value is None and name == 'data_seed':
-        continue
-      if type(value) is not int or value < 0:
-        raise ValueError(
-            f'Experiment.{name}={value!r}; set it to a whole number of at'
-            ' least 0'
-        )
-    timeout = self.exchange_timeout_seconds
-    if not isinstance(timeout, int | float) or timeout < 0:
-      raise ValueError(
-          f'Experiment.exchange_timeout_seconds={timeout!r}; set it to a number'
-          ' of seconds'
-      )
-    losses.task_loss_of(self.task.output)  # Raises on an unknown name.
-    self.distillation  # noqa: B018  Raises on an unknown name.
-    objectives.check_smoothing(
-        self.task, self.label_smoothing, self.smoothing_distribution
-    )
-    self.plan  # noqa: B018  Raises on what does not fit together.
-    self._check_exchange()
-    self._check_method()
-
-  def _check_method(self) -> None:
-    if self.method is None:
-      return
-    if isinstance(self.method, type) or not isinstance(self.method, Method):
-      raise ValueError(
-          f'Experiment.method={self.method!r}; bind it to a method, such as'
-          ' @async_sgd.AsynchronousSgd()'
-      )
-    if self.exchange == 'predictions':
-      raise ValueError(
-          "Experiment.exchange='predictions' needs synchronous SGD in every"
-          f' group, but method={self.method!r}; leave one of them out'
-      )
-    if self.simulated_replicas > 1:
-      raise ValueError(
-          f'Experiment.simulated_replicas={self.simulated_replicas} are of'
-          f' synchronous SGD, but method={self.method!r}; leave one of them out'
-      )
-    self.method.check(self.group_batch, 1)
+    experiment_checks.check(self)
 
   @property
   def distillation(self) -> Callable[..., jax.Array]:
@@ -204,73 +132,6 @@ class Experiment:
         self.distill_target,
         losses.distill_loss(self.distill_loss, self.task.output),
     )
-
-  def _check_exchange(self) -> None:
-    if self.exchange not in EXCHANGES:
-      raise ValueError(
-          f'Experiment.exchange={self.exchange!r} is not one of'
-          f' {", ".join(EXCHANGES)}'
-      )
-    self._check_fixed()
-    if self.exchange != 'predictions':
-      if self.prediction_top_k is not None:
-        raise ValueError(
-            f'Experiment.prediction_top_k={self.prediction_top_k} acts nowhere'
-            " without Experiment.exchange='predictions'; set that too"
-        )
-      return
-    if self.distill_target != 'mean':
-      raise ValueError(
-          f'Experiment.distill_target={self.distill_target!r} with'
-          " Experiment.exchange='predictions', where groups send each other one"
-          " mean; set distill_target='mean', or exchange='checkpoints'"
-      )
-    predictions.check(
-        self.distillation, self.prediction_top_k, self.task.num_classes
-    )
-    self._check_unused(*_OF_PUBLICATIONS, 'teacher_dtype')
-    if self.task.partition != 'shared':
-      raise ValueError(
-          "Experiment.exchange='predictions' needs the same batches in all"
-          f' groups, but the task has partition={self.task.partition!r}; set'
-          " the partition of the task to 'shared'"
-      )
-
-  def _check_fixed(self) -> None:
-    if self.exchange != 'fixed':
-      self._check_unused('teacher_runs', 'teacher_step')
-      return
-    self._check_unused(*_OF_PUBLICATIONS, 'topology')
-    runs = self.teacher_runs
-    if not isinstance(runs, list | tuple) or not all(
-        isinstance(run, str) and run for run in runs
-    ):
-      raise ValueError(
-          f'Experiment.teacher_runs={runs!r}; set it to a list of run'
-          " directories, such as ['runs/teachers']"
-      )
-    if not runs:
-      raise ValueError(
-          "Experiment.exchange='fixed' needs teachers; set"
-          ' Experiment.teacher_runs to the run directories that they were'
-          " trained in, such as ['runs/teachers']"
-      )
-    step = self.teacher_step
-    if step is not None and (type(step) is not int or step < 1):
-      raise ValueError(
-          f'Experiment.teacher_step={step!r}; set it to the step of a resume'
-          ' checkpoint, or None for the newest'
-      )
-
-  def _check_unused(self, *names: str) -> None:
-    """Raises ValueError if one is set that this exchange does not look at."""
-    for name in names:
-      value, default = getattr(self, name), _defaults()[name]
-      if value != default:
-        raise ValueError(
-            f'Experiment.{name}={value!r} acts nowhere with'
-            f' Experiment.exchange={self.exchange!r}; leave it {default!r}'
-        )
 
   @property
   def plan(self) -> Plan:
@@ -288,17 +149,9 @@ class Experiment:
     )
 
 
-# What acts where groups publish their parameters alone.
-_OF_PUBLICATIONS = ('staleness', 'publish_dtype', 'max_staleness_steps')
-
-
 def method_of(experiment: Experiment) -> Method:
   """How a group updates."""
   return experiment.method or SynchronousSgd()
-
-
-def _defaults() -> dict[str, Any]:
-  return {f.name: f.default for f in dataclasses.fields(Experiment)}
 
 
 def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:

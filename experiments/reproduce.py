@@ -145,11 +145,22 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
   import jax
 
   from experiments import devices
-  from experiments.studies import claim, worker
+  from experiments.studies import churn_runs, claim, worker
   from experiments.studies.configurations import Configurations
 
   if _REPLICAS.value > 1:
     devices.use_replicas(_REPLICAS.value)
+  if churn_runs.is_churn(plan):
+    churn_runs.train(
+        workdir,
+        plan,
+        gin_utils.flag_values()[1],
+        stop=stop,
+        replicas=_REPLICAS.value,
+        jobs=jobs,
+    )
+    stop.uninstall()
+    return
   configurations = Configurations(workdir, plan, gin_utils.flag_values()[1])
   num_replicas = _REPLICAS.value or jax.local_device_count()
   claim.claim(configurations, num_replicas)
@@ -164,10 +175,14 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import load, report
+  from experiments.studies import churn_runs, load, report
 
-  setting, runs = load.load(workdir, plan)
   output = _OUTPUT.value or os.path.join(workdir, 'report')
+  if churn_runs.is_churn(plan):
+    page = churn_runs.write(workdir, plan, output, _NOTE.value)
+    cli.tell(f'page: {os.fspath(page)}')
+    return
+  setting, runs = load.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))

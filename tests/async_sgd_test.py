@@ -11,7 +11,8 @@ import toy
 
 from codistill_jax import base
 from codistill_jax import step as step_lib
-from codistill_jax.baselines.async_sgd import AsynchronousSgd, worker_turns
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
+from codistill_jax.baselines.turns import worker_turns
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
 ROWS, UPDATES = 2, 14
@@ -34,6 +35,10 @@ def tokens(group_batch, rows=None):
 
 def points(group_batch, rows=None):
   return Rows(toy.Clusters(group_batch, weights=True), rows)
+
+
+def points_of(group_batch):
+  return functools.cache(toy.Clusters(group_batch).batch)
 
 
 def start(method, model, tx, *, num_peers=0, rows=ROWS):
@@ -247,6 +252,34 @@ def test_a_process_loads_its_rows_of_every_worker():
   for n in range(7):
     expected = {k: x[1:2] for k, x in whole.batch(n).items()}
     toy.assert_same(half.batch(n), expected)
+
+
+@pytest.mark.parametrize('ramp', [0, 40])
+def test_many_workers_share_a_few_streams(ramp):
+  """And each has rows of its own, read once where all are at one batch."""
+  made, read = [], []
+
+  class Counted(Rows):
+
+    def batch(self, step):
+      read.append((self._rows, step))
+      return super().batch(step)
+
+  def make(group_batch, rows):
+    made.append(rows)
+    return Counted(toy.Clusters(group_batch), rows)
+
+  method = AsynchronousSgd(19, 'random', ramp_up_steps=ramp)
+  stream = stream_of(method, make, num_steps=95)
+  assert not made
+  turns = method.turns(95)
+  whole = points_of(19 * ROWS)
+  for n, (w, k) in enumerate(zip(turns.worker_N, turns.batch_N)):
+    rows = slice(w * ROWS, (w + 1) * ROWS)
+    expected = {key: x[rows] for key, x in whole(int(k)).items()}
+    toy.assert_same(stream.batch(n), expected)
+  assert len(made) == (19 if ramp else 7)
+  assert len(read) == (95 if ramp else 5 * 7)
 
 
 def test_a_run_goes_on_from_the_middle():

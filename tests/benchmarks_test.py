@@ -21,6 +21,7 @@ from benchmarks import (
     measure,
     overlap,
     page,
+    population,
     prediction_exchange,
     rivals,
     run_all,
@@ -147,6 +148,17 @@ def test_overlapping_programs_train_as_one():
   ]
   assert list(calls) == ['inside', 'apart', 'beside']
   np.testing.assert_allclose(found, [found[0]] * 3, rtol=1e-5)
+
+
+def test_members_train_alike_together_and_in_turn():
+  case = cases.click_dnn(4, (8,), tables=2, buckets=10)
+  together, in_turn = (
+      [call() for _ in range(2)][-1]
+      for call in population.calls_of(case).values()
+  )
+  for key in ('loss/total', 'loss/distill'):
+    expected = [float(metrics[key]) for metrics in in_turn]
+    np.testing.assert_allclose(together[key], expected, rtol=1e-4)
 
 
 def test_operations_of_a_step_are_those_of_its_matrices():

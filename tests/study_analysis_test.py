@@ -256,6 +256,8 @@ def test_an_arm_that_was_stopped_early_says_nothing():
   short = toy.runs('two', shift=0.5, steps_N=toy.STEPS_N[:10])
   found = analyse(toy.runs(), short)
   assert judge(found).words.startswith('cannot be said')
+  back = verdict.judge(found, toy.compare('baseline', 'two'))
+  assert back.words.startswith('cannot be said')
 
 
 def test_what_the_paper_did_not_compare_is_not_said_to_be_in_it():

@@ -16,10 +16,14 @@ import toy
 from codistill_jax import base, evaluate
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
+from codistill_jax.exchange import fixed_teachers
+from codistill_jax.exchange.fixed_teachers import FixedTeachers
 from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.exchange.protocol import Plan
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from experiments.studies import population
+from experiments.studies.population_exchange import StackedExchange
 
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 SEEDS = (0, 3)
@@ -88,7 +92,7 @@ def together(experiment, num_groups=2, **kwargs):
   return outcome, records
 
 
-def in_turn(experiment, num_groups=2):
+def in_turn(experiment, num_groups=2, exchanges_of=None):
   """What each member has learnt, and all metrics of each of its updates."""
   learnt, metrics = {}, {}
   model = experiment_lib.make_model(experiment)
@@ -103,14 +107,17 @@ def in_turn(experiment, num_groups=2):
         data_seed=experiment.seed + seed,
     )
     groups = []
-    for g, exchange in enumerate(memory_exchanges(num_groups, plan=run.plan)):
+    exchanges = memory_exchanges(num_groups, plan=run.plan)
+    if exchanges_of is not None:
+      exchanges = exchanges_of(seed)
+    for g, exchange in enumerate(exchanges):
       stream = experiment_lib.train_stream(run, g, num_groups)
       state = step_lib.init_state(
           model,
           run.optimizer,
           jax.random.fold_in(jax.random.PRNGKey(run.seed), g),
           stream.batch(0),
-          num_peers=len(exchange.peers),
+          num_peers=len(exchange.in_use),
       )
       groups.append(
           run_group(
@@ -128,6 +135,11 @@ def in_turn(experiment, num_groups=2):
     for g, result in enumerate(results):
       learnt[seed, g] = base.host_copy(result.state.variables)
   return learnt, metrics
+
+
+@functools.cache
+def plain_teachers():
+  return together(experiment_of(toy.RECURRENT), ensembles=True)
 
 
 @functools.cache
@@ -199,7 +211,7 @@ def check_records(experiment, member, records, metrics):
 
 def test_an_evaluation_is_that_of_each_model_and_of_its_ensemble():
   experiment = experiment_of(toy.RECURRENT)
-  outcome, records = together(experiment, ensembles=True)
+  outcome, records = plain_teachers()
   assert population.ENSEMBLE not in (g for _, g in outcome.variables)
   for seed in SEEDS:
     members = [outcome.variables[seed, g] for g in (0, 1)]
@@ -236,6 +248,63 @@ def test_members_may_be_spread_over_devices():
   found, records = together(experiment_of(), devices=jax.devices()[:2])
   toy.assert_same(dict(found.variables), dict(expected.variables), **CLOSE)
   assert records[3, 1, STEPS]['eval/loss'] > 0
+
+
+def test_the_slot_of_an_absent_teacher_is_finite():
+  """So that no loss has to know how to look away."""
+  exchange = StackedExchange(
+      Plan(1, 'lockstep'),
+      2,
+      2,
+      jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  values = np.float32([[1.0], [2.0], [np.nan], [4.0]])
+  exchange.publish(
+      1, base.Variables({'w': jax.numpy.asarray(values)}), [True] * 4
+  )
+  teachers = exchange.fetch(1)
+  found = np.asarray(teachers.variables.params['w'])
+  np.testing.assert_array_equal(found.ravel(), [2.0, 1.0, 4.0, 0.0])
+  np.testing.assert_array_equal(
+      np.asarray(teachers.present_P).ravel(), [1.0, 1.0, 1.0, 0.0]
+  )
+
+
+def test_students_of_each_seed_learn_from_the_fixed_teachers_of_theirs(
+    tmp_path,
+):
+  model = toy.RECURRENT
+  learnt, _ = plain_teachers()
+  for (seed, group_id), variables in learnt.variables.items():
+    fixed_teachers.leave(
+        tmp_path / f'{seed}', group_id, STEPS, variables, {'task': 'toy'}
+    )
+  loaded, start = [], toy.start(model)
+  for seed in SEEDS:
+    sources = fixed_teachers.find([tmp_path / f'{seed}'])
+    loaded.append(
+        fixed_teachers.load(sources, start.variables, {'task': 'toy'})
+    )
+  expected = [
+      toy.stacked([learnt.variables[seed, g] for g in (0, 1)]) for seed in SEEDS
+  ]
+  toy.assert_same(loaded, expected)
+  experiment = experiment_of(
+      model, exchange='fixed', teacher_runs=[str(tmp_path / '0')]
+  )
+  exchanges = {
+      seed: FixedTeachers(sources, one) for seed, one in zip(SEEDS, loaded)
+  }
+  learnt, metrics = in_turn(experiment, 1, lambda seed: [exchanges[seed]])
+  outcome, records = together(experiment, 1, teachers=loaded)
+  for member, expected in learnt.items():
+    toy.assert_same(outcome.variables[member], expected, **CLOSE)
+    np.testing.assert_allclose(
+        records[*member, 13]['loss/total'],
+        np.mean([metrics[*member, s]['loss/total'] for s in (11, 12, 13)]),
+        rtol=1e-4,
+    )
+    assert records[*member, 13]['exchange/peers_present'] == 2.0
 
 
 # -- what goes wrong ----------------------------------------------------------
@@ -311,6 +380,11 @@ def test_groups_that_need_no_exchange_make_none():
     [
         ({'topology': [[1], [0, 2], [0]]}, 3, 'they have 1 and 2; train them'),
         ({'exchange': 'predictions'}, 2, "exchange is 'predictions'; train"),
+        (
+            {'exchange': 'fixed', 'teacher_runs': ['x']},
+            2,
+            'and 2 seeds a population has 2 teachers=, not 0',
+        ),
     ],
 )
 def test_what_is_not_one_program_is_refused(settings, num_groups, message):

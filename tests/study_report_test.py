@@ -17,6 +17,7 @@ from experiments.studies import (
     latency_view,
     plotting,
     report,
+    tabular,
     verdict,
 )
 from experiments.studies.latency import Latency, LogNormal
@@ -74,7 +75,8 @@ def test_the_page_has_every_arm_the_seeds_and_the_command(written):
         'made-up tokens',
         'G = 1 to 2',
         'R = 1',
-        'group batch 16 rows of 32 tokens',
+        'group batch 16 rows of 32 tokens for the baseline',
+        'tokens per update of a group',
         '3 seeds of each arm',
         '1,000 steps of each group',
         'exchange every 25',
@@ -88,6 +90,17 @@ def test_the_page_has_every_arm_the_seeds_and_the_command(written):
     ):
       assert said in page, said
   assert 'Half the steps \\[B].' in (output / 'page.md').read_text()
+
+
+def test_the_batch_of_each_group_is_in_the_table(written):
+  _, _, study, runs = written
+  found = analysis.analyse(study, runs)
+  header, rows = tabular.arms_table(found, toy.setting())
+  column = header.index('tokens per update of a group')
+  batches = {row[0]: row[column] for row in rows}
+  # Each of two groups has its own; the pair is made of single runs.
+  assert batches['the baseline'] == batches['the two'] == '16'
+  assert batches['the absent'] == '-'
 
 
 def test_the_summary_says_what_the_page_says(written):

@@ -4,7 +4,7 @@ A faithful simulation of a parameter server, as a pure compiled function. One
 call is one update of the server. A worker computes the gradient of its own
 batch at the parameters that it last pulled; the server applies that gradient
 with its (stateful) optimiser to the parameters that it has by now; then the
-worker pulls. Whose turn it is comes from a table, see `worker_turns`.
+worker pulls. Whose turn it is comes from a table, see `turns`.
 
 The step is counted in updates of the server, and the group batch is what one
 worker contributes to one: W workers for n updates see as many examples as one
@@ -15,19 +15,15 @@ server do: what a worker's forward pass (at its old parameters) finds of its
 batch is averaged into the server's current statistics.
 
 Shape suffixes: B rows of a worker's batch (here: of one replica), W workers,
-P peers, N updates.
+P peers.
 """
 
 import dataclasses
-import fractions
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 
@@ -42,73 +38,12 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
+from codistill_jax.baselines import turns as turns_lib
 from codistill_jax.baselines.method import check_workers, copies
 
-ORDERS = ('round_robin', 'random')
 # A run has diverged while its loss is so many times that of its first update.
 DIVERGED = 2.0
 _LOSS_MEMORY = 0.95
-
-
-class Turns(NamedTuple):
-  """Whose turn each update is.
-
-  Attributes:
-    worker_N: int32; who computes the gradient.
-    batch_N: int64; how many gradients it has computed before.
-    joining_N: int32; the worker that pulls for the first time, before the
-      gradient; -1 for none.
-  """
-
-  worker_N: np.ndarray
-  batch_N: np.ndarray
-  joining_N: np.ndarray
-
-
-@functools.lru_cache(maxsize=8)
-def worker_turns(
-    workers: int,
-    num_steps: int,
-    order: str = 'round_robin',
-    seed: int = 0,
-    ramp_up_steps: int = 0,
-) -> Turns:
-  """The turns of the first updates; of more of them, these are the first.
-
-  In each round every worker that has joined has one turn.
-
-  Args:
-    workers: W.
-    num_steps: N.
-    order: 'round_robin', in the same order in each round; or 'random', in an
-      order of its own in each.
-    seed: Of the random orders.
-    ramp_up_steps: Updates after which the last worker joins; the others join
-      one by one before, the first at once. 0: all at once.
-  """
-  joins_W = np.array(
-      [
-          math.ceil(fractions.Fraction(w * ramp_up_steps, max(workers - 1, 1)))
-          for w in range(workers)
-      ]
-  )
-  rounds, made = [], 0
-  while made < num_steps:
-    present = int(np.count_nonzero(joins_W <= made))
-    turns = np.arange(present)
-    if order == 'random':
-      turns = np.random.default_rng([seed, len(rounds)]).permutation(present)
-    rounds.append(turns)
-    made += present
-  worker_N = np.concatenate(rounds)[:num_steps].astype(np.int32)
-  batch_N = np.zeros(num_steps, np.int64)
-  joining_N = np.full(num_steps, -1, np.int32)
-  for w in range(workers):
-    turns_of_w = np.flatnonzero(worker_N == w)
-    batch_N[turns_of_w] = np.arange(len(turns_of_w))
-    if ramp_up_steps and joins_W[w] < num_steps:
-      joining_N[joins_W[w]] = w
-  return Turns(worker_N, batch_N, joining_N)
 
 
 @struct.dataclass
@@ -141,13 +76,13 @@ class AsynchronousSgd:
   The metric `async/staleness_steps` is how many updates the server did between
   a worker's pull and its gradient: W - 1 in round-robin, and on average in a
   random order, once all are there. `async/loss_over_start` is a moving average
-  of the loss, over that of the first update; `async/diverged` is 1 while it is
-  more than `DIVERGED`.
+  of the task's loss, over that of the first update; `async/diverged` is 1 while
+  it is more than `DIVERGED`.
 
   Attributes:
     workers: W.
-    order: 'round_robin' or 'random'; see `worker_turns`.
-    seed: Of the random order.
+    order: 'round_robin' or 'random'; see `turns`.
+    seed: Of the random order, which is the same in all groups.
     ramp_up_steps: Updates until all workers have joined; 0: at once.
   """
 
@@ -158,10 +93,10 @@ class AsynchronousSgd:
 
   def __post_init__(self):
     check_workers('AsynchronousSgd', self.workers)
-    if self.order not in ORDERS:
+    if self.order not in turns_lib.ORDERS:
       raise ValueError(
           f'AsynchronousSgd.order={self.order!r} is not one of'
-          f' {", ".join(ORDERS)}'
+          f' {", ".join(turns_lib.ORDERS)}'
       )
     for name in ('seed', 'ramp_up_steps'):
       value = getattr(self, name)
@@ -177,9 +112,9 @@ class AsynchronousSgd:
           f' least {self.workers - 1}'
       )
 
-  def turns(self, num_steps: int) -> Turns:
+  def turns(self, num_steps: int) -> turns_lib.Turns:
     """Whose turn each update of a run is."""
-    return worker_turns(
+    return turns_lib.worker_turns(
         self.workers, num_steps, self.order, self.seed, self.ramp_up_steps
     )
 
@@ -216,15 +151,22 @@ class AsynchronousSgd:
     So the n-th batch of worker w are rows w B to (w + 1) B of batch n of that
     stream, and a document of a language model stays with its worker.
     """
+    # Whoever joined later is at an earlier batch than the others.
+    at_one_batch = rows is None and not self.ramp_up_steps
+    together = -(-self.workers // turns_lib.STREAMS) if at_one_batch else 1
     start, stop, _ = (rows or slice(None)).indices(group_batch)
-    streams = [
-        make(
-            group_batch=self.workers * group_batch,
-            rows=slice(w * group_batch + start, w * group_batch + stop),
-        )
-        for w in range(self.workers)
-    ]
-    return _WorkerStreams(streams, self.turns(num_steps))
+
+    def stream_of(number: int) -> Stream:
+      first = number * together
+      last = min(first + together, self.workers) - 1
+      return make(
+          group_batch=self.workers * group_batch,
+          rows=slice(first * group_batch + start, last * group_batch + stop),
+      )
+
+    return turns_lib.WorkerStreams(
+        stream_of, self.turns(num_steps), together, stop - start
+    )
 
   def make_train_step(
       self,
@@ -254,18 +196,6 @@ class AsynchronousSgd:
       return _serve(tx, state, worker, answer, metrics)
 
     return train_step
-
-
-class _WorkerStreams:
-  """The batch of whoever has the turn."""
-
-  def __init__(self, streams: Sequence[Stream], turns: Turns):
-    self._streams = streams
-    self._turns = turns
-
-  def batch(self, step: int) -> dict[str, Array]:
-    stream = self._streams[self._turns.worker_N[step]]
-    return stream.batch(int(self._turns.batch_N[step]))
 
 
 # Applies nothing: of a step with this optimiser, the new `opt_state` is the
@@ -332,7 +262,7 @@ def _serve(
   held, params = state.opt_state, state.variables.params
   updates, server = tx.update(answer.opt_state, held.server, params)
   params = optax.apply_updates(params, updates)
-  loss, first = metrics['loss/total'], state.step == 0
+  loss, first = metrics['loss/task'], state.step == 0
   first_loss = jnp.where(first, loss, held.first_loss)
   recent_loss = jnp.where(
       first, loss, _LOSS_MEMORY * held.recent_loss + (1 - _LOSS_MEMORY) * loss

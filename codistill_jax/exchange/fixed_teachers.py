@@ -20,7 +20,7 @@ from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
 from codistill_jax.exchange.protocol import NoExchange, stack_teachers
 from codistill_jax.exchange.publications import MismatchError, Publication
-from codistill_jax.storage import trees
+from codistill_jax.storage import files, trees
 from codistill_jax.storage.trees import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
@@ -181,6 +181,36 @@ def _check_leaves(
         f' {differing[0] or "missing"} there and {differing[1] or "missing"}'
         ' here; give teachers and students the same model configuration'
     )
+
+
+def leave(
+    workdir: epath.PathLike,
+    group_id: int,
+    step: int,
+    variables: Variables,
+    identity: Mapping[str, str],
+) -> None:
+  """Leaves what `find` and `load` read, for a group that has ended elsewhere.
+
+  For runs that were trained without a run directory, as a population is: a
+  checkpoint that nobody can resume from, and DONE.
+
+  Args:
+    workdir: The run directory.
+    group_id: The group.
+    step: Updates done.
+    variables: What it has learnt; numpy.
+    identity: Of its task.
+
+  Raises:
+    OSError: If the file system refuses.
+  """
+  workdir = trees.absolute(workdir)
+  tree = {_VARIABLES: serialization.to_state_dict(variables)}
+  facts = {'teacher_steps': [], 'identity': dict(identity)}
+  directory = run_directory.checkpoints_dir(workdir, group_id)
+  trees.save(directory, step, tree, facts)
+  files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
 class FixedTeachers(NoExchange):

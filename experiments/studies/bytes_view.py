@@ -1,10 +1,10 @@
 """Loss against bytes received: a plot, and losses at equal bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from experiments import report_style
 from experiments.report_style import Plot
@@ -25,6 +25,8 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
     for name, band in bands.items():
       plotting.draw_band(ax, band, styles[name])
     ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=_ticks(bands.values())))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(EngFormatter(unit='B', sep=' '))
     ax.set_xlabel('bytes that one worker or group has received')
     ax.set_ylabel(f'validation loss (nats per {setting.example})')
@@ -45,6 +47,12 @@ def make_plot(found: Analysis, setting: Setting) -> Plot | None:
         f' {", ".join(levels)}.'
     )
   return Plot('loss_bytes', 'Validation loss at equal bytes', caption, png)
+
+
+def _ticks(bands: Iterable[analysis.Band | None]) -> tuple[int, ...]:
+  """More in a decade where there are few decades."""
+  ends = [x for b in bands if b is not None for x in (b.x_N[0], b.x_N[-1])]
+  return (1,) if max(ends) > 100 * min(ends) else (1, 2, 5)
 
 
 def _draw_levels(

@@ -38,11 +38,11 @@ def blocks(
   plots = plotting.make_plots(found, setting)
   return [
       Paragraph(study.question),
-      Paragraph(f'The paper ({study.source}): {study.claim}'),
+      Paragraph(wording.claim(study)),
       Paragraph(wording.settings(study, setting)),
       *_verdicts(found, verdicts),
       Heading('Arms'),
-      Table(*tabular.arms_table(found), names=1),
+      Table(*tabular.arms_table(found, setting), names=1),
       Paragraph(wording.targets(found, setting)),
       *_each_seed(found),
       *(block for plot in plots for block in (Heading(plot.title), plot)),

@@ -86,16 +86,17 @@ class Plan(NamedTuple):
 
   def runs(self) -> list[PlannedRun]:
     """All of them; those that others need come before those."""
-    found = [
-        PlannedRun(arm.name, TUNING_SEED, rate, True)
-        for arm in self.trained
-        for rate in self.grid(arm)
-    ]
-    return found + [
-        PlannedRun(arm.name, seed, None, False)
-        for arm in self.trained  # Compiled once for all seeds.
-        for seed in range(self.scale.seeds)
-    ]
+    found = []
+    for arm in self.trained:  # Compiled once for all seeds.
+      found += [
+          PlannedRun(arm.name, TUNING_SEED, rate, True)
+          for rate in self.grid(arm)
+      ]
+      found += [
+          PlannedRun(arm.name, seed, None, False)
+          for seed in range(self.scale.seeds)
+      ]
+    return found
 
   def needed(self, run: PlannedRun) -> list[PlannedRun]:
     """The runs that must be done before this one.

@@ -24,7 +24,6 @@ class StackedExchange:
 
   Attributes:
     num_peers: P.
-    num_devices: That members are spread over.
   """
 
   def __init__(
@@ -48,7 +47,6 @@ class StackedExchange:
     self._plan = plan
     self._peers = peers_of_all(plan, num_groups)
     self.num_peers = len(self._peers[0])
-    self.num_devices = sharding.num_devices
     self._peers_NP = np.array(
         [
             [seed * num_groups + peer for peer in peers]
@@ -122,6 +120,37 @@ class StackedExchange:
     if self._num_bytes:
       metrics['exchange/publication_bytes'] = float(self._num_bytes)
     return metrics
+
+
+class StackedTeachers:
+  """Fixed teachers in the place of an exchange; see `fixed_teachers`."""
+
+  def __init__(self, teachers: Teachers):
+    """Has them from the first fetch on.
+
+    Args:
+      teachers: Of each member, stacked on the devices.
+    """
+    self._teachers = teachers
+    self._present_NP = np.asarray(teachers.present_P)
+
+  def due(self, step: int) -> bool:
+    del step
+    return False
+
+  def publish(
+      self, step: int, variables: Variables, alive_N: Sequence[bool]
+  ) -> None:
+    del step, variables, alive_N
+
+  def fetch(self, step: int) -> Teachers:
+    del step
+    return self._teachers
+
+  def metrics(self, step: int, member: int) -> dict[str, float]:
+    del step
+    present = float(self._present_NP[member].sum())
+    return {'exchange/peers_present': present}
 
 
 def peers_of_all(plan: Plan, num_groups: int) -> list[tuple[int, ...]]:

@@ -33,10 +33,11 @@ def measures(found: Analysis) -> list[str]:
   return [key for key in _SHORT if has.get(key, True)]
 
 
-def arms_table(found: Analysis) -> Table:
+def arms_table(found: Analysis, setting: Setting) -> Table:
   """All arms by all measures, with intervals."""
   keys = measures(found)
-  header = ['arm', 'G', 'seeds', 'learning rate', *(_SHORT[k] for k in keys)]
+  header = ['arm', 'G', f'{setting.example}s per update of a group', 'seeds']
+  header += ['learning rate', *(_SHORT[k] for k in keys)]
   rows = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
@@ -44,8 +45,19 @@ def arms_table(found: Analysis) -> Table:
         formatting.cell(k, analysis.cell(found, arm.name, k)) for k in keys
     ]
     rates = wording.rates(runs) or '-'
-    rows.append([arm.title, str(arm.num_groups), str(len(runs)), rates, *cells])
+    batch = _group_batch(found, arm)
+    row = [arm.title, str(arm.num_groups), batch, str(len(runs)), rates]
+    rows.append([*row, *cells])
   return header, rows
+
+
+def _group_batch(found: Analysis, arm: Arm) -> str:
+  """In examples; of an ensemble, that of its members."""
+  groups = {a.name: a.num_groups for a in found.study.arms}
+  groups = groups.get(arm.ensemble_of, arm.num_groups)
+  runs = found.runs[arm.name]
+  sizes = sorted({run.examples_per_step / groups for run in runs})
+  return ', '.join(f'{size:,.0f}' for size in sizes) or '-'
 
 
 def short_table(found: Analysis) -> Table:

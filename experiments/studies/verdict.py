@@ -86,12 +86,13 @@ def judge(found: Analysis, comparison: Comparison) -> Verdict:
   effect = analysis.effect(
       found, comparison.arm, comparison.against, comparison.measure
   )
-  words = _words(effect, comparison)
-  sentence = wording.comparison(found, comparison, effect, words)
+  words = words_of(effect, comparison)
+  sentence = wording.comparison(found.study, comparison, effect, words)
   return Verdict(comparison, words, effect, sentence)
 
 
-def _words(effect: Effect, comparison: Comparison) -> str:
+def words_of(effect: Effect, comparison: Comparison) -> str:
+  """The rules, applied to numbers."""
   if effect.figure is None:
     return _without_figure(effect, comparison)
   if effect.pairs < _LEAST_SEEDS:

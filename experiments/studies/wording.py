@@ -66,10 +66,10 @@ _LONG = {
 
 
 def comparison(
-    found: Analysis, compared: Comparison, effect: Effect, words: str
+    study: Study, compared: Comparison, effect: Effect, words: str
 ) -> str:
   """The sentence of a verdict."""
-  titles = {arm.name: arm.title for arm in found.study.arms}
+  titles = {arm.name: arm.title for arm in study.arms}
   paper = f'The paper: {compared.paper}.'
   if compared.paper.startswith(_OURS):
     paper = f'{sentence_start(compared.paper)}.'
@@ -158,14 +158,22 @@ def settings(study: Study, setting: Setting) -> str:
   parts = (
       f'data set: {s.data}',
       f'G = {said} (each arm in the table), R = {s.replicas}',
-      f'group batch {s.group_batch:,}{rows}',
+      f'group batch {s.group_batch:,}{rows} for'
+      f' {_title(study, study.baseline)}',
       f'{count(s.seeds, "seed")} of each arm',
       f'{s.num_steps:,} steps of each group',
       f'exchange every {s.exchange_every:,}',
-      f'model {s.model}, {s.model_parameters:,} parameters',
+      f'model: {s.model.rstrip(".")}, {s.model_parameters:,} parameters',
       f'scale {s.scale}, {machine(s)}',
   )
   return sentence_start('; '.join(parts)) + '.'
+
+
+def claim(study: Study) -> str:
+  """What the paper says, or whoever else does."""
+  if study.source.startswith(_OURS):
+    return f'The claim ({study.source}): {study.claim}'
+  return f'The paper ({study.source}): {study.claim}'
 
 
 def machine(setting: Setting) -> str:
@@ -181,7 +189,7 @@ def rules(found: Analysis) -> list[str]:
   smoothing = (
       f'a trailing mean over {k} evaluations, fewer at the start'
       if k > 1
-      else 'none: there are fewer than 12 evaluations'
+      else 'none, since there are fewer than 12 evaluations'
   )
   title = _title(found.study, found.study.baseline)
   return [

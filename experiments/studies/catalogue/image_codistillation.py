@@ -61,6 +61,7 @@ STUDY = Study(
         ),
     ),
     scales=tasks.IMAGES,
+    views=('speed-accuracy',),
     notes=(
         'Small data are read many times over. There codistillation also acts as'
         ' a regulariser, which is not what the paper claims for it.',

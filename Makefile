@@ -1,6 +1,7 @@
 # Two groups codistil on real text:   make demo
 # Prediction churn, Table 1:          make churn
 # Lint and the whole test suite:      make test
+# A figure of the paper in small:     make study STUDY=lm_codistillation
 # The benchmarks, docs/benchmarks.md: make bench
 # All do all set-up, in .venv.
 
@@ -8,9 +9,12 @@ PYTHON ?= python3
 DEMO ?= runs/demo
 CHURN ?= runs/churn
 DEVICE ?= cpu
+STUDY ?= lm_codistillation
+SCALE ?= cpu
+JOBS ?= 2
 RUN = .venv/bin/python -m
 
-.PHONY: demo churn test bench lint clean
+.PHONY: demo churn study test bench lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -36,6 +40,12 @@ churn: .venv/ready
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \
 	    --gin_file=gin_configs/tasks/flights_dnn.gin \
 	    --retrains=5 --weights=1,1.5,2,3,6
+
+study: .venv/ready
+	$(RUN) experiments.prepare_data --source=bible \
+	    --vocab_size=1024 --output=data/study
+	$(RUN) experiments.reproduce --study=$(STUDY) --scale=$(SCALE) \
+	    --jobs=$(JOBS)
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -221,6 +221,9 @@ class Task(NamedTuple):
     test_batches: As `eval_batches`, of a test split, on which nothing is
       chosen; None if the data have none.
     partition: How groups divide the training split, 'shared' or 'disjoint'.
+    label_frequencies: `label_frequencies()` gives how often each class is the
+      label in the training split, that of all groups: float64 (C,), of sum 1.
+      None: nobody counts.
   """
 
   train_stream: Callable[..., Stream]
@@ -233,6 +236,7 @@ class Task(NamedTuple):
   model_arguments: Mapping[str, Any] = MappingProxyType({})
   test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
   partition: str = 'shared'
+  label_frequencies: Callable[[], np.ndarray] | None = None
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

@@ -182,7 +182,7 @@ def compare(
     raise ValueError(_NO_BATCH)
   rows = first['labels'].shape[0]
   carries = [model.init_carry(rows) for _ in variables_list]
-  compare_step = jax.jit(make_compare_step(model))
+  compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
   sums = _sum_over(
       step, itertools.chain([first], batches), carries, should_stop
@@ -194,6 +194,12 @@ def compare(
       ensemble=_values(sums.ensemble),
       pairs={pair: _values(found) for pair, found in sums.pairs.items()},
   )
+
+
+# Compiled once, however often the models of a run are compared.
+@functools.lru_cache(maxsize=4)
+def _compare_step(model: base.Model) -> Callable[..., tuple]:
+  return jax.jit(make_compare_step(model))
 
 
 _NO_BATCH = 'Expected at least one batch to evaluate on, got none.'

@@ -6,27 +6,27 @@ experiment.Experiment.optimizer = @optax.adam()
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
 
 from codistill_jax import (
+    experiment_checks,
     losses,
+    objectives,
     population,
-    predictions,
     replicas,
     schedules,
     step,
 )
-from codistill_jax.base import Batch, Model, Stream, Task
+from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
+from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.topology import Topology
-
-EXCHANGES = ('checkpoints', 'predictions', 'fixed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,22 @@ class Experiment:
     task: Data; see `base.Task`.
     model: `model(num_classes, **task.model_arguments) -> base.Model`.
     optimizer: An optax transformation.
+    method: How a group updates, see `baselines`; None: synchronous SGD.
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
+    distill_target: 'mean', one loss towards the peers' mean prediction; or
+      'each', the mean of a loss towards each peer; see `objectives.towards`.
+    label_smoothing: Share of each target, in [0, 1), that training takes from
+      the label; evaluation does not.
+    smoothing_distribution: What gets it: 'uniform', all classes alike; or
+      'unigram', in proportion to their frequencies in the training split.
     fused_loss: Whether the losses of a language model are computed over blocks
       of tokens, see `blocks`; False: all logits at once, for comparison.
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
+    simulated_replicas: Replicas that each device stands for, one after another
+      (gradient accumulation); see `parts`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
     exchange: What groups give each other: 'checkpoints', parameters now and
@@ -80,13 +89,18 @@ class Experiment:
   task: Task
   model: Callable[[int], Model]
   optimizer: optax.GradientTransformation
+  method: Method | None = None
   distill_weight: Callable[[int], float] = dataclasses.field(
       default_factory=schedules.distill_weight
   )
   distill_loss: str = 'cross_entropy'
+  distill_target: str = 'mean'
+  label_smoothing: float = 0.0
+  smoothing_distribution: str = 'uniform'
   fused_loss: bool = True
   num_steps: int = 1000
   group_batch: int = 128
+  simulated_replicas: int = 1
   seed: int = 0
   data_seed: int | None = None
   exchange: str = 'checkpoints'
@@ -109,111 +123,15 @@ class Experiment:
   checkpoint_every: int = 200
 
   def __post_init__(self):
-    if not isinstance(self.task, Task):
-      raise ValueError(
-          f'Experiment.task={self.task!r}; bind it to a task, such as'
-          ' @text.language_model_task()'
-      )
-    for name in ('model', 'distill_weight'):
-      if not callable(getattr(self, name)):
-        raise ValueError(
-            f'Experiment.{name}={getattr(self, name)!r}; bind it to a'
-            ' reference, such as @lstm.language_model or'
-            ' @schedules.distill_weight()'
-        )
-    for name in (
-        'num_steps',
-        'group_batch',
-        'log_every',
-        'eval_every',
-        'eval_batch',
-        'checkpoint_every',
-    ):
-      value = getattr(self, name)
-      if type(value) is not int or value < 1:
-        raise ValueError(
-            f'Experiment.{name}={value!r}; set it to a whole number of at'
-            ' least 1'
-        )
-    for name in ('seed', 'data_seed'):
-      value = getattr(self, name)
-      if value is None and name == 'data_seed':
-        continue
-      if type(value) is not int or value < 0:
-        raise ValueError(
-            f'Experiment.{name}={value!r}; set it to a whole number of at'
-            ' least 0'
-        )
-    timeout = self.exchange_timeout_seconds
-    if not isinstance(timeout, int | float) or timeout < 0:
-      raise ValueError(
-          f'Experiment.exchange_timeout_seconds={timeout!r}; set it to a number'
-          ' of seconds'
-      )
-    losses.task_loss_of(self.task.output)  # Raises on an unknown name.
-    losses.distill_loss(self.distill_loss, self.task.output)
-    self.plan  # noqa: B018  Raises on what does not fit together.
-    self._check_exchange()
+    experiment_checks.check(self)
 
-  def _check_exchange(self) -> None:
-    if self.exchange not in EXCHANGES:
-      raise ValueError(
-          f'Experiment.exchange={self.exchange!r} is not one of'
-          f' {", ".join(EXCHANGES)}'
-      )
-    self._check_fixed()
-    if self.exchange != 'predictions':
-      if self.prediction_top_k is not None:
-        raise ValueError(
-            f'Experiment.prediction_top_k={self.prediction_top_k} acts nowhere'
-            " without Experiment.exchange='predictions'; set that too"
-        )
-      return
-    loss = losses.distill_loss(self.distill_loss, self.task.output)
-    predictions.check(loss, self.prediction_top_k, self.task.num_classes)
-    self._check_unused(*_OF_PUBLICATIONS, 'teacher_dtype')
-    if self.task.partition != 'shared':
-      raise ValueError(
-          "Experiment.exchange='predictions' needs the same batches in all"
-          f' groups, but the task has partition={self.task.partition!r}; set'
-          " the partition of the task to 'shared'"
-      )
-
-  def _check_fixed(self) -> None:
-    if self.exchange != 'fixed':
-      self._check_unused('teacher_runs', 'teacher_step')
-      return
-    self._check_unused(*_OF_PUBLICATIONS, 'topology')
-    runs = self.teacher_runs
-    if not isinstance(runs, list | tuple) or not all(
-        isinstance(run, str) and run for run in runs
-    ):
-      raise ValueError(
-          f'Experiment.teacher_runs={runs!r}; set it to a list of run'
-          " directories, such as ['runs/teachers']"
-      )
-    if not runs:
-      raise ValueError(
-          "Experiment.exchange='fixed' needs teachers; set"
-          ' Experiment.teacher_runs to the run directories that they were'
-          " trained in, such as ['runs/teachers']"
-      )
-    step = self.teacher_step
-    if step is not None and (type(step) is not int or step < 1):
-      raise ValueError(
-          f'Experiment.teacher_step={step!r}; set it to the step of a resume'
-          ' checkpoint, or None for the newest'
-      )
-
-  def _check_unused(self, *names: str) -> None:
-    """Raises ValueError if one is set that this exchange does not look at."""
-    for name in names:
-      value, default = getattr(self, name), _defaults()[name]
-      if value != default:
-        raise ValueError(
-            f'Experiment.{name}={value!r} acts nowhere with'
-            f' Experiment.exchange={self.exchange!r}; leave it {default!r}'
-        )
+  @property
+  def distillation(self) -> Callable[..., jax.Array]:
+    """The distillation loss of a step."""
+    return objectives.towards(
+        self.distill_target,
+        losses.distill_loss(self.distill_loss, self.task.output),
+    )
 
   @property
   def plan(self) -> Plan:
@@ -231,12 +149,9 @@ class Experiment:
     )
 
 
-# What acts where groups publish their parameters alone.
-_OF_PUBLICATIONS = ('staleness', 'publish_dtype', 'max_staleness_steps')
-
-
-def _defaults() -> dict[str, Any]:
-  return {f.name: f.default for f in dataclasses.fields(Experiment)}
+def method_of(experiment: Experiment) -> Method:
+  """How a group updates."""
+  return experiment.method or SynchronousSgd()
 
 
 def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
@@ -246,6 +161,15 @@ def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
   if experiment.exchange == 'fixed':
     return len(teacher_sources(experiment))
   return len(experiment.plan.peers_of(group_id, num_groups))
+
+
+def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
+  """Raises ValueError if the replicas cannot share the rows of an update."""
+  rows, simulated = experiment.group_batch, experiment.simulated_replicas
+  if simulated > 1:
+    replicas.check_group_batch(rows, num_replicas, simulated)
+  else:
+    method_of(experiment).check(rows, num_replicas)
 
 
 def teacher_sources(
@@ -286,12 +210,16 @@ def train_stream(
 ) -> Stream:
   """The training batches of one group; see `Task.train_stream`."""
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
-  return experiment.task.train_stream(
-      group_id=group_id,
-      num_groups=num_groups,
+  return method_of(experiment).train_stream(
+      functools.partial(
+          experiment.task.train_stream,
+          group_id=group_id,
+          num_groups=num_groups,
+          **given,
+      ),
       group_batch=experiment.group_batch,
+      num_steps=experiment.num_steps,
       rows=rows,
-      **given,
   )
 
 
@@ -316,6 +244,26 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
   The whole batch may be many gigabytes, and take a minute to decode.
   """
   return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
+
+
+def init_state(
+    experiment: Experiment,
+    model: Model,
+    rng: Array,
+    row: Batch,
+    *,
+    num_peers: int,
+) -> TrainState:
+  """The state of a group before its first update."""
+  state = step.init_state(
+      model,
+      experiment.optimizer,
+      rng,
+      row,
+      num_peers=num_peers,
+      group_batch=experiment.group_batch,
+  )
+  return method_of(experiment).init_state(experiment.optimizer, state)
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
@@ -351,14 +299,18 @@ def make_population(
 
 
 def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
-  return step.make_train_step(
+  return method_of(experiment).make_train_step(
       model,
       experiment.optimizer,
-      task_loss=losses.task_loss_of(experiment.task.output),
-      distill_loss=losses.distill_loss(
-          experiment.distill_loss, experiment.task.output
+      num_steps=experiment.num_steps,
+      task_loss=objectives.training_loss(
+          experiment.task,
+          experiment.label_smoothing,
+          experiment.smoothing_distribution,
       ),
+      distill_loss=experiment.distillation,
       axis_name=replicas.REPLICA_AXIS,
       fused=experiment.fused_loss,
       teacher_model=make_teacher_model(experiment),
+      simulated_replicas=experiment.simulated_replicas,
   )

@@ -81,13 +81,23 @@ def process_rows(group_batch: int) -> slice | None:
   return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-def check_group_batch(group_batch: int, num_replicas: int) -> None:
-  """Raises ValueError unless the replicas can share the group batch evenly."""
-  if group_batch < 1 or group_batch % num_replicas:
+def check_group_batch(
+    group_batch: int, num_replicas: int, simulated_replicas: int = 1
+) -> None:
+  """Raises ValueError unless the replicas can share the group batch evenly.
+
+  Args:
+    group_batch: Rows of the group.
+    num_replicas: Its devices.
+    simulated_replicas: Replicas that each of them stands for.
+  """
+  number = num_replicas * simulated_replicas
+  if group_batch < 1 or group_batch % number:
+    simulated = f' ({simulated_replicas} simulated on each of {num_replicas})'
     raise ValueError(
-        f'group_batch={group_batch} is not divisible by the'
-        f' {num_replicas} replicas of the group; set group_batch to a multiple'
-        f' of {num_replicas}'
+        f'group_batch={group_batch} is not divisible by the {number} replicas'
+        f' of the group{simulated if simulated_replicas > 1 else ""}; set'
+        f' group_batch to a multiple of {number}'
     )
 
 

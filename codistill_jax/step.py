@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import blocks, flops, losses, predictions
+from codistill_jax import blocks, flops, losses, parts, predictions
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
@@ -106,6 +106,7 @@ def make_train_step(
     axis_name: str | None = None,
     fused: bool = True,
     teacher_model: Model | None = None,
+    simulated_replicas: int = 1,
 ) -> TrainStep:
   """Builds the update of algorithm 1 of Anil et al. 2018.
 
@@ -126,6 +127,9 @@ def make_train_step(
       axis, the tokens of a language model too. False: all logits at once.
     teacher_model: The same model, computed more cheaply, for the teachers (in
       bfloat16, say); default: `model`. It takes the same parameters.
+    simulated_replicas: Into how many parts, one after another, a replica
+      divides its rows (gradient accumulation); see `parts`. The update is that
+      of so many times as many real replicas, to rounding.
 
   Returns:
     `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
@@ -136,7 +140,11 @@ def make_train_step(
     the other groups of the program predict in the same step.
   """
 
-  summed_losses = _summed_losses(task_loss, distill_loss, fused)
+  gradient = _gradient_of(
+      model,
+      teacher_model or model,
+      _summed_losses(task_loss, distill_loss, fused),
+  )
 
   def train_step(
       state: TrainState,
@@ -146,37 +154,19 @@ def make_train_step(
   ) -> tuple[TrainState, Metrics]:
     weights = example_weights(batch)
     count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
-    distill_weight = jnp.asarray(distill_weight, jnp.float32)
-    teaching, teacher_carry = teachers, state.teacher_carry
-    if isinstance(teachers, Teachers):
-      _check_carries(state, teachers)
-      # Outside the differentiated function: no residual of a teacher is kept.
-      outputs, teacher_carry = _teacher_outputs(
-          teacher_model or model, teachers, batch, state.teacher_carry
-      )
-      teaching = outputs, teachers.present_P
+    shared = teachers, jnp.asarray(distill_weight, jnp.float32), count
 
-    def objective(params: PyTree) -> tuple[Array, tuple]:
-      outputs, updates = model.apply(
-          state.variables.replace(params=params),
-          batch,
-          state.carry,
-          _step_rng(state, axis_name),
-          True,
-      )
-      total, sums = summed_losses(
-          outputs, batch['labels'], weights, teaching, distill_weight
-      )
-      # Divided by the count of the *group*: the sum of the replicas'
-      # gradients is then the gradient of the group's mean, however padding
-      # falls on the replicas.
-      return total / count, (sums | {'loss/total': total}, updates)
+    parts.check_model(model, state, batch, axis_name, simulated_replicas)
 
-    grads, (sums, updates) = jax.grad(objective, has_aux=True)(
-        state.variables.params
-    )
-    grads = _psum(grads, axis_name)
-    metrics = {key: x / count for key, x in _psum(sums, axis_name).items()}
+    def of_part(state: TrainState, rows: tuple, index: Array) -> parts.Part:
+      rng = lambda: _step_rng(state, axis_name, index, simulated_replicas)
+      return gradient(state, *rows, rng, *shared)
+
+    rows = batch, weights
+    found = parts.one_by_one(of_part, state, rows, simulated_replicas)
+    grads = _psum(found.grads, axis_name)
+    sums = _psum(found.sums, axis_name)
+    metrics = {key: x / count for key, x in sums.items()}
     metrics['optim/grad_norm'] = optax.tree.norm(grads)
     opt_updates, opt_state = tx.update(
         grads, state.opt_state, state.variables.params
@@ -186,12 +176,12 @@ def make_train_step(
         TrainState(
             step=state.step + 1,
             variables=Variables(
-                params, _pmean_floats(updates.model_state, axis_name)
+                params, _pmean_floats(found.model_state, axis_name)
             ),
             opt_state=opt_state,
             rng=state.rng,
-            carry=updates.carry,
-            teacher_carry=teacher_carry,
+            carry=found.carry,
+            teacher_carry=found.teacher_carry,
         ),
         metrics,
     )
@@ -258,6 +248,60 @@ def _check_carries(state: TrainState, teachers: Teachers) -> None:
         f'the state has recurrent states for {made_for} teachers, but there'
         f' are {num_peers}; give init_state num_peers={num_peers}'
     )
+
+
+def _gradient_of(
+    model: Model, teacher_model: Model, summed_losses: Callable
+) -> Callable[..., parts.Part]:
+  """What some rows add to a group's gradient, losses and statistics.
+
+  Returns:
+    `(state, batch, weights, rng, teachers, distill_weight, count) -> Part`, of
+    rows that share a forward pass; `rng` makes the key for it.
+  """
+
+  def gradient(
+      state: TrainState,
+      batch: Batch,
+      weights: Array,
+      rng: Callable[[], Array],
+      teachers: Teachers | PeerPredictions | None,
+      distill_weight: Array,
+      count: Array,
+  ) -> parts.Part:
+    teaching, teacher_carry = teachers, state.teacher_carry
+    if isinstance(teachers, Teachers):
+      _check_carries(state, teachers)
+      # Outside the differentiated function: no residual of a teacher is kept.
+      outputs, teacher_carry = _teacher_outputs(
+          teacher_model, teachers, batch, state.teacher_carry
+      )
+      teaching = outputs, teachers.present_P
+
+    def objective(params: PyTree) -> tuple[Array, tuple]:
+      outputs, updates = model.apply(
+          state.variables.replace(params=params),
+          batch,
+          state.carry,
+          rng(),
+          True,
+      )
+      total, sums = summed_losses(
+          outputs, batch['labels'], weights, teaching, distill_weight
+      )
+      # Divided by the count of the *group*: the sum of the replicas'
+      # gradients is then the gradient of the group's mean, however padding
+      # falls on the replicas.
+      return total / count, (sums | {'loss/total': total}, updates)
+
+    grads, (sums, updates) = jax.grad(objective, has_aux=True)(
+        state.variables.params
+    )
+    return parts.Part(
+        grads, sums, updates.model_state, updates.carry, teacher_carry
+    )
+
+  return gradient
 
 
 def _teacher_outputs(
@@ -332,11 +376,19 @@ def _summed_losses(
   return summed
 
 
-def _step_rng(state: TrainState, axis_name: str | None) -> Array:
+def _step_rng(
+    state: TrainState,
+    axis_name: str | None,
+    part: int | Array,
+    num_parts: int,
+) -> Array:
+  """The key of this step on this replica, real or simulated."""
   rng = jax.random.fold_in(state.rng, state.step)
-  if axis_name is None:
-    return jax.random.fold_in(rng, 0)
-  return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+  replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+  if num_parts > 1:
+    # Numbered as real replicas would be, that have these rows.
+    replica = replica * num_parts + part
+  return jax.random.fold_in(rng, replica)
 
 
 def _stack_copies(carry: PyTree, num_peers: int) -> PyTree:

@@ -14,8 +14,6 @@ Stopped or killed, the first goes on where it was when started again.
 """
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -23,7 +21,7 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli, processes
+from experiments import cli, side_by_side
 from experiments.churn_study import comparison, report, run_files
 from experiments.stopping import Rescue, StopRequest
 
@@ -109,7 +107,13 @@ def main(argv: Sequence[str]) -> None:
     return
   began = time.time()
   if _JOBS.value > 1:
-    _train_in_processes(workdir, StopRequest().install())
+    before = run_files.claimed_at(workdir)
+    side_by_side.run(
+        'experiments.churn',
+        _JOBS.value,
+        StopRequest().install(),
+        accepted=lambda: run_files.claimed_at(workdir) != before,
+    )
   else:
     _work(workdir)
   left = [
@@ -193,46 +197,9 @@ def _own_arms() -> dict[str, tuple[int, str]]:
   return arms
 
 
-def _train_in_processes(workdir: str, stop: StopRequest) -> None:
-  """The same command several times, each with its share of the cores."""
-  jobs = _JOBS.value
-  environment = {**os.environ, cli.COMMAND_VARIABLE: cli.own_command()}
-  command = [sys.executable, '-m', 'experiments.churn', *sys.argv[1:]]
-  start = lambda i: processes.popen(
-      [*command, f'--worker={i}/{jobs}'], env=environment
-  )
-  before = run_files.claimed_at(workdir)
-  workers = [start(0)]
-  try:
-    while any(worker.poll() is None for worker in workers):
-      if stop():
-        raise processes.stopped(stop)
-      _leave_with(workers)
-      # Once the first has accepted the flags: a mistake is said once.
-      if len(workers) < jobs and run_files.claimed_at(workdir) != before:
-        workers += map(start, range(1, jobs))
-      time.sleep(0.1)
-    _leave_with(workers)
-  finally:
-    for worker in workers:
-      processes.ask_to_leave(worker)
-    for worker in workers:
-      processes.wait_or_kill(worker, 10.0)
-
-
-def _leave_with(workers: Sequence[subprocess.Popen]) -> None:
-  """Ends as the first process that failed, which has said why."""
-  for worker in workers:
-    if worker.returncode:
-      sys.exit(worker.returncode % 256)
-
-
 def _work(workdir: str) -> None:
   """Trains what is not done, in this process."""
-  index, jobs = 0, 1
-  if _WORKER.value:
-    index, jobs = map(int, _WORKER.value.split('/'))
-    _take_cores(index, jobs)
+  jobs = side_by_side.take_cores(_WORKER.value)
   line = 'stopped; the same command goes on from here'
   stop = StopRequest(Rescue(line)).install()
   # Not at the top: to compare files needs no jax.
@@ -256,15 +223,6 @@ def _work(workdir: str) -> None:
   worker.claim(workdir, study)
   worker.train_all(workdir, _runs(), trainers, stop, jobs)
   stop.uninstall()
-
-
-def _take_cores(index: int, jobs: int) -> None:
-  """Before jax makes its threads, as many as there are cores."""
-  if hasattr(os, 'sched_setaffinity'):
-    cores = sorted(os.sched_getaffinity(0))
-    if jobs <= len(cores):
-      share = len(cores) // jobs
-      os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
     every = 1 if experiment.exchange == 'predictions' else None
     mode = experiment.exchange
   sources = teacher_sources(experiment)
+  simulated = experiment.simulated_replicas
   burn_in = (
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
@@ -31,6 +32,8 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
+      # Few runs simulate any: the others do not speak of it.
+      'simulated_replicas': simulated if simulated > 1 else None,
       'group_batch': experiment.group_batch,
       'seed': experiment.seed,
       'num_steps': experiment.num_steps,

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from codistill_jax import base, gin_utils, replicas, run_directory, writers
-from codistill_jax import step as step_lib
+from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import Exchange, Interrupted
 from codistill_jax.experiment import first_row, num_teachers, train_stream
@@ -53,9 +53,7 @@ class Start(NamedTuple):
 def new_state(job: Job) -> Start:
   """The start of a group that has no checkpoint."""
   experiment = job.experiment
-  replicas.check_group_batch(
-      experiment.group_batch, job.train_step.num_replicas
-  )
+  experiment_lib.check_group_batch(experiment, job.train_step.num_replicas)
   stream = job.shared_stream or train_stream(
       experiment,
       job.group_id,
@@ -63,13 +61,12 @@ def new_state(job: Job) -> Start:
       replicas.process_rows(experiment.group_batch),
   )
   row = first_row(experiment, job.num_groups)
-  state = step_lib.init_state(
+  state = experiment_lib.init_state(
+      experiment,
       job.model,
-      experiment.optimizer,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       row,
       num_peers=num_teachers(experiment, job.group_id, job.num_groups),
-      group_batch=experiment.group_batch,
   )
   # Not on a device, where it would stay beside the state in training.
   return Start(

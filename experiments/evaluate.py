@@ -21,7 +21,6 @@ from etils import epath
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
-from codistill_jax import step as step_lib
 from codistill_jax.base import Model, TrainState, Variables
 from codistill_jax.exchange import publications
 from codistill_jax.storage import files, trees
@@ -197,15 +196,14 @@ def _like(run: Run, group_id: int) -> TrainState:
   experiment = run.experiment
   row = experiment_lib.first_row(experiment, run.num_groups)
   return jax.eval_shape(
-      lambda: step_lib.init_state(
+      lambda: experiment_lib.init_state(
+          experiment,
           run.model,
-          experiment.optimizer,
           jax.random.PRNGKey(0),
           row,
           num_peers=experiment_lib.num_teachers(
               experiment, group_id, run.num_groups
           ),
-          group_batch=experiment.group_batch,
       )
   )
 

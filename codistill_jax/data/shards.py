@@ -34,6 +34,7 @@ TOKENIZER = 'tokenizer.model'
 
 _META_KEYS = {'format_version', 'vocab_size', 'tokenizer_sha256', 'splits'}
 _REMEDY = 'delete the directory and run prepare_data again.'
+_PIECE = 1 << 22  # Tokens that are counted at once.
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -172,6 +173,26 @@ class TokenData:
           f' {self.vocab_size}; {_REMEDY}'
       )
     return tokens
+
+  def count_tokens(self) -> np.ndarray:
+    """How often each token occurs in the split: int64 (V,).
+
+    Reads all of it, a piece at a time.
+
+    Raises:
+      ValueError: If a token is outside the vocabulary.
+    """
+    counts = np.zeros(self.vocab_size, np.int64)
+    for shard in self._shards:
+      for start in range(0, len(shard), _PIECE):
+        found = np.bincount(shard[start : start + _PIECE])
+        if len(found) > self.vocab_size:
+          raise ValueError(
+              f'The token files hold token {len(found) - 1}, but the vocabulary'
+              f' has {self.vocab_size}; {_REMEDY}'
+          )
+        counts[: len(found)] += found
+    return counts
 
 
 def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from codistill_jax import base
+from codistill_jax.data import label_counts, shards
 from codistill_jax.data import partition as partition_lib
-from codistill_jax.data import shards
 from codistill_jax.data.tokenizer import END_ID, START_ID
 
 
@@ -274,4 +274,7 @@ def language_model_task(
           f' {train.vocab_size:,} word pieces, {partition} partition'
       ),
       partition=partition,
+      label_frequencies=functools.cache(
+          lambda: label_counts.token_frequencies(data_dir, train)
+      ),
   )

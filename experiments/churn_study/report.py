@@ -34,21 +34,22 @@ def main(workdir: files.PathLike, output: str | None, note: str = '') -> None:
   for line in (wording.summary(study), wording.chosen(study)):
     cli.tell(line)
   directory = epath.Path(output or epath.Path(workdir) / 'report')
-  _write(directory, 'Prediction churn', _blocks(study, workdir, note))
-  _write_data(directory, study)
+  write(directory, 'Prediction churn', blocks(study, workdir, note))
+  write_data(directory, study)
   cli.tell(f'report: {os.fspath(directory / "churn.html")}')
   failures = wording.failures(study)
   if failures:
     raise ValueError(f'the deterministic control failed: {failures[0]}')
 
 
-def _blocks(study: Study, workdir, note: str) -> list[Block]:
+def blocks(study: Study, workdir, note: str) -> list[Block]:
+  """All of the page, in order."""
   # Here, since it needs matplotlib: files may do without.
   from experiments.churn_study import plotting
 
   split = wording.split_of(study)
   plot = plotting.make_plot(study.rows['test'], study.chosen, split.strip())
-  blocks = [
+  made = [
       *(Paragraph(x) for x in (study.settings['headline'], note) if x),
       *(Paragraph(f'FAILED: {x}') for x in wording.failures(study)),
       Paragraph(wording.summary(study)),
@@ -66,13 +67,13 @@ def _blocks(study: Study, workdir, note: str) -> list[Block]:
       Table(*wording.repeat_table(study), names=1),
   ]
   if study.controls:
-    blocks += [
+    made += [
         Paragraph(wording.CONTROLS),
         Table(*tabular.table_1(study.controls, split), names=1),
     ]
   settings = wording.settings(study)
   return [
-      *blocks,
+      *made,
       Heading('Settings'),
       Table(['', 'value'], settings, names=2),
       *_configurations(workdir, study),
@@ -89,19 +90,26 @@ def _configurations(workdir, study: Study) -> list[Block]:
   return [Code(p.read_text(), p.name) for p in paths if p.exists()]
 
 
-def _write(directory: epath.Path, title: str, blocks: Sequence[Block]) -> None:
-  for block in blocks:
+def write(
+    directory: epath.Path,
+    title: str,
+    made: Sequence[Block],
+    name: str = 'churn',
+) -> None:
+  """The pages, as Markdown and HTML, and the plots beside them."""
+  for block in made:
     if hasattr(block, 'png'):
       files.write_bytes(directory / f'{block.name}.png', block.png)
   pages = {
-      'churn.md': report_pages.to_markdown(title, blocks),
-      'churn.html': report_pages.to_html(title, blocks),
+      f'{name}.md': report_pages.to_markdown(title, made),
+      f'{name}.html': report_pages.to_html(title, made),
   }
   for name, text in pages.items():
     files.write_bytes(directory / name, text.encode())
 
 
-def _write_data(directory: epath.Path, study: Study) -> None:
+def write_data(directory: epath.Path, study: Study) -> None:
+  """churn.csv and churn.json."""
   text = tabular.to_csv(study.rows)
   files.write_bytes(directory / 'churn.csv', text.encode())
   tree = {
@@ -154,7 +162,7 @@ def report_files(
   cli.tell(f'\n{said}')
   if output is None:
     return
-  blocks = [
+  made = [
       Table(*tabular.table_1(rows), names=1),
       Bullets([said, *wording.DEFINITIONS]),
       Heading('95 % intervals'),
@@ -167,7 +175,7 @@ def report_files(
       Code(cli.own_command()),
   ]
   directory = epath.Path(output)
-  _write(directory, 'Prediction churn', blocks)
+  write(directory, 'Prediction churn', made)
   text = tabular.to_csv({'': rows})
   files.write_bytes(directory / 'churn.csv', text.encode())
   tree = {

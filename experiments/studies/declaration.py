@@ -36,8 +36,12 @@ class Arm(NamedTuple):
       same seed, which stay as they are.
     tuned_as: Takes the learning rate of that arm rather than its own of the
       grid.
-    workers: Workers of each group that give each other something in every
-      update; what they give is counted as `communication` says.
+    workers: Of each group; 0: those of the scale, times `times`. Their rows
+      make up a group batch, and what they give each other is counted as
+      `communication` says.
+    times: See `workers`.
+    batch_workers: Workers whose rows make up one update, if not all: 1 for
+      asynchronous SGD.
     communication: Pattern of bytes, a name in `communication`: 'none',
       'all_reduce', 'exchange', 'outer' or 'server'.
     x: Where the arm stands on the axis of the study, if that has one.
@@ -52,7 +56,9 @@ class Arm(NamedTuple):
   ensemble_of: str = ''
   taught_by: str = ''
   tuned_as: str = ''
-  workers: int = 1
+  workers: int = 0
+  times: int = 1
+  batch_workers: int | None = None
   communication: str = 'none'
   x: float | None = None
   series: str = ''
@@ -84,19 +90,24 @@ class Scale(NamedTuple):
     gin_files: The task first; `--gin_file` replaces them. They define the
       macros RATE (learning rate) and STEPS (updates of a group).
     bindings: On top of them.
+    workers: Of a group, where an arm does not say otherwise.
+    worker_rows: Rows of the group batch for each worker; 0: the configuration
+      says how many a group batch has.
     seeds: How many seeds each arm is trained with.
     rates: The grid of learning rates of every arm; each is tried with one more
       seed, which is reported nowhere. One rate: nothing is tuned.
     arms: Names of the arms that are trained; empty for all.
-    hours: About how long it takes, and on what; a note for people.
+    baseline: In place of that of the study.
   """
 
   gin_files: tuple[str, ...]
   bindings: tuple[str, ...] = ()
+  workers: int = 1
+  worker_rows: int = 0
   seeds: int = 3
   rates: tuple[float, ...] = ()
   arms: tuple[str, ...] = ()
-  hours: str = ''
+  baseline: str = ''
 
 
 class Study(NamedTuple):

@@ -1,0 +1,1 @@
+"""What codistillation is compared with, each on the same step and loop."""

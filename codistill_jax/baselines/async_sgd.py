@@ -1,0 +1,288 @@
+"""Asynchronous SGD: W workers, each with the parameters it last pulled.
+
+A faithful simulation of a parameter server, as a pure compiled function. One
+call is one update of the server. A worker computes the gradient of its own
+batch at the parameters that it last pulled; the server applies that gradient
+with its (stateful) optimiser to the parameters that it has by now; then the
+worker pulls. Whose turn it is comes from a table, see `turns`.
+
+The step is counted in updates of the server, and the group batch is what one
+worker contributes to one: W workers for n updates see as many examples as one
+for n.
+
+Running batch statistics live on the server, as moving averages of a parameter
+server do: what a worker's forward pass (at its old parameters) finds of its
+batch is averaged into the server's current statistics.
+
+Shape suffixes: B rows of a worker's batch (here: of one replica), W workers,
+P peers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from codistill_jax import replicas, step
+from codistill_jax.base import (
+    Array,
+    Batch,
+    Metrics,
+    Model,
+    PyTree,
+    Stream,
+    TrainState,
+    Variables,
+)
+from codistill_jax.baselines import turns as turns_lib
+from codistill_jax.baselines.method import check_workers, copies
+
+# A run has diverged while its loss is so many times that of its first update.
+DIVERGED = 2.0
+_LOSS_MEMORY = 0.95
+
+
+@struct.dataclass
+class AsyncState:
+  """What server and workers hold besides the server's variables.
+
+  Attributes:
+    server: State of the server's optimiser.
+    pulled: Parameters (W, ...) that each worker last pulled.
+    pulled_at_W: int32; the updates that the server had done then.
+    first_loss: Of the first update, in nats.
+    recent_loss: A moving average of it.
+  """
+
+  server: PyTree
+  pulled: PyTree
+  pulled_at_W: Array
+  first_loss: Array
+  recent_loss: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AsynchronousSgd:
+  """Asynchronous SGD with W workers.
+
+  A worker receives one set of parameters, 4 bytes each in float32, in each of
+  its own updates, so once in W updates of the server, and sends one gradient
+  of that size. It holds no barrier. This process holds W + 1 sets.
+
+  The metric `async/staleness_steps` is how many updates the server did between
+  a worker's pull and its gradient: W - 1 in round-robin, and on average in a
+  random order, once all are there. `async/loss_over_start` is a moving average
+  of the task's loss, over that of the first update; `async/diverged` is 1 while
+  it is more than `DIVERGED`.
+
+  Attributes:
+    workers: W.
+    order: 'round_robin' or 'random'; see `turns`.
+    seed: Of the random order, which is the same in all groups.
+    ramp_up_steps: Updates until all workers have joined; 0: at once.
+  """
+
+  workers: int = 8
+  order: str = 'round_robin'
+  seed: int = 0
+  ramp_up_steps: int = 0
+
+  def __post_init__(self):
+    check_workers('AsynchronousSgd', self.workers)
+    if self.order not in turns_lib.ORDERS:
+      raise ValueError(
+          f'AsynchronousSgd.order={self.order!r} is not one of'
+          f' {", ".join(turns_lib.ORDERS)}'
+      )
+    for name in ('seed', 'ramp_up_steps'):
+      value = getattr(self, name)
+      if type(value) is not int or value < 0:
+        raise ValueError(
+            f'AsynchronousSgd.{name}={value!r}; set it to a whole number of at'
+            ' least 0'
+        )
+    if 0 < self.ramp_up_steps < self.workers - 1:
+      raise ValueError(
+          f'AsynchronousSgd.ramp_up_steps={self.ramp_up_steps} is too short for'
+          f' workers={self.workers} to join one by one; set it to 0 or to at'
+          f' least {self.workers - 1}'
+      )
+
+  def turns(self, num_steps: int) -> turns_lib.Turns:
+    """Whose turn each update of a run is."""
+    return turns_lib.worker_turns(
+        self.workers, num_steps, self.order, self.seed, self.ramp_up_steps
+    )
+
+  def check(self, group_batch: int, num_replicas: int) -> None:
+    replicas.check_group_batch(group_batch, num_replicas)
+
+  def init_state(
+      self, tx: optax.GradientTransformation, state: TrainState
+  ) -> TrainState:
+    """All workers have pulled the first parameters; carries (B, W, ...)."""
+    del tx
+    return state.replace(
+        opt_state=AsyncState(
+            server=state.opt_state,
+            pulled=copies(state.variables.params, self.workers),
+            pulled_at_W=jnp.zeros(self.workers, jnp.int32),
+            first_loss=jnp.zeros((), jnp.float32),
+            recent_loss=jnp.zeros((), jnp.float32),
+        ),
+        carry=copies(state.carry, self.workers, axis=1),
+        teacher_carry=copies(state.teacher_carry, self.workers, axis=2),
+    )
+
+  def train_stream(
+      self,
+      make: Callable[..., Stream],
+      *,
+      group_batch: int,
+      num_steps: int,
+      rows: slice | None,
+  ) -> Stream:
+    """Each worker reads rows of its own of a stream of W x B rows.
+
+    So the n-th batch of worker w are rows w B to (w + 1) B of batch n of that
+    stream, and a document of a language model stays with its worker.
+    """
+    # Whoever joined later is at an earlier batch than the others.
+    at_one_batch = rows is None and not self.ramp_up_steps
+    together = -(-self.workers // turns_lib.STREAMS) if at_one_batch else 1
+    start, stop, _ = (rows or slice(None)).indices(group_batch)
+
+    def stream_of(number: int) -> Stream:
+      first = number * together
+      last = min(first + together, self.workers) - 1
+      return make(
+          group_batch=self.workers * group_batch,
+          rows=slice(first * group_batch + start, last * group_batch + stop),
+      )
+
+    return turns_lib.WorkerStreams(
+        stream_of, self.turns(num_steps), together, stop - start
+    )
+
+  def make_train_step(
+      self,
+      model: Model,
+      tx: optax.GradientTransformation,
+      *,
+      num_steps: int,
+      **kwargs: Any,
+  ) -> step.TrainStep:
+    """One update of the server, with the gradient of one worker."""
+    turns = self.turns(num_steps)
+    gradient_step = step.make_train_step(model, _KEEP_GRADIENT, **kwargs)
+
+    def train_step(
+        state: TrainState, batch: Batch, teachers: Any, distill_weight: Array
+    ) -> tuple[TrainState, Metrics]:
+      worker = jnp.asarray(turns.worker_N)[state.step]
+      if self.ramp_up_steps:
+        joining = jnp.asarray(turns.joining_N)[state.step]
+        state = _join(state, joining)
+      answer, metrics = gradient_step(
+          _as_seen_by(worker, state), batch, teachers, distill_weight
+      )
+      metrics['async/staleness_steps'] = (
+          state.step - state.opt_state.pulled_at_W[worker]
+      )
+      return _serve(tx, state, worker, answer, metrics)
+
+    return train_step
+
+
+# Applies nothing: of a step with this optimiser, the new `opt_state` is the
+# gradient, summed over the replicas.
+_KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: (),
+    lambda grads, state, params=None: (
+        jax.tree.map(jnp.zeros_like, grads),
+        grads,
+    ),
+)
+
+
+def _take(tree: PyTree, index: Array, axis: int) -> PyTree:
+  return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False),
+      tree,
+  )
+
+
+def _put(tree: PyTree, part: PyTree, index: Array, axis: int) -> PyTree:
+  return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, axis),
+      tree,
+      part,
+  )
+
+
+def _join(state: TrainState, joining: Array) -> TrainState:
+  """The worker that joins pulls what the server has; -1: nobody joins."""
+  held, index = state.opt_state, jnp.maximum(joining, 0)
+  here = joining >= 0
+  part = jax.tree.map(
+      lambda new, old: jnp.where(here, new, old),
+      (state.variables.params, state.step),
+      _take((held.pulled, held.pulled_at_W), index, 0),
+  )
+  pulled, pulled_at_W = _put((held.pulled, held.pulled_at_W), part, index, 0)
+  return state.replace(
+      opt_state=held.replace(pulled=pulled, pulled_at_W=pulled_at_W)
+  )
+
+
+def _as_seen_by(worker: Array, state: TrainState) -> TrainState:
+  """The state of one worker: its parameters, and the carries of its rows."""
+  return state.replace(
+      variables=Variables(
+          _take(state.opt_state.pulled, worker, 0), state.variables.model_state
+      ),
+      opt_state=(),
+      carry=_take(state.carry, worker, 1),
+      teacher_carry=_take(state.teacher_carry, worker, 2),
+  )
+
+
+def _serve(
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    worker: Array,
+    answer: TrainState,
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
+  """The server applies a worker's gradient; then the worker pulls."""
+  held, params = state.opt_state, state.variables.params
+  updates, server = tx.update(answer.opt_state, held.server, params)
+  params = optax.apply_updates(params, updates)
+  loss, first = metrics['loss/task'], state.step == 0
+  first_loss = jnp.where(first, loss, held.first_loss)
+  recent_loss = jnp.where(
+      first, loss, _LOSS_MEMORY * held.recent_loss + (1 - _LOSS_MEMORY) * loss
+  )
+  over = recent_loss / jnp.maximum(first_loss, 1e-9)
+  metrics |= {
+      'async/loss_over_start': over,
+      'async/diverged': jnp.float32(over > DIVERGED),
+  }
+  state = state.replace(
+      step=answer.step,
+      variables=Variables(params, answer.variables.model_state),
+      opt_state=AsyncState(
+          server=server,
+          pulled=_put(held.pulled, params, worker, 0),
+          pulled_at_W=held.pulled_at_W.at[worker].set(answer.step),
+          first_loss=first_loss,
+          recent_loss=recent_loss,
+      ),
+      carry=_put(state.carry, answer.carry, worker, 1),
+      teacher_carry=_put(state.teacher_carry, answer.teacher_carry, worker, 2),
+  )
+  return state, metrics

@@ -1,0 +1,209 @@
+r"""The figures and the table of the paper, in miniature or at full size.
+
+    python -m experiments.reproduce --study=lm_codistillation --scale=cpu \
+        --jobs=2
+
+Trains the arms of a study over seeds, and makes a page of it: the paper's
+claim, what came out, and whether that agrees. Stopped or killed, the same
+command goes on where it was. `--list` shows what there is.
+"""
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from codistill_jax import gin_utils
+from codistill_jax.storage import files
+from experiments import cli, side_by_side
+from experiments.stopping import Rescue, StopRequest
+from experiments.studies import plan as plan_lib
+from experiments.studies.catalogue import STUDIES
+from experiments.studies.declaration import SCALES
+
+flags.adopt_module_key_flags(gin_utils)
+
+_STUDY = flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
+_SCALE = flags.DEFINE_enum(
+    'scale',
+    'cpu',
+    list(SCALES),
+    'How large: smoke (seconds; no result), cpu (two cores, an hour at most),'
+    ' gpu (one accelerator), paper (a cluster).',
+)
+_LIST = flags.DEFINE_bool('list', False, 'Print the studies and stop.')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the study; default: runs/<study>_<scale>.'
+)
+_SEEDS = flags.DEFINE_integer(
+    'seeds', None, 'Seeds of each arm; default: as the scale says.'
+)
+_RATES = flags.DEFINE_list(
+    'rates', None, 'Grid of learning rates; default: as the scale says.'
+)
+_ARMS = flags.DEFINE_list(
+    'arms', [], 'Arms to train, with those that they need; default: all.'
+)
+_REPLICAS = flags.DEFINE_integer(
+    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
+)
+_JOBS = flags.DEFINE_integer(
+    'jobs',
+    1,
+    'Processes that train runs side by side. With more than one, each has its'
+    ' share of the CPU cores for itself.',
+)
+_ONE_PROGRAM = flags.DEFINE_enum(
+    'one_program',
+    'auto',
+    ['auto', 'yes', 'no'],
+    'Whether all seeds of an arm are trained as one program; auto: on an'
+    ' accelerator, where that is faster.',
+)
+_WORKER = flags.DEFINE_string(
+    'worker', '', 'Set by --jobs for each process: its number/their number.'
+)
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory of the page; default: report/ in --workdir.'
+)
+_NOTE = flags.DEFINE_string(
+    'note', '', 'A sentence for the page, such as on the data.'
+)
+_REPORT_ONLY = flags.DEFINE_bool(
+    'report_only', False, 'Train nothing; make the page of what is there.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains and reports."""
+  del argv
+  if _LIST.value:
+    _print_studies()
+    return
+  plan = _plan()
+  workdir = _WORKDIR.value or f'runs/{_STUDY.value}_{_SCALE.value}'
+  if not files.is_remote(workdir):
+    workdir = os.path.abspath(workdir)
+  if _WORKER.value:
+    _train(workdir, plan)
+    return
+  if _REPORT_ONLY.value:
+    pass
+  elif _JOBS.value > 1:
+    begun = plan_lib.begun_at(workdir)
+    side_by_side.run(
+        'experiments.reproduce',
+        _JOBS.value,
+        StopRequest().install(),
+        accepted=lambda: plan_lib.begun_at(workdir) != begun,
+    )
+  else:
+    _train(workdir, plan)
+  _report(workdir, plan)
+
+
+def _plan() -> plan_lib.Plan:
+  """From the flags.
+
+  Raises:
+    ValueError: If they do not fit.
+  """
+  if _STUDY.value is None:
+    raise ValueError(
+        f'give --study, one of {", ".join(sorted(STUDIES))}; --list tells more'
+    )
+  for flag, least in ((_SEEDS, 1), (_JOBS, 1), (_REPLICAS, 0)):
+    if flag.value is not None and flag.value < least:
+      raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  return plan_lib.make_plan(
+      STUDIES[_STUDY.value],
+      _SCALE.value,
+      gin_files=gin_utils.flag_values()[0],
+      seeds=_SEEDS.value,
+      rates=None if _RATES.value is None else list(map(_rate, _RATES.value)),
+      arms=_ARMS.value,
+  )
+
+
+def _rate(text: str) -> float:
+  try:
+    rate = float(text)
+  except ValueError:
+    rate = -1.0
+  if not 0 < rate < float('inf'):
+    raise ValueError(
+        f'--rates: {text!r} is no learning rate; give numbers above 0, such as'
+        ' --rates=1e-3,3e-3'
+    )
+  return rate
+
+
+def _train(workdir: str, plan: plan_lib.Plan) -> None:
+  jobs = side_by_side.take_cores(_WORKER.value)
+  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  # Not at the top: to list studies, or to draw a page, needs no jax.
+  import jax
+
+  from experiments import devices
+  from experiments.studies import churn_runs, claim, worker
+  from experiments.studies.configurations import Configurations
+
+  if _REPLICAS.value > 1:
+    devices.use_replicas(_REPLICAS.value)
+  if churn_runs.is_churn(plan):
+    churn_runs.train(
+        workdir,
+        plan,
+        gin_utils.flag_values()[1],
+        stop=stop,
+        replicas=_REPLICAS.value,
+        jobs=jobs,
+    )
+    stop.uninstall()
+    return
+  configurations = Configurations(workdir, plan, gin_utils.flag_values()[1])
+  num_replicas = _REPLICAS.value or jax.local_device_count()
+  claim.claim(configurations, num_replicas)
+  worker.Worker(
+      configurations,
+      stop=stop,
+      replicas=_REPLICAS.value,
+      jobs=jobs,
+      together=worker.trains_together(_ONE_PROGRAM.value),
+  ).train_all()
+  stop.uninstall()
+
+
+def _report(workdir: str, plan: plan_lib.Plan) -> None:
+  from experiments.studies import churn_runs, load, report
+
+  output = _OUTPUT.value or os.path.join(workdir, 'report')
+  if churn_runs.is_churn(plan):
+    page = churn_runs.write(workdir, plan, output, _NOTE.value)
+    cli.tell(f'page: {os.fspath(page)}')
+    return
+  setting, runs = load.load(workdir, plan)
+  study = plan.study
+  if _NOTE.value:
+    study = study._replace(notes=(_NOTE.value, *study.notes))
+  summary = report.write(study, setting, runs, output)
+  cli.tell('\n' + summary.table + '\n')
+  for line in summary.lines:
+    cli.tell(line)
+  cli.tell(f'page: {os.fspath(summary.page)}')
+
+
+def _print_studies() -> None:
+  for study in STUDIES.values():
+    cli.tell(f'{study.name}: {study.question} ({study.source})')
+    for scale in study.scales:
+      plan = plan_lib.make_plan(study, scale)
+      runs = plan.runs()
+      cli.tell(
+          f'  {scale}: {len(plan.arms)} arms, {plan.scale.seeds} seeds,'
+          f' {len(runs)} runs'
+      )
+
+
+if __name__ == '__main__':
+  cli.run(main)

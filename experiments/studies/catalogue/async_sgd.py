@@ -1,0 +1,106 @@
+"""Asynchronous SGD: what stale gradients do as workers are added."""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+_WORKERS = (2, 4, 8, 32, 128)
+
+
+def _asynchronous(workers: int) -> Arm:
+  return Arm(
+      f'asynchronous_{workers}',
+      f'asynchronous, {workers} workers',
+      gin_files=(tasks.ABLATIONS + 'asynchronous_sgd.gin',),
+      bindings=(
+          f'AsynchronousSgd.workers={workers}',
+          "AsynchronousSgd.order='round_robin'",
+      ),
+      workers=workers,
+      batch_workers=1,
+      communication='server',
+      x=workers,
+      series='asynchronous',
+  )
+
+
+def _synchronous(workers: int) -> Arm:
+  return Arm(
+      f'synchronous_{workers}',
+      f'synchronous, {workers} worker{"s" * (workers > 1)}',
+      workers=workers,
+      communication='all_reduce',
+      x=workers,
+      series='synchronous',
+  )
+
+
+STUDY = Study(
+    name='async_sgd',
+    title='Asynchronous SGD',
+    source='Section 3.2 of Anil et al. 2018, as recalled',
+    question=(
+        'Does SGD stay stable when each gradient is W - 1 updates old, as it is'
+        ' with W workers that do not wait for each other?'
+    ),
+    claim=(
+        'Asynchronous SGD with 32 and 128 workers was hard to keep stable, and'
+        ' was dropped in favour of synchronous SGD [A].'
+    ),
+    arms=(
+        _synchronous(1),
+        *map(_asynchronous, _WORKERS),
+    ),
+    baseline='synchronous_1',
+    comparisons=(
+        Comparison(
+            'asynchronous_2',
+            'synchronous_1',
+            'final_loss',
+            'more',
+            'stale gradients are worse at an equal number of updates [A]',
+        ),
+        Comparison(
+            'asynchronous_8',
+            'synchronous_1',
+            'final_loss',
+            'more',
+            'more so with more workers [A]',
+        ),
+        Comparison(
+            'asynchronous_32',
+            'synchronous_1',
+            'final_loss',
+            'more',
+            'hard to keep stable with 32 workers [A]',
+        ),
+        Comparison(
+            'asynchronous_128',
+            'synchronous_1',
+            'final_loss',
+            'more',
+            'hard to keep stable with 128 workers [A]',
+        ),
+    ),
+    scales=tasks.changed(
+        tasks.LANGUAGE,
+        smoke={'arms': ('synchronous_1', 'asynchronous_2')},
+        cpu={
+            'arms': (
+                'synchronous_1',
+                'asynchronous_2',
+                'asynchronous_8',
+                'asynchronous_32',
+            )
+        },
+    ),
+    x_label='workers',
+    x_log=True,
+    notes=(
+        'A step is one update of the server, on the rows of one worker. W'
+        ' workers make W of them in the time of one, as long as the server'
+        ' keeps up: at an equal wall time, stand W times as far to the right.',
+        'The workers are simulated exactly: each computes its gradient at the'
+        ' parameters that it last pulled. Only the order in which they come is'
+        ' assumed, here in turn, so that each gradient is W - 1 updates old.',
+    ),
+)

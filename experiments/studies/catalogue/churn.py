@@ -1,0 +1,76 @@
+"""Table 1: do retrains of a codistilled model differ less?"""
+
+from experiments.studies.declaration import Arm, Comparison, Scale, Study
+
+STUDY = Study(
+    name='churn',
+    title='Prediction churn',
+    source='Table 1 of Anil et al. 2018',
+    question=(
+        'By how much do the predictions of independent retrains differ, and how'
+        ' much less if the model is codistilled?'
+    ),
+    claim=(
+        'On Criteo, a DNN of log loss 0.4480 has a mean absolute difference'
+        ' between retrains of 0.029; an ensemble of two 0.4461 and 0.019; a'
+        ' two-way codistilled DNN 0.4458 and 0.019 [C]: 35 % less churn [B], at'
+        ' the quality of the ensemble and the serving cost of one model.'
+    ),
+    arms=(
+        Arm('single', 'single model'),
+        Arm('ensemble', 'ensemble of two', ensemble_of='single'),
+        Arm('codistilled_1', 'two-way codistilled, weight 1', num_groups=2),
+        Arm('codistilled_2', 'two-way codistilled, weight 2', num_groups=2),
+    ),
+    baseline='single',
+    comparisons=(
+        Comparison(
+            'codistilled_1', 'single', 'churn', 'less', '35 % less churn [B]'
+        ),
+        Comparison(
+            'codistilled_1',
+            'ensemble',
+            'churn',
+            'equal',
+            'as much as of an ensemble of two [C]',
+        ),
+        Comparison(
+            'codistilled_1',
+            'single',
+            'final_loss',
+            'less',
+            'better than a single model [C]',
+        ),
+        Comparison(
+            'codistilled_1',
+            'ensemble',
+            'final_loss',
+            'equal',
+            'at the quality of the ensemble [C]',
+        ),
+        Comparison(
+            'codistilled_2',
+            'single',
+            'churn',
+            'less',
+            'not in the paper: a weight of 2',
+        ),
+        Comparison(
+            'codistilled_2',
+            'ensemble',
+            'final_loss',
+            'less',
+            'not in the paper: a weight of 2',
+        ),
+    ),
+    scales={
+        'smoke': Scale(
+            ('gin_configs/tasks/flights_dnn.gin',),
+            ('STEPS=6', 'Experiment.exchange_every=2'),
+            seeds=2,
+        ),
+        'cpu': Scale(('gin_configs/tasks/flights_dnn.gin',), seeds=5),
+        'gpu': Scale(('gin_configs/tasks/flights_dnn.gin',), seeds=10),
+        'paper': Scale(('gin_configs/tasks/criteo_dnn.gin',), seeds=5),
+    },
+)

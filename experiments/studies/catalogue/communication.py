@@ -1,0 +1,123 @@
+"""Loss against bytes: what does it take to use more workers?"""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+_INTERVALS = (2, 10, 50, 250)
+
+
+def _every(steps: int) -> Arm:
+  return Arm(
+      f'codistillation_{steps}',
+      f'codistilled, every {steps} steps',
+      bindings=(tasks.exchange_every(steps),),
+      num_groups=2,
+      workers=1,
+      communication='exchange',
+  )
+
+
+def _diloco(workers: int, steps: int) -> Arm:
+  control = ' (control)' if workers == 1 else ''
+  return Arm(
+      f'diloco_{workers}_every_{steps}',
+      f'DiLoCo, {workers} worker{"s" * (workers > 1)}, every {steps}{control}',
+      gin_files=(tasks.ABLATIONS + 'diloco.gin',),
+      bindings=(f'Diloco.workers={workers}', f'Diloco.inner_steps={steps}'),
+      workers=workers,
+      communication='outer',
+  )
+
+
+def _at(*steps: int) -> dict:
+  return {
+      'arms': (
+          'synchronous_1',
+          'synchronous_2',
+          *(f'codistillation_{n}' for n in steps),
+          *(f'diloco_2_every_{n}' for n in steps),
+          *(f'diloco_1_every_{n}' for n in steps),
+      )
+  }
+
+
+STUDY = Study(
+    name='communication',
+    title='Loss against bytes communicated',
+    source='not in the paper; DiLoCo is Douillard et al. 2023',
+    question=(
+        'What does each method make of two workers, and how many bytes must'
+        ' each of them receive for it?'
+    ),
+    claim=(
+        'Codistillation needs little communication: parameters now and then,'
+        ' in place of gradients in every step [A]. DiLoCo matches synchronous'
+        ' SGD with 500 times less communication, by its own account.'
+    ),
+    arms=(
+        Arm('synchronous_1', 'one worker', workers=1),
+        Arm(
+            'synchronous_2',
+            'synchronous, 2 workers',
+            workers=2,
+            communication='all_reduce',
+        ),
+        *map(_every, _INTERVALS),
+        *(_diloco(2, steps) for steps in _INTERVALS),
+        *(_diloco(1, steps) for steps in _INTERVALS),
+    ),
+    baseline='synchronous_1',
+    comparisons=(
+        Comparison(
+            'codistillation_50',
+            'synchronous_1',
+            'final_loss',
+            'less',
+            'a second group helps [B]',
+        ),
+        Comparison(
+            'codistillation_50',
+            'synchronous_2',
+            'final_loss',
+            'less',
+            'where synchronous SGD has stopped to, it helps more [B]',
+        ),
+        Comparison(
+            'codistillation_50',
+            'diloco_2_every_50',
+            'final_loss',
+            'less',
+            'not in the paper',
+        ),
+        Comparison(
+            'diloco_2_every_50',
+            'diloco_1_every_50',
+            'final_loss',
+            'less',
+            'not in the paper: what the second worker of DiLoCo adds',
+        ),
+        Comparison(
+            'codistillation_2',
+            'synchronous_1',
+            'final_loss',
+            'less',
+            'a second group helps [B]',
+        ),
+    ),
+    scales=tasks.changed(
+        tasks.LANGUAGE,
+        smoke=_at(2),
+        cpu=_at(10, 50),
+        gpu=_at(10, 50, 250),
+        paper=_at(50, 250),
+    ),
+    views=('bytes',),
+    notes=(
+        'Every worker has the same rows per update, and every arm the same'
+        ' number of updates. DiLoCo and synchronous SGD end with one model,'
+        ' codistillation with one for each group, of which one is served.',
+        'DiLoCo with one worker is its control: what its outer optimiser does'
+        ' without any communication. Its inner optimiser is that of all other'
+        ' arms.',
+    ),
+)

@@ -1,0 +1,63 @@
+"""Figure 2b: the same data for all groups, or disjoint parts?"""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+STUDY = Study(
+    name='data_partition',
+    title='The same data, or disjoint parts of it',
+    source='Figure 2b of Anil et al. 2018',
+    question=(
+        'Is the gain that of soft targets, or that of what a peer knows of data'
+        ' one has not seen?'
+    ),
+    claim=(
+        'Two groups on the same data are only slightly better than the'
+        ' baseline; on disjoint subsets they are much better [B].'
+    ),
+    arms=(
+        Arm('baseline', 'one group', communication='all_reduce'),
+        Arm(
+            'same',
+            'two groups, the same data',
+            bindings=(tasks.SHARED,),
+            num_groups=2,
+            communication='exchange',
+        ),
+        Arm(
+            'disjoint',
+            'two groups, disjoint data',
+            num_groups=2,
+            communication='exchange',
+        ),
+    ),
+    baseline='baseline',
+    comparisons=(
+        Comparison(
+            'disjoint',
+            'same',
+            'final_loss',
+            'less',
+            'much better on disjoint data [B]',
+        ),
+        Comparison(
+            'same',
+            'baseline',
+            'final_loss',
+            'less',
+            'only slightly better on the same data [B]',
+        ),
+        Comparison(
+            'disjoint',
+            'baseline',
+            'steps_to_target',
+            'less',
+            'half the steps [B]',
+        ),
+    ),
+    scales=tasks.LANGUAGE,
+    notes=(
+        'On the same data the groups read the same documents in the same order;'
+        ' they differ in the parameters that they start from.',
+    ),
+)

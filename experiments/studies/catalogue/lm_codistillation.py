@@ -1,0 +1,100 @@
+"""Figure 2a: does a second group learn faster than more workers would?"""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+STUDY = Study(
+    name='lm_codistillation',
+    title='Codistillation of a language model',
+    source='Figure 2a of Anil et al. 2018',
+    question=(
+        'At a batch where synchronous SGD gains little from a larger one, does'
+        ' a second group that codistils reach a given loss in fewer steps?'
+    ),
+    claim=(
+        "Two groups of 128 workers reach the baseline's best validation error"
+        ' in half the steps [B], close to the ensemble of two [B], and clearly'
+        ' better than label smoothing [A] with the uniform and with the unigram'
+        ' distribution [C].'
+    ),
+    arms=(
+        Arm('baseline', 'one group', communication='all_reduce'),
+        Arm(
+            'twice_the_batch',
+            'one group, twice the batch',
+            times=2,
+            communication='all_reduce',
+        ),
+        Arm(
+            'codistillation',
+            'two groups, codistilled',
+            num_groups=2,
+            communication='exchange',
+        ),
+        Arm(
+            'alone',
+            'two groups, no distillation',
+            bindings=(tasks.ALONE,),
+            num_groups=2,
+            tuned_as='baseline',
+            communication='all_reduce',
+        ),
+        Arm('ensemble', 'ensemble of two', num_groups=2, ensemble_of='alone'),
+        Arm(
+            'smoothing_uniform',
+            'label smoothing, uniform',
+            gin_files=(tasks.ABLATIONS + 'label_smoothing.gin',),
+            communication='all_reduce',
+        ),
+        Arm(
+            'smoothing_unigram',
+            'label smoothing, unigram',
+            gin_files=(tasks.ABLATIONS + 'label_smoothing_unigram.gin',),
+            communication='all_reduce',
+        ),
+    ),
+    baseline='baseline',
+    comparisons=(
+        Comparison(
+            'codistillation',
+            'baseline',
+            'steps_to_target',
+            'less',
+            'half the steps [B]',
+        ),
+        Comparison(
+            'codistillation',
+            'twice_the_batch',
+            'steps_to_target',
+            'less',
+            'a larger batch had stopped helping, a second group had not [B]',
+        ),
+        Comparison(
+            'codistillation',
+            'ensemble',
+            'final_loss',
+            'equal',
+            'close to the ensemble of two [B]',
+        ),
+        Comparison(
+            'codistillation',
+            'smoothing_uniform',
+            'final_loss',
+            'less',
+            'clearly better than label smoothing [A]',
+        ),
+        Comparison(
+            'codistillation',
+            'smoothing_unigram',
+            'final_loss',
+            'less',
+            'clearly better than label smoothing [A]',
+        ),
+    ),
+    scales=tasks.LANGUAGE,
+    notes=(
+        'The groups read disjoint halves of the text, so two groups have seen'
+        ' twice the examples of one by the same step, as in the paper. The'
+        ' second comparison gives one group as many.',
+    ),
+)

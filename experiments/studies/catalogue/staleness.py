@@ -1,0 +1,82 @@
+"""Figure 4: how often must groups exchange?"""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+_INTERVALS = (2, 4, 10, 25, 50, 100, 250)
+
+
+def _every(steps: int) -> Arm:
+  return Arm(
+      f'every_{steps}',
+      f'exchange every {steps} steps',
+      bindings=(tasks.exchange_every(steps),),
+      num_groups=2,
+      communication='exchange',
+      x=steps,
+      series='two groups',
+  )
+
+
+def _at(*steps: int) -> dict:
+  return {'arms': ('baseline', *(f'every_{n}' for n in steps))}
+
+
+STUDY = Study(
+    name='staleness',
+    title='How stale teachers may be',
+    source='Figure 4 of Anil et al. 2018',
+    question='What is lost if groups exchange their parameters less often?',
+    claim=(
+        'Of exchanges every 50, 100 and 250 steps, 50 is best and longer ones'
+        ' are slightly worse [B].'
+    ),
+    arms=(
+        Arm('baseline', 'one group', communication='all_reduce'),
+        *map(_every, _INTERVALS),
+    ),
+    baseline='baseline',
+    comparisons=(
+        Comparison(
+            'every_100',
+            'every_50',
+            'final_loss',
+            'more',
+            '100 slightly worse than 50 [B]',
+        ),
+        Comparison(
+            'every_250',
+            'every_50',
+            'final_loss',
+            'more',
+            '250 slightly worse than 50 [B]',
+        ),
+        Comparison(
+            'every_250',
+            'baseline',
+            'final_loss',
+            'less',
+            'and still better than no exchange [B]',
+        ),
+        Comparison(
+            'every_4',
+            'every_2',
+            'final_loss',
+            'more',
+            'a longer interval is slightly worse [B]',
+        ),
+    ),
+    scales=tasks.changed(
+        tasks.LANGUAGE,
+        smoke=_at(2, 4),
+        cpu=_at(10, 25, 50, 100, 250),
+        gpu=_at(10, 25, 50, 100, 250),
+        paper=_at(50, 100, 250),
+    ),
+    x_label='steps between exchanges',
+    x_log=True,
+    notes=(
+        'In lockstep a teacher is 0 to n - 1 steps old at an interval of n:'
+        ' (n - 1) / 2 on average.',
+    ),
+)

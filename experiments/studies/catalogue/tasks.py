@@ -1,0 +1,66 @@
+"""The tasks of the studies at each scale, and bindings that arms share."""
+
+from collections.abc import Mapping
+
+from experiments.studies.declaration import Scale
+
+_GIN = 'gin_configs/studies/'
+ABLATIONS = 'gin_configs/ablations/'
+
+# The workers of a group are where more of them have stopped to help, or nearly:
+# at `cpu` by the study `sgd_scaling`, at `paper` by Figure 1.
+LANGUAGE = {
+    'smoke': Scale(
+        (_GIN + 'lm_smoke.gin',),
+        workers=2,
+        worker_rows=2,
+        seeds=2,
+        rates=(8e-3,),
+    ),
+    'cpu': Scale(
+        (_GIN + 'lm_cpu.gin',),
+        workers=4,
+        worker_rows=64,
+        seeds=3,
+        rates=(8e-3, 1.6e-2),
+    ),
+    'gpu': Scale(
+        (_GIN + 'lm_gpu.gin',),
+        workers=16,
+        worker_rows=16,
+        seeds=10,
+        rates=(2e-3, 4e-3, 8e-3),
+    ),
+    'paper': Scale(
+        (_GIN + 'lm_paper.gin',),
+        workers=128,
+        worker_rows=128,
+        seeds=3,
+        rates=(5e-4, 1e-3, 2e-3),
+    ),
+}
+IMAGES = {
+    'smoke': Scale((_GIN + 'images_smoke.gin',), seeds=2, rates=(3e-3,)),
+    'cpu': Scale((_GIN + 'images_cpu.gin',), seeds=3, rates=(1e-3, 3e-3)),
+    'gpu': Scale((_GIN + 'images_gpu.gin',), seeds=5, rates=(0.05, 0.1, 0.2)),
+    'paper': Scale((_GIN + 'images_paper.gin',), seeds=3, rates=(0.1,)),
+}
+
+
+def changed(
+    scales: Mapping[str, Scale], **changes: Mapping[str, object]
+) -> dict[str, Scale]:
+  """The scales, each with its own changes."""
+  return {
+      name: scale._replace(**changes.get(name, {}))
+      for name, scale in scales.items()
+  }
+
+
+ALONE = 'schedules.distill_weight.weight=0.0'
+SHARED = "text.language_model_task.partition='shared'"
+
+
+def exchange_every(steps: int) -> str:
+  """A binding."""
+  return f'Experiment.exchange_every={steps}'

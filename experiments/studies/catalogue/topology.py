@@ -1,0 +1,72 @@
+"""Who learns from whom, with four groups."""
+
+from experiments.studies.catalogue import tasks
+from experiments.studies.declaration import Arm, Comparison, Study
+
+
+def _four(name: str, title: str, topology: str) -> Arm:
+  return Arm(
+      name,
+      title,
+      bindings=(f'Experiment.topology={topology}',),
+      num_groups=4,
+      workers=1,
+      communication='exchange',
+  )
+
+
+STUDY = Study(
+    name='topology',
+    title='Who learns from whom',
+    source='the discussion of Anil et al. 2018, as recalled',
+    question=(
+        'Of four groups, should each learn from all others, from one, or only'
+        ' within its pair?'
+    ),
+    claim=(
+        'Fully connected groups may become alike too fast; rings and other'
+        ' topologies are proposed [C].'
+    ),
+    arms=(
+        Arm('baseline', 'one group', workers=1, communication='all_reduce'),
+        Arm(
+            'two',
+            'two groups',
+            num_groups=2,
+            workers=1,
+            communication='exchange',
+        ),
+        _four('all', 'four groups, all', "'all'"),
+        _four('ring', 'four groups, ring', "'ring'"),
+        _four('pairs', 'four groups, two pairs', '[[1],[0],[3],[2]]'),
+    ),
+    baseline='baseline',
+    comparisons=(
+        Comparison(
+            'ring',
+            'all',
+            'final_loss',
+            'equal',
+            'proposed, not measured [C]',
+        ),
+        Comparison(
+            'pairs',
+            'all',
+            'final_loss',
+            'more',
+            'not in the paper: a pair knows half as much',
+        ),
+        Comparison(
+            'all',
+            'two',
+            'final_loss',
+            'less',
+            'not in the paper: more groups, more knowledge',
+        ),
+    ),
+    scales=tasks.LANGUAGE,
+    notes=(
+        'The partition gives each group a quarter of the text (with two groups'
+        ' a half).',
+    ),
+)

@@ -1,0 +1,268 @@
+"""The runs of a study, in the order in which they are trained, and its files.
+
+    <workdir>/study.json                     what the study is
+    <workdir>/runs/<arm>/tuning_<rate>/      a run directory each, of the seed
+    <workdir>/runs/<arm>/seed_<k>/           on which nothing is reported, and
+    <workdir>/runs/<arm>/.../outcome.json    of the others; the last of a run
+    <workdir>/report/                        figures, plots, page
+
+A learning rate is chosen from the tuning runs alone. Nothing here imports jax.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from codistill_jax.storage import files
+from experiments.studies.declaration import SCALES, Arm, Scale, Study
+
+
+class PlannedRun(NamedTuple):
+  """One training of one arm.
+
+  Attributes:
+    arm: Its name.
+    seed: Added to the seeds of the configuration; that of tuning runs is one
+      more than any seed of the study.
+    rate: Learning rate; None: the one that was chosen for the arm, or that of
+      the configuration if there is no grid.
+    tuning: Whether it is there to choose the rate.
+  """
+
+  arm: str
+  seed: int
+  rate: float | None
+  tuning: bool
+
+  @property
+  def name(self) -> str:
+    """For people."""
+    if self.tuning:
+      return f'{self.arm}, rate {self.rate:g}'
+    return f'{self.arm}, seed {self.seed}'
+
+
+# Far from the seeds of the study, also if these become more later.
+TUNING_SEED = 1000
+
+
+class Plan(NamedTuple):
+  """A study at a scale.
+
+  Attributes:
+    study: The declaration, with the arms of this scale alone and what is
+      compared of them.
+    scale_name: Which scale.
+    scale: With whatever flags have changed.
+  """
+
+  study: Study
+  scale_name: str
+  scale: Scale
+
+  @property
+  def arms(self) -> tuple[Arm, ...]:
+    """Trained or derived, in order."""
+    return self.study.arms
+
+  def arm(self, name: str) -> Arm:
+    return next(arm for arm in self.arms if arm.name == name)
+
+  @property
+  def trained(self) -> list[Arm]:
+    """Those that are not made of the runs of another one."""
+    return [arm for arm in self.arms if not arm.ensemble_of]
+
+  def group_batch(self, arm: Arm) -> int | None:
+    """Rows of an update of one group; None: as configured."""
+    workers = arm.batch_workers or arm.workers
+    return workers * self.scale.worker_rows or None
+
+  def grid(self, arm: Arm) -> tuple[float, ...]:
+    """The rates to choose from; empty: there is nothing to choose."""
+    rates = self.scale.rates
+    return rates if len(rates) > 1 and not arm.tuned_as else ()
+
+  def runs(self) -> list[PlannedRun]:
+    """All of them; those that others need come before those."""
+    found = []
+    for arm in self.trained:  # Compiled once for all seeds.
+      found += [
+          PlannedRun(arm.name, TUNING_SEED, rate, True)
+          for rate in self.grid(arm)
+      ]
+      found += [
+          PlannedRun(arm.name, seed, None, False)
+          for seed in range(self.scale.seeds)
+      ]
+    return found
+
+  def needed(self, run: PlannedRun) -> list[PlannedRun]:
+    """The runs that must be done before this one.
+
+    The teachers of a tuning run are those of seed 0: what is reported of the
+    arm is not tuned on them but for that seed.
+    """
+    arm = self.arm(run.arm)
+    tuned = self.arm(arm.tuned_as) if arm.tuned_as else arm
+    needed = []
+    if not run.tuning:
+      needed = [
+          PlannedRun(tuned.name, TUNING_SEED, rate, True)
+          for rate in self.grid(tuned)
+      ]
+    if arm.taught_by:
+      needed.append(self.teachers(run))
+    return needed
+
+  def teachers(self, run: PlannedRun) -> PlannedRun:
+    """The run whose groups teach in this one."""
+    seed = 0 if run.tuning else run.seed
+    return PlannedRun(self.arm(run.arm).taught_by, seed, None, False)
+
+
+def make_plan(
+    study: Study,
+    scale_name: str,
+    *,
+    gin_files: Sequence[str] = (),
+    seeds: int | None = None,
+    rates: Sequence[float] | None = None,
+    arms: Sequence[str] = (),
+) -> Plan:
+  """The plan of a study, with what flags change.
+
+  Args:
+    study: The declaration.
+    scale_name: One of its scales.
+    gin_files: In place of those of the scale.
+    seeds: In place of its number of seeds.
+    rates: In place of its grid.
+    arms: Names, in place of its choice; what they need is added.
+
+  Raises:
+    ValueError: If there is no such scale or arm, or an arm is declared wrongly.
+  """
+  if scale_name not in study.scales:
+    raise ValueError(
+        f'--scale={scale_name}: the study {study.name} has'
+        f' {", ".join(s for s in SCALES if s in study.scales)}'
+    )
+  scale = study.scales[scale_name]
+  if gin_files:
+    scale = scale._replace(gin_files=tuple(gin_files))
+  if seeds is not None:
+    scale = scale._replace(seeds=seeds)
+  if rates is not None:
+    scale = scale._replace(rates=tuple(rates))
+  study = study._replace(baseline=scale.baseline or study.baseline)
+  chosen = [
+      arm if arm.workers else arm._replace(workers=arm.times * scale.workers)
+      for arm in _with_needed(study, arms or scale.arms)
+  ]
+  names = {arm.name for arm in chosen}
+  comparisons = [c for c in study.comparisons if {c.arm, c.against} <= names]
+  study = study._replace(arms=_in_order(chosen), comparisons=tuple(comparisons))
+  return Plan(study, scale_name, scale)
+
+
+def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:
+  """The arms of these names (empty: all), and those that they stand on."""
+  by_name = {arm.name: arm for arm in study.arms}
+  unknown = [name for name in names if name not in by_name]
+  if unknown:
+    raise ValueError(
+        f'--arms: the study {study.name} has no arm {unknown[0]!r}; it has'
+        f' {", ".join(by_name)}'
+    )
+  if not names:
+    return list(study.arms)
+  wanted, found = [*names, study.baseline], set()
+  while wanted:
+    arm = by_name[wanted.pop()]
+    if arm.name not in found:
+      found.add(arm.name)
+      wanted += filter(None, (arm.ensemble_of, arm.taught_by, arm.tuned_as))
+  return [arm for arm in study.arms if arm.name in found]
+
+
+def _in_order(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+  """As declared; teachers must come before their students."""
+  names = [arm.name for arm in arms]
+  for i, arm in enumerate(arms):
+    if arm.taught_by and arm.taught_by not in names[:i]:
+      raise ValueError(
+          f'arm {arm.name} is taught by {arm.taught_by!r}, which must be'
+          ' declared before it'
+      )
+  return tuple(arms)
+
+
+# --- Files -------------------------------------------------------------------
+
+
+def study_path(workdir: files.PathLike) -> epath.Path:
+  """What the study is, as JSON."""
+  return epath.Path(workdir) / 'study.json'
+
+
+def run_dir(workdir: files.PathLike, run: PlannedRun) -> epath.Path:
+  """The run directory of one run."""
+  last = f'tuning_{run.rate:g}' if run.tuning else f'seed_{run.seed}'
+  return epath.Path(workdir) / 'runs' / run.arm / last
+
+
+def ensemble_path(run_directory: files.PathLike) -> epath.Path:
+  """Evaluations of the ensemble of a run's groups, a JSON object a line."""
+  return epath.Path(run_directory) / 'ensemble.jsonl'
+
+
+def predictions_path(run_directory: files.PathLike) -> epath.Path:
+  """Validation predictions of group 0 at the end."""
+  return epath.Path(run_directory) / 'predictions.npy'
+
+
+def outcome_path(run_directory: files.PathLike) -> epath.Path:
+  """How a run has ended."""
+  return epath.Path(run_directory) / 'outcome.json'
+
+
+def read_outcome(
+    workdir: files.PathLike, run: PlannedRun
+) -> dict[str, Any] | None:
+  """How a run has ended; None if it has not."""
+  return files.read_json(outcome_path(run_dir(workdir, run)))
+
+
+def choose_rate(
+    plan: Plan, arm: Arm, outcomes: Mapping[float, Mapping[str, Any]]
+) -> float:
+  """The rate of the lowest validation loss at the end of its tuning run.
+
+  Args:
+    plan: Of the study.
+    arm: Whose rate it is.
+    outcomes: Of its tuning runs, by rate.
+
+  Raises:
+    ValueError: If all of them diverged.
+  """
+  ended = {
+      rate: outcome['loss']
+      for rate, outcome in outcomes.items()
+      if outcome['diverged_at'] is None
+  }
+  if not ended:
+    raise ValueError(
+        f'every learning rate of the grid diverged in arm {arm.name} of the'
+        f' study {plan.study.name} ({", ".join(f"{x:g}" for x in outcomes)});'
+        ' give lower ones with --rates'
+    )
+  return min(ended, key=lambda rate: (ended[rate], rate))
+
+
+def begun_at(workdir: files.PathLike) -> float:
+  """When study.json was last written; 0 if it was not."""
+  path = study_path(workdir)
+  return path.stat().mtime if path.exists() else 0

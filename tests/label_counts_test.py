@@ -1,0 +1,178 @@
+"""The unigram distribution of each kind of task: of all training labels."""
+
+import numpy as np
+import pytest
+from token_files import write_data
+
+from codistill_jax.data import (
+    click_shards,
+    criteo,
+    image_task,
+    label_counts,
+    shards,
+    text,
+)
+from codistill_jax.data.image_arrays import Labelled
+from codistill_jax.data.tokenizer import END_ID
+
+VOCABULARY = 12
+DOCUMENTS = [[[5, 6, 5], [7]], [[5, 11, 11, 11]]]  # In two shards.
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """Prepared data whose checksums are known."""
+  write_data(tmp_path, DOCUMENTS, [[8, 8]], VOCABULARY)
+  meta = shards.read_json(tmp_path / shards.META)
+  for i, shard in enumerate(meta['splits']['train']['shards']):
+    shard['tokens_sha256'] = f'of shard {i}'
+  shards.write_json(tmp_path / shards.META, meta)
+  return tmp_path
+
+
+def counted(data_dir):
+  task = text.language_model_task(data_dir, unroll=2)
+  return task.label_frequencies()
+
+
+@pytest.fixture
+def no_counting(monkeypatch):
+  """Fails if tokens are counted while it holds."""
+
+  def count(self):
+    raise AssertionError('counted')
+
+  return lambda: monkeypatch.setattr(shards.TokenData, 'count_tokens', count)
+
+
+# `</s>` is predicted at the end of each document, `<s>` never.
+EXPECTED = np.zeros(VOCABULARY)
+EXPECTED[[END_ID, 5, 6, 7, 11]] = np.array([3, 3, 1, 1, 3]) / 11
+
+
+@pytest.mark.parametrize('piece', [1, 3, 100])
+def test_word_pieces_of_all_training_documents_count(
+    data_dir, monkeypatch, piece
+):
+  monkeypatch.setattr(shards, '_PIECE', piece)
+  np.testing.assert_allclose(counted(data_dir), EXPECTED)
+
+
+def test_they_are_the_labels_that_streams_of_all_groups_train_on(tmp_path):
+  """But for the remainders of lanes, which are short here."""
+  rng = np.random.default_rng(0)
+  documents = [rng.integers(3, 12, size=50).tolist() for _ in range(40)]
+  write_data(tmp_path, [documents], vocab_size=VOCABULARY)
+  task = text.language_model_task(tmp_path, unroll=10, partition='disjoint')
+  counts = np.zeros(VOCABULARY)
+  for group_id in (0, 1):
+    stream = task.train_stream(group_id=group_id, num_groups=2, group_batch=2)
+    for step in range(stream.steps_per_epoch):
+      batch = stream.batch(step)
+      np.add.at(counts, batch['labels'], batch['weights'])
+  assert counts.sum() > 0.95 * 40 * 51
+  np.testing.assert_allclose(
+      task.label_frequencies(), counts / counts.sum(), atol=0.01
+  )
+
+
+def test_the_counts_are_kept_beside_the_data(data_dir, no_counting):
+  first = counted(data_dir)
+  no_counting()
+  np.testing.assert_array_equal(counted(data_dir), first)
+
+
+def test_counts_of_other_tokens_are_not_taken(data_dir):
+  counted(data_dir)
+  write_data(data_dir, [[[9]]], vocab_size=VOCABULARY)
+  meta = shards.read_json(data_dir / shards.META)
+  meta['splits']['train']['shards'][0]['tokens_sha256'] = 'of other tokens'
+  shards.write_json(data_dir / shards.META, meta)
+  assert counted(data_dir)[9] == 0.5
+
+
+def test_tokens_without_checksums_are_counted_every_time(tmp_path, no_counting):
+  """Nothing would say that the counts are of these tokens."""
+  write_data(tmp_path, DOCUMENTS, vocab_size=VOCABULARY)
+  np.testing.assert_allclose(counted(tmp_path), EXPECTED)
+  no_counting()
+  with pytest.raises(AssertionError, match='counted'):
+    counted(tmp_path)
+
+
+@pytest.mark.parametrize('damage', [b'', b'PK\x03\x04 and no more', b'[]'])
+def test_damaged_counts_are_made_again(data_dir, damage):
+  counted(data_dir)
+  (path,) = (data_dir / 'train').glob('*.npz')
+  path.write_bytes(damage)
+  np.testing.assert_allclose(counted(data_dir), EXPECTED)
+  assert path.stat().st_size > len(damage)
+
+
+def test_where_nobody_may_write_the_counts_stay_in_memory(
+    data_dir, monkeypatch, no_counting
+):
+  def refused(*args, **kwargs):
+    raise PermissionError
+
+  monkeypatch.setattr(label_counts.tempfile, 'NamedTemporaryFile', refused)
+  task = text.language_model_task(data_dir, unroll=2)
+  np.testing.assert_allclose(task.label_frequencies(), EXPECTED)
+  no_counting()
+  np.testing.assert_allclose(task.label_frequencies(), EXPECTED)
+  assert not list((data_dir / 'train').glob('*counts*'))
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
+  write_data(tmp_path, [[[12]]], vocab_size=VOCABULARY)
+  with pytest.raises(ValueError, match='hold token 12, but the vocabulary has'):
+    counted(tmp_path)
+
+
+def test_images_of_the_training_split_count():
+  """And none of those that were carved from it for validation."""
+  labels = np.array([0] * 29 + [2] * 11, np.int32)
+  data = Labelled(np.zeros((40, 4, 4, 1), np.uint8), labels, ('a', 'b', 'c'))
+  task = image_task.task_in_memory(
+      'toy',
+      data,
+      data,
+      ((0.5,), (0.5,)),
+      validation_fraction=0.5,
+      pad=0,
+      flip=False,
+      partition='disjoint',
+      seed=0,
+  )
+  seen = np.concatenate(
+      [
+          task.train_stream(group_id=g, num_groups=2, group_batch=10).batch(0)[
+              'labels'
+          ]
+          for g in (0, 1)
+      ]
+  )
+  expected = np.bincount(seen, minlength=3) / 20
+  # Of all images it is 29 / 40, which 20 of them cannot have.
+  np.testing.assert_allclose(task.label_frequencies(), expected)
+
+
+def test_labels_of_clicks_are_read_piece_by_piece(monkeypatch):
+  monkeypatch.setattr(click_shards, '_PIECE', 3)
+  rows = np.zeros((7, criteo.COLUMNS), np.uint32)
+  rows[:, 0] = [1, 0, 0, 1, 0, 0, 1]
+  rows[:, 1:] = 2**32 - 1
+  data = click_shards.RowData([rows[:4], rows[4:]])
+  pieces = list(data.labels())
+  assert [piece.tolist() for piece in pieces] == [[1, 0, 0], [1], [0, 0, 1]]
+  np.testing.assert_allclose(
+      label_counts.frequencies(pieces, 2), [4 / 7, 3 / 7]
+  )
+
+
+def test_labels_that_are_no_classes_are_refused():
+  pieces = [np.array([0, 1]), np.array([], int), np.array([-1])]
+  with pytest.raises(ValueError, match=r'labels -1..-1 .* expected 0..1'):
+    label_counts.frequencies(pieces, 2)
+  with pytest.raises(ValueError, match='no training labels'):
+    label_counts.frequencies([], 2)

@@ -1,0 +1,337 @@
+"""experiments.reproduce: all studies run at smoke scale and write a page."""
+
+import csv
+import json
+import pathlib
+import shutil
+
+import pytest
+import tiny_run
+
+from codistill_jax import run_directory
+from experiments.studies import plan as plan_lib
+from experiments.studies.catalogue import STUDIES
+from experiments.studies.declaration import MEASURES, SCALES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = list(STUDIES)
+LANGUAGE = [
+    name
+    for name in NAMES
+    if STUDIES[name].scales['smoke'].gin_files[0].endswith('lm_smoke.gin')
+]
+TOY = """\
+from __gin__ import dynamic_registration
+import optax
+import churn_toy
+from codistill_jax import experiment
+from codistill_jax import schedules
+
+experiment.Experiment.task = @churn_toy.task()
+experiment.Experiment.model = @churn_toy.model
+RATE = 1e-2
+STEPS = 6
+experiment.Experiment.optimizer = @optax.adam()
+optax.adam.learning_rate = %RATE
+experiment.Experiment.distill_weight = @schedules.distill_weight()
+experiment.Experiment.num_steps = %STEPS
+experiment.Experiment.group_batch = 16
+experiment.Experiment.exchange_every = 2
+experiment.Experiment.log_every = 2
+experiment.Experiment.eval_every = 2
+experiment.Experiment.eval_batch = 64
+experiment.Experiment.checkpoint_every = 4
+"""
+
+
+# --- Declarations ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_declaration_makes_sense_at_every_scale(name):
+  study = STUDIES[name]
+  assert set(study.scales) == set(SCALES)
+  for scale in SCALES:
+    plan = plan_lib.make_plan(study, scale)
+    names = [arm.name for arm in plan.arms]
+    assert len(set(names)) == len(names)
+    assert plan.study.baseline in names
+    assert plan.study.comparisons, scale
+    for comparison in plan.study.comparisons:
+      assert comparison.measure in MEASURES
+    for arm in plan.arms:
+      for file in (*arm.gin_files, *plan.scale.gin_files):
+        assert (ROOT / file).is_file(), file
+    done = set()
+    for run in plan.runs():
+      # In this order nobody waits for what comes later.
+      assert set(plan.needed(run)) <= done
+      done.add(run)
+
+
+def test_a_rate_is_tuned_on_a_seed_of_its_own():
+  plan = plan_lib.make_plan(STUDIES['lm_codistillation'], 'cpu')
+  tuning = [run for run in plan.runs() if run.tuning]
+  seeds = {run.seed for run in plan.runs() if not run.tuning}
+  assert {run.seed for run in tuning}.isdisjoint(seeds)
+  assert {run.rate for run in tuning} == set(plan.scale.rates)
+  arm = plan.arm('baseline')
+  outcomes = {
+      1e-3: {'loss': 2.0, 'diverged_at': None},
+      1e-2: {'loss': 1.5, 'diverged_at': None},
+      1e-1: {'loss': 1.0, 'diverged_at': 7},
+  }
+  assert plan_lib.choose_rate(plan, arm, outcomes) == 1e-2
+  with pytest.raises(ValueError, match=r'baseline.*lower ones with --rates'):
+    plan_lib.choose_rate(plan, arm, {1e-1: outcomes[1e-1]})
+
+
+def test_arms_are_trained_with_what_they_stand_on():
+  study = STUDIES['offline_distillation']
+  plan = plan_lib.make_plan(study, 'smoke', arms=['student'])
+  assert [arm.name for arm in plan.arms] == ['baseline', 'teachers', 'student']
+  student = next(run for run in plan.runs() if run.arm == 'student')
+  teachers = plan.teachers(student)
+  assert (teachers.arm, teachers.seed) == ('teachers', student.seed)
+  assert teachers in plan.needed(student)
+  with pytest.raises(ValueError, match=r"no arm 'pupil'; it has baseline"):
+    plan_lib.make_plan(study, 'smoke', arms=['pupil'])
+
+
+def test_workers_make_the_group_batch():
+  plan = plan_lib.make_plan(STUDIES['sgd_scaling'], 'cpu')
+  rows = plan.scale.worker_rows
+  batches = [plan.group_batch(plan.arm(f'sgd_{w}')) for w in (1, 2, 4)]
+  assert batches == [rows, 2 * rows, 4 * rows]
+  plan = plan_lib.make_plan(STUDIES['async_sgd'], 'cpu')
+  assert plan.group_batch(plan.arm('asynchronous_8')) == rows
+  plan = plan_lib.make_plan(STUDIES['lm_codistillation'], 'cpu')
+  sizes = [plan.group_batch(a) for a in plan.arms[:2]]
+  assert sizes == [rows * plan.scale.workers, 2 * rows * plan.scale.workers]
+
+
+# --- All of them, at smoke scale ---------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def launch(tmp_path_factory):
+  with tiny_run.launcher(tmp_path_factory) as launcher:
+    yield launcher
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+  """Data, and a directory for each study."""
+  directory = tmp_path_factory.mktemp('studies')
+  tiny_run.write_data(directory / 'data', num_validation=24)
+  (directory / 'toy.gin').write_text(TOY)
+  return directory
+
+
+def arguments(places, name, workdir=None):
+  made = [
+      f'--study={name}',
+      '--scale=smoke',
+      f'--workdir={workdir or places / name}',
+  ]
+  if name in LANGUAGE:
+    data = f"text.language_model_task.data_dir='{places / 'data'}'"
+    return [*made, f'--gin={data}']
+  return [*made, f'--gin_file={places / "toy.gin"}']
+
+
+@pytest.fixture(scope='module')
+def finished(launch, places):
+  """Exit status and output of each study, and of a few commands after them."""
+  cases = {name: arguments(places, name) for name in NAMES}
+  again = arguments(places, 'topology')
+  cases |= {
+      'again': again,
+      'another': [*again, '--gin=lstm.language_model.units=5'],
+      'more seeds': [*again, '--seeds=3', '--arms=two'],
+      'no study': ['--scale=smoke'],
+      'no arm': [*again, '--arms=nine'],
+      'no rate': [*again, '--rates=fast'],
+      'no scale': ['--study=topology', '--scale=cpu', '--seeds=0'],
+      'nothing to report': [
+          *arguments(places, 'topology', places / 'nothing'),
+          '--report_only',
+      ],
+      'dead binding': [
+          *arguments(places, 'topology', places / 'dead'),
+          '--gin=schedules.warmup_cosine.learning_rate=1.0',
+      ],
+      'list': ['--list'],
+      'one program': [
+          *arguments(places, 'data_partition', places / 'together'),
+          '--one_program=yes',
+      ],
+  }
+  return launch.cases('reproduce', cases)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_study_writes_its_page(finished, places, name):
+  status, output = finished[name]
+  assert status == 0, output
+  page = (places / name / 'report' / 'page.md').read_text()
+  plan = plan_lib.make_plan(STUDIES[name], 'smoke')
+  assert plan.study.question in page
+  assert '## Verdict' in page and 'The paper' in page
+  for arm in plan.arms:
+    # A churn study shows the chosen weight of several.
+    assert arm.title in page or name == 'churn'
+  assert '## How to make it again' in page
+  images = [x for x in (places / name / 'report').iterdir() if '.png' in x.name]
+  assert images and all(x.name in page for x in images)
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n != 'churn'])
+def test_all_runs_of_a_study_are_in_its_table(finished, places, name):
+  assert finished[name][0] == 0
+  with (places / name / 'report' / 'curves.csv').open() as f:
+    rows = list(csv.DictReader(f))
+  plan = plan_lib.make_plan(STUDIES[name], 'smoke')
+  found = {(row['arm'], int(row['seed'])) for row in rows}
+  assert found == {
+      (arm.name, seed) for arm in plan.arms for seed in range(plan.scale.seeds)
+  }
+
+
+def outcomes(workdir):
+  return {
+      path.parent.relative_to(workdir / 'runs'): json.loads(path.read_text())
+      for path in sorted((workdir / 'runs').rglob('outcome.json'))
+  }
+
+
+def test_seeds_differ_and_arms_of_one_seed_agree_on_the_order(finished, places):
+  assert finished['topology'][0] == 0
+  found = outcomes(places / 'topology')
+  losses = [outcome['loss'] for outcome in found.values()]
+  assert len(set(losses)) == len(losses)
+  for path, outcome in found.items():
+    assert outcome['data_seed'] == outcome['seed'] == outcome['run']['seed']
+    config = (places / 'topology/runs' / path / 'config.gin').read_text()
+    assert f'Experiment.data_seed = {outcome["seed"]}' in config
+
+
+def test_peers_are_those_of_the_topology(finished, places):
+  assert finished['topology'][0] == 0
+  found = outcomes(places / 'topology')
+  peers = {path.parts[0]: outcome['peers'] for path, outcome in found.items()}
+  expected = {'baseline': 0, 'two': 1, 'all': 3, 'ring': 1, 'pairs': 1}
+  assert peers == expected
+
+
+def test_a_student_is_taught_by_the_run_of_its_own_seed(finished, places):
+  status, output = finished['offline_distillation']
+  assert status == 0, output
+  workdir = places / 'offline_distillation'
+  for seed in (0, 1):
+    run = run_directory.read_run(workdir / f'runs/student/seed_{seed}')
+    text = json.dumps(run)
+    assert f'runs/teachers/seed_{seed}' in text
+  with (workdir / 'report' / 'study.csv').open() as f:
+    rows = list(csv.DictReader(f))
+  assert any(row['measure'] == 'total_steps_to_target' for row in rows)
+
+
+def test_an_ensemble_is_better_than_its_members_on_average(finished, places):
+  assert finished['lm_codistillation'][0] == 0
+  workdir = places / 'lm_codistillation/runs/alone/seed_0'
+  ensemble = run_directory.read_metrics(workdir / 'ensemble.jsonl').records
+  groups = [
+      {
+          r['step']: r['eval/loss']
+          for r in run_directory.read_metrics(
+              run_directory.metrics_path(workdir, g)
+          ).records
+          if 'eval/loss' in r
+      }
+      for g in (0, 1)
+  ]
+  assert [r['step'] for r in ensemble] == list(groups[0])
+  for record in ensemble:
+    mean = sum(group[record['step']] for group in groups) / 2
+    assert record['eval/loss'] < mean  # Jensen's inequality.
+
+
+def test_a_study_that_is_done_is_not_trained_again(finished):
+  status, output = finished['again']
+  assert status == 0, output
+  assert 'runs done' not in output and 'page:' in output
+
+
+def test_more_seeds_are_added_to_those_that_are_there(finished):
+  status, output = finished['more seeds']
+  assert status == 0, output
+  assert 'two, seed 2: done' in output and 'two, seed 1' not in output
+
+
+@pytest.mark.parametrize(
+    'case, words',
+    [
+        ('another', 'holds another study'),
+        ('no study', 'give --study, one of'),
+        ('no arm', "no arm 'nine'; it has baseline"),
+        ('no rate', 'is no learning rate'),
+        ('no scale', '--seeds=0; set it to 1 or more'),
+        ('nothing to report', 'holds no study; train it first'),
+        ('dead binding', 'acts nowhere'),
+    ],
+)
+def test_mistakes_are_said_in_a_line(finished, case, words):
+  status, output = finished[case]
+  assert status == 1
+  assert words in output and 'Traceback' not in output
+  assert len([x for x in output.splitlines() if x.startswith('error')]) == 1
+
+
+def test_the_list_names_all_studies(finished):
+  status, output = finished['list']
+  assert status == 0
+  assert all(f'{name}: ' in output for name in NAMES)
+
+
+def test_one_program_finds_what_groups_in_turn_find(finished, places):
+  status, output = finished['one program']
+  assert status == 0, output
+  apart, together = (
+      outcomes(places / name) for name in ('data_partition', 'together')
+  )
+  assert apart.keys() == together.keys()
+  for path, outcome in apart.items():
+    other = together[path]
+    assert outcome['loss'] == pytest.approx(other['loss'], rel=1e-5)
+    for key in ('peers', 'examples_per_step', 'rate', 'seed', 'diverged_at'):
+      assert outcome[key] == other[key]
+  pages = [
+      (places / name / 'report' / 'study.csv').read_text()
+      for name in ('data_partition', 'together')
+  ]
+  assert len(pages[0].splitlines()) == len(pages[1].splitlines())
+
+
+# --- Killed in the middle ----------------------------------------------------
+
+
+def test_a_study_that_is_stopped_goes_on_to_the_same_page(
+    launch, places, finished
+):
+  assert finished['data_partition'][0] == 0
+  workdir = places / 'stopped'
+  process = launch('reproduce', *arguments(places, 'data_partition', workdir))
+  first = workdir / 'runs/baseline/seed_0/outcome.json'
+  tiny_run.until(first.exists, process=process)
+  process.send(15)
+  output = process.wait(128 + 15)
+  assert 'stopped' in output and 'Traceback' not in output
+  assert len(outcomes(workdir)) < len(outcomes(places / 'data_partition'))
+  launch('reproduce', *arguments(places, 'data_partition', workdir)).wait()
+  expected, found = (
+      (path / 'report' / 'curves.csv').read_text()
+      for path in (places / 'data_partition', workdir)
+  )
+  assert found == expected
+  shutil.rmtree(workdir)

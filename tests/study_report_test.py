@@ -1,0 +1,325 @@
+"""Tests of studies/report: what is written of a study, and what it says."""
+
+import csv
+import os
+import subprocess
+import textwrap
+
+import numpy as np
+import pytest
+import study_toy as toy
+
+from experiments.report_pages import Paragraph
+from experiments.report_style import Plot
+from experiments.studies import (
+    analysis,
+    axis_plot,
+    latency_view,
+    plotting,
+    report,
+    tabular,
+    verdict,
+)
+from experiments.studies.latency import Latency, LogNormal
+
+PNG = b'\x89PNG'
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_csv(path):
+  with open(path) as f:
+    return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  """With an arm that diverges, and one that never gets there."""
+  study = toy.study(
+      toy.arm('baseline'),
+      toy.arm('two', num_groups=2),
+      toy.arm('smooth'),
+      toy.arm('async'),
+      toy.arm('pair', num_groups=2, ensemble_of='baseline'),
+      toy.arm('absent'),
+      comparisons=[
+          toy.compare('two'),
+          toy.compare('smooth'),
+          toy.compare('pair', measure='best_loss'),
+          toy.compare('absent'),
+      ],
+      views=('bytes', 'speed-accuracy'),
+  )
+  runs = [
+      *toy.runs(accuracy=True),
+      *toy.runs('two', speed=2, groups=2, received=2e4, accuracy=True),
+      *toy.runs('smooth', shift=0.2),
+      *toy.runs('async', 2, received=1e6),
+      toy.run('async', 2, steps_N=toy.STEPS_N[:4], diverged_at=230),
+      *toy.runs('pair', speed=1.5, groups=2),
+      toy.run(seed=99, tuning=True, rate=0.001),
+      toy.run(seed=99, tuning=True, rate=0.002, diverged_at=10),
+  ]
+  output = tmp_path_factory.mktemp('study') / 'page'
+  return output, report.write(study, toy.setting(), runs, output), study, runs
+
+
+def test_the_page_has_every_arm_the_seeds_and_the_command(written):
+  output, _, study, _ = written
+  for name in ('page.md', 'page.html'):
+    page = (output / name).read_text()
+    for arm in study.arms:
+      assert arm.title in page
+    for said in (
+        study.question,
+        toy.COMMAND,
+        'made-up tokens',
+        'G = 1 to 2',
+        'R = 1',
+        'group batch 16 rows of 32 tokens for the baseline',
+        'tokens per update of a group',
+        '3 seeds of each arm',
+        '1,000 steps of each group',
+        'exchange every 25',
+        '123,456 parameters',
+        '2 CPU cores',
+        'It depends on the formula.',
+        '12.5 minutes',
+        'The async diverged at step 230 in 1 of 3 seeds',
+        'not reached in 1,000',
+        'not trained',
+    ):
+      assert said in page, said
+  assert 'Half the steps \\[B].' in (output / 'page.md').read_text()
+
+
+def test_the_batch_of_each_group_is_in_the_table(written):
+  _, _, study, runs = written
+  found = analysis.analyse(study, runs)
+  header, rows = tabular.arms_table(found, toy.setting())
+  column = header.index('tokens per update of a group')
+  batches = {row[0]: row[column] for row in rows}
+  # Each of two groups has its own; the pair is made of single runs.
+  assert batches['the baseline'] == batches['the two'] == '16'
+  assert batches['the absent'] == '-'
+
+
+def test_the_summary_says_what_the_page_says(written):
+  output, summary, study, _ = written
+  page = (output / 'page.html').read_text().replace('&#x27;', "'")
+  words = [v.words for v in summary.verdicts]
+  assert words[:3] == [verdict.AS, verdict.OPPOSITE, verdict.AS]
+  assert words[3].startswith('cannot be said (no seed')
+  for line in summary.lines:
+    assert line in page
+  assert len(summary.table.splitlines()) == 1 + len(study.arms)
+  assert summary.page == output / 'page.md'
+
+
+def test_tuning_is_shown_with_what_was_chosen(written):
+  page = (written[0] / 'page.md').read_text()
+  _, _, table = page.partition('## Learning rates')
+  (row,) = [x for x in table.splitlines() if x.startswith('| the baseline |')]
+  assert '| diverged |' in row and row.endswith('at the edge of the grid |')
+  assert '0.002, that of the baseline' in table  # The ensemble's.
+  assert 'The rate with the least loss at the end.' in table
+
+
+def test_every_plot_that_the_page_shows_is_there(written):
+  output = written[0]
+  page = (output / 'page.md').read_text()
+  names = {p.name for p in output.glob('*.png')}
+  assert names == {'loss.png', 'accuracy.png', 'loss_bytes.png'}
+  for name in names:
+    assert f']({name})' in page
+    assert (output / name).read_bytes().startswith(PNG)
+  assert (output / 'page.html').read_text().count('data:image/png') == 3
+
+
+def test_curves_read_back_as_they_were(written):
+  output, _, _, runs = written
+  rows = read_csv(output / 'curves.csv')
+  reported = [r for r in runs if not r.tuning]
+  assert len(rows) == sum(len(r.steps_N) for r in reported)
+  for run in reported:
+    mine = [
+        row
+        for row in rows
+        if (row['arm'], row['seed']) == (run.arm, str(run.seed))
+    ]
+    for key, values in (
+        ('step', run.steps_N),
+        ('loss', run.loss_N),
+        ('flops', run.flops_N),
+        ('bytes', run.bytes_N),
+    ):
+      np.testing.assert_array_equal([float(r[key]) for r in mine], values)
+    assert (mine[0]['accuracy'] == '') == (not len(run.accuracy_N))
+
+
+def test_the_study_reads_back_as_analysed(written):
+  output, _, study, runs = written
+  rows = read_csv(output / 'study.csv')
+  assert len(rows) == len(study.arms) * len(analysis.ALL_MEASURES)
+  found = analysis.analyse(study, runs)
+  for row in rows:
+    cell = analysis.cell(found, row['arm'], row['measure'])
+    assert int(row['seeds']) == len(cell.outcomes)
+    assert int(row['diverged']) == cell.count('diverged')
+    if cell.figure is None:
+      assert row['mean'] == row['low'] == ''
+    else:
+      assert float(row['mean']) == cell.figure.mean
+  by_key = {(r['arm'], r['measure']): r for r in rows}
+  assert by_key['smooth', 'steps_to_target']['not_reached'] == '3'
+  assert by_key['async', 'final_loss']['low'] == ''  # Of two seeds.
+
+
+def test_the_order_of_runs_changes_no_file(tmp_path):
+  study = toy.study(comparisons=[toy.compare('two')])
+  runs = [*toy.runs(), *toy.runs('two', speed=1.5)]
+  report.write(study, toy.setting(), runs, tmp_path / 'a')
+  report.write(study, toy.setting(), runs[::-1], tmp_path / 'b')
+  for name in ('page.md', 'study.csv', 'curves.csv', 'loss.png'):
+    ours, theirs = (tmp_path / d / name for d in 'ab')
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_study_of_one_seed_and_one_evaluation_has_a_page(tmp_path):
+  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
+  short = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
+  runs = [*toy.runs(**short), *toy.runs('two', received=1.0, **short)]
+  summary = report.write(study, toy.setting(seeds=1), runs, tmp_path)
+  assert summary.verdicts[0].words.startswith('cannot be said (1 seed')
+  assert '1 seed of each arm' in summary.page.read_text()
+
+
+def test_a_study_in_which_everything_diverged_has_a_page(tmp_path):
+  runs = [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)]
+  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
+  summary = report.write(study, toy.setting(), runs, tmp_path)
+  page = summary.page.read_text()
+  assert 'There is no target' in page
+  assert 'diverged at step 60, 60 and 60 in 3 of 3 seeds' in page
+
+
+def test_what_is_not_on_record_is_not_made_up(tmp_path):
+  unknown = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
+  runs = [*toy.runs(**unknown), *toy.runs('two', speed=2, **unknown)]
+  study = toy.study(
+      comparisons=[toy.compare('two', measure='compute_to_target')]
+  )
+  summary = report.write(study, toy.setting(), runs, tmp_path)
+  (found,) = summary.verdicts
+  assert found.words == 'cannot be said (these runs do not measure it)'
+  assert 'nan' not in summary.page.read_text()
+  rows = read_csv(tmp_path / 'curves.csv')
+  assert {row['flops'] for row in rows} == {''}
+
+
+def test_a_view_that_does_not_exist_is_refused(tmp_path):
+  study = toy.study(views=('sideways',))
+  with pytest.raises(ValueError, match="No view 'sideways' for toy"):
+    report.write(study, toy.setting(), toy.runs(), tmp_path)
+
+
+def test_importing_the_report_needs_neither_jax_nor_matplotlib(python):
+  code = """
+      import sys
+      from experiments.studies import report, communication
+      assert 'matplotlib' not in sys.modules
+      from experiments.studies import page, latency_plot, latency_view
+      assert not {'jax', 'flax', 'tensorflow'} & set(sys.modules)
+      """
+  subprocess.run([python, '-c', textwrap.dedent(code)], check=True, cwd=ROOT)
+
+
+# --- Studies with an axis ----------------------------------------------------
+
+EVERY_N = np.arange(25, 1001, 25)
+
+
+def scaling(both=(8, 16, 32), **kwargs):
+  """Steps to the target fall with the workers of a group; two need 1/1.5."""
+  arms, runs = [], []
+  for series, groups, gain, workers in (
+      ('one group', 1, 1.0, (4, 8, 16, 32)),
+      ('two groups', 2, 1.5, both),
+  ):
+    for w in workers:
+      name = f'{series.split()[0]}_{w}'
+      place = {'workers': w, 'x': groups * w, 'series': series}
+      arms.append(toy.arm(name, num_groups=groups, **place))
+      speed = gain / (0.15 * (1 + 6 / w))
+      runs += toy.runs(name, speed=speed, groups=groups, steps_N=EVERY_N)
+  study = toy.study(
+      *arms, x_label='workers of a group', x_log=True, **kwargs
+  )._replace(baseline='one_4')
+  return study, runs
+
+
+def test_what_the_latency_model_is_given_comes_from_the_runs():
+  study, runs = scaling()
+  got = latency_view.measure(analysis.analyse(study, runs))
+  assert sorted(got.one) == [4, 8, 16, 32] and sorted(got.two) == [8, 16, 32]
+  assert got.at == 32
+  assert got.ratio == pytest.approx(got.two[32] / got.one[32])
+  assert got.ratio == pytest.approx(1 / 1.5, rel=0.1)
+  # Teachers of the toy cost a third; both groups' FLOPs are one group's twice.
+  assert got.compute == pytest.approx(4 / 3)
+
+
+def test_the_page_says_where_a_second_group_pays(tmp_path):
+  study, runs = scaling(views=('latency',))
+  summary = report.write(study, toy.setting(), runs, tmp_path)
+  page = summary.page.read_text()
+  assert 'two groups of W are faster than one group of 2 W from W = ' in page
+  assert 'Assumed: log-normal' in page
+  assert '| 4,096 |' in page and '(fit)' in page
+  assert (tmp_path / 'latency.png').read_bytes().startswith(PNG)
+  assert (tmp_path / 'against_x.png').read_bytes().startswith(PNG)
+
+
+def wall_time(study, runs, assumed=None):
+  """Sentences and plots of the view."""
+  found = analysis.analyse(study, runs)
+  blocks = latency_view.blocks(found, toy.setting(), assumed or Latency())
+  texts = [b.text for b in blocks if isinstance(b, Paragraph)]
+  return ' '.join(texts), [b for b in blocks if isinstance(b, Plot)]
+
+
+def test_a_second_group_that_costs_too_much_never_pays():
+  study, runs = scaling()
+  runs = [
+      r._replace(flops_N=9 * r.flops_N) if 'two' in r.arm else r for r in runs
+  ]
+  assumed = Latency(LogNormal(1.0, 1.0), alpha=0.0, beta=0.0)
+  text, plots = wall_time(study, runs, assumed)
+  assert 'two groups of W never stay ahead' in text and len(plots) == 1
+
+
+def test_too_few_points_give_a_sentence_instead_of_a_plot():
+  study, runs = scaling()
+  runs = [r for r in runs if r.arm not in ('one_8', 'one_16')]
+  text, plots = wall_time(study, runs)
+  assert 'No wall time' in text and not plots
+
+
+def test_without_two_groups_there_is_no_crossover():
+  text, plots = wall_time(*scaling(both=()))
+  assert 'there is no crossover to compute' in text and len(plots) == 1
+
+
+def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():
+  study, runs = scaling()
+  runs += toy.runs('late', shift=1.0, steps_N=EVERY_N)
+  late = toy.arm('late', workers=2, x=2, series='one group')
+  study = study._replace(arms=(*study.arms, late))
+  found = analysis.analyse(study, runs)
+  value, low, _, whole = axis_plot._point(found, late, 'steps_to_target')
+  assert (value, whole) == (1000, False) and np.isnan(low)
+
+
+def test_many_arms_on_an_axis_are_told_apart():
+  study, _ = scaling(both=(4, 8, 16, 32))
+  styles = [tuple(s.values()) for s in plotting.styles_of(study).values()]
+  assert len(set(styles)) == len(styles) == 8

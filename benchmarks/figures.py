@@ -136,19 +136,6 @@ FIGURES = (
             ('beside / inside', 'ratio'),
         ),
     ),
-    Figure(
-        'population',
-        'Many runs as one program',
-        '',
-        'Milliseconds of an update of all members: three seeds of two groups on'
-        ' one device, exchanging every ten updates. Below 1 one program is'
-        ' faster than stepping them in turn.',
-        (
-            ('one program, ms', 'together_ms'),
-            ('in turn, ms', 'in_turn_ms'),
-            ('one program / in turn', 'ratio'),
-        ),
-    ),
 )
 
 ELSEWHERE = """\

@@ -38,7 +38,6 @@ BENCHMARKS = (
     'rivals',
     'cold_start',
     'overlap',
-    'population',
     'scaling',
 )
 _HERE = pathlib.Path(__file__).parent

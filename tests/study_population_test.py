@@ -15,7 +15,7 @@ import toy
 
 from codistill_jax import base, evaluate
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import step as step_lib
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.fixed_teachers import FixedTeachers
 from codistill_jax.exchange.memory_exchange import memory_exchanges
@@ -112,9 +112,9 @@ def in_turn(experiment, num_groups=2, exchanges_of=None):
       exchanges = exchanges_of(seed)
     for g, exchange in enumerate(exchanges):
       stream = experiment_lib.train_stream(run, g, num_groups)
-      state = step_lib.init_state(
+      state = experiment_lib.init_state(
+          run,
           model,
-          run.optimizer,
           jax.random.fold_in(jax.random.PRNGKey(run.seed), g),
           stream.batch(0),
           num_peers=len(exchange.in_use),
@@ -159,6 +159,7 @@ CASES = {
         },
     ),
     'ring': (toy.TWO_LAYERS, 3, {'topology': 'ring'}),
+    'asynchronous': (toy.TWO_LAYERS, 2, {'method': AsynchronousSgd(workers=2)}),
     'recurrent': (
         toy.RECURRENT,
         2,

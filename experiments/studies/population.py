@@ -19,7 +19,6 @@ import numpy as np
 
 from codistill_jax import base, evaluate, group
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import step as step_lib
 from codistill_jax.base import Model, Stream, Teachers, TrainState, Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.population import Population
@@ -213,13 +212,13 @@ def _start(
     experiment: Experiment, model: Model, group_id: int, num_groups: int
 ) -> TrainState:
   """As `driver.new_state` makes it."""
-  state = step_lib.init_state(
+  experiment_lib.check_group_batch(experiment, 1)
+  state = experiment_lib.init_state(
+      experiment,
       model,
-      experiment.optimizer,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), group_id),
       experiment_lib.first_row(experiment, num_groups),
       num_peers=experiment_lib.num_teachers(experiment, group_id, num_groups),
-      group_batch=experiment.group_batch,
   )
   return base.host_copy(state)
 

@@ -136,15 +136,14 @@ def _cases(options: command.Options) -> Iterator[Any]:
   if options.quick:
     yield cases.click_dnn(4, (8,), tables=2, buckets=10)
     return
+  yield cases.lstm_lm(32, 200, 8, 8)
   yield cases.lstm_lm(64, 1000, 8, 16)
-  yield cases.lstm_lm(256, 1000, 16, 32)
   yield cases.click_dnn(128, (256, 128, 64), tables=8, buckets=1000)
   if options.device == 'gpu':
+    yield cases.lstm_lm(256, 1000, 16, 32)
     yield cases.lstm_lm(512, 8192, 32, 32)
     yield cases.click_dnn(1024)
     yield cases.resnet20(128)
-  else:
-    yield cases.click_dnn(256)
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ class Figure(NamedTuple):
 def over_retrains(values_K: np.ndarray, seed: int = 0) -> Figure:
   """The mean over retrains, such as of their log losses."""
   values_K = np.asarray(values_K, np.float64)
-  counts_SK = _resample(len(values_K), seed)
+  counts_SK = _resample(len(values_K), seed, different=1)
   return _figure(values_K, _mean(counts_SK, values_K), len(values_K))
 
 
@@ -75,8 +75,8 @@ def change_of_churn(
 # --- Bootstrap ---------------------------------------------------------------
 
 
-def _resample(retrains: int, seed: int) -> np.ndarray:
-  """How often each retrain is drawn, (S, K); at least two different ones."""
+def _resample(retrains: int, seed: int, different: int = 2) -> np.ndarray:
+  """How often each retrain is drawn, (S, K); at least so many of them."""
   rng = np.random.default_rng(seed)
   if retrains < 2:
     return np.ones((1, retrains), np.int64)
@@ -85,8 +85,8 @@ def _resample(retrains: int, seed: int) -> np.ndarray:
     drawn_SK = rng.multinomial(
         retrains, np.full(retrains, 1 / retrains), size=_RESAMPLES
     )
-    # One retrain drawn K times has no pair.
-    drawn_SK = drawn_SK[np.count_nonzero(drawn_SK, axis=1) > 1]
+    # One retrain drawn K times has a mean, but no pair.
+    drawn_SK = drawn_SK[np.count_nonzero(drawn_SK, axis=1) >= different]
     counts_SK = np.concatenate([counts_SK, drawn_SK])[:_RESAMPLES]
   return counts_SK
 

@@ -41,6 +41,11 @@ _WORKDIR = flags.DEFINE_string(
 _SEEDS = flags.DEFINE_integer(
     'seeds', None, 'Seeds of each arm; default: as the scale says.'
 )
+_WORKER_ROWS = flags.DEFINE_integer(
+    'worker_rows',
+    None,
+    'Rows of the group batch for each worker; default: as the scale says.',
+)
 _RATES = flags.DEFINE_list(
     'rates', None, 'Grid of learning rates; default: as the scale says.'
 )
@@ -102,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
     _print_studies()
     return
   plan = _plan()
+  _check_churn(plan)
   _latency()  # Raises now rather than after the training.
   workdir = _WORKDIR.value or f'runs/{_STUDY.value}_{_SCALE.value}'
   if not files.is_remote(workdir):
@@ -134,7 +140,12 @@ def _plan() -> plan_lib.Plan:
     raise ValueError(
         f'give --study, one of {", ".join(sorted(STUDIES))}; --list tells more'
     )
-  for flag, least in ((_SEEDS, 1), (_JOBS, 1), (_REPLICAS, 0)):
+  for flag, least in (
+      (_SEEDS, 1),
+      (_WORKER_ROWS, 1),
+      (_JOBS, 1),
+      (_REPLICAS, 0),
+  ):
     if flag.value is not None and flag.value < least:
       raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
   return plan_lib.make_plan(
@@ -143,8 +154,18 @@ def _plan() -> plan_lib.Plan:
       gin_files=gin_utils.flag_values()[0],
       seeds=_SEEDS.value,
       rates=None if _RATES.value is None else list(map(_rate, _RATES.value)),
+      worker_rows=_WORKER_ROWS.value,
       arms=_ARMS.value,
   )
+
+
+def _check_churn(plan: plan_lib.Plan) -> None:
+  """Flags that act nowhere in the study of churn are mistakes."""
+  for flag in ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'):
+    if plan.study.name == 'churn' and flags.FLAGS[flag].present:
+      raise ValueError(
+          f'--{flag} would act nowhere in the study churn; leave it out'
+      )
 
 
 def _latency() -> Latency:

@@ -75,15 +75,19 @@ def test_a_rate_is_tuned_on_a_seed_of_its_own():
   seeds = {run.seed for run in plan.runs() if not run.tuning}
   assert {run.seed for run in tuning}.isdisjoint(seeds)
   assert {run.rate for run in tuning} == set(plan.scale.rates)
-  arm = plan.arm('baseline')
+
+
+def test_the_rate_with_the_lowest_loss_is_chosen():
   outcomes = {
       1e-3: {'loss': 2.0, 'diverged_at': None},
       1e-2: {'loss': 1.5, 'diverged_at': None},
       1e-1: {'loss': 1.0, 'diverged_at': 7},
+      1e0: {'loss': float('nan'), 'diverged_at': None},
   }
-  assert plan_lib.choose_rate(plan, arm, outcomes) == 1e-2
-  with pytest.raises(ValueError, match=r'baseline.*lower ones with --rates'):
-    plan_lib.choose_rate(plan, arm, {1e-1: outcomes[1e-1]})
+  assert plan_lib.choose_rate(outcomes) == 1e-2
+  # An arm that always diverges is trained, and will say so.
+  diverged = {rate: {**o, 'diverged_at': 7} for rate, o in outcomes.items()}
+  assert plan_lib.choose_rate(diverged) == 1e-3
 
 
 def test_arms_are_trained_with_what_they_stand_on():
@@ -156,6 +160,15 @@ def finished(launch, places):
       ],
       'no study': ['--scale=smoke'],
       'no arm': [*again, '--arms=nine'],
+      'own seed': [*again, '--gin=Experiment.seed=7'],
+      'own rate': [*again, '--gin=RATE=0.5'],
+      'another scale': [*again, '--scale=cpu', '--report_only'],
+      'rows of images': [
+          '--study=image_codistillation',
+          '--scale=smoke',
+          '--worker_rows=4',
+      ],
+      'rates of churn': ['--study=churn', '--scale=smoke', '--rates=1,2'],
       'no rate': [*again, '--rates=fast'],
       'no latency': [*again, '--all_reduce=1'],
       'no times': [*again, '--step_times=no-such-file'],
@@ -166,7 +179,7 @@ def finished(launch, places):
       ],
       'dead binding': [
           *arguments(places, 'topology', places / 'dead'),
-          '--gin=optax.sgd.learning_rate=1.0',
+          '--gin=UNUSED=1',
       ],
       'list': ['--list'],
       'one program': [
@@ -184,7 +197,7 @@ def test_a_study_writes_its_page(finished, places, name):
   page = (places / name / 'report' / 'page.md').read_text()
   plan = plan_lib.make_plan(STUDIES[name], 'smoke')
   assert plan.study.question in page
-  assert '## Verdict' in page and 'The paper' in page
+  assert '## Verdict' in page and plan.study.source in page
   for arm in plan.arms:
     # A churn study shows the chosen weight of several.
     assert arm.title in page or name == 'churn'
@@ -282,6 +295,11 @@ def test_more_seeds_are_added_to_those_that_are_there(finished, places):
     [
         ('another', 'holds another study'),
         ('no study', 'give --study, one of'),
+        ('own seed', 'the study sets seed of each run; change it by --seeds'),
+        ('own rate', 'the study sets RATE of each run; change it by --rates'),
+        ('another scale', "with scale 'smoke', not 'cpu'; give --scale=smoke"),
+        ('rows of images', 'the group batch is that of the configuration'),
+        ('rates of churn', '--rates would act nowhere in the study churn'),
         ('no arm', "no arm 'nine'; it has baseline"),
         ('no rate', 'is no learning rate'),
         ('no latency', '--all_reduce=1; expected two numbers'),

@@ -113,9 +113,17 @@ def test_a_baseline_that_diverged_gives_no_target():
   assert states(found, 'two') == ['no target', 'measured', 'measured']
 
 
-def test_nothing_but_divergence_cannot_be_said():
+def test_an_arm_that_always_diverges_has_more():
   found = analyse(toy.runs(), toy.runs('two', diverged_at=60))
-  assert judge(found).words == (
+  assert judge(found).words == 'opposite to the paper'
+  assert judge(found, expect='more').words == 'as in the paper'
+  assert 'diverged in 3 of 3 seeds' in judge(found).sentence
+
+
+def test_divergence_of_one_arm_here_and_the_other_there_says_nothing():
+  one = [toy.run(diverged_at=60), *toy.runs()[1:]]
+  two = [toy.run('two'), *toy.runs('two', diverged_at=60)[1:]]
+  assert judge(analyse(one, two), measure='final_loss').words == (
       'cannot be said (in every seed one of the two diverged)'
   )
 

@@ -44,6 +44,7 @@ def setting(**kwargs) -> Setting:
       'example': 'token',
       'rows': '32 tokens',
       'group_batch': 16,
+      'examples': 512,
       'num_steps': 1000,
       'exchange_every': 25,
       'replicas': 1,

@@ -102,6 +102,16 @@ class Effect(NamedTuple):
     return len(self.figure.values) if self.figure else 0
 
   @property
+  def one_side_diverged(self) -> str:
+    """'more' if all of ours diverged and none of theirs; 'less'; or ''."""
+    ours, theirs = (
+        {o.state == DIVERGED for o in side} for side in (self.ours, self.theirs)
+    )
+    return {(True, False): 'more', (False, True): 'less'}.get(
+        (*ours, *theirs) if len(ours) == len(theirs) == 1 else (), ''
+    )
+
+  @property
   def within_resolution(self) -> bool:
     """Whether the two are no more than one evaluation apart."""
     return abs(self.mean - self.baseline) <= self.resolution
@@ -230,7 +240,12 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
   if not len(at):
     return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
   value = float(costs_N[at[0]])
-  before = float(costs_N[at[0] - 1]) if at[0] else 0.0
+  prior = {
+      'steps_to_target': 0.0,
+      'total_steps_to_target': run.prior_steps,
+      'compute_to_target': run.prior_flops,
+  }[measure]
+  before = float(costs_N[at[0] - 1]) if at[0] else prior
   if np.isnan(value):  # Of FLOPs that are not on record.
     return Outcome(run.seed, np.nan, ABSENT)
   return Outcome(run.seed, value, MEASURED, resolution=value - before)

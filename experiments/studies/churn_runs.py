@@ -20,6 +20,7 @@ from experiments.churn_study import (
     tabular,
     worker,
 )
+from experiments.churn_study import wording as report_wording
 from experiments.churn_study.figures import Row
 from experiments.report_pages import Block, Bullets, Heading, Paragraph
 from experiments.stopping import StopRequest
@@ -33,7 +34,7 @@ _CONTROLS = 3
 
 def is_churn(plan: Plan) -> bool:
   """Whether a study is of this kind."""
-  return any(c.measure == 'churn' for c in plan.study.comparisons)
+  return plan.study.name == 'churn'
 
 
 def runs(plan: Plan) -> list[run_files.Run]:
@@ -98,6 +99,9 @@ def write(
   made = [*head, *report.blocks(study, workdir, note)]
   report.write(directory, plan.study.title, made, 'page')
   report.write_data(directory, study)
+  failures = report_wording.failures(study)
+  if failures:
+    raise ValueError(f'the deterministic control failed: {failures[0]}')
   return directory / 'page.md'
 
 
@@ -116,6 +120,7 @@ def verdicts(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
   """Churn as a ratio, over pairs of retrains; log loss as a difference."""
+  retrains = min(ours.retrains, theirs.retrains)  # In order: the first ones.
   if comparison.measure == 'churn':
     change = intervals.change_of_churn(
         *(
@@ -128,7 +133,7 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
         low=1 + change.low,
         high=1 + change.high,
         # One ratio, of so many retrains: they have none of their own.
-        values=(1 + change.mean,) * min(ours.retrains, theirs.retrains),
+        values=(1 + change.mean,) * retrains,
     )
     return Effect(
         True,
@@ -138,7 +143,10 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
         ours.figures['churn'].mean,
         theirs.figures['churn'].mean,
     )
-  losses = [np.array(row.figures['log_loss'].values) for row in (ours, theirs)]
+  losses = [
+      np.array(row.figures['log_loss'].values[:retrains])
+      for row in (ours, theirs)
+  ]
   return Effect(
       False,
       (),

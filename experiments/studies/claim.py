@@ -17,14 +17,22 @@ from experiments.studies.plan import PlannedRun
 
 _OF_A_RUN = ('.seed', '.data_seed', '.teacher_runs', 'RATE')
 # What cannot differ between the runs of one study.
-_FIXED = ('study', 'scale', 'configurations', 'identity', 'data')
+_FIXED = (
+    'study',
+    'scale',
+    'configurations',
+    'identity',
+    'data',
+    'replicas',
+    'platform',
+)
 
 
 def claim(configurations: Configurations, num_replicas: int) -> None:
   """Writes study.json, or checks that it is of this very study.
 
-  More seeds, rates and arms may be asked for later, and whatever has no run
-  that is done may be corrected.
+  More seeds and arms may be asked for later, and an arm of which no run has
+  begun may be corrected.
 
   Raises:
     ValueError: If the workdir holds a study of another configuration.

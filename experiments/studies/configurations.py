@@ -31,6 +31,8 @@ class Configurations:
     """
     self.workdir = workdir
     self.plan = plan
+    for binding in bindings:
+      _check_free(binding)
     self._bindings = tuple(bindings)
 
   def configure(self, run: PlannedRun) -> Experiment:
@@ -72,8 +74,29 @@ class Configurations:
     tuned = plan.arm(arm.tuned_as) if arm.tuned_as else arm
     if not plan.grid(tuned):
       return rates[0]
-    return plan_lib.choose_rate(
-        plan, tuned, read_tuning(self.workdir, plan, tuned)
+    return plan_lib.choose_rate(read_tuning(self.workdir, plan, tuned))
+
+
+# What the study says of each run, by the flag that changes it.
+_OF_RUNS = {
+    'RATE': '--rates',
+    'seed': '--seeds',
+    'data_seed': '--seeds',
+    'group_batch': '--worker_rows',
+    'exchange_mode': 'no flag: studies are in lockstep',
+    'teacher_runs': 'no flag: they are those of the study',
+}
+
+
+def _check_free(binding: str) -> None:
+  """Raises ValueError if a binding of `--gin` would be overridden, or worse."""
+  name = binding.split('=')[0].strip()
+  last = name.rsplit('.', maxsplit=1)[-1]
+  of_run = name == 'RATE' or 'Experiment.' in name
+  if of_run and last in _OF_RUNS:
+    raise ValueError(
+        f'--gin={binding}: the study sets {last} of each run; change it by'
+        f' {_OF_RUNS[last]}'
     )
 
 

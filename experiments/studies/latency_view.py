@@ -165,8 +165,8 @@ def _assumptions(
       ' for the slowest; the all-reduce does not overlap with computation, and'
       ' its fixed cost does not grow with W.',
       'Each worker keeps its batch, so the group batch grows with W.',
-      f'Steps do not fall below the fitted {fit.floor:,.0f}; a fit of few'
-      ' points, all at or below the critical batch, says little of the floor.',
+      f'Steps do not fall below the fitted {fit.floor:,.0f}.'
+      + _floor_unknown(measured, fit),
   ]
   if measured.at:
     lines.append(
@@ -176,6 +176,15 @@ def _assumptions(
         ' say; groups do not wait for each other, and exchanges cost no time.'
     )
   return lines
+
+
+def _floor_unknown(measured: Measured, fit: Fit) -> str:
+  if max(measured.one) > fit.critical:
+    return ''
+  return (
+      ' No number of workers that was measured is above the fitted'
+      f' {fit.critical:.3g}, so the fit says little of that floor.'
+  )
 
 
 def _distribution(assumed: Latency) -> str:

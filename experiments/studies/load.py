@@ -3,6 +3,7 @@
 Shape suffix: N evaluations of a run.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,12 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
         f'{os.fspath(workdir)} holds no study; train it first, without'
         ' --report_only'
     )
+  for key, ours in (('study', plan.study.name), ('scale', plan.scale_name)):
+    if settings[key] != ours:
+      raise ValueError(
+          f'{os.fspath(workdir)} holds a study with {key} {settings[key]!r},'
+          f' not {ours!r}; give --{key}={settings[key]}'
+      )
   runs: dict[PlannedRun, Run] = {}
   seconds = 0.0
   for planned in plan.runs():
@@ -41,6 +48,7 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
       found = _read_run(workdir, plan, planned, outcome, settings)
       runs[planned] = _with_teachers(found, plan, planned, runs)
       seconds += found.seconds
+  _check_rates(workdir, runs)
   if not runs:
     raise FileNotFoundError(
         f'no run of {os.fspath(workdir)} is done; start it again, without'
@@ -54,7 +62,24 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
       if planned.arm == arm.ensemble_of and not planned.tuning
   ]
   found = [*runs.values(), *(run for run in ensembles if run is not None)]
-  return _setting(settings, plan, seconds), found
+  return _setting(settings, plan, seconds, len(runs)), found
+
+
+def _check_rates(
+    workdir: files.PathLike, runs: Mapping[PlannedRun, Run]
+) -> None:
+  """More rates may have changed the choice between the runs of an arm."""
+  of_arm: dict[str, set[float]] = {}
+  for planned, run in runs.items():
+    if not planned.tuning and math.isfinite(run.rate):
+      of_arm.setdefault(planned.arm, set()).add(run.rate)
+  for arm, rates in of_arm.items():
+    if len(rates) > 1:
+      raise ValueError(
+          f'{os.fspath(workdir)} holds runs of arm {arm} at learning rates'
+          f' {" and ".join(f"{x:g}" for x in sorted(rates))}, as --rates was'
+          f' changed between them; delete runs/{arm}/seed_* and train again'
+      )
 
 
 def _read_run(
@@ -71,20 +96,41 @@ def _read_run(
   accuracies = report_data.mean_curve(
       [g.curve('eval/accuracy') for g in groups]
   )
+  steps_N = losses.steps
+  # Between outer steps nobody has the mean of the workers.
+  at_N = steps_N % outcome.get('outer_every', 1) == 0
+  steps_N = steps_N[at_N]
   return Run(
       arm=arm.name,
       seed=planned.seed,
       rate=_number(outcome['rate']),
       tuning=planned.tuning,
-      steps_N=losses.steps,
-      loss_N=losses.values,
-      accuracy_N=accuracies.values,
-      examples_per_step=outcome['examples_per_step'],
-      flops_N=sum(_flops(g, losses.steps) for g in groups),
-      bytes_N=losses.steps * _bytes_per_step(arm, outcome, settings),
-      diverged_at=outcome['diverged_at'],
-      seconds=sum(report_data.training_seconds(g) for g in groups),
+      steps_N=steps_N,
+      loss_N=losses.values[at_N],
+      accuracy_N=accuracies.values[at_N[: len(accuracies.values)]],
+      examples_per_step=outcome.get('examples_per_step', float('nan')),
+      flops_N=sum((_flops(g, steps_N) for g in groups), np.zeros(len(steps_N))),
+      bytes_N=_bytes(arm, outcome, settings, steps_N),
+      diverged_at=_diverged_at(outcome, groups),
+      # The groups took turns, and seeds of one program the same time.
+      seconds=max(map(report_data.training_seconds, groups), default=0.0)
+      / outcome['together'],
   )
+
+
+def _diverged_at(
+    outcome: Mapping[str, Any], groups: Sequence[report_data.Group]
+) -> int | None:
+  """Where loss or gradient were not finite, or the loss went up for good."""
+  if outcome['diverged_at'] is not None:
+    return outcome['diverged_at']
+  for group in groups:
+    curve = group.curve('async/diverged')
+    calm = np.flatnonzero(curve.values == 0)
+    first = calm[-1] + 1 if len(calm) else 0
+    if first < len(curve.steps):
+      return int(curve.steps[first])
+  return None
 
 
 def _groups(directory: files.PathLike, arm: Arm) -> list[report_data.Group]:
@@ -108,17 +154,28 @@ def _flops(group: report_data.Group, steps_N: np.ndarray) -> np.ndarray:
   return np.interp(steps_N, np.append(0, curve.steps), np.append(0.0, spent))
 
 
-def _bytes_per_step(
-    arm: Arm, outcome: Mapping[str, Any], settings: Mapping[str, Any]
-) -> float:
-  return communication.bytes_per_update(
-      arm.communication,
-      _BYTES[settings['publish_dtype']] * settings['model_parameters'],
-      workers=arm.workers,
-      exchange_every=outcome['exchange_every'],
-      peers=outcome['peers'],
-      outer_every=outcome['outer_every'],
-  )
+def _bytes(
+    arm: Arm,
+    outcome: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    steps_N: np.ndarray,
+) -> np.ndarray:
+  """What a worker or group has received until each evaluation."""
+  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  if arm.communication != 'exchange':
+    return steps_N * communication.bytes_per_update(
+        arm.communication,
+        size,
+        workers=arm.workers,
+        outer_every=outcome.get('outer_every', 1),
+    )
+  every, burn_in = outcome['exchange_every'], outcome['burn_in_steps']
+  # Publications are fetched after burn-in, and none is made at step 0.
+  first = max(burn_in // every, 1)
+  fetches_N = np.maximum((steps_N - 1) // every - first + 1, 0)
+  fetches_N = np.where(steps_N > burn_in, fetches_N, 0)
+  within = communication.all_reduce_bytes(size, arm.workers)
+  return steps_N * within + fetches_N * outcome['peers'] * size
 
 
 def _with_teachers(
@@ -162,7 +219,7 @@ def _ensemble(
 
 
 def _setting(
-    settings: Mapping[str, Any], plan: Plan, seconds: float
+    settings: Mapping[str, Any], plan: Plan, seconds: float, done: int
 ) -> Setting:
   on_cpu = settings['platform'] == 'cpu'
   per_row = settings['examples_per_row']
@@ -173,6 +230,7 @@ def _setting(
       example=example,
       rows=f'{per_row} {example}s' if per_row > 1 else '',
       group_batch=settings['group_batch'],
+      examples=settings['group_batch'] * per_row,
       num_steps=settings['num_steps'],
       exchange_every=settings['exchange_every'],
       replicas=settings['replicas'],
@@ -186,7 +244,7 @@ def _setting(
       scale=plan.scale_name,
       seeds=plan.scale.seeds,
       rates=rates,
-      selection=_selection(rates),
+      selection=_selection(rates) + _unfinished(done, len(plan.runs())),
       minutes=seconds / 60,
   )
 
@@ -199,6 +257,12 @@ def _selection(rates: Sequence[float]) -> str:
         ' with one further seed, of which nothing else is reported.'
     )
   return 'The same learning rate in all arms; nothing was tuned.'
+
+
+def _unfinished(done: int, planned: int) -> str:
+  if done == planned:
+    return ''
+  return f' So far {done} of {planned} runs are done.'
 
 
 def _number(value: float | None) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory, writers
+from codistill_jax.base import Model
+from codistill_jax.exchange import fixed_teachers
 from codistill_jax.storage import files
 from experiments import claims, cli, devices, driver
 from experiments.job import Job
@@ -24,15 +26,16 @@ from experiments.studies.progress import Progress
 def possible(configurations: Configurations, run: PlannedRun) -> bool:
   """Whether the seeds of the run's arm can be one program.
 
-  Not if others are taught by what it leaves behind, which would be nothing but
-  records; nor if its own teachers differ from seed to seed.
+  Not if each seed has teachers of its own, nor if groups differ in how many
+  peers they have.
   """
-  plan = configurations.plan
-  arm = plan.arm(run.arm)
-  if arm.taught_by or any(a.taught_by == arm.name for a in plan.arms):
-    return False
+  arm = configurations.plan.arm(run.arm)
   experiment = configurations.configure(run)
-  return experiment.exchange == 'checkpoints' and experiment.method is None
+  peers = {
+      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      for g in range(arm.num_groups)
+  }
+  return experiment.exchange == 'checkpoints' and len(peers) == 1
 
 
 def train(
@@ -73,7 +76,7 @@ def train(
     )
   gin_utils.check_no_dead_bindings()
   return [
-      _finish(configurations, run, model, outcome.diverged_at, began)
+      _finish(configurations, run, model, outcome, began, len(runs))
       for run in runs
   ]
 
@@ -81,9 +84,10 @@ def train(
 def _finish(
     configurations: Configurations,
     run: PlannedRun,
-    model,
-    diverged_at,
+    model: Model,
+    outcome: population.Outcome,
     began: float,
+    together: int,
 ) -> dict[str, Any]:
   """Writes what a run directory says of itself; its outcome."""
   arm = configurations.plan.arm(run.arm)
@@ -92,7 +96,9 @@ def _finish(
   job = Job(
       experiment=experiment,
       model=model,
-      train_step=experiment_lib.make_replicated_step(experiment, model),
+      train_step=experiment_lib.make_replicated_step(
+          experiment, model, devices.chosen_devices(1)
+      ),
       workdir=str(directory),
       group_id=0,
       num_groups=arm.num_groups,
@@ -105,13 +111,17 @@ def _finish(
       run_directory.config_path(directory),
       gin_utils.operative_configuration().encode(),
   )
-  for group_id in range(arm.num_groups):
-    files.write_bytes(run_directory.done_path(directory, group_id), b'')
-  at = [
-      diverged_at[run.seed, g]
-      for g in range(arm.num_groups)
-      if (run.seed, g) in diverged_at
-  ]
+  members = [(run.seed, g) for g in range(arm.num_groups)]
+  for seed, group_id in members:
+    # Others may be taught by it.
+    fixed_teachers.leave(
+        directory,
+        group_id,
+        outcome.step,
+        outcome.variables[seed, group_id],
+        job.identity,
+    )
+  at = [outcome.diverged_at[m] for m in members if m in outcome.diverged_at]
   return training.describe(
       run,
       arm,
@@ -121,6 +131,7 @@ def _finish(
       examples=start.examples,
       diverged_at=min(at, default=None),
       began=began,
+      together=together,
   )
 
 

@@ -9,6 +9,7 @@
 A learning rate is chosen from the tuning runs alone. Nothing here imports jax.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,11 +56,13 @@ class Plan(NamedTuple):
       compared of them.
     scale_name: Which scale.
     scale: With whatever flags have changed.
+    declared: All arms of the study, whatever is trained now.
   """
 
   study: Study
   scale_name: str
   scale: Scale
+  declared: tuple[Arm, ...]
 
   @property
   def arms(self) -> tuple[Arm, ...]:
@@ -129,6 +132,7 @@ def make_plan(
     gin_files: Sequence[str] = (),
     seeds: int | None = None,
     rates: Sequence[float] | None = None,
+    worker_rows: int | None = None,
     arms: Sequence[str] = (),
 ) -> Plan:
   """The plan of a study, with what flags change.
@@ -139,6 +143,7 @@ def make_plan(
     gin_files: In place of those of the scale.
     seeds: In place of its number of seeds.
     rates: In place of its grid.
+    worker_rows: In place of its rows for each worker.
     arms: Names, in place of its choice; what they need is added.
 
   Raises:
@@ -154,8 +159,16 @@ def make_plan(
     scale = scale._replace(gin_files=tuple(gin_files))
   if seeds is not None:
     scale = scale._replace(seeds=seeds)
+  if worker_rows is not None:
+    if not scale.worker_rows:
+      raise ValueError(
+          f'--worker_rows={worker_rows}: in the study {study.name} the group'
+          ' batch is that of the configuration; leave it out'
+      )
+    scale = scale._replace(worker_rows=worker_rows)
   if rates is not None:
     scale = scale._replace(rates=tuple(rates))
+  declared = study.arms
   study = study._replace(baseline=scale.baseline or study.baseline)
   chosen = [
       arm if arm.workers else arm._replace(workers=arm.times * scale.workers)
@@ -164,7 +177,7 @@ def make_plan(
   names = {arm.name for arm in chosen}
   comparisons = [c for c in study.comparisons if {c.arm, c.against} <= names]
   study = study._replace(arms=_in_order(chosen), comparisons=tuple(comparisons))
-  return Plan(study, scale_name, scale)
+  return Plan(study, scale_name, scale, declared)
 
 
 def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:
@@ -235,30 +248,20 @@ def read_outcome(
   return files.read_json(outcome_path(run_dir(workdir, run)))
 
 
-def choose_rate(
-    plan: Plan, arm: Arm, outcomes: Mapping[float, Mapping[str, Any]]
-) -> float:
+def choose_rate(outcomes: Mapping[float, Mapping[str, Any]]) -> float:
   """The rate of the lowest validation loss at the end of its tuning run.
 
   Args:
-    plan: Of the study.
-    arm: Whose rate it is.
-    outcomes: Of its tuning runs, by rate.
-
-  Raises:
-    ValueError: If all of them diverged.
+    outcomes: Of the tuning runs of an arm, by rate. If all of them diverged,
+      the lowest rate.
   """
   ended = {
       rate: outcome['loss']
       for rate, outcome in outcomes.items()
-      if outcome['diverged_at'] is None
+      if outcome['diverged_at'] is None and math.isfinite(outcome['loss'])
   }
   if not ended:
-    raise ValueError(
-        f'every learning rate of the grid diverged in arm {arm.name} of the'
-        f' study {plan.study.name} ({", ".join(f"{x:g}" for x in outcomes)});'
-        ' give lower ones with --rates'
-    )
+    return min(outcomes)  # Its runs will say how they diverge.
   return min(ended, key=lambda rate: (ended[rate], rate))
 
 

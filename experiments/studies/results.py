@@ -54,6 +54,7 @@ class Setting(NamedTuple):
     example: What an example is: 'token', 'image', 'click'.
     rows: What a row of the group batch is: '32 tokens', or '' for an example.
     group_batch: Rows per update of one group.
+    examples: In them.
     num_steps: Updates of each group.
     exchange_every: Steps between exchanges.
     replicas: R.
@@ -74,6 +75,7 @@ class Setting(NamedTuple):
   example: str
   rows: str
   group_batch: int
+  examples: int
   num_steps: int
   exchange_every: int
   replicas: int

@@ -101,9 +101,11 @@ class Trainer:
           for job, exchange in zip(jobs, exchanges)
       ]
       try:
-        lockstep.train_in_turn([rounds.counted(g) for g in groups], latch)
+        lockstep.train_in_turn(
+            [rounds.counted(i, group) for i, group in enumerate(groups)], latch
+        )
       except FloatingPointError:
-        diverged_at = rounds.newest + 1
+        diverged_at = rounds.failed_at
     return describe(
         run,
         arm,
@@ -143,6 +145,7 @@ def describe(
     examples: int,
     diverged_at: int | None,
     began: float,
+    together: int = 1,
 ) -> dict[str, Any]:
   """What outcome.json says of a run that has just ended."""
   num_peers = [
@@ -156,11 +159,16 @@ def describe(
       'data_seed': experiment.data_seed,
       'num_steps': experiment.num_steps,
       'exchange_every': experiment.exchange_every,
+      'burn_in_steps': next(
+          filter(experiment.distill_weight, range(experiment.num_steps)),
+          experiment.num_steps,
+      ),
       'peers': float(np.mean(num_peers)),
       'outer_every': getattr(experiment.method, 'inner_steps', 1),
       'examples_per_step': examples * arm.num_groups,
       'diverged_at': diverged_at,
       'loss': last_loss(directory, arm.num_groups),
+      'together': together,
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
@@ -195,16 +203,22 @@ def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
 
 
 class _Rounds:
-  """The newest step of any group; and a sign of life now and then."""
+  """How far the groups of a run are; and a sign of life now and then."""
 
   def __init__(self, progress: Progress, num_steps: int):
     self._progress = progress
     self._num_steps = num_steps
-    self.newest = 0
+    self._steps: dict[int, int] = {}
 
-  def counted(self, steps: Iterator[int]) -> Iterator[int]:
+  @property
+  def failed_at(self) -> int:
+    """The step of the group that did not get through it."""
+    return min(self._steps.values(), default=0) + 1
+
+  def counted(self, group_id: int, steps: Iterator[int]) -> Iterator[int]:
+    self._steps[group_id] = 0
     for step in steps:
-      self.newest = max(self.newest, step)
+      self._steps[group_id] = step
       self._progress.say(f'step {step:,} of {self._num_steps:,}')
       yield step
 
@@ -274,4 +288,4 @@ def ensemble_of(
 
 def is_in_ensemble(plan: Plan, arm: Arm) -> bool:
   """Whether another arm is the ensemble of its groups."""
-  return any(other.ensemble_of == arm.name for other in plan.arms)
+  return any(other.ensemble_of == arm.name for other in plan.declared)

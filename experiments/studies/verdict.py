@@ -24,6 +24,9 @@ no further apart than the distance between two have 'no difference seen',
 whatever the interval, and are 'as in the paper' where the same is expected only
 if that distance is within the 10 % too.
 
+An arm of which every seed of at least three diverged, where none of the other's
+did, has more.
+
 'cannot be said (why)': fewer than three seeds, which give no interval; a target
 that some seeds reach and others do not; a measure that these runs do not have.
 Where in each of at least three seeds one of the two arms reaches the target and
@@ -93,6 +96,8 @@ def judge(found: Analysis, comparison: Comparison) -> Verdict:
 
 def words_of(effect: Effect, comparison: Comparison) -> str:
   """The rules, applied to numbers."""
+  if len(effect.ours) >= _LEAST_SEEDS and effect.one_side_diverged:
+    return AS if comparison.expect == effect.one_side_diverged else OPPOSITE
   if effect.figure is None:
     return _without_figure(effect, comparison)
   if effect.pairs < _LEAST_SEEDS:
@@ -118,7 +123,10 @@ def _centred(effect: Effect) -> tuple[float, float, float]:
   """Mean, low and high with no effect at 0."""
   f = effect.figure
   values = (f.mean, f.low, f.high)
-  return tuple(math.log(v) for v in values) if effect.ratio else values
+  if not effect.ratio:
+    return values
+  # The interval of a ratio may reach below 0.
+  return tuple(math.log(v) if v > 0 else -math.inf for v in values)
 
 
 def _equal(effect: Effect) -> str:

@@ -116,6 +116,11 @@ def _times(found: Figure) -> str:
 def _reached(effect: Effect, against: str) -> str:
   outcomes = (effect.ours, effect.theirs)
   states = {o.state for side in outcomes for o in side}
+  if effect.one_side_diverged:
+    diverged = [o for side in outcomes for o in side if _is_diverged(o)]
+    whose = '' if effect.one_side_diverged == 'more' else f'{against} '
+    total = count(len(effect.ours), 'seed')
+    return f'{whose}diverged in {len(diverged)} of {total}'
   if analysis.NOT_REACHED not in states:
     return 'no number'
   seeds = len(effect.ours)
@@ -126,6 +131,10 @@ def _reached(effect: Effect, against: str) -> str:
       f'reached in {reached[0]} of {count(seeds, "seed")}, by {against} in'
       f' {reached[1]}; no ratio'
   )
+
+
+def _is_diverged(outcome: analysis.Outcome) -> bool:
+  return outcome.state == analysis.DIVERGED
 
 
 def why_no_figure(effect: Effect) -> str:
@@ -161,7 +170,9 @@ def settings(study: Study, setting: Setting) -> str:
       f'group batch {s.group_batch:,}{rows} for'
       f' {_title(study, study.baseline)}',
       f'{count(s.seeds, "seed")} of each arm',
-      f'{s.num_steps:,} steps of each group',
+      f'{s.num_steps:,} steps of each group'
+      f' ({s.num_steps * s.examples:,} {s.example}s for'
+      f' {_title(study, study.baseline)})',
       f'exchange every {s.exchange_every:,}',
       f'model: {s.model.rstrip(".")}, {s.model_parameters:,} parameters',
       f'scale {s.scale}, {machine(s)}',
@@ -205,7 +216,8 @@ def rules(found: Analysis) -> list[str]:
       ' loss is the smallest smoothed one.',
       '± is half of maximum minus minimum over seeds; brackets are 95 %'
       ' intervals of the mean.',
-      'A run that diverged (a loss or gradient that is not finite) is left out'
+      'A run that diverged (a loss or gradient that is not finite, or a loss'
+      ' that went up to twice that of the start for good) is left out'
       ' of means, ratios and curves, and named above.',
   ]
 

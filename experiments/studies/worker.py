@@ -89,7 +89,7 @@ class Worker:
       self, run: PlannedRun, left: Sequence[PlannedRun]
   ) -> list[PlannedRun]:
     """The run, and those that can be trained in the same program."""
-    if not self._together or run.tuning:
+    if not self._together or run.tuning or self._replicas > 1:
       return [run]
     if not one_program.possible(self._configurations, run):
       return [run]
@@ -116,12 +116,22 @@ class Worker:
         self._train(ours)
     return bool(ours)
 
+  def _without_teachers(self, run: PlannedRun) -> bool:
+    """Whether the run that it would learn from came to nothing."""
+    if not self._plan.arm(run.arm).taught_by:
+      return False
+    teachers = self._plan.teachers(run)
+    outcome = plan_lib.read_outcome(self._workdir, teachers)
+    return outcome['diverged_at'] is not None
+
   def _train(self, runs: Sequence[PlannedRun]) -> None:
     progress = Progress(self._workdir, self._plan, runs[0], self._jobs)
     if len(runs) > 1:
       outcomes = one_program.train(
           self._configurations, runs, self._stop, self._replicas, progress
       )
+    elif self._without_teachers(runs[0]):
+      outcomes = [_never_begun(runs[0])]
     else:
       outcomes = [self._trainer(runs[0], progress)]
     for run, outcome in zip(runs, outcomes):
@@ -129,6 +139,20 @@ class Worker:
       files.write_json(plan_lib.outcome_path(directory), outcome)
       progress = Progress(self._workdir, self._plan, run, self._jobs)
       cli.tell(progress.line(_ending(outcome)))
+
+
+def _never_begun(run: PlannedRun) -> dict[str, Any]:
+  now = time.time()
+  return {
+      'run': run._asdict(),
+      'rate': run.rate,
+      'diverged_at': 0,
+      'loss': float('nan'),
+      'why': 'its teachers diverged',
+      'began': now,
+      'ended': now,
+      'together': 1,
+  }
 
 
 def trains_together(choice: str) -> bool:

@@ -37,7 +37,7 @@ def _synchronous(workers: int) -> Arm:
 STUDY = Study(
     name='async_sgd',
     title='Asynchronous SGD',
-    source='Section 3.2 of Anil et al. 2018, as recalled',
+    source='Figure 1 of Anil et al. 2018',
     question=(
         'Does SGD stay stable when each gradient is W - 1 updates old, as it is'
         ' with W workers that do not wait for each other?'
@@ -57,14 +57,14 @@ STUDY = Study(
             'synchronous_1',
             'final_loss',
             'more',
-            'stale gradients are worse at an equal number of updates [A]',
+            'not in the paper: stale gradients are worse per update',
         ),
         Comparison(
             'asynchronous_8',
             'synchronous_1',
             'final_loss',
             'more',
-            'more so with more workers [A]',
+            'not in the paper: stale gradients are worse per update',
         ),
         Comparison(
             'asynchronous_32',

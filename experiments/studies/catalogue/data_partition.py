@@ -57,7 +57,7 @@ STUDY = Study(
     ),
     scales=tasks.LANGUAGE,
     notes=(
-        'On the same data the groups read the same documents in the same order;'
-        ' they differ in the parameters that they start from.',
+        'On the same data each group reads all documents, in an order of its'
+        ' own.',
     ),
 )

@@ -73,6 +73,20 @@ STUDY = Study(
             'there, a second group does [B]',
         ),
         Comparison(
+            'sgd_32',
+            'sgd_16',
+            'steps_to_target',
+            'equal',
+            'at the limit, twice the workers save none [B]',
+        ),
+        Comparison(
+            'codistilled_16',
+            'sgd_32',
+            'steps_to_target',
+            'less',
+            'there, a second group does [B]',
+        ),
+        Comparison(
             'sgd_256',
             'sgd_128',
             'steps_to_target',

@@ -47,7 +47,7 @@ STUDY = Study(
             'all',
             'final_loss',
             'equal',
-            'proposed, not measured [C]',
+            'not in the paper, which proposes rings: no worse',
         ),
         Comparison(
             'pairs',

@@ -191,6 +191,11 @@ def finished(launch, places):
           '--gin=UNUSED=1',
       ],
       'list': ['--list'],
+      'diverges': [
+          *arguments(places, 'offline_distillation', places / 'diverges'),
+          '--rates=1e30',
+          '--seeds=1',
+      ],
       'one program': [
           *arguments(places, 'data_partition', places / 'together'),
           '--one_program=yes',
@@ -323,6 +328,19 @@ def test_mistakes_are_said_in_a_line(finished, case, words):
   assert status == 1
   assert words in output and 'Traceback' not in output
   assert len([x for x in output.splitlines() if x.startswith('error')]) == 1
+
+
+def test_a_study_reports_that_its_arms_diverge(finished, places):
+  status, output = finished['diverges']
+  assert status == 0, output
+  assert 'student, seed 0: diverged' in output
+  found = outcomes(places / 'diverges')
+  steps = {path.parts[0]: o['diverged_at'] for path, o in found.items()}
+  # The student of teachers that came to nothing is not begun.
+  assert steps.pop('student') == 0
+  assert all(1 <= step <= 4 for step in steps.values())
+  page = (places / 'diverges' / 'report' / 'page.md').read_text()
+  assert 'Two teachers alone diverged at step' in page
 
 
 def test_the_list_names_all_studies(finished):

@@ -18,6 +18,7 @@ MEASURES = {
     'final_loss': 'validation loss at the last evaluation',
     'best_loss': 'best validation loss',
     'churn': 'mean absolute difference between retrains',
+    'log_loss': 'log loss',
 }
 
 

@@ -89,7 +89,7 @@ def _said(
     return _reached(effect, titles[compared.against])
   seeds = count(effect.pairs, 'seed')
   left_out = len(effect.ours) - effect.pairs
-  if left_out:
+  if left_out > 0:  # Retrains of churn have no outcomes of their own.
     seeds += f', {left_out} left out for divergence'
   if effect.ratio:
     apart = ', one evaluation apart or less' if effect.within_resolution else ''

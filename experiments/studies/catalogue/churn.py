@@ -37,14 +37,14 @@ STUDY = Study(
         Comparison(
             'codistilled_1',
             'single',
-            'final_loss',
+            'log_loss',
             'less',
             'better than a single model [C]',
         ),
         Comparison(
             'codistilled_1',
             'ensemble',
-            'final_loss',
+            'log_loss',
             'equal',
             'at the quality of the ensemble [C]',
         ),
@@ -58,7 +58,7 @@ STUDY = Study(
         Comparison(
             'codistilled_2',
             'ensemble',
-            'final_loss',
+            'log_loss',
             'less',
             'not in the paper: a weight of 2',
         ),

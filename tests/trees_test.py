@@ -504,6 +504,24 @@ def test_a_disk_that_is_full_is_one_clear_error_and_no_step(tmp_path, python):
   assert 'Traceback' not in done.stderr, done.stderr[-4000:]
 
 
+def test_an_attempt_that_failed_does_not_come_in_the_way(tmp_path, monkeypatch):
+  """Its last thread makes the directory again that was deleted."""
+  save, late = trees._save, []
+
+  def save_after_it(path, tree):
+    if len(late) < 3:
+      late.append(path)
+      path.mkdir(parents=True)
+    save(path, tree)
+
+  monkeypatch.setattr(trees, '_save', save_after_it)
+  monkeypatch.setattr(trees, '_PAUSE_SECONDS', 0.0)
+  trees.save(tmp_path, STEP, a_tree(), {})
+  assert len(late) == 3
+  monkeypatch.undo()
+  assert_same(read(tmp_path), a_tree())
+
+
 def test_the_file_system_is_asked_why_orbax_could_not_write(
     tmp_path, monkeypatch
 ):

@@ -24,6 +24,7 @@ import inspect
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -99,6 +100,9 @@ _HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler()),  # Missed aloud otherwise.
 )
 _BUFFERS_GB = 1
+# To write where an attempt that failed may not have come to rest.
+_ATTEMPTS = 10
+_PAUSE_SECONDS = 0.1
 
 
 class DamagedError(ValueError):
@@ -138,8 +142,7 @@ def save(
   )
   path = path_of(directory, step)
   try:
-    delete_at(path)
-    digests = _write_arrays(path / _ARRAYS, tree)
+    digests = _write_anew(path, tree)
     record = Record(dict(facts), leaves, digests)
     remote.write_bytes(path / _RECORD, records.encode(record))
     complete(path)
@@ -264,6 +267,24 @@ def _what_it_means(path: epath.Path, error: Exception) -> Exception:
     # The step stands, so something was taken out of it.
     return DamagedError(f'{said}: {remote.one_line(error)}')
   return refusal
+
+
+def _write_anew(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
+  """Writes the arrays of a step in the place of what is there of it.
+
+  Of an attempt that failed, threads of orbax may still be at work, and make
+  directories again that were deleted, which orbax would then refuse.
+  """
+  for left in reversed(range(_ATTEMPTS)):
+    delete_at(path)
+    try:
+      return _write_arrays(path / _ARRAYS, tree)
+    except (FileExistsError, ValueError) as e:
+      # The latter if it was there before orbax began.
+      if not left or 'exists' not in str(e):
+        raise
+      time.sleep(_PAUSE_SECONDS)
+  raise AssertionError  # Not reached.
 
 
 def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:

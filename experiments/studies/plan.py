@@ -24,8 +24,7 @@ class PlannedRun(NamedTuple):
 
   Attributes:
     arm: Its name.
-    seed: Added to the seeds of the configuration; that of tuning runs is one
-      more than any seed of the study.
+    seed: Of parameters and of the order of data; `TUNING_SEED` for tuning.
     rate: Learning rate; None: the one that was chosen for the arm, or that of
       the configuration if there is no grid.
     tuning: Whether it is there to choose the rate.

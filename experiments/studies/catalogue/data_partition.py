@@ -16,7 +16,7 @@ STUDY = Study(
         ' baseline; on disjoint subsets they are much better [B].'
     ),
     arms=(
-        Arm('baseline', 'one group', communication='all_reduce'),
+        tasks.BASELINE,
         Arm(
             'same',
             'two groups, the same data',

@@ -13,22 +13,10 @@ STUDY = Study(
         ' top-1 accuracy after 5,250 steps, against 7,250 for the baseline [C].'
     ),
     arms=(
-        Arm('baseline', 'one group', communication='all_reduce'),
-        Arm(
-            'codistillation',
-            'two groups, codistilled',
-            num_groups=2,
-            communication='exchange',
-        ),
-        Arm(
-            'alone',
-            'two groups, no distillation',
-            bindings=(tasks.ALONE,),
-            num_groups=2,
-            tuned_as='baseline',
-            communication='all_reduce',
-        ),
-        Arm('ensemble', 'ensemble of two', num_groups=2, ensemble_of='alone'),
+        tasks.BASELINE,
+        tasks.CODISTILLATION,
+        tasks.TWO_ALONE,
+        tasks.ENSEMBLE,
         Arm(
             'smoothing_uniform',
             'label smoothing',

@@ -18,28 +18,16 @@ STUDY = Study(
         ' distribution [C].'
     ),
     arms=(
-        Arm('baseline', 'one group', communication='all_reduce'),
+        tasks.BASELINE,
         Arm(
             'twice_the_batch',
             'one group, twice the batch',
             times=2,
             communication='all_reduce',
         ),
-        Arm(
-            'codistillation',
-            'two groups, codistilled',
-            num_groups=2,
-            communication='exchange',
-        ),
-        Arm(
-            'alone',
-            'two groups, no distillation',
-            bindings=(tasks.ALONE,),
-            num_groups=2,
-            tuned_as='baseline',
-            communication='all_reduce',
-        ),
-        Arm('ensemble', 'ensemble of two', num_groups=2, ensemble_of='alone'),
+        tasks.CODISTILLATION,
+        tasks.TWO_ALONE,
+        tasks.ENSEMBLE,
         Arm(
             'smoothing_uniform',
             'label smoothing, uniform',

@@ -17,21 +17,9 @@ STUDY = Study(
         ' for the student [D]).'
     ),
     arms=(
-        Arm('baseline', 'one group', communication='all_reduce'),
-        Arm(
-            'codistillation',
-            'two groups, codistilled',
-            num_groups=2,
-            communication='exchange',
-        ),
-        Arm(
-            'teachers',
-            'two teachers alone',
-            bindings=(tasks.ALONE,),
-            num_groups=2,
-            tuned_as='baseline',
-            communication='all_reduce',
-        ),
+        tasks.BASELINE,
+        tasks.CODISTILLATION,
+        tasks.TWO_ALONE._replace(name='teachers', title='two teachers alone'),
         Arm(
             'ensemble',
             'ensemble of the teachers',

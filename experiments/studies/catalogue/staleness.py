@@ -32,7 +32,7 @@ STUDY = Study(
         ' are slightly worse [B].'
     ),
     arms=(
-        Arm('baseline', 'one group', communication='all_reduce'),
+        tasks.BASELINE,
         *map(_every, _INTERVALS),
     ),
     baseline='baseline',

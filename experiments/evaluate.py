@@ -26,7 +26,6 @@ from codistill_jax.exchange import publications
 from codistill_jax.storage import files, trees
 from codistill_jax.storage.checkpoint import Checkpoints
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 from experiments.tables import align
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
@@ -71,7 +70,7 @@ class Run(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   del argv
   # What is found is written as a whole: there is nothing to save.
-  StopRequest(Rescue('stopped; nothing is written of this run')).install()
+  cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _WORKDIR.value:
     comparison = compare_run(
         workdir,

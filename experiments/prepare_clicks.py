@@ -17,7 +17,6 @@ from absl import flags
 from codistill_jax.data import click_rounds, click_shards
 from codistill_jax.data import prepare_clicks as prepare_lib
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
 _STOPPED = 'stopped; the same command goes on from the last whole shard'
 
@@ -81,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
   if not _SOURCE.value:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
-  StopRequest(Rescue(_STOPPED)).install()
+  cli.StopRequest(_STOPPED).install()
   meta = prepare_lib.prepare(
       _OUTPUT.value,
       _SOURCE.value,

@@ -27,7 +27,6 @@ from codistill_jax.data import (
 )
 from codistill_jax.data import prepare as prepare_lib
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
 _STOPPED = 'stopped; the same command goes on from the last whole shard'
 
@@ -167,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
     return
   # Nothing is to be saved: whenever it ends, the same command goes on. But the
   # training of a tokenizer is C++, which would not hear of a signal.
-  StopRequest(Rescue(_STOPPED)).install()
+  cli.StopRequest(_STOPPED).install()
   meta = prepare_lib.prepare(
       _OUTPUT.value,
       _SOURCE.value,

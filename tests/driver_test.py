@@ -19,8 +19,9 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange.protocol import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoint, files, leases, trees
-from experiments import claims, cli, devices, driver, watch
-from experiments import job as job_lib
+from experiments import cli
+from experiments.running import devices, driver, watch
+from experiments.running import job as job_lib
 
 BATCH, STEPS = 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -440,7 +441,7 @@ def test_signs_of_life_may_fail(make_job, monkeypatch):
 def test_the_run_directory_is_claimed_once_its_disk_works(
     make_job, monkeypatch
 ):
-  original, tries = claims.claim_workdir, []
+  original, tries = job_lib.claim_workdir, []
 
   def claim(job, state):
     tries.append(int(state.step))
@@ -448,7 +449,7 @@ def test_the_run_directory_is_claimed_once_its_disk_works(
       raise OSError(errno.ENOSPC, 'disk full')
     original(job, state)
 
-  monkeypatch.setattr(claims, 'claim_workdir', claim)
+  monkeypatch.setattr(job_lib, 'claim_workdir', claim)
   job = make_job()
   run(job)
   assert tries == [1, 2, 4]  # After the first update, then at each record.
@@ -634,10 +635,10 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   configuration = ['a.b = 1', 'c.d = 2']
   monkeypatch.setattr(gin_utils, 'configuration', lambda: configuration)
   job = dataclasses.replace(job, arm='ours')
-  claims.claim_workdir(job, state)
+  job_lib.claim_workdir(job, state)
   run_json = run_directory.run_path(job.workdir).read_text()
   assert json.loads(run_json)['arm'] == 'ours'
-  claims.claim_workdir(job, state)  # The same again.
+  job_lib.claim_workdir(job, state)  # The same again.
   for other, message in [
       (['a.b = 1', 'c.d = 3'], 'it has c.d = 2, this one has c.d = 3'),
       (['a.b = 1'], 'it has c.d = 2, this one has no such binding'),
@@ -648,16 +649,16 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   ]:
     monkeypatch.setattr(gin_utils, 'configuration', lambda o=other: o)
     with pytest.raises(ValueError, match=message):
-      claims.check_workdir(job, state)
+      job_lib.check_workdir(job, state)
   assert run_directory.run_path(job.workdir).read_text() == run_json
 
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
   job = make_job(distill_weight=lambda step: float(step >= 5))
   state = driver.new_state(job).state
-  assert claims.describe_run(job, state)['burn_in_steps'] == 5
+  assert job_lib.describe_run(job, state)['burn_in_steps'] == 5
   job = make_job(distill_weight=lambda step: 0.0)
-  assert claims.describe_run(job, state)['burn_in_steps'] == STEPS
+  assert job_lib.describe_run(job, state)['burn_in_steps'] == STEPS
 
 
 def test_a_start_reads_one_row_of_the_data(make_job):

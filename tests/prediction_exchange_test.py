@@ -15,8 +15,9 @@ from codistill_jax import gin_utils, joint, run_directory
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.predictions import mixing_matrix
 from codistill_jax.storage import trees
-from experiments import cli, driver, lockstep, watch
-from experiments.job import Job
+from experiments import cli
+from experiments.running import driver, lockstep, watch
+from experiments.running.job import Job
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)

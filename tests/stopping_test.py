@@ -8,14 +8,14 @@ import pytest
 import tiny_run
 from waits import PATIENCE
 
-from experiments import stopping
+from experiments import cli
 
 # `sleep` of the C library: as during a compilation, Python runs no handler to
 # the end of which the main thread would come.
 _PROLOGUE = """
 import ctypes, sys, threading, time
-from experiments import cli, stopping
-stopping._SOON, stopping._PATIENCE = 0.1, 0.2
+from experiments import cli
+cli._SOON, cli._PATIENCE = 0.1, 0.2
 calls = []
 def stuck(seconds):
   left = seconds
@@ -24,8 +24,8 @@ def stuck(seconds):
 def save(line='saved all'):
   calls.append('save')
   return line
-rescue = stopping.Rescue('nothing lost')
-stop = stopping.StopRequest(rescue).install()
+rescue = cli.Rescue('nothing lost')
+stop = cli.StopRequest(rescue).install()
 def ready():
   print('ready', flush=True)
 FOR_LONG = 1000  # None of the scripts is to last so long.
@@ -126,7 +126,7 @@ def test_what_cannot_be_saved_from_outside_is_left_and_tried_again():
 def moved_on():
   calls.append('moved on')
   if len(calls) < 3:
-    raise stopping.MovedOnError()
+    raise cli.MovedOnError()
   return f'{len(calls)} tries'
 rescue.hold(0, 7, moved_on)
 ready()
@@ -182,7 +182,7 @@ stuck(FOR_LONG)
 
 
 _BEFORE_A_RESCUE = """
-stopping._PATIENCE = FOR_LONG
+cli._PATIENCE = FOR_LONG
 def heard():
   while not stop.signal_number:
     time.sleep(0.01)
@@ -211,7 +211,7 @@ def test_without_a_rescue_it_only_is_a_flag():
   """A supervisor ends its children in its own time."""
   script = Script("""
 stop.uninstall()
-stop = stopping.StopRequest().install()
+stop = cli.StopRequest().install()
 ready()
 while not stop():
   time.sleep(0.01)
@@ -224,7 +224,7 @@ print(stop(), stop.signal_number)
 
 def test_a_poll_right_after_the_signal_sees_it():
   before = signal.getsignal(signal.SIGTERM)
-  stop = stopping.StopRequest().install()
+  stop = cli.StopRequest().install()
   try:
     assert not stop()
     signal.raise_signal(signal.SIGTERM)
@@ -235,7 +235,7 @@ def test_a_poll_right_after_the_signal_sees_it():
 
 
 def test_what_a_group_held_is_let_go():
-  rescue = stopping.Rescue('nothing')
+  rescue = cli.Rescue('nothing')
   rescue.hold(0, 3, lambda: 'saved')
   rescue.at_exit(0, lambda: pytest.fail('let go'))
   assert not rescue.nothing_to_lose

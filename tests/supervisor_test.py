@@ -17,7 +17,8 @@ import tiny_run
 from waits import PATIENCE, Clock, until
 
 from codistill_jax import run_directory
-from experiments import cli, processes, supervisor
+from experiments import cli
+from experiments.running import processes
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,8 @@ def quick(monkeypatch):
       monotonic=lambda: 20 * time.monotonic(),
       sleep=lambda seconds: time.sleep(seconds / 20),
   )
-  monkeypatch.setattr(supervisor, 'time', clock)
-  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', 20 * PATIENCE)
+  monkeypatch.setattr(processes, 'time', clock)
+  monkeypatch.setattr(processes, '_GRACE_SECONDS', 20 * PATIENCE)
   monkeypatch.setattr(processes, '_POLL_SECONDS', 0.01)
 
 
@@ -46,7 +47,7 @@ def pretend(tmp_path):
   def make(*scripts):
     for group_id, script in enumerate(scripts):
       made.append(
-          supervisor.Group(
+          processes.Group(
               str(tmp_path),
               group_id,
               [sys.executable, '-c', script, str(tmp_path)],
@@ -98,7 +99,7 @@ sys.exit(143)
 
 def test_all_groups_run_to_their_end(pretend):
   groups = pretend(FINE, 'import os; print("I am", os.environ["GROUP"])')
-  supervisor.watch(groups, Stop(), max_restarts=0)
+  processes.watch(groups, Stop(), max_restarts=0)
   assert [g.done for g in groups] == [True, True]
   assert 'I am 1' in log_of(groups[1])
 
@@ -112,7 +113,7 @@ if not mark.exists():
   os.kill(os.getpid(), signal.SIGKILL)
 """
   groups = pretend(once, FINE)
-  supervisor.watch(groups, Stop(), max_restarts=1)
+  processes.watch(groups, Stop(), max_restarts=1)
   assert groups[0].done
   assert (
       'group 0 died (signal 9); starting it again in 1 s from step 0'
@@ -123,7 +124,7 @@ if not mark.exists():
 def test_a_run_that_goes_nowhere_is_given_up(pretend):
   groups = pretend('import sys; print("deep trouble"); sys.exit(70)')
   with pytest.raises(ValueError) as e:
-    supervisor.watch(groups, Stop(), max_restarts=1)
+    processes.watch(groups, Stop(), max_restarts=1)
   assert str(e.value) == (
       'group 0 died 2 times without a new resume checkpoint (last: exit status'
       f' 70, "deep trouble"); see {groups[0]._log}'
@@ -141,7 +142,7 @@ step = len(list(root.iterdir())) if root.exists() else 0
 sys.exit(0 if step == 2 else 70)
 """
   groups = pretend(gets_on)
-  supervisor.watch(groups, Stop(), max_restarts=1)
+  processes.watch(groups, Stop(), max_restarts=1)
   assert groups[0].done
 
 
@@ -155,9 +156,9 @@ sys.exit(1)
 """
   groups = pretend(wrong, PATIENT)
   with pytest.raises(ValueError) as e:
-    supervisor.watch(groups, Stop(), max_restarts=5)
+    processes.watch(groups, Stop(), max_restarts=5)
   assert str(e.value) == 'group 0: error: num_steps=0; set it to at least 1'
-  supervisor.end_all(groups)  # As main does, whatever happened.
+  processes.end_all(groups)  # As main does, whatever happened.
   assert not any(group.running for group in groups)
   assert 'saved after 1' in log_of(groups[1])
 
@@ -167,19 +168,19 @@ def test_a_stop_asks_each_group_once_and_waits(pretend, tmp_path):
   groups = pretend(PATIENT, PATIENT)
   begun = lambda: all((tmp_path / f'begun{g}').exists() for g in (0, 1))
   with pytest.raises(cli.Stopped) as e:
-    supervisor.watch(groups, Stop(begun), max_restarts=5)
-  supervisor.end_all(groups)
+    processes.watch(groups, Stop(begun), max_restarts=5)
+  processes.end_all(groups)
   assert e.value.exit_status == 143
   assert [log_of(g) for g in groups] == ['saved after 1\n'] * 2
   assert not any(group.running for group in groups)
 
 
 def test_a_group_that_does_not_leave_is_killed(pretend, tmp_path, monkeypatch):
-  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', 0.3)
+  monkeypatch.setattr(processes, '_GRACE_SECONDS', 0.3)
   deaf = PATIENT.replace('while not asked', 'while True')
   groups = pretend(deaf)
   with pytest.raises(cli.Stopped):
-    supervisor.watch(
+    processes.watch(
         groups, Stop(lambda: (tmp_path / 'begun0').exists()), max_restarts=5
     )
   assert not groups[0].running
@@ -189,8 +190,8 @@ def test_a_group_that_does_not_leave_is_killed(pretend, tmp_path, monkeypatch):
 def test_no_group_outlives_its_supervisor(tmp_path):
   supervisor = f"""
 import sys, time
-from experiments import supervisor
-group = supervisor.Group(
+from experiments.running import processes
+group = processes.Group(
     {str(tmp_path)!r},
     0,
     [sys.executable, '-c', {PATIENT!r}, {str(tmp_path)!r}],
@@ -257,11 +258,11 @@ def lines_of(path):
 
 def test_what_may_pass_is_tried_again_and_said(pretend, capsys, monkeypatch):
   """Exit status 75: a full disk, a peer that did not come."""
-  monkeypatch.setattr(supervisor, '_LONGEST_DELAY_SECONDS', 1.0)
+  monkeypatch.setattr(processes, '_LONGEST_DELAY_SECONDS', 1.0)
   script = 'import sys; print("error: disk full"); sys.exit(75)'
   groups = pretend(script)
   with pytest.raises(ValueError) as e:
-    supervisor.watch(groups, Stop(), max_restarts=1)
+    processes.watch(groups, Stop(), max_restarts=1)
   assert (
       'group 0 died (exit status 75, "error: disk full"); starting it again in'
       ' 1 s from step 0'
@@ -272,7 +273,7 @@ def test_what_may_pass_is_tried_again_and_said(pretend, capsys, monkeypatch):
 
 def test_each_death_in_a_row_costs_twice_the_time(pretend, monkeypatch, capsys):
   now = [1000.0]
-  monkeypatch.setattr(supervisor.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(processes.time, 'monotonic', lambda: now[0])
   (group,) = pretend('import sys; sys.exit(70)')
   for _ in range(8):
     group.poll(100)
@@ -305,14 +306,14 @@ sys.exit(70)
 """
   groups = pretend(loses_one)
   with pytest.raises(ValueError, match='died 2 times'):
-    supervisor.watch(groups, Stop(), max_restarts=1)
+    processes.watch(groups, Stop(), max_restarts=1)
   assert groups[0].restarts == 1
 
 
 def test_a_command_that_does_not_start_is_given_up_with_its_reason(tmp_path):
-  group = supervisor.Group(str(tmp_path), 0, ['/nowhere/python'], {})
+  group = processes.Group(str(tmp_path), 0, ['/nowhere/python'], {})
   with pytest.raises(ValueError) as e:
-    supervisor.watch([group], Stop(), max_restarts=1)
+    processes.watch([group], Stop(), max_restarts=1)
   assert 'died 2 times' in str(e.value)
   assert 'could not be started' in str(e.value)
   assert '/nowhere/python' in str(e.value)
@@ -329,7 +330,7 @@ def test_of_a_huge_log_the_end_is_read(pretend):
   with group._log.open('wb') as f:
     f.truncate(1 << 36)  # A hole of 64 GiB.
   with pytest.raises(ValueError, match='group 0: error: no'):
-    supervisor.watch([group], Stop(), max_restarts=0)
+    processes.watch([group], Stop(), max_restarts=0)
 
 
 def test_what_an_earlier_process_said_is_not_taken_for_the_last_word(pretend):
@@ -337,7 +338,7 @@ def test_what_an_earlier_process_said_is_not_taken_for_the_last_word(pretend):
   group._log.parent.mkdir(parents=True)
   group._log.write_text('error: of yesterday\n')
   with pytest.raises(ValueError, match='"it said nothing"'):
-    supervisor.watch([group], Stop(), max_restarts=0)
+    processes.watch([group], Stop(), max_restarts=0)
   assert log_of(group) == 'error: of yesterday\n'
 
 
@@ -347,7 +348,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_costs_nothing(
   (tmp_path / 'groups').write_text('in the way')
   (group,) = pretend('import sys; print("deep trouble"); sys.exit(70)')
   with pytest.raises(ValueError) as e:
-    supervisor.watch([group], Stop(), max_restarts=1)
+    processes.watch([group], Stop(), max_restarts=1)
   said = capsys.readouterr().err
   assert said.count('log.txt cannot be written') == 1
   assert 'died 2 times' in str(e.value)
@@ -366,7 +367,7 @@ path.unlink()
 sys.exit(70)
 """)
   with pytest.raises(ValueError, match='group 0: error: I am back'):
-    supervisor.watch([group], Stop(), max_restarts=1)
+    processes.watch([group], Stop(), max_restarts=1)
   assert log_of(group) == 'error: I am back\n'
 
 
@@ -384,7 +385,7 @@ if not mark.exists():
   )
   with contextlib.suppress(OSError), open('/dev/full', 'w') as full:
     monkeypatch.setattr(sys, 'stderr', full)
-    supervisor.watch(groups, Stop(), max_restarts=1)
+    processes.watch(groups, Stop(), max_restarts=1)
   assert all(group.done for group in groups)
 
 
@@ -402,7 +403,7 @@ def test_an_unreadable_run_directory_does_not_end_it(pretend, monkeypatch):
   groups[0]._process.wait()
   groups[0].poll(1)
   pathlib.Path(groups[0].workdir, 'x').unlink()
-  supervisor.watch(groups, Stop(), max_restarts=1)
+  processes.watch(groups, Stop(), max_restarts=1)
   assert groups[0].done
 
 
@@ -429,7 +430,7 @@ def test_progress_shows_each_record_once_and_only_news(
   (group,) = pretend(FINE)
   run_directory.write_run(tmp_path, {'num_steps': 90})
   write_metrics(tmp_path, (1, 100.0), (2, 101.0))
-  progress = supervisor._Progress(group)
+  progress = processes._Progress(group)
   progress.update()
   assert shown(capsys) == []
   write_metrics(tmp_path, (3, 102.0), (4, 103.0))
@@ -448,7 +449,7 @@ def test_progress_shows_each_record_once_and_only_news(
 def test_progress_waits_for_the_facts_of_the_run(pretend, tmp_path, capsys):
   """Metrics may come first, when a disk fails now and then."""
   (group,) = pretend(FINE)
-  progress = supervisor._Progress(group)
+  progress = processes._Progress(group)
   write_metrics(tmp_path, (3, 102.0))
   progress.update()
   run_directory.run_path(tmp_path).write_text('{"num_st')
@@ -467,7 +468,7 @@ def test_who_is_told_to_stop_with_its_groups_reports_no_deaths(pretend, capsys):
   groups[0].poll(5)
   groups[0]._process.wait()
   with pytest.raises(cli.Stopped):
-    supervisor.watch(groups, Stop(lambda: True), max_restarts=5)
+    processes.watch(groups, Stop(lambda: True), max_restarts=5)
   assert 'died' not in capsys.readouterr().err
 
 
@@ -476,7 +477,7 @@ def test_a_suspended_group_leaves_when_asked(pretend, tmp_path):
   groups[0].poll(0)
   tiny_run.until(lambda: lines_of(tmp_path / 'begun0'))
   os.kill(groups[0].pid, signal.SIGSTOP)
-  supervisor.end_all(groups)
+  processes.end_all(groups)
   assert log_of(groups[0]) == 'saved after 1\n'
 
 
@@ -484,7 +485,7 @@ def test_deaf_groups_share_the_time_they_are_given(
     pretend, tmp_path, monkeypatch
 ):
   clock, given = Clock(), []
-  monkeypatch.setattr(supervisor, '_GRACE_SECONDS', 10.0)
+  monkeypatch.setattr(processes, '_GRACE_SECONDS', 10.0)
 
   def wait_or_kill(process, seconds):
     given.append(seconds)
@@ -492,13 +493,13 @@ def test_deaf_groups_share_the_time_they_are_given(
     process.kill()
     process.wait()
 
-  monkeypatch.setattr(supervisor, 'time', clock)
+  monkeypatch.setattr(processes, 'time', clock)
   monkeypatch.setattr(processes, 'wait_or_kill', wait_or_kill)
   groups = pretend(*[PATIENT.replace('while not asked', 'while True')] * 3)
   for group in groups:
     group._start()
   until(lambda: all(lines_of(tmp_path / f'begun{g}') for g in range(3)))
-  supervisor.end_all(groups)
+  processes.end_all(groups)
   assert given == pytest.approx([10.0, 6.0, 2.0])
   assert not any(group.running for group in groups)
 

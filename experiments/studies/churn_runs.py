@@ -12,7 +12,7 @@ from etils import epath
 
 from codistill_jax import intervals
 from codistill_jax.storage import files
-from experiments import cli, devices, tables
+from experiments import cli, tables
 from experiments.churn_study import (
     report,
     results,
@@ -22,8 +22,9 @@ from experiments.churn_study import (
 )
 from experiments.churn_study import wording as report_wording
 from experiments.churn_study.figures import Row
+from experiments.cli import StopRequest
 from experiments.report_pages import Block, Bullets, Heading, Paragraph
-from experiments.stopping import StopRequest
+from experiments.running import devices
 from experiments.studies import verdict, wording
 from experiments.studies.analysis import Effect
 from experiments.studies.declaration import Comparison

@@ -13,9 +13,10 @@ from codistill_jax import gin_utils, run_directory, writers
 from codistill_jax.base import Model
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.storage import files
-from experiments import claims, cli, devices, driver
-from experiments.job import Job
-from experiments.stopping import StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import devices, driver
+from experiments.running.job import Job, describe_run
 from experiments.studies import plan as plan_lib
 from experiments.studies import population, training
 from experiments.studies.configurations import Configurations
@@ -106,7 +107,7 @@ def _finish(
   )
   start = driver.new_state(job)
   start.efficiency.close()
-  run_directory.write_run(str(directory), claims.describe_run(job, start.state))
+  run_directory.write_run(str(directory), describe_run(job, start.state))
   files.write_bytes(
       run_directory.config_path(directory),
       gin_utils.operative_configuration().encode(),

@@ -50,6 +50,9 @@ _ONE_REQUEST_SECONDS = 1.0
 
 STOPPED = 'stopped; the same command goes on from here'
 
+# Packages that only some binaries need, by the extra that installs them.
+_EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
+
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
 
@@ -109,6 +112,10 @@ def say(error: Exception) -> int:
         isinstance(error, OSError) and error.errno in _PASSING
     )
     return MAY_PASS if passing else CLEAR_ERROR
+  if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+    extra = f"'codistill_jax[{_EXTRAS[error.name]}]'"
+    tell(f'error: {error.name} is missing; pip install {extra}', error=True)
+    return CLEAR_ERROR
   # A crash: whoever supervises may start again.
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)

@@ -89,7 +89,7 @@ def lease(request, monkeypatch):
 
 @pytest.fixture
 def make_job(train_step, tmp_path):
-  def make(name='run', *, stop=lambda: False, agreement=base.ALONE, **kwargs):
+  def make(name='run', *, stop=None, agreement=base.ALONE, **kwargs):
     return job_lib.Job(
         experiment=make_experiment(**kwargs),
         model=MODEL,
@@ -97,7 +97,7 @@ def make_job(train_step, tmp_path):
         workdir=str(tmp_path / name),
         group_id=0,
         num_groups=1,
-        stop=stop,
+        stop=stop or cli.StopRequest(),
         agreement=agreement,
     )
 
@@ -133,6 +133,7 @@ class StopAt:
 
   def __init__(self, looks):
     self._looks = looks
+    self.unsaved = {}
 
   def __call__(self):
     self._looks -= 1
@@ -269,7 +270,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(make_job):
       make_experiment(), model, jax.devices()[:2]
   )
   job = dataclasses.replace(
-      make_job(log_every=50, stop=lambda: True),
+      make_job(log_every=50, stop=StopAt(0)),
       model=model,
       train_step=train_step,
   )
@@ -441,19 +442,25 @@ def test_signs_of_life_may_fail(make_job, monkeypatch):
 def test_the_run_directory_is_claimed_once_its_disk_works(
     make_job, monkeypatch
 ):
-  original, tries = job_lib.claim_workdir, []
+  original, failures = run_directory.write_run, []
 
-  def claim(job, state):
-    tries.append(int(state.step))
-    if len(tries) < 3:
+  def write(workdir, content):
+    if len(failures) < 2:
+      failures.append(content)
       raise OSError(errno.ENOSPC, 'disk full')
-    original(job, state)
+    original(workdir, content)
 
-  monkeypatch.setattr(job_lib, 'claim_workdir', claim)
+  monkeypatch.setattr(run_directory, 'write_run', write)
   job = make_job()
-  run(job)
-  assert tries == [1, 2, 4]  # After the first update, then at each record.
-  assert run_directory.run_path(job.workdir).exists()
+  claimed = [
+      step
+      for step in driver.train(
+          job, lambda v: NoExchange(), lambda start: writers.NullWriter()
+      )
+      if run_directory.run_path(job.workdir).exists()
+  ]
+  # Tried after the first update, then at each record: at 2 and at 4.
+  assert claimed[0] == 4 and len(failures) == 2
 
 
 def test_done_is_tried_again(make_job, monkeypatch):

@@ -12,7 +12,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import base, gin_utils, replicas, run_directory, writers
+from codistill_jax import (
+    base,
+    gin_utils,
+    replicas,
+    run_directory,
+    writers,
+)
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import (
@@ -377,7 +383,7 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
 def _restore(
     job: Job, checkpoints: Checkpoints, like: TrainState
 ) -> Resume | None:
-  """Reads the newest sound checkpoint; the primary's choice in every process."""
+  """Reads the newest sound checkpoint: the primary's choice everywhere."""
   resume = checkpoints.restore(like) if job.agreement.is_primary else None
   step = np.array(-1 if resume is None else resume.state.step, np.int32)
   chosen = int(job.agreement.choose(step))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from codistill_jax import gin_utils, joint, replicas, run_directory
+from codistill_jax import gin_utils, one_program, replicas, run_directory
 from codistill_jax.base import (
     ALONE,
     Agreement,
@@ -51,7 +51,7 @@ class Job:
 
   experiment: Experiment
   model: Model
-  train_step: replicas.PmapStep | joint.Seat
+  train_step: replicas.PmapStep | one_program.Seat
   workdir: str
   group_id: int
   num_groups: int

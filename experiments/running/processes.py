@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, NamedTuple
 from codistill_jax import run_directory, writers
 from experiments import cli
 
-_SOON_SECONDS = 5.0  # For a command that has nothing to save.
 _PATIENCE = 4  # So much more often may fail what may pass.
 _TAIL_BYTES = 1 << 14
 _LONGEST_LINE = 1000
@@ -73,14 +72,19 @@ def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
 
 
 def call(
-    command: Sequence[str], stop: cli.StopRequest, *, capture: bool = False
+    command: Sequence[str],
+    stop: cli.StopRequest,
+    *,
+    capture: bool = False,
+    patience: float = 5.0,
 ) -> subprocess.CompletedProcess[str]:
   """Runs a command that has nothing to save, to its end.
 
   Args:
     command: Program and arguments.
-    stop: Once true, the command is ended within seconds.
+    stop: Once true, the command is asked to leave.
     capture: Whether to keep its output; else it goes where ours goes.
+    patience: Seconds that it has for that before it is killed.
 
   Raises:
     Stopped: If asked to stop before it ended well.
@@ -90,7 +94,7 @@ def call(
       command, stdout=pipe, stderr=pipe, text=True, errors='replace'
   )
   with process, contextlib.ExitStack() as stack:
-    stack.callback(wait_or_kill, process, _SOON_SECONDS)
+    stack.callback(wait_or_kill, process, patience)
     stack.callback(ask_to_leave, process)
     out = err = None
     while process.returncode is None and not stop():
@@ -127,6 +131,7 @@ class Group:
     command: Of its process.
     workdir: The run directory.
     log: The file that its process writes what it says to.
+    pace: Its time limits.
     done: Whether the process has ended well.
     restarts: How often it was started again.
     exit_status: Of the last process that ended, below 0 by a signal; or None.
@@ -153,11 +158,11 @@ class Group:
     self.command = list(command)
     self.workdir = workdir
     self.log = run_directory.group_dir(workdir, group_id) / 'log.txt'
+    self.pace = pace
     self.done = False
     self.restarts = 0
     self.exit_status: int | None = None
     self._environment = environment
-    self._pace = pace
     self._process: subprocess.Popen | None = None
     self._begun = False
     self._deaths = 0  # Since the last progress.
@@ -221,6 +226,7 @@ class Group:
     self.ask_to_stop()
     if self._process is not None:
       wait_or_kill(self._process, seconds)
+      self.exit_status = self._process.returncode
 
   def _start(self) -> None:
     environment = {
@@ -267,7 +273,7 @@ class Group:
           f' resume checkpoint (last: {how}, "{self._last_line()}"); see'
           f' {self.log}'
       )
-    pace = self._pace
+    pace = self.pace
     delay = min(pace.first_delay * 2 ** (self._deaths - 1), pace.longest_delay)
     self._start_at = time.monotonic() + delay
     # Whoever was killed had no time to say why.
@@ -304,7 +310,6 @@ def supervise(
     groups: Sequence[Group],
     stop: cli.StopRequest,
     max_restarts: int,
-    pace: Pace = PACE,
 ) -> None:
   """Runs all groups to their end, showing progress; leaves none behind.
 
@@ -313,7 +318,7 @@ def supervise(
     Stopped: If asked to stop.
   """
   with contextlib.ExitStack() as stack:
-    stack.callback(end_all, groups, pace.grace)
+    stack.callback(end_all, groups)
     progress = [stack.enter_context(Progress(group)) for group in groups]
     while not all(group.done for group in groups):
       # First: who stops all processes at once stops the groups as well, and
@@ -325,18 +330,18 @@ def supervise(
         group.poll(max_restarts)
       for one in progress:
         one.update()
-      time.sleep(pace.poll)
+      time.sleep(groups[0].pace.poll)
     for one in progress:
       one.update()
 
 
-def end_all(groups: Sequence[Group], grace: float = PACE.grace) -> None:
+def end_all(groups: Sequence[Group]) -> None:
   """Asks all groups to save and leave, together; returns once none runs."""
-  deadline = time.monotonic() + grace
+  start = time.monotonic()
   for group in groups:
     group.ask_to_stop()
   for group in groups:
-    group.end(max(deadline - time.monotonic(), 0.0))
+    group.end(max(start + group.pace.grace - time.monotonic(), 0.0))
 
 
 class Progress:

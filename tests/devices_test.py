@@ -9,6 +9,9 @@ import pytest
 from experiments import cli
 from experiments.running import devices, processes
 
+# Tests have a jax with threads, which warns when it is forked.
+pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
+
 
 def test_whole_gpus_are_shared_out():
   environments, replicas = devices.share_gpus(list('01234567'), 3)
@@ -54,8 +57,6 @@ def pretend_python(monkeypatch, tmp_path, script):
   path.chmod(0o755)
   monkeypatch.setattr(sys, 'executable', str(path))
   monkeypatch.setattr(devices, 'may_have_accelerator', lambda: True)
-  # Tests have a jax with threads, which warns when it is forked.
-  monkeypatch.setattr(processes, '_die_with_parent', None)
 
 
 def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):

@@ -260,8 +260,11 @@ def prepared(tmp_path_factory):
 def summary(batch):
   """Integers by their bytes, floats by a few of their numbers."""
   found = {}
-  for name, x in sorted(batch.items()):
-    x = np.asarray(x)
+  for path, x in jax.tree_util.tree_flatten_with_path(dict(batch))[0]:
+    name, x = jax.tree_util.keystr(path, simple=True, separator='/'), np.array(
+        x
+    )
+    assert x.dtype != object, name
     if np.issubdtype(x.dtype, np.floating):
       flat = x.reshape(-1).astype(np.float64)
       numbers = [flat.mean(), flat.std(), *flat[:: max(flat.size // 5, 1)]]

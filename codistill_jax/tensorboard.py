@@ -6,7 +6,11 @@ import os
 from etils import epath
 
 from codistill_jax.storage.appender import Appender
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    Patience,
+    Troubles,
+)
 from codistill_jax.writers import Metrics, as_floats
 
 
@@ -19,6 +23,7 @@ class TensorBoardWriter:
       *,
       resume_step: int | None = None,
       troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
   ):
     """Opens an event file.
 
@@ -27,6 +32,7 @@ class TensorBoardWriter:
       resume_step: The step the run goes on from; TensorBoard hides what an
         earlier process wrote for later steps.
       troubles: Where a disk that fails is noted.
+      patience: Time limits.
     """
     import tensorboardX  # Here: the file must not cost what it does not use.
     from tensorboardX import record_writer
@@ -35,7 +41,8 @@ class TensorBoardWriter:
     # it writes to files that raise none.
     self._scheme = f'codistill-{id(self)}'
     record_writer.register_writer_factory(
-        self._scheme, _EventFiles(self._scheme, troubles or Troubles())
+        self._scheme,
+        _EventFiles(self._scheme, troubles or Troubles(), patience),
     )
     purge_step = None if resume_step is None else resume_step + 1
     self._writer = tensorboardX.SummaryWriter(
@@ -55,9 +62,10 @@ class TensorBoardWriter:
 class _EventFiles:
   """Opens event files for tensorboardX, as <scheme>:<path>."""
 
-  def __init__(self, scheme: str, troubles: Troubles):
+  def __init__(self, scheme: str, troubles: Troubles, patience: Patience):
     self._prefix = f'{scheme}:'
     self._troubles = troubles
+    self._patience = patience
 
   def directory_check(self, path: str) -> None:
     path = epath.Path(path.removeprefix(self._prefix))
@@ -66,7 +74,9 @@ class _EventFiles:
   def open(self, path: str) -> '_EventFile':
     path = epath.Path(path.removeprefix(self._prefix))
     doing = 'writing TensorBoard events'
-    return _EventFile(Appender(path, doing, self._troubles))
+    return _EventFile(
+        Appender(path, doing, self._troubles, patience=self._patience)
+    )
 
 
 class _EventFile:

@@ -18,8 +18,12 @@ from etils import epath
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from codistill_jax.storage.appender import Appender
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.appender import MAX_PENDING, Appender
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    Patience,
+    Troubles,
+)
 
 Metrics = Mapping[str, Any]
 
@@ -105,6 +109,8 @@ class JsonlWriter:
       resume_step: int | None = None,
       clock: Callable[[], float] = time.time,
       troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+      room: int = MAX_PENDING,
   ):
     """Opens the file, and repairs what a killed writer left.
 
@@ -115,12 +121,20 @@ class JsonlWriter:
         keeps every record.
       clock: Gives `time`; for tests.
       troubles: Where a disk that fails is noted.
+      patience: Time limits.
+      room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _repair(path, resume_step)
-    self._lines = Appender(path, 'writing metrics', troubles or Troubles())
+    self._lines = Appender(
+        path,
+        'writing metrics',
+        troubles or Troubles(),
+        patience=patience,
+        room=room,
+    )
 
   def write(self, step: int, metrics: Metrics) -> None:
     """Appends one record, or keeps it while the disk fails.

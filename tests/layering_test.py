@@ -21,11 +21,10 @@ _METHOD = _STEP | {'replicas', 'baselines.method'}
 _FILES = {'storage.files', 'storage.remote'}
 _RECORDS = _FILES | {'base', 'storage.records'}
 _TREES = _RECORDS | {'storage.orbax_noise', 'storage.steps'}
-_SAVER = {'storage.saver', 'storage.troubles'}
 _STORAGE = _TREES | {'storage.trees'}
 _PROTOCOL = _STORAGE | {'exchange.publications', 'exchange.topology'}
 _PLAN = _PROTOCOL | {'exchange.protocol'}
-_EXCHANGE = _PLAN | {'storage.background', 'storage.troubles'}
+_EXCHANGE = _PLAN | {'storage.background'}
 _READING = _EXCHANGE | {'exchange.fetcher', 'exchange.teaching'}
 MAY_IMPORT = {
     'base': set(),
@@ -51,16 +50,14 @@ MAY_IMPORT = {
     'storage.locks': set(),
     'storage.orbax_noise': set(),
     'storage.background': set(),
-    'storage.troubles': set(),
     'storage.remote': {'storage.files'},
     'storage.records': {'base', 'storage.remote'},
     'storage.steps': _FILES,
     'storage.trees': _TREES,
-    'storage.saver': {'storage.troubles'},
-    'storage.checkpoint': _STORAGE | _SAVER,
+    'storage.checkpoint': _STORAGE | {'storage.background'},
     'storage.holders': {'storage.files'},
     'storage.leases': {'storage.files', 'storage.holders'},
-    'storage.appender': {'storage.files', 'storage.troubles'},
+    'storage.appender': {'storage.background', 'storage.files'},
     'exchange': set(),
     'exchange.topology': set(),
     'exchange.publications': _STORAGE,
@@ -82,10 +79,10 @@ MAY_IMPORT = {
     'writers': {
         'run_directory',
         'storage.appender',
+        'storage.background',
         'storage.files',
-        'storage.troubles',
     },
-    'tensorboard': {'storage.appender', 'storage.troubles', 'writers'},
+    'tensorboard': {'storage.appender', 'storage.background', 'writers'},
     'gin_utils': set(),
     'baselines': set(),
     'baselines.method': _STEP | {'replicas'},

@@ -1,6 +1,5 @@
 """Appends to a file, through a disk that fails for a while."""
 
-import collections
 import contextlib
 import os
 
@@ -8,7 +7,12 @@ from absl import logging
 from etils import epath
 
 from codistill_jax.storage import files
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    BackgroundWriter,
+    Patience,
+    Troubles,
+)
 
 MAX_PENDING = 10_000
 
@@ -16,32 +20,41 @@ MAX_PENDING = 10_000
 class Appender:
   """Appends pieces as a whole; keeps them in memory while that fails."""
 
-  def __init__(self, path: epath.PathLike, doing: str, troubles: Troubles):
+  def __init__(
+      self,
+      path: epath.PathLike,
+      doing: str,
+      troubles: Troubles,
+      *,
+      patience: Patience = DEFAULT_PATIENCE,
+      room: int = MAX_PENDING,
+  ):
     """Opens the file.
 
     Args:
       path: In a directory that exists; this process alone writes to it.
       doing: The name of this as a trouble.
       troubles: Where a disk that fails is noted.
+      patience: Time limits.
+      room: How many pieces are kept while the disk fails; the newest.
 
     Raises:
       OSError: If it cannot be opened.
     """
     self._path = epath.Path(path)
-    self._doing = doing
-    self._troubles = troubles
-    self._pending: collections.deque[bytes] = collections.deque()
-    self._lost = 0
+    self._patience = patience
+    self._count = 0
     self._file = self._path.open('ab')
     self._size = self._file.seek(0, os.SEEK_END)
+    self._writer = BackgroundWriter(
+        self._write, doing, troubles, room=room, patience=patience
+    )
 
   def append(self, piece: bytes) -> None:
-    """Writes a piece, after those that wait; never raises an OSError."""
-    if len(self._pending) >= MAX_PENDING:
-      self._pending.popleft()
-      self._lost += 1
-    self._pending.append(piece)
-    self._try()
+    """Writes a piece before it returns, unless the disk fails."""
+    self._count += 1
+    self._writer.put(self._count, piece)
+    self._writer.wait(failing=0.0)
 
   def close(self) -> None:
     """Tries once more, and closes.
@@ -49,35 +62,34 @@ class Appender:
     Raises:
       TimeoutError: If pieces are left that could not be written.
     """
-    error = self._try()
-    self._drop_file()
-    if self._lost:
-      logging.warning('%d pieces of %s are lost', self._lost, self._path)
-    if error is not None:
+    written = self._writer.wait(2 * self._patience.retry)
+    unwritten = None if written else self._writer.give_up()
+    self._writer.close()
+    if self._writer.finished:  # Or it hangs in a write, and so would closing.
+      self._drop_file()
+    if self._writer.dropped:
+      logging.warning(
+          '%d pieces of %s are lost', self._writer.dropped, self._path
+      )
+    if unwritten is not None:
       raise TimeoutError(
-          f'{len(self._pending)} records could not be written to'
-          f' {os.fspath(self._path)} ({error}); see to the disk, and start the'
-          ' same command again'
-      ) from error
+          f'{len(unwritten.steps)} records could not be written to'
+          f' {os.fspath(self._path)} ({unwritten.error}); see to the disk, and'
+          ' start the same command again'
+      ) from unwritten.error
 
-  def _try(self) -> OSError | None:
-    """Writes what waits; the error if it could not."""
-    if not self._pending:
-      return None
-    data = b''.join(self._pending)
+  def _write(self, number: int, piece: bytes) -> None:
+    """In the thread."""
+    del number
     try:
       if self._file is None:
         self._reopen()
-      self._file.write(data)
+      self._file.write(piece)
       self._file.flush()
-    except OSError as e:
+    except OSError:
       self._drop_file()
-      self._troubles.failed(self._doing, e)
-      return e
-    self._size += len(data)
-    self._pending.clear()
-    self._troubles.worked(self._doing)
-    return None
+      raise
+    self._size += len(piece)
 
   def _drop_file(self) -> None:
     # Closing tries to write what is buffered; `_reopen` cuts that off.

@@ -341,7 +341,7 @@ def _gradient(
     rows: tuple[Batch, Array],
     index: int | Array,
 ) -> microbatches.Accumulated:
-  """Accumulates what microbatch `index` adds to gradient, losses, statistics."""
+  """Returns what microbatch `index` adds to gradient, losses, statistics."""
   batch, weights = rows
   outputs, taught_by, teacher_carry = None, teachers, state.teacher_carry
   if isinstance(teachers, Teachers):
@@ -374,7 +374,7 @@ def _summed_losses(
     rows: tuple[Array, Array],
     shared: tuple[Array | PeerPredictions | None, Array],
 ) -> tuple[jax.Array, Metrics]:
-  """Sums the losses of a block of rows; a `blocks.BlockLoss` with them bound."""
+  """Sums the losses of a block of rows: a `blocks.BlockLoss`, once bound."""
   labels, weights = rows
   taught_by, distill_weight = shared
   total = _weighted_sum(task_loss(logits, labels), weights)

@@ -112,9 +112,10 @@ def say(error: Exception) -> int:
         isinstance(error, OSError) and error.errno in _PASSING
     )
     return MAY_PASS if passing else CLEAR_ERROR
-  if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-    extra = f"'codistill_jax[{_EXTRAS[error.name]}]'"
-    tell(f'error: {error.name} is missing; pip install {extra}', error=True)
+  package = str(getattr(error, 'name', '')).partition('.')[0]
+  if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
+    extra = f"'codistill_jax[{_EXTRAS[package]}]'"
+    tell(f'error: {package} is missing; pip install {extra}', error=True)
     return CLEAR_ERROR
   # A crash: whoever supervises may start again.
   text = ''.join(traceback.format_exception(error)).rstrip()
@@ -164,8 +165,8 @@ class StopRequest:
 
   Attributes:
     signal_number: The first signal that came, or None.
-    unsaved: By group, the step of its newest checkpoint, while there are
-      updates after it.
+    unsaved: By directory of a group, the step of its newest checkpoint, while
+      there are updates after it.
   """
 
   def __init__(self, line: str | None = None, grace_seconds: float = 20.0):
@@ -179,7 +180,7 @@ class StopRequest:
         be lost.
     """
     self.signal_number: int | None = None
-    self.unsaved: dict[int, int] = {}
+    self.unsaved: dict[str, int] = {}
     self._line = line
     self._grace_seconds = grace_seconds
     self._heard = threading.Event()
@@ -243,7 +244,7 @@ class StopRequest:
     """Ends the process as it is."""
     status = MAY_PASS
     if self.unsaved:
-      steps = ', '.join(f'{s} of group {g}' for g, s in self.unsaved.items())
+      steps = ', '.join(f'{s} of {g}' for g, s in self.unsaved.items())
       line = (
           'error: stopped in the middle of something long, before a save; the'
           f' updates after step {steps} may be lost'

@@ -26,7 +26,7 @@ from codistill_jax.exchange.checkpoint_exchange import (
 )
 from codistill_jax.exchange.protocol import Exchange, peers_of
 from codistill_jax.storage import trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments import cli
 from experiments.running import devices, driver, lockstep
 from experiments.running.job import Job, check_workdir, print_dry_run

@@ -19,7 +19,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.exchange.protocol import peers_of
 from codistill_jax.storage import trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments import cli
 from experiments.running import devices, driver, lockstep
 from experiments.running.job import Job, check_workdir, print_dry_run

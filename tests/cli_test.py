@@ -177,20 +177,20 @@ stuck()
 def test_after_the_grace_period_a_stuck_process_says_what_it_loses():
   script = Script("""
 stop = cli.StopRequest('nothing lost', 0.2).install()
-stop.unsaved[3] = 40
+stop.unsaved['run/group_3'] = 40
 ready()
 stuck()
 """)
   script.send()
   status, output = script.end()
   assert status == cli.MAY_PASS
-  assert output.startswith('error: ') and 'step 40 of group 3' in output
+  assert output.startswith('error: ') and 'step 40 of run/group_3' in output
 
 
 def test_who_polls_within_the_grace_period_takes_the_time_it_needs():
   script = Script("""
 stop = cli.StopRequest('nothing lost', 2.0).install()
-stop.unsaved[0] = 7
+stop.unsaved['group_0'] = 7
 ready()
 while not stop():
   time.sleep(0.01)
@@ -206,7 +206,7 @@ def test_a_poll_in_another_thread_is_not_the_main_thread_coming():
   script = Script("""
 import threading
 stop = cli.StopRequest('nothing lost', 0.2).install()
-stop.unsaved[0] = 7
+stop.unsaved['group_0'] = 7
 def poll():
   while True:
     stop()
@@ -224,7 +224,7 @@ def test_signals_go_on_for_a_second_and_then_it_leaves_at_once(line):
   """All processes of a job are signalled; and each by its supervisor."""
   script = Script(f"""
 stop = cli.StopRequest({line}, 1000.0).install()
-stop.unsaved[0] = 7
+stop.unsaved['group_0'] = 7
 ready()
 while not stop():
   time.sleep(0.01)
@@ -235,7 +235,7 @@ stuck()
   status, output = script.end_by_repeating(signal.SIGTERM)
   assert status == cli.MAY_PASS
   first, last = output.splitlines()
-  assert first == 'not yet' and 'step 7 of group 0' in last
+  assert first == 'not yet' and 'step 7 of group_0' in last
 
 
 def test_without_a_line_it_only_is_a_flag():

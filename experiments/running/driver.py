@@ -29,11 +29,8 @@ from codistill_jax.exchange.protocol import (
 from codistill_jax.experiment import first_row, num_teachers, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.checkpoint import (
-    PATIENCE_SECONDS,
-    Checkpoints,
-    Resume,
-)
+from codistill_jax.storage.background import DEFAULT_PATIENCE
+from codistill_jax.storage.checkpoint import Checkpoints, Resume
 from experiments import cli
 from experiments.cli import Stopped
 from experiments.running.job import Job, claim_workdir
@@ -112,7 +109,7 @@ def train(
   state, stream, examples, efficiency = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
-    stack.callback(job.stop.unsaved.pop, job.group_id, None)
+    stack.callback(job.stop.unsaved.pop, job.directory, None)
     with _stopping_in_time(job):
       lease = _lease(job)
     stack.push(_closing(lease.release))
@@ -244,7 +241,7 @@ class _Keeper:
         None if p is None else p.step for p in self._exchange.in_use
     ]
     saved = self._checkpoints.saved_step
-    self._job.stop.unsaved[self._job.group_id] = (
+    self._job.stop.unsaved[self._job.directory] = (
         self._start if saved is None else saved
     )
 
@@ -348,7 +345,7 @@ def _write_done(job: Job) -> None:
     TimeoutError: If the disk fails for longer.
   """
   path = run_directory.done_path(job.workdir, job.group_id)
-  deadline = time.monotonic() + PATIENCE_SECONDS
+  deadline = time.monotonic() + DEFAULT_PATIENCE.failing
   while True:
     try:
       files.write_bytes(path, b'')

@@ -19,7 +19,7 @@ from codistill_jax.base import (
 from codistill_jax.exchange.fixed_teachers import Source
 from codistill_jax.experiment import Experiment, teacher_sources
 from codistill_jax.storage import files
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments import cli
 
 
@@ -45,6 +45,8 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    configuration: Gives what run.json and config.gin say that was configured;
+      of a process that trains several runs at once, that of this one.
     evaluated: Called with the group, the step and the variables, on a device,
       after each evaluation; they are intact until the group's next update.
   """
@@ -60,7 +62,13 @@ class Job:
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
   arm: str = ''
   shared_stream: Stream | None = None
+  configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
+
+  @property
+  def directory(self) -> str:
+    """The directory of the group."""
+    return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
 
   @property
   def identity(self) -> dict[str, str]:
@@ -97,7 +105,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
-      'configuration': gin_utils.configuration(),
+      'configuration': job.configuration().bindings,
   }
 
 
@@ -152,8 +160,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   check_workdir(job, state)
   config = run_directory.config_path(job.workdir)
   if not config.exists():
-    text = gin_utils.operative_configuration()
-    files.write_bytes(config, text.encode())
+    files.write_bytes(config, job.configuration().operative.encode())
 
 
 def _check_same_run(workdir: str, before: dict, now: dict) -> None:

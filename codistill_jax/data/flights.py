@@ -22,13 +22,14 @@ Shape suffixes: N flights, I dense columns, K categorical columns.
 """
 
 import functools
+import hashlib
 import importlib.util
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import click_features
+from codistill_jax.data import criteo
 
 # Known only when the flight has left or landed.
 LEAKS = ('dep_time', 'dep_delay', 'arr_time', 'arr_delay', 'air_time')
@@ -66,7 +67,7 @@ class Flights(NamedTuple):
   """All usable flights, in the package's order.
 
   Attributes:
-    categories_NK: Raw categories, uint32; see `click_features`.
+    categories_NK: Raw categories, uint32; see `clicks`.
     dense_NI: float64; NaN where a value is missing.
     labels_N: int32.
   """
@@ -155,9 +156,15 @@ def _raw(column) -> np.ndarray:
   import pandas as pd
 
   codes, values = pd.factorize(column)
-  raw = [click_features.value_of_text(str(value)) for value in values]
+  raw = [value_of_text(str(value)) for value in values]
   # Code -1, the last, is a missing value.
-  return np.asarray([*raw, click_features.MISSING], np.uint32)[codes]
+  return np.asarray([*raw, criteo.MISSING], np.uint32)[codes]
+
+
+def value_of_text(text: str) -> int:
+  """Returns a raw category of a string, never `criteo.MISSING`."""
+  digest = hashlib.blake2b(text.encode('utf-8'), digest_size=4).digest()
+  return int.from_bytes(digest, 'big') or 1
 
 
 class Scaling(NamedTuple):

@@ -34,7 +34,7 @@ Read = Callable[[np.ndarray], base.Batch]  # Of `examples.Split`.
 
 
 class Encoder(NamedTuple):
-  """How the K categorical columns become ids.
+  """An encoder of the K categorical columns as ids.
 
   Attributes:
     encode: uint32 (B, K) -> int32 (B, K), each id below its table's size.
@@ -58,7 +58,7 @@ def flights_task(
     test_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> base.Task:
-  """The task of telling late flights from others; see `flights`.
+  """Returns the task of telling late flights from others; see `flights`.
 
   327,346 flights, of which 32,734 each, chosen at random by `split_seed` alone,
   are the validation and the test split: a seed of the order moves none of them.
@@ -120,7 +120,7 @@ def criteo_task(
     seed: int = 0,
     max_eval_examples: int | None = None,
 ) -> base.Task:
-  """The task of Criteo's click logs; see `criteo` for the columns.
+  """Returns the task of Criteo's click logs; see `criteo` for the columns.
 
   Rows stay on disk, memory-mapped, and are taken from anywhere in it: that is
   fast where the files fit into the memory that the system spares for them (7.3
@@ -191,7 +191,7 @@ def read_mapped(data: click_shards.RowData, encoder: Encoder) -> Read:
 
 
 def split_sizes(size: int, validation: float, test: float) -> list[int]:
-  """Examples of the training, validation and test split.
+  """Returns the sizes of the training, validation and test split.
 
   Raises:
     ValueError: If a fraction is out of range or a needed split is empty.
@@ -296,7 +296,7 @@ def make_encoder(
     min_count: int,
     counts: Callable[[int], Counts],
 ) -> Encoder:
-  """The encoder of a task.
+  """Returns the encoder of a task.
 
   Args:
     categories: 'hash' or 'vocabulary'.
@@ -325,7 +325,7 @@ def make_encoder(
 
 
 def hashed(buckets: Sequence[int], num_columns: int) -> Encoder:
-  """Ids by hashing: column k has 1 + buckets[k] of them."""
+  """Returns an encoder by hashing: column k has 1 + buckets[k] ids."""
   buckets = list(buckets)
   if len(buckets) != num_columns or any(
       type(n) is not int or not 0 < n < 2**31 for n in buckets
@@ -350,7 +350,7 @@ def hashed(buckets: Sequence[int], num_columns: int) -> Encoder:
 
 
 def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
-  """Ids of the values that are frequent enough: column k has 2 + those.
+  """Returns an encoder of frequent values: column k has 2 + those.
 
   Frequent values have ids in their own order.
   """
@@ -382,7 +382,7 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
 def _dictionary(
     keys: np.ndarray, ids: np.ndarray, default: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """A look-up of many keys (uint64) at once, twice as fast as bisection.
+  """Returns a look-up of many keys (uint64), twice as fast as bisection.
 
   A hash table of one or two slots per key; keys of one slot lie side by side.
   """
@@ -411,7 +411,7 @@ def _dictionary(
 
 
 def log_integers(integers_BI: np.ndarray) -> np.ndarray:
-  """sign(x) log(1 + |x|) of integers, and which are missing: float32 (B, 2I).
+  """Returns sign(x) log(1 + |x|), and which are missing: float32 (B, 2I).
 
   Counts range over five decades and more; the logarithm is what most work on
   Criteo uses. A missing integer (`criteo.MISSING_INTEGER`) is 0, the value of a

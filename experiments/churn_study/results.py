@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax import churn
+from codistill_jax import statistics
 from codistill_jax.storage import files
 from experiments.churn_study import run_files
 from experiments.churn_study.figures import Row, summarise
@@ -135,7 +135,7 @@ def load_arms(
   count = len(singles) // size
   arms = {
       SINGLE: singles[:count],
-      ENSEMBLE: churn.ensembles(singles[: count * size], size),
+      ENSEMBLE: statistics.ensembles(singles[: count * size], size),
   }
   weighted = [a for a in retrains if run_files.weight_of(a) is not None]
   others = sorted(

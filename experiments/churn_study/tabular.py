@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from codistill_jax.intervals import Figure
+from codistill_jax.statistics import Estimate
 from experiments.churn_study.figures import TITLES, Row
 
 _DIGITS = {'relative': 3}
@@ -26,7 +26,7 @@ def number(key: str, value: float) -> str:
   return f'{value:.{_DIGITS.get(key, 4)}f}'
 
 
-def spread(key: str, figure: Figure | None) -> str:
+def spread(key: str, figure: Estimate | None) -> str:
   """`0.4480 ± 0.0001`, the convention of the paper."""
   if figure is None:
     return '-'
@@ -35,7 +35,7 @@ def spread(key: str, figure: Figure | None) -> str:
   return f'{number(key, figure.mean)} ± {number(key, figure.half_range)}'
 
 
-def interval(key: str, figure: Figure | None) -> str:
+def interval(key: str, figure: Estimate | None) -> str:
   """`0.4480 [0.4478, 0.4482]`."""
   if figure is None:
     return '-'
@@ -45,7 +45,7 @@ def interval(key: str, figure: Figure | None) -> str:
   return f'{mean} [{number(key, figure.low)}, {number(key, figure.high)}]'
 
 
-def percent(figure: Figure | None) -> str:
+def percent(figure: Estimate | None) -> str:
   """`-38 % [-41, -35]`."""
   if figure is None or not math.isfinite(figure.mean):
     return '-'

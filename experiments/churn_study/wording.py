@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from codistill_jax import intervals
+from codistill_jax import statistics
 from experiments.churn_study import run_files, tabular
 from experiments.churn_study.figures import Row
 from experiments.churn_study.results import ENSEMBLE, Repeat, Study
@@ -60,7 +60,7 @@ def _difference(row: Row, other: Row) -> str:
   ours, theirs = (np.array(r.figures['log_loss'].values) for r in (row, other))
   if len(ours) != len(theirs):
     return 'arms of different size'
-  figure = intervals.over_retrains(ours - theirs)
+  figure = statistics.mean_over_retrains(ours - theirs)
   said = tabular.interval('log_loss', figure)
   return f'difference {said.replace(" [-]", "")}'
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax import intervals
-from codistill_jax.intervals import Figure
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
 from experiments.studies import curves
 from experiments.studies.curves import Band, diverged_at, smooth
 from experiments.studies.declaration import MEASURES, Study
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
   """
 
   outcomes: tuple[Outcome, ...]
-  figure: Figure | None
+  figure: Estimate | None
 
   def count(self, state: str) -> int:
     """How many seeds are in a state."""
@@ -91,7 +91,7 @@ class Effect(NamedTuple):
   ratio: bool
   ours: tuple[Outcome, ...]
   theirs: tuple[Outcome, ...]
-  figure: Figure | None
+  figure: Estimate | None
   mean: float = float('nan')
   baseline: float = float('nan')
   resolution: float = float('nan')
@@ -283,14 +283,14 @@ def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
   return Effect(ratio, *sides, figure, *values.mean(0).tolist(), resolution)
 
 
-def _ratio(values: np.ndarray) -> Figure | None:
+def _ratio(values: np.ndarray) -> Estimate | None:
   if (values <= 0).any():
     return None  # Reached before the first update: no ratio.
   # On logarithms, so that a against b is one over b against a.
   logs = np.log(values[:, 0]) - np.log(values[:, 1])
   found = _over_seeds(tuple(logs))
   ratios = np.exp(logs)
-  return Figure(
+  return Estimate(
       mean=float(np.exp(found.mean)),
       half_range=float(np.ptp(ratios) / 2),
       low=float(np.exp(found.low)),
@@ -299,13 +299,13 @@ def _ratio(values: np.ndarray) -> Figure | None:
   )
 
 
-def _difference(values: np.ndarray) -> Figure:
+def _difference(values: np.ndarray) -> Estimate:
   return _over_seeds(tuple(values[:, 0] - values[:, 1]))
 
 
 @functools.lru_cache(maxsize=4096)  # Tables and plots ask for the same.
-def _over_seeds(values: tuple[float, ...]) -> Figure:
-  return intervals.over_retrains(np.array(values))
+def _over_seeds(values: tuple[float, ...]) -> Estimate:
+  return statistics.mean_over_retrains(np.array(values))
 
 
 def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:

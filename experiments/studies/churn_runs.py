@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from codistill_jax import intervals
+from codistill_jax import statistics
 from codistill_jax.storage import files
 from experiments import cli, devices, tables
 from experiments.churn_study import (
@@ -122,9 +122,9 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
   """Churn as a ratio, over pairs of retrains; log loss as a difference."""
   retrains = min(ours.retrains, theirs.retrains)  # In order: the first ones.
   if comparison.measure == 'churn':
-    change = intervals.change_of_churn(
+    change = statistics.change_of_churn(
         *(
-            _matrix(row.figures['churn'].values, row.retrains)
+            statistics.symmetric(row.figures['churn'].values, row.retrains)
             for row in (ours, theirs)
         )
     )
@@ -151,14 +151,7 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
       False,
       (),
       (),
-      intervals.over_retrains(losses[0] - losses[1]),
+      statistics.mean_over_retrains(losses[0] - losses[1]),
       losses[0].mean(),
       losses[1].mean(),
   )
-
-
-def _matrix(values: Sequence[float], retrains: int) -> np.ndarray:
-  """Of pairs a < b, in order, as a symmetric matrix."""
-  found = np.zeros((retrains, retrains))
-  found[np.triu_indices(retrains, 1)] = values
-  return found + found.T

@@ -2,7 +2,7 @@
 
 import math
 
-from codistill_jax.intervals import Figure
+from codistill_jax.statistics import Estimate
 from experiments.studies import analysis
 from experiments.studies.analysis import Cell
 
@@ -28,7 +28,7 @@ def number(measure: str, value: float) -> str:
   return f'{value:.2%}' if measure == analysis.ACCURACY else f'{value:.4f}'
 
 
-def figure(measure: str, found: Figure, interval: bool = True) -> str:
+def figure(measure: str, found: Estimate, interval: bool = True) -> str:
   """`1,234 ± 56 [1,100, 1,400]`."""
   text = number(measure, found.mean)
   if len(found.values) > 1:
@@ -39,7 +39,7 @@ def figure(measure: str, found: Figure, interval: bool = True) -> str:
   return text
 
 
-def ratio(found: Figure) -> str:
+def ratio(found: Estimate) -> str:
   """`0.83 [0.78, 0.88]`."""
   if math.isnan(found.low):
     return f'{found.mean:.3g}'

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from codistill_jax.intervals import Figure
+from codistill_jax.statistics import Estimate
 from experiments.studies import analysis, curves
 from experiments.studies.analysis import ALL_MEASURES, Analysis, Effect
 from experiments.studies.declaration import Arm, Comparison, Study
@@ -104,7 +104,7 @@ def _said(
   return f'a difference{points} of {text} ({seeds})'
 
 
-def _times(found: Figure) -> str:
+def _times(found: Estimate) -> str:
   text = f'a ratio of {ratio(found)}'
   if found.mean < 0.995:
     return f'{text}, {1 / found.mean:.2f} times less'

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import joint, run_directory
+from codistill_jax import one_program, run_directory
 from codistill_jax.base import Model, Stream, Variables
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.fixed_teachers import FixedTeachers
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.exchange.protocol import Exchange
-from codistill_jax.predictions import bytes_per_example, mixing_matrix
+from codistill_jax.peer_predictions import bytes_per_example, mixing_matrix
 from codistill_jax.replicas import PmapStep
 from codistill_jax.storage.checkpoint import Checkpoints
 from experiments import cli, devices, driver
@@ -25,7 +25,7 @@ def train_steps_of(
     model: Model,
     num_groups: int,
     num_replicas: int,
-) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
+) -> tuple[Sequence[PmapStep | one_program.Seat], Stream | None]:
   """What updates each group; and the stream of all, if they update together."""
   chosen = devices.chosen_devices(num_replicas)
   if experiment.exchange != 'predictions':
@@ -47,11 +47,11 @@ def train_steps_of(
   peers = [
       plan.peers_of(group_id, num_groups) for group_id in range(num_groups)
   ]
-  update = joint.JointUpdate(
+  update = one_program.JointUpdate(
       population, mixing_matrix(peers), experiment.prediction_top_k
   )
   stream = experiment_lib.train_stream(experiment, 0, num_groups)
-  return update.seats, joint.SharedStream(stream)
+  return update.seats, one_program.SharedStream(stream)
 
 
 def exchanges_of(

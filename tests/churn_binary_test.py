@@ -18,7 +18,7 @@ from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files, locks
 from experiments import churn, driver
 from experiments.churn_study import results, run_files, training, worker
-from experiments.churn_study.figures import Row
+from experiments.churn_study.results import Row
 from experiments.job import Job
 
 TESTS = pathlib.Path(__file__).parent

@@ -112,7 +112,9 @@ def _maximum_of_log_normal(median: float, p99: float, workers: int) -> float:
   weighed = lambda z: exceeded(z) * sigma * np.exp(sigma * z)
   # Below, all workers are slower; beyond, the tail weighs nothing.
   low, high = special.ndtri(1e-18 ** (1 / workers)), 12.0 + sigma
-  rest, _ = integrate.quad(weighed, low, high, epsabs=0, epsrel=1e-10, limit=200)
+  rest, _ = integrate.quad(
+      weighed, low, high, epsabs=0, epsrel=1e-10, limit=200
+  )
   return float(median * (math.exp(sigma * low) + rest))
 
 
@@ -212,6 +214,11 @@ class Crossover(NamedTuple):
   one_K: tuple[float, ...]
   two_K: tuple[float, ...]
   first: int | None
+
+  @property
+  def gain(self) -> float:
+    """Time of one group over that of two, at the largest W."""
+    return self.one_K[-1] / self.two_K[-1]
 
 
 def crossover(

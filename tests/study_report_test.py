@@ -1,6 +1,7 @@
 """Tests of studies/study_page: what is written of a study, and what it says."""
 
 import csv
+import html
 import os
 import subprocess
 import textwrap
@@ -107,7 +108,7 @@ def test_the_batch_of_each_group_is_in_the_table(written):
 
 def test_the_summary_says_what_the_page_says(written):
   output, summary, study, _ = written
-  page = (output / 'page.html').read_text().replace('&#x27;', "'")
+  page = html.unescape((output / 'page.html').read_text())
   words = [v.words for v in summary.verdicts]
   assert words[:3] == [verdicts.AS, verdicts.OPPOSITE, verdicts.AS]
   assert words[3].startswith('cannot be said (no seed')
@@ -281,7 +282,7 @@ def test_the_page_says_where_a_second_group_pays(tmp_path):
   assert (tmp_path / 'against_x.png').read_bytes().startswith(PNG)
 
 
-def wall_time(study, runs, assumed=None):
+def said_of_wall_time(study, runs, assumed=None):
   """Sentences and plots of the view."""
   found = analysis.analyse(study, runs)
   blocks = study_page.wall_time_blocks(
@@ -297,19 +298,19 @@ def test_a_second_group_that_costs_too_much_never_pays():
       r._replace(flops_N=9 * r.flops_N) if 'two' in r.arm else r for r in runs
   ]
   assumed = Latency(LogNormal(1.0, 1.0), alpha=0.0, model_time=0.0)
-  text, plots = wall_time(study, runs, assumed)
+  text, plots = said_of_wall_time(study, runs, assumed)
   assert 'two groups of W never stay ahead' in text and len(plots) == 1
 
 
 def test_too_few_points_give_a_sentence_instead_of_a_plot():
   study, runs = scaling()
   runs = [r for r in runs if r.arm not in ('one_8', 'one_16')]
-  text, plots = wall_time(study, runs)
+  text, plots = said_of_wall_time(study, runs)
   assert 'No wall time' in text and not plots
 
 
 def test_without_two_groups_there_is_no_crossover():
-  text, plots = wall_time(*scaling(both=()))
+  text, plots = said_of_wall_time(*scaling(both=()))
   assert 'there is no crossover to compute' in text and len(plots) == 1
 
 

@@ -30,7 +30,7 @@ from codistill_jax.exchange.checkpoint_exchange import (
 )
 from codistill_jax.exchange.protocol import Exchange, peers_of
 from codistill_jax.storage import trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, companions, devices, driver, lockstep
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest

@@ -56,9 +56,9 @@ DEFINITIONS = (
     'Relative difference: 2 |p - q| / (p + q), of the positive class, or of the'
     ' label for more than two classes. Disagreement: the share of examples'
     ' whose most probable classes differ.',
-    'Intervals are for the mean over retrains of the same kind, with the'
-    " quantile of Student's t. The standard error of a mean over pairs is that"
-    ' of a bootstrap that resamples retrains, not pairs; seeded.',
+    'Intervals are for the mean over retrains of the same kind: the standard'
+    ' error of a bootstrap that resamples retrains, not pairs, with the'
+    " quantile of Student's t; seeded.",
 )
 
 

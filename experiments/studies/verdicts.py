@@ -45,7 +45,8 @@ RULES = (
     ' at least three seeds one arm reaches the target and the other does not,'
     ' though it went on for as long, the direction is known without a ratio;'
     ' and so it is if all seeds of one arm diverged and none of the other.',
-    "Intervals are for the mean over seeds, by Student's t. Three seeds know"
+    'Intervals are for the mean over seeds: the standard error of a bootstrap'
+    " of seeds, with the quantile of Student's t; seeded. Three seeds know"
     ' their own spread badly, so their intervals are wide.',
 )
 

@@ -14,7 +14,7 @@ from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.exchange.protocol import Exchange
 from codistill_jax.peer_predictions import bytes_per_example, mixing_matrix
 from codistill_jax.replicas import PmapStep
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, devices, driver
 from experiments.job import Job
 from experiments.stopping import StopRequest
@@ -139,7 +139,9 @@ def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
 def keep_common_checkpoints(jobs: Sequence[Job]) -> None:
   """All groups restart at one step: the newest that all of them have."""
   stores = [
-      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      ResumeCheckpoints(
+          run_directory.checkpoints_dir(job.workdir, job.group_id)
+      )
       for job in jobs
   ]
   steps = [set(store.steps()) for store in stores]

@@ -340,7 +340,7 @@ def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
 
 @contextlib.contextmanager
 def _verified_arrays(path: epath.Path, record: Record) -> Iterator[epath.Path]:
-  """Gives a local directory with the files of the record, as it says they are."""
+  """Gives a local directory with the files of the record, each verified."""
   with contextlib.ExitStack() as stack:
     arrays, into = path / _ARRAYS, None
     if is_remote(path):
@@ -682,9 +682,9 @@ def _refusal_of(error: BaseException, said: str) -> OSError | None:
 
 
 # Where one array of several cannot be read or written, orbax logs the traceback
-# in each of its threads, then raises; it closes its event loop while the work on
-# the other arrays still reports to it, which prints 'Event loop is closed'; and
-# it leaves tasks behind that failed as well, of which asyncio complains
+# in each of its threads, then raises; it closes its event loop while the work
+# on the other arrays still reports to it, which prints 'Event loop is closed';
+# and it leaves tasks behind that failed as well, of which asyncio complains
 # (2026-11, orbax 0.12). On a full disk that is a hundred lines at every try.
 
 

@@ -1,9 +1,9 @@
-"""Small files on any backend of `etils.epath`, with the errors of a file system.
+"""Small files on any backend of `etils.epath`, as on a file system.
 
 A file is replaced as a whole. A bucket has no directories, cannot rename, and
 its clients raise errors of their own and remember listings: here a missing file
-is a FileNotFoundError, whatever else a backend refuses is an OSError, and a look
-is a look.
+is a FileNotFoundError, whatever else a backend refuses is an OSError, and a
+look is a look.
 """
 
 import contextlib

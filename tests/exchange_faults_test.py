@@ -118,7 +118,7 @@ def test_an_error_while_pruning_does_not_end_training_and_is_said(
   exchange = join(mode=mode, keep=1, troubles=troubles)
   with monkeypatch.context() as patch:
     pruning = types.SimpleNamespace(**vars(checkpoints) | {broken: refuse})
-    patch.setattr(publisher, 'trees', pruning)
+    patch.setattr(publisher, 'checkpoints', pruning)
     publish_one_by_one(exchange, 10, 20, 30)
     (trouble,) = troubles.now
     assert trouble.doing == 'deleting old publications'

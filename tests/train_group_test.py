@@ -385,11 +385,11 @@ def wrong(launch, reference, finished, tmp_path_factory):
         ('other_groups', ['num_groups=2', 'num_groups=3', '--workdir']),
         ('torn_run', ['run.json']),
         ('other_data', ['resume checkpoint', 'tokenizer=', 'another workdir']),
-        ('peer_data', ['group 1 trains with tokenizer=', 'this group with']),
+        ('peer_data', ['of group 1 has tokenizer=', 'this run has']),
         (
             'peer_model',
             [
-                'group 1 trains another architecture',
+                'of group 1 is of another configuration',
                 'params/head_kernel float32[8, 30] there',
                 'params/head_kernel float32[12, 30] here',
             ],

@@ -390,8 +390,8 @@ def wrong(launch, reference, finished, tmp_path_factory):
             'peer_model',
             [
                 'of group 1 is of another configuration',
-                'params/head_kernel float32[8, 30] there',
-                'params/head_kernel float32[12, 30] here',
+                'params/head_kernel float32[8, 30] where',
+                'params/head_kernel float32[12, 30];',
             ],
         ),
         ('lonely', ['group 1 has not published', '0.1 s']),

@@ -22,8 +22,8 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
 from codistill_jax.base import Model, TrainState, Variables
 from codistill_jax.exchange import publications
-from codistill_jax.storage import files, trees
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage import checkpoints, files
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
 from experiments.reports import pages
 from experiments.stopping import Rescue, StopRequest
@@ -152,11 +152,11 @@ def load(
 ) -> tuple[int, Variables]:
   """Reads the step and variables of one checkpoint or publication."""
   if source == PUBLICATIONS:
-    root = trees.absolute(run_directory.exchange_root(run.workdir))
+    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)
-    steps = trees.completed_steps(directory)
+    steps = checkpoints.completed_steps(directory)
   wanted = max(steps, default=None) if step is None else step
   if wanted not in steps:
     raise FileNotFoundError(
@@ -174,8 +174,8 @@ def load(
         dtype='float32',
     )
     return wanted, variables
-  checkpoints = Checkpoints(directory, identity=run.experiment.task.identity)
-  return wanted, checkpoints.read(wanted, like).state.variables
+  resume = ResumeCheckpoints(directory, identity=run.experiment.task.identity)
+  return wanted, resume.read(wanted, like).state.variables
 
 
 def _like(run: Run, group_id: int) -> TrainState:

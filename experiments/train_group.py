@@ -25,7 +25,7 @@ from codistill_jax.exchange.checkpoint_exchange import (
     Waiting,
 )
 from codistill_jax.exchange.protocol import Exchange, peers_of
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import cli
 from experiments.running import devices, driver, lockstep
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
       train_step=experiment_lib.make_replicated_step(
           experiment, model, devices.chosen_devices(_REPLICAS.value)
       ),
-      workdir=os.fspath(trees.absolute(_WORKDIR.value)),
+      workdir=os.fspath(checkpoints.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),

@@ -18,7 +18,7 @@ from absl import flags
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.exchange.protocol import peers_of
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import cli
 from experiments.running import devices, driver, lockstep
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.fspath(trees.absolute(_WORKDIR.value))
+  workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
   stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
   latch = lockstep.Latch(stop)
   gin_utils.parse_flags()

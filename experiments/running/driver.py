@@ -30,7 +30,7 @@ from codistill_jax.experiment import first_row, num_teachers, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import DEFAULT_PATIENCE
-from codistill_jax.storage.checkpoint import Checkpoints, Resume
+from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import cli
 from experiments.cli import Stopped
 from experiments.running.job import Job, claim_workdir
@@ -118,7 +118,7 @@ def train(
       lease.check()
       exchange.settle(step)
 
-    checkpoints = Checkpoints(
+    checkpoints = ResumeCheckpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
         troubles=job.troubles,
@@ -212,7 +212,11 @@ class _Keeper:
   """Sees to it that no update is lost when the process is asked to leave."""
 
   def __init__(
-      self, job: Job, checkpoints: Checkpoints, exchange: Exchange, start: int
+      self,
+      job: Job,
+      checkpoints: ResumeCheckpoints,
+      exchange: Exchange,
+      start: int,
   ):
     """Keeps nothing yet.
 
@@ -378,7 +382,7 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
 
 
 def _restore(
-    job: Job, checkpoints: Checkpoints, like: TrainState
+    job: Job, checkpoints: ResumeCheckpoints, like: TrainState
 ) -> Resume | None:
   """Reads the newest sound checkpoint: the primary's choice everywhere."""
   resume = checkpoints.restore(like) if job.agreement.is_primary else None

@@ -55,7 +55,7 @@ def _together(case: Any) -> Callable[[], Any]:
 
   from benchmarks import cases
   from codistill_jax import base, population
-  from codistill_jax.exchange.protocol import Plan
+  from codistill_jax.exchange.plan import Plan
   from experiments.studies.population_exchange import StackedExchange
 
   members = _SEEDS * _GROUPS

@@ -24,9 +24,7 @@ from codistill_jax import (
 )
 from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
 from codistill_jax.baselines.method import Method, SynchronousSgd
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.protocol import Plan
-from codistill_jax.exchange.topology import Topology
+from codistill_jax.exchange import Checkpoints, Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,31 +53,9 @@ class Experiment:
       (gradient accumulation); see `parts`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
-    exchange: What groups give each other: 'checkpoints', parameters now and
-      then; or 'predictions' of the same batch in every step, which needs all
-      groups in one program (`train_lockstep`) and no second forward pass.
-      'fixed': nothing; all learn from the groups of runs that have ended.
-    teacher_runs: With 'fixed': the run directories; every group in them is a
-      teacher.
-    teacher_step: With 'fixed': of which step; None for the newest resume
-      checkpoint of each.
-    prediction_top_k: With 'predictions': classes sent of each, and one number
-      for the rest; None sends all.
-    exchange_every: Steps between exchanges (of checkpoints).
-    exchange_mode: 'freshest' or 'lockstep'.
-    staleness: In lockstep, age of a publication when it comes into use.
-    publish_dtype: 'float32' or 'bfloat16'.
-    teacher_dtype: 'float32' or 'bfloat16': how teachers are held. In bfloat16
-      they are computed in it too, if `model` takes a `dtype`.
-    max_staleness_steps: In freshest, the age beyond which a teacher is not
-      used; None for any age.
-    staleness_policy: What happens then: 'drop' the peer from the mean, 'wait'
-      for it, or 'fail'.
-    topology: Who learns from whom: 'all', 'ring', 'random-<k>' or a list with
-      the peers of each group; see `topology`.
-    topology_seed: Of a random topology.
-    exchange_timeout_seconds: How long a peer is waited for, in lockstep and by
-      the policy 'wait'; and how long a publication that a peer reads is kept.
+    exchange: What groups give each other: `Checkpoints`, their parameters now
+      and then; `Predictions` of the same batch in every step; `FixedTeachers`,
+      nothing, all learn from runs that have ended. See `exchange.kinds`.
     log_every: Steps between records of training metrics.
     eval_every: Steps between validation passes; there is one at the end too.
     eval_batch: Rows of a validation batch.
@@ -103,20 +79,7 @@ class Experiment:
   simulated_replicas: int = 1
   seed: int = 0
   data_seed: int | None = None
-  exchange: str = 'checkpoints'
-  teacher_runs: Sequence[str] = ()
-  teacher_step: int | None = None
-  prediction_top_k: int | None = None
-  exchange_every: int = 50
-  exchange_mode: str = 'freshest'
-  staleness: int = 0
-  publish_dtype: str = 'float32'
-  teacher_dtype: str = 'float32'
-  max_staleness_steps: int | None = None
-  staleness_policy: str = 'drop'
-  topology: Topology = 'all'
-  topology_seed: int = 0
-  exchange_timeout_seconds: float = 600.0
+  exchange: Kind = dataclasses.field(default_factory=Checkpoints)
   log_every: int = 20
   eval_every: int = 200
   eval_batch: int = 128
@@ -133,34 +96,17 @@ class Experiment:
         losses.distill_loss(self.distill_loss, self.task.output),
     )
 
-  @property
-  def plan(self) -> Plan:
-    """When to exchange what."""
-    return Plan(
-        every=self.exchange_every,
-        mode=self.exchange_mode,
-        staleness=self.staleness,
-        publish_dtype=self.publish_dtype,
-        teacher_dtype=self.teacher_dtype,
-        max_staleness_steps=self.max_staleness_steps,
-        staleness_policy=self.staleness_policy,
-        topology=self.topology,
-        topology_seed=self.topology_seed,
-    )
-
 
 def method_of(experiment: Experiment) -> Method:
   """How a group updates."""
   return experiment.method or SynchronousSgd()
 
 
-def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
-  """P, the models that a group runs beside its own."""
-  if experiment.exchange == 'predictions':
-    return 0  # The peers run themselves.
-  if experiment.exchange == 'fixed':
-    return len(teacher_sources(experiment))
-  return len(experiment.plan.peers_of(group_id, num_groups))
+def in_lockstep(experiment: Experiment) -> Experiment:
+  """Returns the experiment as a function of its seeds alone."""
+  return dataclasses.replace(
+      experiment, exchange=experiment.exchange.in_lockstep()
+  )
 
 
 def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
@@ -172,19 +118,6 @@ def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
     method_of(experiment).check(rows, num_replicas)
 
 
-def teacher_sources(
-    experiment: Experiment,
-) -> tuple[fixed_teachers.Source, ...]:
-  """What the teachers are made of, with Experiment.exchange='fixed'.
-
-  Raises:
-    ValueError: If a teacher run is not there or has not ended.
-  """
-  if experiment.exchange != 'fixed':
-    return ()
-  return fixed_teachers.find(experiment.teacher_runs, experiment.teacher_step)
-
-
 def make_model(experiment: Experiment) -> Model:
   """The model of every group."""
   task = experiment.task
@@ -194,12 +127,11 @@ def make_model(experiment: Experiment) -> Model:
 def make_teacher_model(experiment: Experiment) -> Model | None:
   """The model in the dtype of the teachers; None if that is no cheaper."""
   takes = inspect.signature(experiment.model).parameters
-  if experiment.teacher_dtype == 'float32' or 'dtype' not in takes:
+  dtype = experiment.exchange.teacher_dtype
+  if dtype == 'float32' or 'dtype' not in takes:
     return None
   task = experiment.task
-  return experiment.model(
-      task.num_classes, dtype=experiment.teacher_dtype, **task.model_arguments
-  )
+  return experiment.model(task.num_classes, dtype=dtype, **task.model_arguments)
 
 
 def train_stream(

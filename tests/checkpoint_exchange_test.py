@@ -26,7 +26,7 @@ from codistill_jax.exchange import (
 )
 from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
 from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.protocol import Interrupted, Plan, StaleError
+from codistill_jax.exchange.plan import Interrupted, Plan, StaleError
 from codistill_jax.exchange.publications import MismatchError, Publication
 from codistill_jax.storage import leases, trees
 

@@ -10,8 +10,8 @@ import toy
 from codistill_jax import joint, population, predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS
-from codistill_jax.exchange.prediction_exchange import PredictionExchange
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.kinds import PredictionExchange
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.group import run_group
 
 MODEL, TX = toy.RECURRENT, toy.ADAM

@@ -16,10 +16,14 @@ import toy
 from codistill_jax import base, evaluate
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fixed_teachers import FixedTeachers
+from codistill_jax.exchange import (
+    Checkpoints,
+    FixedTeachers,
+    Predictions,
+    fixed_teachers,
+)
 from codistill_jax.exchange.memory_exchange import memory_exchanges
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from experiments.studies import population
@@ -61,7 +65,7 @@ def experiment_of(model=toy.TWO_LAYERS, **kwargs):
           'num_steps': STEPS,
           'group_batch': 8,
           'seed': 1,
-          'exchange_every': 2,
+          'exchange': Checkpoints(2),
           'log_every': LOG,
           'eval_every': EVAL,
           'eval_batch': 4,
@@ -101,14 +105,14 @@ def in_turn(experiment, num_groups=2, exchanges_of=None):
   )
   for seed in SEEDS:
     run = dataclasses.replace(
-        experiment,
-        exchange_mode='lockstep',
+        experiment_lib.in_lockstep(experiment),
         seed=experiment.seed + seed,
         data_seed=experiment.seed + seed,
     )
     groups = []
-    exchanges = memory_exchanges(num_groups, plan=run.plan)
-    if exchanges_of is not None:
+    if exchanges_of is None:
+      exchanges = memory_exchanges(num_groups, plan=run.exchange)
+    else:
       exchanges = exchanges_of(seed)
     for g, exchange in enumerate(exchanges):
       stream = experiment_lib.train_stream(run, g, num_groups)
@@ -152,18 +156,14 @@ CASES = {
     'stale, halved': (
         toy.TWO_LAYERS,
         2,
-        {
-            'exchange_mode': 'lockstep',
-            'staleness': 4,
-            'publish_dtype': 'bfloat16',
-        },
+        {'exchange': Checkpoints(2, 'lockstep', 4, 'bfloat16')},
     ),
-    'ring': (toy.TWO_LAYERS, 3, {'topology': 'ring'}),
+    'ring': (toy.TWO_LAYERS, 3, {'exchange': Checkpoints(2, topology='ring')}),
     'asynchronous': (toy.TWO_LAYERS, 2, {'method': AsynchronousSgd(workers=2)}),
     'recurrent': (
         toy.RECURRENT,
         2,
-        {'exchange_mode': 'lockstep', 'staleness': 2},
+        {'exchange': Checkpoints(2, 'lockstep', 2)},
     ),
 }
 
@@ -231,7 +231,7 @@ def test_an_evaluation_is_that_of_each_model_and_of_its_ensemble():
 
 def test_it_compiles_the_step_twice_and_all_else_once():
   plain()  # What jax itself compiles, for small things, and the start.
-  stale = experiment_of(staleness=4, exchange_mode='lockstep')
+  stale = experiment_of(exchange=Checkpoints(2, 'lockstep', 4))
   with toy.compilations() as names:
     # Not where another test might have compiled some of it.
     together(stale, devices=jax.devices()[3:])
@@ -291,10 +291,11 @@ def test_students_of_each_seed_learn_from_the_fixed_teachers_of_theirs(
   ]
   toy.assert_same(loaded, expected)
   experiment = experiment_of(
-      model, exchange='fixed', teacher_runs=[str(tmp_path / '0')]
+      model, exchange=FixedTeachers([str(tmp_path / '0')])
   )
   exchanges = {
-      seed: FixedTeachers(sources, one) for seed, one in zip(SEEDS, loaded)
+      seed: fixed_teachers.FixedExchange(sources, one)
+      for seed, one in zip(SEEDS, loaded)
   }
   learnt, metrics = in_turn(experiment, 1, lambda seed: [exchanges[seed]])
   outcome, records = together(experiment, 1, teachers=loaded)
@@ -379,10 +380,14 @@ def test_groups_that_need_no_exchange_make_none():
 @pytest.mark.parametrize(
     'settings, num_groups, message',
     [
-        ({'topology': [[1], [0, 2], [0]]}, 3, 'they have 1 and 2; train them'),
-        ({'exchange': 'predictions'}, 2, "exchange is 'predictions'; train"),
         (
-            {'exchange': 'fixed', 'teacher_runs': ['x']},
+            {'exchange': Checkpoints(topology=[[1], [0, 2], [0]])},
+            3,
+            'they have 1 and 2; train them',
+        ),
+        ({'exchange': Predictions()}, 2, 'exchange is Predictions.*; train'),
+        (
+            {'exchange': FixedTeachers(['x'])},
             2,
             'and 2 seeds a population has 2 teachers=, not 0',
         ),

@@ -17,7 +17,7 @@ import numpy as np
 
 from codistill_jax.base import Agreement
 from codistill_jax.exchange.fetcher import Fetcher
-from codistill_jax.exchange.protocol import Interrupted, Plan
+from codistill_jax.exchange.plan import Interrupted, Plan
 from codistill_jax.exchange.teaching import Slot, Swap, Teaching
 from codistill_jax.storage.background import Turns, Worker
 

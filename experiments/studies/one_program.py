@@ -11,7 +11,7 @@ from typing import Any
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory, writers
 from codistill_jax.base import Model
-from codistill_jax.exchange import fixed_teachers
+from codistill_jax.exchange import Checkpoints, fixed_teachers
 from codistill_jax.storage import files
 from experiments import claims, cli, devices, driver
 from experiments.job import Job
@@ -32,10 +32,10 @@ def possible(configurations: Configurations, run: PlannedRun) -> bool:
   arm = configurations.plan.arm(run.arm)
   experiment = configurations.configure(run)
   peers = {
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
   }
-  return experiment.exchange == 'checkpoints' and len(peers) == 1
+  return isinstance(experiment.exchange, Checkpoints) and len(peers) == 1
 
 
 def train(

@@ -20,6 +20,7 @@ import numpy as np
 from codistill_jax import base, evaluate, group
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Model, Stream, Teachers, TrainState, Variables
+from codistill_jax.exchange import Checkpoints, FixedTeachers
 from codistill_jax.experiment import Experiment
 from codistill_jax.population import Population
 from experiments.studies.population_exchange import (
@@ -84,7 +85,7 @@ def train_population(
       device by all members on it.
     should_stop: Asked before every update and batch of an evaluation; what is
       trained so far cannot be taken up again.
-    teachers: With Experiment.exchange='fixed': those of each seed, from
+    teachers: With `exchange.FixedTeachers`: those of each seed, from
       `fixed_teachers.load`.
     ensembles: Whether evaluations have a record of group `ENSEMBLE` too.
     devices: As of `Population`.
@@ -103,8 +104,11 @@ def train_population(
       [_start(run, model, group_id, num_groups) for run, group_id in members]
   )
   sharding = state.step.sharding
-  exchange = StackedExchange(runs[0].plan, len(runs), num_groups, sharding)
-  if teachers:
+  if isinstance(runs[0].exchange, Checkpoints):
+    exchange = StackedExchange(
+        runs[0].exchange, len(runs), num_groups, sharding
+    )
+  else:
     each = [one for one in teachers for _ in range(num_groups)]
     exchange = StackedTeachers(program.place_teachers(each))
   records = Records(
@@ -130,8 +134,7 @@ def configured(experiment: Experiment, seed: int) -> Experiment:
   order = experiment.data_seed
   order = experiment.seed if order is None else order
   return dataclasses.replace(
-      experiment,
-      exchange_mode='lockstep',
+      experiment_lib.in_lockstep(experiment),
       seed=experiment.seed + seed,
       data_seed=order + seed,
   )
@@ -144,18 +147,20 @@ def _check(
     teachers: Sequence[Teachers],
 ) -> None:
   """Raises ValueError as `train_population`."""
-  if experiment.exchange == 'predictions':
+  kind = experiment.exchange
+  if kind.one_program:
     raise ValueError(
         'a population exchanges parameters, but Experiment.exchange is'
-        " 'predictions'; train its groups by experiments.train_lockstep"
+        f' {kind}; train its groups by experiments.train_lockstep'
     )
-  wanted = len(seeds) if experiment.exchange == 'fixed' else 0
+  wanted = len(seeds) if isinstance(kind, FixedTeachers) else 0
   if len(teachers) != wanted:
     raise ValueError(
-        f'with Experiment.exchange={experiment.exchange!r} and {len(seeds)}'
+        f'with Experiment.exchange={kind!r} and {len(seeds)}'
         f' seeds a population has {wanted} teachers=, not {len(teachers)}'
     )
-  peers_of_all(experiment.plan, num_groups)
+  if isinstance(kind, Checkpoints):
+    peers_of_all(kind, num_groups)
 
 
 def _train(
@@ -218,7 +223,7 @@ def _start(
       model,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), group_id),
       experiment_lib.first_row(experiment, num_groups),
-      num_peers=experiment_lib.num_teachers(experiment, group_id, num_groups),
+      num_peers=experiment.exchange.num_teachers(group_id, num_groups),
   )
   return base.host_copy(state)
 

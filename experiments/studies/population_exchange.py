@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codistill_jax.base import Array, Teachers, Variables, cast_floats
-from codistill_jax.exchange.protocol import Plan, staleness_metrics
+from codistill_jax.exchange.plan import Plan, staleness_metrics
 from codistill_jax.exchange.publications import Publication
 
 

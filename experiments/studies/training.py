@@ -87,7 +87,9 @@ class Trainer:
     lockstep.keep_common_checkpoints(jobs)
     start = driver.new_state(jobs[0])
     start.efficiency.close()
-    exchanges = lockstep.exchanges_of(jobs, start)
+    exchanges = experiment.exchange.join_all(
+        jobs[0], start.state.variables, start.examples
+    )
     rounds = _Rounds(progress, experiment.num_steps)
     diverged_at, began = None, time.time()
     with contextlib.ExitStack() as stack:
@@ -124,7 +126,7 @@ class Trainer:
     model = gin_utils.call(experiment_lib.make_model, experiment)
     key = run.arm, self._configurations.rate(run)
     # Groups of one program keep a state of their own in their step.
-    if key != self._key or experiment.exchange == 'predictions':
+    if key != self._key or experiment.exchange.one_program:
       self._compiled = None  # One program at a time is enough of memory.
       arm = self._configurations.plan.arm(run.arm)
       steps, stream = lockstep.train_steps_of(
@@ -149,7 +151,7 @@ def describe(
 ) -> dict[str, Any]:
   """What outcome.json says of a run that has just ended."""
   num_peers = [
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
   ]
   return {
@@ -158,7 +160,7 @@ def describe(
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'burn_in_steps': next(
           filter(experiment.distill_weight, range(experiment.num_steps)),
           experiment.num_steps,

@@ -54,12 +54,12 @@ def _together(case: Any) -> Callable[[], Any]:
   import jax.numpy as jnp
 
   from benchmarks import cases
-  from codistill_jax import base, population
+  from codistill_jax import base, one_program
   from codistill_jax.exchange.plan import Plan
   from experiments.studies.population_exchange import StackedExchange
 
   members = _SEEDS * _GROUPS
-  step = population.Population(
+  step = one_program.Population(
       cases.train_step(case, axis_name=base.REPLICA_AXIS),
       members,
       devices=jax.devices()[:1],

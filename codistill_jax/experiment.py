@@ -14,10 +14,8 @@ import jax
 import optax
 
 from codistill_jax import (
-    experiment_checks,
     losses,
-    objectives,
-    population,
+    one_program,
     replicas,
     schedules,
     step,
@@ -25,6 +23,12 @@ from codistill_jax import (
 from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange import Checkpoints, Kind
+
+_RENAMED = {
+    'checkpoints': '@exchange.Checkpoints()',
+    'predictions': '@exchange.Predictions()',
+    'fixed': '@exchange.FixedTeachers()',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Experiment:
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
     distill_target: 'mean', one loss towards the peers' mean prediction; or
-      'each', the mean of a loss towards each peer; see `objectives.towards`.
+      'each', the mean of a loss towards each peer; see `losses.towards`.
     label_smoothing: Share of each target, in [0, 1), that training takes from
       the label; evaluation does not.
     smoothing_distribution: What gets it: 'uniform', all classes alike; or
@@ -50,7 +54,7 @@ class Experiment:
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     simulated_replicas: Replicas that each device stands for, one after another
-      (gradient accumulation); see `parts`.
+      (gradient accumulation); see `microbatches`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
     exchange: What groups give each other: `Checkpoints`, their parameters now
@@ -86,12 +90,12 @@ class Experiment:
   checkpoint_every: int = 200
 
   def __post_init__(self):
-    experiment_checks.check(self)
+    _check(self)
 
   @property
   def distillation(self) -> Callable[..., jax.Array]:
     """The distillation loss of a step."""
-    return objectives.towards(
+    return losses.towards(
         self.distill_target,
         losses.distill_loss(self.distill_loss, self.task.output),
     )
@@ -219,9 +223,9 @@ def make_population(
     devices: Sequence[jax.Device] | None = None,
     num_replicas: int = 1,
     shared_batch: bool = True,
-) -> population.Population:
+) -> one_program.Population:
   """The train step of all groups as one program; see `Population`."""
-  return population.Population(
+  return one_program.Population(
       _train_step(experiment, model),
       num_groups,
       devices=devices,
@@ -235,7 +239,7 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       model,
       experiment.optimizer,
       num_steps=experiment.num_steps,
-      task_loss=objectives.training_loss(
+      task_loss=losses.training_loss(
           experiment.task,
           experiment.label_smoothing,
           experiment.smoothing_distribution,
@@ -246,3 +250,90 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       teacher_model=make_teacher_model(experiment),
       simulated_replicas=experiment.simulated_replicas,
   )
+
+
+# -- what is refused ----------------------------------------------------------
+
+
+def _check(experiment: Experiment) -> None:
+  """Raises ValueError, one line, if an `Experiment` makes no sense."""
+  if not isinstance(experiment.task, Task):
+    raise ValueError(
+        f'Experiment.task={experiment.task!r}; bind it to a task, such as'
+        ' @text.language_model_task()'
+    )
+  for name in ('model', 'distill_weight'):
+    if not callable(getattr(experiment, name)):
+      raise ValueError(
+          f'Experiment.{name}={getattr(experiment, name)!r}; bind it to a'
+          ' reference, such as @lstm.language_model or'
+          ' @schedules.distill_weight()'
+      )
+  for name in (
+      'num_steps',
+      'group_batch',
+      'simulated_replicas',
+      'log_every',
+      'eval_every',
+      'eval_batch',
+      'checkpoint_every',
+  ):
+    value = getattr(experiment, name)
+    if type(value) is not int or value < 1:
+      raise ValueError(
+          f'Experiment.{name}={value!r}; set it to a whole number of at'
+          ' least 1'
+      )
+  for name in ('seed', 'data_seed'):
+    value = getattr(experiment, name)
+    if value is None and name == 'data_seed':
+      continue
+    if type(value) is not int or value < 0:
+      raise ValueError(
+          f'Experiment.{name}={value!r}; set it to a whole number of at'
+          ' least 0'
+      )
+  losses.task_loss_of(experiment.task.output)  # Raises on an unknown name.
+  experiment.distillation  # noqa: B018  Raises on an unknown name.
+  losses.check_smoothing(
+      experiment.task,
+      experiment.label_smoothing,
+      experiment.smoothing_distribution,
+  )
+  _check_exchange(experiment)
+  _check_method(experiment)
+
+
+def _check_method(experiment: Experiment) -> None:
+  if experiment.method is None:
+    return
+  if isinstance(experiment.method, type) or not isinstance(
+      experiment.method, Method
+  ):
+    raise ValueError(
+        f'Experiment.method={experiment.method!r}; bind it to a method, such as'
+        ' @async_sgd.AsynchronousSgd()'
+    )
+  if experiment.simulated_replicas > 1:
+    raise ValueError(
+        f'Experiment.simulated_replicas={experiment.simulated_replicas} are of'
+        f' synchronous SGD, but method={experiment.method!r}; leave one of them'
+        ' out'
+    )
+  experiment.method.check(experiment.group_batch, 1)
+
+
+def _check_exchange(experiment: Experiment) -> None:
+  chosen = experiment.exchange
+  if isinstance(chosen, str) and chosen in _RENAMED:
+    raise ValueError(
+        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that,'
+        ' with "from codistill_jax import exchange"'
+    )
+  if isinstance(chosen, type) or not isinstance(chosen, Kind):
+    raise ValueError(
+        f'Experiment.exchange={chosen!r}; bind it to a kind of exchange:'
+        ' @exchange.Checkpoints(), @exchange.Predictions() or'
+        ' @exchange.FixedTeachers(), with "from codistill_jax import exchange"'
+    )
+  chosen.check(experiment)

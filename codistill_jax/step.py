@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import blocks, flops, losses, parts, predictions
+from codistill_jax import (
+    blocks,
+    jaxprs,
+    losses,
+    microbatches,
+    peer_predictions,
+)
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
@@ -128,8 +134,8 @@ def make_train_step(
     teacher_model: The same model, computed more cheaply, for the teachers (in
       bfloat16, say); default: `model`. It takes the same parameters.
     simulated_replicas: Into how many parts, one after another, a replica
-      divides its rows (gradient accumulation); see `parts`. The update is that
-      of so many times as many real replicas, to rounding.
+      divides its rows (gradient accumulation); see `microbatches`. The update
+      is that of so many times as many real replicas, to rounding.
 
   Returns:
     `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
@@ -156,14 +162,18 @@ def make_train_step(
     count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
     shared = teachers, jnp.asarray(distill_weight, jnp.float32), count
 
-    parts.check_model(model, state, batch, axis_name, simulated_replicas)
+    microbatches.check_model(model, state, batch, axis_name, simulated_replicas)
 
-    def of_part(state: TrainState, rows: tuple, index: Array) -> parts.Part:
+    def of_microbatch(
+        state: TrainState, rows: tuple, index: Array
+    ) -> microbatches.Accumulated:
       rng = lambda: _step_rng(state, axis_name, index, simulated_replicas)
       return gradient(state, *rows, rng, *shared)
 
     rows = batch, weights
-    found = parts.one_by_one(of_part, state, rows, simulated_replicas)
+    found = microbatches.accumulate(
+        of_microbatch, state, rows, simulated_replicas
+    )
     grads = _psum(found.grads, axis_name)
     sums = _psum(found.sums, axis_name)
     metrics = {key: x / count for key, x in sums.items()}
@@ -252,7 +262,7 @@ def _check_carries(state: TrainState, teachers: Teachers) -> None:
 
 def _gradient_of(
     model: Model, teacher_model: Model, summed_losses: Callable
-) -> Callable[..., parts.Part]:
+) -> Callable[..., microbatches.Accumulated]:
   """What some rows add to a group's gradient, losses and statistics.
 
   Returns:
@@ -268,7 +278,7 @@ def _gradient_of(
       teachers: Teachers | PeerPredictions | None,
       distill_weight: Array,
       count: Array,
-  ) -> parts.Part:
+  ) -> microbatches.Accumulated:
     teaching, teacher_carry = teachers, state.teacher_carry
     if isinstance(teachers, Teachers):
       _check_carries(state, teachers)
@@ -297,7 +307,7 @@ def _gradient_of(
     grads, (sums, updates) = jax.grad(objective, has_aux=True)(
         state.variables.params
     )
-    return parts.Part(
+    return microbatches.Accumulated(
         grads, sums, updates.model_state, updates.carry, teacher_carry
     )
 
@@ -318,7 +328,7 @@ def _teacher_outputs(
 
   many = jax.vmap(one)
   first = jax.tree.map(lambda x: x[0], (teachers.variables, carry_PB))
-  if flops.has_convolution(one, *first):
+  if jaxprs.has_convolution(one, *first):
     # With a kernel for each teacher they would become grouped convolutions,
     # the slow ones: of three teachers on CPU they take seven times as long.
     many = lambda *args: jax.lax.map(lambda x: one(*x), args)
@@ -348,7 +358,7 @@ def _summed_losses(
     if taught_by is None:
       return total, sums
     if isinstance(taught_by, PeerPredictions):
-      distill = predictions.peer_loss(distill_loss, logits, taught_by)
+      distill = peer_predictions.peer_loss(distill_loss, logits, taught_by)
     else:
       distill = distill_loss(logits, teacher_logits, taught_by)
     sums['loss/distill'] = _weighted_sum(distill, weights)
@@ -380,14 +390,14 @@ def _step_rng(
     state: TrainState,
     axis_name: str | None,
     part: int | Array,
-    num_parts: int,
+    num_microbatches: int,
 ) -> Array:
   """The key of this step on this replica, real or simulated."""
   rng = jax.random.fold_in(state.rng, state.step)
   replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-  if num_parts > 1:
+  if num_microbatches > 1:
     # Numbered as real replicas would be, that have these rows.
-    replica = replica * num_parts + part
+    replica = replica * num_microbatches + part
   return jax.random.fold_in(rng, replica)
 
 

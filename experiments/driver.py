@@ -12,7 +12,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import base, gin_utils, replicas, run_directory, writers
+from codistill_jax import (
+    base,
+    gin_utils,
+    replicas,
+    run_directory,
+    writers,
+)
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import Exchange, Interrupted

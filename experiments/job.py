@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from codistill_jax import joint, replicas
+from codistill_jax import one_program, replicas
 from codistill_jax.base import ALONE, Agreement, Model, Stream, Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage.troubles import Troubles
@@ -38,7 +38,7 @@ class Job:
 
   experiment: Experiment
   model: Model
-  train_step: replicas.PmapStep | joint.Seat
+  train_step: replicas.PmapStep | one_program.Seat
   workdir: str
   group_id: int
   num_groups: int

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import joint, run_directory
+from codistill_jax import one_program, run_directory
 from codistill_jax.base import Model, Stream
-from codistill_jax.predictions import mixing_matrix
+from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.replicas import PmapStep
 from codistill_jax.storage.checkpoint import Checkpoints
 from experiments import cli, devices
@@ -20,7 +20,7 @@ def train_steps_of(
     model: Model,
     num_groups: int,
     num_replicas: int,
-) -> tuple[Sequence[PmapStep | joint.Seat], Stream | None]:
+) -> tuple[Sequence[PmapStep | one_program.Seat], Stream | None]:
   """What updates each group; and the stream of all, if they update together."""
   chosen = devices.chosen_devices(num_replicas)
   kind = experiment.exchange
@@ -42,9 +42,9 @@ def train_steps_of(
   peers = [
       kind.peers_of(group_id, num_groups) for group_id in range(num_groups)
   ]
-  update = joint.JointUpdate(population, mixing_matrix(peers), kind.top_k)
+  update = one_program.JointUpdate(population, mixing_matrix(peers), kind.top_k)
   stream = experiment_lib.train_stream(experiment, 0, num_groups)
-  return update.seats, joint.SharedStream(stream)
+  return update.seats, one_program.SharedStream(stream)
 
 
 class Latch:

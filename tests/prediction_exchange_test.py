@@ -11,10 +11,10 @@ import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, joint, run_directory
+from codistill_jax import gin_utils, one_program, run_directory
 from codistill_jax.exchange import Predictions
 from codistill_jax.exchange.kinds import PredictionExchange
-from codistill_jax.predictions import mixing_matrix
+from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import trees
 from experiments import cli, driver, lockstep, watch
 from experiments.job import Job
@@ -73,8 +73,12 @@ def train(workdir, stop_after=None):
   latch = lockstep.Latch(Request(stop_after))
   plan = EXPERIMENT.plan
   mix_GG = mixing_matrix([plan.peers_of(g, G) for g in range(G)])
-  update = joint.JointUpdate(population(), mix_GG, EXPERIMENT.exchange.top_k)
-  stream = joint.SharedStream(experiment_lib.train_stream(EXPERIMENT, 0, G))
+  update = one_program.JointUpdate(
+      population(), mix_GG, EXPERIMENT.exchange.top_k
+  )
+  stream = one_program.SharedStream(
+      experiment_lib.train_stream(EXPERIMENT, 0, G)
+  )
   jobs = [
       Job(
           experiment=EXPERIMENT,

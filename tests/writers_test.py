@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from codistill_jax import run_directory, tensorboard, writers
+from codistill_jax import run_directory, writers
 from codistill_jax.storage import appender, troubles
 
 
@@ -238,7 +238,7 @@ def _event_bytes(logdir) -> bytes:
 
 def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
   for resume_step in (None, 1):
-    writer = tensorboard.TensorBoardWriter(tmp_path, resume_step=resume_step)
+    writer = writers.TensorBoardWriter(tmp_path, resume_step=resume_step)
     writer.write(2, {'loss/task': jnp.float32(0.5)})
     writer.close()
     data = _event_bytes(tmp_path)
@@ -248,7 +248,7 @@ def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
 
 
 def test_tensorboard_outlives_a_nan(tmp_path, caplog):
-  writer = tensorboard.TensorBoardWriter(tmp_path)
+  writer = writers.TensorBoardWriter(tmp_path)
   with caplog.at_level(logging.ERROR):
     writer.write(1, {'loss/task': math.nan})
     writer.write(2, {'loss/later': 1.0})
@@ -259,7 +259,7 @@ def test_tensorboard_outlives_a_nan(tmp_path, caplog):
 def test_tensorboard_outlives_a_full_disk(tmp_path, monkeypatch):
   """Its thread must go on, or a later write would wait for it for ever."""
   disk, now = _Disk(monkeypatch), troubles.Troubles()
-  writer = tensorboard.TensorBoardWriter(tmp_path, troubles=now)
+  writer = writers.TensorBoardWriter(tmp_path, troubles=now)
   writer.write(1, {'loss/first': 1.0})
   disk.free = 5
   for step in range(2, 40):  # More than its queue holds.

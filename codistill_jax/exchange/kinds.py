@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from codistill_jax import predictions, run_directory
+from codistill_jax import peer_predictions, run_directory
 from codistill_jax.base import Agreement, PeerPredictions, Variables
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
@@ -214,7 +214,7 @@ class Predictions:
           " other one mean; set distill_target='mean', or"
           ' exchange=@exchange.Checkpoints()'
       )
-    predictions.check(
+    peer_predictions.check(
         experiment.distillation, self.top_k, experiment.task.num_classes
     )
     if experiment.task.partition != 'shared':
@@ -237,7 +237,7 @@ class Predictions:
   ) -> Sequence[Exchange]:
     del like
     task = member.experiment.task
-    size = predictions.bytes_per_example(
+    size = peer_predictions.bytes_per_example(
         task.num_classes, self.top_k, task.output
     )
     return [
@@ -350,8 +350,8 @@ class FixedTeachers:
 class PredictionExchange(NoExchange):
   """The exchange of a group that is part of one program; publishes nothing.
 
-  A peer's predictions are in the update itself, see `predictions` and `joint`.
-  What remains is whose they are.
+  A peer's predictions are in the update itself, see `peer_predictions` and
+  `one_program`. What remains is whose they are.
 
   Attributes:
     peers: The ids of the peers.

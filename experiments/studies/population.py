@@ -22,7 +22,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Model, Stream, Teachers, TrainState, Variables
 from codistill_jax.exchange import Checkpoints, FixedTeachers
 from codistill_jax.experiment import Experiment
-from codistill_jax.population import Population
+from codistill_jax.one_program import Population
 from experiments.studies.population_exchange import (
     StackedExchange,
     StackedTeachers,

@@ -15,7 +15,7 @@ from codistill_jax import base, evaluate, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Metrics, Model, TrainState, Variables
 from codistill_jax.experiment import Experiment
-from codistill_jax.population import Population
+from codistill_jax.one_program import Population
 from experiments.efficiency import Efficiency
 from experiments.job import Job
 from experiments.studies.population_exchange import (

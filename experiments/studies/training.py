@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from codistill_jax import base, evaluate, gin_utils, run_directory, writers
+from codistill_jax import (
+    base,
+    evaluate,
+    gin_utils,
+    run_directory,
+    writers,
+)
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
 from codistill_jax.experiment import Experiment

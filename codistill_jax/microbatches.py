@@ -1,11 +1,12 @@
-"""Simulated replicas: the rows of one device in parts, one after another.
+"""Gradient accumulation: the rows of one device in microbatches, in turn.
 
-With k parts on each of R devices a group updates as k x R real replicas would:
-one gradient, that of the mean over the group batch; each part normalises by its
-own batch statistics and draws its own noise. Only one part's activations exist
-at a time, so the group batch is not bounded by what the devices hold.
+So replicas are simulated: with K microbatches on each of R devices a group
+updates as K x R real replicas would, by one gradient, that of the mean over the
+group batch; each microbatch normalises by its own batch statistics and draws
+its own noise. The activations of one exist at a time, so the group batch is not
+bounded by what the devices hold.
 
-Shape suffixes: K parts of a replica, B rows of a replica, P peers.
+Shape suffixes: K microbatches of a replica, B rows of a replica, P peers.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from codistill_jax import flops
+from codistill_jax import jaxprs
 from codistill_jax.base import (
     Array,
     Batch,
@@ -26,8 +27,8 @@ from codistill_jax.base import (
 )
 
 
-class Part(NamedTuple):
-  """What the examples of one part make of the state.
+class Accumulated(NamedTuple):
+  """What the examples of a microbatch, or of all, make of the state.
 
   Attributes:
     grads: Of their share in the objective of the whole group.
@@ -44,40 +45,44 @@ class Part(NamedTuple):
   teacher_carry: PyTree
 
 
-def one_by_one(
-    of_part: Callable[[TrainState, PyTree, int | Array], Part],
+def accumulate(
+    of_microbatch: Callable[[TrainState, PyTree, int | Array], Accumulated],
     state: TrainState,
     rows: PyTree,
-    num_parts: int,
-) -> Part:
-  """Runs the parts in turn and puts together what they make.
+    num_microbatches: int,
+) -> Accumulated:
+  """Runs the microbatches in turn and accumulates what they make.
 
   Args:
-    of_part: `(state, rows, index)` of one part -> `Part`; its state differs
-      from `state` in the carries alone.
+    of_microbatch: `(state, rows, index)` of one -> `Accumulated`; its state
+      differs from `state` in the carries alone.
     state: Of this replica, with carries (B, ...) and (P, B, ...).
     rows: Arrays (B, ...): its batch, weights.
-    num_parts: K. One part is no loop.
+    num_microbatches: K. One is no loop.
 
   Returns:
     Sums of `grads` and `sums`, the mean `model_state` (of its floats; counters
-    are the same in all parts), and the carries of all rows.
+    are the same in all), and the carries of all rows.
 
   Raises:
     ValueError: If K does not divide B.
   """
-  if num_parts == 1:
-    return of_part(state, rows, 0)
-  parts_K = (
-      jax.tree.map(lambda x: _split(x, 0, num_parts), (rows, state.carry)),
-      jax.tree.map(lambda x: _split(x, 1, num_parts), state.teacher_carry),
-      jnp.arange(num_parts, dtype=jnp.int32),
+  if num_microbatches == 1:
+    return of_microbatch(state, rows, 0)
+  microbatches_K = (
+      jax.tree.map(
+          lambda x: _split(x, 0, num_microbatches), (rows, state.carry)
+      ),
+      jax.tree.map(
+          lambda x: _split(x, 1, num_microbatches), state.teacher_carry
+      ),
+      jnp.arange(num_microbatches, dtype=jnp.int32),
   )
 
   def add(total: tuple[PyTree, PyTree], x: tuple) -> tuple[tuple, tuple]:
     (rows, carry), teacher_carry, index = x
     mine = state.replace(carry=carry, teacher_carry=teacher_carry)
-    part = of_part(mine, rows, index)
+    part = of_microbatch(mine, rows, index)
     grads, model_state = total
     total = (
         jax.tree.map(jnp.add, grads, part.grads),
@@ -88,12 +93,12 @@ def one_by_one(
   like = state.variables.params, state.variables.model_state
   start = jax.tree.map(jnp.zeros_like, like)
   (grads, model_state), (sums_K, carry_K, teacher_carry_K) = jax.lax.scan(
-      add, start, parts_K
+      add, start, microbatches_K
   )
-  return Part(
+  return Accumulated(
       grads,
       jax.tree.map(lambda x: jnp.sum(x, axis=0), sums_K),
-      jax.tree.map(lambda x: _divide_floats(x, num_parts), model_state),
+      jax.tree.map(lambda x: _divide_floats(x, num_microbatches), model_state),
       jax.tree.map(lambda x: _merge(x, 0), carry_K),
       jax.tree.map(lambda x: _merge(x, 1), teacher_carry_K),
   )
@@ -104,7 +109,7 @@ def check_model(
     state: TrainState,
     batch: Batch,
     axis_name: str | None,
-    num_parts: int,
+    num_microbatches: int,
 ) -> None:
   """Raises ValueError if the model itself looks over all replicas.
 
@@ -116,23 +121,23 @@ def check_model(
     state: Any state of it; only shapes matter, as of `batch`.
     batch: Rows of a replica.
     axis_name: The axis of the replicas; None for a single one.
-    num_parts: K.
+    num_microbatches: K.
   """
-  if axis_name is None or num_parts == 1:
+  if axis_name is None or num_microbatches == 1:
     return
 
   def apply(variables: Variables, batch: Batch, carry: PyTree) -> PyTree:
     return model.apply(variables, batch, carry, state.rng, True)
 
   args = state.variables, dict(batch), state.carry
-  for equation in flops.equations(jax.make_jaxpr(apply)(*args).jaxpr):
+  for equation in jaxprs.equations(jax.make_jaxpr(apply)(*args).jaxpr):
     if axis_name in _axes(equation.params):
       raise ValueError(
-          f'simulated_replicas={num_parts}, but the model computes over the'
-          f' axis {axis_name!r} of all replicas (by {equation.primitive.name}),'
-          ' as batch normalisation over them does, and simulated ones run one'
-          ' after another; normalise within a replica, or set'
-          ' simulated_replicas=1'
+          f'simulated_replicas={num_microbatches}, but the model computes'
+          f' over the axis {axis_name!r} of all replicas (by'
+          f' {equation.primitive.name}), as batch normalisation over'
+          ' them does, and simulated ones run one after another; normalise'
+          ' within a replica, or set simulated_replicas=1'
       )
 
 
@@ -144,16 +149,21 @@ def _axes(params: dict) -> tuple:
   return tuple(names)
 
 
-def _split(x: Array, axis: int, num_parts: int) -> jax.Array:
+def _split(x: Array, axis: int, num_microbatches: int) -> jax.Array:
   """(..., B, ...) -> (K, ..., B / K, ...)."""
   rows = x.shape[axis]
-  if rows % num_parts:
+  if rows % num_microbatches:
     raise ValueError(
         f'{rows} rows of a replica are not divisible by'
-        f' simulated_replicas={num_parts}; set group_batch to a multiple of the'
-        ' replicas times that'
+        f' simulated_replicas={num_microbatches}; set group_batch to a'
+        ' multiple of the replicas times that'
     )
-  shape = (*x.shape[:axis], num_parts, rows // num_parts, *x.shape[axis + 1 :])
+  shape = (
+      *x.shape[:axis],
+      num_microbatches,
+      rows // num_microbatches,
+      *x.shape[axis + 1 :],
+  )
   return jnp.moveaxis(jnp.reshape(x, shape), axis, 0)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from codistill_jax import blocks, losses, predictions
+from codistill_jax import blocks, losses, peer_predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import (
     GROUP_AXIS,
@@ -56,14 +56,14 @@ def mixed(name, logits_GBC, mix_GG, top_k=None, output='softmax'):
   loss = losses.distill_loss(name, output)
 
   def one(logits, mix_G):
-    return predictions.peer_loss(
+    return peer_predictions.peer_loss(
         loss, logits, PeerPredictions(mix_G, top_k=top_k)
     )
 
   return jax.vmap(one, axis_name=GROUP_AXIS)(logits_GBC, mix_GG)
 
 
-TWO = predictions.mixing_matrix([(1,), (0,)])
+TWO = peer_predictions.mixing_matrix([(1,), (0,)])
 
 # -- the update ---------------------------------------------------------------
 
@@ -81,7 +81,7 @@ PEERS = {
 def test_the_update_of_every_group_is_that_of_algorithm_1(peers):
   states = [toy.start(toy.TWO_LAYERS, seed=g) for g in range(len(peers))]
   thetas = [theta(state.variables) for state in states]
-  mix_GG = predictions.mixing_matrix(peers)
+  mix_GG = peer_predictions.mixing_matrix(peers)
 
   after, found = compiled(toy.TWO_LAYERS)(
       stack(states), BATCH, PeerPredictions(mix_GG), 0.3
@@ -102,7 +102,7 @@ def test_the_update_of_every_group_is_that_of_algorithm_1(peers):
 def test_no_gradient_flows_into_peers():
   """Of what one group loses, by the logits of the others."""
   logits = np.random.default_rng(0).normal(size=(3, 2, CLASSES))
-  mix_GG = predictions.mixing_matrix(PEERS['all-3'])
+  mix_GG = peer_predictions.mixing_matrix(PEERS['all-3'])
   forms = [('jsd', None), ('squared_logits', None), (CE, 2)]
 
   @jax.jit
@@ -117,7 +117,7 @@ def test_no_gradient_flows_into_peers():
 def test_the_order_of_groups_does_not_matter():
   order = np.array([2, 0, 3, 1])
   states = [toy.start(toy.TWO_LAYERS, seed=g) for g in range(4)]
-  mix_GG = predictions.mixing_matrix(PEERS['ring-4'])
+  mix_GG = peer_predictions.mixing_matrix(PEERS['ring-4'])
   step = compiled(toy.TWO_LAYERS)
   straight = step(stack(states), BATCH, PeerPredictions(mix_GG), 1.0)
   turned = step(
@@ -132,7 +132,7 @@ def test_the_order_of_groups_does_not_matter():
 
 def test_no_forward_pass_is_made_for_a_teacher():
   states = stack([toy.start(toy.TWO_LAYERS, seed=g) for g in range(3)])
-  peers = PeerPredictions(predictions.mixing_matrix(PEERS['all-3']))
+  peers = PeerPredictions(peer_predictions.mixing_matrix(PEERS['all-3']))
   text = str(
       jax.make_jaxpr(compiled(toy.TWO_LAYERS))(states, BATCH, peers, 1.0)
   )
@@ -195,7 +195,7 @@ def test_blocks_of_examples_give_what_all_at_once_give(top_k, monkeypatch):
   model, start = head_model(toy.CLASSES)
   states = stack([start(seed) for seed in range(3)])
   peers = PeerPredictions(
-      predictions.mixing_matrix([(1, 2), (2,), ()]), top_k=top_k
+      peer_predictions.mixing_matrix([(1, 2), (2,), ()]), top_k=top_k
   )
   fused, plain = (
       compiled(model, fused=choice)(states, BATCH, peers, 0.7)
@@ -208,7 +208,7 @@ def test_each_group_takes_one_softmax_whatever_their_number():
   classes, groups = 500, 4
   model, start = head_model(classes)
   states = stack([start(seed) for seed in range(groups)])
-  mix_GG = predictions.mixing_matrix(
+  mix_GG = peer_predictions.mixing_matrix(
       [peers_of(g, groups) for g in range(groups)]
   )
   args = states, BATCH, PeerPredictions(mix_GG), 0.7
@@ -224,7 +224,7 @@ def test_each_group_takes_one_softmax_whatever_their_number():
 def test_each_loss_is_that_of_teachers_that_predict_the_same(output):
   logits = np.random.default_rng(0).normal(0, 3, (4, 2, CLASSES))
   logits = logits.astype(np.float32)
-  mix_GG = predictions.mixing_matrix([(1, 2, 3), (0, 2), (1,), ()])
+  mix_GG = peer_predictions.mixing_matrix([(1, 2, 3), (0, 2), (1,), ()])
   names = list(losses.DISTILL_LOSSES)
   if output == 'softmax':
     names.remove('sigmoid_cross_entropy')
@@ -248,7 +248,7 @@ def test_each_loss_is_that_of_teachers_that_predict_the_same(output):
 def test_many_groups_are_averaged_like_few():
   logits = np.random.default_rng(0).normal(0, 3, (9, 2, CLASSES))
   peers = [peers_of(g, 9) for g in range(9)]
-  found = mixed(CE, logits, predictions.mixing_matrix(peers))
+  found = mixed(CE, logits, peer_predictions.mixing_matrix(peers))
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   for g, others in enumerate(peers):
     mean = np.mean(p[list(others)], axis=0)
@@ -262,7 +262,7 @@ def test_a_temperature_divides_the_logits_of_all():
       losses.kl, temperature=3.0, scale_by_temperature_squared=True
   )
   peers = PeerPredictions(TWO)
-  of = functools.partial(predictions.peer_loss, hot)
+  of = functools.partial(peer_predictions.peer_loss, hot)
   found = jax.jit(jax.vmap(of, axis_name=GROUP_AXIS))(logits, peers)
   expected = jax.jit(hot)(logits[0], logits[1:], np.ones(1))
   np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
@@ -283,7 +283,7 @@ def test_a_class_that_nobody_has_does_no_harm(top_k):
 @pytest.mark.parametrize('top_k', [None, 2])
 def test_a_group_that_diverges_spoils_only_itself_and_its_pupils(top_k):
   logits = np.random.default_rng(0).normal(size=(4, 3, CLASSES))
-  mix_GG = predictions.mixing_matrix([(1,), (0,), (3,), (2,)])
+  mix_GG = peer_predictions.mixing_matrix([(1,), (0,), (3,), (2,)])
   loss = functools.partial(mixed, 'cross_entropy', mix_GG=mix_GG, top_k=top_k)
   sound = loss(logits)
   logits[0] = np.nan
@@ -368,10 +368,10 @@ def test_all_classes_give_the_gradient_of_the_whole(logits):
 
 def test_what_is_sent_is_as_small_as_it_is_said_to_be():
   whole = jax.ShapeDtypeStruct((7, 100), np.float32)
-  sent = jax.eval_shape(lambda p: predictions.largest(p, 5), whole)
+  sent = jax.eval_shape(lambda p: peer_predictions.largest(p, 5), whole)
   size = sum(x.size * x.dtype.itemsize for x in sent)
-  assert size == 7 * predictions.bytes_per_example(100, 5, 'softmax')
-  assert predictions.bytes_per_example(100, None, 'softmax') == 400
+  assert size == 7 * peer_predictions.bytes_per_example(100, 5, 'softmax')
+  assert peer_predictions.bytes_per_example(100, None, 'softmax') == 400
 
 
 # -- what is refused ----------------------------------------------------------

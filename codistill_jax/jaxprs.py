@@ -54,7 +54,7 @@ class Flops(NamedTuple):
 _NONE = Flops({})
 
 
-def count(
+def flops(
     function: Callable[..., Any],
     *args: PyTree,
     axis_sizes: Mapping[str, int] = MappingProxyType({}),
@@ -71,11 +71,11 @@ def count(
       pmap; it is counted once.
   """
   trace = jax.make_jaxpr(function, axis_env=list(axis_sizes.items()))
-  return of_jaxpr(trace(*args).jaxpr)
+  return flops_of_jaxpr(trace(*args).jaxpr)
 
 
-def of_jaxpr(jaxpr: Jaxpr) -> Flops:
-  """The FLOPs of a trace; see `count`."""
+def flops_of_jaxpr(jaxpr: Jaxpr) -> Flops:
+  """The FLOPs of a trace; see `flops`."""
   return sum((_of_equation(e) for e in jaxpr.eqns), _NONE)
 
 
@@ -100,7 +100,7 @@ def _of_equation(equation) -> Flops:
     return _product(equation, _dot_multiply_adds(equation))
   if name == 'conv_general_dilated':
     return _product(equation, _conv_multiply_adds(equation))
-  inner = [of_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
+  inner = [flops_of_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
   if name == 'cond':
     return max(inner, key=lambda flops: flops.total)
   found = sum(inner, _NONE)
@@ -155,3 +155,58 @@ def _real_taps(equation) -> Iterator[int]:
     at -= before
     real = (at >= 0) & (at <= (inputs - 1) * hole) & (at % hole == 0)
     yield int(np.count_nonzero(real))
+
+
+_TERA = 1e12
+
+
+def _gpu(half: float, tensor_float: float) -> dict[str, float]:
+  return {
+      'bfloat16': half * _TERA,
+      'float16': half * _TERA,
+      'float32': tensor_float * _TERA,
+  }
+
+
+def _tpu(bfloat16: float) -> dict[str, float]:
+  return {'bfloat16': bfloat16 * _TERA, 'float32': bfloat16 * _TERA}
+
+
+# By the beginning of `jax.Device.device_kind`; the longest that fits counts.
+PEAKS: Mapping[str, Mapping[str, float]] = {
+    'NVIDIA H200': _gpu(989.5, 494.7),
+    'NVIDIA H100': _gpu(989.5, 494.7),  # SXM: 'NVIDIA H100 80GB HBM3'.
+    'NVIDIA H100 PCIe': _gpu(756.0, 378.0),
+    'NVIDIA H100 NVL': _gpu(835.5, 417.5),
+    'NVIDIA A100': _gpu(312.0, 156.0),
+    'NVIDIA L4': _gpu(121.0, 60.0),
+    # Without bfloat16 and TensorFloat-32.
+    'Tesla V100-SXM2': {'float16': 125.0 * _TERA, 'float32': 15.7 * _TERA},
+    'Tesla V100-PCIE': {'float16': 112.0 * _TERA, 'float32': 14.0 * _TERA},
+    'TPU v3': _tpu(61.5),
+    'TPU v4': _tpu(275.0),
+    'TPU v5 lite': _tpu(197.0),
+    'TPU v5e': _tpu(197.0),
+    'TPU v5': _tpu(459.0),
+    'TPU v5p': _tpu(459.0),
+    'TPU v6 lite': _tpu(918.0),
+    'TPU v6e': _tpu(918.0),
+}
+
+
+def least_seconds(
+    flops_by_dtype: Mapping[str, float], device_kind: str
+) -> float:
+  """The least time in which one device could do that; NaN if unknown."""
+  fitting = [kind for kind in PEAKS if _names(kind, device_kind)]
+  peaks = PEAKS[max(fitting, key=len)] if fitting else {}
+  return sum(
+      flops / peaks.get(dtype, float('nan'))
+      for dtype, flops in flops_by_dtype.items()
+  )
+
+
+def _names(kind: str, device_kind: str) -> bool:
+  """Whether it begins with that, as a whole word: an L40 is no L4."""
+  rest = device_kind.removeprefix(kind)
+  return rest != device_kind and not rest[:1].isalnum()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from codistill_jax import joint, population, predictions
+from codistill_jax import one_program, peer_predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS
 from codistill_jax.exchange.kinds import PredictionExchange
@@ -16,12 +16,12 @@ from codistill_jax.group import run_group
 
 MODEL, TX = toy.RECURRENT, toy.ADAM
 G = 4
-RING = predictions.mixing_matrix([(3,), (0,), (1,), (2,)])
+RING = peer_predictions.mixing_matrix([(3,), (0,), (1,), (2,)])
 
 
 def make(num_devices=1, num_replicas=1, num_groups=G, model=MODEL, **kwargs):
   step = step_lib.make_train_step(model, TX, axis_name=REPLICA_AXIS)
-  return population.Population(
+  return one_program.Population(
       step,
       num_groups,
       devices=jax.devices()[::-1][:num_devices],
@@ -175,7 +175,7 @@ PLAN = Plan(topology='ring')
 def seats(num_groups=G, num_devices=1):
   step = cached(num_devices, num_groups=num_groups)
   mix = RING if num_groups == G else np.zeros((num_groups, num_groups))
-  return joint.JointUpdate(step, mix).seats
+  return one_program.JointUpdate(step, mix).seats
 
 
 def runs(seats, states, stream, num_steps=4, order=None):
@@ -244,7 +244,7 @@ def test_between_updates_no_state_is_stacked_sliced_or_copied(monkeypatch):
   for group in groups:
     next(group)
   for name in ('place', 'collect', 'variables'):
-    monkeypatch.setattr(population.Population, name, None)
+    monkeypatch.setattr(one_program.Population, name, None)
   for _ in range(2):  # The first with teachers.
     for group in groups:
       next(group)
@@ -287,7 +287,7 @@ def test_a_shared_stream_makes_each_batch_once():
       made.append(step)
       return {'inputs': np.full(1, step)}
 
-  stream = joint.SharedStream(Stream())
+  stream = one_program.SharedStream(Stream())
   for step in range(20):
     assert stream.batch(step) is stream.batch(step)
     assert stream.batch(step)['inputs'] == step

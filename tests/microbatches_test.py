@@ -12,7 +12,7 @@ import pytest
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import flops, population, predictions, replicas
+from codistill_jax import jaxprs, one_program, peer_predictions, replicas
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS, Model, Updates, Variables
 from codistill_jax.models.linen import from_linen
@@ -128,7 +128,7 @@ def test_parts_are_the_big_batch_of_a_model_without_either(parts):
 
 def test_groups_of_one_program_predict_part_by_part():
   """What peers predict is gathered for the rows of each part."""
-  mix_GG = predictions.mixing_matrix([(1,), (0,)])
+  mix_GG = peer_predictions.mixing_matrix([(1,), (0,)])
   results = []
   for parts in (1, 2):
     step = step_lib.make_train_step(
@@ -137,7 +137,7 @@ def test_groups_of_one_program_predict_part_by_part():
         axis_name=REPLICA_AXIS,
         simulated_replicas=parts,
     )
-    program = population.Population(step, 2, devices=jax.devices()[:1])
+    program = one_program.Population(step, 2, devices=jax.devices()[:1])
     states = [toy.start(toy.RECURRENT, seed=g, num_peers=0) for g in (0, 1)]
     state, metrics = program(
         program.place(states),
@@ -165,7 +165,7 @@ def traced(parts, teachers=None, model=toy.TWO_LAYERS, rows=8):
 
 
 def scans(jaxpr):
-  found = [e.params for e in flops.equations(jaxpr)]
+  found = [e.params for e in jaxprs.equations(jaxpr)]
   return [params['length'] for params in found if 'length' in params]
 
 
@@ -174,8 +174,8 @@ def test_one_part_is_no_loop_and_several_take_as_many_flops(peers):
   teachers = peers and toy.stacked(toy.peers_of(toy.TWO_LAYERS, peers))
   one, four = (traced(n, teachers or None) for n in (1, 4))
   assert scans(one) == [] and scans(four) == [4]
-  assert flops.of_jaxpr(four) == flops.of_jaxpr(one)
-  assert flops.of_jaxpr(one).total > 0
+  assert jaxprs.flops_of_jaxpr(four) == jaxprs.flops_of_jaxpr(one)
+  assert jaxprs.flops_of_jaxpr(one).total > 0
 
 
 def test_the_activations_of_one_part_exist_at_a_time():

@@ -58,6 +58,7 @@ experiment.Experiment.optimizer = @optax.adam()
 optax.adam.learning_rate = 1e-3
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 32
+experiment.Experiment.exchange = @exchange.Checkpoints()
 exchange.Checkpoints.every = {every}
 exchange.Checkpoints.max_staleness_steps = {max_staleness}
 experiment.Experiment.log_every = 10

@@ -39,6 +39,7 @@ experiment.Experiment.distill_weight = @schedules.distill_weight()
 schedules.distill_weight.burn_in_steps = 4
 experiment.Experiment.num_steps = 24
 experiment.Experiment.group_batch = 16
+experiment.Experiment.exchange = @exchange.Checkpoints()
 exchange.Checkpoints.every = 4
 experiment.Experiment.eval_batch = 64
 """

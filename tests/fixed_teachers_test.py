@@ -193,7 +193,7 @@ def with_a_flipped_bit(run):
             without_done,
             r'group 1 of .* \(there is no DONE\); start its command',
         ),
-        (without_checkpoints, 'step any in .*there are: none. Set Experiment.'),
+        (without_checkpoints, 'step any in .*there are: none. Set exchange.'),
         (without_a_group, 'group 2 of .* has not reached its last step'),
         (with_a_flipped_bit, 'was altered'),
     ],

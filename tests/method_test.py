@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(make_job, method):
 def test_groups_of_such_a_method_codistill(make_job, train_step):
   def losses(order):
     jobs = [make_job(group_id=g, num_groups=2) for g in range(2)]
-    exchanges = memory_exchanges(2, plan=jobs[0].experiment.plan)
+    exchanges = memory_exchanges(2, plan=jobs[0].experiment.exchange)
     runs = {}
     for g in order:
       start = driver.new_state(jobs[g])

@@ -71,11 +71,9 @@ def train(workdir, stop_after=None):
   """Trains all groups as `train_lockstep` does."""
   gin_utils.parse([])
   latch = lockstep.Latch(Request(stop_after))
-  plan = EXPERIMENT.plan
-  mix_GG = mixing_matrix([plan.peers_of(g, G) for g in range(G)])
-  update = one_program.JointUpdate(
-      population(), mix_GG, EXPERIMENT.exchange.top_k
-  )
+  kind = EXPERIMENT.exchange
+  mix_GG = mixing_matrix([kind.peers_of(g, G) for g in range(G)])
+  update = one_program.JointUpdate(population(), mix_GG, kind.top_k)
   stream = one_program.SharedStream(
       experiment_lib.train_stream(EXPERIMENT, 0, G)
   )
@@ -193,15 +191,15 @@ def test_all_groups_read_the_stream_of_the_first(monkeypatch):
 
 
 def test_nobody_sends_to_those_who_do_not_learn_from_him():
-  plan = experiment_lib.Plan(topology=[[1], [], [1]])
+  kind = Predictions(topology=[[1], [], [1]])
   sent = [
-      PredictionExchange(g, 3, plan, bytes_to_peer=5).metrics(0)[
+      PredictionExchange(g, 3, kind, bytes_to_peer=5).metrics(0)[
           'exchange/prediction_bytes'
       ]
       for g in range(3)
   ]
   assert sent == [0.0, 10.0, 0.0]
-  assert PredictionExchange(1, 3, plan).fetch(7) is None
+  assert PredictionExchange(1, 3, kind).fetch(7) is None
 
 
 # -- what is refused ----------------------------------------------------------

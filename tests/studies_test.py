@@ -37,6 +37,7 @@ optax.adam.learning_rate = %RATE
 experiment.Experiment.distill_weight = @schedules.distill_weight()
 experiment.Experiment.num_steps = %STEPS
 experiment.Experiment.group_batch = 16
+experiment.Experiment.exchange = @exchange.Checkpoints()
 exchange.Checkpoints.every = 2
 experiment.Experiment.log_every = 2
 experiment.Experiment.eval_every = 2

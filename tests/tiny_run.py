@@ -44,6 +44,7 @@ experiment.Experiment.distill_weight = @paced.distill_weight()
 paced.distill_weight.burn_in_steps = {every}
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 8
+experiment.Experiment.exchange = @exchange.Checkpoints()
 exchange.Checkpoints.every = {every}
 exchange.Checkpoints.mode = 'lockstep'
 exchange.Checkpoints.timeout_seconds = 600.0

@@ -99,9 +99,10 @@ def say(error: Exception) -> int:
         isinstance(error, OSError) and error.errno in _PASSING
     )
     return MAY_PASS if passing else CLEAR_ERROR
-  if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-    extra = f"'codistill_jax[{_EXTRAS[error.name]}]'"
-    tell(f'error: {error.name} is missing; pip install {extra}', error=True)
+  package = str(getattr(error, 'name', '')).partition('.')[0]
+  if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
+    extra = f"'codistill_jax[{_EXTRAS[package]}]'"
+    tell(f'error: {package} is missing; pip install {extra}', error=True)
     return CLEAR_ERROR
   # A crash: whoever supervises may start again.
   text = ''.join(traceback.format_exception(error)).rstrip()

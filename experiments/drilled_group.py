@@ -25,7 +25,7 @@ import numpy as np
 from codistill_jax import group
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
-from codistill_jax.storage import checkpoint, trees, troubles
+from codistill_jax.storage import background, checkpoint, trees
 from experiments import cli, driver, train_group
 from experiments.drill_faults import CONTROL_VARIABLE
 from experiments.drill_ledger import SOCKET_VARIABLE
@@ -199,7 +199,7 @@ def _forged(
 def watch_saving(report: Reporter) -> None:
   """Reports which resume checkpoints are asked for, and which are complete."""
   ask, save = checkpoint.Checkpoints.save, trees.save
-  fail = troubles.Troubles.failed
+  fail = background.Troubles.failed
 
   def reported_ask(self, state, teacher_steps=()):
     report('saving', step=int(state.step))
@@ -217,7 +217,7 @@ def watch_saving(report: Reporter) -> None:
 
   checkpoint.Checkpoints.save = reported_ask
   trees.save = reported_save
-  troubles.Troubles.failed = reported_failure
+  background.Troubles.failed = reported_failure
 
 
 def watch_training(report: Reporter, control: Control) -> None:

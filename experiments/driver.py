@@ -25,11 +25,8 @@ from codistill_jax.exchange.plan import Exchange, Interrupted
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.checkpoint import (
-    PATIENCE_SECONDS,
-    Checkpoints,
-    Resume,
-)
+from codistill_jax.storage.background import DEFAULT_PATIENCE
+from codistill_jax.storage.checkpoint import Checkpoints, Resume
 from experiments import claims
 from experiments.cli import Stopped
 from experiments.efficiency import Efficiency
@@ -233,7 +230,7 @@ def _write_done(job: Job) -> None:
     TimeoutError: If the disk fails for longer.
   """
   path = run_directory.done_path(job.workdir, job.group_id)
-  deadline = time.monotonic() + PATIENCE_SECONDS
+  deadline = time.monotonic() + DEFAULT_PATIENCE.failing
   while True:
     try:
       files.write_bytes(path, b'')

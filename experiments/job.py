@@ -6,7 +6,7 @@ from collections.abc import Callable
 from codistill_jax import one_program, replicas
 from codistill_jax.base import ALONE, Agreement, Model, Stream, Variables
 from codistill_jax.experiment import Experiment
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments.stopping import Rescue
 
 

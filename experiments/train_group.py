@@ -25,7 +25,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, companions, devices, driver
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest

@@ -1,5 +1,6 @@
 """Resume checkpoints: bit-exact, or an error that says what to do."""
 
+import dataclasses
 import errno
 import logging
 import pathlib
@@ -15,7 +16,8 @@ import toy
 from waits import PATIENCE, until
 
 from codistill_jax import step as step_lib
-from codistill_jax.storage import saver, trees, troubles
+from codistill_jax.storage import trees
+from codistill_jax.storage.background import Patience, Troubles
 from codistill_jax.storage.checkpoint import Checkpoints
 
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
@@ -49,8 +51,14 @@ def at(state, step, value=1.0):
   return changed.replace(step=np.array(step, np.int32))
 
 
-def open_checkpoints(directory, **kwargs):
-  return Checkpoints(directory / 'checkpoints', identity=IDENTITY, **kwargs)
+# Tries again at once; holds nothing up.
+QUICK = Patience(retry=0.01, hold=PATIENCE, failing=PATIENCE, join=0.01)
+
+
+def open_checkpoints(directory, patience=QUICK, **kwargs):
+  return Checkpoints(
+      directory / 'checkpoints', identity=IDENTITY, patience=patience, **kwargs
+  )
 
 
 def save_all(directory, states, **kwargs):
@@ -229,8 +237,6 @@ class Disk:
     self.full, self.tries = True, []
     self._save = trees.save
     monkeypatch.setattr(trees, 'save', self.save)
-    monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
-    monkeypatch.setattr(Checkpoints.wait, '__defaults__', (PATIENCE,))
 
   def save(self, directory, step, *args):
     self.tries.append(step)
@@ -242,7 +248,7 @@ class Disk:
 def test_a_full_disk_is_tried_until_it_works(
     tmp_path, state, monkeypatch, caplog
 ):
-  disk, now = Disk(monkeypatch), troubles.Troubles()
+  disk, now = Disk(monkeypatch), Troubles()
   checkpoints = open_checkpoints(tmp_path, troubles=now)
   with caplog.at_level(logging.WARNING, logger='absl'):
     checkpoints.save(at(state, 5))
@@ -264,7 +270,6 @@ def test_a_newer_state_takes_the_place_of_one_that_fails(
 ):
   """And handing it over does not wait for the disk."""
   disk = Disk(monkeypatch)
-  monkeypatch.setattr(saver, '_HOLD_SECONDS', PATIENCE)
   checkpoints = open_checkpoints(tmp_path)
   start = time.monotonic()
   for step in (5, 6, 7):
@@ -281,7 +286,6 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
     tmp_path, state, monkeypatch
 ):
   """One is written and one waits: the third takes the second's place."""
-  monkeypatch.setattr(saver, '_HOLD_SECONDS', 0.05)
   original = trees.save
   begun, go_on = threading.Event(), threading.Event()
 
@@ -291,7 +295,7 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
     return original(*args)
 
   monkeypatch.setattr(trees, 'save', save)
-  checkpoints = open_checkpoints(tmp_path)
+  checkpoints = open_checkpoints(tmp_path, Patience(hold=0.05))
   checkpoints.save(at(state, 1))
   assert begun.wait(PATIENCE)
   for step in (2, 3, 4):
@@ -303,7 +307,6 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
 
 
 def test_a_quick_disk_skips_no_step(tmp_path, state, monkeypatch):
-  monkeypatch.setattr(saver, '_HOLD_SECONDS', PATIENCE)
   checkpoints = open_checkpoints(tmp_path, keep=9)
   for step in range(1, 7):
     checkpoints.save(at(state, step))
@@ -317,13 +320,12 @@ def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
 ):
   save_all(tmp_path, [at(state, 3)])
   disk = Disk(monkeypatch)
-  checkpoints = open_checkpoints(tmp_path)
+  patience = dataclasses.replace(QUICK, failing=0.1)
+  checkpoints = open_checkpoints(tmp_path, patience)
   checkpoints.restore(state)
   checkpoints.save(at(state, 5))
-  monkeypatch.setattr(Checkpoints.wait, '__defaults__', (0.1,))
   with pytest.raises(TimeoutError, match=r'step 5 .*disk full.*from step 3'):
     getattr(checkpoints, ask)()
-  monkeypatch.setattr(Checkpoints.wait, '__defaults__', (PATIENCE,))
   start = time.monotonic()
   checkpoints.close()  # It was given up: this does not wait again.
   assert time.monotonic() - start < PATIENCE / 2
@@ -333,8 +335,6 @@ def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
 def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
     tmp_path, state, monkeypatch
 ):
-  monkeypatch.setattr(saver, '_FIRST_PAUSE_SECONDS', 0.01)
-  monkeypatch.setattr(saver, '_JOIN_SECONDS', 0.01)
   tries, go_on = [], threading.Event()
 
   def save(*unused):
@@ -378,7 +378,7 @@ def test_another_error_in_the_background_comes_to_light(
   disk = Disk(monkeypatch, ValueError('a mistake'))
   checkpoints = open_checkpoints(tmp_path)
   checkpoints.save(at(state, 1))
-  until(lambda: checkpoints._saver._failure is not None)
+  until(lambda: checkpoints._writer._failure is not None)
   with pytest.raises(ValueError, match='a mistake'):
     if ask == 'save':
       checkpoints.save(at(state, 2))
@@ -394,7 +394,7 @@ def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
     tmp_path, state, monkeypatch
 ):
   """A save that is complete is not made again."""
-  tries, now = Disk(monkeypatch), troubles.Troubles()
+  tries, now = Disk(monkeypatch), Troubles()
   tries.full = False
   checkpoints = open_checkpoints(tmp_path, troubles=now)
 

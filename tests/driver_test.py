@@ -20,6 +20,7 @@ from codistill_jax.exchange import Checkpoints
 from codistill_jax.exchange.plan import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoint, files, leases, trees
+from codistill_jax.storage.background import Patience
 from experiments import claims, cli, devices, driver, watch
 from experiments import job as job_lib
 
@@ -474,7 +475,7 @@ def test_done_is_tried_again(make_job, monkeypatch):
 
   run_directory.done_path(job.workdir, 0).unlink()
   tries.clear()
-  monkeypatch.setattr(driver, 'PATIENCE_SECONDS', -1.0)
+  monkeypatch.setattr(driver, 'DEFAULT_PATIENCE', Patience(failing=-1.0))
   with pytest.raises(TimeoutError, match='reached its last step'):
     run(job)
 

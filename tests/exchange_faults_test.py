@@ -30,8 +30,8 @@ from codistill_jax.exchange import (
 from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.plan import Interrupted
-from codistill_jax.storage import background, leases, trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage import leases, trees
+from codistill_jax.storage.background import Troubles
 
 join = checkpoint_exchange_test.join
 
@@ -387,9 +387,9 @@ def test_a_wait_ends_by_a_stop_and_by_its_limit_though_a_read_hangs(
 def test_a_read_that_hangs_does_not_stop_publishing(
     join, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(background, '_PATIENCE_SECONDS', 0.1)
   publish(tmp_path, 1, 10)
   exchange = join()
+  exchange._turns._seconds = 0.1
   with Gate(monkeypatch, 'read') as gate:
     exchange.fetch(10)
     assert gate.entered.wait(PATIENCE)

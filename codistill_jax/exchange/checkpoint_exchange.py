@@ -40,8 +40,7 @@ from codistill_jax.exchange.publications import Publication
 from codistill_jax.exchange.publisher import Publisher
 from codistill_jax.exchange.teaching import Teaching
 from codistill_jax.storage import leases, trees
-from codistill_jax.storage.background import Turns
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles, Turns
 
 _SETTLE_SECONDS = 5.0
 

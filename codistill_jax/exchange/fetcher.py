@@ -17,7 +17,7 @@ from codistill_jax.exchange.publications import MismatchError
 from codistill_jax.exchange.publisher import READING_FILE
 from codistill_jax.exchange.teaching import Slot
 from codistill_jax.storage import files, trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 
 _LONGEST_REASON = 400  # Characters; tensorstore tells its whole state.
 _DOING = 'reading publications'

@@ -31,7 +31,7 @@ from codistill_jax.exchange.plan import (
     staleness_metrics,
 )
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 
 
 class Member(Protocol):

@@ -29,7 +29,7 @@ from codistill_jax.exchange.plan import (
 )
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import trees
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import Troubles
 
 
 class Mirror(NamedTuple):

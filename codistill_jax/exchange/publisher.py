@@ -18,9 +18,8 @@ from codistill_jax.exchange import publications
 from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import files, remote, trees
-from codistill_jax.storage.background import Turns
+from codistill_jax.storage.background import Troubles, Turns
 from codistill_jax.storage.leases import LostError
-from codistill_jax.storage.troubles import Troubles
 
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'

@@ -3,5 +3,5 @@
 From the bottom up: `files` and `remote` (small files, any backend), `records`,
 `steps` and `trees` (checkpoints with a digest of everything), `checkpoint`
 (resume); beside them who may write (`leases`, `holders`, `locks`) and what goes
-on beside training (`background`, `saver`, `appender`, `troubles`).
+on beside training (`background`).
 """

@@ -13,16 +13,16 @@ from flax import serialization
 
 from codistill_jax.base import TrainState
 from codistill_jax.storage import trees
-from codistill_jax.storage.saver import GaveUpError, Saver
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    BackgroundWriter,
+    Patience,
+    Troubles,
+)
 
 # As troubles.
 SAVING = 'saving a resume checkpoint'
 _LISTING = 'listing resume checkpoints'
-
-# How long a disk that fails is tried when there is nothing else left to do: at
-# the last step, or when the process was asked to stop.
-PATIENCE_SECONDS = 20.0
 
 
 class Resume(NamedTuple):
@@ -51,6 +51,7 @@ class Checkpoints:
       keep: int = 3,
       troubles: Troubles | None = None,
       check: Callable[[int], None] = lambda step: None,
+      patience: Patience = DEFAULT_PATIENCE,
   ):
     """Opens the directory; writes nothing yet.
 
@@ -62,13 +63,17 @@ class Checkpoints:
       troubles: Where a disk that fails is noted.
       check: Called with the step before it is written; raises if this process
         must not write here any more, or not yet (OSError).
+      patience: Time limits.
     """
     self._directory = trees.absolute(directory)
     self._identity = dict(identity or {})
     self._keep = keep
     self._troubles = troubles or Troubles()
     self._check = check
-    self._saver = Saver(self._write, SAVING, self._troubles)
+    self._patience = patience
+    self._writer = BackgroundWriter(
+        self._write, SAVING, self._troubles, patience=patience
+    )
     self._oldest: int | None = None
 
   @property
@@ -100,35 +105,36 @@ class Checkpoints:
     Raises:
       What a save before raised, unless it was an OSError.
     """
-    self._saver.put(int(state.step), (state, list(teacher_steps)))
+    self._writer.put(int(state.step), (state, list(teacher_steps)))
 
-  def wait(self, patience: float = PATIENCE_SECONDS) -> int | None:
+  def wait(self, seconds: float | None = None) -> int | None:
     """Waits until all is saved; gives the newest step saved, if any.
 
     Args:
-      patience: Seconds to go on trying while the disk fails. A save that is
-        only slow is waited for.
+      seconds: How long to go on trying while the disk fails; by default
+        `patience.failing`. A save that is only slow is waited for.
 
     Raises:
       TimeoutError: If a state could not be saved; it is given up.
       What a save raised, unless it was an OSError.
     """
-    try:
-      self._saver.wait(patience)
-    except GaveUpError as e:
+    seconds = self._patience.failing if seconds is None else seconds
+    saved = self._writer.wait(seconds)
+    unwritten = None if saved else self._writer.give_up()
+    if unwritten is not None:
       raise TimeoutError(
-          f'the resume checkpoint of step {e.step} could not be saved in'
-          f' {self._directory} within {patience:g} s'
-          f' ({_one_line(e.error)}); see to the disk, and start the same'
-          f' command again: it goes on from step {self._saver.saved or 0}'
-      ) from e
-    return self._saver.saved
+          f'the resume checkpoint of step {unwritten.steps[-1]} could not be'
+          f' saved in {self._directory} within {seconds:g} s'
+          f' ({_one_line(unwritten.error)}); see to the disk, and start the'
+          f' same command again: it goes on from step {self._writer.saved or 0}'
+      ) from unwritten.error
+    return self._writer.saved
 
   @property
   def saved_step(self) -> int | None:
     """The newest step known to be on disk, without waiting."""
-    self._saver.raise_failure()
-    return self._saver.saved
+    self._writer.raise_failure()
+    return self._writer.saved
 
   @property
   def restart_step(self) -> int | None:
@@ -136,7 +142,7 @@ class Checkpoints:
 
     Not the newest: that one may turn out to be damaged.
     """
-    self._saver.raise_failure()
+    self._writer.raise_failure()
     return self._oldest
 
   def restore(self, like: TrainState) -> Resume | None:
@@ -160,7 +166,7 @@ class Checkpoints:
       # In the way of the run, which comes by their steps again.
       for newer in [s for s in self.steps() if s > step]:
         trees.set_aside(self._directory, newer)
-      self._saver.saved, self._oldest = step, self.steps()[0]
+      self._writer.saved, self._oldest = step, self.steps()[0]
       return resume
     if damaged:
       raise ValueError(
@@ -175,7 +181,7 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._saver.close()
+      self._writer.close()
 
   def _write(self, step: int, item: tuple[TrainState, list]) -> None:
     self._check(step)

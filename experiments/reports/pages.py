@@ -162,24 +162,44 @@ def _cell(text: str) -> str:
 # --- Text --------------------------------------------------------------------
 
 
-def to_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """Returns a table with aligned columns, for a terminal or a log."""
+def to_text(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    names: int | None = None,
+) -> str:
+  """Returns a table with aligned columns, for a terminal or a log.
+
+  Args:
+    header: The titles, which may have several lines.
+    rows: The cells.
+    names: How many columns are names, to the left; the others are numbers, to
+      the right. None: all to the left.
+  """
   from rich.console import Console
 
   console = Console(file=io.StringIO(), width=10_000, color_system=None)
-  console.print(terminal_table(header, rows))
+  console.print(terminal_table(header, rows, names))
   lines = console.file.getvalue().splitlines()
   return '\n'.join(line.rstrip() for line in lines)
 
 
-def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]]):
-  """Returns a `rich.table.Table` of plain text, without lines."""
+def terminal_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    names: int | None = None,
+):
+  """Returns what `to_text` shows, as a `rich.table.Table`."""
   from rich.table import Table as RichTable
   from rich.text import Text
 
   table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-  for title in header:
-    table.add_column(Text(title), no_wrap=True)
+  for i, title in enumerate(header):
+    table.add_column(
+        Text(title),
+        no_wrap=True,
+        vertical='bottom',
+        justify='left' if names is None or i < names else 'right',
+    )
   for row in rows:
     table.add_row(*map(Text, row))
   return table

@@ -44,7 +44,7 @@ class Group(NamedTuple):
     trainer that went back to a checkpoint.
     """
     found = self.records.loc[key:key].drop_duplicates('step', keep='last')
-    return found.set_index('step')['value'].sort_index()
+    return found.set_index('step')['value'].sort_index().rename(key)
 
   @property
   def keys(self) -> list[str]:
@@ -71,6 +71,7 @@ class Arm(NamedTuple):
     models: Final evaluation of each model, by group id.
     ensemble: Final evaluation of the ensemble; empty if there is none.
     pairs: What each pair of models of this arm disagrees on.
+    colour: Of its lines; a set of plots gives it.
   """
 
   name: str
@@ -81,6 +82,7 @@ class Arm(NamedTuple):
   models: Mapping[int, Mapping[str, Any]]
   ensemble: Mapping[str, Any]
   pairs: Sequence[Mapping[str, Any]]
+  colour: str = ''
 
   def curves(self, key: str) -> list[pd.Series]:
     """Returns one metric of every group."""

@@ -1,4 +1,4 @@
-"""What a report says in words, made from the numbers alone."""
+"""What a run report says in words, made from the numbers alone."""
 
 import os
 import shlex
@@ -7,34 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from codistill_jax import run_directory
-from experiments import report_data
-from experiments.report_data import Arm, Group
+from codistill_jax.storage import files
+from experiments.reports import records, run_tables
+from experiments.reports.records import Arm, Group
 
 
 def summary(arms: Sequence[Arm]) -> str:
-  """What the runs show, in a paragraph made from the numbers alone."""
-  unit = f'nats per {report_data.example_name(arms)}'
-  sentences = []
-  baseline = report_data.find_baseline(arms)
-  target = (
-      report_data.best(report_data.validation_curve(baseline))
-      if baseline
-      else None
-  )
-  if baseline and target:
+  """Returns what the runs show, in a paragraph."""
+  unit = f'nats per {records.example_name(arms)}'
+  baseline = records.find_baseline(arms)
+  target = baseline and records.best(records.validation_curve(baseline))
+  if target:
     step, loss = target
-    sentences.append(
-        f'The best validation loss of {baseline.name} is {loss:.4f} {unit},'
-        f' at step {step:,}.'
-    )
     others = [arm for arm in arms if arm is not baseline]
-    sentences += [_against(arm, step, loss) for arm in others]
+    sentences = [
+        f'The best validation loss of {baseline.name} is {loss:.4f} {unit},'
+        f' at step {step:,}.',
+        *(_against(arm, step, loss) for arm in others),
+    ]
   else:
-    sentences += [_alone(arm, unit) for arm in arms]
+    sentences = [_alone(arm, unit) for arm in arms]
   sentences += [_ensemble_sentence(arm) for arm in arms]
   sentences.append(_caution(arms))
-  return ' '.join(s for s in sentences if s)
+  return ' '.join(filter(None, sentences))
 
 
 def _of_groups(arm: Arm) -> str:
@@ -44,7 +39,7 @@ def _of_groups(arm: Arm) -> str:
 
 
 def _alone(arm: Arm, unit: str) -> str:
-  found = report_data.best(report_data.validation_curve(arm))
+  found = records.best(records.validation_curve(arm))
   if not found:
     return f'{_sentence_start(arm.name)} has no evaluation yet.'
   return (
@@ -54,15 +49,15 @@ def _alone(arm: Arm, unit: str) -> str:
 
 
 def _against(arm: Arm, target_step: int, target: float) -> str:
-  curve = report_data.validation_curve(arm)
-  found = report_data.best(curve)
+  curve = records.validation_curve(arm)
+  found = records.best(curve)
   if not found:
     return f'{_sentence_start(arm.name)} has no evaluation yet.'
   name = _sentence_start(_of_groups(arm))
-  step = report_data.first_at_or_under(curve, target)
+  step = records.first_at_or_under(curve, target)
   if step is None:
     return (
-        f'{name} does not reach that in {int(curve.steps[-1]):,} steps; its'
+        f'{name} does not reach that in {curve.index[-1]:,} steps; its'
         f' best is {found[1]:.4f}, at step {found[0]:,}.'
     )
   return (
@@ -89,11 +84,11 @@ def _ensemble_sentence(arm: Arm) -> str:
     if singles:
       sentence += f'; a single group {np.mean(singles):.4f} on average'
     sentence += '.'
-  disagreement = report_data.pair_mean(arm, 'churn/disagreement')
+  disagreement = run_tables.pair_mean(arm, 'churn/disagreement')
   if disagreement is not None:
     sentence += (
         f' The groups of {arm.name} predict a different'
-        f' {report_data.example_name([arm])} in {disagreement:.1%} of cases.'
+        f' {records.example_name([arm])} in {disagreement:.1%} of cases.'
     )
   return sentence.strip()
 
@@ -101,9 +96,9 @@ def _ensemble_sentence(arm: Arm) -> str:
 def _caution(arms: Sequence[Arm]) -> str:
   parts = []
   spacing = [
-      int(np.max(np.diff(c.steps)))
-      for c in map(report_data.validation_curve, arms)
-      if len(c.steps) > 1
+      np.diff(curve.index).max()
+      for curve in map(records.validation_curve, arms)
+      if len(curve) > 1
   ]
   if spacing:
     parts.append(f'Evaluations are up to {max(spacing):,} steps apart.')
@@ -125,7 +120,44 @@ def _sentence_start(text: str) -> str:
   return text[:1].upper() + text[1:]
 
 
-HEALTH_NOTES = (
+# --- Notes below tables ------------------------------------------------------
+
+_RESULTS = (
+    (
+        'Validation loss, perplexity, accuracy and AUC are those of the final'
+        ' evaluation, or of the last one in training where there is none.'
+    ),
+    (
+        'Staleness, in steps, is own step minus the step the teacher was'
+        ' published at: mean over all records, and the largest.'
+    ),
+    (
+        'Stall is the time for which the exchange held the training loop, per'
+        ' exchange and as a share of the training time.'
+    ),
+    (
+        'Disagreement is the share of examples on which the argmax of two'
+        ' groups differs; churn is the mean absolute difference of their'
+        ' probabilities. Both are means over pairs of groups of one arm.'
+    ),
+)
+SPEED = (
+    (
+        'Rates are means over the time spent on the recorded steps, without'
+        ' compilation and evaluation; the other numbers are those of the last'
+        ' record.'
+    ),
+    (
+        'Model FLOPs are two for each multiply-add of the matrix products and'
+        ' convolutions of the whole group, of teachers too; the teacher share'
+        ' is their part of them.'
+    ),
+    (
+        "Utilisation is the part of what the group's devices could do of that"
+        ' by their data sheet; it is not known of CPUs.'
+    ),
+)
+HEALTH = (
     (
         'Exchanges are those that were due by the last step. Staleness is of'
         ' the teachers in use; its largest value is that of any single teacher'
@@ -151,54 +183,35 @@ HEALTH_NOTES = (
 
 
 def notes(arms: Sequence[Arm]) -> list[str]:
-  """How to read the table, and what was odd in the records."""
-  lines = [
-      (
-          'Validation loss, perplexity, accuracy and AUC are those of the final'
-          ' evaluation, or of the last one in training where there is none.'
-      ),
-      (
-          'Staleness, in steps, is own step minus the step the teacher was'
-          ' published at: mean over all records, and the largest.'
-      ),
-      (
-          'Stall is the time for which the exchange held the training loop, per'
-          ' exchange and as a share of the training time.'
-      ),
-      (
-          'Disagreement is the share of examples on which the argmax of two'
-          ' groups differs; churn is the mean absolute difference of their'
-          ' probabilities. Both are means over pairs of groups of one arm.'
-      ),
-  ]
-  for arm in arms:
-    for group in arm.groups:
-      lines += _oddities(f'{arm.name}, group {group.group_id}', group)
-  return lines
+  """Returns how to read the results, and what was odd in the records."""
+  return [*_RESULTS, *(x for a in arms for g in a.groups for x in _odd(a, g))]
 
 
-def _oddities(who: str, group: Group) -> list[str]:
+def _odd(arm: Arm, group: Group) -> list[str]:
+  who = f'{arm.name}, group {group.group_id}'
   lines = []
-  if group.log.damaged:
+  if group.damaged:
     lines.append(
-        f'{who}: {group.log.damaged} damaged line(s) of metrics.jsonl were'
-        ' skipped.'
+        f'{who}: {group.damaged} damaged line(s) of metrics.jsonl were skipped.'
     )
   for key in ('loss/task', 'loss/distill', 'eval/loss'):
     curve = group.curve(key)
-    bad = curve.steps[~np.isfinite(curve.values)]
+    bad = curve.index[~np.isfinite(curve)]
     if len(bad):
       lines.append(
           f'{who}: {key} is not finite in {len(bad)} record(s), the first at'
-          f' step {int(bad[0]):,}.'
+          f' step {bad[0]:,}.'
       )
   return lines
 
 
+# --- Commands ----------------------------------------------------------------
+
+
 def commands(
-    arms: Sequence[Arm], output: run_directory.PathLike | None = None
+    arms: Sequence[Arm], output: files.PathLike | None = None
 ) -> list[str]:
-  """The commands that make the runs and the report again.
+  """Returns the commands that make the runs and the report again.
 
   Paths under the working directory are relative; of others only the last part
   is kept, since the rest means nothing on another machine.
@@ -218,7 +231,7 @@ def commands(
   return [*filter(None, dict.fromkeys(lines)), ' '.join(report)]
 
 
-def _portable(path: run_directory.PathLike) -> str:
+def _portable(path: files.PathLike) -> str:
   relative = os.path.relpath(os.path.abspath(os.fspath(path)))
   outside = relative.startswith(os.pardir)
   return epath.Path(path).name if outside else relative

@@ -22,7 +22,7 @@ from codistill_jax import (
 )
 from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
 from codistill_jax.baselines.method import Method, SynchronousSgd
-from codistill_jax.exchange import Checkpoints, Kind
+from codistill_jax.exchange.kinds import Checkpoints, Kind
 
 _RENAMED = {
     'checkpoints': '@exchange.Checkpoints()',

@@ -16,7 +16,7 @@ import toy
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.exchange import Checkpoints
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.plan import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoint, files, leases, trees

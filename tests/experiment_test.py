@@ -10,7 +10,7 @@ import toy
 from codistill_jax import base, losses
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
-from codistill_jax.exchange import Checkpoints
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.models import linen
 
 TASK = base.Task(

@@ -14,8 +14,9 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
 from codistill_jax import step as step_lib
-from codistill_jax.exchange import FixedTeachers, fixed_teachers
+from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.fixed_teachers import FixedExchange
+from codistill_jax.exchange.kinds import FixedTeachers
 from codistill_jax.exchange.publications import MismatchError
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight

@@ -9,7 +9,7 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import losses
 from codistill_jax.base import HeadOutputs, Model, Task, Updates, Variables
-from codistill_jax.exchange import Predictions
+from codistill_jax.exchange.kinds import Predictions
 
 RNG = np.random.default_rng(0)
 B, P = 8, 3

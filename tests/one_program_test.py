@@ -10,8 +10,7 @@ import toy
 from codistill_jax import one_program, peer_predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS
-from codistill_jax.exchange import Predictions
-from codistill_jax.exchange.kinds import PredictionExchange
+from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.group import run_group
 
 MODEL, TX = toy.RECURRENT, toy.ADAM

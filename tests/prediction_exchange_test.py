@@ -12,8 +12,7 @@ import toy
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, one_program, run_directory
-from codistill_jax.exchange import Predictions
-from codistill_jax.exchange.kinds import PredictionExchange
+from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import trees
 from experiments import cli, driver, lockstep, watch

@@ -16,7 +16,7 @@ import toy
 from codistill_jax import base
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
-from codistill_jax.exchange import Checkpoints, Predictions
+from codistill_jax.exchange.kinds import Checkpoints, Predictions
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.plan import Plan
 from codistill_jax.group import run_group

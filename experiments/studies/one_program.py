@@ -28,7 +28,7 @@ from codistill_jax.base import (
     Variables,
     cast_floats,
 )
-from codistill_jax.exchange import Checkpoints
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.plan import (
     NoExchange,
     Plan,

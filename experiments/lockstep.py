@@ -10,7 +10,7 @@ from codistill_jax import one_program, run_directory
 from codistill_jax.base import Model, Stream
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.replicas import PmapStep
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, devices
 from experiments.job import Job
 from experiments.stopping import StopRequest
@@ -111,7 +111,9 @@ def keep_common_checkpoints(
       have none in common.
   """
   stores = [
-      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      ResumeCheckpoints(
+          run_directory.checkpoints_dir(job.workdir, job.group_id)
+      )
       for job in jobs
   ]
   steps = [set(store.steps()) for store in stores]

@@ -24,7 +24,7 @@ from absl import flags
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.exchange.plan import peers_of
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, companions, devices, driver
 from experiments.job import Job
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
       train_step=experiment_lib.make_replicated_step(
           experiment, model, devices.chosen_devices(_REPLICAS.value)
       ),
-      workdir=os.fspath(trees.absolute(_WORKDIR.value)),
+      workdir=os.fspath(checkpoints.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
@@ -189,7 +189,7 @@ def _leave(job: Job, what: str) -> None:
   threading.Timer(_LAST_LOOK_SECONDS, os._exit, [cli.MAY_PASS]).start()
   directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
   try:
-    step = max(trees.completed_steps(directory), default=0)
+    step = max(checkpoints.completed_steps(directory), default=0)
     where = f'step {step}'
   except OSError:
     where = 'their newest resume checkpoint'

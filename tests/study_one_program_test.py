@@ -205,7 +205,10 @@ def test_one_program_makes_the_updates_that_are_made_in_turn(name):
 
 def test_it_compiles_the_step_twice_and_all_else_once():
   plain()  # What jax itself compiles, for small things, and the start.
-  members = together(experiments_of(staleness=4), devices=jax.devices()[3:])
+  members = together(
+      experiments_of(exchange=Checkpoints(2, 'lockstep', 4)),
+      devices=jax.devices()[3:],
+  )
   starts = {
       m: start_of(run, step_model(run), m[1], 2)
       for m, (run, *_) in members.items()

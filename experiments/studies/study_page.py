@@ -449,18 +449,13 @@ def wall_time_blocks(
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
   from experiments.studies import study_plots
 
-  measured = wall_time.measure(found)
-  model = wall_time.fitted(measured, latency)
-  heading = Heading('Wall time, on paper')
-  if model is None:
-    return [heading, Paragraph(wall_time.too_few(measured))]
-  made = [
-      heading,
-      Paragraph(wall_time.summary(model)),
-      study_plots.wall_time(model),
-      Table(wall_time.times_table(model), names=0),
-  ]
-  if measured.at:
+  model = wall_time.measure(found, latency)
+  said = [Heading('Wall time, on paper'), Paragraph(wall_time.summary(model))]
+  if model.fit is None:
+    return said
+  table = Table(wall_time.times_table(model), names=0)
+  made = [*said, study_plots.wall_time(model), table]
+  if model.at:
     made.append(Paragraph('The same for shorter and longer tails:'))
     made.append(Table(wall_time.tails_table(model), names=0))
   assumptions = wall_time.assumptions(model, setting.bytes_of_model)

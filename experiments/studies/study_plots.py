@@ -404,44 +404,39 @@ _PAPER = {'ls': plots.DASHES[1]}
 
 def wall_time(model: WallTime) -> Plot:
   """Draws steps and time to the target over workers; dashed on paper."""
-  measured, fit, crossing = model.measured, model.fit, model.crossover()
-  workers = model.doublings()
+  fit, crossover, workers = model.fit, model.crossover(), model.doublings()
   halves = [w // 2 for w in workers if w % 2 == 0]
-  two_steps = lambda w: measured.ratio * fit.steps(w)
-  points = (list(measured.one), 'o', _ONE), (
-      [2 * w for w in measured.two],
-      's',
-      _TWO,
-  )
-  walls = (
-      [s * model.update(w) for w, s in measured.one.items()],
-      [s * model.taught_update(w) for w, s in measured.two.items()],
-  )
+  # What each side shows of one group of W, and of each of two.
+  sides = {
+      'Steps to target': ('steps to target', lambda s, w: s, lambda s, w: s),
+      'Wall time to target': (
+          'time (median steps of a worker)',
+          lambda s, w: s * model.update(w),
+          lambda s, w: s * model.taught_update(w),
+      ),
+  }
   with plots.style():
-    figure, (left, right) = plots.figure_of(2, x_label='workers in all')
-    left.set_title('Steps to target')
-    left.set_ylabel('steps to target')
-    right.set_title('Wall time to target')
-    right.set_ylabel('time (median steps of a worker)')
-    left.plot(workers, [fit.steps(w) for w in workers], **_ONE, **_PAPER)
-    times = [fit.steps(w) * model.update(w) for w in workers]
-    right.plot(workers, times, **_ONE, **_PAPER)
-    if measured.at:
-      left.plot(workers, [two_steps(w / 2) for w in workers], **_TWO, **_PAPER)
-      times = [two_steps(w) * model.taught_update(w) for w in halves]
-      right.plot([2 * w for w in halves], times, **_TWO, **_PAPER)
-    steps = (list(measured.one.values()), list(measured.two.values()))
-    for ax, values in ((left, steps), (right, walls)):
-      for (x, marker, style), y in zip(points, values):
-        ax.plot(x, y, marker=marker, ms=5, **style)
+    figure, axes = plots.figure_of(2, x_label='workers in all')
+    for ax, (title, (label, one, two)) in zip(axes, sides.items()):
+      ax.set_title(title)
+      ax.set_ylabel(label)
+      curve = [one(fit.steps(w), w) for w in workers]
+      ax.plot(workers, curve, **_ONE, **_PAPER)
+      points = [one(s, w) for w, s in model.one.items()]
+      ax.plot(list(model.one), points, marker='o', ms=5, **_ONE)
+      points = [two(s, w) for w, s in model.two.items()]
+      ax.plot([2 * w for w in model.two], points, marker='s', ms=5, **_TWO)
+      if model.at:
+        curve = [two(model.ratio * fit.steps(w), w) for w in halves]
+        ax.plot([2 * w for w in halves], curve, **_TWO, **_PAPER)
       _log_axes(ax)
     handles = [Line2D([], [], label='one group', marker='o', ms=5, **_ONE)]
-    if measured.two:
+    if model.two:
       two = Line2D([], [], label='two groups', marker='s', ms=5, **_TWO)
       handles.append(two)
     handles.append(plots.line(plots.GREY, 'on paper', **_PAPER))
-    if crossing is not None and crossing.first is not None:
-      right.axvline(2 * crossing.first, **_TARGET)
+    if crossover:
+      axes[1].axvline(2 * crossover, **_TARGET)
       label = 'two groups faster from here'
       handles.append(Line2D([], [], label=label, **_TARGET))
     plots.legend_below(figure, handles)

@@ -1,7 +1,7 @@
 """The view 'latency': wall time of the measured steps, and beyond, on paper.
 
 Measured steps to the target, with a fit beyond them, times the expected time of
-an update, see `latency`. Words and tables; `study_plots` draws it.
+an update, see `latency`. `study_plots` draws it.
 """
 
 import itertools
@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.reports import pages
 from experiments.studies import analysis, latency, results
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm
-from experiments.studies.latency import Empirical, Fit, Latency
+from experiments.studies.latency import Fit, Latency
 
 ONE, TWO = 'one group', 'two groups'
 # How much longer than the median one step in a hundred is.
@@ -122,87 +121,6 @@ def _flops_per_update(found: Analysis, arm: Arm) -> float:
   runs = [r for r in found.runs[arm.name] if results.diverged_at(r) is None]
   rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
   return float(np.mean(rates)) / arm.num_groups
-
-
-# --- Words -------------------------------------------------------------------
-
-
-def summary(model: WallTime) -> str:
-  """Says what was measured, and from where on two groups are faster."""
-  one, fit = model.one, model.fit
-  if fit is None:
-    return (
-        'No wall time: the target was reached in every seed at'
-        f' {len(one)} number(s) of workers of one group, and the curve of steps'
-        ' needs three.'
-    )
-  text = (
-      f'Steps to the target were measured up to {max(one):,} workers of one'
-      ' group; beyond, on paper, they follow'
-      f' S(W) = {fit.floor:,.0f} (1 + {fit.critical:.3g} / W), fitted to'
-      f' {len(one)} points (root mean square error {fit.error:.1%}).'
-  )
-  if not model.at:
-    return (
-        f'{text} No number of workers was measured with one and with two'
-        ' groups, so there is no crossover to compute.'
-    )
-  text += (
-      f' At {model.at:,} workers each of two groups needs {model.ratio:.2f}'
-      ' times the steps of one.'
-  )
-  first, (*_, (largest, gain)) = model.crossover(), model.gains().items()
-  if first is None:
-    return (
-        f'{text} With that, two groups of W never stay ahead of one group of'
-        f' 2 W up to 2 W = {2 * largest:,} workers.'
-    )
-  on_paper = '' if 2 * first <= max(one) else ' (on paper)'
-  return (
-      f'{text} With that, two groups of W are faster than one group of 2 W from'
-      f' W = {first:,} on{on_paper}; at 2 W = {2 * largest:,} by a factor of'
-      f' {gain:.2f}.'
-  )
-
-
-def assumptions(model: WallTime, bytes_of_model: int) -> list[str]:
-  """Says what the model takes for granted."""
-  fit, assumed = model.fit, model.assumed
-  received = pages.number(bytes_of_model, 'bytes')
-  unknown = (
-      ''
-      if max(model.one) > fit.critical
-      else ' No number of workers that was measured is above the fitted'
-      f' {fit.critical:.3g}, so the fit says little of that floor.'
-  )
-  lines = [
-      f'Assumed: {_distribution(assumed)}; an all-reduce takes'
-      f' {assumed.alpha:g} and {assumed.model_time:g} for each {received} (one'
-      ' model) that a worker receives. Time is in median steps of one worker.',
-      'Step times of workers are independent and all alike; every update waits'
-      ' for the slowest; the all-reduce does not overlap with computation, and'
-      ' its fixed cost does not grow with W.',
-      'Each worker keeps its batch, so the group batch grows with W.',
-      f'Steps do not fall below the fitted {fit.floor:,.0f}.{unknown}',
-  ]
-  if model.at:
-    lines.append(
-        f'The ratio of {model.ratio:.2f} holds at every W, though it was'
-        f' measured at {model.at:,}; an update with teachers costs'
-        f' {model.compute:.2f} times one without, as the FLOPs of the runs'
-        ' say; groups do not wait for each other, and exchanges cost no time.'
-    )
-  return lines
-
-
-def _distribution(assumed: Latency) -> str:
-  if isinstance(assumed.steps, Empirical):
-    return (
-        f'step times as in a sample of {len(assumed.steps.sample):,}, with no'
-        ' tail beyond it'
-    )
-  median, p99 = assumed.steps
-  return f'log-normal step times, median {median:g}, 99th percentile {p99:g}'
 
 
 # --- Tables ------------------------------------------------------------------

@@ -55,49 +55,41 @@ def report(
     workdir: files.PathLike,
     output: files.PathLike | None = None,
     note: str = '',
+    study: Study | None = None,
 ) -> None:
-  """Prints Table 1 of a study and writes its page, `churn.html`.
+  """Prints Table 1 of the retrains in a workdir, and writes their page.
+
+  Args:
+    workdir: Of the study.
+    output: Directory; default: report/ in the workdir.
+    note: A sentence for the page.
+    study: A declaration, whose comparisons are judged; its page is `page`.
 
   Raises:
     ValueError: After all that, if a deterministic control failed.
   """
   found = results.load_study(workdir)
-  cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
-  _tell(table_1(found.table, _split_of(found), short=True))
-  for line in (_summary(found), _choice(found)):
-    cli.tell(line)
   directory = epath.Path(output or epath.Path(workdir) / 'report')
   blocks = _blocks(found, workdir, note)
-  page = pages.write(directory, 'churn', 'Prediction churn', blocks)
+  if study is None:
+    cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
+    cli.tell(f'\n{_text(table_1(found.table, _split_of(found), short=True))}\n')
+    for line in (_summary(found), _choice(found)):
+      cli.tell(line)
+    page = pages.write(directory, 'churn', 'Prediction churn', blocks)
+    cli.tell(f'report: {os.fspath(page)}')
+  else:
+    said = judge(study, found.rows['test'])
+    cli.tell(f'\n{_text(table_1(found.table, short=True))}\n')
+    for line in said:
+      cli.tell(line)
+    head = [Paragraph(study.question), Paragraph(study_page.claim(study))]
+    blocks = [*head, Heading('Verdict'), Bullets(said), *blocks]
+    pages.write(directory, 'page', study.title, blocks)
+    cli.tell(f'page: {os.fspath(directory / "page.md")}')
   _write_study(directory, found)
-  cli.tell(f'report: {os.fspath(page)}')
-  _raise_failures(found)
-
-
-def report_comparisons(
-    study: Study, workdir: files.PathLike, output: files.PathLike, note: str
-) -> epath.Path:
-  """Prints the verdicts of a declared study, too, and writes `page.md`.
-
-  Raises:
-    ValueError: After all that, if a deterministic control failed.
-  """
-  found = results.load_study(workdir)
-  said = judge(study, found.rows['test'])
-  _tell(table_1(found.table, short=True))
-  for line in said:
-    cli.tell(line)
-  blocks = [
-      Paragraph(study.question),
-      Paragraph(study_page.claim(study)),
-      Heading('Verdict'),
-      Bullets(said),
-      *_blocks(found, workdir, note),
-  ]
-  pages.write(output, 'page', study.title, blocks)
-  _write_study(epath.Path(output), found)
-  _raise_failures(found)
-  return epath.Path(output) / 'page.md'
+  for failure in _failures(found):
+    raise ValueError(f'the deterministic control failed: {failure}')
 
 
 def judge(study: Study, rows: Sequence[Row]) -> list[str]:
@@ -200,11 +192,6 @@ def _write_study(directory: epath.Path, found: Retrains) -> None:
   _write_data(directory, found.rows, tree)
 
 
-def _raise_failures(found: Retrains) -> None:
-  for said in _failures(found):
-    raise ValueError(f'the deterministic control failed: {said}')
-
-
 # --- Files of other people's models ------------------------------------------
 
 
@@ -264,10 +251,6 @@ def report_files(
 
 def _text(frame: pd.DataFrame) -> str:
   return pages.to_text(list(frame), frame.to_numpy().tolist())
-
-
-def _tell(frame: pd.DataFrame) -> None:
-  cli.tell(f'\n{_text(frame)}\n')
 
 
 def _cell(row: Row, key: str, *, spread: bool) -> str:

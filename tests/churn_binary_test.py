@@ -15,7 +15,7 @@ from run_cases import run
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from codistill_jax.storage import files, locks
+from codistill_jax.storage import files, leases
 from experiments import churn, driver
 from experiments.churn_study import results, run_files, training, worker
 from experiments.churn_study.results import Row
@@ -513,7 +513,7 @@ def test_no_report_of_what_another_process_has_not_finished(
   run = run_files.Run('single', 3)
   directory = run_files.run_dir(tmp_path, run)
   arguments = ['--weights=', '--control_retrains=0']
-  with locks.exclusive(directory, 'training'):
+  with leases.exclusive(directory, 'training'):
     status, output = study(configuration, tmp_path, *arguments)
   assert status == 0
   assert 'single 3 is in the hands of another process' in output

@@ -14,7 +14,7 @@ import jax
 
 from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
-from codistill_jax.storage import files, locks
+from codistill_jax.storage import files, leases
 from experiments import cli
 from experiments.churn_study import run_files, training
 from experiments.churn_study.run_files import SPLITS, Run
@@ -186,7 +186,7 @@ def train_all(
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(
-            locks.exclusive(run_files.run_dir(workdir, run), 'training')
+            leases.exclusive(run_files.run_dir(workdir, run), 'training')
         )
       except ValueError:
         continue  # Another process is at it.

@@ -24,9 +24,9 @@ EVERY, CHECKPOINT_EVERY, TOO_OLD, LAST = 10, 20, 30, 300
 
 BINDINGS = [
     'experiment.Experiment.distill_weight = @paced.weight()',
-    "experiment.Experiment.exchange_mode = 'freshest'",
+    "exchange.Checkpoints.mode = 'freshest'",
     f'experiment.Experiment.num_steps = {LAST}',
-    f'experiment.Experiment.max_staleness_steps = {TOO_OLD}',
+    f'exchange.Checkpoints.max_staleness_steps = {TOO_OLD}',
     f'experiment.Experiment.checkpoint_every = {CHECKPOINT_EVERY}',
     f'experiment.Experiment.eval_every = {LAST}',
 ]

@@ -33,8 +33,7 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
-from codistill_jax.exchange.protocol import Exchange, check_finite
-from codistill_jax.experiment import num_teachers
+from codistill_jax.exchange.plan import Exchange, check_finite
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
 from experiments.running.job import Job
@@ -300,15 +299,15 @@ class Efficiency:
     return found
 
   def _teachers(self) -> Teachers | PeerPredictions:
-    job, plan = self._job, self._job.experiment.plan
+    job, kind = self._job, self._job.experiment.exchange
     step = job.train_step
     if isinstance(step, one_program.Seat) and step.peers is not None:
       return _shapes(step.peers)
-    peers = num_teachers(job.experiment, job.group_id, job.num_groups)
+    peers = kind.num_teachers(job.group_id, job.num_groups)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)
-      dtype = plan.teacher_dtype if floating else x.dtype
+      dtype = kind.teacher_dtype if floating else x.dtype
       return jax.ShapeDtypeStruct((peers, *x.shape), dtype)
 
     return Teachers(

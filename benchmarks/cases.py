@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import base, flops, losses, optimizers
+from codistill_jax import base, jaxprs, losses, optimizers
 from codistill_jax import step as step_lib
 from codistill_jax.models import dnn, lstm, resnet, transformer
 
@@ -222,7 +222,7 @@ def floating_operations(function: Callable[..., Any], *args: Any) -> float:
 
   Of products and convolutions alone; see `flops`.
   """
-  return flops.count(function, *args).total
+  return jaxprs.flops(function, *args).total
 
 
 def update_operations(case: Case, num_peers: int, **kwargs: Any) -> float:

@@ -57,11 +57,11 @@ def _row(
     form: str,
     operations: float,
 ) -> dict[str, Any]:
-  from codistill_jax import predictions
+  from codistill_jax import peer_predictions
 
   ratio = measure.ratio(seconds[form], seconds['plain'])
   classes = case.sizes.get('vocab', 2)
-  sent = predictions.bytes_per_example(classes, top_k, case.output)
+  sent = peer_predictions.bytes_per_example(classes, top_k, case.output)
   row = {
       'name': (
           f'{case.name}, G = {groups}, '
@@ -91,10 +91,10 @@ class _Groups:
     import jax
 
     from benchmarks import cases
-    from codistill_jax import base, population
+    from codistill_jax import base, one_program
 
     self._case = case
-    self._step = population.Population(
+    self._step = one_program.Population(
         cases.train_step(case, axis_name=base.REPLICA_AXIS),
         num_groups,
         devices=jax.devices()[:1],
@@ -104,12 +104,12 @@ class _Groups:
 
   def peers(self, top_k: int | None = None) -> Any:
     """All others as the peers of each."""
-    from codistill_jax import predictions
+    from codistill_jax import peer_predictions
     from codistill_jax.exchange import topology
 
     groups = self._step.num_groups
     others = [topology.peers_of(g, groups) for g in range(groups)]
-    return self._step.peers(predictions.mixing_matrix(others), top_k)
+    return self._step.peers(peer_predictions.mixing_matrix(others), top_k)
 
   def updates(self, teachers: Any) -> Callable[[], Any]:
     """`call()` does one more update of all groups."""
@@ -125,14 +125,14 @@ class _Groups:
   def flops(self, teachers: Any) -> float:
     """Of one update of one group."""
     from benchmarks import cases
-    from codistill_jax import flops
+    from codistill_jax import jaxprs
 
     if teachers is not None:
       teachers = teachers.replace(mix_G=teachers.mix_G[0])
     step = self._step
     state, batch = cases.state_of(self._case), self._case.batch
     given = (state, batch, teachers, 1.0)
-    return flops.count(
+    return jaxprs.flops(
         step.train_step, *given, axis_sizes=step.axis_sizes
     ).total
 

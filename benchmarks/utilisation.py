@@ -3,8 +3,8 @@ r"""How much of what the machine can multiply does a language model's step use?
     python -m benchmarks.utilisation --device=cpu
 
 The operations of a step are those of its matrix products, forward and backward,
-as `codistill_jax.flops` counts them; what else a step does (gates, softmax, the
-optimiser) counts as nothing, so that it lowers the share. They are compared
+as `codistill_jax.jaxprs` counts them; what else a step does (gates, softmax,
+the optimiser) counts as nothing, so that it lowers the share. They are compared
 with a large square product of the same dtype, the best of several sizes, that
 runs in turn with the step on the same machine.
 """

@@ -16,8 +16,7 @@ import optax
 from codistill_jax import (
     experiment_checks,
     losses,
-    objectives,
-    population,
+    one_program,
     replicas,
     schedules,
     step,
@@ -42,7 +41,7 @@ class Experiment:
       `schedules.distill_weight`.
     distill_loss: Name in `losses.DISTILL_LOSSES`.
     distill_target: 'mean', one loss towards the peers' mean prediction; or
-      'each', the mean of a loss towards each peer; see `objectives.towards`.
+      'each', the mean of a loss towards each peer; see `losses.towards`.
     label_smoothing: Share of each target, in [0, 1), that training takes from
       the label; evaluation does not.
     smoothing_distribution: What gets it: 'uniform', all classes alike; or
@@ -52,7 +51,7 @@ class Experiment:
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     simulated_replicas: Replicas that each device stands for, one after another
-      (gradient accumulation); see `parts`.
+      (gradient accumulation); see `microbatches`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
     exchange: What groups give each other: 'checkpoints', parameters now and
@@ -128,7 +127,7 @@ class Experiment:
   @property
   def distillation(self) -> Callable[..., jax.Array]:
     """The distillation loss of a step."""
-    return objectives.towards(
+    return losses.towards(
         self.distill_target,
         losses.distill_loss(self.distill_loss, self.task.output),
     )
@@ -287,9 +286,9 @@ def make_population(
     devices: Sequence[jax.Device] | None = None,
     num_replicas: int = 1,
     shared_batch: bool = True,
-) -> population.Population:
+) -> one_program.Population:
   """The train step of all groups as one program; see `Population`."""
-  return population.Population(
+  return one_program.Population(
       _train_step(experiment, model),
       num_groups,
       devices=devices,
@@ -303,7 +302,7 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       model,
       experiment.optimizer,
       num_steps=experiment.num_steps,
-      task_loss=objectives.training_loss(
+      task_loss=losses.training_loss(
           experiment.task,
           experiment.label_smoothing,
           experiment.smoothing_distribution,

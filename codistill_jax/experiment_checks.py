@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from codistill_jax import losses, objectives, predictions
+from codistill_jax import losses, peer_predictions
 from codistill_jax.base import Task
 from codistill_jax.baselines.method import Method
 
@@ -58,7 +58,7 @@ def check(experiment: Any) -> None:
     )
   losses.task_loss_of(experiment.task.output)  # Raises on an unknown name.
   experiment.distillation  # noqa: B018  Raises on an unknown name.
-  objectives.check_smoothing(
+  losses.check_smoothing(
       experiment.task,
       experiment.label_smoothing,
       experiment.smoothing_distribution,
@@ -112,7 +112,7 @@ def _check_exchange(experiment: Any) -> None:
         " Experiment.exchange='predictions', where groups send each other one"
         " mean; set distill_target='mean', or exchange='checkpoints'"
     )
-  predictions.check(
+  peer_predictions.check(
       experiment.distillation,
       experiment.prediction_top_k,
       experiment.task.num_classes,

@@ -28,7 +28,7 @@ class PlacedState(Protocol):
 
 
 class GroupStep(Protocol):
-  """The update of a group on all its replicas: `PmapStep`, `joint.Seat`."""
+  """The update of a group on its replicas: a `PmapStep`, `one_program.Seat`."""
 
   def place(self, state: TrainState) -> PlacedState:
     """Puts a state on the devices."""

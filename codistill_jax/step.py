@@ -1,22 +1,30 @@
 """One update of one replica, and one evaluation step; pure functions.
 
 The only module that differentiates. What is static (model, optimiser, losses,
-axis name) is closed over; arrays go in and come out, so jit, pmap and vmap are
-the caller's choice.
+axis name) is bound once, in a `Recipe`; arrays go in and come out, so jit, pmap
+and vmap are the caller's choice. Read `update`, then `objective`.
 
 Shape suffixes: B examples of this replica, C classes, P peers. A language
 model has T tokens behind B; losses and weights then have shape (B, T).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import blocks, flops, losses, parts, predictions
+from codistill_jax import (
+    blocks,
+    jaxprs,
+    losses,
+    microbatches,
+    peer_predictions,
+)
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
     Array,
@@ -29,6 +37,7 @@ from codistill_jax.base import (
     PyTree,
     Teachers,
     TrainState,
+    Updates,
     Variables,
     logits_of,
 )
@@ -97,6 +106,34 @@ def _init_of(
   return jax.jit(init)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What is static in an update; see `make_train_step`."""
+
+  model: Model
+  tx: optax.GradientTransformation
+  task_loss: Callable[[Array, Array], Array]
+  distill_loss: Callable[..., Array]
+  axis_name: str | None
+  fused: bool
+  teacher_model: Model
+  simulated_replicas: int
+
+
+class Teaching(NamedTuple):
+  """What an update learns from besides its labels.
+
+  Attributes:
+    outputs: Of the teachers, (P, ...); None without, or of `PeerPredictions`.
+    by: Presence of the teachers (P,), or `PeerPredictions`; None for nobody.
+    distill_weight: Factor of the distillation loss, float32.
+  """
+
+  outputs: Outputs | None
+  by: Array | PeerPredictions | None
+  distill_weight: Array
+
+
 def make_train_step(
     model: Model,
     tx: optax.GradientTransformation,
@@ -128,65 +165,123 @@ def make_train_step(
     teacher_model: The same model, computed more cheaply, for the teachers (in
       bfloat16, say); default: `model`. It takes the same parameters.
     simulated_replicas: Into how many parts, one after another, a replica
-      divides its rows (gradient accumulation); see `parts`. The update is that
-      of so many times as many real replicas, to rounding.
+      divides its rows (gradient accumulation); see `microbatches`. The update
+      is that of so many times as many real replicas, to rounding.
 
   Returns:
-    `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`.
-    With `teachers=None` (burn-in, or a group without peers) no teacher is
-    evaluated and the metrics have no `loss/distill`. `state.rng` is never
-    advanced: the step folds in `state.step` and the replica's index.
+    `train_step(state, batch, teachers, distill_weight) -> (state, metrics)`,
+    which is `update`. With `teachers=None` (burn-in, or a group without peers)
+    no teacher is evaluated and the metrics have no `loss/distill`. `state.rng`
+    is never advanced: the step folds in `state.step` and the replica's index.
     With `PeerPredictions` none is evaluated either: the soft target is what
     the other groups of the program predict in the same step.
   """
-
-  gradient = _gradient_of(
+  recipe = Recipe(
       model,
+      tx,
+      task_loss,
+      distill_loss,
+      axis_name,
+      fused,
       teacher_model or model,
-      _summed_losses(task_loss, distill_loss, fused),
+      simulated_replicas,
   )
+  return functools.partial(update, recipe)
 
-  def train_step(
-      state: TrainState,
-      batch: Batch,
-      teachers: Teachers | PeerPredictions | None,
-      distill_weight: Array,
-  ) -> tuple[TrainState, Metrics]:
-    weights = example_weights(batch)
-    count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
-    shared = teachers, jnp.asarray(distill_weight, jnp.float32), count
 
-    parts.check_model(model, state, batch, axis_name, simulated_replicas)
+def update(
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    teachers: Teachers | PeerPredictions | None,
+    distill_weight: Array,
+) -> tuple[TrainState, Metrics]:
+  """Updates one replica: algorithm 1 of Anil et al. 2018, one step of it.
 
-    def of_part(state: TrainState, rows: tuple, index: Array) -> parts.Part:
-      rng = lambda: _step_rng(state, axis_name, index, simulated_replicas)
-      return gradient(state, *rows, rng, *shared)
+  Args:
+    recipe: What is static.
+    state: Before the update.
+    batch: Rows of this replica, (B, ...).
+    teachers: As `make_train_step` says.
+    distill_weight: Factor of the distillation loss.
 
-    rows = batch, weights
-    found = parts.one_by_one(of_part, state, rows, simulated_replicas)
-    grads = _psum(found.grads, axis_name)
-    sums = _psum(found.sums, axis_name)
-    metrics = {key: x / count for key, x in sums.items()}
-    metrics['optim/grad_norm'] = optax.tree.norm(grads)
-    opt_updates, opt_state = tx.update(
-        grads, state.opt_state, state.variables.params
-    )
-    params = optax.apply_updates(state.variables.params, opt_updates)
-    return (
-        TrainState(
-            step=state.step + 1,
-            variables=Variables(
-                params, _pmean_floats(found.model_state, axis_name)
-            ),
-            opt_state=opt_state,
-            rng=state.rng,
-            carry=found.carry,
-            teacher_carry=found.teacher_carry,
-        ),
-        metrics,
-    )
+  Returns:
+    The state after it, and metrics over the whole group batch: `loss/task`,
+    `loss/distill` (with teachers), `loss/total`, `optim/grad_norm`.
+  """
+  axis_name, simulated = recipe.axis_name, recipe.simulated_replicas
+  weights = example_weights(batch)
+  count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
+  distill_weight = jnp.asarray(distill_weight, jnp.float32)
+  microbatches.check_model(recipe.model, state, batch, axis_name, simulated)
+  found = microbatches.accumulate(
+      functools.partial(_gradient, recipe, teachers, distill_weight, count),
+      state,
+      (batch, weights),
+      simulated,
+  )
+  grads = _psum(found.grads, axis_name)
+  sums = _psum(found.sums, axis_name)
+  metrics = {key: x / count for key, x in sums.items()}
+  metrics['optim/grad_norm'] = optax.tree.norm(grads)
+  params = state.variables.params
+  changes, opt_state = recipe.tx.update(grads, state.opt_state, params)
+  after = TrainState(
+      step=state.step + 1,
+      variables=Variables(
+          optax.apply_updates(params, changes),
+          _pmean_floats(found.model_state, axis_name),
+      ),
+      opt_state=opt_state,
+      rng=state.rng,
+      carry=found.carry,
+      teacher_carry=found.teacher_carry,
+  )
+  return after, metrics
 
-  return train_step
+
+def objective(
+    params: PyTree,
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    weights: Array,
+    rng: Array,
+    teaching: Teaching,
+    count: Array,
+) -> tuple[Array, tuple[Metrics, Updates]]:
+  """Returns the share of some rows in the objective of the whole group.
+
+  Args:
+    params: What is differentiated; those of `state` are not looked at.
+    recipe: What is static.
+    state: With the carries of these rows.
+    batch: Rows that share a forward pass, (B, ...).
+    weights: Of the examples, shaped as the labels.
+    rng: Key of that pass.
+    teaching: What they learn from besides the labels.
+    count: Total weight of the *group*. The sum of the replicas' gradients is
+      then the gradient of the group's mean, however padding falls on them.
+
+  Returns:
+    The share, the sums of losses over the rows, and what the model updates.
+  """
+  outputs, updates = recipe.model.apply(
+      state.variables.replace(params=params), batch, state.carry, rng, True
+  )
+  losses_of = functools.partial(
+      _summed_losses, recipe.task_loss, recipe.distill_loss
+  )
+  rows = batch['labels'], weights
+  taught = teaching.outputs
+  shared = teaching.by, teaching.distill_weight
+  if recipe.fused and isinstance(outputs, HeadOutputs):
+    total, sums = blocks.summed(losses_of, outputs, taught, rows, shared)
+  else:
+    if taught is not None:
+      taught = jax.vmap(logits_of)(taught)
+    total, sums = losses_of(logits_of(outputs), taught, rows, shared)
+  return total / count, (sums | {'loss/total': total}, updates)
 
 
 def make_eval_step(
@@ -237,6 +332,63 @@ def _weighted_sum(values: Array, weights: Array) -> jax.Array:
   return jnp.sum(jnp.where(weights == 0, 0.0, values) * weights)
 
 
+def _gradient(
+    recipe: Recipe,
+    teachers: Teachers | PeerPredictions | None,
+    distill_weight: Array,
+    count: Array,
+    state: TrainState,
+    rows: tuple[Batch, Array],
+    index: int | Array,
+) -> microbatches.Accumulated:
+  """Returns what microbatch `index` adds to gradient, losses, statistics."""
+  batch, weights = rows
+  outputs, taught_by, teacher_carry = None, teachers, state.teacher_carry
+  if isinstance(teachers, Teachers):
+    _check_carries(state, teachers)
+    # Outside the differentiated function: no residual of a teacher is kept.
+    outputs, teacher_carry = _teacher_outputs(
+        recipe.teacher_model, teachers, batch, state.teacher_carry
+    )
+    taught_by = teachers.present_P
+  grads, (sums, updates) = jax.grad(objective, has_aux=True)(
+      state.variables.params,
+      recipe,
+      state,
+      batch,
+      weights,
+      _step_rng(state, recipe, index),
+      Teaching(outputs, taught_by, distill_weight),
+      count,
+  )
+  return microbatches.Accumulated(
+      grads, sums, updates.model_state, updates.carry, teacher_carry
+  )
+
+
+def _summed_losses(
+    task_loss: Callable[[Array, Array], Array],
+    distill_loss: Callable[..., Array],
+    logits: Array,
+    teacher_logits: Array | None,
+    rows: tuple[Array, Array],
+    shared: tuple[Array | PeerPredictions | None, Array],
+) -> tuple[jax.Array, Metrics]:
+  """Sums the losses of a block of rows: a `blocks.BlockLoss`, once bound."""
+  labels, weights = rows
+  taught_by, distill_weight = shared
+  total = _weighted_sum(task_loss(logits, labels), weights)
+  sums = {'loss/task': total}
+  if taught_by is None:
+    return total, sums
+  if isinstance(taught_by, PeerPredictions):
+    distill = peer_predictions.peer_loss(distill_loss, logits, taught_by)
+  else:
+    distill = distill_loss(logits, teacher_logits, taught_by)
+  sums['loss/distill'] = _weighted_sum(distill, weights)
+  return total + distill_weight * sums['loss/distill'], sums
+
+
 def _check_carries(state: TrainState, teachers: Teachers) -> None:
   """Raises ValueError if the state was made for another number of peers."""
   if not jax.tree.leaves(state.carry):
@@ -248,60 +400,6 @@ def _check_carries(state: TrainState, teachers: Teachers) -> None:
         f'the state has recurrent states for {made_for} teachers, but there'
         f' are {num_peers}; give init_state num_peers={num_peers}'
     )
-
-
-def _gradient_of(
-    model: Model, teacher_model: Model, summed_losses: Callable
-) -> Callable[..., parts.Part]:
-  """What some rows add to a group's gradient, losses and statistics.
-
-  Returns:
-    `(state, batch, weights, rng, teachers, distill_weight, count) -> Part`, of
-    rows that share a forward pass; `rng` makes the key for it.
-  """
-
-  def gradient(
-      state: TrainState,
-      batch: Batch,
-      weights: Array,
-      rng: Callable[[], Array],
-      teachers: Teachers | PeerPredictions | None,
-      distill_weight: Array,
-      count: Array,
-  ) -> parts.Part:
-    teaching, teacher_carry = teachers, state.teacher_carry
-    if isinstance(teachers, Teachers):
-      _check_carries(state, teachers)
-      # Outside the differentiated function: no residual of a teacher is kept.
-      outputs, teacher_carry = _teacher_outputs(
-          teacher_model, teachers, batch, state.teacher_carry
-      )
-      teaching = outputs, teachers.present_P
-
-    def objective(params: PyTree) -> tuple[Array, tuple]:
-      outputs, updates = model.apply(
-          state.variables.replace(params=params),
-          batch,
-          state.carry,
-          rng(),
-          True,
-      )
-      total, sums = summed_losses(
-          outputs, batch['labels'], weights, teaching, distill_weight
-      )
-      # Divided by the count of the *group*: the sum of the replicas'
-      # gradients is then the gradient of the group's mean, however padding
-      # falls on the replicas.
-      return total / count, (sums | {'loss/total': total}, updates)
-
-    grads, (sums, updates) = jax.grad(objective, has_aux=True)(
-        state.variables.params
-    )
-    return parts.Part(
-        grads, sums, updates.model_state, updates.carry, teacher_carry
-    )
-
-  return gradient
 
 
 def _teacher_outputs(
@@ -318,76 +416,22 @@ def _teacher_outputs(
 
   many = jax.vmap(one)
   first = jax.tree.map(lambda x: x[0], (teachers.variables, carry_PB))
-  if flops.has_convolution(one, *first):
+  if jaxprs.has_convolution(one, *first):
     # With a kernel for each teacher they would become grouped convolutions,
     # the slow ones: of three teachers on CPU they take seven times as long.
     many = lambda *args: jax.lax.map(lambda x: one(*x), args)
   return jax.lax.stop_gradient(many(teachers.variables, carry_PB))
 
 
-def _summed_losses(
-    task_loss: Callable[[Array, Array], Array],
-    distill_loss: Callable[..., Array],
-    fused: bool,
-) -> Callable[..., tuple[jax.Array, Metrics]]:
-  """The losses of a step from what student and teachers put out.
-
-  Returns:
-    `(outputs, labels, weights, teaching, distill_weight) -> (total, sums)`,
-    where `teaching` is None, the teachers' outputs and presence (P,), or
-    `PeerPredictions`.
-  """
-
-  def losses_of(
-      logits: Array, teacher_logits: Array | None, rows: tuple, shared: tuple
-  ) -> tuple[jax.Array, Metrics]:
-    labels, weights = rows
-    taught_by, distill_weight = shared
-    total = _weighted_sum(task_loss(logits, labels), weights)
-    sums = {'loss/task': total}
-    if taught_by is None:
-      return total, sums
-    if isinstance(taught_by, PeerPredictions):
-      distill = predictions.peer_loss(distill_loss, logits, taught_by)
-    else:
-      distill = distill_loss(logits, teacher_logits, taught_by)
-    sums['loss/distill'] = _weighted_sum(distill, weights)
-    total += distill_weight * sums['loss/distill']
-    return total, sums
-
-  def summed(
-      outputs: Outputs,
-      labels: Array,
-      weights: Array,
-      teaching: tuple[Outputs, Array] | PeerPredictions | None,
-      distill_weight: Array,
-  ) -> tuple[jax.Array, Metrics]:
-    teacher_outputs, taught_by = None, teaching
-    if isinstance(teaching, tuple):
-      teacher_outputs, taught_by = teaching
-    rows, shared = (labels, weights), (taught_by, distill_weight)
-    if fused and isinstance(outputs, HeadOutputs):
-      return blocks.summed(losses_of, outputs, teacher_outputs, rows, shared)
-    teacher_logits = None
-    if teacher_outputs is not None:
-      teacher_logits = jax.vmap(logits_of)(teacher_outputs)
-    return losses_of(logits_of(outputs), teacher_logits, rows, shared)
-
-  return summed
-
-
-def _step_rng(
-    state: TrainState,
-    axis_name: str | None,
-    part: int | Array,
-    num_parts: int,
-) -> Array:
+def _step_rng(state: TrainState, recipe: Recipe, index: int | Array) -> Array:
   """The key of this step on this replica, real or simulated."""
   rng = jax.random.fold_in(state.rng, state.step)
-  replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-  if num_parts > 1:
+  replica = 0
+  if recipe.axis_name is not None:
+    replica = jax.lax.axis_index(recipe.axis_name)
+  if recipe.simulated_replicas > 1:
     # Numbered as real replicas would be, that have these rows.
-    replica = replica * num_parts + part
+    replica = replica * recipe.simulated_replicas + index
   return jax.random.fold_in(rng, replica)
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines, the terminal; see also `tensorboard`.
+"""Where metrics go: JSON lines, the terminal; TensorBoard.
 
 A writer is anything with `write(step, metrics)` and `close()`. Metrics are
 scalars by key (`loss/task`), device arrays or plain numbers. What is optional
@@ -14,14 +14,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
+from absl import logging
 from etils import epath
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from codistill_jax.storage.appender import Appender
-from codistill_jax.storage.troubles import Troubles
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    BackgroundWriter,
+    Patience,
+    Troubles,
+)
 
 Metrics = Mapping[str, Any]
+
+_MAX_LINES = 10_000  # Kept while the disk fails.
 
 
 class Writer(Protocol):
@@ -89,6 +96,96 @@ class MultiWriter:
       raise errors[0]
 
 
+class _Appender:
+  """Appends pieces as a whole; keeps them in memory while that fails."""
+
+  def __init__(
+      self,
+      path: epath.PathLike,
+      doing: str,
+      troubles: Troubles,
+      *,
+      patience: Patience = DEFAULT_PATIENCE,
+      room: int = _MAX_LINES,
+  ):
+    """Opens the file.
+
+    Args:
+      path: In a directory that exists; this process alone writes to it.
+      doing: The name of this as a trouble.
+      troubles: Where a disk that fails is noted.
+      patience: Time limits.
+      room: How many pieces are kept while the disk fails; the newest.
+
+    Raises:
+      OSError: If it cannot be opened.
+    """
+    self._path = epath.Path(path)
+    self._patience = patience
+    self._count = 0
+    self._file = self._path.open('ab')
+    self._size = self._file.seek(0, os.SEEK_END)
+    self._writer = BackgroundWriter(
+        self._write, doing, troubles, room=room, patience=patience
+    )
+
+  def append(self, piece: bytes) -> None:
+    """Writes a piece before it returns, unless the disk fails."""
+    self._count += 1
+    self._writer.put(self._count, piece)
+    self._writer.wait(failing=0.0)
+
+  def close(self) -> None:
+    """Tries once more, and closes.
+
+    Raises:
+      TimeoutError: If pieces are left that could not be written.
+    """
+    written = self._writer.wait(2 * self._patience.retry)
+    unwritten = None if written else self._writer.give_up()
+    self._writer.close()
+    if self._writer.finished:  # Or it hangs in a write, and so would closing.
+      self._drop_file()
+    if self._writer.dropped:
+      logging.warning(
+          '%d pieces of %s are lost', self._writer.dropped, self._path
+      )
+    if unwritten is not None:
+      raise TimeoutError(
+          f'{len(unwritten.steps)} records could not be written to'
+          f' {os.fspath(self._path)} ({unwritten.error}); see to the disk, and'
+          ' start the same command again'
+      ) from unwritten.error
+
+  def _write(self, number: int, piece: bytes) -> None:
+    """In the thread."""
+    del number
+    try:
+      if self._file is None:
+        self._reopen()
+      self._file.write(piece)
+      self._file.flush()
+    except OSError:
+      self._drop_file()
+      raise
+    self._size += len(piece)
+
+  def _drop_file(self) -> None:
+    # Closing tries to write what is buffered; `_reopen` cuts that off.
+    file, self._file = self._file, None
+    if file is not None:
+      with contextlib.suppress(OSError):
+        file.close()
+
+  def _reopen(self) -> None:
+    """Opens the file again, without what was written of a piece."""
+    self._file = self._path.open('ab')
+    size = self._file.seek(0, os.SEEK_END)
+    if size > self._size and not files.is_remote(self._path):
+      size = self._file.truncate(self._size)
+    self._size = size
+
+
 class JsonlWriter:
   """Appends one JSON object a line: `step`, `time` (Unix seconds), metrics.
 
@@ -105,6 +202,8 @@ class JsonlWriter:
       resume_step: int | None = None,
       clock: Callable[[], float] = time.time,
       troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+      room: int = _MAX_LINES,
   ):
     """Opens the file, and repairs what a killed writer left.
 
@@ -115,12 +214,20 @@ class JsonlWriter:
         keeps every record.
       clock: Gives `time`; for tests.
       troubles: Where a disk that fails is noted.
+      patience: Time limits.
+      room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _repair(path, resume_step)
-    self._lines = Appender(path, 'writing metrics', troubles or Troubles())
+    self._lines = _Appender(
+        path,
+        'writing metrics',
+        troubles or Troubles(),
+        patience=patience,
+        room=room,
+    )
 
   def write(self, step: int, metrics: Metrics) -> None:
     """Appends one record, or keeps it while the disk fails.
@@ -275,3 +382,89 @@ def _bar_text(metrics: Metrics) -> str:
 
 def _is_evaluation(metrics: Metrics) -> bool:
   return any(key.startswith('eval/') for key in metrics)
+
+
+class TensorBoardWriter:
+  """Scalars for TensorBoard, without TensorFlow (through tensorboardX)."""
+
+  def __init__(
+      self,
+      logdir: os.PathLike[str] | str,
+      *,
+      resume_step: int | None = None,
+      troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    """Opens an event file.
+
+    Args:
+      logdir: Where the event files lie.
+      resume_step: The step the run goes on from; TensorBoard hides what an
+        earlier process wrote for later steps.
+      troubles: Where a disk that fails is noted.
+      patience: Time limits.
+    """
+    import tensorboardX  # Here: the file must not cost what it does not use.
+    from tensorboardX import record_writer
+
+    # Its thread ends at the first OSError, and then `write` waits for ever: so
+    # it writes to files that raise none.
+    self._scheme = f'codistill-{id(self)}'
+    record_writer.register_writer_factory(
+        self._scheme,
+        _EventFiles(self._scheme, troubles or Troubles(), patience),
+    )
+    purge_step = None if resume_step is None else resume_step + 1
+    self._writer = tensorboardX.SummaryWriter(
+        f'{self._scheme}:{os.fspath(logdir)}',
+        purge_step=purge_step,
+        flush_secs=10,
+    )
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    for key, value in as_floats(metrics).items():
+      self._writer.add_scalar(key, value, int(step))
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class _EventFiles:
+  """Opens event files for tensorboardX, as <scheme>:<path>."""
+
+  def __init__(self, scheme: str, troubles: Troubles, patience: Patience):
+    self._prefix = f'{scheme}:'
+    self._troubles = troubles
+    self._patience = patience
+
+  def directory_check(self, path: str) -> None:
+    path = epath.Path(path.removeprefix(self._prefix))
+    path.mkdir(parents=True, exist_ok=True)
+
+  def open(self, path: str) -> '_EventFile':
+    path = epath.Path(path.removeprefix(self._prefix))
+    doing = 'writing TensorBoard events'
+    return _EventFile(
+        _Appender(path, doing, self._troubles, patience=self._patience)
+    )
+
+
+class _EventFile:
+  """As tensorboardX uses a file; what it writes comes to disk at `flush`."""
+
+  def __init__(self, events: _Appender):
+    self._events = events
+    self._data = bytearray()
+
+  def write(self, data: bytes) -> None:
+    self._data += data
+
+  def flush(self) -> None:
+    data, self._data = bytes(self._data), bytearray()
+    self._events.append(data)
+
+  def close(self) -> None:
+    self.flush()
+    # Lost events are no reason to end otherwise: metrics.jsonl has it all.
+    with contextlib.suppress(TimeoutError):
+      self._events.close()

@@ -34,6 +34,9 @@ _PASSING = {
     errno.ETIMEDOUT,
 }
 
+# Packages that only some binaries need, by the extra that installs them.
+_EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
+
 # Said by a process that leaves before there is anything to save.
 NOT_BEGUN = 'stopped before training began; the same command starts it again'
 
@@ -96,6 +99,11 @@ def say(error: Exception) -> int:
         isinstance(error, OSError) and error.errno in _PASSING
     )
     return MAY_PASS if passing else CLEAR_ERROR
+  package = str(getattr(error, 'name', '')).partition('.')[0]
+  if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
+    extra = f"'codistill_jax[{_EXTRAS[package]}]'"
+    tell(f'error: {package} is missing; pip install {extra}', error=True)
+    return CLEAR_ERROR
   # A crash: whoever supervises may start again.
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)

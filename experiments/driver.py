@@ -12,18 +12,21 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import base, gin_utils, replicas, run_directory, writers
+from codistill_jax import (
+    base,
+    gin_utils,
+    replicas,
+    run_directory,
+    writers,
+)
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.protocol import Exchange, Interrupted
 from codistill_jax.experiment import first_row, num_teachers, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.checkpoint import (
-    PATIENCE_SECONDS,
-    Checkpoints,
-    Resume,
-)
+from codistill_jax.storage.background import DEFAULT_PATIENCE
+from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import claims
 from experiments.cli import Stopped
 from experiments.efficiency import Efficiency
@@ -114,7 +117,7 @@ def train(
       lease.check()
       exchange.settle(step)
 
-    checkpoints = Checkpoints(
+    checkpoints = ResumeCheckpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
         troubles=job.troubles,
@@ -227,7 +230,7 @@ def _write_done(job: Job) -> None:
     TimeoutError: If the disk fails for longer.
   """
   path = run_directory.done_path(job.workdir, job.group_id)
-  deadline = time.monotonic() + PATIENCE_SECONDS
+  deadline = time.monotonic() + DEFAULT_PATIENCE.failing
   while True:
     try:
       files.write_bytes(path, b'')
@@ -260,7 +263,7 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
 
 
 def _restore(
-    job: Job, checkpoints: Checkpoints, like: TrainState
+    job: Job, checkpoints: ResumeCheckpoints, like: TrainState
 ) -> Resume | None:
   """The newest sound checkpoint; the primary's choice in every process."""
   resume = checkpoints.restore(like) if job.agreement.is_primary else None

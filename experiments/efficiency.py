@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from codistill_jax import flops, joint, peaks
+from codistill_jax import jaxprs, one_program
 from codistill_jax.base import (
     Batch,
     PeerPredictions,
@@ -74,7 +74,9 @@ class Efficiency:
         'perf/teacher_share': 1.0 - alone.total / max(last.total, 1.0),
     }
     step = self._job.train_step
-    least = sum(peaks.seconds(c.by_dtype, step.device_kind) for c in counts)
+    least = sum(
+        jaxprs.least_seconds(c.by_dtype, step.device_kind) for c in counts
+    )
     if math.isfinite(least):
       found['perf/utilisation'] = least / step.num_replicas / seconds
     return found
@@ -82,10 +84,10 @@ class Efficiency:
   def close(self) -> None:
     self._counter.shutdown(wait=False, cancel_futures=True)
 
-  def _count(self, taught: bool) -> flops.Flops:
+  def _count(self, taught: bool) -> jaxprs.Flops:
     step = self._job.train_step
     # The whole group batch on one replica, which takes the same.
-    found = flops.count(
+    found = jaxprs.flops(
         step.train_step,
         self._state,
         self._batch,
@@ -103,8 +105,9 @@ class Efficiency:
 
   def _teachers(self) -> Teachers | PeerPredictions:
     job, plan = self._job, self._job.experiment.plan
-    if isinstance(job.train_step, joint.Seat):
-      return _shapes(job.train_step.peers)
+    step = job.train_step
+    if isinstance(step, one_program.Seat) and step.peers is not None:
+      return _shapes(step.peers)
     peers = num_teachers(job.experiment, job.group_id, job.num_groups)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

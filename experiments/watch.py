@@ -9,13 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from codistill_jax import (
-    evaluate,
-    losses,
-    run_directory,
-    tensorboard,
-    writers,
-)
+from codistill_jax import evaluate, losses, run_directory, writers
 from codistill_jax.base import Metrics, Model, Variables
 from codistill_jax.exchange.protocol import Exchange, check_finite
 from codistill_jax.group import StepResult
@@ -184,7 +178,7 @@ def group_writer(
             resume_step=start,
             troubles=job.troubles,
         ),
-        tensorboard.TensorBoardWriter(
+        writers.TensorBoardWriter(
             run_directory.tensorboard_dir(job.workdir, job.group_id),
             resume_step=start,
             troubles=job.troubles,

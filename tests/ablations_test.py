@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, losses, objectives, run_directory
+from codistill_jax import gin_utils, losses, run_directory
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
 from experiments import driver, lockstep, watch
@@ -123,7 +123,7 @@ def test_label_smoothing_takes_the_place_of_the_peers(
 ):
   experiment, _ = configured(tmp_path, 'resnet20', name)
   assert {experiment.distill_weight(step) for step in (0, 999)} == {0.0}
-  loss = objectives.training_loss(
+  loss = losses.training_loss(
       experiment.task,
       experiment.label_smoothing,
       experiment.smoothing_distribution,

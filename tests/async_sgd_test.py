@@ -11,8 +11,7 @@ import toy
 
 from codistill_jax import base
 from codistill_jax import step as step_lib
-from codistill_jax.baselines.async_sgd import AsynchronousSgd
-from codistill_jax.baselines.turns import worker_turns
+from codistill_jax.baselines.async_sgd import AsynchronousSgd, worker_turns
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
 ROWS, UPDATES = 2, 14

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from codistill_jax import blocks, flops, losses
+from codistill_jax import blocks, jaxprs, losses
 from codistill_jax.base import HeadOutputs, logits_of
 
 
@@ -185,7 +185,7 @@ def test_logits_of_all_tokens_never_exist(summed, exists):
   loss = loss_of()
   of = functools.partial({'fused': blocks.summed, 'plain': plain}[summed], loss)
   jaxpr = jax.make_jaxpr(with_gradient(of))(*args)
-  arrays = [v.aval for e in flops.equations(jaxpr.jaxpr) for v in e.outvars]
+  arrays = [v.aval for e in jaxprs.equations(jaxpr.jaxpr) for v in e.outvars]
   largest = max(x.size for x in arrays)
   assert (largest >= tokens * classes) == exists
   if not exists:

@@ -8,7 +8,7 @@ import optax
 import pytest
 import toy
 
-from codistill_jax import base, flops, peaks
+from codistill_jax import base, jaxprs
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.models import resnet
@@ -96,7 +96,7 @@ def test_utilisation_is_of_all_devices_of_the_group(watched, monkeypatch):
   watched.seen(False)
   assert 'perf/utilisation' not in watched.metrics([False], seconds=1.0)
   peak = 3.0 * FORWARD
-  monkeypatch.setattr(peaks, 'PEAKS', {'cpu': {'float32': peak}})
+  monkeypatch.setattr(jaxprs, 'PEAKS', {'cpu': {'float32': peak}})
   found = watched.metrics([False, False], seconds=4.0)
   # Two devices could have done eight steps.
   assert found['perf/utilisation'] == pytest.approx(2 / 8)
@@ -104,13 +104,13 @@ def test_utilisation_is_of_all_devices_of_the_group(watched, monkeypatch):
 
 def test_each_form_is_counted_once(watched, monkeypatch):
   counted = []
-  count = flops.count
+  count = jaxprs.flops
 
   def watching(*args, **kwargs):
     counted.append(args[3] is not None)
     return count(*args, **kwargs)
 
-  monkeypatch.setattr(flops, 'count', watching)
+  monkeypatch.setattr(jaxprs, 'flops', watching)
   for taught in (False, False, True, True, False):
     watched.seen(taught)
     watched.metrics([taught], seconds=1.0)

@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import losses, objectives
+from codistill_jax import losses
 from codistill_jax.base import HeadOutputs, Model, Task, Updates, Variables
 
 RNG = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def smoothed_targets(labels, share, distribution_C):
 def test_a_smoothed_loss_is_that_of_the_mixed_target(name, distribution, share):
   if not share:
     name = 'uniform'
-  loss = objectives.training_loss(task(), share, name)(LOGITS_BC, LABELS_B)
+  loss = losses.training_loss(task(), share, name)(LOGITS_BC, LABELS_B)
   target_BC = smoothed_targets(LABELS_B, share, distribution)
   expected = -np.sum(target_BC * log_softmax(LOGITS_BC), axis=-1)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_a_smoothed_loss_is_that_of_the_mixed_target(name, distribution, share):
 def test_a_smoothed_log_loss_leans_to_a_half_or_to_the_base_rate(name, rate):
   clicks = task(np.array([0.8, 0.2]), num_classes=2, output='sigmoid')
   z, y = LOGITS_BC[:, 0].astype(np.float64), LABELS_B % 2
-  loss = objectives.training_loss(clicks, 0.3, name)(LOGITS_BC[:, 0], y)
+  loss = losses.training_loss(clicks, 0.3, name)(LOGITS_BC[:, 0], y)
   q, target = 1 / (1 + np.exp(-z)), 0.7 * y + 0.3 * rate
   expected = -(target * np.log(q) + (1 - target) * np.log(1 - q))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -178,7 +178,7 @@ def test_what_cannot_be_is_refused(wrong, message):
 )
 def test_frequencies_that_are_no_distribution_are_refused(frequencies, message):
   with pytest.raises(ValueError, match=message):
-    objectives.training_loss(task(frequencies), 0.1, 'unigram')
+    losses.training_loss(task(frequencies), 0.1, 'unigram')
 
 
 def test_labels_are_counted_only_where_that_is_asked_for():
@@ -187,7 +187,7 @@ def test_labels_are_counted_only_where_that_is_asked_for():
 
   for share in (0.0, 0.1):
     counting = task(label_frequencies=counted)
-    objectives.training_loss(counting, share, 'uniform')
+    losses.training_loss(counting, share, 'uniform')
 
 
 # -- separate losses to each peer ---------------------------------------------
@@ -209,7 +209,7 @@ def in_numpy(name, student_logits, target):
 
 
 def value(target, name, teachers, present, student=LOGITS_BC, **kwargs):
-  loss = objectives.towards(target, losses.distill_loss(name))
+  loss = losses.towards(target, losses.distill_loss(name))
   return loss(student, teachers, np.float32(present), **kwargs)
 
 
@@ -258,7 +258,7 @@ def test_of_one_peer_each_is_mean(output):
     args = student, teachers, np.ones(1, np.float32)
     kwargs = {'temperature': 2.0, 'scale_by_temperature_squared': True}
     toy.assert_same(
-        objectives.towards('each', loss)(*args, **kwargs),
+        losses.towards('each', loss)(*args, **kwargs),
         loss(*args, **kwargs),
         rtol=1e-6,
     )

@@ -11,7 +11,7 @@ import pytest
 from prepared import contents, run_text, texts, write_corpus
 from wet_files import packed, wet, write_wet
 
-from codistill_jax.data import partition, prepare_text, shards, sources
+from codistill_jax.data import order, prepare_text, shards, sources
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_every_document_is_there_once_and_decodes(tmp_path, corpus):
     expected = [
         text
         for text in texts(120)
-        if partition.in_validation(text, 0.2, 0) == (split == 'validation')
+        if order.in_validation(text, 0.2, 0) == (split == 'validation')
     ]
     documents = documents_in(tmp_path, split)
     assert [tokenizer.decode(d) for d in documents] == expected
@@ -96,7 +96,7 @@ def test_max_documents_is_the_beginning(tmp_path):
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
   run_text(tmp_path / 'a', corpus)
-  train = [t for t in texts(120) if not partition.in_validation(t, 0.2, 0)]
+  train = [t for t in texts(120) if not order.in_validation(t, 0.2, 0)]
   source = write_corpus(tmp_path / 'train', train)
   run_text(tmp_path / 'b', source, validation_fraction=0)
   models = [(tmp_path / n / 'tokenizer.model').read_bytes() for n in 'ab']

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codistill_jax import flops
+from codistill_jax import jaxprs
 from codistill_jax.models import lstm, recurrence
 
 T, B, E, D = 5, 3, 4, 8
@@ -143,7 +143,7 @@ def assert_close(ours, plain, tolerance):
 
 def scans(jaxpr):
   """The scans of a traced function, at any depth."""
-  return [e for e in flops.equations(jaxpr) if e.primitive.name == 'scan']
+  return [e for e in jaxprs.equations(jaxpr) if e.primitive.name == 'scan']
 
 
 def stacked_and_carried(scan):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from codistill_jax import flops, step
+from codistill_jax import jaxprs, step
 from codistill_jax.base import (
     Array,
     Batch,
@@ -303,7 +303,7 @@ def _map_workers(
   forward = lambda variables, rows, carry: model.apply(
       variables, rows, carry, None, False
   )
-  if flops.has_convolution(forward, worker.variables, rows, worker.carry):
+  if jaxprs.has_convolution(forward, worker.variables, rows, worker.carry):
     # With a kernel for each worker they would become grouped convolutions, the
     # slow ones. It holds the activations of one worker at a time, too.
     return jax.lax.map(lambda x: each(*x), (workers_M, batch_M))

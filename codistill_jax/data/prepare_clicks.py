@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from codistill_jax.data import (
-    click_features,
     click_shards,
     criteo,
+    order,
     prepare,
     prepared_files,
     records,
@@ -172,7 +172,7 @@ def split_of(
   shares_S = np.asarray([1 - validation - test, 1 - test])
   low_N, high_N = numbers_N.astype(np.uint32), numbers_N >> 32
   # Twice, so that line numbers beyond 2**32 count too.
-  mix = click_features.mix32
+  mix = order.mix32
   draw_N = mix(mix(low_N ^ key) ^ high_N.astype(np.uint32))
   return np.searchsorted(shares_S, draw_N / 2.0**32, side='right')
 
@@ -236,9 +236,9 @@ def _write_run(path: pathlib.Path, rows: np.ndarray) -> None:
   """Counts the values of each column; the missing one is left out."""
   columns = []
   for values_N in rows[:, -criteo.NUM_CATEGORIES :].T:
-    values, counts = click_features.count_values(values_N)
+    values, counts = np.unique(values_N, return_counts=True)
     pairs = np.stack([values, counts.astype(np.uint32)], axis=1)
-    columns.append(pairs[values != click_features.MISSING])
+    columns.append(pairs[values != criteo.MISSING])
   run = io.BytesIO()
   np.savez(run, *columns)
   prepared_files.write_file(path, run.getbuffer())

@@ -13,8 +13,8 @@ import numpy as np
 
 from codistill_jax.data import filters as filters_lib
 from codistill_jax.data import (
+    order,
     paragraph_ids,
-    partition,
     prepare,
     records,
     shards,
@@ -222,7 +222,7 @@ class _Splitter(NamedTuple):
   seed: int
 
   def __call__(self, text: str) -> str:
-    inside = partition.in_validation(text, *self)
+    inside = order.in_validation(text, *self)
     return 'validation' if inside else 'train'
 
 

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from codistill_jax import base
-from codistill_jax.models import linen, products, recurrence
+from codistill_jax.models import linen, recurrence
 
 
 def language_model(
@@ -154,7 +154,7 @@ class LSTM(nn.Module):
     # All that does not depend on the state happens outside the scan, in one
     # large product over N = T * B rows.
     x_NE = x_TBE.reshape(-1, x_TBE.shape[-1])
-    inputs_NF = products.dot(x_NE, x_kernel.astype(self.dtype))
+    inputs_NF = recurrence.dot(x_NE, x_kernel.astype(self.dtype))
     if self.layer_norm:
       inputs_NF = recurrence.unit_size(inputs_NF) * recurrence.row(x_scale, 2)
     inputs_NF = inputs_NF + recurrence.row(bias, 2)

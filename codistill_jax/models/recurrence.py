@@ -7,16 +7,16 @@ of the state. It leaves those of the gates stacked, from which those of kernel
 and scales are made after it, from all T * B rows at once: one large product.
 Where nothing is differentiated, nothing is stacked.
 
-Shape suffixes: B rows, T tokens, D units, F = 4 D gate values.
+Shape suffixes: B rows, T tokens, D units, F = 4 D gate values;
+N rows, E size of an input, F size of an output of a product.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from codistill_jax.base import Array, contract
-from codistill_jax.models import products
 
 _EPSILON = 1e-6
 # Where it pays to multiply by columns: a gradient at 1024 units took 0.76 times
@@ -246,7 +246,7 @@ def _run_bwd(residuals, d):
         cell_D=total(d_shown_TBD * _normal(c_TBD)),
         shift_D=total(d_shown_TBD),
     )
-  d_kernel_DF = products.kernel_gradient(_rows(before[1]), _rows(d_product_TBF))
+  d_kernel_DF = kernel_gradient(_rows(before[1]), _rows(d_product_TBF))
   d_inputs_TBF = d_gates_TBF.astype(inputs_TBF.dtype)
   return d_kernel_DF, d_norms, d_inputs_TBF, None, d_first
 
@@ -262,3 +262,45 @@ def _rows(x_TBD):
 
 
 run.defvjp(_run_fwd, _run_bwd)
+
+
+# --- Products whose gradients are laid out to be fast -------------------------
+
+
+@jax.custom_vjp
+def dot(x_NE: Array, kernel_EF: Array) -> jax.Array:
+  """Product in the dtype of the kernel, summed up in float32.
+
+  So are the products of its gradient: those of float32 with bfloat16 that jax
+  would make run at the speed of float32. And what is transposed for them is x,
+  as a rule smaller than the gradient, for which XLA on CPU takes long.
+  """
+  return contract(x_NE.astype(kernel_EF.dtype), kernel_EF, 1, 0)
+
+
+def _dot_fwd(x_NE, kernel_EF):
+  return dot(x_NE, kernel_EF), (x_NE, kernel_EF)
+
+
+def _dot_bwd(residuals, d_NF):
+  x_NE, kernel_EF = residuals
+  d_NF = d_NF.astype(kernel_EF.dtype)
+  d_x_NE = contract(d_NF, kernel_EF, 1, 1)
+  return d_x_NE.astype(x_NE.dtype), kernel_gradient(x_NE, d_NF)
+
+
+dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+def kernel_gradient(x_NE: Array, d_NF: Array) -> jax.Array:
+  """The gradient (E, F) of a kernel, in the dtype of that of its product."""
+  return contract(x_NE.astype(d_NF.dtype), d_NF, 0, 0).astype(d_NF.dtype)
+
+
+def dense(
+    x: Array, kernel_EF: Array, dimension_numbers: Any, **unused: Any
+) -> jax.Array:
+  """`dot` in the form that `flax.linen.Dense(dot_general=)` asks for."""
+  del dimension_numbers, unused  # Always the last axis of x, and defaults.
+  x_NE = x.reshape(-1, x.shape[-1])
+  return dot(x_NE, kernel_EF).reshape(*x.shape[:-1], -1).astype(x.dtype)

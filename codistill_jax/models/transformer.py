@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.models import linen, products
+from codistill_jax.models import linen, recurrence
 
 _EPSILON = 1e-6
 _LONGEST_WAVE = 10_000.0  # Su et al. 2021, section 3.2.2.
@@ -256,7 +256,7 @@ class Layer(nn.Module):
         use_bias=False,
         dtype=self.dtype,
         kernel_init=matrix,
-        dot_general=products.dense,
+        dot_general=recurrence.dense,
         name=name,
     )
 

@@ -1,0 +1,262 @@
+"""The one form of all pages: blocks, written as Markdown and as HTML.
+
+The HTML page is one file: images are in it, nothing is loaded from elsewhere.
+What a page looks like stands in `page.html.jinja`, `page.md.jinja` and
+`page.css`; text is escaped by the templates. Numbers become text here, too.
+"""
+
+import base64
+import functools
+import io
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from etils import epath
+
+from codistill_jax.storage import files
+
+if TYPE_CHECKING:
+  import jinja2
+  import pandas as pd
+  import rich.console
+  import rich.table
+  import rich.text
+
+# --- Blocks ------------------------------------------------------------------
+
+
+class Heading(NamedTuple):
+  text: str
+
+
+class Paragraph(NamedTuple):
+  text: str
+
+
+class Bullets(NamedTuple):
+  items: Sequence[str]
+
+
+class Table(NamedTuple):
+  """A table of text; the first `names` columns are names, others numbers."""
+
+  frame: 'pd.DataFrame'
+  names: int = 1
+
+  @property
+  def header(self) -> list[str]:
+    return list(self.frame.columns)
+
+  @property
+  def rows(self) -> list[list[str]]:
+    return self.frame.to_numpy(object).tolist()
+
+
+class Code(NamedTuple):
+  """Text shown as it is; folded away under its title if it has one."""
+
+  text: str
+  title: str = ''
+
+  @property
+  def fence(self) -> str:
+    """Backticks, more of them than stand in a row anywhere inside."""
+    fence = '```'
+    while fence in self.text:
+      fence += '`'
+    return fence
+
+
+class Plot(NamedTuple):
+  """A plot with the words that go below it.
+
+  Attributes:
+    name: File name without ending.
+    title: Its heading.
+    caption: What is drawn and how it was treated.
+    png: The image.
+  """
+
+  name: str
+  title: str
+  caption: str
+  png: bytes
+
+  @property
+  def base64(self) -> str:
+    return base64.b64encode(self.png).decode()
+
+  @property
+  def width(self) -> int:
+    """CSS pixels: letters of one size in all plots, sharp on fine screens."""
+    # The width stands in bytes 16 to 19 of a PNG.
+    return int(0.62 * int.from_bytes(self.png[16:20], 'big'))
+
+
+Block = Heading | Paragraph | Bullets | Table | Code | Plot
+
+# --- Pages -------------------------------------------------------------------
+
+
+def write(
+    directory: files.PathLike, name: str, title: str, blocks: Sequence[Block]
+) -> epath.Path:
+  """Writes `<name>.md`, `<name>.html` and the plots, which lie beside them.
+
+  Returns:
+    The path of the HTML page.
+  """
+  directory = epath.Path(directory)
+  for block in blocks:
+    if isinstance(block, Plot):
+      files.write_bytes(directory / f'{block.name}.png', block.png)
+  for ending, render in (('md', to_markdown), ('html', to_html)):
+    text = render(title, blocks)
+    files.write_bytes(directory / f'{name}.{ending}', text.encode())
+  return directory / f'{name}.html'
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+  """Returns the page as Markdown; plots are links to PNG files beside it."""
+  return _render('page.md.jinja', title, blocks)
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+  """Returns the page as one HTML file with its images inside."""
+  return _render('page.html.jinja', title, blocks)
+
+
+def _render(template: str, title: str, blocks: Sequence[Block]) -> str:
+  kinds = [(type(block).__name__, block) for block in blocks]
+  page = _environment().get_template(template)
+  return page.render(title=title, blocks=kinds)
+
+
+@functools.lru_cache
+def _environment() -> 'jinja2.Environment':
+  # Here, since `--help` and `status` do without.
+  import jinja2
+
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+      # Markdown has filters of its own.
+      autoescape=lambda name: 'html' in name,
+      undefined=jinja2.StrictUndefined,
+      trim_blocks=True,
+      lstrip_blocks=True,
+      keep_trailing_newline=True,
+  )
+  environment.filters |= {'md': _escape_markdown, 'cell': _cell}
+  return environment
+
+
+def _escape_markdown(text: str) -> str:
+  for character in '\\`*_<[':
+    text = text.replace(character, '\\' + character)
+  return text
+
+
+def _cell(text: str) -> str:
+  return _escape_markdown(text).replace('|', '\\|').replace('\n', ' ')
+
+
+# --- Text --------------------------------------------------------------------
+
+
+def to_text(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    names: int | None = None,
+) -> str:
+  """Returns a table with aligned columns, for a terminal or a log.
+
+  Args:
+    header: The titles, which may have several lines.
+    rows: The cells.
+    names: How many columns are names, to the left; the others are numbers, to
+      the right. None: all to the left.
+  """
+  return plain(terminal_table(header, rows, names))
+
+
+def terminal_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence['str | rich.text.Text']],
+    names: int | None = None,
+) -> 'rich.table.Table':
+  """Returns what `to_text` shows; cells may have a style."""
+  from rich.table import Table as RichTable
+  from rich.text import Text
+
+  table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+  for i, title in enumerate(header):
+    table.add_column(
+        Text(title),
+        no_wrap=True,
+        vertical='bottom',
+        justify='left' if names is None or i < names else 'right',
+    )
+  for row in rows:
+    # A plain string would be read as markup.
+    table.add_row(*(Text(x) if isinstance(x, str) else x for x in row))
+  return table
+
+
+def plain(view: 'rich.console.RenderableType') -> str:
+  """Returns what a terminal would show as text of any width."""
+  from rich.console import Console
+
+  console = Console(file=io.StringIO(), width=10_000, color_system=None)
+  console.print(view)
+  lines = console.file.getvalue().splitlines()
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+_PREFIXES = ('', 'k', 'M', 'G', 'T', 'P', 'E')
+_BYTES = ('bytes', 'kB', 'MB', 'GB', 'TB')
+
+
+def number(value: float | None, form: str = '.4f', nan: str = 'nan') -> str:
+  """Returns a number as text; '-' for None, which stands for "not known".
+
+  Args:
+    value: The number.
+    form: A format specification; or 'SI' (`1.23 T`), 'bytes' (`1.2 MB`) or
+      'time', of seconds (`2.5 h`).
+    nan: What stands for NaN.
+  """
+  if value is None:
+    return '-'
+  if form == 'time':
+    return _duration(value)
+  if isinstance(value, float) and not math.isfinite(value):
+    return nan if math.isnan(value) else str(value)
+  if form == 'SI':
+    return _scaled(value, _PREFIXES)
+  return _scaled(value, _BYTES) if form == 'bytes' else format(value, form)
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+  for unit in units[:-1]:
+    # What would round up to 1000 takes the next unit.
+    if value < 999.5:
+      return f'{value:.3g} {unit}'.rstrip()
+    value /= 1000
+  return f'{value:.3g} {units[-1]}'
+
+
+def _duration(seconds: float) -> str:
+  """Returns it in the unit that matters: `4 s`, `3 min`, `2.5 h`."""
+  if not math.isfinite(seconds):
+    return '?'
+  if seconds < 0:
+    return '-' + _duration(-seconds)  # Clocks of two hosts disagree.
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  if seconds < 100 * 60:
+    return f'{seconds / 60:.0f} min'
+  if seconds < 100 * 3600:
+    return f'{seconds / 3600:.1f} h'
+  return f'{seconds / 86400:.1f} d'

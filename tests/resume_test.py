@@ -1,0 +1,447 @@
+"""Resume checkpoints: bit-exact, or an error that says what to do."""
+
+import dataclasses
+import errno
+import logging
+import pathlib
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from waits import PATIENCE, until
+
+from codistill_jax import step as step_lib
+from codistill_jax.storage import checkpoints
+from codistill_jax.storage.background import Patience, Troubles
+from codistill_jax.storage.resume import ResumeCheckpoints
+
+IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
+
+
+def make_state(tx=None, num_peers=2, units=6, rows=8):
+  """A state of random numbers; nothing is compiled for it."""
+  shapes = jax.eval_shape(
+      lambda: step_lib.init_state(
+          toy.recurrent_model(units=units),
+          tx or optax.adam(1e-3),
+          jax.random.PRNGKey(3),
+          toy.Tokens(rows).batch(0),
+          num_peers=num_peers,
+      )
+  )
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda x: np.asarray(100 * rng.random(x.shape)).astype(x.dtype), shapes
+  )
+
+
+@pytest.fixture(scope='module')
+def state():
+  return make_state()
+
+
+def at(state, step, value=1.0):
+  """A state of that step, with other numbers in each leaf."""
+  changed = jax.tree.map(lambda x: (x + value).astype(x.dtype), state)
+  return changed.replace(step=np.array(step, np.int32))
+
+
+# Tries again at once; holds nothing up.
+QUICK = Patience(retry=0.01, hold=PATIENCE, failing=PATIENCE, join=0.01)
+
+
+def open_checkpoints(directory, patience=QUICK, **kwargs):
+  return ResumeCheckpoints(
+      directory / 'checkpoints', identity=IDENTITY, patience=patience, **kwargs
+  )
+
+
+def save_all(directory, states, **kwargs):
+  store = open_checkpoints(directory, **kwargs)
+  for state in states:
+    store.save(state, [int(state.step) - 1, None])
+    store.wait()
+  store.close()
+  return store
+
+
+def assert_same_state(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), (_, y) in zip(checkpoints.flatten(a), checkpoints.flatten(b)):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype), path
+    assert x.tobytes() == y.tobytes(), path
+
+
+@pytest.mark.parametrize(
+    'tx',
+    [
+        optax.sgd(0.1),
+        optax.adam(1e-3),
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(optax.linear_schedule(1.0, 0.0, 10)),
+            optax.trace(0.9),
+        ),
+        optax.multi_transform(
+            {'a': optax.adam(0.1), 'b': optax.sgd(0.1, momentum=0.9)},
+            {'embed': 'a', 'recur': 'b', 'head': 'a'},
+        ),
+    ],
+    ids=['sgd', 'adam', 'chain', 'multi'],
+)
+def test_a_state_comes_back_bit_for_bit(tmp_path, tx):
+  fresh = make_state(tx)
+  saved = at(fresh, 7, 0.1)
+  save_all(tmp_path, [saved])
+  resume = open_checkpoints(tmp_path).restore(fresh)
+  assert_same_state(resume.state, saved)
+  assert resume.teacher_steps == (6, None)
+
+
+def test_half_precision_parameters_come_back(tmp_path, state):
+  half = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x, state
+  )
+  save_all(tmp_path, [at(half, 1)])
+  resume = open_checkpoints(tmp_path).restore(half)
+  assert_same_state(resume.state, at(half, 1))
+
+
+def test_a_group_without_peers_comes_back(tmp_path):
+  fresh = make_state(num_peers=0)
+  store = open_checkpoints(tmp_path)
+  store.save(at(fresh, 3))
+  store.close()
+  resume = open_checkpoints(tmp_path).restore(fresh)
+  assert_same_state(resume.state, at(fresh, 3))
+  assert resume.teacher_steps == ()
+
+
+def test_nothing_there_is_none_and_writes_nothing(tmp_path, state):
+  store = open_checkpoints(tmp_path)
+  assert store.restore(state) is None
+  assert store.newest_step is None and store.saved_step is None
+  assert store.wait() is None
+  store.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_are_kept(tmp_path, state):
+  store = save_all(tmp_path, [at(state, n) for n in (2, 10, 100, 101)], keep=3)
+  assert store.steps() == [10, 100, 101]
+  assert store.newest_step == 101
+  assert int(store.restore(state).state.step) == 101
+
+
+def test_saved_step_names_what_is_on_disk(tmp_path, state):
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
+  assert store.saved_step in (None, 5)  # It may still be under way.
+  assert store.wait() == 5 and store.saved_step == 5
+  assert store.steps() == [5]
+  store.close()
+  again = open_checkpoints(tmp_path)
+  again.restore(state)
+  assert again.saved_step == 5
+
+
+def break_one(tmp_path, step):
+  """Flips bits in the data files of a checkpoint; orbax reads only some."""
+  arrays = pathlib.Path(tmp_path / 'checkpoints' / str(step) / 'arrays')
+  for path in arrays.rglob('d/*'):
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 4, 3 * len(content) // 4):
+      content[i] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+def test_a_damaged_one_falls_back_to_the_one_before(tmp_path, state, caplog):
+  save_all(tmp_path, [at(state, 10, 0.1), at(state, 20, 0.2)])
+  break_one(tmp_path, 20)
+  store = open_checkpoints(tmp_path)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    resume = store.restore(state)
+  assert_same_state(resume.state, at(state, 10, 0.1))
+  assert 'Skipped a damaged resume checkpoint' in caplog.text
+  # The run comes by step 20 again, and must be able to save there.
+  assert store.steps() == [10] and store.newest_step == 10
+  store.save(at(state, 20, 0.3))
+  store.close()
+  resume = open_checkpoints(tmp_path).restore(state)
+  assert_same_state(resume.state, at(state, 20, 0.3))
+
+
+def test_a_half_written_one_is_passed_over(tmp_path, state):
+  save_all(tmp_path, [at(state, 10), at(state, 20)])
+  (tmp_path / 'checkpoints' / '20' / 'commit_success.txt').unlink()
+  (tmp_path / 'checkpoints' / '30.orbax-checkpoint-tmp').mkdir()
+  store = open_checkpoints(tmp_path)
+  assert int(store.restore(state).state.step) == 10
+  store.save(at(state, 15))
+  store.close()
+  names = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
+  assert sorted(names) == ['10', '15']
+
+
+def test_if_all_are_damaged_it_says_what_to_do(tmp_path, state):
+  save_all(tmp_path, [at(state, 10), at(state, 20)])
+  break_one(tmp_path, 10)
+  break_one(tmp_path, 20)
+  with pytest.raises(ValueError, match='none of the resume') as e:
+    open_checkpoints(tmp_path).restore(state)
+  assert 'delete the directory' in str(e.value)
+  assert not isinstance(e.value, checkpoints.DamagedError)
+  # Nothing was deleted: a person may still rescue it.
+  assert open_checkpoints(tmp_path).steps() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    'other, differing',
+    [
+        ({'units': 5}, r'carry float32\[8, 6\] where .* float32\[8, 5\]'),
+        ({'rows': 4}, r'carry float32\[8, 6\] where .* float32\[4, 6\]'),
+        ({'num_peers': 1}, r'teacher_carry float32\[2, .*float32\[1, '),
+        ({'tx': optax.sgd(0.1)}, r'opt_state/0/count'),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, state, other, differing):
+  save_all(tmp_path, [at(state, 10)])
+  with pytest.raises(ValueError, match=differing) as e:
+    open_checkpoints(tmp_path).restore(make_state(**other))
+  assert 'another configuration' in str(e.value)
+  assert 'use another workdir' in str(e.value)
+  assert open_checkpoints(tmp_path).steps() == [10]
+
+
+def test_another_tokenizer_is_refused(tmp_path, state):
+  save_all(tmp_path, [at(state, 10)])
+  other = ResumeCheckpoints(
+      tmp_path / 'checkpoints', identity={**IDENTITY, 'tokenizer': 'xyz'}
+  )
+  with pytest.raises(ValueError, match=r'tokenizer=abc.*tokenizer=xyz'):
+    other.restore(state)
+
+
+class Disk:
+  """A disk that does not take some steps, and counts tries."""
+
+  def __init__(self, monkeypatch, error=None):
+    self.error = error or OSError(errno.ENOSPC, 'disk full')
+    self.full, self.tries = True, []
+    self._save = checkpoints.save
+    monkeypatch.setattr(checkpoints, 'save', self.save)
+
+  def save(self, directory, step, *args):
+    self.tries.append(step)
+    if self.full:
+      raise self.error
+    return self._save(directory, step, *args)
+
+
+def test_a_full_disk_is_tried_until_it_works(
+    tmp_path, state, monkeypatch, caplog
+):
+  disk, now = Disk(monkeypatch), Troubles()
+  store = open_checkpoints(tmp_path, troubles=now)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    store.save(at(state, 5))
+    until(lambda: len(disk.tries) >= 3)
+    assert store.saved_step is None and store.steps() == []
+    assert now.now[0].doing == 'saving a resume checkpoint'
+    disk.full = False
+    assert store.wait() == 5
+  assert not now.now
+  assert caplog.text.count('disk full') == 1
+  store.close()
+  assert_same_state(
+      open_checkpoints(tmp_path).restore(state).state, at(state, 5)
+  )
+
+
+def test_a_newer_state_takes_the_place_of_one_that_fails(
+    tmp_path, state, monkeypatch
+):
+  """And handing it over does not wait for the disk."""
+  disk = Disk(monkeypatch)
+  store = open_checkpoints(tmp_path)
+  start = time.monotonic()
+  for step in (5, 6, 7):
+    store.save(at(state, step))
+    until(lambda step=step: disk.tries[-1:] == [step])
+  assert time.monotonic() - start < PATIENCE / 2
+  tries = len(disk.tries)
+  disk.full = False
+  store.close()
+  assert set(disk.tries[tries:]) == {7} and store.steps() == [7]
+
+
+def test_a_slow_disk_holds_up_training_for_a_moment_only(
+    tmp_path, state, monkeypatch
+):
+  """One is written and one waits: the third takes the second's place."""
+  original = checkpoints.save
+  begun, go_on = threading.Event(), threading.Event()
+
+  def save(*args):
+    begun.set()
+    assert go_on.wait(PATIENCE)
+    return original(*args)
+
+  monkeypatch.setattr(checkpoints, 'save', save)
+  store = open_checkpoints(tmp_path, Patience(hold=0.05))
+  store.save(at(state, 1))
+  assert begun.wait(PATIENCE)
+  for step in (2, 3, 4):
+    store.save(at(state, step))
+  go_on.set()
+  assert store.wait(0.0) == 4  # What is slow is waited for.
+  assert store.steps() == [1, 4]
+  store.close()
+
+
+def test_a_quick_disk_skips_no_step(tmp_path, state, monkeypatch):
+  store = open_checkpoints(tmp_path, keep=9)
+  for step in range(1, 7):
+    store.save(at(state, step))
+  store.close()
+  assert store.steps() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('ask', ['wait', 'close'])
+def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
+    tmp_path, state, monkeypatch, ask
+):
+  save_all(tmp_path, [at(state, 3)])
+  disk = Disk(monkeypatch)
+  patience = dataclasses.replace(QUICK, failing=0.1)
+  store = open_checkpoints(tmp_path, patience)
+  store.restore(state)
+  store.save(at(state, 5))
+  with pytest.raises(TimeoutError, match=r'step 5 .*disk full.*from step 3'):
+    getattr(store, ask)()
+  start = time.monotonic()
+  store.close()  # It was given up: this does not wait again.
+  assert time.monotonic() - start < PATIENCE / 2
+  assert len(disk.tries) >= 1 and store.steps() == [3]
+
+
+def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
+    tmp_path, state, monkeypatch
+):
+  tries, go_on = [], threading.Event()
+
+  def save(*unused):
+    tries.append(1)
+    if len(tries) > 1:
+      go_on.wait(PATIENCE)
+    raise OSError(errno.EIO, 'input/output error')
+
+  monkeypatch.setattr(checkpoints, 'save', save)
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
+  until(lambda: len(tries) == 2)
+  with pytest.raises(TimeoutError, match='input/output'):
+    store.wait(0.0)
+  start = time.monotonic()
+  store.close()
+  assert time.monotonic() - start < PATIENCE / 2
+  go_on.set()
+
+
+def test_a_state_that_was_given_up_can_be_saved_again(
+    tmp_path, state, monkeypatch
+):
+  disk = Disk(monkeypatch)
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
+  with pytest.raises(TimeoutError):
+    store.wait(0.0)
+  disk.full = False
+  store.save(at(state, 5))
+  assert store.wait() == 5
+  store.close()
+
+
+@pytest.mark.parametrize(
+    'ask', ['save', 'wait', 'saved_step', 'restart_step', 'close']
+)
+def test_another_error_in_the_background_comes_to_light(
+    tmp_path, state, monkeypatch, ask
+):
+  disk = Disk(monkeypatch, ValueError('a mistake'))
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 1))
+  until(lambda: store._writer._failure is not None)
+  with pytest.raises(ValueError, match='a mistake'):
+    if ask == 'save':
+      store.save(at(state, 2))
+    elif ask.endswith('step'):
+      getattr(store, ask)
+    else:
+      getattr(store, ask)()
+  assert disk.tries == [1]
+  store.close()
+
+
+def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
+    tmp_path, state, monkeypatch
+):
+  """A save that is complete is not made again."""
+  tries, now = Disk(monkeypatch), Troubles()
+  tries.full = False
+  store = open_checkpoints(tmp_path, troubles=now)
+
+  def fail(directory):
+    raise OSError(errno.EIO, 'input/output error')
+
+  monkeypatch.setattr(checkpoints, 'completed_steps', fail)
+  store.save(at(state, 5))
+  assert store.wait() == 5 and tries.tries == [5]
+  assert store.restart_step is None
+  assert [t.doing for t in now.now] == ['listing resume checkpoints']
+  store.close()
+
+
+def test_a_step_is_saved_once(tmp_path, state, monkeypatch):
+  """Saving it again would delete it first."""
+  disk = Disk(monkeypatch)
+  disk.full = False
+  store = open_checkpoints(tmp_path)
+  for _ in range(3):
+    store.save(at(state, 5))
+  store.wait()
+  store.save(at(state, 5))
+  store.close()
+  assert disk.tries == [5]
+
+
+def test_who_may_not_write_any_more_does_not(tmp_path, state, monkeypatch):
+  """Also between two tries of one save."""
+  disk, allowed = Disk(monkeypatch), [True]
+
+  def check(step):
+    del step
+    if not allowed[0]:
+      raise RuntimeError('taken over')
+
+  store = open_checkpoints(tmp_path, check=check)
+  store.save(at(state, 5))
+  until(lambda: disk.tries)
+  allowed[0] = disk.full = False
+  with pytest.raises(RuntimeError, match='taken over'):
+    store.wait()
+  store.close()
+  assert store.steps() == []
+
+
+def test_discard_after_keeps_the_step_itself(tmp_path, state):
+  store = save_all(tmp_path, [at(state, n) for n in (10, 20, 30)])
+  store.discard_after(20)
+  assert store.steps() == [10, 20]
+  store.discard_after(-1)
+  assert store.steps() == []

@@ -26,6 +26,7 @@ _GIN = """\
 from __gin__ import dynamic_registration
 import optax
 import paced
+from codistill_jax import exchange
 from codistill_jax import experiment
 from codistill_jax.data import text
 from codistill_jax.models import lstm
@@ -43,9 +44,10 @@ experiment.Experiment.distill_weight = @paced.distill_weight()
 paced.distill_weight.burn_in_steps = {every}
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 8
-experiment.Experiment.exchange_every = {every}
-experiment.Experiment.exchange_mode = 'lockstep'
-experiment.Experiment.exchange_timeout_seconds = 600.0
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = {every}
+exchange.Checkpoints.mode = 'lockstep'
+exchange.Checkpoints.timeout_seconds = 600.0
 experiment.Experiment.log_every = 5
 experiment.Experiment.eval_every = 25
 experiment.Experiment.eval_batch = 4

@@ -30,7 +30,7 @@ from codistill_jax.data.prepared_files import META
 from codistill_jax.data.process_pool import Map, process_map
 from codistill_jax.data.records import Raw
 from codistill_jax.data.sources import Source
-from codistill_jax.storage import locks
+from codistill_jax.storage import leases
 
 SETTINGS = 'settings.json'
 PIECES = 'pieces'
@@ -114,7 +114,7 @@ def run(
     source = recipe.open_source()
     if source_checksums:
       _check_files(source, source_checksums, report)
-    with locks.exclusive(output, 'preparing'):
+    with leases.exclusive(output, 'preparing'):
       # Another process may have finished it just now.
       if (output / META).exists():
         return _finished(output, recipe, report)

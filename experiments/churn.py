@@ -224,7 +224,6 @@ def _work(workdir: str) -> None:
   )
   worker.claim(workdir, study)
   worker.train_all(workdir, _runs(), trainers, stop, jobs)
-  stop.uninstall()
 
 
 if __name__ == '__main__':

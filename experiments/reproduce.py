@@ -230,7 +230,6 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
         replicas=_REPLICAS.value,
         jobs=jobs,
     )
-    stop.uninstall()
     return
   configurations = Configurations(workdir, plan, gin_utils.flag_values()[1])
   num_replicas = _REPLICAS.value or jax.local_device_count()
@@ -242,7 +241,6 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
       jobs=jobs,
       together=worker.trains_together(_ONE_PROGRAM.value),
   ).train_all()
-  stop.uninstall()
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:

@@ -81,7 +81,7 @@ class Drill:
       seed: int,
       patience_seconds: float = 30.0,
       deck: Mapping[str, int] | None = None,
-      enough: Enough = lambda faults, ledger: True,
+      enough: Enough | None = None,
   ):
     """Prepares the run; starts nothing.
 
@@ -97,8 +97,10 @@ class Drill:
         and to take what their peers publish.
       deck: How often each fault comes before all begins anew; by default as in
         `FAULTS`. Dealt in random order.
-      enough: Of the faults so far and the ledger: whether harm may end. It goes
-        on beyond `seconds` until this is true, or a group is done.
+      enough: Of the faults so far and the ledger: whether harm may end. Harm
+        then goes on beyond `seconds` until this is true, or a group is done;
+        and a fault comes only when all groups train, or on a slow machine more
+        would happen than they can recover from.
 
     Raises:
       ValueError: If the run directory is not empty.
@@ -212,7 +214,8 @@ class Drill:
         self._calm_since, harm = now, False
       self._supervise(self._seconds_left(now))
       self._undo_what_is_over(everything=not harm)
-      if harm and now >= next_fault and self._strike():
+      ready = self._enough is None or self._all_train()
+      if harm and ready and now >= next_fault and self._strike():
         next_fault = now + float(self._rng.exponential(self._between))
       if now - said > _PROGRESS_SECONDS:
         said = now
@@ -222,9 +225,13 @@ class Drill:
 
   def _may_end(self, now: float) -> bool:
     """Returns whether the harm may."""
-    enough = self._enough(self._log, self._ledger)
-    done = any(group.done for group in self._groups)
-    return now > self._began + self._seconds and (enough or done)
+    if now < self._began + self._seconds:
+      return False
+    return (
+        self._enough is None
+        or self._enough(self._log, self._ledger)
+        or any(group.done for group in self._groups)
+    )
 
   def _seconds_left(self, now: float) -> float:
     """Returns how long the groups are to train on."""
@@ -311,8 +318,7 @@ class Drill:
 
   def _deal(self, name: str) -> bool:
     victim = self._victims[int(self._rng.integers(len(self._victims)))]
-    # On a slow machine more would happen than a group can recover from.
-    if not self._ledger.trains(victim.group_id):
+    if self._groups[victim.group_id].done:
       return False
     if name in OF_PUBLICATIONS and self._rng.random() < _AMBUSHES:
       if victim.group_id in self._ambushes:

@@ -218,13 +218,28 @@ def test_another_configuration_is_refused(tmp_path, state, other, differing):
   assert open_checkpoints(tmp_path).steps() == [10]
 
 
-def test_another_tokenizer_is_refused(tmp_path, state):
+@pytest.mark.parametrize(
+    'ours, message',
+    [
+        ({**IDENTITY, 'tokenizer': 'xyz'}, r'tokenizer=abc.*tokenizer=xyz'),
+        ({'task': 'toy'}, r'tokenizer=abc.*tokenizer=None'),
+        ({**IDENTITY, 'size': '5'}, r'size=None.*size=5'),
+    ],
+)
+def test_another_task_is_refused(tmp_path, state, ours, message):
   save_all(tmp_path, [at(state, 10)])
-  other = ResumeCheckpoints(
-      tmp_path / 'checkpoints', identity={**IDENTITY, 'tokenizer': 'xyz'}
-  )
-  with pytest.raises(ValueError, match=r'tokenizer=abc.*tokenizer=xyz'):
+  other = ResumeCheckpoints(tmp_path / 'checkpoints', identity=ours)
+  with pytest.raises(ValueError, match=message):
     other.restore(state)
+
+
+def test_floats_of_another_width_are_refused(tmp_path, state):
+  save_all(tmp_path, [at(state, 10)])
+  half = jax.tree.map(
+      lambda x: x.astype(np.float16) if x.dtype == np.float32 else x, state
+  )
+  with pytest.raises(ValueError, match=r'float32\[.*float16\['):
+    open_checkpoints(tmp_path).restore(half)
 
 
 class Disk:

@@ -214,11 +214,12 @@ class BackgroundWriter:
     Where there is no room because the disk is slow, it gets a moment: fewer
     steps are skipped then.
     """
-    self.raise_failure()
     with self._changed:
+      self.raise_failure()
       if self._has(step):
         return
       self._make_room()
+      self.raise_failure()  # There may be one by now.
       self._waiting.append(_Work(step, item))
       if self._thread is None:
         self._thread = threading.Thread(

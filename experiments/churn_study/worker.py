@@ -117,7 +117,7 @@ def describe_study(
       'replicas': trainer.train_step.num_replicas,
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'data': task.description,
       'example': task.example_name,
       'num_classes': task.num_classes,

@@ -16,9 +16,10 @@ from codistill_jax.exchange.checkpoint_exchange import (
     CheckpointExchange,
     Waiting,
 )
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases
+from codistill_jax.storage.background import Patience
 from codistill_jax.storage.resume import ResumeCheckpoints
 
 ROOT = 's3://bucket/run/exchange'
@@ -34,7 +35,11 @@ def bucket(monkeypatch, tmp_path):
   scratch.mkdir()
   monkeypatch.chdir(here)
   monkeypatch.setattr(tempfile, 'tempdir', str(scratch))
-  monkeypatch.setattr(leases, '_REMOTE_SETTLE_SECONDS', 0.05)
+  monkeypatch.setitem(
+      leases.acquire.__kwdefaults__,
+      'patience',
+      Patience(remote_lease_settle=0.05),
+  )
   for name in ('rename', 'replace', 'renames'):
     monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
   with buckets.bucket(monkeypatch) as made:

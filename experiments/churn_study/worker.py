@@ -14,12 +14,12 @@ import jax
 
 from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
-from codistill_jax.storage import files, locks
+from codistill_jax.storage import files, leases
 from experiments import cli
 from experiments.churn_study import run_files, training
 from experiments.churn_study.run_files import SPLITS, Run
 from experiments.churn_study.training import Trainer
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
 
 _SAY_EVERY_SECONDS = 30.0
 # A round of two groups does two updates and asks a teacher for each.
@@ -117,7 +117,7 @@ def describe_study(
       'replicas': trainer.train_step.num_replicas,
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'data': task.description,
       'example': task.example_name,
       'num_classes': task.num_classes,
@@ -186,7 +186,7 @@ def train_all(
     with contextlib.ExitStack() as stack:
       try:
         stack.enter_context(
-            locks.exclusive(run_files.run_dir(workdir, run), 'training')
+            leases.exclusive(run_files.run_dir(workdir, run), 'training')
         )
       except ValueError:
         continue  # Another process is at it.

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from codistill_jax.storage import files, locks
+from codistill_jax.storage import files, leases
 from experiments import cli
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
 from experiments.studies import one_program
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations
@@ -111,7 +111,7 @@ class Worker:
       for run in runs:
         directory = plan_lib.run_dir(self._workdir, run)
         try:
-          stack.enter_context(locks.exclusive(directory, 'training in'))
+          stack.enter_context(leases.exclusive(directory, 'training in'))
         except ValueError:
           continue
         if not self._done(run):

@@ -13,8 +13,8 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses, run_directory
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
-from experiments import driver, lockstep, watch
-from experiments.job import Job
+from experiments.running import driver, lockstep, watch
+from experiments.running.job import Job
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
@@ -157,7 +157,6 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
   assert experiment.distill_loss == 'kl'
   experiment = dataclasses.replace(
       experiment,
-      exchange_mode='lockstep',
       task=toy.TOKEN_TASK,
       model=lambda num_classes: toy.RECURRENT,
       optimizer=toy.ADAM,
@@ -180,7 +179,10 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
       )
       for group_id in (0, 1)
   ]
-  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
+  start = driver.new_state(jobs[0])
+  exchanges = experiment.exchange.join_all(
+      jobs[0], start.state.variables, start.examples
+  )
   groups = [
       driver.train(
           job,

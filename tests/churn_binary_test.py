@@ -16,10 +16,11 @@ from run_cases import run
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files, leases
-from experiments import churn, driver
+from experiments import churn
 from experiments.churn_study import results, run_files, training, worker
 from experiments.churn_study.results import Row
-from experiments.job import Job
+from experiments.running import driver
+from experiments.running.job import Job
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
@@ -27,6 +28,7 @@ GIN = """\
 from __gin__ import dynamic_registration
 import optax
 import churn_toy
+from codistill_jax import exchange
 from codistill_jax import experiment
 from codistill_jax import schedules
 
@@ -38,7 +40,8 @@ experiment.Experiment.distill_weight = @schedules.distill_weight()
 schedules.distill_weight.burn_in_steps = 4
 experiment.Experiment.num_steps = 24
 experiment.Experiment.group_batch = 16
-experiment.Experiment.exchange_every = 4
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = 4
 experiment.Experiment.eval_batch = 64
 """
 WIDE = 'import churn_toy\nchurn_toy.model.hidden = 9\n'
@@ -420,7 +423,7 @@ def test_groups_that_never_exchange_are_no_codistilled_arm(
   trainers = worker.Trainers(
       tmp_path,
       [configuration / 'toy.gin'],
-      ['experiment.Experiment.exchange_every=24'],
+      ['exchange.Checkpoints.every=24'],
       {},
       devices=lambda: None,
   )
@@ -480,11 +483,11 @@ def test_the_page_shows_the_configuration_that_was_trained(
 ):
   """Not the one of an attempt that was given up before a run was done."""
 
-  def after_training(exchange_every):
+  def after_training(every):
     trainers = worker.Trainers(
         tmp_path,
         [configuration / 'toy.gin'],
-        [f'experiment.Experiment.exchange_every={exchange_every}'],
+        [f'exchange.Checkpoints.every={every}'],
         {},
         devices=lambda: None,
     )
@@ -493,10 +496,10 @@ def test_the_page_shows_the_configuration_that_was_trained(
     )
     return run_files.config_path(tmp_path, '').read_text()
 
-  assert 'exchange_every = 5' in after_training(5)
-  assert 'exchange_every = 6' in after_training(6)
+  assert 'Checkpoints.every = 5' in after_training(5)
+  assert 'Checkpoints.every = 6' in after_training(6)
   run_files.write_run(tmp_path, run_files.Run('single', 0), [], {})
-  assert 'exchange_every = 6' in after_training(7)
+  assert 'Checkpoints.every = 6' in after_training(7)
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -18,12 +18,13 @@ from codistill_jax import base, group, metrics
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.base import Variables
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.replicas import PmapStep
-from experiments import driver
 from experiments.churn_study.run_files import Run
-from experiments.job import Job
+from experiments.running import driver
+from experiments.running.job import Job
 
 # Of a study that keeps the predictions of dozens of models.
 _MOST_BYTES = 2**30
@@ -48,8 +49,17 @@ class Trainer(NamedTuple):
 def make_trainer(
     experiment: Experiment, devices: Sequence[jax.Device] | None = None
 ) -> Trainer:
-  """Compiles nothing yet."""
-  experiment = dataclasses.replace(experiment, exchange_mode='lockstep')
+  """Compiles nothing yet.
+
+  Raises:
+    ValueError: If groups would not exchange parameters.
+  """
+  if not isinstance(experiment.exchange, Checkpoints):
+    raise ValueError(
+        'the arms of a churn study exchange parameters, but Experiment.exchange'
+        f' is {experiment.exchange}; set exchange=@exchange.Checkpoints()'
+    )
+  experiment = experiment_lib.in_lockstep(experiment)
   model = experiment_lib.make_model(experiment)
   return Trainer(
       experiment,
@@ -152,7 +162,7 @@ def train(
     if run.weight is not None and not taught:
       raise ValueError(
           f'{run.name} never had a teacher in {experiment.num_steps} steps: it'
-          f' is no codistillation; exchange_every={experiment.exchange_every}'
+          f' is no codistillation; every={experiment.exchange.every}'
           ' and burn_in_steps must be shorter'
       )
     learnt = [base.host_copy(result.state.variables) for result in results]
@@ -172,7 +182,7 @@ def _groups(
   exchanges = (
       [None]
       if alone
-      else memory_exchanges(run.num_groups, plan=experiment.plan)
+      else memory_exchanges(run.num_groups, plan=experiment.exchange)
   )
   for group_id, exchange in enumerate(exchanges):
     job = Job(

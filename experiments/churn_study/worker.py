@@ -19,7 +19,7 @@ from experiments import cli
 from experiments.churn_study import run_files, training
 from experiments.churn_study.run_files import SPLITS, Run
 from experiments.churn_study.training import Trainer
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
 
 _SAY_EVERY_SECONDS = 30.0
 # A round of two groups does two updates and asks a teacher for each.
@@ -117,7 +117,7 @@ def describe_study(
       'replicas': trainer.train_step.num_replicas,
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'data': task.description,
       'example': task.example_name,
       'num_classes': task.num_classes,

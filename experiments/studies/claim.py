@@ -15,7 +15,7 @@ from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations
 from experiments.studies.plan import PlannedRun
 
-_OF_A_RUN = ('.seed', '.data_seed', '.teacher_runs', 'RATE')
+_OF_A_RUN = ('.seed', '.data_seed', 'FixedTeachers.runs', 'RATE')
 # What cannot differ between the runs of one study.
 _FIXED = (
     'study',
@@ -83,8 +83,8 @@ def describe(
       'examples_per_row': labels,
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
-      'publish_dtype': experiment.publish_dtype,
+      'exchange_every': experiment.exchange.every,
+      'publish_dtype': getattr(experiment.exchange, 'publish_dtype', 'float32'),
       'model': _name_of(experiment.model),
       'model_parameters': int(count),
       'replicas': num_replicas,

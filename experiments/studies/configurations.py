@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
@@ -42,7 +43,7 @@ class Configurations:
       ValueError: If it cannot be made as configured.
     """
     self.parse(run)
-    return gin_utils.make(Experiment)
+    return experiment_lib.in_lockstep(gin_utils.make(Experiment))
 
   def parse(self, run: PlannedRun) -> None:
     """Makes the configuration of a run that of this process."""
@@ -51,7 +52,6 @@ class Configurations:
     of_run = [
         f'Experiment.seed={run.seed}',
         f'Experiment.data_seed={run.seed}',
-        "Experiment.exchange_mode='lockstep'",
     ]
     if rate is not None:
       of_run.append(f'RATE={rate!r}')
@@ -59,7 +59,7 @@ class Configurations:
       of_run.append(f'Experiment.group_batch={rows}')
     if arm.taught_by:
       teachers = plan_lib.run_dir(self.workdir, plan.teachers(run))
-      of_run.append(f'Experiment.teacher_runs=({str(teachers)!r},)')
+      of_run.append(f'FixedTeachers.runs=({str(teachers)!r},)')
     gin_utils.parse(
         [*plan.scale.gin_files, *arm.gin_files],
         [*of_run, *plan.scale.bindings, *arm.bindings, *self._bindings],
@@ -80,23 +80,22 @@ class Configurations:
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {
     'RATE': '--rates',
-    'seed': '--seeds',
-    'data_seed': '--seeds',
-    'group_batch': '--worker_rows',
-    'exchange_mode': 'no flag: studies are in lockstep',
-    'teacher_runs': 'no flag: they are those of the study',
+    'Experiment.seed': '--seeds',
+    'Experiment.data_seed': '--seeds',
+    'Experiment.group_batch': '--worker_rows',
+    'Checkpoints.mode': 'no flag: studies are in lockstep',
+    'FixedTeachers.runs': 'no flag: they are those of the study',
 }
 
 
 def _check_free(binding: str) -> None:
   """Raises ValueError if a binding of `--gin` would be overridden, or worse."""
-  name = binding.split('=')[0].strip()
-  last = name.rsplit('.', maxsplit=1)[-1]
-  of_run = name == 'RATE' or 'Experiment.' in name
-  if of_run and last in _OF_RUNS:
+  name = '.'.join(binding.split('=')[0].strip().split('.')[-2:])
+  if name in _OF_RUNS:
+    last = name.split('.')[-1]
     raise ValueError(
         f'--gin={binding}: the study sets {last} of each run; change it by'
-        f' {_OF_RUNS[last]}'
+        f' {_OF_RUNS[name]}'
     )
 
 

@@ -23,9 +23,10 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli, devices, driver, lockstep
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import devices, driver, lockstep
+from experiments.running.job import Job
 from experiments.studies import one_program
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations
@@ -132,7 +133,9 @@ class Trainer:
     lockstep.keep_common_checkpoints(made.jobs)
     start = driver.new_state(made.jobs[0])
     start.efficiency.close()
-    exchanges = lockstep.exchanges_of(made.jobs, start)
+    exchanges = experiment.exchange.join_all(
+        made.jobs[0], start.state.variables, start.examples
+    )
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
@@ -146,7 +149,7 @@ class Trainer:
     if (
         compiled is None
         or key != compiled.key
-        or experiment.exchange == 'predictions'
+        or experiment.exchange.one_program
     ):
       # One program at a time is enough of memory.
       compiled = self._compiled = None
@@ -192,7 +195,7 @@ class Trainer:
     ]
     lockstep.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
-        lambda step: one_program.can_resume(first.plan, step),
+        lambda step: one_program.can_resume(first.exchange, step),
     )
     return made
 
@@ -218,7 +221,6 @@ class Trainer:
             group_id=group_id,
             num_groups=arm.num_groups,
             stop=latch,
-            rescue=self._stop.rescue or Rescue(),
             arm=arm.name,
             evaluated=ensemble,
             **kwargs,
@@ -289,7 +291,7 @@ def _describe(
 ) -> Outcome:
   """What outcome.json says of a run that has just ended."""
   num_peers = [
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
   ]
   row = experiment_lib.first_row(experiment, arm.num_groups)
@@ -300,7 +302,7 @@ def _describe(
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'burn_in_steps': next(
           filter(experiment.distill_weight, range(experiment.num_steps)),
           experiment.num_steps,

@@ -202,9 +202,7 @@ def check_same_configuration(
   there = next((s for s in theirs if s not in ours), missing)
   here = next((s for s in ours if s not in theirs), missing)
   if there != here:
-    raise ValueError(
-        f'{what}: it has {there}, this one has {here}; {remedy}'
-    )
+    raise ValueError(f'{what}: it has {there}, this one has {here}; {remedy}')
 
 
 def write_status(

@@ -212,10 +212,10 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_page, churn_runs, load, study_page
+  from experiments.studies import churn_page, load, study_page
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
-  if churn_runs.is_churn(plan):
+  if plan.study.predictions:
     page = churn_page.report_comparisons(
         plan.study, workdir, output, _NOTE.value
     )

@@ -100,8 +100,7 @@ class Plan(NamedTuple):
           for rate in self.grid(arm)
       ]
       found += [
-          PlannedRun(arm.name, seed, None, False)
-          for seed in self.seeds(arm)
+          PlannedRun(arm.name, seed, None, False) for seed in self.seeds(arm)
       ]
     return found
 

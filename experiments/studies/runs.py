@@ -120,6 +120,7 @@ class Trainer:
   ) -> list[_Run]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
+    num_groups = self._plan.arm(run.arm).num_groups
     compiled = self._compile(run, experiment)
     # The same optimiser, model and step: nothing is compiled again.
     experiment = dataclasses.replace(experiment, optimizer=compiled.optimizer)
@@ -127,7 +128,8 @@ class Trainer:
         run,
         experiment,
         compiled.model,
-        compiled.train_steps,
+        # A seat for each group, or one step for whatever many there are.
+        (list(compiled.train_steps) * num_groups)[:num_groups],
         latch,
         shared_stream=compiled.stream,
     )

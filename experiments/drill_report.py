@@ -9,7 +9,7 @@ from codistill_jax import run_directory
 from experiments import supervisor
 from experiments.drill_faults import FAULTS
 from experiments.drill_ledger import Ledger
-from experiments.tables import align
+from experiments.reports.pages import to_text
 
 _MOST_SHOWN = 5  # Of the same kind of broken promise.
 
@@ -171,7 +171,7 @@ def describe(result: Mapping[str, Any]) -> str:
       '',
       _table(['a process ended by', 'times'], result['endings'].items()),
       '',
-      align(groups),
+      to_text(groups[0], groups[1:]),
       '',
       f'{result["publications"]} publications and {result["forged"]} forged'
       f' ones; read {result["uses"]} times and refused'
@@ -192,4 +192,4 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[tuple[str, int]]) -> str:
-  return align([head, *([key, str(count)] for key, count in rows)])
+  return to_text(head, ([key, str(count)] for key, count in rows))

@@ -15,7 +15,7 @@ from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.exchange.protocol import Exchange
 from codistill_jax.peer_predictions import bytes_per_example, mixing_matrix
 from codistill_jax.replicas import PmapStep
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, devices, driver
 from experiments.job import Job
 from experiments.stopping import StopRequest
@@ -163,7 +163,9 @@ def keep_common_checkpoints(
       have none in common.
   """
   stores = [
-      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      ResumeCheckpoints(
+          run_directory.checkpoints_dir(job.workdir, job.group_id)
+      )
       for job in jobs
   ]
   steps = [set(store.steps()) for store in stores]

@@ -18,7 +18,7 @@ from codistill_jax.data import (
     prepare_clicks,
     value_counts,
 )
-from codistill_jax.storage import locks
+from codistill_jax.storage import leases
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, SHARD = 500, 64
@@ -225,7 +225,7 @@ def test_other_settings_files_or_company_are_refused(
   with pytest.raises(ValueError, match=r'holds thesis\.txt'):
     prepare(tmp_path / 'mine', source)
   with (
-      locks.exclusive(tmp_path / 'busy', 'preparing'),
+      leases.exclusive(tmp_path / 'busy', 'preparing'),
       pytest.raises(ValueError, match='Another process'),
   ):
     prepare(tmp_path / 'busy', source)

@@ -367,15 +367,15 @@ def test_a_swapped_tokenizer_is_noticed(tmp_path, corpus, monkeypatch):
 
 
 def test_finished_by_another_process_meanwhile(tmp_path, corpus, monkeypatch):
-  exclusive = prepare.locks.exclusive
+  exclusive = prepare.leases.exclusive
 
   def late(*arguments):
     with monkeypatch.context() as patch:
-      patch.setattr(prepare.locks, 'exclusive', exclusive)
+      patch.setattr(prepare.leases, 'exclusive', exclusive)
       run(tmp_path, corpus)
     return exclusive(*arguments)
 
-  monkeypatch.setattr(prepare.locks, 'exclusive', late)
+  monkeypatch.setattr(prepare.leases, 'exclusive', late)
   _, lines = run(tmp_path, corpus)
   assert lines == [f'{tmp_path} is prepared already; nothing to do.']
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codistill_jax.exchange.protocol import Plan
-from experiments import report_data
+from experiments.reports import records as records_lib
 from experiments.studies import load
 from experiments.studies.declaration import Arm
 from experiments.studies.plan import PlannedRun
@@ -40,7 +40,7 @@ def group_of(values):
   records = [
       {'step': 10 * (i + 1), 'async/diverged': x} for i, x in enumerate(values)
   ]
-  return report_data.Group(0, types.SimpleNamespace(records=records))
+  return records_lib.Group(0, records_lib.to_frame(records))
 
 
 @pytest.mark.parametrize(

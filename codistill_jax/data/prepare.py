@@ -35,7 +35,7 @@ from codistill_jax.data.records import (
 )
 from codistill_jax.data.tokenizer import Tokenizer
 from codistill_jax.data.workers import Workers
-from codistill_jax.storage import locks
+from codistill_jax.storage import leases
 
 
 def prepare(
@@ -125,7 +125,7 @@ def prepare(
     filters_lib.check(given.filters)
     if source_checksums:
       _check_files(corpus, source_checksums, report)
-    with locks.exclusive(output, 'preparing'):
+    with leases.exclusive(output, 'preparing'):
       # Another process may have finished it just now.
       if (output / shards.META).exists():
         return _finished(output, given.config, opened, report)

@@ -24,7 +24,7 @@ from codistill_jax.data import (
     shards,
 )
 from codistill_jax.data.rounds import PROGRESS, Progress
-from codistill_jax.storage import locks
+from codistill_jax.storage import leases
 
 DEFAULT_SHARD_LINES = 1 << 20
 
@@ -86,7 +86,7 @@ def prepare(
     report(f'{output} is prepared already; nothing to do.')
     return meta
   paths = open_source(source)
-  with locks.exclusive(output, 'preparing'):
+  with leases.exclusive(output, 'preparing'):
     return _Preparation(output, config, paths, report).run()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from experiments import report_data
+from experiments.reports import records
 from experiments.studies import communication
 from experiments.studies import plan as plan_lib
 from experiments.studies.declaration import Arm
@@ -92,11 +92,9 @@ def _read_run(
   arm = plan.arm(planned.arm)
   directory = plan_lib.run_dir(workdir, planned)
   groups = _groups(directory, arm)
-  losses = report_data.mean_curve([g.curve('eval/loss') for g in groups])
-  accuracies = report_data.mean_curve(
-      [g.curve('eval/accuracy') for g in groups]
-  )
-  steps_N = losses.steps
+  losses = records.mean_curve(g.curve('eval/loss') for g in groups)
+  accuracies = records.mean_curve(g.curve('eval/accuracy') for g in groups)
+  steps_N = losses.index.to_numpy()
   # Between outer steps nobody has the mean of the workers.
   at_N = steps_N % outcome.get('outer_every', 1) == 0
   steps_N = steps_N[at_N]
@@ -106,52 +104,52 @@ def _read_run(
       rate=_number(outcome['rate']),
       tuning=planned.tuning,
       steps_N=steps_N,
-      loss_N=losses.values[at_N],
-      accuracy_N=accuracies.values[at_N[: len(accuracies.values)]],
+      loss_N=losses.to_numpy()[at_N],
+      accuracy_N=accuracies.to_numpy()[at_N[: len(accuracies)]],
       examples_per_step=outcome.get('examples_per_step', float('nan')),
       flops_N=sum((_flops(g, steps_N) for g in groups), np.zeros(len(steps_N))),
       bytes_N=_bytes(arm, outcome, settings, steps_N),
       diverged_at=_diverged_at(outcome, groups),
       # The groups took turns, and seeds of one program the same time.
-      seconds=max(map(report_data.training_seconds, groups), default=0.0)
+      seconds=max(map(records.training_seconds, groups), default=0.0)
       / outcome['together'],
   )
 
 
 def _diverged_at(
-    outcome: Mapping[str, Any], groups: Sequence[report_data.Group]
+    outcome: Mapping[str, Any], groups: Sequence[records.Group]
 ) -> int | None:
   """Where loss or gradient were not finite, or the loss went up for good."""
   if outcome['diverged_at'] is not None:
     return outcome['diverged_at']
   for group in groups:
     curve = group.curve('async/diverged')
-    calm = np.flatnonzero(curve.values == 0)
+    calm = np.flatnonzero(curve == 0)
     first = calm[-1] + 1 if len(calm) else 0
-    if first < len(curve.steps):
-      return int(curve.steps[first])
+    if first < len(curve):
+      return int(curve.index[first])
   return None
 
 
-def _groups(directory: files.PathLike, arm: Arm) -> list[report_data.Group]:
+def _groups(directory: files.PathLike, arm: Arm) -> list[records.Group]:
   paths = (
       run_directory.metrics_path(directory, group_id)
       for group_id in range(arm.num_groups)
   )
   return [
-      report_data.Group(i, run_directory.read_metrics(path))
+      records.read_group(path, i)
       for i, path in enumerate(paths)
       if path.exists()
   ]
 
 
-def _flops(group: report_data.Group, steps_N: np.ndarray) -> np.ndarray:
+def _flops(group: records.Group, steps_N: np.ndarray) -> np.ndarray:
   """FLOPs until each evaluation, from those on record of the steps before."""
   curve = group.curve('perf/model_flops_per_step')
-  if not curve:
+  if curve.empty:
     return np.full(len(steps_N), np.nan)
-  spent = np.cumsum(np.diff(curve.steps, prepend=0) * curve.values)
-  return np.interp(steps_N, np.append(0, curve.steps), np.append(0.0, spent))
+  spent = np.cumsum(np.diff(curve.index, prepend=0) * curve.to_numpy())
+  return np.interp(steps_N, np.append(0, curve.index), np.append(0.0, spent))
 
 
 def _bytes(
@@ -204,14 +202,14 @@ def _ensemble(
   path = plan_lib.ensemble_path(plan_lib.run_dir(workdir, planned))
   if not path.exists():
     return None
-  group = report_data.Group(0, run_directory.read_metrics(path))
+  group = records.read_group(path, 0)
   losses = group.curve('eval/loss')
-  at = np.isin(run.steps_N, losses.steps)
+  at = np.isin(run.steps_N, losses.index)
   return run._replace(
       arm=arm.name,
-      steps_N=losses.steps,
-      loss_N=losses.values,
-      accuracy_N=group.curve('eval/accuracy').values,
+      steps_N=losses.index.to_numpy(),
+      loss_N=losses.to_numpy(),
+      accuracy_N=group.curve('eval/accuracy').to_numpy(),
       flops_N=run.flops_N[at],
       bytes_N=run.bytes_N[at],
       seconds=float('nan'),

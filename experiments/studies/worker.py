@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from codistill_jax.storage import files, locks
+from codistill_jax.storage import files, leases
 from experiments import cli
 from experiments.stopping import StopRequest
 from experiments.studies import one_program
@@ -113,7 +113,7 @@ class Worker:
       for run in runs:
         directory = plan_lib.run_dir(self._workdir, run)
         try:
-          stack.enter_context(locks.exclusive(directory, 'training in'))
+          stack.enter_context(leases.exclusive(directory, 'training in'))
         except ValueError:
           continue
         if not self._done(run):

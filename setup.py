@@ -52,7 +52,10 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=['codistill_jax*', 'experiments*']
     ),
-    package_data={'experiments.reports': ['*.css', '*.jinja']},
+    package_data={
+        'experiments.reports': ['*.css', '*.jinja'],
+        'experiments.studies': ['*.jinja'],
+    },
     python_requires='>=3.11',
     install_requires=_REQUIREMENTS,
     extras_require={

@@ -276,7 +276,7 @@ def _network(millions: int):
 def _exchange(arm: str, root: str, variables, train_step):
   from codistill_jax.exchange import publications
   from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
-  from codistill_jax.exchange.protocol import NoExchange, Plan
+  from codistill_jax.exchange.plan import NoExchange, Plan
   from codistill_jax.exchange.teaching import merge_teachers
 
   if arm == 'off':

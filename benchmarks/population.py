@@ -54,7 +54,7 @@ def _together(case: Any) -> Callable[[], Any]:
 
   from benchmarks import cases
   from codistill_jax import base, one_program
-  from codistill_jax.exchange.protocol import Plan
+  from codistill_jax.exchange.plan import Plan
   from experiments.studies.one_program import exchanges_of
 
   members = _SEEDS * _GROUPS

@@ -1,15 +1,12 @@
 """What a run directory says of its run, and who may go on with it."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from codistill_jax import gin_utils, run_directory
 from codistill_jax.base import TrainState
-from codistill_jax.exchange.fixed_teachers import Source
-from codistill_jax.experiment import teacher_sources
 from codistill_jax.storage import files
 from experiments import cli
 from experiments.job import Job
@@ -19,11 +16,6 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
   """What run.json says; see `run_directory.write_run`."""
   experiment = job.experiment
   sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
-  every, mode = experiment.exchange_every, experiment.exchange_mode
-  if experiment.exchange != 'checkpoints':
-    every = 1 if experiment.exchange == 'predictions' else None
-    mode = experiment.exchange
-  sources = teacher_sources(experiment)
   simulated = experiment.simulated_replicas
   burn_in = (
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
@@ -38,30 +30,12 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'seed': experiment.seed,
       'num_steps': experiment.num_steps,
       'burn_in_steps': next(burn_in, experiment.num_steps),
-      'exchange_every': every,
-      'mode': mode,
-      **(_first_phase(sources) if sources else {}),
+      **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
       'configuration': job.configuration().bindings,
-  }
-
-
-def _first_phase(sources: Sequence[Source]) -> dict[str, Any]:
-  """What was spent on the teachers before the first step of this run."""
-  workdirs = {os.fspath(source.workdir): [] for source in sources}
-  for source in sources:
-    workdirs[os.fspath(source.workdir)].append(source.step)
-  # Teachers may have been taught so themselves.
-  before = [run_directory.read_run(w).get('prior_steps', 0) for w in workdirs]
-  return {
-      'teacher_runs': [
-          {'workdir': workdir, 'steps': steps}
-          for workdir, steps in workdirs.items()
-      ],
-      'prior_steps': sum(source.step for source in sources) + sum(before),
   }
 
 

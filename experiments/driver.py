@@ -21,8 +21,8 @@ from codistill_jax import (
 )
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
-from codistill_jax.exchange.protocol import Exchange, Interrupted
-from codistill_jax.experiment import first_row, num_teachers, train_stream
+from codistill_jax.exchange.plan import Exchange, Interrupted
+from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import DEFAULT_PATIENCE
@@ -69,7 +69,7 @@ def new_state(job: Job) -> Start:
       job.model,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       row,
-      num_peers=num_teachers(experiment, job.group_id, job.num_groups),
+      num_peers=experiment.exchange.num_teachers(job.group_id, job.num_groups),
   )
   # Not on a device, where it would stay beside the state in training.
   return Start(
@@ -306,8 +306,7 @@ def _after_update(
   stopping = _asked_to_stop(job, due(experiment.log_every))
   save = due(experiment.checkpoint_every)
   # The age of each teacher is on record for every exchange.
-  at_intervals = keeper.has_peers and experiment.exchange == 'checkpoints'
-  exchanged = at_intervals and experiment.plan.due(step)
+  exchanged = keeper.has_peers and experiment.exchange.due(step)
   watch.add(result)
   if due(experiment.log_every) or save or exchanged:
     watch.log(step)

@@ -19,7 +19,6 @@ from codistill_jax.base import (
     Teachers,
     TrainState,
 )
-from codistill_jax.experiment import num_teachers
 from experiments.job import Job
 
 
@@ -104,15 +103,15 @@ class Efficiency:
     return found
 
   def _teachers(self) -> Teachers | PeerPredictions:
-    job, plan = self._job, self._job.experiment.plan
+    job, kind = self._job, self._job.experiment.exchange
     step = job.train_step
     if isinstance(step, one_program.Seat) and step.peers is not None:
       return _shapes(step.peers)
-    peers = num_teachers(job.experiment, job.group_id, job.num_groups)
+    peers = kind.num_teachers(job.group_id, job.num_groups)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)
-      dtype = plan.teacher_dtype if floating else x.dtype
+      dtype = kind.teacher_dtype if floating else x.dtype
       return jax.ShapeDtypeStruct((peers, *x.shape), dtype)
 
     return Teachers(

@@ -188,9 +188,7 @@ def _like(run: Run, group_id: int) -> TrainState:
           run.model,
           jax.random.PRNGKey(0),
           row,
-          num_peers=experiment_lib.num_teachers(
-              experiment, group_id, run.num_groups
-          ),
+          num_peers=experiment.exchange.num_teachers(group_id, run.num_groups),
       )
   )
 

@@ -48,6 +48,7 @@ EVERY, CHECKPOINT_EVERY = 10, 20
 _CONFIG = """\
 from __gin__ import dynamic_registration
 import optax
+from codistill_jax import exchange
 from codistill_jax import experiment
 from experiments import drill_task
 
@@ -57,8 +58,9 @@ experiment.Experiment.optimizer = @optax.adam()
 optax.adam.learning_rate = 1e-3
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 32
-experiment.Experiment.exchange_every = {every}
-experiment.Experiment.max_staleness_steps = {max_staleness}
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = {every}
+exchange.Checkpoints.max_staleness_steps = {max_staleness}
 experiment.Experiment.log_every = 10
 experiment.Experiment.eval_every = 100
 experiment.Experiment.checkpoint_every = {checkpoint_every}

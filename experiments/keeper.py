@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from codistill_jax.base import ALONE
-from codistill_jax.exchange.protocol import Exchange, check_finite
+from codistill_jax.exchange.plan import Exchange, check_finite
 from codistill_jax.group import StepResult
 from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments.cli import Stopped

@@ -7,16 +7,11 @@ import jax
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import one_program, run_directory
-from codistill_jax.base import Model, Stream, Variables
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fixed_teachers import FixedTeachers
-from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.exchange.prediction_exchange import PredictionExchange
-from codistill_jax.exchange.protocol import Exchange
-from codistill_jax.peer_predictions import bytes_per_example, mixing_matrix
+from codistill_jax.base import Model, Stream
+from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.replicas import PmapStep
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, devices, driver
+from experiments import cli, devices
 from experiments.job import Job
 from experiments.stopping import StopRequest
 
@@ -29,14 +24,15 @@ def train_steps_of(
 ) -> tuple[Sequence[PmapStep | one_program.Seat], Stream | None]:
   """What updates each group; and the stream of all, if they update together."""
   chosen = devices.chosen_devices(num_replicas)
-  if experiment.exchange != 'predictions':
+  kind = experiment.exchange
+  if not kind.one_program:
     step = experiment_lib.make_replicated_step(experiment, model, chosen)
     return [step] * num_groups, None  # Compiled once for all.
   if num_groups < 2:
     raise ValueError(
-        "Experiment.exchange='predictions' with --num_groups=1: there is nobody"
-        ' to exchange with; set --num_groups to at least 2, or'
-        " exchange='checkpoints' for a baseline"
+        f'Experiment.exchange={kind} with --num_groups=1: there is nobody to'
+        ' exchange with; set --num_groups to at least 2, or'
+        ' exchange=@exchange.Checkpoints() for a baseline'
     )
   population = experiment_lib.make_population(
       experiment,
@@ -44,60 +40,12 @@ def train_steps_of(
       num_groups,
       num_replicas=num_replicas or jax.local_device_count(),
   )
-  plan = experiment.plan
   peers = [
-      plan.peers_of(group_id, num_groups) for group_id in range(num_groups)
+      kind.peers_of(group_id, num_groups) for group_id in range(num_groups)
   ]
-  update = one_program.JointUpdate(
-      population, mixing_matrix(peers), experiment.prediction_top_k
-  )
+  update = one_program.JointUpdate(population, mixing_matrix(peers), kind.top_k)
   stream = experiment_lib.train_stream(experiment, 0, num_groups)
   return update.seats, one_program.SharedStream(stream)
-
-
-def exchanges_of(
-    jobs: Sequence[Job], start: driver.Start
-) -> Sequence[Exchange]:
-  """The exchange of each group, through memory."""
-  job = jobs[0]
-  experiment, num_groups = job.experiment, job.num_groups
-  if experiment.exchange == 'checkpoints':
-    return memory_exchanges(
-        num_groups,
-        plan=experiment.plan,
-        mirror=Mirror(
-            run_directory.exchange_root(job.workdir),
-            start.state.variables,
-            job.identity,
-        ),
-    )
-  if experiment.exchange == 'fixed':
-    exchange = fixed_exchange(job, start.state.variables)
-    return [exchange] * num_groups  # On the devices once.
-  size = bytes_per_example(
-      experiment.task.num_classes,
-      experiment.prediction_top_k,
-      experiment.task.output,
-  )
-  return [
-      PredictionExchange(
-          group_id,
-          num_groups,
-          experiment.plan,
-          top_k=experiment.prediction_top_k,
-          bytes_to_peer=start.examples * size,
-      )
-      for group_id in range(num_groups)
-  ]
-
-
-def fixed_exchange(job: Job, like: Variables) -> FixedTeachers:
-  """Teachers that are on the devices and stay there."""
-  sources = experiment_lib.teacher_sources(job.experiment)
-  teachers = fixed_teachers.load(
-      sources, like, job.identity, job.experiment.teacher_dtype
-  )
-  return FixedTeachers(sources, job.train_step.place_teachers(teachers))
 
 
 class Latch:

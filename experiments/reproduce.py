@@ -216,10 +216,7 @@ def _report(workdir: str, plan: plan_lib.Plan) -> None:
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
-    page = churn_page.report_comparisons(
-        plan.study, workdir, output, _NOTE.value
-    )
-    cli.tell(f'page: {os.fspath(page)}')
+    churn_page.report(workdir, output, _NOTE.value, plan.study)
     return
   setting, runs = load.load(workdir, plan)
   study = plan.study

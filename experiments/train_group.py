@@ -23,15 +23,10 @@ from absl import flags
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, replicas, run_directory
-from codistill_jax.base import Variables
-from codistill_jax.exchange.checkpoint_exchange import (
-    CheckpointExchange,
-    Waiting,
-)
-from codistill_jax.exchange.protocol import Exchange, peers_of
+from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
-from experiments import claims, cli, companions, devices, driver, lockstep
+from experiments import claims, cli, companions, devices, driver
 from experiments.job import Job
 from experiments.stopping import Rescue, StopRequest
 from experiments.watch import group_writer
@@ -91,11 +86,11 @@ def main(argv: Sequence[str]) -> None:
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
-  if experiment.exchange == 'predictions':
+  if experiment.exchange.one_program:
     raise ValueError(
-        "Experiment.exchange='predictions' is for groups that are one program;"
-        ' use experiments.train_lockstep, which trains all groups in one'
-        " process, or set exchange='checkpoints'"
+        f'Experiment.exchange={experiment.exchange} is for groups that are one'
+        ' program; use experiments.train_lockstep, which trains all groups in'
+        ' one process, or set exchange=@exchange.Checkpoints()'
     )
   model = gin_utils.call(experiment_lib.make_model, experiment)
   job = Job(
@@ -125,7 +120,9 @@ def _train(job: Job) -> None:
   claims.check_workdir(job, state)
   progress = job.agreement.is_primary
   for _ in driver.train(
-      job, _exchange_of(job), group_writer(job, progress=progress)
+      job,
+      functools.partial(job.experiment.exchange.join, job),
+      group_writer(job, progress=progress),
   ):
     pass
   if progress:
@@ -133,27 +130,6 @@ def _train(job: Job) -> None:
         f'group {job.group_id} has reached step {job.experiment.num_steps};'
         f' see {run_directory.group_dir(_WORKDIR.value, job.group_id)}'
     )
-
-
-def _exchange_of(job: Job):
-  def make(variables: Variables) -> Exchange:
-    if job.experiment.exchange == 'fixed':
-      return lockstep.fixed_exchange(job, variables)
-    return CheckpointExchange(
-        run_directory.exchange_root(job.workdir),
-        job.group_id,
-        job.num_groups,
-        like=variables,
-        plan=job.experiment.plan,
-        identity=job.identity,
-        waiting=Waiting(job.experiment.exchange_timeout_seconds, job.stop),
-        agreement=job.agreement,
-        process=jax.process_index(),
-        put=job.train_step.place_teachers,
-        troubles=job.troubles,
-    )
-
-  return make
 
 
 def _join_processes() -> None:

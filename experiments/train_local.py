@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils
-from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.exchange.plan import peers_of
 from experiments import cli, machine, processes, supervisor
 from experiments.stopping import StopRequest
 

@@ -2,14 +2,13 @@ r"""Trains all groups in one process, in lockstep, through memory.
 
 For small models and studies: the result is a function of the configuration
 alone, bit for bit the one of `train_group` in lockstep mode. Or, with
-Experiment.exchange='predictions', as one program whose groups see the same
-batches and learn from each other's predictions of them.
+Experiment.exchange=@exchange.Predictions(), as one program whose groups see the
+same batches and learn from each other's predictions of them.
 
     python -m experiments.train_lockstep --workdir=runs/two --num_groups=2 \
         --gin_file=gin_configs/tasks/bible_lm.gin
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from absl import flags
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
-from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, devices, driver, lockstep
@@ -33,8 +32,8 @@ _REPLICAS = flags.DEFINE_integer(
     'replicas',
     0,
     'Devices to use, by every group in turn; 0 means all. On a machine without'
-    ' accelerator that many fake CPU devices are made. With'
-    " exchange='predictions' groups are spread over further devices, if any.",
+    ' accelerator that many fake CPU devices are made. If groups'
+    ' exchange predictions they are spread over further devices, if any.',
 )
 _ARM = flags.DEFINE_string(
     'arm', '', 'Name of the run in reports; default: the name of --workdir.'
@@ -53,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
   latch = lockstep.Latch(stop)
   gin_utils.parse_flags()
   devices.use_replicas(_REPLICAS.value)
-  experiment = dataclasses.replace(
-      gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
+  experiment = experiment_lib.in_lockstep(
+      gin_utils.make(experiment_lib.Experiment)
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
   train_steps, shared_stream = lockstep.train_steps_of(
@@ -82,7 +81,9 @@ def main(argv: Sequence[str]) -> None:
     return
   claims.check_workdir(jobs[0], start.state)
   lockstep.keep_common_checkpoints(jobs)
-  exchanges = lockstep.exchanges_of(jobs, start)
+  exchanges = experiment.exchange.join_all(
+      jobs[0], start.state.variables, start.examples
+  )
   del start
   lockstep.train_in_turn(
       [

@@ -11,7 +11,7 @@ import jax
 
 from codistill_jax import evaluate, losses, run_directory, writers
 from codistill_jax.base import Metrics, Model, Variables
-from codistill_jax.exchange.protocol import Exchange, check_finite
+from codistill_jax.exchange.plan import Exchange, check_finite
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
 from experiments.efficiency import Efficiency

@@ -157,7 +157,6 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
   assert experiment.distill_loss == 'kl'
   experiment = dataclasses.replace(
       experiment,
-      exchange_mode='lockstep',
       task=toy.TOKEN_TASK,
       model=lambda num_classes: toy.RECURRENT,
       optimizer=toy.ADAM,
@@ -180,7 +179,10 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
       )
       for group_id in (0, 1)
   ]
-  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
+  start = driver.new_state(jobs[0])
+  exchanges = experiment.exchange.join_all(
+      jobs[0], start.state.variables, start.examples
+  )
   groups = [
       driver.train(
           job,

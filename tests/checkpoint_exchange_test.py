@@ -20,13 +20,13 @@ from codistill_jax.base import Agreement, Variables
 from codistill_jax.exchange import (
     checkpoint_exchange,
     fetching,
-    protocol,
+    plan,
     publications,
     publisher,
 )
 from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
 from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.protocol import Interrupted, Plan, StaleError
+from codistill_jax.exchange.plan import Interrupted, Plan, StaleError
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.checkpoints import MismatchError
@@ -821,7 +821,7 @@ def test_staleness_is_own_step_minus_published_step(
     join, tmp_path, monkeypatch
 ):
   clock = types.SimpleNamespace(time=lambda: 1100.0)
-  monkeypatch.setattr(protocol, 'time', clock)
+  monkeypatch.setattr(plan, 'time', clock)
   publish(tmp_path, 1, 10, at=1000.0)
   publish(tmp_path, 2, 40, at=1090.0)
   exchange = join(num_groups=4)
@@ -905,7 +905,7 @@ def test_lockstep_with_different_intervals_is_an_error(
   publish(tmp_path, 1, 15)
   publish(tmp_path, 1, 30)
   exchange = join(mode='lockstep', every=10)
-  with pytest.raises(FileNotFoundError, match='same exchange_every'):
+  with pytest.raises(FileNotFoundError, match='same every'):
     exchange.fetch(20)
 
 

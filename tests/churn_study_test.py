@@ -31,6 +31,7 @@ GIN = """\
 from __gin__ import dynamic_registration
 import optax
 import churn_toy
+from codistill_jax import exchange
 from codistill_jax import experiment
 from codistill_jax import schedules
 
@@ -42,7 +43,8 @@ experiment.Experiment.distill_weight = @schedules.distill_weight()
 schedules.distill_weight.burn_in_steps = 4
 experiment.Experiment.num_steps = 24
 experiment.Experiment.group_batch = 16
-experiment.Experiment.exchange_every = 4
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = 4
 experiment.Experiment.eval_batch = 64
 """
 WIDE = 'import churn_toy\nchurn_toy.model.hidden = 9\n'
@@ -244,14 +246,14 @@ def test_a_run_that_was_not_done_begins_again_if_it_is_corrected(
   workdir = tmp_path / 'run'
   arguments = ['--weights=', '--control_retrains=0']
   monkeypatch.setattr(churn_toy, 'batches_left', 14)
-  wrong = '--gin=experiment.Experiment.exchange_every=5'
+  wrong = '--gin=exchange.Checkpoints.every=5'
   assert study(configuration, workdir, *arguments, wrong)[0] == 130
   assert not outcomes(workdir)
   monkeypatch.setattr(churn_toy, 'batches_left', 10**9)
   status, output = study(configuration, workdir, *arguments)
   assert status == 0, output
   assert 'single, seed 0 begins again' in output
-  assert 'exchange_every = 4' in report(workdir, 'churn.md')
+  assert 'Checkpoints.every = 4' in report(workdir, 'churn.md')
   single = lambda path: [
       row for row in figures_of(path)['test'] if row['arm'] == 'single'
   ]
@@ -422,7 +424,7 @@ def configurations_of(configuration, workdir, *bindings):
     'binding, words',
     [
         (
-            'experiment.Experiment.exchange_every=24',
+            'exchange.Checkpoints.every=24',
             'codistilled_1, seed 0 would never have a teacher in 24 steps',
         ),
         ('schedules.distill_weight.weight=0.0', 'is 0 at its last step'),

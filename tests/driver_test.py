@@ -16,7 +16,8 @@ import toy
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.exchange.protocol import Interrupted, NoExchange
+from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.plan import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases, resume
 from codistill_jax.storage.background import Patience
@@ -525,13 +526,15 @@ def test_each_exchange_is_on_record(make_job):
     def metrics(self, step):
       return {'exchange/staleness_steps_group_1': float(step % 5)}
 
-  job = make_job(exchange_every=5, log_every=100, checkpoint_every=100)
+  job = make_job(exchange=Checkpoints(5), log_every=100, checkpoint_every=100)
   run(job, Peer())
   steps, _ = run_directory.series(
       records_of(job), 'exchange/staleness_steps_group_1'
   )
   assert steps == [5, 10, 12]
-  job = make_job('alone', exchange_every=5, log_every=100, checkpoint_every=100)
+  job = make_job(
+      'alone', exchange=Checkpoints(5), log_every=100, checkpoint_every=100
+  )
   run(job)
   training = [r['step'] for r in records_of(job) if 'loss/task' in r]
   assert training == [12]

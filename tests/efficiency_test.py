@@ -24,11 +24,10 @@ FORWARD = 2 * ROWS * TOKENS * (UNITS * UNITS + UNITS * VOCAB)
 def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   """As much of a job as is looked at."""
   experiment = types.SimpleNamespace(
-      exchange='checkpoints',
-      group_batch=ROWS,
-      plan=types.SimpleNamespace(
-          teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
+      exchange=types.SimpleNamespace(
+          teacher_dtype='float32', num_teachers=lambda *_: peers, **plan
       ),
+      group_batch=ROWS,
   )
   train_step = step_lib.make_train_step(
       model, optax.adam(1e-3), axis_name=base.REPLICA_AXIS

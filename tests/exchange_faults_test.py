@@ -29,7 +29,7 @@ from codistill_jax.exchange import (
 )
 from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.exchange.protocol import Interrupted
+from codistill_jax.exchange.plan import Interrupted
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Troubles
 

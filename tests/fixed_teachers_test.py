@@ -15,7 +15,8 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fixed_teachers import FixedTeachers
+from codistill_jax.exchange.fixed_teachers import FixedExchange
+from codistill_jax.exchange.kinds import FixedTeachers
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from codistill_jax.storage.checkpoints import MismatchError
@@ -50,7 +51,7 @@ def variables_of(model, seed, step=5):
 def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
   sources = fixed_teachers.find(runs, step)
   like = toy.start(model, TX).variables
-  return FixedTeachers(
+  return FixedExchange(
       sources, fixed_teachers.load(sources, like, identity, **kwargs)
   )
 
@@ -193,7 +194,7 @@ def with_a_flipped_bit(run):
             without_done,
             r'group 1 of .* \(there is no DONE\); start its command',
         ),
-        (without_checkpoints, 'step any in .*there are: none. Set Experiment.'),
+        (without_checkpoints, 'step any in .*there are: none. Set exchange.'),
         (without_a_group, 'group 2 of .* has not reached its last step'),
         (with_a_flipped_bit, 'was altered'),
     ],
@@ -243,8 +244,7 @@ def experiment_of(teacher_run, **kwargs):
           'task': toy.TOKEN_TASK,
           'model': lambda num_classes: MODEL,
           'optimizer': optax.adam(1e-2),
-          'exchange': 'fixed',
-          'teacher_runs': [str(teacher_run)],
+          'exchange': FixedTeachers([str(teacher_run)]),
           'distill_weight': distill_weight(burn_in_steps=2),
           'num_steps': 8,
           'group_batch': 4,
@@ -260,16 +260,15 @@ def experiment_of(teacher_run, **kwargs):
 @pytest.mark.parametrize(
     'wrong, message',
     [
-        ({'teacher_runs': []}, 'needs teachers; set Experiment.teacher_runs'),
-        ({'teacher_runs': 'runs/two'}, "teacher_runs='runs/two'; set it to a"),
-        ({'teacher_step': 0}, 'teacher_step=0; set it to the step'),
-        ({'topology': 'ring'}, "topology='ring' acts nowhere with Experiment."),
-        ({'exchange': 'checkpoints'}, 'teacher_runs=.* acts nowhere with'),
+        ({'runs': []}, 'no teachers; set exchange.FixedTeachers.runs to'),
+        ({'runs': 'runs/two'}, "runs='runs/two'; set it to a list of run dir"),
+        ({'runs': ['runs/two'], 'step': 0}, 'step=0; set it to the step'),
+        ({'runs': ['x'], 'teacher_dtype': 'int8'}, "'int8' is not one of"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   with pytest.raises(ValueError, match=message):
-    experiment_of('runs/two', **wrong)
+    FixedTeachers(**wrong)
 
 
 @pytest.fixture(scope='module')
@@ -330,7 +329,10 @@ class StopAt:
 
 def train(taught, workdir, latch):
   jobs = jobs_of(taught, workdir, latch)
-  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
+  start = driver.new_state(jobs[0])
+  exchanges = taught[0].exchange.join_all(
+      jobs[0], start.state.variables, start.examples
+  )
   lockstep.train_in_turn(
       [
           driver.train(
@@ -373,7 +375,7 @@ def test_a_student_that_was_stopped_ends_with_the_same_bits(
 
 def test_a_run_says_what_its_teachers_cost(taught, finished):
   run = run_directory.read_run(finished)
-  teachers = taught[0].teacher_runs[0]
+  teachers = taught[0].exchange.runs[0]
   assert run['teacher_runs'] == [{'workdir': teachers, 'steps': [20, 21]}]
   assert run['prior_steps'] == 20 + 21 + 9  # The teachers had some, too.
   assert run['mode'] == 'fixed' and run['exchange_every'] is None
@@ -386,7 +388,7 @@ def test_a_run_says_what_its_teachers_cost(taught, finished):
 
 
 def test_a_student_does_not_go_on_with_other_teachers(taught):
-  exchange = lockstep.fixed_exchange(
+  exchange = taught[0].exchange.join(
       jobs_of(taught, 'run', StopAt())[0],
       jax.eval_shape(MODEL.init, jax.random.PRNGKey(0), toy.Tokens(4).batch(0)),
   )

@@ -14,7 +14,7 @@ from waits import PATIENCE
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.exchange.protocol import Plan, StaleError
+from codistill_jax.exchange.plan import Plan, StaleError
 from codistill_jax.group import run_group
 from codistill_jax.storage import checkpoints
 

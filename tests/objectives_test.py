@@ -9,6 +9,7 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import losses
 from codistill_jax.base import HeadOutputs, Model, Task, Updates, Variables
+from codistill_jax.exchange.kinds import Predictions
 
 RNG = np.random.default_rng(0)
 B, P = 8, 3
@@ -156,8 +157,8 @@ def test_a_run_with_unigram_smoothing_updates_towards_the_mixed_target(fused):
         ),
         ({'distill_target': 'all'}, "distill_target='all' is not one of mean"),
         (
-            {'distill_target': 'each', 'exchange': 'predictions'},
-            "distill_target='each' with Experiment.exchange='predictions'",
+            {'distill_target': 'each', 'exchange': Predictions()},
+            "distill_target='each' with Experiment.exchange=@exchange.Predict",
         ),
     ],
 )

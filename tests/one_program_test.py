@@ -10,8 +10,7 @@ import toy
 from codistill_jax import one_program, peer_predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS
-from codistill_jax.exchange.prediction_exchange import PredictionExchange
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.group import run_group
 
 MODEL, TX = toy.RECURRENT, toy.ADAM
@@ -167,7 +166,7 @@ def test_what_does_not_fit_is_refused(act, message):
 
 # -- turns in the loop --------------------------------------------------------
 
-PLAN = Plan(topology='ring')
+KIND = Predictions(topology='ring')
 
 
 def seats(num_groups=G, num_devices=1):
@@ -184,7 +183,7 @@ def runs(seats, states, stream, num_steps=4, order=None):
           states[g],
           stream,
           num_steps=num_steps,
-          exchange=PredictionExchange(g, len(seats), PLAN, bytes_to_peer=10),
+          exchange=PredictionExchange(g, len(seats), KIND, bytes_to_peer=10),
           distill_weight=lambda step: 0.7 * (step >= 1),
       )
       for g in order

@@ -24,9 +24,9 @@ MAY_PASS = 75
 
 BINDINGS = [
     'experiment.Experiment.distill_weight = @paced.weight()',
-    "experiment.Experiment.exchange_mode = 'freshest'",
+    "exchange.Checkpoints.mode = 'freshest'",
     f'experiment.Experiment.num_steps = {LAST}',
-    f'experiment.Experiment.max_staleness_steps = {TOO_OLD}',
+    f'exchange.Checkpoints.max_staleness_steps = {TOO_OLD}',
     f'experiment.Experiment.checkpoint_every = {CHECKPOINT_EVERY}',
     f'experiment.Experiment.eval_every = {LAST}',
 ]

@@ -16,7 +16,7 @@ from codistill_jax.exchange.checkpoint_exchange import (
     CheckpointExchange,
     Waiting,
 )
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import Patience

@@ -26,6 +26,7 @@ TOY = """\
 from __gin__ import dynamic_registration
 import optax
 import churn_toy
+from codistill_jax import exchange
 from codistill_jax import experiment
 from codistill_jax import schedules
 
@@ -38,7 +39,8 @@ optax.adam.learning_rate = %RATE
 experiment.Experiment.distill_weight = @schedules.distill_weight()
 experiment.Experiment.num_steps = %STEPS
 experiment.Experiment.group_batch = 16
-experiment.Experiment.exchange_every = 2
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = 2
 experiment.Experiment.log_every = 2
 experiment.Experiment.eval_every = 2
 experiment.Experiment.eval_batch = 64

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from experiments.reports import records as records_lib
 from experiments.studies import load
 from experiments.studies.declaration import Arm

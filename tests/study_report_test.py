@@ -262,7 +262,7 @@ def scaling(both=(8, 16, 32), **kwargs):
 
 def test_what_the_latency_model_is_given_comes_from_the_runs():
   study, runs = scaling()
-  got = wall_time.measure(analysis.analyse(study, runs))
+  got = wall_time.measure(analysis.analyse(study, runs), Latency())
   assert sorted(got.one) == [4, 8, 16, 32] and sorted(got.two) == [8, 16, 32]
   assert got.at == 32
   assert got.ratio == pytest.approx(got.two[32] / got.one[32])

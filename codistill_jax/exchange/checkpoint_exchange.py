@@ -30,7 +30,7 @@ from codistill_jax.exchange.fetching import (
     Together,
     Waiting,
 )
-from codistill_jax.exchange.protocol import (
+from codistill_jax.exchange.plan import (
     Plan,
     StaleError,
     check_finite,

@@ -17,7 +17,7 @@ import numpy as np
 
 from codistill_jax.base import Agreement
 from codistill_jax.exchange.fetcher import Fetcher
-from codistill_jax.exchange.protocol import Interrupted, Plan
+from codistill_jax.exchange.plan import Interrupted, Plan
 from codistill_jax.exchange.teaching import Slot, Swap, Teaching
 from codistill_jax.storage.background import Turns, Worker
 
@@ -356,7 +356,7 @@ class Lockstep:
         raise FileNotFoundError(
             f'group {peer} has published step {newest} but not, or no longer,'
             f' step {step}, which lockstep asks for; all groups need the same'
-            ' exchange_every, and publications must not be deleted by hand'
+            ' every, and publications must not be deleted by hand'
         )
       self._waiting.go_on(start, self._why(peer, step, newest), self._agreement)
 

@@ -18,7 +18,7 @@ from flax import serialization
 from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.protocol import NoExchange, stack_teachers
+from codistill_jax.exchange.plan import NoExchange, stack_teachers
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.checkpoints import Leaf, Record
@@ -73,14 +73,14 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
   there = run_directory.list_groups(workdir) if workdir.is_dir() else []
   if not there:
     raise ValueError(
-        f'Experiment.teacher_runs: there is no run in {workdir}; train the'
+        f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
         ' teachers first, or give the --workdir that they were trained in'
     )
   num_groups = run_directory.read_run(workdir).get('num_groups', len(there))
   for group_id in range(num_groups):
     if not run_directory.done_path(workdir, group_id).exists():
       raise ValueError(
-          f'Experiment.teacher_runs: group {group_id} of {workdir} has not'
+          f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
           ' reached its last step (there is no DONE); start its command again'
           ' and let it end, then train the student'
       )
@@ -95,8 +95,9 @@ def _step_of(workdir: epath.Path, group_id: int, step: int | None) -> int:
     raise ValueError(
         f'there is no resume checkpoint of step'
         f' {"any" if wanted is None else wanted} in {directory}; there are:'
-        f' {", ".join(map(str, steps)) or "none"}. Set Experiment.teacher_step'
-        ' to one of them, or train the teachers again'
+        f' {", ".join(map(str, steps)) or "none"}. Set'
+        ' exchange.FixedTeachers.step to one of them, or train the teachers'
+        ' again'
     )
   return wanted
 
@@ -154,7 +155,7 @@ def _read(
     if not publications.is_finite(x):
       raise checkpoints.DamagedError(
           f'{path} of {source} is not finite at step {source.step}; set'
-          ' Experiment.teacher_step to an earlier one, or train it again'
+          ' exchange.FixedTeachers.step to an earlier one, or train it again'
       )
   return serialization.from_state_dict(like, tree)
 
@@ -199,7 +200,7 @@ def leave(
   files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
-class FixedTeachers(NoExchange):
+class FixedExchange(NoExchange):
   """The exchange of a student; see `Exchange`. Nothing is published.
 
   Attributes:

@@ -19,7 +19,7 @@ from codistill_jax.base import (
     host_copy,
 )
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.protocol import (
+from codistill_jax.exchange.plan import (
     Plan,
     StaleError,
     check_finite,

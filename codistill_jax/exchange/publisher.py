@@ -15,7 +15,7 @@ from etils import epath
 
 from codistill_jax.base import Variables, cast_floats, host_copy
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import Troubles, Turns

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from codistill_jax.base import Array, Teachers, Variables
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
 
 Put = Callable[[Array], Array]

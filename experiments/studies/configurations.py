@@ -10,6 +10,7 @@ import numpy as np
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
 from experiments import cli
@@ -20,14 +21,14 @@ from experiments.studies.plan import Plan, PlannedRun
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {
     'RATE': '--rates',
-    'seed': '--seeds (of experiments.churn: --retrains)',
-    'data_seed': '--seeds (of experiments.churn: --retrains)',
-    'group_batch': '--worker_rows',
-    'exchange_mode': 'no flag: studies are in lockstep',
-    'teacher_runs': 'no flag: they are those of the study',
+    'Experiment.seed': '--seeds (of experiments.churn: --retrains)',
+    'Experiment.data_seed': '--seeds (of experiments.churn: --retrains)',
+    'Experiment.group_batch': '--worker_rows',
+    'Checkpoints.mode': 'no flag: studies are in lockstep',
+    'FixedTeachers.runs': 'no flag: they are those of the study',
 }
 # Statements that differ between the runs of one arm.
-_OF_SEEDS = ('.seed', '.data_seed', '.teacher_runs')
+_OF_SEEDS = ('.seed', '.data_seed', 'FixedTeachers.runs')
 # What cannot differ between the runs of one study.
 _FIXED = ('study', 'scale', 'identity', 'data', 'replicas', 'platform')
 
@@ -63,7 +64,7 @@ class Configurations:
       ValueError: If it cannot be made as configured.
     """
     self.parse(run)
-    experiment = gin_utils.make(Experiment)
+    experiment = experiment_lib.in_lockstep(gin_utils.make(Experiment))
     weight = self.plan.arm(run.arm).weight
     return experiment if weight is None else _weighted(experiment, run, weight)
 
@@ -74,7 +75,6 @@ class Configurations:
     of_run = [
         f'Experiment.seed={0 if arm.fixed == "parameters" else run.seed}',
         f'Experiment.data_seed={0 if arm.fixed == "order" else run.seed}',
-        "Experiment.exchange_mode='lockstep'",
     ]
     if rate is not None:
       of_run.append(f'RATE={rate!r}')
@@ -82,7 +82,7 @@ class Configurations:
       of_run.append(f'Experiment.group_batch={rows}')
     if arm.taught_by:
       teachers = plan_lib.run_dir(self.workdir, plan.teachers(run))
-      of_run.append(f'Experiment.teacher_runs=({str(teachers)!r},)')
+      of_run.append(f'FixedTeachers.runs=({str(teachers)!r},)')
     gin_utils.parse(
         [*plan.scale.gin_files, *arm.gin_files],
         [*of_run, *plan.scale.bindings, *arm.bindings, *self._bindings],
@@ -124,17 +124,16 @@ def read_tuning(
 
 def _check_free(binding: str, plan: Plan) -> None:
   """Raises ValueError if a binding of `--gin` would be overridden, or worse."""
-  name = binding.split('=')[0].strip()
-  last = name.rsplit('.', maxsplit=1)[-1]
+  name = '.'.join(binding.split('=')[0].strip().split('.')[-2:])
   free = {
       'RATE': not plan.scale.rates,
-      'group_batch': not plan.scale.worker_rows,
+      'Experiment.group_batch': not plan.scale.worker_rows,
   }
-  of_run = name == 'RATE' or 'Experiment.' in name
-  if of_run and last in _OF_RUNS and not free.get(last):
+  if name in _OF_RUNS and not free.get(name):
+    last = name.split('.')[-1]
     raise ValueError(
         f'--gin={binding}: the study sets {last} of each run; change it by'
-        f' {_OF_RUNS[last]}'
+        f' {_OF_RUNS[name]}'
     )
 
 
@@ -148,14 +147,13 @@ def _weighted(
           experiment.distill_weight, weight, experiment.num_steps
       ),
   )
-  taught = (
-      made.distill_weight(step) and made.plan.asked(step)
-      for step in range(made.num_steps)
-  )
-  if not any(taught):
+  exchange, steps = made.exchange, range(made.num_steps)
+  if isinstance(exchange, Checkpoints) and not any(
+      made.distill_weight(step) and exchange.asked(step) for step in steps
+  ):
     raise ValueError(
         f'{run.name} would never have a teacher in {made.num_steps} steps: it'
-        f' is no codistillation; exchange_every={made.exchange_every} and'
+        f' is no codistillation; exchange.Checkpoints.every={exchange.every} and'
         ' burn_in_steps must be shorter'
     )
   return made
@@ -263,8 +261,8 @@ def describe(
       'num_groups': max(arm.num_groups for arm in plan.arms),
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
-      'publish_dtype': experiment.publish_dtype,
+      'exchange_every': experiment.exchange.every,
+      'publish_dtype': getattr(experiment.exchange, 'publish_dtype', 'float32'),
       'model': _name_of(experiment.model),
       'model_parameters': int(count),
       'replicas': num_replicas,

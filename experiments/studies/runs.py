@@ -22,6 +22,7 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
@@ -133,16 +134,19 @@ class Trainer:
         latch,
         shared_stream=compiled.stream,
     )
-    if self._plan.study.predictions and experiment.exchange == 'checkpoints':
+    exchange = experiment.exchange
+    if self._plan.study.predictions and isinstance(exchange, Checkpoints):
       # Short runs that exchange often: none of it on disk is worth the time.
-      can_resume = functools.partial(one_program.can_resume, experiment.plan)
+      can_resume = functools.partial(one_program.can_resume, exchange)
       lockstep.keep_common_checkpoints(made.jobs, can_resume)
-      exchanges = memory_exchanges(len(made.jobs), plan=experiment.plan)
+      exchanges = memory_exchanges(len(made.jobs), plan=exchange)
     else:
       lockstep.keep_common_checkpoints(made.jobs)
       start = driver.new_state(made.jobs[0])
       start.efficiency.close()
-      exchanges = lockstep.exchanges_of(made.jobs, start)
+      exchanges = exchange.join_all(
+          made.jobs[0], start.state.variables, start.examples
+      )
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
@@ -152,14 +156,14 @@ class Trainer:
     model = gin_utils.call(experiment_lib.make_model, experiment)
     arm = self._plan.arm(run.arm)
     # The number of groups matters where these are one program alone.
-    groups = arm.num_groups if experiment.exchange == 'predictions' else 0
+    groups = arm.num_groups if experiment.exchange.one_program else 0
     key = shared_by_seeds(), groups
     compiled = self._compiled
     # Groups of one program keep a state of their own in their step.
     if (
         compiled is None
         or key != compiled.key
-        or experiment.exchange == 'predictions'
+        or experiment.exchange.one_program
     ):
       # One program at a time is enough of memory.
       compiled = self._compiled = None
@@ -205,7 +209,7 @@ class Trainer:
     ]
     lockstep.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
-        lambda step: one_program.can_resume(first.plan, step),
+        lambda step: one_program.can_resume(first.exchange, step),
     )
     return made
 
@@ -312,7 +316,7 @@ def _describe(
 ) -> Outcome:
   """What outcome.json says of a run that has just ended."""
   num_peers = [
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
   ]
   row = experiment_lib.first_row(experiment, arm.num_groups)
@@ -324,7 +328,7 @@ def _describe(
       'data_seed': experiment.data_seed,
       'num_groups': arm.num_groups,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'burn_in_steps': next(
           filter(experiment.distill_weight, range(experiment.num_steps)),
           experiment.num_steps,

@@ -24,11 +24,10 @@ from experiments.reports.pages import (
 )
 from experiments.studies import (
     analysis,
-    communication,
-    formatting,
     results,
     verdicts,
     wall_time,
+    words,
 )
 from experiments.studies.analysis import (
     DIVERGED,
@@ -39,10 +38,10 @@ from experiments.studies.analysis import (
     Outcome,
 )
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.formatting import count, sentence_start
 from experiments.studies.latency import Latency
 from experiments.studies.results import Band, Run, Setting
 from experiments.studies.verdicts import Verdict
+from experiments.studies.words import count, sentence_start
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',
@@ -114,6 +113,8 @@ def _blocks(
           f'No view {name!r} for {study.name}; there are {", ".join(VIEWS)}.'
       )
   seeds = 'Steps to the target, seed by seed'
+  baseline = _title(study, study.baseline)
+  rules = words.paragraphs('rules', window=found.window, baseline=baseline)
   drawn = [*study_plots.curves(found, setting), study_plots.against_axis(found)]
   return [
       Paragraph(study.question),
@@ -122,7 +123,11 @@ def _blocks(
       *([Heading('Verdict'), Bullets(said)] if said else []),
       Heading('Arms'),
       Table(arms_table(found, setting)),
-      Paragraph(_targets(found, setting)),
+      Paragraph(
+          words.paragraph(
+              'targets', targets=found.targets, example=setting.example
+          )
+      ),
       *([Heading(seeds), Table(_seeds_table(found))] if found.trained else []),
       *(b for plot in drawn if plot for b in (Heading(plot.title), plot)),
       *(_bytes(found, setting) if 'bytes' in views else []),
@@ -133,7 +138,7 @@ def _blocks(
       ),
       *_rates(found, setting),
       Heading('Rules'),
-      Bullets([*_rules(found), *verdicts.RULES]),
+      Bullets([*rules, *words.paragraphs('verdict_rules')]),
       *(
           [Heading('Notes'), *map(Paragraph, study.notes)]
           if study.notes
@@ -148,7 +153,7 @@ def _blocks(
   ]
 
 
-# --- Settings and rules ------------------------------------------------------
+# --- Settings and runs ------------------------------------------------------
 
 
 def claim(study: Study) -> str:
@@ -157,24 +162,16 @@ def claim(study: Study) -> str:
   return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
 
 
-def _settings(study: Study, s: Setting) -> str:
+def _settings(study: Study, setting: Setting) -> str:
   """Returns what all arms have in common, in one line."""
-  rows = f' rows of {s.rows}' if s.rows else f' {s.example}s'
   groups = sorted({arm.num_groups for arm in study.arms})
-  ends = ' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]])))
-  baseline = _title(study, study.baseline)
-  parts = (
-      f'data set: {s.data}',
-      f'G = {ends} (each arm in the table), R = {s.replicas}',
-      f'group batch {s.group_batch:,}{rows} for {baseline}',
-      f'{count(s.seeds, "seed")} of each arm',
-      f'{s.num_steps:,} steps of each group'
-      f' ({s.num_steps * s.examples:,} {s.example}s for {baseline})',
-      f'exchange every {s.exchange_every:,}',
-      f'model: {s.model.rstrip(".")}, {s.model_parameters:,} parameters',
-      f'scale {s.scale}, {_machine(s)}',
+  return words.paragraph(
+      'settings',
+      s=setting,
+      groups=' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]]))),
+      baseline=_title(study, study.baseline),
+      machine=_machine(setting),
   )
-  return sentence_start('; '.join(parts)) + '.'
 
 
 def _machine(setting: Setting) -> str:
@@ -186,42 +183,6 @@ def _machine(setting: Setting) -> str:
 
 def _title(study: Study, name: str) -> str:
   return next((a.title for a in study.arms if a.name == name), name)
-
-
-def _targets(found: Analysis, setting: Setting) -> str:
-  if not found.targets:
-    return 'There is no target: no run of the baseline ended well.'
-  values = ', '.join(
-      f'{value:.4f} (seed {seed})' for seed, value in found.targets.items()
-  )
-  return f'Target, nats per {setting.example}: {values}.'
-
-
-def _rules(found: Analysis) -> list[str]:
-  """Says how numbers were made from runs."""
-  smoothing = (
-      f'a trailing mean over {found.window} evaluations, fewer at the start'
-      if found.window > 1
-      else 'none, since there are fewer than 12 evaluations'
-  )
-  title = _title(found.study, found.study.baseline)
-  return [
-      f'Validation loss is the mean over the groups of a run. Smoothing, the'
-      f' same for all arms: {smoothing}.',
-      f'The target of a seed is the best smoothed validation loss of {title} of'
-      ' the same seed. Steps to it are those of the first evaluation at or'
-      ' under it, without interpolation, counted for each group; compute is of'
-      ' all groups and teachers. An arm that does not reach it in every seed'
-      ' has no mean. An arm as good as the baseline has no fixed number: the'
-      ' best of a flat and noisy curve may be early or late.',
-      'Loss at the end is that of the last evaluation, not smoothed; the best'
-      ' loss is the smallest smoothed one.',
-      '± is half of maximum minus minimum over seeds; brackets are 95 %'
-      ' intervals of the mean.',
-      'A run that diverged (a loss or gradient that is not finite, or a loss'
-      ' that went up to twice that of the start for good) is left out'
-      ' of means, ratios and curves, and named above.',
-  ]
 
 
 def _divergences(found: Analysis) -> list[str]:
@@ -309,9 +270,7 @@ def _cell(cell: Cell, form: str, interval: bool) -> str:
   if diverged == seeds:
     return 'diverged' if seeds else 'not trained'
   if cell.estimate is not None:
-    text = formatting.estimate(
-        cell.estimate, form, spread=True, interval=interval
-    )
+    text = words.estimate(cell.estimate, form, spread=True, interval=interval)
     left = seeds - diverged
     return f'{text} ({left} of {seeds} seeds)' if diverged else text
   if not cell.count(NOT_REACHED):
@@ -356,11 +315,11 @@ def _rates(found: Analysis, setting: Setting) -> list[Block]:
       }
       for arm in found.study.arms
   )
-  explained = (
-      ' Each cell is the best smoothed and the last validation loss of one run'
-      ' of its own seed, which is reported nowhere else.'
-  )
-  return [heading, Table(table), Paragraph(said + explained)]
+  return [
+      heading,
+      Table(table),
+      Paragraph(f'{said} {words.paragraph("rates")}'),
+  ]
 
 
 def _used_rates(runs: Sequence[Run]) -> str:
@@ -405,12 +364,8 @@ def _bytes(found: Analysis, setting: Setting) -> list[Block]:
       Heading(plot.title),
       plot,
       Table(_bytes_table(found)),
-      Paragraph(
-          'Smoothed validation loss, mean over seeds, at the last evaluation'
-          ' within so many bytes; each column is what one of the arms has'
-          ' received in all. A dash: more than that by the first evaluation.'
-      ),
-      Bullets(communication.FORMULAS),
+      Paragraph(words.paragraph('equal_bytes')),
+      Bullets(words.paragraphs('formulas')),
   ]
 
 
@@ -449,21 +404,20 @@ def wall_time_blocks(
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
   from experiments.studies import study_plots
 
-  measured = wall_time.measure(found)
-  model = wall_time.fitted(measured, latency)
-  heading = Heading('Wall time, on paper')
-  if model is None:
-    return [heading, Paragraph(wall_time.too_few(measured))]
-  made = [
-      heading,
-      Paragraph(wall_time.summary(model)),
-      study_plots.wall_time(model),
-      Table(wall_time.times_table(model), names=0),
+  model = wall_time.measure(found, latency)
+  said = [
+      Heading('Wall time, on paper'),
+      Paragraph(words.paragraph('wall_time', model=model)),
   ]
-  if measured.at:
+  if model.fit is None:
+    return said
+  table = Table(wall_time.times_table(model), names=0)
+  made = [*said, study_plots.wall_time(model), table]
+  if model.at:
     made.append(Paragraph('The same for shorter and longer tails:'))
     made.append(Table(wall_time.tails_table(model), names=0))
-  assumptions = wall_time.assumptions(model, setting.bytes_of_model)
+  received = pages.number(setting.bytes_of_model, 'bytes')
+  assumptions = words.paragraphs('assumptions', model=model, received=received)
   return [*made, Bullets(assumptions)]
 
 

@@ -63,7 +63,7 @@ STUDY = Study(
     scales={
         'smoke': Scale(
             ('gin_configs/tasks/flights_dnn.gin',),
-            ('STEPS=6', 'Experiment.exchange_every=2'),
+            ('STEPS=6', 'Checkpoints.every=2'),
             seeds=2,
         ),
         'cpu': Scale(('gin_configs/tasks/flights_dnn.gin',), seeds=5),

@@ -80,4 +80,4 @@ SHARED = "text.language_model_task.partition='shared'"
 
 def exchange_every(steps: int) -> str:
   """A binding."""
-  return f'Experiment.exchange_every={steps}'
+  return f'Checkpoints.every={steps}'

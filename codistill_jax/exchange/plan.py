@@ -1,4 +1,4 @@
-"""The exchange between groups: publish and fetch, behind one protocol.
+"""Interface and plan of an exchange: what is published when, and read by whom.
 
 Two modes. *freshest*: a fetch takes whatever is newest and never waits
 (production). *lockstep*: a fetch takes the publication of exactly the step
@@ -6,10 +6,20 @@ asked for and waits for it, so that a run is a function of its seeds
 (reproducible science); then the order in which groups are stepped, their
 speed, and the kind of exchange cannot matter.
 
+Who learns from whom, the *topology*, is a directed graph; a name or a list:
+
+* `all`: every group learns from every other one (Anil et al. 2018).
+* `ring`: group g learns from group g - 1 alone (the last before group 0). News
+  takes G - 1 exchanges around; the cost of teachers does not grow with G.
+* `random-<k>`, such as `random-3`: each group has k peers and is the peer of k
+  groups, drawn by a seed; all groups hear of each other sooner or later.
+* `[[1], [0], [3], [2]]`: entry g lists the peers of group g; here two pairs.
+
 Shape suffix: P peers.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -24,8 +34,8 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.exchange.topology import Topology, peers_of, readers_of
-from codistill_jax.exchange.topology import check as check_topology
+
+Topology = str | Sequence[Sequence[int]]
 
 MODES = ('freshest', 'lockstep')
 POLICIES = ('drop', 'wait', 'fail')
@@ -127,7 +137,7 @@ class Plan:
     staleness_policy: What happens then. 'drop': the peer is left out of the
       mean until it publishes again. 'wait': training waits for it. 'fail': an
       error ends the run.
-    topology: Who learns from whom; see `topology`.
+    topology: Who learns from whom; see above.
     topology_seed: Of a random topology.
   """
 
@@ -143,9 +153,7 @@ class Plan:
 
   def __post_init__(self):
     if type(self.every) is not int or self.every < 1:
-      raise ValueError(
-          f'exchange_every={self.every!r}; set it to at least 1 step'
-      )
+      raise ValueError(f'every={self.every!r}; set it to at least 1 step')
     if self.mode not in MODES:
       raise ValueError(
           f'exchange mode {self.mode!r} is not one of {", ".join(MODES)}'
@@ -153,7 +161,7 @@ class Plan:
     if self.staleness < 0 or self.staleness % self.every:
       raise ValueError(
           f'staleness={self.staleness} is not a multiple of'
-          f' exchange_every={self.every}: only those steps are published'
+          f' every={self.every}: only those steps are published'
       )
     if self.staleness and self.mode == 'freshest':
       raise ValueError(
@@ -190,7 +198,7 @@ class Plan:
     if type(limit) is not int or limit < 2 * self.every:
       raise ValueError(
           f'max_staleness_steps={limit!r}; set it to at least twice'
-          f' exchange_every={self.every}: a teacher ages by that much between'
+          f' every={self.every}: a teacher ages by that much between'
           ' exchanges, and the next one takes a while to come'
       )
 
@@ -313,3 +321,108 @@ class NoExchange:
 
   def close(self) -> None:
     pass
+
+
+def check_topology(topology: Topology) -> None:
+  """Raises ValueError if no number of groups could make sense of it."""
+  if isinstance(topology, str):
+    if topology in ('all', 'ring') or re.fullmatch(
+        r'random-[1-9]\d*', topology
+    ):
+      return
+    raise ValueError(
+        f'topology {topology!r} is not one of all, ring, random-<k> (such as'
+        ' random-3) or a list with the peers of each group'
+    )
+  lists = isinstance(topology, list | tuple) and all(
+      isinstance(peers, list | tuple) for peers in topology
+  )
+  if not lists:
+    raise ValueError(
+        f'topology {topology!r} is neither a name nor a list of lists; write'
+        ' [[1], [0]] to give group 0 the peer 1 and group 1 the peer 0'
+    )
+  for group_id, peers in enumerate(topology):
+    _check_list(group_id, peers, len(topology))
+
+
+def peers_of(
+    group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
+) -> tuple[int, ...]:
+  """The groups that `group_id` learns from, ascending.
+
+  Raises:
+    ValueError: For a `group_id` out of range, or a topology that does not suit
+      `num_groups`.
+  """
+  if num_groups < 1:
+    raise ValueError(f'num_groups={num_groups}; set it to at least 1')
+  if not 0 <= group_id < num_groups:
+    raise ValueError(
+        f'group_id={group_id} is out of range: with num_groups={num_groups}'
+        f' it lies in 0..{num_groups - 1}'
+    )
+  check_topology(topology)
+  if not isinstance(topology, str):
+    if len(topology) != num_groups:
+      raise ValueError(
+          f'topology lists the peers of {len(topology)} groups, but'
+          f' num_groups={num_groups}; give one list for each group'
+      )
+    return tuple(sorted(topology[group_id]))
+  if topology == 'all':
+    shifts = range(1, num_groups)
+  elif topology == 'ring':
+    shifts = range(1, min(num_groups, 2))
+  else:
+    return _random_peers(group_id, num_groups, int(topology[7:]), seed)
+  return tuple(sorted((group_id - shift) % num_groups for shift in shifts))
+
+
+def readers_of(
+    group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
+) -> tuple[int, ...]:
+  """The groups that learn from `group_id`, ascending."""
+  return tuple(
+      g
+      for g in range(num_groups)
+      if group_id in peers_of(g, num_groups, topology, seed)
+  )
+
+
+def _random_peers(
+    group_id: int, num_groups: int, k: int, seed: int
+) -> tuple[int, ...]:
+  if num_groups == 1:
+    return ()  # The baseline of a study needs no other configuration.
+  if k >= num_groups:
+    raise ValueError(
+        f'topology random-{k} needs more than {k} groups, but num_groups='
+        f'{num_groups}; use random-{num_groups - 1} at most'
+    )
+  rng = np.random.default_rng(seed)
+  # Groups on a circle in random order; all look back by the same k distances,
+  # of which one is 1: in and out degree are k, and nobody is cut off.
+  circle = rng.permutation(num_groups)
+  others = 2 + rng.permutation(num_groups - 2)[: k - 1]
+  place = int(np.flatnonzero(circle == group_id)[0])
+  return tuple(
+      sorted(
+          int(circle[(place - shift) % num_groups]) for shift in (1, *others)
+      )
+  )
+
+
+def _check_list(group_id: int, peers: Sequence[int], num_groups: int) -> None:
+  for peer in peers:
+    if type(peer) is not int or not 0 <= peer < num_groups or peer == group_id:
+      raise ValueError(
+          f'topology gives group {group_id} the peer {peer!r}; with lists for'
+          f' {num_groups} groups a peer is another one of'
+          f' 0..{num_groups - 1}'
+      )
+  if len(set(peers)) != len(peers):
+    raise ValueError(
+        f'topology gives group {group_id} a peer twice: {list(peers)}; name'
+        ' each once'
+    )

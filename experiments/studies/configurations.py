@@ -153,7 +153,7 @@ def _weighted(
   ):
     raise ValueError(
         f'{run.name} would never have a teacher in {made.num_steps} steps: it'
-        f' is no codistillation; exchange.Checkpoints.every={exchange.every} and'
+        f' is no codistillation; Checkpoints.every={exchange.every} and'
         ' burn_in_steps must be shorter'
     )
   return made

@@ -18,8 +18,9 @@ from codistill_jax.baselines.diloco import Diloco
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, driver, watch
-from experiments import job as job_lib
+from experiments import cli
+from experiments.running import driver, watch
+from experiments.running import job as job_lib
 
 STEPS = 8
 METHODS = {

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli, processes
-from experiments.stopping import Rescue, StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import processes
 from experiments.studies import plan as plan_lib
 from experiments.studies.plan import Plan
 
@@ -42,11 +43,11 @@ def train(
     _run_side_by_side(module, workdir, jobs, StopRequest().install())
     return
   jobs = _take_cores(worker)
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  stop = StopRequest(cli.STOPPED).install()
   # Not at the top: what only lists, or draws a page, needs no jax.
   import jax
 
-  from experiments import devices
+  from experiments.running import devices
   from experiments.studies import configurations
   from experiments.studies import worker as worker_lib
 
@@ -88,7 +89,7 @@ def _run_side_by_side(
   try:
     while any(worker.poll() is None for worker in workers):
       if stop():
-        raise processes.stopped(stop)
+        raise cli.Stopped(cli.STOPPED, stop.signal_number)
       _leave_with(workers)
       if len(workers) < jobs and plan_lib.begun_at(workdir) != begun:
         workers += map(start, range(1, jobs))

@@ -17,12 +17,11 @@ from matplotlib.ticker import (
 )
 
 from codistill_jax.statistics import Estimate
-from experiments.churn_study import run_files
-from experiments.churn_study.results import ENSEMBLE, Row
 from experiments.reports import plots
 from experiments.reports.pages import Plot
-from experiments.studies import analysis, results, words
+from experiments.studies import analysis, results, retrains, words
 from experiments.studies.analysis import Analysis
+from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.results import Band, Setting
 from experiments.studies.wall_time import WallTime
@@ -424,17 +423,17 @@ def _log_axes(ax: Axes) -> None:
 # --- Churn -------------------------------------------------------------------
 
 _CODISTILLED = plots.TWO
-_MARKERS_OF_CHURN = {run_files.SINGLE: 's', ENSEMBLE: 'D'}
+_MARKERS_OF_CHURN = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
 
 
 def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws log loss against churn, arms of several weights as one line."""
-  weights = {r.arm: run_files.weight_of(r.arm) for r in rows}
+  weights = {r.arm: retrains.weight_of(r.arm) for r in rows}
   weighted = [r for r in rows if weights[r.arm] is not None]
   others = [r for r in rows if r not in weighted]
   colours = {r.arm: _CODISTILLED for r in weighted} | {
-      run_files.SINGLE: plots.ONE,
-      ENSEMBLE: plots.PALETTE[0],
+      retrains.SINGLE: plots.ONE,
+      retrains.ENSEMBLE: plots.PALETTE[0],
   }
   own = [r.arm for r in others if r.arm not in colours]
   colours |= {

@@ -194,6 +194,24 @@ def read_run(workdir: PathLike) -> dict[str, Any]:
   return read_json(run_path(workdir)) or {}
 
 
+def check_same_configuration(
+    what: str, theirs: Sequence[str], ours: Sequence[str], remedy: str
+) -> None:
+  """Raises ValueError if two lists of statements differ.
+
+  Args:
+    what: Who holds the first, such as 'runs/two holds another run'.
+    theirs: What is there.
+    ours: What is wanted.
+    remedy: What to do about it.
+  """
+  missing = 'no such binding'
+  there = next((s for s in theirs if s not in ours), missing)
+  here = next((s for s in ours if s not in theirs), missing)
+  if there != here:
+    raise ValueError(f'{what}: it has {there}, this one has {here}; {remedy}')
+
+
 def write_status(
     workdir: PathLike, group_id: int, status: Mapping[str, Any]
 ) -> None:

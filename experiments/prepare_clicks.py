@@ -16,7 +16,6 @@ from absl import flags
 
 from codistill_jax.data import criteo, prepare_clicks, process_pool
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
 _STOPPED = 'stopped; the same command goes on'
 
@@ -94,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
   if not _SOURCE.value:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
-  StopRequest(Rescue(_STOPPED)).install()
+  cli.StopRequest(_STOPPED).install()
   meta = prepare_clicks.prepare_clicks(
       _OUTPUT.value,
       _SOURCE.value,

@@ -25,7 +25,6 @@ from codistill_jax.data import (
     sources,
 )
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
 _STOPPED = 'stopped; the same command goes on'
 
@@ -165,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
     return
   # Nothing is to be saved: whenever it ends, the same command goes on. But the
   # training of a tokenizer is C++, which would not hear of a signal.
-  StopRequest(Rescue(_STOPPED)).install()
+  cli.StopRequest(_STOPPED).install()
   meta = prepare_text.prepare_text(
       _OUTPUT.value,
       _SOURCE.value,

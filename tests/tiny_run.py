@@ -112,7 +112,11 @@ class Process:
 
   @property
   def ended(self) -> bool:
-    return self._popen.poll() is not None
+    return self.status is not None
+
+  @property
+  def status(self) -> int | None:
+    return self._popen.poll()
 
   def send(self, number: int) -> None:
     self._popen.send_signal(number)

@@ -38,9 +38,10 @@ def _bounded(names: tuple[str, ...]) -> list[str]:
 
 
 def _packages(directory: str, name: str) -> dict[str, str]:
-  """Returns the packages below `directory`, as they are named when installed."""
-  found = [directory, *(f'{directory}.{p}' for p in setuptools.find_packages(directory))]
-  return {name + p[len(directory) :]: p.replace('.', '/') for p in found}
+  """Returns name -> directory of the packages below, when installed as `name`."""
+  below = setuptools.find_packages(directory)
+  paths = {f'{name}.{p}': f'{directory}/{p.replace(".", "/")}' for p in below}
+  return {name: directory} | paths
 
 
 _MAPPED = _packages('experiments', 'codistill_jax.experiments')

@@ -229,7 +229,8 @@ class StopRequest:
 
   def uninstall(self) -> None:
     """Gives the signals back to whoever had them; ends the thread."""
-    _installed.remove(self)
+    if self in _installed:
+      _installed.remove(self)
     while self._undo:
       self._undo.pop()()
 

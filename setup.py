@@ -38,7 +38,7 @@ def _bounded(names: tuple[str, ...]) -> list[str]:
 
 
 def _packages(directory: str, name: str) -> dict[str, str]:
-  """Returns name -> directory of the packages below, when installed as `name`."""
+  """Returns the directory of each package below, by its name when installed."""
   below = setuptools.find_packages(directory)
   paths = {f'{name}.{p}': f'{directory}/{p.replace(".", "/")}' for p in below}
   return {name: directory} | paths

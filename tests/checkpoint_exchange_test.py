@@ -18,16 +18,16 @@ from waits import PATIENCE, until
 
 from codistill_jax.base import Agreement, Variables
 from codistill_jax.exchange import (
-    checkpoint_exchange,
-    fetching,
-    plan,
-    publications,
-    publisher,
+  checkpoint_exchange,
+  fetching,
+  plan,
+  publications,
+  publisher,
 )
-from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
 from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.plan import Interrupted, Plan, StaleError
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.store_exchange import CheckpointExchange
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.checkpoints import MismatchError
 

@@ -11,25 +11,25 @@ import checkpoint_exchange_test
 import numpy as np
 import pytest
 from checkpoint_exchange_test import (
-    IDENTITY,
-    Disk,
-    fetch_until,
-    publish,
-    steps_in_use,
-    variables_of,
+  IDENTITY,
+  Disk,
+  fetch_until,
+  publish,
+  steps_in_use,
+  variables_of,
 )
 from waits import PATIENCE, until
 
 from codistill_jax.base import ALONE, Agreement, cast_floats
 from codistill_jax.exchange import (
-    checkpoint_exchange,
-    fetching,
-    publications,
-    publisher,
+  checkpoint_exchange,
+  fetching,
+  publications,
+  publisher,
 )
 from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.plan import Interrupted
+from codistill_jax.exchange.store_exchange import Mirror, memory_exchanges
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Troubles
 

@@ -18,8 +18,9 @@ from flax import serialization
 from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import NoExchange, stack_teachers
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.teaching import merge_teachers
 from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.checkpoints import Leaf, Record
 
@@ -129,7 +130,9 @@ def load(
   found = [
       cast_floats(_read(source, like, identity), dtype) for source in sources
   ]
-  return stack_teachers(found)
+  return merge_teachers(
+      None, dict(enumerate(found)), present=[True] * len(found)
+  )
 
 
 def _read(

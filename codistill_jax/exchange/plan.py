@@ -24,7 +24,6 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from codistill_jax.base import (
@@ -229,20 +228,6 @@ class Plan:
   def keep_from(self, step: int) -> int:
     """In lockstep: the oldest publication needed by a run from `step` on."""
     return max(self.asked(step) or 0, 0)
-
-
-def stack_teachers(slots: Sequence[Variables | None]) -> Teachers | None:
-  """`Teachers` of the present peers; None if no peer is present."""
-  present = [slot for slot in slots if slot is not None]
-  if not present:
-    return None
-  # An absent peer's slot holds a copy of another one: finite whatever the
-  # model does with it, and not counted.
-  filled = [present[0] if slot is None else slot for slot in slots]
-  return Teachers(
-      variables=jax.tree.map(lambda *xs: np.stack(xs), *filled),
-      present_P=np.array([slot is not None for slot in slots], np.float32),
-  )
 
 
 def staleness_metrics(

@@ -19,7 +19,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.base import Variables
 from codistill_jax.exchange.kinds import Checkpoints
-from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.replicas import PmapStep
 from experiments import driver

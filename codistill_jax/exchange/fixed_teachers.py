@@ -21,7 +21,7 @@ from codistill_jax.exchange import publications
 from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.exchange.teaching import merge_teachers
-from codistill_jax.storage import checkpoints, files
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.checkpoints import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
@@ -171,36 +171,6 @@ def _leaves_of(record: Record) -> list[Leaf]:
       for leaf in record.leaves
       if leaf.path.startswith(prefix)
   ]
-
-
-def leave(
-    workdir: epath.PathLike,
-    group_id: int,
-    step: int,
-    variables: Variables,
-    identity: Mapping[str, str],
-) -> None:
-  """Leaves what `find` and `load` read, for a group that has ended elsewhere.
-
-  For runs that were trained without a run directory, as a population is: a
-  checkpoint that nobody can resume from, and DONE.
-
-  Args:
-    workdir: The run directory.
-    group_id: The group.
-    step: Updates done.
-    variables: What it has learnt; numpy.
-    identity: Of its task.
-
-  Raises:
-    OSError: If the file system refuses.
-  """
-  workdir = checkpoints.absolute(workdir)
-  tree = {_VARIABLES: serialization.to_state_dict(variables)}
-  facts = {'teacher_steps': [], 'identity': dict(identity)}
-  directory = run_directory.checkpoints_dir(workdir, group_id)
-  checkpoints.save(directory, step, tree, facts)
-  files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
 class FixedExchange(NoExchange):

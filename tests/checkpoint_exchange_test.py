@@ -13,27 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exchange_kit import (
-    Gate,
-    fetch_until,
-    flip,
-    kept,
-    marks,
-    publish,
-    publish_all,
-    publish_nan,
-    reads,
-    restarts_at,
-    shown,
-    steps_in_use,
-    variables_of,
+  Gate,
+  fetch_until,
+  flip,
+  kept,
+  marks,
+  publish,
+  publish_all,
+  publish_nan,
+  reads,
+  restarts_at,
+  shown,
+  steps_in_use,
+  variables_of,
 )
 from exchange_kit import join as join
 from waits import PATIENCE, until
 
 from codistill_jax.base import Agreement
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.plan import Plan, StaleError
+from codistill_jax.exchange.plan import Plan, StaleError, Waiting
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Patience
 

@@ -12,26 +12,25 @@ import weakref
 import numpy as np
 import pytest
 from exchange_kit import (
-    HASTY,
-    IDENTITY,
-    Disk,
-    Gate,
-    fetch_until,
-    kept,
-    publish,
-    publish_all,
-    restarts_at,
-    shown,
-    steps_in_use,
-    variables_of,
+  HASTY,
+  IDENTITY,
+  Disk,
+  Gate,
+  fetch_until,
+  kept,
+  publish,
+  publish_all,
+  restarts_at,
+  shown,
+  steps_in_use,
+  variables_of,
 )
 from exchange_kit import join as join
 from waits import PATIENCE, until
 
 from codistill_jax.base import ALONE, Agreement, cast_floats
 from codistill_jax.exchange import fetching, publications
-from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.plan import Interrupted
+from codistill_jax.exchange.plan import Interrupted, Waiting
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.storage import checkpoints, leases

@@ -12,8 +12,7 @@ import remote as buckets
 
 from codistill_jax.base import TrainState, Variables
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.plan import Plan, Waiting
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.exchange.store_exchange import CheckpointExchange
 from codistill_jax.storage import checkpoints, files, leases

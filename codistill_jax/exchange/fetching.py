@@ -7,7 +7,6 @@ chooses, every process reads, all swap at one step.
 """
 
 import concurrent.futures
-import dataclasses
 import textwrap
 import threading
 import time
@@ -18,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from codistill_jax.base import ALONE, Agreement, cast_floats
-from codistill_jax.exchange.plan import Interrupted, Plan, StaleError
+from codistill_jax.exchange.plan import Plan, StaleError, Waiting
 from codistill_jax.exchange.publications import Slot
 from codistill_jax.exchange.stores import Store
 from codistill_jax.exchange.teaching import Swap, Teaching
@@ -29,36 +28,6 @@ AT_ONCE = 4  # Peers whose variables the host holds at a time.
 _ABSENT = -1  # In place of a step, where processes agree on steps.
 _LONGEST_REASON = 400  # Characters; tensorstore tells its whole state.
 _OVER = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Waiting:
-  """How long others are waited for.
-
-  Attributes:
-    timeout_seconds: How long a fetch waits for a peer before it raises
-      TimeoutError; and how long a publication is kept that somebody reads.
-    interrupted: Polled while waiting; true gives the wait up.
-  """
-
-  timeout_seconds: float = 600.0
-  interrupted: Callable[[], bool] = lambda: False
-
-  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
-    """Checks a wait that has begun at `start` (monotonic).
-
-    Raises:
-      Interrupted, TimeoutError: With `why`.
-    """
-    late = time.monotonic() - start >= self.timeout_seconds
-    # Together: a process that went on alone would wait for the others.
-    go_on, in_time = agreement.all_true(
-        np.array([not self.interrupted(), not late])
-    )
-    if not go_on:
-      raise Interrupted(f'stopped while waiting: {why}')
-    if not in_time:
-      raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
 
 
 class Reader:

@@ -16,13 +16,13 @@ import numpy as np
 from codistill_jax import peer_predictions, run_directory
 from codistill_jax.base import Agreement, PeerPredictions, Variables
 from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.plan import (
     DTYPES,
     Exchange,
     NoExchange,
     Plan,
     Topology,
+    Waiting,
     check_topology,
     peers_of,
     readers_of,

@@ -21,17 +21,16 @@ from codistill_jax.base import (
     Variables,
     host_copy,
 )
-from codistill_jax.exchange import publications
 from codistill_jax.exchange.fetching import (
     Fetching,
     Freshest,
     Lockstep,
     Means,
     Reader,
-    Waiting,
 )
 from codistill_jax.exchange.plan import (
     Plan,
+    Waiting,
     check_finite,
     peers_of,
     staleness_metrics,
@@ -46,7 +45,6 @@ from codistill_jax.exchange.stores import (
     Store,
 )
 from codistill_jax.exchange.teaching import Teaching
-from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     Patience,
@@ -197,40 +195,21 @@ class CheckpointExchange(StoreExchange):
       leases.HeldError: If another process publishes for this group.
     """
     plan, waiting = plan or Plan(), waiting or Waiting()
-    plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     troubles = troubles or Troubles(f'group {group_id}: ')
-    root, lease = checkpoints.absolute(root), None
-    if agreement.is_primary:
-      lease = leases.acquire(
-          publications.group_directory(root, group_id),
-          f'publishing for group {group_id} in',
-          interrupted=waiting.interrupted,
-          patience=patience,
-      )
-    try:
-      store = DirectoryStore(
-          root,
-          group_id,
-          num_groups,
-          like=like,
-          plan=plan,
-          identity=identity or {},
-          keep=keep,
-          # In lockstep every one is needed, so a disk that is slower than the
-          # interval holds training up; else only the newest one is.
-          room=None if plan.mode == 'lockstep' else 1,
-          writes=agreement.is_primary,
-          lease=lease,
-          process=process,
-          reader_seconds=waiting.timeout_seconds,
-          interrupted=waiting.interrupted,
-          troubles=troubles,
-          patience=patience,
-      )
-    except BaseException:
-      if lease is not None:
-        lease.release()
-      raise
+    store = DirectoryStore(
+        root,
+        group_id,
+        num_groups,
+        like=like,
+        plan=plan,
+        identity=identity or {},
+        keep=keep,
+        writes=agreement.is_primary,
+        process=process,
+        waiting=waiting,
+        troubles=troubles,
+        patience=patience,
+    )
     super().__init__(
         store,
         group_id,
@@ -288,7 +267,7 @@ def memory_exchanges(
         like=mirror.like,
         plan=plan,
         identity=mirror.identity,
-        room=keep,
+        mirrored=keep,
         troubles=troubles,
         patience=patience,
     )

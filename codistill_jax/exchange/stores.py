@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -18,7 +18,7 @@ from etils import epath
 
 from codistill_jax.base import Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.plan import Plan, Waiting
 from codistill_jax.exchange.publications import Publication, Slot
 from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import (
@@ -36,6 +36,8 @@ _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
 
 class Store(Protocol):
   """Where the publications of all groups are, for one of them.
+
+  What derives from it does nothing where it says nothing.
 
   Attributes:
     writes: Whether this process publishes.
@@ -124,7 +126,7 @@ class Board:
       self.changed.notify_all()
 
 
-class MemoryStore:
+class MemoryStore(Store):
   """A dictionary that all groups of one process share."""
 
   writes = True
@@ -132,6 +134,8 @@ class MemoryStore:
   advice = (
       'Step all groups in turn, or run them in threads with a timeout_seconds'
   )
+  reading = staticmethod(contextlib.nullcontext)
+  turn = staticmethod(contextlib.nullcontext)
 
   def __init__(self, board: Board, plan: Plan):
     self._board = board
@@ -161,50 +165,20 @@ class MemoryStore:
     """Adds what was published in an earlier life of the run."""
     self._board.put(*slot)
 
-  def spare(self) -> None:
-    return None
-
-  def made(self, group_id: int, step: int) -> None:
-    return None
-
-  def reading(
-      self, steps: Mapping[int, int]
-  ) -> contextlib.AbstractContextManager[None]:
-    del steps
-    return contextlib.nullcontext()
-
-  def turn(self) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
   def wait(self, seconds: float) -> None:
     with self._board.changed:
       self._board.changed.wait(seconds)
-
-  def restore(self, groups: Sequence[int], first: int, last: int) -> None:
-    pass  # A run that begins again makes them again.
-
-  def settle(self, step: int) -> None:
-    pass
-
-  def checkpointed(self, step: int) -> None:
-    pass
-
-  def flush(self) -> None:
-    pass
 
   def metrics(self) -> dict[str, float]:
     if not self._num_bytes:
       return {}
     return {'exchange/publication_bytes': float(self._num_bytes)}
 
-  def close(self) -> None:
-    pass
-
 
 # --- A directory -------------------------------------------------------------
 
 
-class DirectoryStore:
+class DirectoryStore(Store):
   """Orbax checkpoints under `root/group_<id>/<step>/`, for one group.
 
   A thread serialises, uploads and prunes: at most one publication is being
@@ -226,12 +200,10 @@ class DirectoryStore:
       plan: Plan,
       identity: Mapping[str, str],
       keep: int = 5,
-      room: int | None = None,
+      mirrored: int = 0,
       writes: bool = True,
-      lease: leases.Lease | None = None,
       process: int = 0,
-      reader_seconds: float = 600.0,
-      interrupted: Callable[[], bool] = lambda: False,
+      waiting: Waiting | None = None,
       troubles: Troubles | None = None,
       patience: Patience = DEFAULT_PATIENCE,
   ):
@@ -245,15 +217,18 @@ class DirectoryStore:
       plan: Who reads what, and the dtype of publications.
       identity: What peers must share besides shapes.
       keep: Publications to keep at least.
-      room: How many may wait to be written; None: every one is needed.
+      mirrored: If it mirrors a dictionary: how many may wait to be written.
       writes: Whether this process publishes.
-      lease: Released at the end, unless a write hangs.
       process: Which process of the group this is.
-      reader_seconds: How long a publication is kept that somebody reads.
-      interrupted: True gives up waiting for the disk.
+      waiting: For how long somebody reads, and when to give the disk up.
       troubles: Where a disk that fails is noted.
       patience: Time limits.
+
+    Raises:
+      leases.HeldError: If another process publishes for this group.
     """
+    plan.peers_of(group_id, num_groups)  # Raises before anything is written.
+    waiting = waiting or Waiting()
     self.root = checkpoints.absolute(root)
     self.writes = writes
     self.advice = f'Is it running, with the same workdir ({self.root})?'
@@ -265,14 +240,14 @@ class DirectoryStore:
     self._plan = plan
     self._identity = dict(identity)
     self._keep = keep
-    self._room = room
-    self._lease = lease
     self._troubles = troubles or Troubles(f'group {group_id}: ')
     self._patience = patience
     prefix = f'process_{process}_' if process else ''
     self._mark = self._directory / f'{prefix}{READING_FILE}'
     self._readers = plan.readers_of(group_id, num_groups)
-    self._marks = _ReadingMarks(self.root, self._readers, reader_seconds)
+    self._marks = _ReadingMarks(
+        self.root, self._readers, waiting.timeout_seconds
+    )
     self._restart_step: int | None = None
     self._newest: Publication | None = None  # Complete, made by this process.
     self._failures = 0
@@ -281,15 +256,30 @@ class DirectoryStore:
     # Beside training there is one copy of variables at a time, on its way out
     # or in.
     self.turn = Turns(patience).turn
-    if writes:
-      checkpoints.delete_torn(self._directory)
+    # In lockstep peers wait for every one, so a disk that is slower than the
+    # interval holds training up; else only the newest one counts.
+    self._all_needed = plan.mode == 'lockstep' and not mirrored
+    self._lease: leases.Lease | None = None
+    if writes and not mirrored:
+      self._lease = leases.acquire(
+          self._directory,
+          f'publishing for group {group_id} in',
+          interrupted=waiting.interrupted,
+          patience=patience,
+      )
+    try:
+      if writes:
+        checkpoints.delete_torn(self._directory)
+    except BaseException:
+      self._release()
+      raise
     self._writer = BackgroundWriter(
         self._write,
         'publishing',
         self._troubles,
-        room=room,
+        room=None if self._all_needed else mirrored or 1,
         patience=patience,
-        interrupted=interrupted,
+        interrupted=waiting.interrupted,
     )
 
   # --- Reading ---
@@ -317,9 +307,6 @@ class DirectoryStore:
 
   def wait(self, seconds: float) -> None:
     time.sleep(seconds)
-
-  def restore(self, groups: Sequence[int], first: int, last: int) -> None:
-    pass  # It is all there.
 
   def _set_mark(self, steps: Mapping[int, int]) -> None:
     doing = 'marking what is being read'
@@ -406,14 +393,18 @@ class DirectoryStore:
       unwritten = self._writer.give_up()
       self._writer.close()
       # A write that hangs keeps it: nobody else may write meanwhile.
-      if self._lease is not None and self._writer.finished:
-        self._lease.release()
-    if unwritten is not None and self._room is None:
+      if self._writer.finished:
+        self._release()
+    if unwritten is not None and self._all_needed:
       reason = f': {unwritten.error}' if unwritten.error else ''
       raise TimeoutError(
           f'group {self._group_id} could not publish to {self._directory}'
           f' in time{reason}'
       )
+
+  def _release(self) -> None:
+    if self._lease is not None:
+      self._lease.release()
 
   # --- In the thread ---
 

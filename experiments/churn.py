@@ -23,7 +23,7 @@ from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli, side_by_side
 from experiments.churn_study import comparison, run_files
-from experiments.stopping import Rescue, StopRequest
+from experiments.cli import StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
 flags.adopt_module_key_flags(comparison)
@@ -203,10 +203,10 @@ def _work(workdir: str) -> None:
   """Trains what is not done, in this process."""
   jobs = side_by_side.take_cores(_WORKER.value)
   line = 'stopped; the same command goes on from here'
-  stop = StopRequest(Rescue(line)).install()
+  stop = StopRequest(line).install()
   # Not at the top: to compare files needs no jax.
-  from experiments import devices
   from experiments.churn_study import worker
+  from experiments.running import devices
 
   if _REPLICAS.value > 1:
     devices.use_replicas(_REPLICAS.value)

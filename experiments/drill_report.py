@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codistill_jax import run_directory
-from experiments import supervisor
 from experiments.drill_faults import FAULTS
 from experiments.drill_ledger import Ledger
 from experiments.reports.pages import to_text
+from experiments.running import processes
 
 _MOST_SHOWN = 5  # Of the same kind of broken promise.
 
@@ -33,7 +33,7 @@ def result(
     *,
     faults: Sequence[Fault],
     ledger: Ledger,
-    groups: Sequence[supervisor.Group],
+    groups: Sequence[processes.Group],
     calm_since: float | None,
     patience: float,
     error: str,
@@ -91,7 +91,7 @@ def result(
 
 
 def _broken(
-    facts: Mapping[str, Any], ledger: Ledger, groups: Sequence[supervisor.Group]
+    facts: Mapping[str, Any], ledger: Ledger, groups: Sequence[processes.Group]
 ) -> list[str]:
   lost = [
       f'group {group.group_id} {sentence}'
@@ -109,7 +109,7 @@ def _broken(
 
 
 def _unfinished(
-    facts: Mapping[str, Any], ledger: Ledger, groups: Sequence[supervisor.Group]
+    facts: Mapping[str, Any], ledger: Ledger, groups: Sequence[processes.Group]
 ) -> list[str]:
   found, num_steps, every = [], facts['num_steps'], facts['exchange_every']
   for group in groups:
@@ -128,7 +128,7 @@ def _unfinished(
   return found
 
 
-def _outcome(group: supervisor.Group, ledger: Ledger) -> dict[str, Any]:
+def _outcome(group: processes.Group, ledger: Ledger) -> dict[str, Any]:
   path = run_directory.metrics_path(group.workdir, group.group_id)
   records = run_directory.read_metrics(path).records
   _, present = run_directory.series(records, 'exchange/peers_present')

@@ -26,9 +26,10 @@ from codistill_jax import group
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
 from codistill_jax.storage import background, checkpoints, resume
-from experiments import cli, driver, train_group
+from experiments import cli, train_group
 from experiments.drill_faults import CONTROL_VARIABLE
 from experiments.drill_ledger import SOCKET_VARIABLE
+from experiments.running import driver
 
 _POLL_SECONDS = 0.1
 _WRITING = set('wax+')

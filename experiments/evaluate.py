@@ -26,7 +26,6 @@ from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
 from experiments.reports import pages
-from experiments.stopping import Rescue, StopRequest
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 
@@ -70,7 +69,7 @@ class Run(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   del argv
   # What is found is written as a whole: there is nothing to save.
-  StopRequest(Rescue('stopped; nothing is written of this run')).install()
+  cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _WORKDIR.value:
     comparison = compare_run(
         workdir,

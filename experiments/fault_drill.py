@@ -32,7 +32,8 @@ import numpy as np
 from absl import flags
 
 from codistill_jax.storage import files
-from experiments import cli, drill_report, processes, supervisor
+from experiments import cli, drill_report
+from experiments.cli import StopRequest
 from experiments.drill_faults import (
     CONTROL_VARIABLE,
     FAULTS,
@@ -42,7 +43,7 @@ from experiments.drill_faults import (
     Victim,
 )
 from experiments.drill_ledger import SOCKET_VARIABLE, Ledger
-from experiments.stopping import StopRequest
+from experiments.running import processes
 
 EVERY, CHECKPOINT_EVERY = 10, 20
 _CONFIG = """\
@@ -128,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     if values.workdir:
       files.write_json(os.path.join(values.workdir, 'drill.json'), result)
   if result['stopped']:
-    raise processes.stopped(stop)
+    raise cli.Stopped(cli.STOPPED, stop.signal_number)
   if result['broken']:
     sys.exit(cli.CLEAR_ERROR)
 
@@ -228,7 +229,7 @@ class Drill:
 
   def _group(
       self, group_id: int, num_groups: int, temporary: str, config: pathlib.Path
-  ) -> supervisor.Group:
+  ) -> processes.Group:
     command = [
         sys.executable,
         '-m',
@@ -247,7 +248,7 @@ class Drill:
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     }
-    return supervisor.Group(self._workdir, group_id, command, environment)
+    return processes.Group(self._workdir, group_id, command, environment)
 
   def run(self, stop: Callable[[], bool]) -> dict[str, Any]:
     """Trains and does harm; what came of it, see `drill_report.result`.
@@ -262,7 +263,7 @@ class Drill:
       error = str(e)
     finally:
       self._undo_what_is_over(everything=True)
-      supervisor.end_all(self._groups)
+      processes.end_all(self._groups)
       time.sleep(0.2)  # The last datagrams.
       self._ledger.close()
     return drill_report.result(
@@ -353,9 +354,10 @@ class Drill:
     steps = ' '.join(
         str(self._ledger.step_of(g.group_id)) for g in self._groups
     )
-    processes.say(
+    cli.tell(
         f'{seconds:.0f} s: {len(self._log)} faults; the groups are at steps'
-        f' {steps} of {self._num_steps}'
+        f' {steps} of {self._num_steps}',
+        error=True,
     )
 
   def _supervise(self, seconds_left: float) -> None:

@@ -17,7 +17,7 @@ from absl import flags
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli, side_by_side
-from experiments.stopping import Rescue, StopRequest
+from experiments.cli import StopRequest
 from experiments.studies import latency
 from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
@@ -211,11 +211,11 @@ def _rate(text: str) -> float:
 
 def _train(workdir: str, plan: plan_lib.Plan) -> None:
   jobs = side_by_side.take_cores(_WORKER.value)
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  stop = StopRequest(cli.STOPPED).install()
   # Not at the top: to list studies, or to draw a page, needs no jax.
   import jax
 
-  from experiments import devices
+  from experiments.running import devices
   from experiments.studies import churn_runs, claim, worker
   from experiments.studies.configurations import Configurations
 

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from experiments import cli, processes
-from experiments.stopping import StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import processes
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
   try:
     while any(worker.poll() is None for worker in workers):
       if stop():
-        raise processes.stopped(stop)
+        raise cli.Stopped(cli.STOPPED, stop.signal_number)
       _leave_with(workers)
       if len(workers) < jobs and accepted():
         workers += map(start, range(1, jobs))

@@ -10,15 +10,11 @@ several processes is started with --coordinator, --num_processes and
 --process_id, one command per process.
 """
 
-import contextlib
 import functools
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from codistill_jax import experiment as experiment_lib
@@ -26,10 +22,10 @@ from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
-from experiments import claims, cli, companions, devices, driver
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
-from experiments.watch import group_writer
+from experiments import cli
+from experiments.running import devices, driver
+from experiments.running.job import Job, check_workdir, print_dry_run
+from experiments.running.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -66,21 +62,25 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
     'heartbeat_seconds',
     20,
     'In a group of several processes: how long one may give no sign of life'
-    ' before the others end, with status 75. If one dies they end at once.',
+    ' before jax aborts the others; start all of them again then.',
     lower_bound=2,
+)
+_GRACE_SECONDS = flags.DEFINE_float(
+    'grace_seconds',
+    20.0,
+    'After SIGTERM: how long a compilation or a read of data may last before'
+    ' the process leaves without a save, with status 75.',
+    lower_bound=0.0,
 )
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the configuration and stop; write nothing.'
 )
 
-_LOSS_KNOWN_SECONDS = 2.0
-_LAST_LOOK_SECONDS = 3.0
-
 
 def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_GROUP_ID.value, _NUM_GROUPS.value)  # Raises if out of range.
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
   gin_utils.parse_flags()
   devices.use_replicas(_REPLICAS.value)
   if _NUM_PROCESSES.value > 1:
@@ -104,24 +104,19 @@ def main(argv: Sequence[str]) -> None:
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
       stop=stop,
-      rescue=stop.rescue,
       troubles=Troubles(f'group {_GROUP_ID.value}: '),
       arm=_ARM.value,
   )
-  with _watching(job):
-    _train(job)
-
-
-def _train(job: Job) -> None:
   state = driver.new_state(job).state
   if _DRY_RUN.value:
-    claims.print_dry_run(job, state)
+    print_dry_run(job, state)
     return
-  claims.check_workdir(job, state)
+  check_workdir(job, state)
+  del state
   progress = job.agreement.is_primary
   for _ in driver.train(
       job,
-      functools.partial(job.experiment.exchange.join, job),
+      functools.partial(experiment.exchange.join, job),
       group_writer(job, progress=progress),
   ):
     pass
@@ -148,57 +143,8 @@ def _join_processes() -> None:
       _COORDINATOR.value,
       _NUM_PROCESSES.value,
       _PROCESS_ID.value,
-      # Twice: what is noticed here is to be noticed before jax aborts.
-      heartbeat_seconds=2 * _HEARTBEAT_SECONDS.value,
+      heartbeat_seconds=_HEARTBEAT_SECONDS.value,
   )
-
-
-@contextlib.contextmanager
-def _watching(job: Job) -> Iterator[None]:
-  """Ends this process if another one of its group is lost."""
-  if _NUM_PROCESSES.value == 1:
-    yield
-    return
-  others = companions.watch(
-      _COORDINATOR.value,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
-      job.agreement,
-      limit_seconds=_HEARTBEAT_SECONDS.value,
-      lost=functools.partial(_leave, job),
-  )
-  try:
-    yield
-  except cli.Stopped:
-    others.close()  # They stop as well.
-    raise
-  except jax.errors.JaxRuntimeError:
-    # Perhaps a collective without one that is lost: soon that is known.
-    time.sleep(_LOSS_KNOWN_SECONDS)
-    others.close(failed=True)
-    raise
-  except Exception:
-    others.close(failed=True)
-    raise
-  others.close()
-
-
-def _leave(job: Job, what: str) -> None:
-  """Ends this process of a group that has lost another one."""
-  # Whatever the disk does.
-  threading.Timer(_LAST_LOOK_SECONDS, os._exit, [cli.MAY_PASS]).start()
-  directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
-  try:
-    step = max(checkpoints.completed_steps(directory), default=0)
-    where = f'step {step}'
-  except OSError:
-    where = 'their newest resume checkpoint'
-  cli.tell(
-      f'error: group {job.group_id} has lost one of its processes ({what});'
-      f' start all of them again, they go on from {where}',
-      error=True,
-  )
-  os._exit(cli.MAY_PASS)
 
 
 def _main_of_a_process(argv: Sequence[str]) -> None:

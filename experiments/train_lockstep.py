@@ -19,10 +19,10 @@ from codistill_jax import gin_utils
 from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
-from experiments import claims, cli, devices, driver, lockstep
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
-from experiments.watch import group_writer
+from experiments import cli
+from experiments.running import devices, driver, lockstep
+from experiments.running.job import Job, check_workdir, print_dry_run
+from experiments.running.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -38,6 +38,13 @@ _REPLICAS = flags.DEFINE_integer(
 _ARM = flags.DEFINE_string(
     'arm', '', 'Name of the run in reports; default: the name of --workdir.'
 )
+_GRACE_SECONDS = flags.DEFINE_float(
+    'grace_seconds',
+    20.0,
+    'After SIGTERM: how long a compilation or a read of data may last before'
+    ' the process leaves without a save, with status 75.',
+    lower_bound=0.0,
+)
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the configuration and stop; write nothing.'
 )
@@ -48,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
   workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
   latch = lockstep.Latch(stop)
   gin_utils.parse_flags()
   devices.use_replicas(_REPLICAS.value)
@@ -68,7 +75,6 @@ def main(argv: Sequence[str]) -> None:
           group_id=group_id,
           num_groups=num_groups,
           stop=latch,
-          rescue=stop.rescue,
           troubles=Troubles(f'group {group_id}: '),
           arm=_ARM.value,
           shared_stream=shared_stream,
@@ -77,9 +83,9 @@ def main(argv: Sequence[str]) -> None:
   ]
   start = driver.new_state(jobs[0])
   if _DRY_RUN.value:
-    claims.print_dry_run(jobs[0], start.state)
+    print_dry_run(jobs[0], start.state)
     return
-  claims.check_workdir(jobs[0], start.state)
+  check_workdir(jobs[0], start.state)
   lockstep.keep_common_checkpoints(jobs)
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples

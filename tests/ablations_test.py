@@ -13,8 +13,8 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses, run_directory
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
-from experiments import driver, lockstep, watch
-from experiments.job import Job
+from experiments.running import driver, lockstep, watch
+from experiments.running.job import Job
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))

@@ -16,10 +16,11 @@ from run_cases import run
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files, leases
-from experiments import churn, driver
+from experiments import churn
 from experiments.churn_study import results, run_files, training, worker
 from experiments.churn_study.results import Row
-from experiments.job import Job
+from experiments.running import driver
+from experiments.running.job import Job
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\

@@ -12,7 +12,7 @@ from codistill_jax import base, jaxprs
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.models import resnet
-from experiments import efficiency
+from experiments.running import watch
 
 ROWS, TOKENS = 4, 3
 UNITS, VOCAB = 6, 7
@@ -57,7 +57,7 @@ def make_efficiency(job, batch, model=MODEL):
           group_batch=ROWS,
       )
   )
-  return efficiency.Efficiency(job, state, row)
+  return watch.Efficiency(job, state, row)
 
 
 @pytest.fixture

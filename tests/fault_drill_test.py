@@ -15,13 +15,14 @@ import pytest
 import tiny_run
 
 from codistill_jax.storage import checkpoints, files
-from experiments import drill_faults, drill_ledger, fault_drill, processes
+from experiments import drill_faults, drill_ledger, fault_drill
 from experiments.drill_ledger import (
     HINDERED_SECONDS,
     SILENT_SECONDS,
     Ledger,
     Loss,
 )
+from experiments.running import processes
 
 TERMINATED = 128 + signal.SIGTERM
 

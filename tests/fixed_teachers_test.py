@@ -21,8 +21,9 @@ from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from codistill_jax.storage.checkpoints import MismatchError
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, driver, lockstep, watch
-from experiments.job import Job
+from experiments import cli
+from experiments.running import driver, lockstep, watch
+from experiments.running.job import Job
 
 TX = optax.sgd(0.5)
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}

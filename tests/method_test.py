@@ -18,8 +18,9 @@ from codistill_jax.baselines.diloco import Diloco
 from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, driver, watch
-from experiments import job as job_lib
+from experiments import cli
+from experiments.running import driver, watch
+from experiments.running import job as job_lib
 
 STEPS = 8
 METHODS = {
@@ -229,7 +230,7 @@ def test_replicas_that_cannot_share_the_rows_are_refused(make_job, rows):
                 'method': Diloco(2),
                 'exchange': exchange_lib.Predictions(),
             },
-            r"Predictions\(\) needs synchronous SGD in every group",
+            r'Predictions\(\) needs synchronous SGD in every group',
         ),
     ],
 )

@@ -15,8 +15,9 @@ from codistill_jax import gin_utils, one_program, run_directory
 from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import checkpoints
-from experiments import cli, driver, lockstep, watch
-from experiments.job import Job
+from experiments import cli
+from experiments.running import driver, lockstep, watch
+from experiments.running.job import Job
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)

@@ -35,7 +35,7 @@ def imagenet(directory):
 
 def criteo(directory):
   write_lines(directory / 'train.txt', 300)
-  prepare_clicks.prepare(
+  prepare_clicks.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,

@@ -15,7 +15,7 @@ import token_files
 from waits import PATIENCE
 
 from codistill_jax import run_directory
-from codistill_jax.data import shards
+from codistill_jax.data import prepared_files, shards
 from codistill_jax.storage import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -66,10 +66,11 @@ def write_data(directory, *, num_validation=6, tokenizer=token_files.MODEL):
       vocab_size=VOCABULARY,
   )
   (directory / shards.TOKENIZER).write_bytes(tokenizer)
-  meta = shards.read_json(directory / shards.META)
+  path = directory / prepared_files.META
+  meta = prepared_files.read_json(path, shards.KIND)
   meta['source'] = 'random'
   meta['tokenizer_sha256'] = hashlib.sha256(tokenizer).hexdigest()
-  shards.write_json(directory / shards.META, meta)
+  prepared_files.write_json(path, meta)
   return directory
 
 
@@ -111,7 +112,11 @@ class Process:
 
   @property
   def ended(self) -> bool:
-    return self._popen.poll() is not None
+    return self.status is not None
+
+  @property
+  def status(self) -> int | None:
+    return self._popen.poll()
 
   def send(self, number: int) -> None:
     self._popen.send_signal(number)

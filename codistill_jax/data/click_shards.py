@@ -8,28 +8,28 @@
                                     C1 in the training split, rising, without
                                     missing ones
 
-Files are memory-mapped: they must lie on a local or mounted file system. A row
-lies in one place, so that one taken at random costs one page of the disk.
+A shard without rows has no file. A row lies in one place, so that one taken at
+random costs one page of the disk.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codistill_jax.data import criteo, shards
+from codistill_jax.data import criteo, prepared_files
 
-FORMAT_VERSION = 1
 SPLITS = ('train', 'validation', 'test')
-META = 'meta.json'
+KIND = prepared_files.Kind(
+    'prepare_clicks',
+    1,
+    frozenset({'counts'}),
+    '--source=criteo:train.txt ',
+)
 
-_META_KEYS = {'format_version', 'kind', 'splits', 'counts', 'config'}
-_KIND = 'criteo'
 _PIECE = 1 << 20  # Rows whose labels are read at once.
-_REMEDY = 'delete the directory and run prepare_clicks again.'
 
 
 def rows_path(data_dir: Path, split: str, shard: int) -> Path:
@@ -40,44 +40,14 @@ def counts_path(data_dir: Path, column: int) -> Path:
   return data_dir / 'counts' / f'C{column + 1:02d}.u32'
 
 
-def write_meta(data_dir: Path, meta: Mapping[str, Any]) -> None:
-  known = {'format_version': FORMAT_VERSION, 'kind': _KIND}
-  shards.write_json(data_dir / META, {**known, **meta})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """As `shards.read_json`, of what `prepare_clicks` wrote."""
-  return shards.read_json(path, _REMEDY)
-
-
 def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
-  """`meta.json` of a finished data set.
+  """Reads `meta.json` of a finished data set.
 
   Raises:
     FileNotFoundError: If the data set is missing or not finished.
     ValueError: If it cannot be used.
   """
-  data_dir = Path(data_dir)
-  try:
-    meta = read_json(data_dir / META)
-  except (FileNotFoundError, NotADirectoryError) as e:
-    raise FileNotFoundError(
-        f'{data_dir} holds no prepared clicks (no {META}); make them with:'
-        ' python -m experiments.prepare_clicks --source=criteo:train.txt'
-        f' --output={data_dir}'
-    ) from e
-  missing = _META_KEYS - meta.keys()
-  if missing or meta['kind'] != _KIND:
-    raise ValueError(
-        f'{data_dir / META} is not that of prepared clicks'
-        f' (lacks {", ".join(sorted(missing)) or "nothing"}); {_REMEDY}'
-    )
-  if meta['format_version'] != FORMAT_VERSION:
-    raise ValueError(
-        f'{data_dir / META} has format version {meta["format_version"]}, this'
-        f' program reads {FORMAT_VERSION}; prepare the data again.'
-    )
-  return meta
+  return prepared_files.read_meta(Path(data_dir), KIND)
 
 
 class RowData:
@@ -121,48 +91,36 @@ def open_rows(data_dir: str | os.PathLike, split: str) -> RowData:
   described = read_meta(data_dir)['splits'][split]['shards']
   return RowData(
       [
-          _load(rows_path(data_dir, split, i), shard['rows'])
+          prepared_files.open_array(
+              rows_path(data_dir, split, i),
+              (shard['rows'], criteo.COLUMNS),
+              np.dtype(np.uint32),
+              KIND,
+          )
           for i, shard in enumerate(described)
+          if shard['rows']
       ]
   )
-
-
-def _load(path: Path, size: int) -> np.ndarray:
-  try:
-    array = np.load(path, mmap_mode='r')
-  except FileNotFoundError as e:
-    raise FileNotFoundError(f'{path} is missing; {_REMEDY}') from e
-  except (ValueError, EOFError) as e:
-    raise ValueError(f'{path} is damaged ({e}); {_REMEDY}') from e
-  shape = (size, criteo.COLUMNS)
-  if array.shape != shape or array.dtype != np.uint32:
-    raise ValueError(
-        f'{path} holds {array.dtype} {array.shape}, expected uint32 {shape};'
-        f' {_REMEDY}'
-    )
-  # A plain array on the same memory: the subclass makes indexing slow.
-  return np.asarray(array)
 
 
 def open_counts(
     data_dir: str | os.PathLike, column: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Values of a categorical column in the training split, and their counts.
+  """Opens the values of a category in the training split, and their counts.
 
   Raises:
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  data_dir = Path(data_dir)
-  path = counts_path(data_dir, column)
+  path = counts_path(Path(data_dir), column)
   values = read_meta(data_dir)['counts'][column]['values']
   try:
     size = path.stat().st_size
   except FileNotFoundError as e:
-    raise FileNotFoundError(f'{path} is missing; {_REMEDY}') from e
+    raise FileNotFoundError(f'{path} is missing; {KIND.remedy}') from e
   if size != 8 * values:
     raise ValueError(
-        f'{path} has {size} bytes, expected {8 * values}; {_REMEDY}'
+        f'{path} has {size} bytes, expected {8 * values}; {KIND.remedy}'
     )
   if not values:
     return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
@@ -170,11 +128,11 @@ def open_counts(
   return pairs[:, 0], pairs[:, 1]
 
 
-def verify(data_dir: str | os.PathLike) -> int:
+def verify(data_dir: str | os.PathLike) -> tuple[int, int]:
   """Reads every file and compares it with its checksum.
 
   Returns:
-    The number of files.
+    How many files there are, and their bytes.
 
   Raises:
     FileNotFoundError: If a file is missing.
@@ -186,18 +144,8 @@ def verify(data_dir: str | os.PathLike) -> int:
       rows_path(data_dir, split, i): shard['sha256']
       for split in SPLITS
       for i, shard in enumerate(meta['splits'][split]['shards'])
+      if shard['rows']
   }
   for column, described in enumerate(meta['counts']):
     expected[counts_path(data_dir, column)] = described['sha256']
-  for path, digest in expected.items():
-    try:
-      with open(path, 'rb') as f:
-        found = hashlib.file_digest(f, 'sha256').hexdigest()
-    except FileNotFoundError as e:
-      raise FileNotFoundError(f'{path} is missing; {_REMEDY}') from e
-    if found != digest:
-      raise ValueError(
-          f'{path} has changed since it was written (sha256 {found[:12]},'
-          f' expected {digest[:12]}); {_REMEDY}'
-      )
-  return len(expected)
+  return len(expected), prepared_files.verify(expected, KIND)

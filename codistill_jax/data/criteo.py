@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax.data.line_blocks import MAX_LINE
-
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
 COLUMNS = 1 + NUM_INTEGERS + NUM_CATEGORIES
+
+MAX_LINE = 4096  # Bytes; a longer one is 'too_long', and never held.
 
 # Values of rows that stand for an empty field.
 MISSING = 0
@@ -27,7 +27,6 @@ MISSING_INTEGER = np.iinfo(np.int32).min
 
 # Why a line is left out, most telling first; 'not_utf8' before them all.
 REASONS = (
-    'too_long',
     'wrong_columns',
     'bad_label',
     'bad_integer',
@@ -66,7 +65,6 @@ def parse(data: bytes) -> Parsed:
   tabs_N = np.searchsorted(tabs, ends_N) - first_tab_N
   reason_N = np.full(len(starts_N), -1, np.int8)
   reason_N[tabs_N != COLUMNS - 1] = REASONS.index('wrong_columns')
-  reason_N[ends_N - starts_N > MAX_LINE] = REASONS.index('too_long')
 
   whole = np.flatnonzero(reason_N < 0)
   inner = tabs[first_tab_N[whole, None] + np.arange(COLUMNS - 1)[None, :]]
@@ -82,7 +80,7 @@ def parse(data: bytes) -> Parsed:
 
 
 def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where lines start and end, without their line ends, of either kind."""
+  """Finds where lines start and end, without line ends of either kind."""
   ends_N = np.flatnonzero(text == ord('\n'))
   starts_N = np.concatenate([[0], ends_N[:-1] + 1])[: len(ends_N)]
   returns_N = (ends_N > starts_N) & (text[ends_N - 1] == ord('\r'))
@@ -92,7 +90,7 @@ def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _fields(
     text: np.ndarray, begins: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Rows of lines with 40 fields, and which lines are bad, by reason."""
+  """Parses lines with 40 fields: rows, and which lines are bad, by reason."""
   label = text[begins[:, 0]]
   bad_label = (lengths[:, 0] != 1) | ((label != ord('0')) & (label != ord('1')))
   middle, last = slice(1, 1 + NUM_INTEGERS), slice(1 + NUM_INTEGERS, None)
@@ -114,7 +112,7 @@ def _fields(
 
 
 def _per_line(parse_fields, missing, text, begins, lengths, columns):
-  """Values of some columns, and the lines in which one is bad.
+  """Parses some columns: values, and the lines in which one is bad.
 
   `parse_fields(text, begins_F, lengths_F) -> (values_F, bad_F)` gets the fields
   that are not empty.
@@ -169,15 +167,13 @@ def _categories(text, begins_F, lengths_F):
 
 
 def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
-  """How many lines are bad for which reason."""
+  """Counts bad lines by reason."""
   rejects = collections.Counter()
   for line in np.flatnonzero(reason_N >= 0).tolist():
     try:
       data[starts_N[line] : ends_N[line]].decode('utf-8')
     except UnicodeDecodeError:
-      # A line that was cut may end within a character.
-      if reason_N[line] != REASONS.index('too_long'):
-        rejects['not_utf8'] += 1
-        continue
-    rejects[REASONS[reason_N[line]]] += 1
+      rejects['not_utf8'] += 1
+    else:
+      rejects[REASONS[reason_N[line]]] += 1
   return rejects

@@ -1,4 +1,4 @@
-"""How often each label occurs in a training split: the unigram distribution.
+"""Frequencies of labels in a training split: the unigram distribution.
 
 Shape suffixes: C classes, N labels of a piece.
 """
@@ -19,7 +19,7 @@ _CACHE = 'label_counts.npz'
 
 
 def frequencies(pieces: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
-  """Shares of the classes among labels.
+  """Returns the shares of the classes among labels.
 
   Args:
     pieces: Integers (N,), as many arrays as there are.
@@ -48,7 +48,7 @@ def frequencies(pieces: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
 def token_frequencies(
     data_dir: str | os.PathLike, data: shards.TokenData
 ) -> np.ndarray:
-  """Shares of the word pieces among the labels of all training documents.
+  """Returns the shares of word pieces among labels of all training documents.
 
   `<s>` is none, see `text`. The first to ask reads all tokens once, a piece at
   a time, and leaves the counts beside them, if it may write there.
@@ -80,20 +80,17 @@ def _shares(counts_C: np.ndarray) -> np.ndarray:
 
 
 def _key(data_dir: Path) -> str:
-  """Another one for other tokens; '' if nothing on disk tells them apart."""
+  """Returns a key that is another one for other tokens."""
   meta = shards.read_meta(data_dir)
   parts = meta['splits']['train']['shards']
-  if not all('tokens_sha256' in part for part in parts):
-    return ''
   # The tokenizer too: which of the pieces there are is not in the tokens.
-  known = [meta['tokenizer_sha256'], *(p['tokens_sha256'] for p in parts)]
+  known = [meta['tokenizer_sha256']]
+  known += [part['tokens_sha256'] for part in parts if part['documents']]
   return hashlib.sha256('\n'.join(known).encode()).hexdigest()
 
 
 def _read(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-  """The counts there, if they are whole and those of the same tokens."""
-  if not key:
-    return None
+  """Reads the counts there, if they are whole and of the same tokens."""
   try:
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as found:
       counts_V, of = found['counts'], str(found['key'])
@@ -104,8 +101,6 @@ def _read(path: Path, key: str, num_classes: int) -> np.ndarray | None:
 
 
 def _write(path: Path, key: str, counts_V: np.ndarray) -> None:
-  if not key:
-    return
   try:
     # A name of its own: several groups may count at the same time.
     with tempfile.NamedTemporaryFile(

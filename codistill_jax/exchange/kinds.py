@@ -38,7 +38,7 @@ from codistill_jax.storage.background import Troubles
 
 
 class Member(Protocol):
-  """A group that takes part, as `experiments.job.Job` describes it."""
+  """A group that takes part, as `experiments.running.job.Job` is it."""
 
   experiment: Any
   train_step: Any

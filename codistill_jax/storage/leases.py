@@ -28,7 +28,7 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 from absl import logging
@@ -53,18 +53,8 @@ class Interrupted(Exception):
   """The process was asked to stop while it waited for a lease."""
 
 
-class Clock(Protocol):
-  """What leases need of the module `time`."""
-
-  def monotonic(self) -> float:
-    """Returns seconds."""
-
-  def sleep(self, seconds: float) -> None:
-    """Lets them pass."""
-
-
 class Holder(NamedTuple):
-  """Who holds a lease.
+  """Metadata of the process that holds a lease.
 
   Attributes:
     host: Name of its machine, for people.
@@ -106,7 +96,7 @@ class Lease:
     holder: This process, as others see it.
   """
 
-  def __init__(self, path: epath.Path, holder: Holder, clock: Clock):
+  def __init__(self, path: epath.Path, holder: Holder, clock: Any):
     """Not to be called: see `acquire`."""
     self.holder = holder
     self._path = path
@@ -200,7 +190,7 @@ def acquire(
     ttl_seconds: float = 30.0,
     interrupted: Callable[[], bool] = lambda: False,
     patience: Patience = DEFAULT_PATIENCE,
-    clock: Clock = time,
+    clock: Any = time,
 ) -> Lease:
   """Becomes the one that may write in a directory.
 
@@ -215,7 +205,7 @@ def acquire(
       counts as dead.
     interrupted: Polled while waiting.
     patience: Time limits: `lease_settle`, `remote_lease_settle`, `lease_poll`.
-    clock: By which it waits.
+    clock: By which it waits: `time`, or what has its `monotonic` and `sleep`.
 
   Raises:
     HeldError: If a living process holds it, be it this one; names it.
@@ -284,13 +274,13 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
 
 
 class _Waiting(NamedTuple):
-  """A newcomer."""
+  """A newcomer that waits for a lease."""
 
   path: epath.Path
   own: Holder
   interrupted: Callable[[], bool]
   patience: Patience
-  clock: Clock
+  clock: Any
 
   def contend(self) -> None:
     """Returns once `own` is in the file and no newcomer can be on its way."""

@@ -22,9 +22,9 @@ from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.replicas import PmapStep
-from experiments import driver
 from experiments.churn_study.run_files import Run
-from experiments.job import Job
+from experiments.running import driver
+from experiments.running.job import Job
 
 # Of a study that keeps the predictions of dozens of models.
 _MOST_BYTES = 2**30

@@ -19,7 +19,7 @@ from experiments import cli
 from experiments.churn_study import run_files, training
 from experiments.churn_study.run_files import SPLITS, Run
 from experiments.churn_study.training import Trainer
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
 
 _SAY_EVERY_SECONDS = 30.0
 # A round of two groups does two updates and asks a teacher for each.

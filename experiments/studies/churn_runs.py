@@ -8,9 +8,10 @@ import os
 from collections.abc import Sequence
 
 from codistill_jax.storage import files
-from experiments import cli, devices
+from experiments import cli
 from experiments.churn_study import run_files, worker
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
+from experiments.running import devices
 from experiments.studies.plan import Plan
 
 _CONTROLS = 3

@@ -23,9 +23,10 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli, devices, driver, lockstep
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import devices, driver, lockstep
+from experiments.running.job import Job
 from experiments.studies import one_program
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations
@@ -220,7 +221,6 @@ class Trainer:
             group_id=group_id,
             num_groups=arm.num_groups,
             stop=latch,
-            rescue=self._stop.rescue or Rescue(),
             arm=arm.name,
             evaluated=ensemble,
             **kwargs,

@@ -13,7 +13,7 @@ import jax
 
 from codistill_jax.storage import files, leases
 from experiments import cli
-from experiments.stopping import StopRequest
+from experiments.cli import StopRequest
 from experiments.studies import one_program
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations

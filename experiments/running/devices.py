@@ -1,12 +1,51 @@
-"""How the groups of one machine divide its accelerators."""
+"""Which devices a group uses, and how groups share those of one machine."""
 
 import glob
 import os
 import sys
 from collections.abc import Sequence
 
-from experiments import processes
-from experiments.stopping import StopRequest
+import jax
+
+from experiments.cli import StopRequest
+from experiments.running import processes
+
+
+def use_replicas(count: int) -> None:
+  """Makes `count` fake CPU devices; before the first use of jax.
+
+  Without effect on accelerators, whose devices are what they are.
+  """
+  if count < 0:
+    raise ValueError(f'--replicas={count}; set it to 0 (all) or more')
+  if count:
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+def chosen_devices(count: int) -> list[jax.Device] | None:
+  """Returns the first `count` devices; None, all of them, for 0.
+
+  Raises:
+    ValueError: If this process has fewer.
+  """
+  if not count:
+    return None
+  devices = jax.local_devices()
+  if jax.process_count() > 1:
+    if count != len(devices):
+      raise ValueError(
+          f'--replicas={count}, but a group of several processes uses all'
+          f' {len(devices)} devices of each: leave --replicas out, or hide the'
+          ' others'
+      )
+    return None
+  if len(devices) < count:
+    raise ValueError(
+        f'--replicas={count}, but this process has {len(devices)} devices;'
+        f' set --replicas to at most {len(devices)}'
+    )
+  return devices[:count]
+
 
 # Of the drivers of NVIDIA (under WSL too), AMD, and TPUs.
 _DEVICE_FILES = (
@@ -21,7 +60,7 @@ _DEVICE_FILES = (
 def share_devices(
     num_groups: int, cpu_replicas: int, stop: StopRequest
 ) -> tuple[list[dict[str, str]], int]:
-  """How the groups divide this machine.
+  """Divides this machine among the groups.
 
   Args:
     num_groups: G.
@@ -55,7 +94,7 @@ def share_devices(
 
 
 def may_have_accelerator() -> bool:
-  """False where jax can find none: to ask it takes two seconds."""
+  """Returns false where jax can find none: to ask it takes two seconds."""
   if os.environ.get('JAX_PLATFORMS') == 'cpu':
     return False
   if sys.platform != 'linux':
@@ -64,7 +103,7 @@ def may_have_accelerator() -> bool:
 
 
 def large_pages() -> dict[str, str]:
-  """Environment in which glibc asks for large pages for what XLA computes in.
+  """Returns variables with which glibc asks for large pages for XLA.
 
   On CPU a step takes its temporary memory from the system and gives it back;
   to clear and map it in pages of 4 kB took a sixth of a language model's step.
@@ -76,7 +115,7 @@ def large_pages() -> dict[str, str]:
 
 
 def visible_gpus(count: int) -> list[str]:
-  """The names by which this process sees its GPUs."""
+  """Returns the names by which this process sees its GPUs."""
   named = os.environ.get('CUDA_VISIBLE_DEVICES', '')
   return named.split(',') if named else [str(i) for i in range(count)]
 
@@ -84,7 +123,7 @@ def visible_gpus(count: int) -> list[str]:
 def share_gpus(
     gpus: Sequence[str], num_groups: int
 ) -> tuple[list[dict[str, str]], int]:
-  """Whole GPUs for each group, or several groups on a GPU."""
+  """Gives each group whole GPUs, or several groups one GPU."""
   replicas = len(gpus) // num_groups
   if replicas:
     shares = [

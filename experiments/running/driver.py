@@ -21,18 +21,20 @@ from codistill_jax import (
 )
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
-from codistill_jax.exchange.plan import Exchange, Interrupted
+from codistill_jax.exchange.plan import (
+    Exchange,
+    Interrupted,
+    check_finite,
+)
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import DEFAULT_PATIENCE
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
-from experiments import claims
+from experiments import cli
 from experiments.cli import Stopped
-from experiments.efficiency import Efficiency
-from experiments.job import Job
-from experiments.keeper import Keeper, stop_signal
-from experiments.watch import Watch
+from experiments.running.job import Job, claim_workdir
+from experiments.running.watch import Efficiency, Watch
 
 _DONE_PAUSE_SECONDS = 1.0
 
@@ -54,7 +56,7 @@ class Start(NamedTuple):
 
 
 def new_state(job: Job) -> Start:
-  """The start of a group that has no checkpoint."""
+  """Returns the start of a group that has no checkpoint."""
   experiment = job.experiment
   experiment_lib.check_group_batch(experiment, job.train_step.num_replicas)
   stream = job.shared_stream or train_stream(
@@ -107,11 +109,10 @@ def train(
   state, stream, examples, efficiency = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
-    stack.callback(job.rescue.let_go, job.group_id)
+    stack.callback(job.stop.unsaved.pop, job.directory, None)
     with _stopping_in_time(job):
       lease = _lease(job)
     stack.push(_closing(lease.release))
-    job.rescue.at_exit(job.group_id, lease.release)
 
     def before_saving(step: int) -> None:
       lease.check()
@@ -129,10 +130,8 @@ def train(
     start = int(state.step)
     with _stopping_in_time(job):
       exchange = make_exchange(state.variables)
-    keeper = Keeper(job, checkpoints, exchange)
-    stack.push(_closing(keeper.close_exchange))
-    if resume:
-      job.rescue.line = str(keeper.stopped(start))
+    stack.push(_closing(exchange.close))
+    keeper = _Keeper(job, checkpoints, exchange, start)
     writer = writers.NullWriter()
     if job.agreement.is_primary:
       writer = writer_of(start)
@@ -143,7 +142,7 @@ def train(
       exchange.restore(start, resume.teacher_steps)
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
-        raise Stopped(job.rescue.line, stop_signal(job))
+        raise _stopped(job, start)
     turns = run_group(
         job.train_step,
         state,
@@ -153,33 +152,161 @@ def train(
         distill_weight=job.experiment.distill_weight,
     )
     del state, resume  # A whole state, that training goes on without.
-    result, claimed = None, False
-    log_every = job.experiment.log_every
+    claimed = False
     try:
       if job.shared_stream is not None:
         yield start
       for result in turns:
+        keeper.updated(result)
         first = result.step == start + 1
-        keeper.hold(result)
         if first:
           gin_utils.check_no_dead_bindings()
-        if first or (not claimed and result.step % log_every == 0):
+        if first or not (claimed or result.step % job.experiment.log_every):
           claimed = _claim(job, result)
         _after_update(job, result, watch, keeper)
         yield result.step
     except Interrupted:
-      # Raised before an update, so the state after the last one still stands;
-      # before the first one it is the one restored.
-      if result is not None:
-        keeper.save_and_stop(result)
-      raise Stopped(job.rescue.line, stop_signal(job)) from None
+      # Raised before an update, so the state after the last one still stands.
+      keeper.save_and_stop()
     checkpoints.wait()
-    job.rescue.line = str(keeper.stopped(job.experiment.num_steps))
     exchange.checkpointed(checkpoints.restart_step)
   if job.agreement.is_primary:
     _write_done(job)
     watch.status(job.experiment.num_steps, 'done')
   keeper.meet()
+
+
+def _after_update(
+    job: Job, result: StepResult, watch: Watch, keeper: '_Keeper'
+) -> None:
+  """Logs, evaluates and saves, in that order, what is due."""
+  experiment, step = job.experiment, result.step
+  last = step == experiment.num_steps
+  due = lambda every: last or step % every == 0
+  stopping = _asked_to_stop(job, due(experiment.log_every))
+  save = due(experiment.checkpoint_every)
+  # The age of each teacher is on record for every exchange.
+  exchanged = keeper.has_peers and experiment.exchange.due(step)
+  watch.add(result)
+  if due(experiment.log_every) or save or exchanged:
+    watch.log(step)
+  if _evaluation_due(job, step) and not stopping and job.agreement.is_primary:
+    watch.status(step, 'evaluating')
+    # One device's copy: else every replica would evaluate everything.
+    local = jax.tree.map(
+        lambda x: x.addressable_shards[0].data, result.state.variables
+    )
+    evaluated = watch.evaluate(step, local)
+    if not evaluated and job.agreement is ALONE:
+      stopping = True  # The last step must not end a run without evaluation.
+  if stopping:
+    keeper.save_and_stop()
+  if save:
+    watch.status(step, 'saving')
+    keeper.save()
+  keeper.tell_peers()
+
+
+class _Keeper:
+  """Sees to it that no update is lost when the process is asked to leave."""
+
+  def __init__(
+      self,
+      job: Job,
+      checkpoints: ResumeCheckpoints,
+      exchange: Exchange,
+      start: int,
+  ):
+    """Keeps nothing yet.
+
+    Args:
+      job: The group.
+      checkpoints: Where its states go.
+      exchange: Whose teachers were in use.
+      start: The step before the first update.
+    """
+    self._job = job
+    self._checkpoints = checkpoints
+    self._exchange = exchange
+    self._start = start
+    self._result: StepResult | None = None
+    self._teacher_steps: list[int | None] = []
+
+  @property
+  def has_peers(self) -> bool:
+    return bool(self._exchange.peers)
+
+  def updated(self, result: StepResult) -> None:
+    """Takes note of the newest update."""
+    self._result = result
+    # Now: what is in use may be newer when the state is saved.
+    self._teacher_steps = [
+        None if p is None else p.step for p in self._exchange.in_use
+    ]
+    saved = self._checkpoints.saved_step
+    self._job.stop.unsaved[self._job.directory] = (
+        self._start if saved is None else saved
+    )
+
+  def save(self) -> None:
+    """Saves in the background; all processes of a group take part."""
+    job, result = self._job, self._result
+    check_finite(job.group_id, result.step, result.metrics)
+    state = job.train_step.collect(result.state)
+    if job.agreement.is_primary:
+      self._checkpoints.save(state, self._teacher_steps)
+
+  def save_and_stop(self) -> None:
+    """Saves, unless that is done; raises Stopped."""
+    if self._result is None:
+      raise _stopped(self._job, self._start)
+    saved = np.array(self._checkpoints.saved_step == self._result.step)
+    if not self._job.agreement.choose(saved):
+      self.save()
+    self._checkpoints.wait()
+    self.meet()
+    raise _stopped(self._job, self._result.step)
+
+  def tell_peers(self) -> None:
+    """Publications that only an earlier start would ask for are not needed."""
+    step = self._checkpoints.restart_step
+    if step is not None:
+      self._exchange.checkpointed(step)
+
+  def meet(self) -> None:
+    """Waits for the other processes of the group.
+
+    One that left while the primary still saves would take the group with it.
+    """
+    self._job.agreement.all_true(np.array(True))
+
+
+def _asked_to_stop(job: Job, at_record: bool) -> bool:
+  """All processes of a group stop at the same step, or they would hang."""
+  asked = job.stop()
+  if job.agreement is ALONE:
+    return asked
+  return at_record and not job.agreement.all_true(np.array(not asked))
+
+
+def _stopped(job: Job, step: int) -> Stopped:
+  """Returns what ends a group that was asked to stop; 0: with nothing yet."""
+  line = cli.STOPPED
+  if step:
+    line = (
+        f'group {job.group_id} stopped and saved at step {step}; the same'
+        ' command goes on from there'
+    )
+  return Stopped(line, job.stop.signal_number)
+
+
+@contextlib.contextmanager
+def _stopping_in_time(job: Job) -> Iterator[None]:
+  """A wait for a lease that is given up ends the run as any stop does."""
+  try:
+    yield
+  except leases.Interrupted:
+    raise Stopped(cli.STOPPED, job.stop.signal_number) from None
 
 
 class _NoLease:
@@ -202,20 +329,11 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
   )
 
 
-@contextlib.contextmanager
-def _stopping_in_time(job: Job) -> Iterator[None]:
-  """A wait for a lease that is given up ends the run as any stop does."""
-  try:
-    yield
-  except leases.Interrupted:
-    raise Stopped(job.rescue.line, stop_signal(job)) from None
-
-
 def _claim(job: Job, result: StepResult) -> bool:
-  """Claims the run directory; false if its disk fails."""
+  """Claims the run directory; returns false if its disk fails."""
   doing = 'writing run.json'
   try:
-    claims.claim_workdir(job, result.state)
+    claim_workdir(job, result.state)
   except OSError as e:
     job.troubles.failed(doing, e)
     return False
@@ -247,7 +365,7 @@ def _write_done(job: Job) -> None:
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., bool]:
-  """An exit that does not hide the error that is on its way."""
+  """Returns an exit that does not hide the error that is on its way."""
 
   def leave(kind: type[BaseException] | None, *unused: Any) -> bool:
     del unused
@@ -265,7 +383,7 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
 def _restore(
     job: Job, checkpoints: ResumeCheckpoints, like: TrainState
 ) -> Resume | None:
-  """The newest sound checkpoint; the primary's choice in every process."""
+  """Reads the newest sound checkpoint: the primary's choice everywhere."""
   resume = checkpoints.restore(like) if job.agreement.is_primary else None
   step = np.array(-1 if resume is None else resume.state.step, np.int32)
   chosen = int(job.agreement.choose(step))
@@ -294,43 +412,3 @@ def _evaluate_what_was_missed(
 def _evaluation_due(job: Job, step: int) -> bool:
   experiment = job.experiment
   return step == experiment.num_steps or step % experiment.eval_every == 0
-
-
-def _after_update(
-    job: Job, result: StepResult, watch: Watch, keeper: Keeper
-) -> None:
-  """Log, evaluate, save; in that order."""
-  experiment, step = job.experiment, result.step
-  last = step == experiment.num_steps
-  due = lambda every: last or step % every == 0
-  stopping = _asked_to_stop(job, due(experiment.log_every))
-  save = due(experiment.checkpoint_every)
-  # The age of each teacher is on record for every exchange.
-  exchanged = keeper.has_peers and experiment.exchange.due(step)
-  watch.add(result)
-  if due(experiment.log_every) or save or exchanged:
-    watch.log(step)
-  if _evaluation_due(job, step) and not stopping and job.agreement.is_primary:
-    watch.status(step, 'evaluating')
-    # One device's copy: else every replica would evaluate everything.
-    local = jax.tree.map(
-        lambda x: x.addressable_shards[0].data, result.state.variables
-    )
-    evaluated = watch.evaluate(step, local)
-    if not evaluated and job.agreement is ALONE:
-      stopping = True  # The last step must not end a run without evaluation.
-  if stopping:
-    keeper.save_and_stop(result)
-  if save:
-    watch.status(step, 'saving')
-    keeper.save(result)
-  keeper.tell_peers()
-
-
-def _asked_to_stop(job: Job, at_record: bool) -> bool:
-  """All processes of a group stop at the same step, or they would hang."""
-  if job.agreement is ALONE:
-    return job.stop()
-  if not at_record:
-    return False
-  return not job.agreement.all_true(np.array(not job.stop()))

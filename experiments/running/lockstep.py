@@ -11,9 +11,10 @@ from codistill_jax.base import Model, Stream
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.replicas import PmapStep
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, devices
-from experiments.job import Job
-from experiments.stopping import StopRequest
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import devices
+from experiments.running.job import Job
 
 
 def train_steps_of(
@@ -54,18 +55,20 @@ class Latch:
   def __init__(self, request: StopRequest):
     self._request = request
     self._stop = False
+    self.unsaved = request.unsaved
 
   def __call__(self) -> bool:
-    # Asked only now, and not in `update`: until a group is about to save, the
-    # main thread may be stuck in an update, and others have to save for it.
+    # Asked only now, and not in `update`: until the groups are about to save,
+    # the main thread may be stuck in an update.
     return self._stop and self._request()
-
-  def update(self) -> None:
-    self._stop = self._request.signal_number is not None
 
   @property
   def signal_number(self) -> int | None:
     return self._request.signal_number
+
+  def update(self) -> None:
+    """To be called before each round."""
+    self._stop = self.signal_number is not None
 
 
 def train_in_turn(groups: Sequence[Iterator[Any]], latch: Latch) -> None:

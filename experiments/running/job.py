@@ -1,19 +1,81 @@
-"""What a run directory says of its run, and who may go on with it."""
+"""One group of one run: its configuration, and what run.json says of it."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from codistill_jax import gin_utils, run_directory
-from codistill_jax.base import TrainState
+from codistill_jax import gin_utils, one_program, replicas, run_directory
+from codistill_jax.base import (
+    ALONE,
+    Agreement,
+    Model,
+    Stream,
+    TrainState,
+    Variables,
+)
+from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
+from codistill_jax.storage.background import Troubles
 from experiments import cli
-from experiments.job import Job
+
+
+def _ignore(group_id: int, step: int, variables: Variables) -> None:
+  del group_id, step, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One group of one run.
+
+  Attributes:
+    experiment: The configuration.
+    model: Its model.
+    train_step: On the replicas of this group.
+    workdir: The run directory.
+    group_id: This group.
+    num_groups: G.
+    agreement: How the processes of this group decide together.
+    stop: True once the process was asked to stop; it also knows what would be
+      lost.
+    troubles: What this group cannot do at the moment, such as saving.
+    arm: Name of the run in reports; '' for the name of the workdir.
+    shared_stream: The batches of all groups, if these update together; each
+      then yields once before its first update, so that all have begun.
+    configuration: Gives what run.json and config.gin say that was configured;
+      of a process that trains several runs at once, that of this one.
+    evaluated: Called with the group, the step and the variables, on a device,
+      after each evaluation; they are intact until the group's next update.
+  """
+
+  experiment: Experiment
+  model: Model
+  train_step: replicas.PmapStep | one_program.Seat
+  workdir: str
+  group_id: int
+  num_groups: int
+  agreement: Agreement = ALONE
+  stop: cli.StopRequest = dataclasses.field(default_factory=cli.StopRequest)
+  troubles: Troubles = dataclasses.field(default_factory=Troubles)
+  arm: str = ''
+  shared_stream: Stream | None = None
+  configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
+  evaluated: Callable[[int, int, Variables], None] = _ignore
+
+  @property
+  def directory(self) -> str:
+    """The directory of the group."""
+    return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
+
+  @property
+  def identity(self) -> dict[str, str]:
+    return {k: str(v) for k, v in self.experiment.task.identity.items()}
 
 
 def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
-  """What run.json says; see `run_directory.write_run`."""
+  """Returns the content of run.json; see `run_directory.write_run`."""
   experiment = job.experiment
   sizes = [x.size for x in jax.tree.leaves(state.variables.params)]
   simulated = experiment.simulated_replicas

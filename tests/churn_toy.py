@@ -10,6 +10,8 @@ from codistill_jax.models.linen import from_linen
 
 FEATURES, TRAIN, EVAL = 6, 512, 150
 _drift = itertools.count()
+# Of this process; at the end of them it is killed, as far as one can tell.
+batches_left = 10**9
 
 
 def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
@@ -50,6 +52,10 @@ class _Stream:
     self._drifts = drifts
 
   def batch(self, step):
+    global batches_left
+    batches_left -= 1
+    if batches_left < 0:
+      raise KeyboardInterrupt
     rng = np.random.default_rng([*self._key, step])
     rows = rng.integers(TRAIN, size=self._size)
     inputs, labels = (x[rows] for x in self._data)

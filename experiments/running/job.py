@@ -140,21 +140,13 @@ def claim_workdir(job: Job, state: TrainState) -> None:
 
 
 def _check_same_run(workdir: str, before: dict, now: dict) -> None:
-  ours, theirs = now['configuration'], before.get('configuration', [])
-  if before.get('num_groups') != now['num_groups']:
-    differing = (
-        f'num_groups={before.get("num_groups")}',
-        f'num_groups={now["num_groups"]}',
-    )
-  elif ours != theirs:
-    differing = (
-        next((s for s in theirs if s not in ours), 'no such binding'),
-        next((s for s in ours if s not in theirs), 'no such binding'),
-    )
-  else:
-    return
-  raise ValueError(
-      f'{workdir} holds a run of another configuration: it has {differing[0]},'
-      f' this one has {differing[1]}; use another --workdir, or the first'
-      ' configuration'
+  theirs, ours = (
+      [f'num_groups={run.get("num_groups")}', *run.get('configuration', [])]
+      for run in (before, now)
+  )
+  run_directory.check_same_configuration(
+      f'{workdir} holds a run of another configuration',
+      theirs,
+      ours,
+      'use another --workdir, or the first configuration',
   )

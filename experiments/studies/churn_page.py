@@ -16,8 +16,6 @@ from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 from experiments import cli
-from experiments.churn_study import results, run_files
-from experiments.churn_study.results import ENSEMBLE, Repeat, Retrains, Row
 from experiments.reports import pages
 from experiments.reports.pages import (
     Block,
@@ -27,8 +25,15 @@ from experiments.reports.pages import (
     Paragraph,
     Table,
 )
-from experiments.studies import study_page, verdicts, words
+from experiments.studies import (
+    churn_results,
+    retrains,
+    study_page,
+    verdicts,
+    words,
+)
 from experiments.studies.analysis import Effect
+from experiments.studies.churn_results import Repeat, Retrains, Row
 from experiments.studies.declaration import (
     MEASURES,
     Comparison,
@@ -68,9 +73,9 @@ def report(
   Raises:
     ValueError: After all that, if a deterministic control failed.
   """
-  found = results.load_study(workdir)
+  found = churn_results.load_study(workdir)
   directory = epath.Path(output or epath.Path(workdir) / 'report')
-  blocks = _blocks(found, workdir, note)
+  blocks = _blocks(found, note)
   if study is None:
     cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
     cli.tell(f'\n{_text(table_1(found.table, _split_of(found), short=True))}\n')
@@ -104,7 +109,7 @@ def judge(study: Study, rows: Sequence[Row]) -> list[str]:
 
 def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
   """Compares churn by a ratio, over pairs; log loss by a difference."""
-  retrains = min(ours.retrains, theirs.retrains)
+  count = min(ours.retrains, theirs.retrains)
   figures = [row.figures[comparison.measure] for row in (ours, theirs)]
   if comparison.measure != 'churn':
     return _difference(*figures)
@@ -120,20 +125,20 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
       low=1 + change.low,
       high=1 + change.high,
       # One ratio, of so many retrains: they have none of their own.
-      values=(1 + change.mean,) * retrains,
+      values=(1 + change.mean,) * count,
   )
   return Effect(True, (), (), ratio, *(f.mean for f in figures))
 
 
 def _difference(ours: Estimate, theirs: Estimate) -> Effect:
   """Compares retrain by retrain: those of one number share their seeds."""
-  retrains = min(len(ours.values), len(theirs.values))
-  a, b = (np.array(f.values[:retrains]) for f in (ours, theirs))
+  count = min(len(ours.values), len(theirs.values))
+  a, b = (np.array(f.values[:count]) for f in (ours, theirs))
   difference = statistics.mean_over_retrains(a - b)
   return Effect(False, (), (), difference, a.mean(), b.mean())
 
 
-def _blocks(found: Retrains, workdir, note: str) -> list[Block]:
+def _blocks(found: Retrains, note: str) -> list[Block]:
   """Returns all of the page, in order."""
   from experiments.studies import study_plots  # Needs matplotlib.
 
@@ -162,18 +167,10 @@ def _blocks(found: Retrains, workdir, note: str) -> list[Block]:
       *(controls if found.controls else []),
       Heading('Settings'),
       Table(_settings_table(found), names=2),
-      *_configurations(workdir, found),
+      *(Code(text, name) for name, text in found.configurations.items()),
       Heading('How to make it again'),
       Code(found.settings['command']),
   ]
-
-
-def _configurations(workdir, found: Retrains) -> list[Block]:
-  paths = [
-      epath.Path(workdir) / (f'config_{name}.gin' if name else 'config.gin')
-      for name in found.settings['configurations']
-  ]
-  return [Code(p.read_text(), p.name) for p in paths if p.exists()]
 
 
 def _write_study(directory: epath.Path, found: Retrains) -> None:
@@ -375,7 +372,7 @@ def _settings_table(found: Retrains) -> pd.DataFrame:
       'seeds of the order of data': each('data_seed', ''),
       'trainings': str(len(records)),
       'cores of a training': each('cores', ','),
-      'device': s['platform'],
+      'device': s['device'],
       'first start to last end, minutes': f'{took / 60:.1f}',
       'minutes of all trainings added': f'{trained / 60:.1f}',
       'jax': each('jax', ''),
@@ -394,14 +391,14 @@ def _split_of(found: Retrains) -> str:
 def _summary(found: Retrains) -> str:
   """Returns the result in a sentence or two."""
   rows = {row.arm: row for row in found.table}
-  ensemble, best = rows[ENSEMBLE], rows.get(found.chosen)
+  ensemble, best = rows[retrains.ENSEMBLE], rows.get(found.chosen)
   difference = None
   if best and best.retrains == ensemble.retrains:
     losses = [row.figures['log_loss'] for row in (best, ensemble)]
     difference = _difference(*losses).estimate
   return words.paragraph(
       'churn_summary',
-      single=rows[run_files.SINGLE],
+      single=rows[retrains.SINGLE],
       ensemble=ensemble,
       best=best,
       difference=difference,
@@ -413,7 +410,7 @@ def _choice(found: Retrains) -> str:
   """Says how the weight was chosen."""
   return words.paragraph(
       'choice',
-      weight=found.chosen and run_files.weight_of(found.chosen),
+      weight=found.chosen and retrains.weight_of(found.chosen),
       reason=found.reason,
       has_test_split=found.settings['has_test_split'],
   )

@@ -94,6 +94,11 @@ class Arm(NamedTuple):
       asynchronous SGD.
     communication: Pattern of bytes, a name in `communication`: 'none',
       'all_reduce', 'exchange', 'outer' or 'server'.
+    seeds: Of its runs; None: as many as the scale says, from 0.
+    fixed: What all its runs have of seed 0: 'parameters', the 'order' of data,
+      or '', nothing.
+    weight: Distill weight in the end, in place of that of the configuration,
+      whose burn-in and ramp stay; None: that of the configuration.
     x: Where the arm stands on the axis of the study, if that has one.
     series: Which line of the plot against that axis it belongs to.
   """
@@ -110,6 +115,9 @@ class Arm(NamedTuple):
   times: int = 1
   batch_workers: int | None = None
   communication: str = 'none'
+  seeds: tuple[int, ...] | None = None
+  fixed: str = ''
+  weight: float | None = None
   x: float | None = None
   series: str = ''
 
@@ -173,6 +181,8 @@ class Study(NamedTuple):
     baseline: The arm whose best loss is the target.
     comparisons: What the verdict is about; the first is the main one.
     scales: By name.
+    predictions: Whether its runs leave what they predict in the end, on the
+      validation and the test split; see `retrains`.
     x_label: Of the axis on which arms stand; '' for none.
     x_log: Whether that axis is logarithmic.
     views: Further figures of this study, names in `views`; such as 'latency'.
@@ -188,6 +198,7 @@ class Study(NamedTuple):
   baseline: str
   comparisons: tuple[Comparison, ...]
   scales: Mapping[str, Scale]
+  predictions: bool = False
   x_label: str = ''
   x_log: bool = False
   views: tuple[str, ...] = ()

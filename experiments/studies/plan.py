@@ -10,6 +10,7 @@ A learning rate is chosen from the tuning runs alone. Nothing here imports jax.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,10 @@ class Plan(NamedTuple):
     rates = self.scale.rates
     return rates if len(rates) > 1 and not arm.tuned_as else ()
 
+  def seeds(self, arm: Arm) -> Sequence[int]:
+    """Returns those of the runs of an arm that is trained."""
+    return range(self.scale.seeds) if arm.seeds is None else arm.seeds
+
   def runs(self) -> list[PlannedRun]:
     """All of them; those that others need come before those."""
     found = []
@@ -95,8 +100,7 @@ class Plan(NamedTuple):
           for rate in self.grid(arm)
       ]
       found += [
-          PlannedRun(arm.name, seed, None, False)
-          for seed in range(self.scale.seeds)
+          PlannedRun(arm.name, seed, None, False) for seed in self.seeds(arm)
       ]
     return found
 
@@ -230,11 +234,6 @@ def ensemble_path(run_directory: files.PathLike) -> epath.Path:
   return epath.Path(run_directory) / 'ensemble.jsonl'
 
 
-def predictions_path(run_directory: files.PathLike) -> epath.Path:
-  """Validation predictions of group 0 at the end."""
-  return epath.Path(run_directory) / 'predictions.npy'
-
-
 def outcome_path(run_directory: files.PathLike) -> epath.Path:
   """How a run has ended."""
   return epath.Path(run_directory) / 'outcome.json'
@@ -268,3 +267,15 @@ def begun_at(workdir: files.PathLike) -> float:
   """When study.json was last written; 0 if it was not."""
   path = study_path(workdir)
   return path.stat().mtime if path.exists() else 0
+
+
+def check_known(
+    workdir: files.PathLike, described: Mapping[str, Any] | None
+) -> None:
+  """Raises ValueError if study.json is one that this version cannot read."""
+  if described and 'study' not in described:
+    raise ValueError(
+        f'{os.fspath(workdir)} holds a study of churn as earlier versions wrote'
+        ' it, whose runs are no run directories; train it again in another'
+        ' --workdir'
+    )

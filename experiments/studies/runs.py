@@ -9,6 +9,7 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +22,17 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
+from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
 from experiments import cli
 from experiments.cli import StopRequest
 from experiments.running import devices, driver, lockstep
 from experiments.running.job import Job
-from experiments.studies import one_program
+from experiments.studies import one_program, predictions
 from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations
+from experiments.studies.configurations import Configurations, shared_by_seeds
 from experiments.studies.declaration import Arm
 from experiments.studies.plan import Plan, PlannedRun
 
@@ -119,6 +122,7 @@ class Trainer:
   ) -> list[_Run]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
+    num_groups = self._plan.arm(run.arm).num_groups
     compiled = self._compile(run, experiment)
     # The same optimiser, model and step: nothing is compiled again.
     experiment = dataclasses.replace(experiment, optimizer=compiled.optimizer)
@@ -126,16 +130,24 @@ class Trainer:
         run,
         experiment,
         compiled.model,
-        compiled.train_steps,
+        # A seat for each group, or one step for whatever many there are.
+        (list(compiled.train_steps) * num_groups)[:num_groups],
         latch,
         shared_stream=compiled.stream,
     )
-    lockstep.keep_common_checkpoints(made.jobs)
-    start = driver.new_state(made.jobs[0])
-    start.efficiency.close()
-    exchanges = experiment.exchange.join_all(
-        made.jobs[0], start.state.variables, start.examples
-    )
+    exchange = experiment.exchange
+    if self._plan.study.predictions and isinstance(exchange, Checkpoints):
+      # Short runs that exchange often: none of it on disk is worth the time.
+      can_resume = functools.partial(one_program.can_resume, exchange)
+      lockstep.keep_common_checkpoints(made.jobs, can_resume)
+      exchanges = memory_exchanges(len(made.jobs), plan=exchange)
+    else:
+      lockstep.keep_common_checkpoints(made.jobs)
+      start = driver.new_state(made.jobs[0])
+      start.efficiency.close()
+      exchanges = exchange.join_all(
+          made.jobs[0], start.state.variables, start.examples
+      )
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
@@ -143,7 +155,10 @@ class Trainer:
     # Under this configuration, even if it is thrown away: what makes no model
     # would have dead bindings.
     model = gin_utils.call(experiment_lib.make_model, experiment)
-    key = run.arm, self._configurations.rate(run)
+    arm = self._plan.arm(run.arm)
+    # The number of groups matters where these are one program alone.
+    groups = arm.num_groups if experiment.exchange.one_program else 0
+    key = shared_by_seeds(), groups
     compiled = self._compiled
     # Groups of one program keep a state of their own in their step.
     if (
@@ -154,7 +169,7 @@ class Trainer:
       # One program at a time is enough of memory.
       compiled = self._compiled = None
       steps, stream = lockstep.train_steps_of(
-          experiment, model, self._plan.arm(run.arm).num_groups, self._replicas
+          experiment, model, arm.num_groups, self._replicas
       )
       compiled = _Compiled(key, experiment.optimizer, model, steps, stream)
       self._compiled = compiled
@@ -265,11 +280,21 @@ class Trainer:
         diverged_at = counted.failed_at
         for job in run.jobs if together > 1 else ():
           job.train_step.leave()
+    job = run.jobs[0]
+    if self._plan.study.predictions:
+      if diverged_at is not None:
+        raise FloatingPointError(
+            f'{run.planned.name} diverged at step {diverged_at}; lower the'
+            ' learning rate or the distill weight'
+        )
+      predictions.leave(
+          self._configurations.workdir, job.workdir, experiment, job.model
+      )
     outcome = _describe(
         run.planned,
         self._plan.arm(run.planned.arm),
         experiment,
-        run.jobs[0].workdir,
+        job.workdir,
         rate=self._configurations.rate(run.planned),
         diverged_at=diverged_at,
         began=began,
@@ -301,6 +326,7 @@ def _describe(
       'rate': rate,
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
+      'num_groups': arm.num_groups,
       'num_steps': experiment.num_steps,
       'exchange_every': experiment.exchange.every,
       'burn_in_steps': next(
@@ -316,7 +342,15 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
+      'cores': _own_cores(),
   }
+
+
+def _own_cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _last_loss(directory: files.PathLike, num_groups: int) -> float:

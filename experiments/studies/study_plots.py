@@ -17,12 +17,11 @@ from matplotlib.ticker import (
 )
 
 from codistill_jax.statistics import Estimate
-from experiments.churn_study import run_files
-from experiments.churn_study.results import ENSEMBLE, Row
 from experiments.reports import plots
 from experiments.reports.pages import Plot
-from experiments.studies import analysis, results, words
+from experiments.studies import analysis, results, retrains, words
 from experiments.studies.analysis import Analysis
+from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.results import Band, Setting
 from experiments.studies.wall_time import WallTime
@@ -368,8 +367,8 @@ def _finish_panel(ax: Axes, found: Analysis, measure: str) -> None:
 
 # --- Wall time ---------------------------------------------------------------
 
-_ONE = {'color': plots.ONE, 'lw': 1.6}
-_TWO = {'color': plots.TWO, 'lw': 1.6}
+_ONE = {'color': plots.ONE, 'lw': 1.6, 'ms': 5}
+_TWO = {'color': plots.TWO, 'lw': 1.6, 'ms': 5}
 _PAPER = {'ls': plots.DASHES[1]}
 
 
@@ -394,23 +393,19 @@ def wall_time(model: WallTime) -> Plot:
       curve = [one(fit.steps(w), w) for w in workers]
       ax.plot(workers, curve, **_ONE, **_PAPER)
       points = [one(s, w) for w, s in model.one.items()]
-      ax.plot(list(model.one), points, marker='o', ms=5, **_ONE)
-      points = [two(s, w) for w, s in model.two.items()]
-      ax.plot([2 * w for w in model.two], points, marker='s', ms=5, **_TWO)
+      ax.plot(list(model.one), points, marker='o', label='one group', **_ONE)
+      if model.two:
+        x, points = zip(*((2 * w, two(s, w)) for w, s in model.two.items()))
+        ax.plot(x, points, marker='s', label='two groups', **_TWO)
       if model.at:
         curve = [two(model.ratio * fit.steps(w), w) for w in halves]
         ax.plot([2 * w for w in halves], curve, **_TWO, **_PAPER)
       _log_axes(ax)
-    handles = [Line2D([], [], label='one group', marker='o', ms=5, **_ONE)]
-    if model.two:
-      two = Line2D([], [], label='two groups', marker='s', ms=5, **_TWO)
-      handles.append(two)
-    handles.append(plots.line(plots.GREY, 'on paper', **_PAPER))
+    ax.plot([], [], color=plots.GREY, label='on paper', **_PAPER)
     if crossover:
-      axes[1].axvline(2 * crossover, **_TARGET)
       label = 'two groups faster from here'
-      handles.append(Line2D([], [], label=label, **_TARGET))
-    plots.legend_below(figure, handles)
+      ax.axvline(2 * crossover, label=label, **_TARGET)
+    plots.legend_below(figure, ax.get_legend_handles_labels()[0])
     caption = words.paragraph('latency_caption')
     return plots.save(figure, 'latency', 'Wall time, on paper', caption)
 
@@ -428,17 +423,17 @@ def _log_axes(ax: Axes) -> None:
 # --- Churn -------------------------------------------------------------------
 
 _CODISTILLED = plots.TWO
-_MARKERS_OF_CHURN = {run_files.SINGLE: 's', ENSEMBLE: 'D'}
+_MARKERS_OF_CHURN = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
 
 
 def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws log loss against churn, arms of several weights as one line."""
-  weights = {r.arm: run_files.weight_of(r.arm) for r in rows}
+  weights = {r.arm: retrains.weight_of(r.arm) for r in rows}
   weighted = [r for r in rows if weights[r.arm] is not None]
   others = [r for r in rows if r not in weighted]
   colours = {r.arm: _CODISTILLED for r in weighted} | {
-      run_files.SINGLE: plots.ONE,
-      ENSEMBLE: plots.PALETTE[0],
+      retrains.SINGLE: plots.ONE,
+      retrains.ENSEMBLE: plots.PALETTE[0],
   }
   own = [r.arm for r in others if r.arm not in colours]
   colours |= {

@@ -91,7 +91,9 @@ class Worker:
       self, run: PlannedRun, left: Sequence[PlannedRun]
   ) -> list[PlannedRun]:
     """The run, and those that can be trained in the same program."""
-    if not self._together or run.tuning or self._replicas > 1:
+    # Predictions of runs that were trained alike are the same to the bit.
+    apart = self._plan.study.predictions
+    if apart or not self._together or run.tuning or self._replicas > 1:
       return [run]
     experiment = self._configurations.configure(run)
     arm = self._plan.arm(run.arm)

@@ -5,6 +5,7 @@ Tables are read by pandas, which loads when one is read.
 Shape suffixes: N examples, C classes.
 """
 
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codistill_jax import statistics
+from experiments.studies.churn_results import Row, summarise
 
 _TABLES = ('.csv', '.tsv', '.parquet')
 
@@ -47,6 +49,57 @@ class Predictions(NamedTuple):
   ids: np.ndarray | None
   labels: np.ndarray | None
   unused: Mapping[str, np.ndarray]
+
+
+def compare(
+    named: Sequence[tuple[str, str]], columns: Columns, labels: str | None
+) -> tuple[list[Row], dict[str, list[tuple[str, str]]], int]:
+  """Compares the models of each arm, and the arms.
+
+  Args:
+    named: Arm and file of each model.
+    columns: Of the tables.
+    labels: The file with them; None: those of the predictions, if any.
+
+  Returns:
+    A row of figures for each arm; by arm, the files of each pair in the order
+    of a figure's values; and how many examples there are.
+
+  Raises:
+    ValueError: If these are not at least two files of the same examples.
+    OSError: If one cannot be read.
+  """
+  if len(named) < 2:
+    raise ValueError('churn is between models: give --predictions twice')
+  for again in (x for i, x in enumerate(named) if x in named[:i]):
+    raise ValueError(
+        f'{again[1]} is given twice; a model has no churn against itself'
+    )
+  given = None
+  if labels:
+    given = read_labels(labels, columns)
+    columns = columns._replace(label='')
+  models = [read(path, columns) for _, path in named]
+  arrays, joined = join(models, given)
+  arms: dict[str, list[np.ndarray]] = {}
+  for (arm, _), array in zip(named, arrays):
+    arms.setdefault(arm, []).append(array)
+  return summarise(arms, joined), _pairs(named), len(arrays[0])
+
+
+def _pairs(
+    named: Sequence[tuple[str, str]],
+) -> dict[str, list[tuple[str, str]]]:
+  paths = [os.path.abspath(path) for _, path in named]
+  # Their names, if all lie in one directory.
+  together = os.path.commonpath(map(os.path.dirname, paths))
+  found: dict[str, list[str]] = {}
+  for (arm, _), path in zip(named, paths):
+    found.setdefault(arm, []).append(os.path.relpath(path, together))
+  return {
+      arm: list(itertools.combinations(names, 2))
+      for arm, names in found.items()
+  }
 
 
 def read(path: str, columns: Columns) -> Predictions:

@@ -1,6 +1,7 @@
-"""experiments.churn: studies train, resume and report; files are compared."""
+"""experiments.churn: studies train, resume and report."""
 
 import json
+import os
 import pathlib
 import signal
 
@@ -15,12 +16,14 @@ from run_cases import run
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from codistill_jax.storage import files, leases
+from codistill_jax.storage import files
 from experiments import churn
-from experiments.churn_study import results, run_files, training, worker
-from experiments.churn_study.results import Row
-from experiments.running import driver
-from experiments.running.job import Job
+from experiments.studies import churn_results, configurations, retrains
+from experiments.studies import plan as plan_lib
+from experiments.studies.catalogue.churn import STUDY
+from experiments.studies.churn_results import Row
+from experiments.studies.declaration import Scale
+from experiments.studies.plan import PlannedRun
 
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
@@ -94,9 +97,17 @@ def finished(configuration, tmp_path_factory):
   """A whole study: its directory and what it printed."""
   workdir = tmp_path_factory.mktemp('study') / 'run'
   arm = f'--arm_gin=wide={configuration / "wide.gin"}'
-  status, output = study(configuration, workdir, arm, '--note=Of toys only.')
+  with toy.compilations() as names:
+    status, output = study(configuration, workdir, arm, '--note=Of toys only.')
   assert status == 0, output
+  # Burn-in and codistillation, whatever the seed, the weight and the number of
+  # groups; and the wider model by itself.
+  assert names.count('jit(_fun)') == 3, names
   return workdir, output
+
+
+def outcomes(workdir):
+  return {(arm, k): outcome for arm, k, outcome in retrains.done(workdir)}
 
 
 def report(workdir, name='churn.json'):
@@ -139,7 +150,7 @@ def test_a_study_prints_table_1_and_writes_all_of_it(finished):
 def test_figures_are_those_of_the_predictions_on_disk(finished):
   workdir, _ = finished
   read = lambda arm, k, split: np.load(
-      workdir / 'runs' / arm / str(k) / f'group_0_{split}.npy'
+      workdir / 'runs' / arm / f'seed_{k}' / f'group_0_{split}.npy'
   )
   for split in ('validation', 'test'):
     labels = np.load(workdir / f'labels_{split}.npy')
@@ -176,7 +187,7 @@ def test_each_split_is_its_own(finished):
     )
   assert not np.array_equal(
       *(
-          run_files.read_predictions(workdir, 'single', 0, split)
+          retrains.read_predictions(workdir, 'single', 0, split)
           for split in ('validation', 'test')
       )
   )
@@ -187,10 +198,9 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
 ):
   workdir, _ = finished
   found = {
-      (arm, k, g): np.load(path)
-      for arm, k, record in run_files.done(workdir)
-      for g in range(record['run']['num_groups'])
-      for path in [workdir / 'runs' / arm / str(k) / f'group_{g}_test.npy']
+      (arm, k, g): retrains.read_predictions(workdir, arm, k, 'test', g)
+      for (arm, k), outcome in outcomes(workdir).items()
+      for g in range(outcome['num_groups'])
   }
   repeats = {x for x in found if x[0].startswith('repeat_')}
   assert len(repeats) == 3  # One group, and both of a codistilled run.
@@ -200,8 +210,8 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   rest = [found[x].tobytes() for x in found if x not in repeats]
   assert len(set(rest)) == len(rest) == 4 + 4 + 4 + 2 + 1 + 1
   seeds = {
-      (arm, k): (record['seed'], record['data_seed'])
-      for arm, k, record in run_files.done(workdir)
+      run: (outcome['seed'], outcome['data_seed'])
+      for run, outcome in outcomes(workdir).items()
   }
   assert seeds['single', 0] == (0, 0)
   assert seeds['codistilled_4', 1] == seeds['single', 1] == (1, 1)
@@ -209,81 +219,47 @@ def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
   assert seeds['fixed_order', 1] == (1, 0)
 
 
-def test_groups_start_as_those_of_the_other_binaries(configuration, tmp_path):
-  """From the seed and the number of the group; group 0 as the single model."""
-  still = ['optax.adam.learning_rate=0.0', 'experiment.Experiment.num_steps=1']
-  trainers = worker.Trainers(
-      tmp_path, [configuration / 'toy.gin'], still, {}, devices=lambda: None
-  )
-  trainer = trainers('')
-  groups = training.train(
-      trainer, run_files.Run('two', 3, 2, init=3), lambda step: None
-  )
-  (single,) = training.train(
-      trainer, run_files.Run('one', 3, 1, init=3), lambda step: None
-  )
-  toy.assert_same(groups[0], single)
-  for group_id, found in enumerate(groups):
-    job = Job(
-        experiment=training.configured(
-            trainer.experiment, run_files.Run('two', 3, 2, init=3)
-        ),
-        model=trainer.model,
-        train_step=trainer.train_step,
-        workdir='',
-        group_id=group_id,
-        num_groups=2,
-    )
-    toy.assert_same(found, driver.new_state(job).state.variables)
-  kernels = [g.params['Dense_0']['kernel'] for g in groups]
-  assert (kernels[0] != kernels[1]).all()
-
-
-def test_nothing_compiles_again_for_another_weight_or_seed(
-    configuration, tmp_path, monkeypatch
-):
-  trainers = worker.Trainers(
-      tmp_path, [configuration / 'toy.gin'], [], {}, devices=lambda: None
-  )
-  stop = lambda: False
-  warm = run_files.plan(1, [1.0], control_retrains=0)
-  worker.train_all(tmp_path, warm, trainers, stop)
-  rest = run_files.plan(2, [1.0, 5.0], control_retrains=2)
-  with toy.compilations() as names:
-    worker.train_all(tmp_path, rest, trainers, stop)
-  assert trainers('').train_step.num_traces == 2  # Burn-in, codistillation.
-  assert not names
-
-
 def test_a_killed_study_ends_with_the_same_numbers(
     configuration, finished, tmp_path, monkeypatch
 ):
-  workdir, killed_at = tmp_path / 'run', 6  # In an arm of two groups.
-  written = []
-  write_run = run_files.write_run
-
-  def write(directory, job, *rest):
-    if len(written) == killed_at:
-      raise KeyboardInterrupt
-    written.append(job)
-    write_run(directory, job, *rest)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(run_files, 'write_run', write)
-    assert study(configuration, workdir)[0] == 130
-  before = {
-      (arm, k): record['began'] for arm, k, record in run_files.done(workdir)
-  }
-  assert len(before) == killed_at
-  status, output = study(configuration, workdir)
+  workdir = tmp_path / 'run'
+  # In the first run of two groups, whose first checkpoint is at step 10.
+  monkeypatch.setattr(churn_toy, 'batches_left', 5 * 24 + 2 * 14)
+  more = '--gin=experiment.Experiment.checkpoint_every=10'
+  assert study(configuration, workdir, more)[0] == 130
+  before = outcomes(workdir)
+  assert len(before) == 5
+  monkeypatch.setattr(churn_toy, 'batches_left', 10**9)
+  status, output = study(configuration, workdir, more)
   assert status == 0, output
-  after = {
-      (arm, k): record['began'] for arm, k, record in run_files.done(workdir)
-  }
+  after = outcomes(workdir)
   assert before.items() <= after.items()  # Not trained again.
   for split, rows in figures_of(workdir).items():
     whole = [r for r in figures_of(finished[0])[split] if r['arm'] != 'wide']
     assert rows == whole
+
+
+def test_a_run_that_was_not_done_begins_again_if_it_is_corrected(
+    configuration, finished, tmp_path, monkeypatch
+):
+  """What is shown as its configuration is what was trained."""
+  workdir = tmp_path / 'run'
+  arguments = ['--weights=', '--control_retrains=0']
+  monkeypatch.setattr(churn_toy, 'batches_left', 14)
+  wrong = '--gin=exchange.Checkpoints.every=5'
+  assert study(configuration, workdir, *arguments, wrong)[0] == 130
+  assert not outcomes(workdir)
+  monkeypatch.setattr(churn_toy, 'batches_left', 10**9)
+  status, output = study(configuration, workdir, *arguments)
+  assert status == 0, output
+  assert 'single, seed 0 begins again' in output
+  assert 'Checkpoints.every = 4' in report(workdir, 'churn.md')
+  single = lambda path: [
+      row for row in figures_of(path)['test'] if row['arm'] == 'single'
+  ]
+  assert single(workdir) == single(finished[0])
+  status, output = study(configuration, workdir, *arguments, wrong)
+  assert status == 1 and 'holds another study' in output
 
 
 def test_a_finished_study_is_reported_again_and_left_alone(
@@ -312,13 +288,13 @@ def test_nondeterminism_fails_the_control_loudly(configuration, tmp_path):
 
 def test_one_changed_bit_fails_the_control(finished, tmp_path):
   workdir, _ = finished
-  path = workdir / 'runs' / 'repeat_codistilled_1' / '0' / 'group_1_test.npy'
+  path = workdir / 'runs/repeat_codistilled_1/seed_0/group_1_test.npy'
   kept = path.read_bytes()
   try:
     probs = np.load(path)
     probs[7] = np.nextafter(probs[7], np.float32(1))
     np.save(path, probs)
-    found = {r.arm: r for r in results.load_study(workdir).repeats}
+    found = {r.arm: r for r in churn_results.load_study(workdir).repeats}
   finally:
     path.write_bytes(kept)
   assert found['single'].different == 0
@@ -336,7 +312,7 @@ def test_a_softmax_task_without_a_test_split(configuration, tmp_path):
       '--control_retrains=0',
   )
   assert status == 0, output
-  probs = np.load(tmp_path / 'run/runs/single/0/group_0_test.npy')
+  probs = np.load(tmp_path / 'run/runs/single/seed_0/group_0_test.npy')
   assert probs.shape == (150, 2)
   assert 'no test split' in output
   assert 'validation log loss' in output and 'test log loss' not in output
@@ -354,17 +330,17 @@ def test_the_weight_is_chosen_on_validation():
       row('codistilled_3', 0.40, 3),  # As good as the ensemble will do.
       row('codistilled_6', 0.41, 2),
   ]
-  assert results.choose(base + good)[0] == 'codistilled_3'
+  assert churn_results.choose(base + good)[0] == 'codistilled_3'
   bad = [row('codistilled_1', 0.42, 4), row('codistilled_6', 0.43, 2)]
-  chosen, reason = results.choose(base + bad)
+  chosen, reason = churn_results.choose(base + bad)
   assert chosen == 'codistilled_1' and 'no weight' in reason
-  assert results.choose(base) == (None, '')
+  assert churn_results.choose(base) == (None, '')
 
 
 def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
   """Predictions made so that the splits disagree on the weights."""
   rng = np.random.default_rng(0)
-  labels = {s: rng.integers(2, size=400) for s in run_files.SPLITS}
+  labels = {s: rng.integers(2, size=400) for s in retrains.SPLITS}
 
   def predictions(good_at):
     found = {}
@@ -374,14 +350,19 @@ def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
       found[split] = np.float32(0.5 + skill * (2 * y - 1) + noise)
     return found
 
-  files.write_json(run_files.study_path(tmp_path), {'num_groups': 2})
+  write = lambda path, **values: files.write_json(path, values)
+  write(plan_lib.study_path(tmp_path), study='churn', num_groups=2)
   for split, y in labels.items():
-    run_files.keep_labels(tmp_path, split, y)
-  for job in run_files.plan(2, [1.0, 3.0], control_retrains=0):
-    if not job.arm.startswith('repeat'):
-      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(job.weight, ())
-      run_files.write_run(tmp_path, job, [predictions(good_at)], {})
-  study = results.load_study(tmp_path)
+    retrains.keep_labels(tmp_path, split, y)
+  for planned in plan_of(weights=[1.0, 3.0], controls=0).runs():
+    if not planned.arm.startswith('repeat'):
+      weight = retrains.weight_of(planned.arm)
+      good_at = {3.0: ('test',), 1.0: ('validation',)}.get(weight, ())
+      directory = plan_lib.run_dir(tmp_path, planned)
+      for split, array in predictions(good_at).items():
+        retrains.write_predictions(directory, 0, split, array)
+      write(plan_lib.outcome_path(directory))
+  study = churn_results.load_study(tmp_path)
   assert study.chosen == 'codistilled_1'
   table = {row.arm: row.figures['log_loss'].mean for row in study.table}
   assert set(table) == {'single', 'ensemble', 'codistilled_1'}
@@ -394,8 +375,13 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   before = tiny_run.snapshot(workdir)
   new = tmp_path / 'new'
   for where, arguments, words in [
-      (workdir, ['--gin=Experiment.num_steps=25'], 'another configuration'),
-      (workdir, ['--num_groups=3'], 'num_groups=2, this one has num_groups=3'),
+      (workdir, ['--gin=Experiment.num_steps=25'], 'holds another study'),
+      (
+          workdir,
+          ['--num_groups=3'],
+          'groups of codistilled_1=2, this one has groups of codistilled_1=3',
+      ),
+      (workdir, ['--gin=Experiment.seed=1'], 'change it by --seeds'),
       (new, ['--gin=churn_toy.model.hiden=3'], 'hiden'),
       (new, ['--gin=x/optax.adam.learning_rate=1.0'], 'acts nowhere'),
       (new, ['--weights=1,two'], "'two' is no distill weight"),
@@ -405,7 +391,6 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
       (new, ['--arm_gin=single=a.gin'], "called 'single'"),
       (new, ['--arm_gin=../x=a.gin'], "called '../x'"),
       (new, ['--arm_gin=x=none.gin'], 'no such file'),
-      (new, ['--gin=schedules.distill_weight.weight=0'], 'is 0 at its last'),
       (new, ['--predictions=a.npy'], 'leave one out'),
       (new, ['--control_retrains=1'], 'to 2 or more'),
       (new, ['--labels=a.npy'], '--labels belongs to --predictions'),
@@ -417,89 +402,132 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   assert tiny_run.snapshot(workdir) == before
 
 
+def plan_of(weights, controls=None, own=None, gin_file='toy.gin'):
+  """The plan of two retrains of each arm."""
+  declared = STUDY._replace(
+      arms=retrains.arms(weights, 2, own),
+      scales={'own': Scale((str(gin_file),), seeds=2)},
+  )
+  return retrains.with_controls(plan_lib.make_plan(declared, 'own'), controls)
+
+
+def configurations_of(configuration, workdir, *bindings):
+  planned = plan_of(
+      [1.0],
+      own={'wide': (1, str(configuration / 'wide.gin'))},
+      gin_file=configuration / 'toy.gin',
+  )
+  return configurations.Configurations(workdir, planned, bindings)
+
+
+@pytest.mark.parametrize(
+    'binding, words',
+    [
+        (
+            'exchange.Checkpoints.every=24',
+            'codistilled_1, seed 0 would never have a teacher in 24 steps',
+        ),
+        ('schedules.distill_weight.weight=0.0', 'is 0 at its last step'),
+    ],
+)
 def test_groups_that_never_exchange_are_no_codistilled_arm(
+    configuration, tmp_path, binding, words
+):
+  found = configurations_of(configuration, tmp_path, binding)
+  with pytest.raises(ValueError, match=words):
+    found.configure(PlannedRun('codistilled_1', 0, None, False))
+  found.configure(PlannedRun('wide', 0, None, False))  # May be anything.
+
+
+@pytest.mark.parametrize('configured', [0.5, 1.0, 8.0])
+def test_a_weight_is_that_at_the_end_of_the_schedule(
+    configuration, tmp_path, configured
+):
+  run = PlannedRun('codistilled_1', 0, None, False)
+  weight_of = (
+      configurations_of(
+          configuration,
+          tmp_path,
+          f'schedules.distill_weight.weight={configured}',
+          'schedules.distill_weight.ramp_steps=4',
+      )
+      .configure(run)
+      .distill_weight
+  )
+  # Its burn-in and ramp are those of the configuration.
+  found = [weight_of(n) for n in (0, 3, 6, 23)]
+  assert found == pytest.approx([0, 0, 0.6, 1])
+
+
+def write_outcome(workdir, arm, **values):
+  run = PlannedRun(arm, 0, None, False)
+  path = plan_lib.outcome_path(plan_lib.run_dir(workdir, run))
+  files.write_json(path, values)
+
+
+def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(
     configuration, tmp_path
 ):
-  trainers = worker.Trainers(
-      tmp_path,
-      [configuration / 'toy.gin'],
-      ['exchange.Checkpoints.every=24'],
-      {},
-      devices=lambda: None,
+  claim = lambda workdir: configurations.claim(
+      configurations_of(configuration, workdir), 1
   )
-  train = lambda weight: training.train(
-      trainers(''), run_files.Run('two', 0, 2, weight=weight), lambda step: None
-  )
-  with pytest.raises(ValueError, match='two 0 never had a teacher in 24 steps'):
-    train(1.0)
-  assert len(train(None)) == 2  # An arm of one's own may be anything.
-
-
-CLAIM = {
-    'configurations': {'': ['x'], 'wide': ['y']},
-    'num_groups': 2,
-    'replicas': 1,
-    'identity': {'ids': 'a'},
-    'data': '512 points',
-    'platform': 'cpu',
-}
-
-
-def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(tmp_path):
-  worker.claim(tmp_path, CLAIM)
+  claim(tmp_path)
+  first = files.read_json(plan_lib.study_path(tmp_path))
+  same = first['configurations']
   for key, value in {
-      'configurations': {'': ['z']},
-      'num_groups': 3,
+      'configurations': same | {'single': ['a = 1', *same['single']]},
       'replicas': 2,
       'identity': {'ids': 'b'},
       'data': '513 points',
       'platform': 'gpu',
   }.items():
-    other = {**CLAIM, key: value}
+    path = plan_lib.study_path(tmp_path / key)
+    files.write_json(path, first | {key: value})
     # A mistake leaves nothing that would refuse the correction, ...
-    worker.claim(tmp_path / key, other)
-    worker.claim(tmp_path / key, CLAIM)
+    claim(tmp_path / key)
+    files.write_json(path, first | {key: value})
     # ... until a run is done.
-    run_files.write_run(tmp_path / key, run_files.Run('single', 0), [], {})
-    with pytest.raises(ValueError, match='another configuration'):
-      worker.claim(tmp_path / key, other)
-    worker.claim(tmp_path / key, CLAIM)
+    write_outcome(tmp_path / key, 'single')
+    with pytest.raises(ValueError, match='holds another study'):
+      claim(tmp_path / key)
+    files.write_json(path, first)
+    claim(tmp_path / key)
 
 
-def test_an_own_arm_can_be_corrected_until_one_of_its_runs_is_done(tmp_path):
-  """Its turn comes last, and only then are bindings found that act nowhere."""
-  worker.claim(tmp_path, CLAIM)
-  run_files.write_run(tmp_path, run_files.Run('single', 0), [], {})
-  corrected = {**CLAIM, 'configurations': {'': ['x'], 'wide': ['z']}}
-  worker.claim(tmp_path, corrected)
-  run = run_files.Run('wide', 0, config='wide')
-  run_files.write_run(tmp_path, run, [], {})
-  with pytest.raises(ValueError, match='has z, this one has y'):
-    worker.claim(tmp_path, CLAIM)
-
-
-def test_the_page_shows_the_configuration_that_was_trained(
+def test_an_own_arm_can_be_corrected_until_one_of_its_runs_is_done(
     configuration, tmp_path
 ):
-  """Not the one of an attempt that was given up before a run was done."""
+  """Its turn comes last, and only then are bindings found that act nowhere."""
+  claim = lambda: configurations.claim(
+      configurations_of(configuration, tmp_path), 1
+  )
+  claim()
+  path = plan_lib.study_path(tmp_path)
+  first = files.read_json(path)
+  other = first['configurations'] | {'wide': ['z']}
+  files.write_json(path, first | {'configurations': other})
+  write_outcome(tmp_path, 'single')
+  claim()
+  assert files.read_json(path)['configurations'] == first['configurations']
+  files.write_json(path, first | {'configurations': other})
+  write_outcome(tmp_path, 'wide')
+  with pytest.raises(ValueError, match='it has wide: z, this one has wide: '):
+    claim()
+  files.write_json(path, first)
+  write_outcome(tmp_path, 'wide', num_groups=2)
+  with pytest.raises(ValueError, match=r'has groups of wide=2, .* wide=1'):
+    claim()
 
-  def after_training(every):
-    trainers = worker.Trainers(
-        tmp_path,
-        [configuration / 'toy.gin'],
-        [f'exchange.Checkpoints.every={every}'],
-        {},
-        devices=lambda: None,
-    )
-    training.train(
-        trainers(''), run_files.Run('single', 0), lambda _: trainers.check('')
-    )
-    return run_files.config_path(tmp_path, '').read_text()
 
-  assert 'Checkpoints.every = 5' in after_training(5)
-  assert 'Checkpoints.every = 6' in after_training(6)
-  run_files.write_run(tmp_path, run_files.Run('single', 0), [], {})
-  assert 'Checkpoints.every = 6' in after_training(7)
+def test_what_earlier_versions_wrote_is_refused_in_a_line(
+    configuration, tmp_path
+):
+  files.write_json(plan_lib.study_path(tmp_path), {'num_groups': 2})
+  status, output = study(configuration, tmp_path)
+  assert status == 1 and len(output.splitlines()) == 1
+  assert 'holds a study of churn as earlier versions wrote it' in output
+  with pytest.raises(ValueError, match='as earlier versions wrote it'):
+    churn_results.load_study(tmp_path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -507,36 +535,24 @@ def test_a_damaged_file_is_named(tmp_path):
   for data in (b'', b'\x93NUMPY', b'no array'):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r'labels_test\.npy is damaged'):
-      run_files.read_labels(tmp_path, 'test')
+      retrains.read_labels(tmp_path, 'test')
 
 
-def test_no_report_of_what_another_process_has_not_finished(
-    configuration, tmp_path
-):
-  run = run_files.Run('single', 3)
-  directory = run_files.run_dir(tmp_path, run)
-  arguments = ['--weights=', '--control_retrains=0']
-  with leases.exclusive(directory, 'training'):
-    status, output = study(configuration, tmp_path, *arguments)
-  assert status == 0
-  assert 'single 3 is in the hands of another process' in output
-  assert not (tmp_path / 'report').exists()
-  status, output = study(configuration, tmp_path, *arguments)
-  assert status == 0 and 'single model' in output
+def test_predictions_that_are_deleted_are_made_again(configuration, finished):
+  workdir, _ = finished
+  directory = workdir / 'runs' / 'fixed_init' / 'seed_1'
+  path = directory / 'group_0_test.npy'
+  kept = path.read_bytes()
+  path.unlink()
+  (directory / 'outcome.json').unlink()
+  assert study(configuration, workdir)[0] == 0
+  assert path.read_bytes() == kept
 
 
-def test_what_another_run_wrote_is_refused(tmp_path):
-  first, other = (run_files.Run('single', 0, init=n) for n in (0, 5))
-  run_files.write_run(tmp_path, first, [], {'seed': 0})
-  assert run_files.read_record(tmp_path, first)['seed'] == 0
-  with pytest.raises(ValueError, match='was made by'):
-    run_files.read_record(tmp_path, other)
-
-
-def test_other_data_are_refused(configuration, finished):
+def test_other_data_are_refused(finished):
   workdir, _ = finished
   with pytest.raises(ValueError, match='labels differ'):
-    run_files.keep_labels(workdir, 'test', np.zeros(150, np.int32))
+    retrains.keep_labels(workdir, 'test', np.zeros(150, np.int32))
 
 
 def in_processes(launch, configuration, workdir, num_steps=24):
@@ -566,10 +582,10 @@ def test_two_processes_share_a_study(configuration, finished, launch, tmp_path):
   assert '12 of 12 runs done' in output and '--jobs=2' in report(
       workdir, 'churn.md'
   )
-  for arm, k, record in run_files.done(workdir):
-    assert record['cores'] * 2 <= max(run_files.own_cores(), 2)
+  for (arm, k), outcome in outcomes(workdir).items():
+    assert outcome['cores'] * 2 <= max(len(os.sched_getaffinity(0)), 2)
     ours, theirs = (
-        run_files.read_predictions(directory, arm, k, 'test')
+        retrains.read_predictions(directory, arm, k, 'test')
         for directory in (workdir, finished[0])
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -583,5 +599,5 @@ def test_processes_leave_when_asked(configuration, launch, tmp_path):
   process.send(signal.SIGTERM)
   output = process.wait(143)
   assert 'the same command goes on' in output.splitlines()[-1]
-  assert not run_files.has_begun(workdir)
+  assert not outcomes(workdir)
   assert not tiny_run.processes_of(workdir)

@@ -1,26 +1,28 @@
-"""What came out of a churn study, from the files it wrote; no jax.
+"""What came out of a study of churn, from the files it wrote; no jax.
 
 All that is chosen is chosen on the validation split; the table is of the test
 split.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax import statistics
+from codistill_jax import run_directory, statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
-from experiments.churn_study import run_files
-from experiments.churn_study.run_files import (
+from experiments.studies import plan as plan_lib
+from experiments.studies import retrains
+from experiments.studies.plan import PlannedRun
+from experiments.studies.retrains import (
+    ENSEMBLE,
     FIXED_INIT,
     FIXED_ORDER,
     REPEAT,
     SINGLE,
 )
 
-ENSEMBLE = 'ensemble'
 _CONTROLS = (FIXED_INIT, FIXED_ORDER)
 
 
@@ -73,7 +75,9 @@ class Retrains(NamedTuple):
     reason: How it was chosen.
     controls: On the test split, with one of the two seeds fixed.
     repeats: The deterministic controls.
-    runs: (arm, retrain, record) of all.
+    runs: (arm, retrain, outcome) of all.
+    configurations: Operative gin configurations, by the names of files: that of
+      the single model, and those of arms with gin files of their own.
   """
 
   settings: Mapping[str, Any]
@@ -84,6 +88,7 @@ class Retrains(NamedTuple):
   controls: Sequence[Row]
   repeats: Sequence[Repeat]
   runs: Sequence[tuple[str, int, Mapping[str, Any]]]
+  configurations: Mapping[str, str]
 
   @property
   def table(self) -> list[Row]:
@@ -91,7 +96,7 @@ class Retrains(NamedTuple):
     return [
         row
         for row in self.rows['test']
-        if run_files.weight_of(row.arm) is None or row.arm == self.chosen
+        if retrains.weight_of(row.arm) is None or row.arm == self.chosen
     ]
 
 
@@ -145,25 +150,26 @@ def summarise(
 
 
 def load_study(workdir: files.PathLike) -> Retrains:
-  """All figures of the runs that are done.
+  """Returns all figures of the runs that are done.
 
   Raises:
     ValueError: If there is no study, or fewer than two single models.
   """
-  settings = files.read_json(run_files.study_path(workdir))
-  runs = list(run_files.done(workdir))
-  retrains = _retrains(runs)
+  settings = files.read_json(plan_lib.study_path(workdir))
+  plan_lib.check_known(workdir, settings)
+  runs = list(retrains.done(workdir))
+  seeds = _seeds(runs)
   size = settings['num_groups'] if settings else 2
-  if len(retrains.get(SINGLE, ())) < 2 * size:
+  if len(seeds.get(SINGLE, ())) < 2 * size:
     raise ValueError(
-        f'{workdir} holds {len(retrains.get(SINGLE, ()))} single models, but'
+        f'{workdir} holds {len(seeds.get(SINGLE, ()))} single models, but'
         f' churn of ensembles of {size} needs {2 * size}; train them first'
     )
   examples, rows = {}, {}
-  for split in run_files.SPLITS:
-    labels = run_files.read_labels(workdir, split)
-    arms = load_arms(workdir, retrains, split, size)
-    rows[split] = summarise(arms, labels, titles_of(arms, size))
+  for split in retrains.SPLITS:
+    labels = retrains.read_labels(workdir, split)
+    arms = load_arms(workdir, seeds, split, size)
+    rows[split] = summarise(arms, labels, retrains.titles_of(list(arms), size))
     examples[split] = len(labels)
   chosen, reason = choose(rows['validation'])
   return Retrains(
@@ -172,33 +178,55 @@ def load_study(workdir: files.PathLike) -> Retrains:
       rows=rows,
       chosen=chosen,
       reason=reason,
-      controls=_controls(workdir, retrains),
-      repeats=_repeats(workdir, runs, size),
+      controls=_controls(workdir, seeds),
+      repeats=_repeats(workdir, runs),
       runs=runs,
+      configurations={
+          f'config_{arm}.gin' if arm != SINGLE else 'config.gin': text
+          for arm in (SINGLE, *_others(seeds))
+          if (text := _configuration(workdir, arm, seeds[arm][0]))
+      },
   )
 
 
-def _retrains(runs) -> dict[str, list[int]]:
+def _seeds(runs) -> dict[str, list[int]]:
+  """Returns those of each arm, ascending."""
   found: dict[str, list[int]] = {}
-  for arm, retrain, _ in runs:
-    found.setdefault(arm, []).append(retrain)
+  for arm, seed, _ in runs:
+    found.setdefault(arm, []).append(seed)
   return found
+
+
+def _others(arms: Iterable[str]) -> list[str]:
+  """Returns the arms with gin files of their own."""
+  return sorted(
+      arm
+      for arm in arms
+      if arm not in (SINGLE, *_CONTROLS)
+      and retrains.weight_of(arm) is None
+      and not arm.startswith(REPEAT)
+  )
+
+
+def _configuration(workdir: files.PathLike, arm: str, seed: int) -> str:
+  run = PlannedRun(arm, seed, None, False)
+  path = run_directory.config_path(plan_lib.run_dir(workdir, run))
+  return path.read_text() if path.exists() else ''
 
 
 def load_arms(
     workdir: files.PathLike,
-    retrains: Mapping[str, Sequence[int]],
+    seeds: Mapping[str, Sequence[int]],
     split: str,
     size: int,
 ) -> dict[str, list[np.ndarray]]:
-  """Predictions by arm: single, ensemble, codistilled by weight, then others.
+  """Returns predictions by arm: single, ensemble, codistilled, then others.
 
   All arms have as many retrains: the single models beyond are members of
   ensembles only.
   """
   read = lambda arm: [
-      run_files.read_predictions(workdir, arm, k, split)
-      for k in sorted(retrains[arm])
+      retrains.read_predictions(workdir, arm, k, split) for k in seeds[arm]
   ]
   singles = read(SINGLE)
   count = len(singles) // size
@@ -206,37 +234,16 @@ def load_arms(
       SINGLE: singles[:count],
       ENSEMBLE: statistics.ensembles(singles[: count * size], size),
   }
-  weighted = [a for a in retrains if run_files.weight_of(a) is not None]
-  others = sorted(
-      arm
-      for arm in retrains
-      if arm not in (SINGLE, *_CONTROLS, *weighted) and REPEAT not in arm
-  )
-  for arm in sorted(weighted, key=run_files.weight_of) + others:
-    if len(retrains[arm]) > 1:
+  weighted = [a for a in seeds if retrains.weight_of(a) is not None]
+  for arm in sorted(weighted, key=retrains.weight_of) + _others(seeds):
+    if len(seeds[arm]) > 1:
       arms[arm] = read(arm)
   return arms
 
 
-def titles_of(arms: Sequence[str], size: int) -> dict[str, str]:
-  """Names for people."""
-  ways = {2: 'two'}.get(size, str(size))
-  titles = {
-      SINGLE: 'single model',
-      ENSEMBLE: f'ensemble of {ways}',
-      FIXED_INIT: 'same parameters at the start, other order of data',
-      FIXED_ORDER: 'same order of data, other parameters at the start',
-  }
-  for arm in arms:
-    weight = run_files.weight_of(arm)
-    if weight is not None:
-      titles[arm] = f'{ways}-way codistilled, weight {weight:g}'
-  return titles
-
-
 def choose(rows: Sequence[Row]) -> tuple[str | None, str]:
-  """The codistilled arm for the table, by validation figures alone."""
-  weighted = [r for r in rows if run_files.weight_of(r.arm) is not None]
+  """Returns the codistilled arm for the table, by validation alone."""
+  weighted = [r for r in rows if retrains.weight_of(r.arm) is not None]
   if not weighted:
     return None, ''
   loss = lambda row: row.figures['log_loss'].mean
@@ -258,44 +265,46 @@ def choose(rows: Sequence[Row]) -> tuple[str | None, str]:
 # --- Controls ----------------------------------------------------------------
 
 
-def _controls(workdir, retrains) -> list[Row]:
-  """Retrains that differ in one seed only; the first is single model 0."""
-  labels = run_files.read_labels(workdir, 'test')
-  read = lambda arm, k: run_files.read_predictions(workdir, arm, k, 'test')
+def _controls(workdir, seeds) -> list[Row]:
+  """Returns rows of retrains that differ in one seed only.
+
+  The first of each is single model 0.
+  """
+  labels = retrains.read_labels(workdir, 'test')
+  read = lambda arm, k: retrains.read_predictions(workdir, arm, k, 'test')
   arms = {
-      arm: [read(SINGLE, 0), *(read(arm, k) for k in retrains[arm])]
+      arm: [read(SINGLE, 0), *(read(arm, k) for k in seeds[arm])]
       for arm in _CONTROLS
-      if arm in retrains
+      if arm in seeds
   }
   if not arms:
     return []
   # Against single models as many, and the same seeds, as of each control.
   count = min(len(found) for found in arms.values())
   arms = {SINGLE: [read(SINGLE, k) for k in range(count)], **arms}
-  return summarise(arms, labels, titles_of((), 2))
+  return summarise(arms, labels, retrains.titles_of((), 2))
 
 
-def _repeats(workdir, runs, size: int) -> list[Repeat]:
-  records = {(arm, k): record for arm, k, record in runs}
+def _repeats(workdir, runs) -> list[Repeat]:
+  outcomes = {(arm, k): outcome for arm, k, outcome in runs}
   return [
-      _repeat(workdir, arm, records)
+      _repeat(workdir, arm, outcomes)
       for arm, _, _ in runs
-      if arm.startswith(REPEAT) and (arm.removeprefix(REPEAT), 0) in records
+      if arm.startswith(REPEAT) and (arm.removeprefix(REPEAT), 0) in outcomes
   ]
 
 
-def _repeat(workdir, arm: str, records) -> Repeat:
+def _repeat(workdir, arm: str, outcomes) -> Repeat:
   first = arm.removeprefix(REPEAT)
-  groups = records[arm, 0]['run']['num_groups']
   different, total, largest = 0, 0, 0.0
-  for group_id in range(groups):
-    for split in run_files.SPLITS:
+  for group_id in range(outcomes[arm, 0]['num_groups']):
+    for split in retrains.SPLITS:
       a, b = (
-          run_files.read_predictions(workdir, x, 0, split, group_id)
+          retrains.read_predictions(workdir, x, 0, split, group_id)
           for x in (first, arm)
       )
       different += int(np.sum(a != b))
       total += a.size
       largest = max(largest, float(np.max(np.abs(a - b))))
-  cores = {records[x, 0]['cores'] for x in (first, arm)}
+  cores = {outcomes[x, 0]['cores'] for x in (first, arm)}
   return Repeat(first, different, total, largest, len(cores) == 1)

@@ -348,7 +348,7 @@ def _join(state: TrainState, joining: Array) -> TrainState:
 
 
 def _as_seen_by(worker: Array, state: TrainState) -> TrainState:
-  """Returns the state of one worker: its parameters, the carries of its rows."""
+  """Returns the state of a worker: its parameters, the carries of its rows."""
   return state.replace(
       variables=Variables(
           _take(state.opt_state.pulled, worker, 0), state.variables.model_state

@@ -174,7 +174,7 @@ class LanguageModel(nn.Module):
     return self.param('head_kernel', nn.initializers.lecun_normal(), shape)
 
   def _remember(self, read, document_BS):
-    """Returns the carry after the window: the last M of what each layer read."""
+    """Returns the carry after the window: the last M that each layer read."""
     if not self.memory:
       return ()
     keep = lambda x: x[:, -self.memory :]

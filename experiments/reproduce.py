@@ -212,13 +212,13 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_page, load, study_page
+  from experiments.studies import churn_page, outcomes, study_page
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
     churn_page.report(workdir, output, _NOTE.value, plan.study)
     return
-  setting, runs = load.load(workdir, plan)
+  setting, runs = outcomes.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))

@@ -34,6 +34,7 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
         f'{os.fspath(workdir)} holds no study; train it first, without'
         ' --report_only'
     )
+  plan_lib.check_known(workdir, settings)
   for key, ours in (('study', plan.study.name), ('scale', plan.scale_name)):
     if settings[key] != ours:
       raise ValueError(

@@ -67,6 +67,7 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
+  """Evaluates every run that is given."""
   del argv
   # What is found is written as a whole: there is nothing to save.
   cli.StopRequest('stopped; nothing is written of this run').install()

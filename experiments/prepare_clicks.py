@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax.data import click_shards, prepare_clicks, process_pool
+from codistill_jax.data import criteo, prepare_clicks, process_pool
 from experiments import cli
 
 _STOPPED = 'stopped; the same command goes on'
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
   )
   print(prepare_clicks.summary(meta))
   if _VERIFY.value:
-    files, size = click_shards.verify(_OUTPUT.value)
+    files, size = criteo.verify(_OUTPUT.value)
     print(f'{files} files, {size:,} bytes: as they were written.')
 
 

@@ -271,7 +271,15 @@ def test_one_that_hangs_after_it_failed_counts_as_failing(disk, writer):
 # --- Another error -----------------------------------------------------------
 
 
-@pytest.mark.parametrize('call', ['put', 'wait', 'raise_failure'])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda one: one.put(3, None),
+        lambda one: one.wait(),
+        lambda one: one.raise_failure(),
+    ],
+    ids=['put', 'wait', 'raise_failure'],
+)
 def test_an_error_that_is_none_of_the_disk_comes_to_light_once(
     disk, writer, call
 ):
@@ -283,11 +291,7 @@ def test_an_error_that_is_none_of_the_disk_comes_to_light_once(
   one.put(2, None)
   disk.open.set()
   with pytest.raises(ValueError, match='a mistake'):
-    while True:
-      if call == 'put':
-        one.put(3, None)
-      else:
-        getattr(one, call)()
+    until(lambda: call(one))
   assert disk.tried == [1]
   one.raise_failure()
 

@@ -10,8 +10,8 @@ from click_files import expected_row, write_lines
 from prepared import run_clicks, write_clicks
 
 from codistill_jax.data import (
-    click_shards,
     clicks,
+    criteo,
     prepare_clicks,
     prepared_files,
 )
@@ -38,8 +38,8 @@ def prepared(tmp_path_factory):
 
 def rows_of(output):
   splits = {}
-  for name in click_shards.SPLITS:
-    data = click_shards.open_rows(output, name)
+  for name in criteo.SPLITS:
+    data = criteo.open_rows(output, name)
     splits[name] = data.gather(np.arange(len(data)))
   return splits
 
@@ -49,7 +49,7 @@ def test_all_good_lines_arrive_in_their_order(tmp_path):
   meta = prepare(tmp_path / 'data', tmp_path / 'a.txt')
   splits = rows_of(tmp_path / 'data')
   # In the order of time: training, validation, test.
-  assert [len(splits[s]) for s in click_shards.SPLITS] == [350, 50, 100]
+  assert [len(splits[s]) for s in criteo.SPLITS] == [350, 50, 100]
   found = np.concatenate(list(splits.values())).tolist()
   assert found == [expected_row(t) for t in texts]
   for name, rows in splits.items():
@@ -66,7 +66,7 @@ def test_a_split_by_hash_is_disjoint_and_covers_everything(tmp_path):
     found[seed] = {k: v.tolist() for k, v in rows_of(output).items()}
     everything = [row for rows in found[seed].values() for row in rows]
     assert sorted(everything) == sorted(expected_row(t) for t in texts)
-    sizes = [len(found[seed][s]) / LINES for s in click_shards.SPLITS]
+    sizes = [len(found[seed][s]) / LINES for s in criteo.SPLITS]
     np.testing.assert_allclose(sizes, [0.7, 0.1, 0.2], atol=0.06)
   assert found[0]['test'] != found[1]['test']
 
@@ -79,7 +79,7 @@ def test_a_line_keeps_its_split_however_many_lines_a_shard_has(tmp_path):
       output = tmp_path / f'{split}{shard_lines}'
       prepare(output, tmp_path / 'a.txt', split=split, shard_lines=shard_lines)
       found.append(rows_of(output))
-    for name in click_shards.SPLITS:
+    for name in criteo.SPLITS:
       np.testing.assert_array_equal(found[0][name], found[1][name])
 
 
@@ -142,22 +142,22 @@ def test_damaged_data_are_refused_and_named(tmp_path):
   output = tmp_path / 'data'
   write_lines(tmp_path / 'a.txt', LINES)
   prepare(output, tmp_path / 'a.txt')
-  path = click_shards.rows_path(output, 'train', 1)
+  path = criteo.rows_path(output, 'train', 1)
   data = bytearray(path.read_bytes())
   data[-5] ^= 1
   path.write_bytes(bytes(data))
   with pytest.raises(ValueError, match=r'00001\.rows\.npy is damaged'):
-    click_shards.verify(output)
+    criteo.verify(output)
   path.write_bytes(bytes(data[:-5]))
   with pytest.raises(ValueError, match=r'00001\.rows\.npy'):
     clicks.criteo_task(output)
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r'00001\.rows\.npy is missing'):
     clicks.criteo_task(output)
-  counts = click_shards.counts_path(output, 4)
+  counts = criteo.counts_path(output, 4)
   counts.write_bytes(counts.read_bytes()[:-1])
   with pytest.raises(ValueError, match=r'C05\.u32'):
-    click_shards.open_counts(output, 4)
+    criteo.open_counts(output, 4)
   meta = output / prepared_files.META
   meta.write_text('{')
   with pytest.raises(ValueError, match=r'meta\.json is damaged'):
@@ -178,7 +178,7 @@ def test_counts_are_those_of_the_training_split(tmp_path, lines):
   prepare(output, tmp_path / 'a.txt', shard_lines=lines)
   rows = rows_of(output)['train']
   for k in range(26):
-    values, counts = click_shards.open_counts(output, k)
+    values, counts = criteo.open_counts(output, k)
     expected = collections.Counter(rows[:, 14 + k].tolist())
     del expected[0]
     assert dict(zip(values.tolist(), counts.tolist())) == expected

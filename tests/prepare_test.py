@@ -14,7 +14,7 @@ import prepared
 import pytest
 from prepared import contents
 
-from codistill_jax.data import click_shards, prepare, shards
+from codistill_jax.data import criteo, prepare, shards
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -54,7 +54,7 @@ def kind(request, tmp_path_factory):
       'shard_lines': 65,
       'max_lines': 100,
   }
-  return Kind(prepared.run_clicks, source, click_shards.verify, others)
+  return Kind(prepared.run_clicks, source, criteo.verify, others)
 
 
 @pytest.fixture(autouse=True)

@@ -242,6 +242,11 @@ def test_mean_curve_is_over_the_steps_that_all_groups_have():
   b = curve_of({2: 4, 3: 5, 4: 6})
   mean = records.mean_curve([a, records.EMPTY, b])
   assert mean.to_dict() == {2: 3.0, 3: 4.0}
+  # A group that diverged is not passed over.
+  assert records.mean_curve([a, b.where(b != 5)]).isna().tolist() == [
+      False,
+      True,
+  ]
   assert records.mean_curve([records.EMPTY]).empty
 
 

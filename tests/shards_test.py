@@ -19,125 +19,70 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
   assert shards.token_dtype(2**16 + 1) == np.uint32
 
 
-def edit_meta(data_dir, **changes):
-  path = data_dir / 'meta.json'
-  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def truncate(path, size):
-  path.write_bytes(path.read_bytes()[:size])
-
-
 TOKENS, OFFSETS = 'train/00000.tokens.npy', 'train/00000.offsets.npy'
+META, MODEL = 'meta.json', 'tokenizer.model'
+
+
+def edit(**changes):
+  """Damages `meta.json`."""
+
+  def damage(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return damage
+
+
+def truncate(size):
+  return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def replace(content):
+  if isinstance(content, bytes):
+    return lambda path: path.write_bytes(content)
+  return lambda path: np.save(path, content)
+
+
+def unlink(path):
+  path.unlink()
+
+
+NO_TRAINING = {'train': {'shards': []}, 'validation': {}}
 
 
 @pytest.mark.parametrize(
-    ('damage', 'error', 'message'),
+    ('name', 'damage', 'message'),
     [
+        (META, unlink, 'no meta.json'),
+        (META, truncate(30), 'meta.json is dam'),
+        (META, truncate(0), 'meta.json is dam'),
+        (META, replace(b'[]'), 'not a JSON'),
+        (META, replace(b'{}'), 'lacks format'),
+        (META, edit(format_version=2), 'version 2, this'),
+        (META, edit(tokenizer_sha256='0'), 'sha256'),
+        (META, edit(splits=NO_TRAINING), 'train split of .* is empty'),
+        (MODEL, replace(b'another'), 'not the tokenizer that made these'),
+        (MODEL, unlink, 'tokenizer.model is missing'),
+        (TOKENS, unlink, 'tokens.npy is missing'),
+        (TOKENS, truncate(0), 'tokens.npy is damaged'),
+        (TOKENS, truncate(50), 'tokens.npy is damaged'),
+        (TOKENS, truncate(130), 'tokens.npy is damaged'),
+        (TOKENS, replace(b'x' * 1000), 'tokens.npy is damaged'),
+        (TOKENS, replace(np.arange(12)), 'holds int64'),
         (
-            lambda d: (d / 'meta.json').unlink(),
-            FileNotFoundError,
-            'no meta.json',
-        ),
-        (
-            lambda d: truncate(d / 'meta.json', 30),
-            ValueError,
-            'meta.json is dam',
-        ),
-        (
-            lambda d: truncate(d / 'meta.json', 0),
-            ValueError,
-            'meta.json is dam',
-        ),
-        (
-            lambda d: (d / 'meta.json').write_text('[]'),
-            ValueError,
-            'not a JSON',
-        ),
-        (
-            lambda d: (d / 'meta.json').write_text('{}'),
-            ValueError,
-            'lacks ',
-        ),
-        (
-            lambda d: edit_meta(d, format_version=2),
-            ValueError,
-            'version 2, this',
-        ),
-        (lambda d: edit_meta(d, tokenizer_sha256='0'), ValueError, 'sha256'),
-        (
-            lambda d: (d / 'tokenizer.model').write_bytes(b'another'),
-            ValueError,
-            'is not the tokenizer that made these tokens',
-        ),
-        (
-            lambda d: (d / 'tokenizer.model').unlink(),
-            FileNotFoundError,
-            'tokenizer.model is missing',
-        ),
-        (
-            lambda d: (d / TOKENS).unlink(),
-            FileNotFoundError,
-            'tokens.npy is mis',
-        ),
-        (
-            lambda d: (d / OFFSETS).unlink(),
-            FileNotFoundError,
-            'offsets.npy is mi',
-        ),
-        (
-            lambda d: truncate(d / TOKENS, 0),
-            ValueError,
-            'tokens.npy is damaged',
-        ),
-        (
-            lambda d: truncate(d / TOKENS, 50),
-            ValueError,
-            'tokens.npy is damaged',
-        ),
-        (
-            lambda d: truncate(d / TOKENS, 130),
-            ValueError,
-            'tokens.npy is damaged',
-        ),
-        (
-            lambda d: (d / TOKENS).write_bytes(b'x' * 1000),
-            ValueError,
-            'tokens.npy is damaged',
-        ),
-        (
-            lambda d: np.save(d / TOKENS, np.arange(12)),
-            ValueError,
-            'holds int64',
-        ),
-        (
-            lambda d: np.save(d / TOKENS, np.arange(11, dtype=np.uint16)),
-            ValueError,
+            TOKENS,
+            replace(np.arange(11, dtype=np.uint16)),
             r'holds uint16 \(11,\), expected uint16 \(12,\)',
         ),
-        (
-            lambda d: np.save(d / OFFSETS, np.asarray([0, 7, 11])),
-            ValueError,
-            'does not fit its token file',
-        ),
-        (
-            lambda d: np.save(d / OFFSETS, np.asarray([0, 14, 12])),
-            ValueError,
-            'does not fit its token file',
-        ),
-        (
-            lambda d: edit_meta(
-                d, splits={'train': {'shards': []}, 'validation': {}}
-            ),
-            ValueError,
-            'train split of .* is empty',
-        ),
+        (OFFSETS, unlink, 'offsets.npy is missing'),
+        (OFFSETS, replace(np.asarray([0, 7, 11])), 'does not fit its token'),
+        (OFFSETS, replace(np.asarray([0, 14, 12])), 'does not fit its token'),
     ],
 )
-def test_damaged_data_are_refused_by_name(tmp_path, damage, error, message):
+def test_damaged_data_are_refused_by_name(tmp_path, name, damage, message):
   write_data(tmp_path, [unlike_documents([5, 3])])
   shards.open_tokens(tmp_path, 'train')
-  damage(tmp_path)
+  damage(tmp_path / name)
+  error = FileNotFoundError if damage is unlink else ValueError
   with pytest.raises(error, match=message) as raised:
     shards.open_tokens(tmp_path, 'train')
   assert str(tmp_path) in str(raised.value)

@@ -3,6 +3,7 @@
 import csv
 import html
 import os
+import re
 import subprocess
 import textwrap
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import study_toy as toy
 
+from codistill_jax.statistics import Estimate
 from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import (
     analysis,
@@ -17,6 +19,7 @@ from experiments.studies import (
     study_plots,
     verdicts,
     wall_time,
+    words,
 )
 from experiments.studies.declaration import MEASURES
 from experiments.studies.latency import Latency, LogNormal
@@ -187,42 +190,68 @@ def test_the_order_of_runs_changes_no_file(tmp_path):
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_study_of_one_seed_and_one_evaluation_has_a_page(tmp_path):
-  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
-  short = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
-  runs = [*toy.runs(**short), *toy.runs('two', received=1.0, **short)]
-  summary = study_page.write(study, toy.setting(seeds=1), runs, tmp_path)
-  assert summary.verdicts[0].words.startswith('cannot be said (1 seed')
-  assert '1 seed of each arm' in summary.page.read_text()
+SHORT = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
+UNKNOWN = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
 
 
-def test_a_study_in_which_everything_diverged_has_a_page(tmp_path):
-  runs = [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)]
-  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
+@pytest.mark.parametrize(
+    'runs, measure, words, said',
+    [
+        (
+            [*toy.runs(**SHORT), *toy.runs('two', received=1.0, **SHORT)],
+            'steps_to_target',
+            'cannot be said (1 seed',
+            'validation loss',
+        ),
+        (
+            [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)],
+            'steps_to_target',
+            'cannot be said (in every seed',
+            'diverged at step 60, 60 and 60 in 3 of 3 seeds',
+        ),
+        (
+            [*toy.runs(**UNKNOWN), *toy.runs('two', speed=2, **UNKNOWN)],
+            'compute_to_target',
+            'cannot be said (these runs do not measure it)',
+            'no number: cannot be said',
+        ),
+    ],
+    ids=['one evaluation', 'all diverged', 'no FLOPs on record'],
+)
+def test_a_study_with_little_to_say_has_a_page(
+    tmp_path, runs, measure, words, said
+):
+  comparison = toy.compare('two', measure=measure)
+  study = toy.study(comparisons=[comparison], views=('bytes',))
   summary = study_page.write(study, toy.setting(), runs, tmp_path)
+  assert summary.verdicts[0].words.startswith(words)
   page = summary.page.read_text()
-  assert 'There is no target' in page
-  assert 'diverged at step 60, 60 and 60 in 3 of 3 seeds' in page
-
-
-def test_what_is_not_on_record_is_not_made_up(tmp_path):
-  unknown = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
-  runs = [*toy.runs(**unknown), *toy.runs('two', speed=2, **unknown)]
-  study = toy.study(
-      comparisons=[toy.compare('two', measure='compute_to_target')]
-  )
-  summary = study_page.write(study, toy.setting(), runs, tmp_path)
-  (found,) = summary.verdicts
-  assert found.words == 'cannot be said (these runs do not measure it)'
-  assert 'nan' not in summary.page.read_text()
-  rows = read_csv(tmp_path / 'curves.csv')
-  assert {row['flops'] for row in rows} == {''}
+  assert said in page
+  assert not re.search(r'\bnan\b', page)
+  flops = {row['flops'] for row in read_csv(tmp_path / 'curves.csv')}
+  assert (flops == {''}) == (measure == 'compute_to_target')
 
 
 def test_a_view_that_does_not_exist_is_refused(tmp_path):
   study = toy.study(views=('sideways',))
   with pytest.raises(ValueError, match="No view 'sideways' for toy"):
     study_page.write(study, toy.setting(), toy.runs(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    'values, known',
+    [
+        ((3.0, 2.5, 1.0, 5.25, (1, 2, 6)), '3.0 ± 2.5 [1.0, 5.2]'),
+        ((3.0, 2.5, np.nan, np.nan, (1, 6)), '3.0 ± 2.5'),
+        ((3.0, 0.0, 1.0, 5.25, (3,)), '3.0 [1.0, 5.2]'),
+    ],
+)
+def test_an_estimate_shows_what_is_known_of_it(values, known):
+  found = Estimate(*values)
+  assert words.estimate(found, '.1f', spread=True) == known
+  assert '±' not in words.estimate(found, '.1f')
+  assert '[' not in words.estimate(found, '.1f', interval=False)
+  assert words.percent(found).startswith('+300 %')
 
 
 def test_importing_the_report_needs_neither_jax_nor_matplotlib(python):

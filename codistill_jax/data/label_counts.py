@@ -3,9 +3,10 @@
 Shape suffixes: C classes, N labels of a piece.
 """
 
+import contextlib
 import hashlib
+import io
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,7 @@ import numpy as np
 
 from codistill_jax.data import shards
 from codistill_jax.data.tokenizer import START_ID
-
-_CACHE = 'label_counts.npz'
+from codistill_jax.storage import files
 
 
 def frequencies(pieces: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
@@ -64,12 +64,13 @@ def token_frequencies(
     OSError, ValueError: If the data cannot be used.
   """
   data_dir = Path(data_dir)
-  path, key = data_dir / 'train' / _CACHE, _key(data_dir)
-  counts_V = _read(path, key, data.vocab_size)
-  if counts_V is None:
-    counts_V = data.count_tokens()
+  path = data_dir / 'train' / f'label_counts_{_key(data_dir)}.npy'
+  try:
+    counts_V = np.load(io.BytesIO(path.read_bytes()))
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    counts_V = data.count_tokens()  # There are none, or damaged ones.
     counts_V[START_ID] = 0
-    _write(path, key, counts_V)
+    _write(path, counts_V)
   return _shares(counts_V)
 
 
@@ -82,32 +83,17 @@ def _shares(counts_C: np.ndarray) -> np.ndarray:
 def _key(data_dir: Path) -> str:
   """Returns a key that is another one for other tokens."""
   meta = shards.read_meta(data_dir)
-  parts = meta['splits']['train']['shards']
   # The tokenizer too: which of the pieces there are is not in the tokens.
   known = [meta['tokenizer_sha256']]
-  known += [part['tokens_sha256'] for part in parts if part['documents']]
-  return hashlib.sha256('\n'.join(known).encode()).hexdigest()
+  for shard in meta['splits']['train']['shards']:
+    if shard['documents']:
+      known.append(shard['tokens_sha256'])
+  return hashlib.sha256('\n'.join(known).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-  """Reads the counts there, if they are whole and of the same tokens."""
-  try:
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as found:
-      counts_V, of = found['counts'], str(found['key'])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-    return None  # They are counted again.
-  fits = counts_V.shape == (num_classes,) and counts_V.dtype == np.int64
-  return counts_V if fits and of == key else None
-
-
-def _write(path: Path, key: str, counts_V: np.ndarray) -> None:
-  try:
-    # A name of its own: several groups may count at the same time.
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f'{path.name}.', delete=False
-    ) as file:
-      np.savez(file, counts=counts_V, key=np.array(key))
-    os.chmod(file.name, 0o644)  # Others may read it, as they may the tokens.
-    os.replace(file.name, path)
-  except OSError:
-    return  # A disk that is full or may not be written: the next one counts.
+def _write(path: Path, counts_V: np.ndarray) -> None:
+  buffer = io.BytesIO()
+  np.save(buffer, counts_V)
+  with contextlib.suppress(OSError):
+    # A disk that is full or may not be written: the next one counts.
+    files.write_bytes(path, buffer.getvalue())

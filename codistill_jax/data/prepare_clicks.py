@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 from codistill_jax.data import (
-    click_shards,
     criteo,
     order,
     prepare,
@@ -94,7 +93,7 @@ def prepare_clicks(
   _check(config)
   output = pathlib.Path(output)
   recipe = prepare.Recipe(
-      kind=click_shards.KIND,
+      kind=criteo.KIND,
       config=config,
       open_source=functools.partial(open_source, source),
       start=functools.partial(_start, config, report),
@@ -192,11 +191,11 @@ def _write_rows(
   numbers_N += number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
   splits = {}
-  for i, name in enumerate(click_shards.SPLITS):
+  for i, name in enumerate(criteo.SPLITS):
     part = rows[split_N == i]
     splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
     if len(part):
-      path = click_shards.rows_path(output, name, number)
+      path = criteo.rows_path(output, name, number)
       splits[name]['sha256'] = prepared_files.write_array(path, part)
       if name == 'train':
         _write_run(_run_path(output, number), part)
@@ -261,7 +260,7 @@ def _merge(
     # Weights are float64, which counts exactly up to 2**53.
     counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
     total = np.stack([values, counts.astype(np.uint32)], axis=1)
-  path = click_shards.counts_path(output, column)
+  path = criteo.counts_path(output, column)
   digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
   return {'values': len(total), 'sha256': digest}
 
@@ -278,7 +277,7 @@ def _finish(
 ) -> dict[str, Any]:
   """Checks the splits, and counts the values of categories."""
   fractions = 1, config['validation_fraction'], config['test_fraction']
-  for name, fraction in zip(click_shards.SPLITS, fractions):
+  for name, fraction in zip(criteo.SPLITS, fractions):
     if fraction and not meta['splits'].get(name, {}).get('rows'):
       raise ValueError(
           f'Of {meta["records"]:,} lines, none that is good fell into the'

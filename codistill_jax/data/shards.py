@@ -27,8 +27,6 @@ KIND = prepared_files.Kind(
     'prepare_data', 1, frozenset({'vocab_size', 'tokenizer_sha256'})
 )
 
-_PIECE = 1 << 22  # Tokens that are counted at once.
-
 
 def token_dtype(vocab_size: int) -> np.dtype:
   """Returns the smallest type that holds every token."""
@@ -100,7 +98,7 @@ class TokenData:
     self.lengths = np.concatenate([np.diff(offset) for offset in offsets])
 
   def __len__(self) -> int:
-    """The number of documents."""
+    """Returns the number of documents."""
     return len(self.starts)
 
   @property
@@ -127,18 +125,18 @@ class TokenData:
       )
     return tokens
 
-  def count_tokens(self) -> np.ndarray:
+  def count_tokens(self, most: int = 1 << 22) -> np.ndarray:
     """Counts each token of the split: int64 (V,).
 
-    Reads all of it, a piece at a time.
+    Reads all of it, at most so many tokens at a time.
 
     Raises:
       ValueError: If a token is outside the vocabulary.
     """
     counts = np.zeros(self.vocab_size, np.int64)
     for shard in self._shards:
-      for start in range(0, len(shard), _PIECE):
-        found = np.bincount(shard[start : start + _PIECE])
+      for start in range(0, len(shard), most):
+        found = np.bincount(shard[start : start + most])
         if len(found) > self.vocab_size:
           raise ValueError(
               f'The token files hold token {len(found) - 1}, but the vocabulary'

@@ -76,28 +76,21 @@ def click_model(
     )
   sizes, hidden = tuple(table_sizes), tuple(hidden)
   for name, values in (('table_sizes', sizes), ('hidden', hidden)):
-    if any(type(value) is not int or value < 1 for value in values):
-      raise ValueError(
-          f'{name} must be whole numbers of at least 1, got {values}.'
-      )
-  if embedding is not None and (type(embedding) is not int or embedding < 1):
-    raise ValueError(
-        'embedding must be a whole number of at least 1 or None, got'
-        f' {embedding!r}.'
-    )
+    for value in values:
+      linen.check_whole_numbers(**{name: value})
+  if embedding is not None:
+    linen.check_whole_numbers(embedding=embedding)
   if num_integers < 0 or not (num_integers or sizes):
     raise ValueError(
         f'Expected columns, got num_integers={num_integers} and'
         f' table_sizes={sizes}.'
     )
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
   widths = [embedding or embedding_width(size) for size in sizes]
   module = ClickModel(
       tables=tuple(zip(sizes, widths)),
       num_integers=num_integers,
       hidden=hidden,
-      dtype=jnp.dtype(dtype),
+      dtype=linen.checked_dtype(dtype),
   )
   return linen.from_linen(module)
 

@@ -83,29 +83,20 @@ def language_model(
       'heads': heads,
       'hidden': hidden,
   }
-  for name, value, least in [
-      *((name, value, 1) for name, value in sizes.items()),
-      ('memory', memory, 0),
-  ]:
-    if type(value) is not int or value < least:
-      raise ValueError(
-          f'{name} must be a whole number of at least {least}, got {value!r}.'
-      )
+  linen.check_whole_numbers(**sizes)
+  linen.check_whole_numbers(0, memory=memory)
   if units % (2 * heads):
     raise ValueError(
         f'units={units} is no even multiple of heads={heads}: rotary positions'
         ' turn pairs of values within a head.'
     )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+  linen.check_dropout(dropout)
   module = LanguageModel(
       **sizes,
       memory=memory,
       tied=tied,
       dropout=dropout,
-      dtype=jnp.dtype(dtype),
+      dtype=linen.checked_dtype(dtype),
   )
   return linen.from_linen(module)
 

@@ -23,7 +23,7 @@ from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
 from codistill_jax.exchange.kinds import Checkpoints
-from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
 from experiments import cli

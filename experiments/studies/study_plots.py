@@ -367,8 +367,8 @@ def _finish_panel(ax: Axes, found: Analysis, measure: str) -> None:
 
 # --- Wall time ---------------------------------------------------------------
 
-_ONE = {'color': plots.ONE, 'lw': 1.6}
-_TWO = {'color': plots.TWO, 'lw': 1.6}
+_ONE = {'color': plots.ONE, 'lw': 1.6, 'ms': 5}
+_TWO = {'color': plots.TWO, 'lw': 1.6, 'ms': 5}
 _PAPER = {'ls': plots.DASHES[1]}
 
 
@@ -393,23 +393,19 @@ def wall_time(model: WallTime) -> Plot:
       curve = [one(fit.steps(w), w) for w in workers]
       ax.plot(workers, curve, **_ONE, **_PAPER)
       points = [one(s, w) for w, s in model.one.items()]
-      ax.plot(list(model.one), points, marker='o', ms=5, **_ONE)
-      points = [two(s, w) for w, s in model.two.items()]
-      ax.plot([2 * w for w in model.two], points, marker='s', ms=5, **_TWO)
+      ax.plot(list(model.one), points, marker='o', label='one group', **_ONE)
+      if model.two:
+        x, points = zip(*((2 * w, two(s, w)) for w, s in model.two.items()))
+        ax.plot(x, points, marker='s', label='two groups', **_TWO)
       if model.at:
         curve = [two(model.ratio * fit.steps(w), w) for w in halves]
         ax.plot([2 * w for w in halves], curve, **_TWO, **_PAPER)
       _log_axes(ax)
-    handles = [Line2D([], [], label='one group', marker='o', ms=5, **_ONE)]
-    if model.two:
-      two = Line2D([], [], label='two groups', marker='s', ms=5, **_TWO)
-      handles.append(two)
-    handles.append(plots.line(plots.GREY, 'on paper', **_PAPER))
+    ax.plot([], [], color=plots.GREY, label='on paper', **_PAPER)
     if crossover:
-      axes[1].axvline(2 * crossover, **_TARGET)
       label = 'two groups faster from here'
-      handles.append(Line2D([], [], label=label, **_TARGET))
-    plots.legend_below(figure, handles)
+      ax.axvline(2 * crossover, label=label, **_TARGET)
+    plots.legend_below(figure, ax.get_legend_handles_labels()[0])
     caption = words.paragraph('latency_caption')
     return plots.save(figure, 'latency', 'Wall time, on paper', caption)
 

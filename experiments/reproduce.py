@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _plan() -> plan_lib.Plan:
-  """From the flags.
+  """Returns the plan of the study that the flags name.
 
   Raises:
     ValueError: If they do not fit.
@@ -171,7 +171,7 @@ def _check_churn(plan: plan_lib.Plan) -> None:
 
 
 def _latency() -> Latency:
-  """From the flags."""
+  """Returns what the flags say of step times and all-reduces."""
   steps = LogNormal(1.0, _TAIL.value)
   if _TAIL.value < 1:
     raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')

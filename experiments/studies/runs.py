@@ -150,7 +150,7 @@ class Trainer:
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
-    """The step of a run, or that of the one before if only seeds differ."""
+    """Makes the step of a run, or keeps it if only seeds differ."""
     # Under this configuration, even if it is thrown away: what makes no model
     # would have dead bindings.
     model = gin_utils.call(experiment_lib.make_model, experiment)
@@ -325,7 +325,7 @@ def _describe(
     began: float,
     together: int,
 ) -> Outcome:
-  """What outcome.json says of a run that has just ended."""
+  """Returns what outcome.json says of a run that has just ended."""
   num_peers = [
       experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
@@ -365,7 +365,7 @@ def _own_cores() -> int:
 
 
 def _last_loss(directory: files.PathLike, num_groups: int) -> float:
-  """Validation loss at the end: the mean over groups and last evaluations."""
+  """Returns the mean validation loss of groups and last evaluations."""
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
@@ -377,7 +377,7 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
 
 
 def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
-  """JSON lines alone."""
+  """Makes a writer of JSON lines alone."""
 
   def make(start: int) -> writers.Writer:
     path = run_directory.metrics_path(job.workdir, job.group_id)

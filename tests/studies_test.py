@@ -368,19 +368,28 @@ def check_same_run(ours, theirs):
         assert record.get(key, 0.0) == pytest.approx(value, rel=2e-5)
 
 
-def test_a_seed_of_one_program_that_diverges_is_done(reproduce_once, places):
+def test_a_seed_of_one_program_that_diverges_holds_up_no_other(
+    reproduce_once, places
+):
   status, output = reproduce_once(
-      'data_partition',
+      'image_codistillation',
       '--one_program=yes',
-      '--rates=1e30',
-      '--arms=same',
-      workdir='together_diverges',
+      '--seeds=2',
+      '--arms=codistillation',
+      '--gin=churn_toy.task.bad_seed=1',
+      workdir='one_diverges',
   )
   assert status == 0, output
-  found = outcomes(places / 'together_diverges')
-  assert {path.parts[0] for path in found} == {'baseline', 'same'}
-  assert all(1 <= o['diverged_at'] <= 4 for o in found.values())
+  found = {str(k): o for k, o in outcomes(places / 'one_diverges').items()}
   assert all(o['together'] == 2 for o in found.values())
+  # At the exchange after it, by groups that have one.
+  assert {k: o['diverged_at'] for k, o in found.items()} == {
+      'baseline/seed_0': None,
+      'baseline/seed_1': 4,
+      'codistillation/seed_0': None,
+      'codistillation/seed_1': 4,
+  }
+  assert found['codistillation/seed_0']['loss'] > 0
 
 
 def test_one_program_goes_on_where_all_seeds_have_a_checkpoint(

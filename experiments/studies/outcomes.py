@@ -17,13 +17,20 @@ from experiments.studies import communication
 from experiments.studies import plan as plan_lib
 from experiments.studies.declaration import Arm
 from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.results import Run, Setting
+from experiments.studies.results import Run
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
 
-def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
+def load(
+    workdir: files.PathLike, plan: Plan
+) -> tuple[dict[str, Any], list[Run]]:
   """Reads the runs that are done, and what they have in common.
+
+  Returns:
+    What study.json says (see `configurations`), with `bytes_of_model` (of one
+    publication), `seeds` and `rates` of the plan, how many of its `runs` are
+    `done`, and `minutes` of all of them; and the runs.
 
   Raises:
     FileNotFoundError: If there is no study, or nothing of it is done.
@@ -219,49 +226,17 @@ def _ensemble(
 
 def _setting(
     settings: Mapping[str, Any], plan: Plan, seconds: float, done: int
-) -> Setting:
-  on_cpu = settings['platform'] == 'cpu'
-  per_row = settings['examples_per_row']
-  example = settings['example']
-  rates = plan.scale.rates
-  return Setting(
-      data=settings['data'],
-      example=example,
-      rows=f'{per_row} {example}s' if per_row > 1 else '',
-      group_batch=settings['group_batch'],
-      examples=settings['group_batch'] * per_row,
-      num_steps=settings['num_steps'],
-      exchange_every=settings['exchange_every'],
-      replicas=settings['replicas'],
-      model_parameters=settings['model_parameters'],
-      model=settings['model'],
-      bytes_of_model=_BYTES[settings['publish_dtype']]
-      * settings['model_parameters'],
-      cores=settings['cores'] if on_cpu else 0,
-      device=settings['device'],
-      command=settings['command'],
-      scale=plan.scale_name,
-      seeds=plan.scale.seeds,
-      rates=rates,
-      selection=_selection(rates) + _unfinished(done, len(plan.runs())),
-      minutes=seconds / 60,
-  )
-
-
-def _selection(rates: Sequence[float]) -> str:
-  if len(rates) > 1:
-    return (
-        'For each arm, the rate of the grid with the lowest validation loss at'
-        ' the end (mean of the last three evaluations, over groups) of a run'
-        ' with one further seed, of which nothing else is reported.'
-    )
-  return 'The same learning rate in all arms; nothing was tuned.'
-
-
-def _unfinished(done: int, planned: int) -> str:
-  if done == planned:
-    return ''
-  return f' So far {done} of {planned} runs are done.'
+) -> dict[str, Any]:
+  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  return {
+      **settings,
+      'bytes_of_model': size,
+      'seeds': plan.scale.seeds,
+      'rates': plan.scale.rates,
+      'runs': len(plan.runs()),
+      'done': done,
+      'minutes': seconds / 60,
+  }
 
 
 def _number(value: float | None) -> float:

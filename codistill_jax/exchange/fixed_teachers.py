@@ -18,9 +18,10 @@ from flax import serialization
 from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import NoExchange, stack_teachers
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import checkpoints, files
+from codistill_jax.exchange.teaching import merge_teachers
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.checkpoints import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
@@ -129,7 +130,9 @@ def load(
   found = [
       cast_floats(_read(source, like, identity), dtype) for source in sources
   ]
-  return stack_teachers(found)
+  return merge_teachers(
+      None, dict(enumerate(found)), present=[True] * len(found)
+  )
 
 
 def _read(
@@ -168,36 +171,6 @@ def _leaves_of(record: Record) -> list[Leaf]:
       for leaf in record.leaves
       if leaf.path.startswith(prefix)
   ]
-
-
-def leave(
-    workdir: epath.PathLike,
-    group_id: int,
-    step: int,
-    variables: Variables,
-    identity: Mapping[str, str],
-) -> None:
-  """Leaves what `find` and `load` read, for a group that has ended elsewhere.
-
-  For runs that were trained without a run directory, as a population is: a
-  checkpoint that nobody can resume from, and DONE.
-
-  Args:
-    workdir: The run directory.
-    group_id: The group.
-    step: Updates done.
-    variables: What it has learnt; numpy.
-    identity: Of its task.
-
-  Raises:
-    OSError: If the file system refuses.
-  """
-  workdir = checkpoints.absolute(workdir)
-  tree = {_VARIABLES: serialization.to_state_dict(variables)}
-  facts = {'teacher_steps': [], 'identity': dict(identity)}
-  directory = run_directory.checkpoints_dir(workdir, group_id)
-  checkpoints.save(directory, step, tree, facts)
-  files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
 class FixedExchange(NoExchange):

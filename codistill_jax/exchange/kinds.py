@@ -16,21 +16,24 @@ import numpy as np
 from codistill_jax import peer_predictions, run_directory
 from codistill_jax.base import Agreement, PeerPredictions, Variables
 from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
-from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.plan import (
     DTYPES,
     Exchange,
     NoExchange,
     Plan,
     Topology,
+    Waiting,
     check_topology,
     peers_of,
     readers_of,
     staleness_metrics,
 )
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.store_exchange import (
+    CheckpointExchange,
+    memory_exchanges,
+)
+from codistill_jax.exchange.stores import Mirror
 from codistill_jax.storage.background import Troubles
 
 

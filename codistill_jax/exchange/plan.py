@@ -21,13 +21,13 @@ Shape suffix: P peers.
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from codistill_jax.base import (
+    Agreement,
     Metrics,
     PeerPredictions,
     Teachers,
@@ -52,6 +52,8 @@ class StaleError(ValueError):
 
 class Exchange(Protocol):
   """How one group gives its variables to its peers and gets theirs.
+
+  What derives from it does nothing where it says nothing.
 
   Attributes:
     peers: The ids of the peers, in the order of the teachers' axis P.
@@ -231,18 +233,34 @@ class Plan:
     return max(self.asked(step) or 0, 0)
 
 
-def stack_teachers(slots: Sequence[Variables | None]) -> Teachers | None:
-  """`Teachers` of the present peers; None if no peer is present."""
-  present = [slot for slot in slots if slot is not None]
-  if not present:
-    return None
-  # An absent peer's slot holds a copy of another one: finite whatever the
-  # model does with it, and not counted.
-  filled = [present[0] if slot is None else slot for slot in slots]
-  return Teachers(
-      variables=jax.tree.map(lambda *xs: np.stack(xs), *filled),
-      present_P=np.array([slot is not None for slot in slots], np.float32),
-  )
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+  """How long others are waited for.
+
+  Attributes:
+    timeout_seconds: How long a fetch waits for a peer before it raises
+      TimeoutError; and how long a publication is kept that somebody reads.
+    interrupted: Polled while waiting; true gives the wait up.
+  """
+
+  timeout_seconds: float = 600.0
+  interrupted: Callable[[], bool] = lambda: False
+
+  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
+    """Checks a wait that has begun at `start` (monotonic).
+
+    Raises:
+      Interrupted, TimeoutError: With `why`.
+    """
+    late = time.monotonic() - start >= self.timeout_seconds
+    # Together: a process that went on alone would wait for the others.
+    go_on, in_time = agreement.all_true(
+        np.array([not self.interrupted(), not late])
+    )
+    if not go_on:
+      raise Interrupted(f'stopped while waiting: {why}')
+    if not in_time:
+      raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
 
 
 def staleness_metrics(
@@ -285,42 +303,24 @@ def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
       )
 
 
-class NoExchange:
-  """A group without peers that publishes nothing."""
+class NoExchange(Exchange):
+  """The exchange of a group without peers, which publishes nothing."""
 
-  peers: tuple[int, ...] = ()
-  in_use: tuple[Publication | None, ...] = ()
+  peers = ()
+  in_use = ()
   rejected = 0
   last_rejection = ''
 
   def due(self, step: int) -> bool:
-    del step
     return False
 
   def publish_if_due(
       self, step: int, variables: Variables, metrics: Metrics | None = None
   ) -> bool:
-    del step, variables, metrics
     return False
 
   def metrics(self, step: int) -> dict[str, float]:
-    del step
     return {}
-
-  def fetch(self, step: int) -> None:
-    del step
-
-  def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
-    del step, teacher_steps
-
-  def settle(self, step: int) -> None:
-    del step
-
-  def checkpointed(self, step: int) -> None:
-    del step
-
-  def close(self) -> None:
-    pass
 
 
 def check_topology(topology: Topology) -> None:

@@ -3,7 +3,7 @@
 Shape suffix: P peers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,10 +12,9 @@ from absl import logging
 
 from codistill_jax.base import Array, Teachers, Variables
 from codistill_jax.exchange.plan import Plan
-from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.publications import Publication, Slot
 
 Put = Callable[[Array], Array]
-Slot = tuple[Publication, Variables]
 
 
 class Swap(NamedTuple):
@@ -94,6 +93,17 @@ class Teaching:
         self._put,
     )
     return Swap(tuple(held), teachers)
+
+  def restrict(self, swap: Swap | None, peers: Collection[int]) -> Swap | None:
+    """Returns of what was prepared only the teachers of some peers."""
+    found = {}
+    for slot, peer in enumerate(self.peers):
+      if peer in peers:
+        variables = jax.tree.map(
+            lambda x, slot=slot: _slot(x, slot), swap.teachers.variables
+        )
+        found[peer] = (swap.held[slot], variables)
+    return self.prepare(found)
 
   def take(self, swap: Swap | None) -> None:
     """Swaps the references."""

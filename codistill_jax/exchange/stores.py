@@ -109,7 +109,7 @@ class Store(Protocol):
 
 
 class Board:
-  """What all groups of one process have published; safe from any thread."""
+  """The publications of all groups of a process; safe from any thread."""
 
   def __init__(self, num_groups: int, keep: int):
     self.keep = keep
@@ -298,7 +298,7 @@ class DirectoryStore(Store):
 
   @contextlib.contextmanager
   def reading(self, steps: Mapping[int, int]) -> Iterator[None]:
-    """Says what is read inside, so that its writer does not delete it."""
+    """Marks what is read inside, so that its writer does not delete it."""
     try:
       self._set_mark(steps)
       yield
@@ -468,7 +468,7 @@ class DirectoryStore(Store):
 
 
 class _ReadingMarks:
-  """What readers are reading at this moment, by the marks they set."""
+  """The marks by which readers say what they are reading."""
 
   def __init__(
       self, root: epath.Path, readers: Sequence[int], limit_seconds: float
@@ -481,7 +481,7 @@ class _ReadingMarks:
     self._last: dict[str, dict] = {}
 
   def read_now(self, group_id: int) -> set[int]:
-    """The steps of `group_id` that a reader within its time limit reads."""
+    """Returns the steps of `group_id` that are read, within the limit."""
     steps, now, seen = set(), time.monotonic(), {}
     for path, mark in self._all_marks():
       key = (str(path), str(mark.get('nonce')))

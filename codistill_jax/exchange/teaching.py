@@ -18,7 +18,7 @@ Put = Callable[[Array], Array]
 
 
 class Swap(NamedTuple):
-  """All that changes when a teacher does.
+  """The state that changes when a teacher does.
 
   Attributes:
     held: Per peer, the publication that its teacher is, or None.
@@ -30,7 +30,7 @@ class Swap(NamedTuple):
 
 
 class Teaching:
-  """What is held of each peer, and what is shown to the training step.
+  """Teachers held of each peer, and those shown to the training step.
 
   Attributes:
     peers: The ids of the peers.
@@ -112,7 +112,7 @@ class Teaching:
       self.shown = None  # Of what was held before.
 
   def too_old(self, step: int) -> list[int]:
-    """The peers whose teachers are past their limit after `step`."""
+    """Returns the peers whose teachers are past their limit at `step`."""
     return [
         peer
         for peer, p in zip(self.peers, self.held)
@@ -120,7 +120,7 @@ class Teaching:
     ]
 
   def show(self, step: int) -> Teachers | None:
-    """The teachers of the update after `step`, without those too old."""
+    """Returns the teachers of the update after `step` that are not too old."""
     in_use = tuple(
         None if self._plan.too_old(step, p) else p for p in self.held
     )
@@ -139,7 +139,7 @@ class Teaching:
     return self.shown
 
   def say_if_alone(self, step: int) -> None:
-    """Says once that no peer is present, and once that one is again."""
+    """Logs once that no peer is present, and once that one is again."""
     self._alone.look(step, self.in_use)
 
 
@@ -221,7 +221,7 @@ def merge_teachers(
 
 
 def _slot(array: Array, slot: int) -> np.ndarray:
-  """One slot on the host."""
+  """Returns one slot, on the host."""
   if isinstance(array, jax.Array):
     # Of one device: the processes of a group need not meet. Indexed there:
     # jax remembers the host copy of an array as long as that lives.

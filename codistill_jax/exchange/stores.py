@@ -207,25 +207,11 @@ class DirectoryStore(Store):
       troubles: Troubles | None = None,
       patience: Patience = DEFAULT_PATIENCE,
   ):
-    """Clears up after a killed writer of this group; see `CheckpointExchange`.
+    """Clears up after a killed writer of this group.
 
-    Args:
-      root: The directory that all groups see.
-      group_id: This group.
-      num_groups: G.
-      like: Its variables, or their shapes; what peers must match.
-      plan: Who reads what, and the dtype of publications.
-      identity: What peers must share besides shapes.
-      keep: Publications to keep at least.
+    Args are those of `CheckpointExchange`, but:
       mirrored: If it mirrors a dictionary: how many may wait to be written.
       writes: Whether this process publishes.
-      process: Which process of the group this is.
-      waiting: For how long somebody reads, and when to give the disk up.
-      troubles: Where a disk that fails is noted.
-      patience: Time limits.
-
-    Raises:
-      leases.HeldError: If another process publishes for this group.
     """
     plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     waiting = waiting or Waiting()

@@ -58,7 +58,9 @@ class Teaching:
     self._plan = plan
     self._put = put
     self._teachers: Teachers | None = None
-    self._alone = _AloneNotice(group_id, peers, plan.every)
+    self._group_id = group_id
+    self._alone = False  # As was said.
+    self._patient_until: int | None = None
 
   @property
   def held_steps(self) -> dict[int, int | None]:
@@ -140,46 +142,28 @@ class Teaching:
 
   def say_if_alone(self, step: int) -> None:
     """Logs once that no peer is present, and once that one is again."""
-    self._alone.look(step, self.in_use)
-
-
-class _AloneNotice:
-  """Says once that a group trains alone, and once that it no longer does."""
-
-  def __init__(self, group_id: int, peers: Sequence[int], every: int):
-    self._who = f'group {group_id}'
-    self._peers = ', '.join(map(str, peers))
-    self._every = every
-    self._first: int | None = None  # Step of the first look.
-    self._had_teachers = False
-    self._said = False
-
-  def look(self, step: int, in_use: Sequence[Publication | None]) -> None:
-    if self._first is None:
-      self._first = step
-    if any(in_use):
-      if self._said:
-        present = ', '.join(str(p.group_id) for p in in_use if p is not None)
+    present = ', '.join(str(p.group_id) for p in self.in_use if p is not None)
+    if self._patient_until is None:
+      # At the start nobody has published yet; that is nothing to speak of.
+      self._patient_until = step + 2 * self._plan.every
+    if present:
+      if self._alone:
         logging.warning(
-            '%s has teachers again at step %d: those of group %s',
-            self._who,
+            'group %d has teachers again at step %d: those of group %s',
+            self._group_id,
             step,
             present,
         )
-      self._had_teachers, self._said = True, False
-    elif not self._said and (
-        # At the start nobody has published yet; that is nothing to speak of.
-        self._had_teachers
-        or step >= self._first + 2 * self._every
-    ):
-      self._said = True
+      self._alone, self._patient_until = False, step
+    elif not self._alone and step >= self._patient_until:
+      self._alone = True
       logging.warning(
-          '%s trains alone from step %d on: there is no publication of its'
-          ' peers (group %s) that is young enough; it takes them back when they'
-          ' publish',
-          self._who,
+          'group %d trains alone from step %d on: there is no publication of'
+          ' its peers (group %s) that is young enough; it takes them back when'
+          ' they publish',
+          self._group_id,
           step,
-          self._peers,
+          ', '.join(map(str, self.peers)),
       )
 
 

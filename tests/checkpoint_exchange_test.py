@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exchange_kit import (
-  Gate,
-  fetch_until,
-  flip,
-  kept,
-  marks,
-  publish,
-  publish_all,
-  publish_nan,
-  reads,
-  restarts_at,
-  shown,
-  steps_in_use,
-  variables_of,
+    Gate,
+    fetch_until,
+    flip,
+    kept,
+    marks,
+    publish,
+    publish_all,
+    publish_nan,
+    reads,
+    restarts_at,
+    shown,
+    steps_in_use,
+    variables_of,
 )
 from exchange_kit import join as join
 from waits import PATIENCE, until

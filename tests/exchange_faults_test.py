@@ -12,18 +12,18 @@ import weakref
 import numpy as np
 import pytest
 from exchange_kit import (
-  HASTY,
-  IDENTITY,
-  Disk,
-  Gate,
-  fetch_until,
-  kept,
-  publish,
-  publish_all,
-  restarts_at,
-  shown,
-  steps_in_use,
-  variables_of,
+    HASTY,
+    IDENTITY,
+    Disk,
+    Gate,
+    fetch_until,
+    kept,
+    publish,
+    publish_all,
+    restarts_at,
+    shown,
+    steps_in_use,
+    variables_of,
 )
 from exchange_kit import join as join
 from waits import PATIENCE, until

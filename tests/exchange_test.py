@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import toy
 from exchange_kit import (
-  EVERY,
-  HASTY,
-  IDENTITY,
-  fetch_until,
-  plan_of,
-  shown,
-  steps_in_use,
-  variables_of,
+    EVERY,
+    HASTY,
+    IDENTITY,
+    fetch_until,
+    plan_of,
+    shown,
+    steps_in_use,
+    variables_of,
 )
 from exchange_kit import join as join
 from exchange_kit import publish as publish_in
@@ -25,8 +25,8 @@ from waits import PATIENCE
 
 from codistill_jax.exchange.plan import Interrupted, StaleError, Waiting
 from codistill_jax.exchange.store_exchange import (
-  CheckpointExchange,
-  memory_exchanges,
+    CheckpointExchange,
+    memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.group import run_group

@@ -56,9 +56,7 @@ def train(workdir, stop_after=None):
   stream = one_program.SharedStream(
       experiment_lib.train_stream(EXPERIMENT, 0, G)
   )
-  all_groups.train(
-      EXPERIMENT, MODEL, update.seats, workdir, stop_after, stream
-  )
+  all_groups.train(EXPERIMENT, MODEL, update.seats, workdir, stop_after, stream)
 
 
 @pytest.fixture(scope='module')

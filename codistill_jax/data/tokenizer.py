@@ -27,7 +27,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -123,20 +123,14 @@ class Tokenizer:
           ' or unknown characters). Train one with prepare_data.'
       )
 
-  def __reduce__(self):
-    return Tokenizer, (self.model,)
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes each text: word pieces, int32, without `<s>` and `</s>`.
+  def encode(self, text: str) -> np.ndarray:
+    """Encodes a text: word pieces, int32, without `<s>` and `</s>`.
 
     Raises:
-      ValueError: If a text cannot be written in UTF-8 (lone surrogates).
+      ValueError: If it cannot be written in UTF-8 (lone surrogates).
     """
-    return [self._encode(escape(text)) for text in texts]
-
-  def _encode(self, escaped: str) -> np.ndarray:
     # To bytes here: sentencepiece would say something else of surrogates.
-    parts = _parts(escaped.encode('utf-8'), self._part_bytes)
+    parts = _parts(escape(text).encode('utf-8'), self._part_bytes)
     found = [self._pieces.encode(part, out_type='numpy') for part in parts]
     return np.concatenate(found, dtype=np.int32)
 
@@ -166,10 +160,6 @@ class Tokenizer:
     return tensorflow_text.SentencepieceTokenizer(
         model=self.model, out_type=tf.int32
     )
-
-  def encode(self, text: str) -> np.ndarray:
-    """Encodes one text: word pieces, int32, without `<s>` and `</s>`."""
-    return self.encode_batch([text])[0]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Decodes word pieces to their text; `<s>` and `</s>` are left out.

@@ -5,12 +5,9 @@ import pytest
 
 from codistill_jax.base import TrainState, Variables
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.checkpoint_exchange import (
-    CheckpointExchange,
-    Waiting,
-)
-from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.plan import Plan, Waiting
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.store_exchange import CheckpointExchange
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Patience
 from codistill_jax.storage.resume import ResumeCheckpoints

@@ -17,8 +17,8 @@ from codistill_jax import base
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Predictions
-from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from experiments.studies import one_program

@@ -75,7 +75,7 @@ def worker_turns(
     seed: int = 0,
     ramp_up_steps: int = 0,
 ) -> Turns:
-  """The turns of the first updates; of more of them, these are the first.
+  """Returns the turns of the first updates; more of them begin with these.
 
   In each round every worker that has joined has one turn.
 
@@ -232,7 +232,7 @@ class AsynchronousSgd:
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
   ) -> TrainState:
-    """All workers have pulled the first parameters; carries (B, W, ...)."""
+    """Widens a state: all workers have pulled it; carries (B, W, ...)."""
     del tx
     return state.replace(
         opt_state=AsyncState(
@@ -254,7 +254,7 @@ class AsynchronousSgd:
       num_steps: int,
       rows: slice | None,
   ) -> Stream:
-    """Each worker reads rows of its own of a stream of W x B rows.
+    """Makes streams of W x B rows, of which each worker reads its own.
 
     So the n-th batch of worker w are rows w B to (w + 1) B of batch n of that
     stream, and a document of a language model stays with its worker.
@@ -284,7 +284,7 @@ class AsynchronousSgd:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """One update of the server, with the gradient of one worker."""
+    """Returns one update of the server, with the gradient of one worker."""
     turns = self.turns(num_steps)
     gradient_step = step.make_train_step(model, _KEEP_GRADIENT, **kwargs)
 

@@ -117,7 +117,7 @@ class Diloco:
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
   ) -> TrainState:
-    """All workers begin with the same variables; carries stay (B, ...)."""
+    """Widens a state: all workers begin with it; carries stay (B, ...)."""
     del tx
     params = state.variables.params
     return state.replace(
@@ -149,7 +149,7 @@ class Diloco:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """One update of all workers, and the outer step where it is due."""
+    """Returns one update of all workers, and the outer step where it is due."""
     del num_steps
     inner_step = step.make_train_step(model, tx, **kwargs)
     outer = self._outer()

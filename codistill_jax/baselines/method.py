@@ -44,7 +44,7 @@ class Method(Protocol):
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """The step; `kwargs` are those of `step.make_train_step`."""
+    """Returns the step; `kwargs` are those of `step.make_train_step`."""
 
   def train_stream(
       self,
@@ -54,7 +54,7 @@ class Method(Protocol):
       num_steps: int,
       rows: slice | None,
   ) -> Stream:
-    """The batches of a group, by step; rows as in `base.Task.train_stream`.
+    """Returns the batches of a group; rows as in `base.Task.train_stream`.
 
     Args:
       make: `make(group_batch=, rows=)` gives the task's stream of the group.

@@ -51,7 +51,7 @@ def click_model(
     embedding: int | None = None,
     dtype: str = 'float32',
 ) -> base.Model:
-  """The feed-forward click model; the defaults are the paper's size.
+  """Returns the feed-forward click model; the defaults are the paper's size.
 
   A batch has `inputs`: a dict of `integers` float32 (B, I) and `categories`
   int32 (B, K), each below the size of its table. Outputs are logits (B,) of the

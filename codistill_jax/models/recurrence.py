@@ -88,7 +88,7 @@ unit_size.defvjp(_unit_size_fwd, _unit_size_bwd)
 
 
 def row(vector: Array, ndim: int) -> jax.Array:
-  """The vector as the last of `ndim` axes."""
+  """Returns the vector as the last of `ndim` axes."""
   return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
@@ -100,7 +100,7 @@ def run(
     resets_TB: Array | None,
     state: State,
 ) -> tuple[jax.Array, State]:
-  """All outputs of a layer, in the dtype of its kernel, and its last state.
+  """Returns the outputs of a layer, in its kernel's dtype, and its last state.
 
   Args:
     kernel_DF: W_h. With `norms` each row has mean 0, so that W_h h has.
@@ -293,7 +293,7 @@ dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 def kernel_gradient(x_NE: Array, d_NF: Array) -> jax.Array:
-  """The gradient (E, F) of a kernel, in the dtype of that of its product."""
+  """Returns the gradient (E, F) of a kernel, in the dtype of `d_NF`."""
   return contract(x_NE.astype(d_NF.dtype), d_NF, 0, 0).astype(d_NF.dtype)
 
 

@@ -50,7 +50,7 @@ def language_model(
     dropout: float = 0.0,
     dtype: str = 'float32',
 ) -> base.Model:
-  """A transformer language model, in place of `lstm.language_model`.
+  """Returns a transformer language model, in place of `lstm.language_model`.
 
   A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
   within it, `resets` (B, T): True where a document begins. The outputs are
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
   dtype: Any
 
   def init_carry(self, batch_size: int) -> Memory | tuple[()]:
-    """A memory in which nothing is live; () if the model has none."""
+    """Returns a memory in which nothing is live; () if the model has none."""
     if not self.memory:
       return ()
     shape = (batch_size, self.memory)

@@ -4,13 +4,12 @@ r"""Many small runs as one program, or group by group: which takes longer?
 
 Six members: three seeds of two groups, which codistil in lockstep on one
 device, each on a batch of its own. `together` is one program for all of them
-(`experiments.studies.population`), `in_turn` the loop of each group, one update
+(`experiments.studies.one_program`), `in_turn` a step of each group, one update
 each in turn, exchanging through memory. Both exchange every ten updates; that
 is part of what is measured. A ratio below 1 is in favour of one program.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import command, measure
@@ -56,37 +55,26 @@ def _together(case: Any) -> Callable[[], Any]:
   from benchmarks import cases
   from codistill_jax import base, one_program
   from codistill_jax.exchange.protocol import Plan
-  from experiments.studies.population_exchange import StackedExchange
+  from experiments.studies.one_program import exchanges_of
 
   members = _SEEDS * _GROUPS
-  step = one_program.Population(
+  population = one_program.Population(
       cases.train_step(case, axis_name=base.REPLICA_AXIS),
       members,
       devices=jax.devices()[:1],
       shared_batch=False,
   )
-  state = step.place(_states(case))
-  exchange = StackedExchange(
-      Plan(_EVERY, 'lockstep'), _SEEDS, _GROUPS, state.step.sharding
-  )
+  update = one_program.JointUpdate(population)
   batch = jax.tree.map(lambda x: jnp.stack([x] * members), case.batch)
-  count = itertools.count()
-
-  def call() -> Any:
-    nonlocal state
-    for n in itertools.islice(count, _EVERY):
-      state, metrics = step(state, batch, exchange.fetch(n), 1.0)
-    exchange.publish(n + 1, state.variables, [True] * members)
-    return metrics
-
-  return call
+  exchanges = exchanges_of(update, Plan(_EVERY, 'lockstep'), _GROUPS)
+  return _rounds(case, update.seats, batch, exchanges)
 
 
 def _in_turn(case: Any) -> Callable[[], Any]:
   import jax
 
   from benchmarks import cases
-  from codistill_jax import base, group, replicas
+  from codistill_jax import base, replicas
   from codistill_jax.exchange.memory_exchange import memory_exchanges
 
   step = replicas.PmapStep(
@@ -97,11 +85,19 @@ def _in_turn(case: Any) -> Callable[[], Any]:
       for _ in range(_SEEDS)
       for exchange in memory_exchanges(_GROUPS, every=_EVERY)
   ]
+  return _rounds(case, [step] * len(exchanges), case.batch, exchanges)
+
+
+def _rounds(
+    case: Any, steps: Sequence[Any], batch: Any, exchanges: Sequence[Any]
+) -> Callable[[], Any]:
+  from codistill_jax import group
+
   groups = [
       group.run_group(
-          step, state, _Same(case.batch), num_steps=10**9, exchange=exchange
+          step, state, _Same(batch), num_steps=10**9, exchange=exchange
       )
-      for state, exchange in zip(_states(case), exchanges)
+      for step, state, exchange in zip(steps, _states(case), exchanges)
   ]
 
   def call() -> Any:

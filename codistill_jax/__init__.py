@@ -17,7 +17,7 @@ _HOMES = {
         'Updates',
         'Variables',
     ),
-    'storage.checkpoint': ('Checkpoints',),
+    'storage.resume': ('ResumeCheckpoints',),
     'exchange.checkpoint_exchange': ('CheckpointExchange', 'Waiting'),
     'exchange.protocol': ('Exchange', 'NoExchange', 'Plan'),
     'exchange.prediction_exchange': ('PredictionExchange',),

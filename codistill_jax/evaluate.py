@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 
 def never() -> bool:
-  """The `should_stop` of a pass that nothing stops."""
+  """Returns False: the `should_stop` of a pass that nothing stops."""
   return False
 
 
@@ -51,7 +51,7 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = never,
 ) -> dict[str, float] | None:
-  """Metrics of one set of variables over `batches`, in one pass.
+  """Returns metrics of one set of variables over `batches`, in one pass.
 
   Args:
     eval_step: `eval_step(variables, batch, carry) -> (metrics, carry)`, where
@@ -78,75 +78,6 @@ def evaluate(
   return None if sums is None else _values(sums)
 
 
-def evaluate_stacked(
-    eval_step: Callable[..., tuple[Sequence[base.PyTree], base.PyTree]],
-    variables: base.PyTree,
-    batches: Iterable[base.Batch],
-    carry: base.PyTree,
-    *,
-    should_stop: Callable[[], bool] = never,
-) -> list[list[dict[str, float]]] | None:
-  """As `evaluate`, of many models in one pass.
-
-  Args:
-    eval_step: `eval_step(variables, batch, carry) -> (stacks, carry)`, where
-      each of the stacks is metrics by key, every leaf of which has an axis of
-      models in front.
-    variables: What it takes.
-    batches: As of `evaluate`.
-    carry: What it takes before the first batch, where its later ones will be.
-    should_stop: Asked before every batch.
-
-  Returns:
-    For each stack, for each model in it, what `evaluate` gives.
-  """
-  step = lambda batch, carry: eval_step(variables, batch, carry)
-  sums = _sum_over(step, batches, carry, should_stop)
-  return None if sums is None else [_each(stack) for stack in sums]
-
-
-def _each(stack):
-  count = len(jax.tree.leaves(stack)[0])
-  return [
-      _values(jax.tree.map(lambda x, n=n: x[n], stack)) for n in range(count)
-  ]
-
-
-def make_compare_step(model: base.Model) -> Callable[..., tuple]:
-  """A pure step that compares sets of variables on a batch.
-
-  Returns:
-    `compare_step(variables_list, batch, carries) -> (sums, carries)`, where
-    sums is a pytree of metrics shaped like `Comparison`, less perplexity.
-  """
-
-  def compare_step(variables_list, batch, carries):
-    labels, weights = batch['labels'], batch.get('weights')
-    results = [
-        model.apply(variables, batch, carry, None, False)
-        for variables, carry in zip(variables_list, carries)
-    ]
-    logits = [base.logits_of(outputs) for outputs, _ in results]
-    sigmoid = logits[0].shape == labels.shape
-    log_probs = [
-        jax.nn.log_softmax(metrics.class_logits(x, labels)) for x in logits
-    ]
-    member = functools.partial(
-        _member, labels=labels, weights=weights, sigmoid=sigmoid
-    )
-    sums = Comparison(
-        members=[member(x) for x in log_probs],
-        ensemble=member(_mean_prediction(log_probs)),
-        pairs={
-            pair: _differences(*(log_probs[i] for i in pair), weights, sigmoid)
-            for pair in itertools.combinations(range(len(log_probs)), 2)
-        },
-    )
-    return sums, [updates.carry for _, updates in results]
-
-  return compare_step
-
-
 def compare(
     model: base.Model,
     variables_list: Sequence[base.Variables],
@@ -154,7 +85,7 @@ def compare(
     *,
     should_stop: Callable[[], bool] = never,
 ) -> Comparison | None:
-  """Metrics of each set of variables, of their ensemble, and between them.
+  """Compares sets of variables: each, their ensemble, and between them.
 
   The ensemble predicts the mean of the members' probabilities; its loss and
   accuracy are those of that prediction, not means of the members'. A model
@@ -199,7 +130,38 @@ def compare(
 # Compiled once, however often the models of a run are compared.
 @functools.lru_cache(maxsize=4)
 def _compare_step(model: base.Model) -> Callable[..., tuple]:
-  return jax.jit(make_compare_step(model))
+  """Returns a jitted step that compares sets of variables on a batch.
+
+  `step(variables_list, batch, carries) -> (sums, carries)`, where sums is a
+  pytree of metrics shaped like `Comparison`, less perplexity.
+  """
+
+  @jax.jit
+  def step(variables_list, batch, carries):
+    labels, weights = batch['labels'], batch.get('weights')
+    results = [
+        model.apply(variables, batch, carry, None, False)
+        for variables, carry in zip(variables_list, carries)
+    ]
+    logits = [base.logits_of(outputs) for outputs, _ in results]
+    sigmoid = logits[0].shape == labels.shape
+    log_probs = [
+        jax.nn.log_softmax(metrics.class_logits(x, labels)) for x in logits
+    ]
+    member = functools.partial(
+        _member, labels=labels, weights=weights, sigmoid=sigmoid
+    )
+    sums = Comparison(
+        members=[member(x) for x in log_probs],
+        ensemble=member(_mean_prediction(log_probs)),
+        pairs={
+            pair: _differences(*(log_probs[i] for i in pair), weights, sigmoid)
+            for pair in itertools.combinations(range(len(log_probs)), 2)
+        },
+    )
+    return sums, [updates.carry for _, updates in results]
+
+  return step
 
 
 _NO_BATCH = 'Expected at least one batch to evaluate on, got none.'

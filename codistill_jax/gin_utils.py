@@ -10,7 +10,7 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 from absl import flags
@@ -191,6 +191,23 @@ def _one_line_errors(where: str) -> Iterator[None]:
 def configuration() -> list[str]:
   """The bindings made, one normalised statement each, for comparison."""
   return sorted(_text(s) for s in _bindings(gin.config_str()))
+
+
+class Configuration(NamedTuple):
+  """What a process is configured to do.
+
+  Attributes:
+    bindings: As of `configuration`.
+    operative: As of `operative_configuration`.
+  """
+
+  bindings: list[str]
+  operative: str
+
+
+def current() -> Configuration:
+  """Returns the configuration of this process as it is now."""
+  return Configuration(configuration(), operative_configuration())
 
 
 def operative_configuration() -> str:

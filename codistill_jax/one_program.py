@@ -149,9 +149,14 @@ class Population:
         top_k=top_k,
     )
 
-  def place_teachers(self, teachers: Sequence[Teachers]) -> Teachers:
-    """Returns one `Teachers` for each group, stacked on the devices."""
-    return self._stack(teachers, Spec(BLOCK_AXIS))
+  def stack(self, trees: Sequence[PyTree]) -> PyTree:
+    """Stacks a tree of each group, such as its teachers, on the devices."""
+    return self._stack(trees, Spec(BLOCK_AXIS))
+
+  @property
+  def sharding(self) -> NamedSharding:
+    """Of arrays with an axis G in front."""
+    return NamedSharding(self._mesh, Spec(BLOCK_AXIS))
 
   def place(self, states: Sequence[TrainState]) -> TrainState:
     """Stacks the states of all groups on the devices, in the order of groups.
@@ -315,6 +320,10 @@ class Scalar:
     return float(np.asarray(self))
 
 
+# Batch, teachers and distill weight of an update.
+_Told = tuple[Batch, PeerPredictions | Teachers | None, float]
+
+
 class Seat:
   """One group's place at a joint update; made by `JointUpdate`.
 
@@ -322,7 +331,8 @@ class Seat:
 
   Attributes:
     num_replicas: Replicas of the group.
-    peers: Its teachers, as the update gives them to its pure step.
+    peers: Its teachers, as the update gives them to its pure step; None if
+      groups bring their own.
   """
 
   def __init__(self, update: 'JointUpdate', group_id: int):
@@ -343,8 +353,12 @@ class Seat:
     """Registers the group; of the last one on, states are on the devices."""
     return self._update.register(self._group_id, state)
 
-  def place_teachers(self, teachers: PeerPredictions) -> PeerPredictions:
-    return teachers  # The joint update has them all.
+  def place_teachers(
+      self, teachers: PeerPredictions | Teachers
+  ) -> PeerPredictions | Teachers:
+    """Returns the teachers of all groups: the given ones are those already."""
+    peers = self._update.peers
+    return teachers if peers is None else peers
 
   def collect(self, state: GroupState) -> TrainState:
     return state.collect()
@@ -353,17 +367,23 @@ class Seat:
       self,
       state: GroupState,
       batch: Batch,
-      teachers: PeerPredictions | None,
+      teachers: PeerPredictions | Teachers | None,
       distill_weight: float | Array,
   ) -> tuple[GroupState, Metrics]:
     """As the pure step. All groups must ask before one asks again.
+
+    Batch and teachers are those of all groups, the same for each that asks.
 
     Raises:
       ValueError: If a group has not begun or not caught up, or has been given
         something else than the others.
     """
-    told = (batch, teachers is not None, float(distill_weight))
-    return self._update.turn(self._group_id, state, *told)
+    told = (batch, teachers, float(distill_weight))
+    return self._update.turn(self._group_id, state, told)
+
+  def leave(self) -> None:
+    """Gives up the seat; the update goes on for the other groups."""
+    self._update.leave(self._group_id)
 
 
 class JointUpdate:
@@ -371,36 +391,54 @@ class JointUpdate:
 
   Attributes:
     population: The step that makes it.
+    peers: The teachers of all groups, if they learn from each other's
+      predictions; else None.
     seats: By group, what takes the place of its `PmapStep`.
   """
 
   def __init__(
       self,
       population: Population,
-      mix_GG: Array,
+      mix_GG: Array | None = None,
       top_k: int | None = None,
   ):
     """Waits for all groups to begin.
 
     Args:
-      population: The step, with a shared batch.
-      mix_GG: Who learns from whom; `peer_predictions.mixing_matrix`.
+      population: The step.
+      mix_GG: Who learns from whose predictions, with a shared batch;
+        `peer_predictions.mixing_matrix`. None: the exchange of each group gives
+        the teachers of all, stacked.
       top_k: As in `PeerPredictions`.
     """
     self.population = population
-    self._mix_GG = np.asarray(mix_GG, np.float32)
-    self._peers = population.peers(mix_GG, top_k)
+    self._mix_GG = mix_GG
+    self.peers = None if mix_GG is None else population.peers(mix_GG, top_k)
     self._begun: dict[int, TrainState] = {}
     self._state: TrainState | None = None
     self._metrics: Metrics = {}
     self._turn = 0
-    self._told: tuple[Batch, bool, float] = ({}, False, 0.0)
+    self._told: _Told = ({}, None, 0.0)
     self._waiting: set[int] = set()  # Who has yet to take the last update.
+    self._here = set(range(population.num_groups))
     self.seats = [Seat(self, g) for g in range(population.num_groups)]
 
-  def peers_of(self, group_id: int) -> PeerPredictions:
+  @property
+  def variables(self) -> Variables | None:
+    """Of all groups, stacked, until the next update; None before the first."""
+    return None if self._state is None else self._state.variables
+
+  def peers_of(self, group_id: int) -> PeerPredictions | None:
     """Returns the teachers of one group."""
-    return self._peers.replace(mix_G=self._mix_GG[group_id])
+    if self.peers is None:
+      return None
+    mix_G = np.asarray(self._mix_GG, np.float32)[group_id]
+    return self.peers.replace(mix_G=mix_G)
+
+  def leave(self, group_id: int) -> None:
+    """Waits for a group no more."""
+    self._here.discard(group_id)
+    self._waiting.discard(group_id)
 
   def register(self, group_id: int, state: TrainState) -> GroupState:
     """Registers the state that a group begins with; a run may begin again."""
@@ -413,12 +451,9 @@ class JointUpdate:
       self,
       group_id: int,
       state: GroupState,
-      batch: Batch,
-      codistilled: bool,
-      weight: float,
+      told: _Told,
   ) -> tuple[GroupState, Metrics]:
     """Returns the update of one group; made for all by the first that asks."""
-    told = (batch, codistilled, weight)
     if state.turn == self._turn:
       self._advance(group_id, told)
     elif group_id not in self._waiting:
@@ -428,15 +463,15 @@ class JointUpdate:
       )
     elif not _same(told, self._told):
       raise ValueError(
-          f'group {group_id} got another batch or distill weight than the first'
-          ' group of its turn; give all groups the same stream (partition'
-          " 'shared', one order) and schedule"
+          f'group {group_id} got another batch or distill weight, or other'
+          ' teachers, than the first group of its turn; give all groups one'
+          " stream (partition 'shared', one order) and one schedule"
       )
     self._waiting.discard(group_id)
     metrics = {k: Scalar(x, group_id) for k, x in self._metrics.items()}
     return GroupState(self, group_id, self._turn, self._state), metrics
 
-  def _advance(self, group_id: int, told: tuple[Batch, bool, float]) -> None:
+  def _advance(self, group_id: int, told: _Told) -> None:
     if self._waiting:
       raise ValueError(
           f'group {group_id} asks for its next update before group(s)'
@@ -444,14 +479,10 @@ class JointUpdate:
       )
     if self._state is None:
       self._state = self._place()
-    batch, codistilled, weight = told
-    teachers = self._peers if codistilled else None
-    self._state, self._metrics = self.population(
-        self._state, batch, teachers, weight
-    )
+    self._state, self._metrics = self.population(self._state, *told)
     self._told = told
     self._turn += 1
-    self._waiting = set(range(self.population.num_groups))
+    self._waiting = set(self._here)
 
   def _place(self) -> TrainState:
     missing = set(range(self.population.num_groups)) - self._begun.keys()
@@ -471,9 +502,10 @@ class JointUpdate:
     return self.population.place(begun)
 
 
-def _same(told: tuple, before: tuple) -> bool:
-  (batch, *rest), (batch_before, *rest_before) = told, before
-  if rest != rest_before:
+def _same(told: _Told, before: _Told) -> bool:
+  batch, teachers, weight = told
+  batch_before, teachers_before, weight_before = before
+  if teachers is not teachers_before or weight != weight_before:
     return False
   if batch is batch_before:  # As of a `SharedStream`.
     return True

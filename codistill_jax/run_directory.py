@@ -102,9 +102,16 @@ def report_dir(workdir: PathLike) -> epath.Path:
   return epath.Path(workdir) / 'report'
 
 
-def comparison_path(workdir: PathLike) -> epath.Path:
-  """Final evaluation of models, ensembles and pairs of models, as JSON."""
-  return report_dir(workdir) / 'comparison.json'
+def comparison_path(
+    workdir: PathLike, step: int | None = None, split: str = 'validation'
+) -> epath.Path:
+  """Final evaluation of models, ensembles and pairs of models, as JSON.
+
+  A report shows the one of the newest step (None), on the validation split.
+  """
+  rest = [] if split == 'validation' else [split]
+  rest += [] if step is None else [str(step)]
+  return report_dir(workdir) / ('_'.join(['comparison', *rest]) + '.json')
 
 
 def list_groups(workdir: PathLike) -> list[int]:

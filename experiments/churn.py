@@ -22,7 +22,7 @@ from absl import flags
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli, side_by_side
-from experiments.churn_study import comparison, report, run_files
+from experiments.churn_study import comparison, run_files
 from experiments.stopping import Rescue, StopRequest
 
 flags.adopt_module_key_flags(gin_utils)
@@ -126,7 +126,9 @@ def main(argv: Sequence[str]) -> None:
     )
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
-  report.main(workdir, comparison.OUTPUT.value, _NOTE.value)
+  from experiments.studies import churn_page
+
+  churn_page.report(workdir, comparison.OUTPUT.value, _NOTE.value)
 
 
 def _refuse_flags_of(what: str, names: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'data': experiment.task.description,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
-      'configuration': gin_utils.configuration(),
+      'configuration': job.configuration().bindings,
   }
 
 
@@ -100,8 +100,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   check_workdir(job, state)
   config = run_directory.config_path(job.workdir)
   if not config.exists():
-    text = gin_utils.operative_configuration()
-    files.write_bytes(config, text.encode())
+    files.write_bytes(config, job.configuration().operative.encode())
 
 
 def _check_same_run(workdir: str, before: dict, now: dict) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from codistill_jax import run_directory
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 # Names the file that a drilled process obeys.
 CONTROL_VARIABLE = 'CODISTILL_DRILL_CONTROL'
@@ -67,7 +67,7 @@ class Victim:
   def publication(self, rng: np.random.Generator) -> pathlib.Path:
     """The directory of one of its publications."""
     directory = run_directory.publications_dir(self.workdir, self.group_id)
-    steps = trees.completed_steps(directory)
+    steps = checkpoints.completed_steps(directory)
     if not steps:
       raise Nothing
     step = int(rng.choice(steps)) if self.fresh is None else self.fresh

@@ -25,7 +25,7 @@ import numpy as np
 from codistill_jax import group
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
-from codistill_jax.storage import background, checkpoint, trees
+from codistill_jax.storage import background, checkpoints, resume
 from experiments import cli, driver, train_group
 from experiments.drill_faults import CONTROL_VARIABLE
 from experiments.drill_ledger import SOCKET_VARIABLE
@@ -143,7 +143,7 @@ def skew_clock(control: Control) -> None:
 
 def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
   """Reports what is published and read, with its bits; forges to order."""
-  write, read, save = publications.write, publications.read, trees.save
+  write, read, save = publications.write, publications.read, checkpoints.save
   # NaN; another architecture; said to be of another group.
   ways = itertools.cycle(['nan', 'shape', 'source'])
 
@@ -164,7 +164,7 @@ def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
       return read(root, peer, step, **kwargs)
     try:
       publication, variables = read(root, peer, step, **kwargs)
-    except (trees.DamagedError, publications.MismatchError):
+    except (checkpoints.DamagedError, checkpoints.MismatchError):
       report('refused', peer=peer, step=step)
       raise
     report('used', peer=peer, step=step, digest=digest(variables))
@@ -198,7 +198,7 @@ def _forged(
 
 def watch_saving(report: Reporter) -> None:
   """Reports which resume checkpoints are asked for, and which are complete."""
-  ask, save = checkpoint.Checkpoints.save, trees.save
+  ask, save = resume.ResumeCheckpoints.save, checkpoints.save
   fail = background.Troubles.failed
 
   def reported_ask(self, state, teacher_steps=()):
@@ -215,8 +215,8 @@ def watch_saving(report: Reporter) -> None:
     report('trouble', doing=doing)
     fail(self, doing, error)
 
-  checkpoint.Checkpoints.save = reported_ask
-  trees.save = reported_save
+  resume.ResumeCheckpoints.save = reported_ask
+  checkpoints.save = reported_save
   background.Troubles.failed = reported_failure
 
 

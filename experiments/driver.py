@@ -26,7 +26,7 @@ from codistill_jax.experiment import first_row, num_teachers, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import DEFAULT_PATIENCE
-from codistill_jax.storage.checkpoint import Checkpoints, Resume
+from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import claims
 from experiments.cli import Stopped
 from experiments.efficiency import Efficiency
@@ -117,7 +117,7 @@ def train(
       lease.check()
       exchange.settle(step)
 
-    checkpoints = Checkpoints(
+    checkpoints = ResumeCheckpoints(
         run_directory.checkpoints_dir(job.workdir, job.group_id),
         identity=job.identity,
         troubles=job.troubles,
@@ -263,7 +263,7 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
 
 
 def _restore(
-    job: Job, checkpoints: Checkpoints, like: TrainState
+    job: Job, checkpoints: ResumeCheckpoints, like: TrainState
 ) -> Resume | None:
   """The newest sound checkpoint; the primary's choice in every process."""
   resume = checkpoints.restore(like) if job.agreement.is_primary else None

@@ -105,8 +105,9 @@ class Efficiency:
 
   def _teachers(self) -> Teachers | PeerPredictions:
     job, plan = self._job, self._job.experiment.plan
-    if isinstance(job.train_step, one_program.Seat):
-      return _shapes(job.train_step.peers)
+    step = job.train_step
+    if isinstance(step, one_program.Seat) and step.peers is not None:
+      return _shapes(step.peers)
     peers = num_teachers(job.experiment, job.group_id, job.num_groups)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

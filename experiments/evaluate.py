@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
 from codistill_jax.base import Model, TrainState, Variables
 from codistill_jax.exchange import publications
-from codistill_jax.storage import files, trees
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage import checkpoints, files
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
+from experiments.reports import pages
 from experiments.stopping import Rescue, StopRequest
-from experiments.tables import align
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 
@@ -81,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         split=_SPLIT.value,
     )
     print(describe(comparison))
-    path = comparison_path(workdir, _STEP.value, _SPLIT.value)
+    path = run_directory.comparison_path(workdir, _STEP.value, _SPLIT.value)
     print(f'written to {path}\n')
 
 
@@ -125,25 +124,13 @@ def compare_run(
           ]
       },
   }
-  files.write_json(comparison_path(workdir, step, split), comparison)
+  path = run_directory.comparison_path(workdir, step, split)
+  files.write_json(path, comparison)
   return comparison
 
 
-def comparison_path(
-    workdir: str, step: int | None, split: str = 'validation'
-) -> epath.Path:
-  """Where the comparison goes.
-
-  A report shows the one of the newest step, on the validation split.
-  """
-  shown = run_directory.comparison_path(workdir)
-  rest = [] if split == 'validation' else [split]
-  rest += [] if step is None else [str(step)]
-  return shown.with_stem('_'.join([shown.stem, *rest]))
-
-
 def open_run(workdir: str) -> Run:
-  """Makes what the run's own configuration says."""
+  """Opens a run directory; makes what its own configuration says."""
   groups = run_directory.list_groups(workdir)
   config = run_directory.config_path(workdir)
   if not groups or not config.exists():
@@ -163,13 +150,13 @@ def open_run(workdir: str) -> Run:
 def load(
     run: Run, group_id: int, source: str, step: int | None
 ) -> tuple[int, Variables]:
-  """The step and variables of one checkpoint or publication of a group."""
+  """Reads the step and variables of one checkpoint or publication."""
   if source == PUBLICATIONS:
-    root = trees.absolute(run_directory.exchange_root(run.workdir))
+    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)
-    steps = trees.completed_steps(directory)
+    steps = checkpoints.completed_steps(directory)
   wanted = max(steps, default=None) if step is None else step
   if wanted not in steps:
     raise FileNotFoundError(
@@ -187,12 +174,12 @@ def load(
         dtype='float32',
     )
     return wanted, variables
-  checkpoints = Checkpoints(directory, identity=run.experiment.task.identity)
-  return wanted, checkpoints.read(wanted, like).state.variables
+  resume = ResumeCheckpoints(directory, identity=run.experiment.task.identity)
+  return wanted, resume.read(wanted, like).state.variables
 
 
 def _like(run: Run, group_id: int) -> TrainState:
-  """Shapes of a group's state."""
+  """Returns the shapes of a group's state."""
   experiment = run.experiment
   row = experiment_lib.first_row(experiment, run.num_groups)
   return jax.eval_shape(
@@ -219,16 +206,17 @@ _TITLES = {
 
 
 def describe(comparison: dict[str, Any]) -> str:
-  """The comparison as aligned text."""
+  """Returns the comparison as aligned text."""
   models = comparison['models']
   # A sigmoid output has no perplexity, others no AUC.
   keys = [k for k in _TITLES if all(k in found for found in models.values())]
-  rows = [['model', 'step', *(_TITLES[key] for key in keys)]]
+  header = ['model', 'step', *(_TITLES[key] for key in keys)]
+  rows = []
   for name, metrics in models.items():
     rows.append([name, str(metrics['step']), *_cells(metrics, keys)])
   for name, metrics in comparison['ensembles'].items():
     rows.append([f'{name}/ensemble', '-', *_cells(metrics, keys)])
-  lines = [align(rows)]
+  lines = [pages.to_text(header, rows)]
   for pairs in comparison['pairs'].values():
     lines.extend(_differences(pair) for pair in pairs)
   return '\n'.join(lines)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from codistill_jax import one_program, replicas
+from codistill_jax import gin_utils, one_program, replicas
 from codistill_jax.base import ALONE, Agreement, Model, Stream, Variables
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage.background import Troubles
@@ -32,6 +32,8 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    configuration: Gives what run.json and config.gin say that was configured;
+      of a process that trains several runs at once, that of this one.
     evaluated: Called with the group, the step and the variables, on a device,
       after each evaluation; they are intact until the group's next update.
   """
@@ -48,6 +50,7 @@ class Job:
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
   arm: str = ''
   shared_stream: Stream | None = None
+  configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
 
   @property

@@ -10,7 +10,7 @@ import numpy as np
 from codistill_jax.base import ALONE
 from codistill_jax.exchange.protocol import Exchange, check_finite
 from codistill_jax.group import StepResult
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments.cli import Stopped
 from experiments.job import Job
 from experiments.stopping import MovedOnError
@@ -28,7 +28,7 @@ class Keeper:
   def __init__(
       self,
       job: Job,
-      checkpoints: Checkpoints,
+      checkpoints: ResumeCheckpoints,
       exchange: Exchange,
   ):
     """Keeps nothing yet.

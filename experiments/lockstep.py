@@ -1,6 +1,7 @@
 """All groups of a run in one process: what makes and steps them in turn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.exchange.protocol import Exchange
 from codistill_jax.peer_predictions import bytes_per_example, mixing_matrix
 from codistill_jax.replicas import PmapStep
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, devices, driver
 from experiments.job import Job
 from experiments.stopping import StopRequest
@@ -119,11 +120,24 @@ class Latch:
     return self._request.signal_number
 
 
-def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
+def train_in_turn(groups: Sequence[Iterator[Any]], latch: Latch) -> None:
   """Steps all groups, one update each, until all are done."""
+  latch.update()
+  for _ in in_turn(groups):
+    latch.update()
+
+
+def in_turn(groups: Sequence[Iterator[Any]]) -> Iterator[None]:
+  """Steps all groups, one update each, until all are done.
+
+  Yields:
+    After each round.
+
+  Raises:
+    Stopped: What the first one raised, after all others had the same update.
+  """
   running = list(groups)
   while running:
-    latch.update()
     stopped = None
     for group in list(running):
       try:
@@ -134,17 +148,31 @@ def train_in_turn(groups: Sequence[Iterator[int]], latch: Latch) -> None:
         stopped = e  # The others save at this step too.
     if stopped is not None:
       raise stopped
+    yield
 
 
-def keep_common_checkpoints(jobs: Sequence[Job]) -> None:
-  """All groups restart at one step: the newest that all of them have."""
+def keep_common_checkpoints(
+    jobs: Sequence[Job], usable: Callable[[int], bool] | None = None
+) -> None:
+  """Lets all groups restart at one step: the newest that all of them have.
+
+  Args:
+    jobs: The groups.
+    usable: Of a step, whether a restart can begin there; without such a step
+      all begin again. None: all steps are, and it is an error if the groups
+      have none in common.
+  """
   stores = [
-      Checkpoints(run_directory.checkpoints_dir(job.workdir, job.group_id))
+      ResumeCheckpoints(
+          run_directory.checkpoints_dir(job.workdir, job.group_id)
+      )
       for job in jobs
   ]
   steps = [set(store.steps()) for store in stores]
   common = set.intersection(*steps)
-  if all(steps) and not common:
+  if usable is not None:
+    common = set(filter(usable, common))
+  elif all(steps) and not common:
     raise ValueError(
         f'the groups of {jobs[0].workdir} have no step in common among their'
         ' resume checkpoints; use another --workdir to start again'

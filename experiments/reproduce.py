@@ -246,18 +246,20 @@ def _train(workdir: str, plan: plan_lib.Plan) -> None:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_runs, load, report
+  from experiments.studies import churn_page, churn_runs, load, study_page
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
   if churn_runs.is_churn(plan):
-    page = churn_runs.write(workdir, plan, output, _NOTE.value)
+    page = churn_page.report_comparisons(
+        plan.study, workdir, output, _NOTE.value
+    )
     cli.tell(f'page: {os.fspath(page)}')
     return
   setting, runs = load.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
-  summary = report.write(study, setting, runs, output, latency=_latency())
+  summary = study_page.write(study, setting, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:
     cli.tell(line)

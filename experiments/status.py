@@ -3,7 +3,8 @@
     python -m experiments.status --workdir runs/demo
     python -m experiments.status --workdir runs/a,runs/b --watch 5
 
-Reads only; it may look at a run on a shared disk from any machine.
+Reads only; it may look at a run on a shared disk from any machine. On a
+terminal what is wrong is in colour; a pipe gets plain text.
 """
 
 import os
@@ -13,66 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax import run_directory
-from experiments import cli, status_data, status_text
-
-
-def describe(workdir: str, now: float, silent_after: float) -> tuple[str, bool]:
-  """A run directory as text, and whether all of its groups are done.
-
-  Raises:
-    FileNotFoundError: If there is no such directory.
-  """
-  unreadable: list[str] = []
-  run = status_data.read_run(workdir, unreadable)
-  groups = [
-      status_data.read_group(workdir, i, run)
-      for i in run_directory.list_groups(workdir)
-  ]
-  facts = [str(run[key]) for key in ('arm', 'mode', 'data') if run.get(key)]
-  title = workdir + (f'  ({", ".join(facts)})' if facts else '')
-  lines = [title]
-  lines += [status_text.wrap(f'cannot be read: {why}') for why in unreadable]
-  if not groups:
-    return '\n'.join([*lines, '  no group has started yet']), False
-  lines.append(status_text.describe(groups, now, silent_after))
-  # A group that has not made its directory yet is not done either.
-  expected = max(group.num_groups or 1 for group in groups)
-  complete = len(groups) >= expected
-  return '\n'.join(lines), complete and all(g.done for g in groups)
-
-
-def describe_all(
-    workdirs: Sequence[str], now: float, silent_after: float = 60.0
-) -> tuple[str, bool]:
-  """Several run directories as text, and whether all groups are done."""
-  parts = [describe(w, now, silent_after) for w in workdirs]
-  return '\n\n'.join(text for text, _ in parts), all(d for _, d in parts)
-
-
-# --- The binary --------------------------------------------------------------
-
-
-def _look(workdirs: Sequence[str], clear: bool) -> bool:
-  text, all_done = describe_all(workdirs, time.time(), flags.FLAGS.silent_after)
-  # One write: the terminal must not show half a table.
-  print('\x1b[2J\x1b[H' + text if clear else text, flush=True)
-  return all_done
-
-
-def split_commas(values: Sequence[str] | None) -> list[str]:
-  """The entries of a repeatable flag that also takes lists with commas."""
-  entries = [v.strip() for value in values or () for v in value.split(',')]
-  return [v for v in entries if v]
-
-
-def _run() -> None:
-  workdirs = split_commas(flags.FLAGS.workdir)
-  if not workdirs:
-    raise ValueError('No run directory given; pass --workdir=<directory>.')
-  clear = flags.FLAGS.watch is not None and sys.stdout.isatty()
-  while not _look(workdirs, clear) and flags.FLAGS.watch is not None:
-    time.sleep(flags.FLAGS.watch)
+from experiments import cli
 
 
 def define_flags() -> None:
@@ -95,6 +37,42 @@ def define_flags() -> None:
       'Flag a group whose last sign of life is older than this many seconds.',
       lower_bound=0.0,
   )
+
+
+def split_commas(values: Sequence[str] | None) -> list[str]:
+  """Returns the entries of a repeatable flag that takes lists with commas."""
+  entries = [v.strip() for value in values or () for v in value.split(',')]
+  return [v for v in entries if v]
+
+
+def look(workdirs: Sequence[str]) -> bool:
+  """Prints several run directories; returns whether all groups are done."""
+  from rich.console import Console, Group
+
+  from experiments.reports import pages, run_status
+
+  now, silent_after = time.time(), flags.FLAGS.silent_after
+  looks = [run_status.look(w, now, silent_after) for w in workdirs]
+  views = [part for view, _ in looks for part in (view, '')]
+  view = Group(*views[:-1])
+  # Of any width: where a row does not fit, the terminal wraps it.
+  console = Console(width=10_000)
+  if not console.is_terminal:
+    print(pages.plain(view), flush=True)
+  else:
+    with console:  # One write: the terminal must not show half a table.
+      if flags.FLAGS.watch is not None:
+        console.clear()
+      console.print(view)
+  return all(done for _, done in looks)
+
+
+def _run() -> None:
+  workdirs = split_commas(flags.FLAGS.workdir)
+  if not workdirs:
+    raise ValueError('No run directory given; pass --workdir=<directory>.')
+  while not look(workdirs) and flags.FLAGS.watch is not None:
+    time.sleep(flags.FLAGS.watch)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from codistill_jax.exchange.checkpoint_exchange import (
     Waiting,
 )
 from codistill_jax.exchange.protocol import Exchange, peers_of
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, companions, devices, driver, lockstep
 from experiments.job import Job
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
       train_step=experiment_lib.make_replicated_step(
           experiment, model, devices.chosen_devices(_REPLICAS.value)
       ),
-      workdir=os.fspath(trees.absolute(_WORKDIR.value)),
+      workdir=os.fspath(checkpoints.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,
       num_groups=_NUM_GROUPS.value,
       agreement=replicas.agreement(),
@@ -213,7 +213,7 @@ def _leave(job: Job, what: str) -> None:
   threading.Timer(_LAST_LOOK_SECONDS, os._exit, [cli.MAY_PASS]).start()
   directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
   try:
-    step = max(trees.completed_steps(directory), default=0)
+    step = max(checkpoints.completed_steps(directory), default=0)
     where = f'step {step}'
   except OSError:
     where = 'their newest resume checkpoint'

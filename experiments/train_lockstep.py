@@ -18,7 +18,7 @@ from absl import flags
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.exchange.protocol import peers_of
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 from experiments import claims, cli, devices, driver, lockstep
 from experiments.job import Job
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.fspath(trees.absolute(_WORKDIR.value))
+  workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
   stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
   latch = lockstep.Latch(stop)
   gin_utils.parse_flags()

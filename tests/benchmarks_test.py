@@ -157,8 +157,11 @@ def test_members_train_alike_together_and_in_turn():
       for call in population.calls_of(case).values()
   )
   for key in ('loss/total', 'loss/distill'):
-    expected = [float(metrics[key]) for metrics in in_turn]
-    np.testing.assert_allclose(together[key], expected, rtol=1e-4)
+    found, expected = (
+        [float(metrics[key]) for metrics in members]
+        for members in (together, in_turn)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_operations_of_a_step_are_those_of_its_matrices():

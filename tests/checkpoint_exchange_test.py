@@ -27,8 +27,9 @@ from codistill_jax.exchange import (
 from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
 from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.protocol import Interrupted, Plan, StaleError
-from codistill_jax.exchange.publications import MismatchError, Publication
-from codistill_jax.storage import leases, trees
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import checkpoints, leases
+from codistill_jax.storage.checkpoints import MismatchError
 
 IDENTITY = {'task': 'toy'}
 
@@ -55,7 +56,7 @@ def publish_nan(root, group_id, step):
   }
   tree = {'params': variables_of(np.nan).params, 'model_state': {}}
   directory = publications.group_directory(root, group_id)
-  trees.save(directory, step, tree, facts)
+  checkpoints.save(directory, step, tree, facts)
 
 
 @pytest.fixture
@@ -533,7 +534,7 @@ def test_freshest_takes_the_newest_and_only_moves_forward(join, tmp_path):
   assert values(teachers) == [30.0]
   assert teachers.present_P.tolist() == [1.0]
   # A peer that was restarted comes by older steps, and its newest vanishes.
-  trees.delete(tmp_path / 'group_1', [30])
+  checkpoints.delete(tmp_path / 'group_1', [30])
   publish(tmp_path, 1, 20)
   for n in range(20, 60):
     assert exchange.fetch(n) is teachers
@@ -632,7 +633,7 @@ def test_a_publication_that_vanishes_is_not_called_damaged(
 
   def read(root, peer, step, **kwargs):
     if step == 20:
-      trees.delete(tmp_path / 'group_1', [20])
+      checkpoints.delete(tmp_path / 'group_1', [20])
     return original(root, peer, step, **kwargs)
 
   monkeypatch.setattr(publications, 'read', read)
@@ -647,8 +648,8 @@ def test_a_peer_of_another_architecture_is_named_and_not_used(join, tmp_path):
   exchange = join()
   assert values(fetch_until(exchange, 10, (10,))) == [10.0]
   assert exchange.rejected == 1
-  assert 'w float32[4] there and' in exchange.last_rejection
-  assert 'w float32[3] here' in exchange.last_rejection
+  assert 'w float32[4] where this run has' in exchange.last_rejection
+  assert 'params/w float32[3];' in exchange.last_rejection
 
 
 def test_a_bad_publication_that_was_made_again_is_read_again(join, tmp_path):

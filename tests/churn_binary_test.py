@@ -13,12 +13,12 @@ import toy
 from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
-from codistill_jax import churn as churn_lib
-from codistill_jax.intervals import Figure
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files, locks
 from experiments import churn, driver
 from experiments.churn_study import results, run_files, training, worker
-from experiments.churn_study.figures import Row
+from experiments.churn_study.results import Row
 from experiments.job import Job
 
 TESTS = pathlib.Path(__file__).parent
@@ -145,9 +145,9 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
     for arm in ('single', 'codistilled_1', 'codistilled_4', 'wide'):
       models = [read(arm, k, split) for k in (0, 1)]
       figures = rows[arm]['figures']
-      assert figures['churn']['mean'] == churn_lib.churn(*models)
+      assert figures['churn']['mean'] == statistics.churn(*models)
       assert figures['log_loss']['values'] == [
-          churn_lib.log_loss(p, labels) for p in models
+          statistics.log_loss(p, labels) for p in models
       ]
     # Two disjoint pairs of four single models.
     pairs = [
@@ -155,7 +155,7 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
     ]
     means = [np.mean(pair, axis=0, dtype=np.float64) for pair in pairs]
     assert rows['ensemble']['figures']['churn']['mean'] == pytest.approx(
-        churn_lib.churn(*means)
+        statistics.churn(*means)
     )
 
 
@@ -341,7 +341,7 @@ def test_a_softmax_task_without_a_test_split(configuration, tmp_path):
 
 def test_the_weight_is_chosen_on_validation():
   def row(arm, loss, churn):
-    figure = lambda x: Figure(x, 0, x, x, (x,))
+    figure = lambda x: Estimate(x, 0, x, x, (x,))
     figures = {'log_loss': figure(loss), 'churn': figure(churn)}
     return Row(arm, arm, 5, figures, None)
 

@@ -18,7 +18,7 @@ from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange.protocol import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import checkpoint, files, leases, trees
+from codistill_jax.storage import checkpoints, files, leases, resume
 from codistill_jax.storage.background import Patience
 from experiments import claims, cli, devices, driver, watch
 from experiments import job as job_lib
@@ -118,7 +118,9 @@ def run(job, exchange=None, steps=None):
 
 
 def checkpoint_steps(job):
-  return trees.completed_steps(run_directory.checkpoints_dir(job.workdir, 0))
+  return checkpoints.completed_steps(
+      run_directory.checkpoints_dir(job.workdir, 0)
+  )
 
 
 def records_of(job):
@@ -383,14 +385,14 @@ def test_peers_are_told_of_checkpoints_that_are_on_disk(make_job):
 
 def failing_saves(monkeypatch, steps):
   """The disk is full whenever one of these steps is saved."""
-  original = trees.save
+  original = checkpoints.save
 
   def save(directory, step, *args):
     if step in steps:
       raise OSError(errno.ENOSPC, 'no space left on device')
     return original(directory, step, *args)
 
-  monkeypatch.setattr(trees, 'save', save)
+  monkeypatch.setattr(checkpoints, 'save', save)
 
 
 def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):
@@ -409,7 +411,7 @@ def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):
 
 def test_a_disk_that_stays_full_ends_the_run_in_the_end(make_job, monkeypatch):
   failing_saves(monkeypatch, {8, 12})
-  monkeypatch.setattr(checkpoint.Checkpoints.wait, '__defaults__', (0.2,))
+  monkeypatch.setattr(resume.ResumeCheckpoints.wait, '__defaults__', (0.2,))
   exchange = Recorder()
   steps = []
   with pytest.raises(TimeoutError, match='no space left') as e:
@@ -423,7 +425,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_the_end(make_job, monkeypatch):
 
 def test_a_stop_on_a_full_disk_says_what_is_lost(make_job, monkeypatch):
   failing_saves(monkeypatch, {6})
-  monkeypatch.setattr(checkpoint.Checkpoints.wait, '__defaults__', (0.2,))
+  monkeypatch.setattr(resume.ResumeCheckpoints.wait, '__defaults__', (0.2,))
   with pytest.raises(TimeoutError, match=r'step 6 .* goes on from step 4'):
     run(make_job(stop=StopAt(5)))
 

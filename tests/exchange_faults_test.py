@@ -30,7 +30,7 @@ from codistill_jax.exchange import (
 from codistill_jax.exchange.fetching import Waiting
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.protocol import Interrupted
-from codistill_jax.storage import leases, trees
+from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Troubles
 
 join = checkpoint_exchange_test.join
@@ -117,8 +117,8 @@ def test_an_error_while_pruning_does_not_end_training_and_is_said(
   restarts_at(tmp_path, 1, 90)
   exchange = join(mode=mode, keep=1, troubles=troubles)
   with monkeypatch.context() as patch:
-    pruning = types.SimpleNamespace(**vars(trees) | {broken: refuse})
-    patch.setattr(publisher, 'trees', pruning)
+    pruning = types.SimpleNamespace(**vars(checkpoints) | {broken: refuse})
+    patch.setattr(publisher, 'checkpoints', pruning)
     publish_one_by_one(exchange, 10, 20, 30)
     (trouble,) = troubles.now
     assert trouble.doing == 'deleting old publications'
@@ -290,7 +290,7 @@ def test_an_exchange_that_could_not_be_made_holds_no_lease(
     join, tmp_path, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(trees, 'delete_torn', refuse)
+    patch.setattr(checkpoints, 'delete_torn', refuse)
     with pytest.raises(OSError, match='bad sector'):
       join()
   assert leases.peek(tmp_path / 'group_0') is None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from codistill_jax.storage import files, trees
+from codistill_jax.storage import checkpoints, files
 from experiments import drill_faults, drill_ledger, fault_drill, processes
 from experiments.drill_ledger import (
     HINDERED_SECONDS,
@@ -387,7 +387,7 @@ def test_events_arrive_from_other_processes(ledger):
 def victim(tmp_path):
   directory = tmp_path / 'exchange' / 'group_0'
   for step in (10, 20):
-    trees.save(directory, step, {'x': np.arange(999.0)}, {})
+    checkpoints.save(directory, step, {'x': np.arange(999.0)}, {})
   process = subprocess.Popen([sys.executable, '-c', _LOOP], cwd=tmp_path)
   yield drill_faults.Victim(
       str(tmp_path), 0, process.pid, tmp_path / 'control', fresh=20

@@ -16,10 +16,10 @@ from codistill_jax import gin_utils, run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.fixed_teachers import FixedTeachers
-from codistill_jax.exchange.publications import MismatchError
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.checkpoints import MismatchError
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, driver, lockstep, watch
 from experiments.job import Job
 
@@ -30,7 +30,7 @@ IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 def save_run(workdir, model, seeds=(100, 101), steps=(3, 5), identity=IDENTITY):
   """A run of groups that were trained somehow, with another optimiser."""
   for group_id, seed in enumerate(seeds):
-    checkpoints = Checkpoints(
+    checkpoints = ResumeCheckpoints(
         run_directory.checkpoints_dir(workdir, group_id), identity=identity
     )
     for step in steps:
@@ -117,7 +117,7 @@ def test_teachers_bring_their_statistics_and_are_in_eval_mode(tmp_path):
       'calls': np.asarray(7, np.int32),
   }
   taught = state.variables.replace(model_state=state_of)
-  checkpoints = Checkpoints(directory, identity=IDENTITY)
+  checkpoints = ResumeCheckpoints(directory, identity=IDENTITY)
   checkpoints.save(state.replace(step=np.int32(9), variables=taught))
   checkpoints.close()
   run_directory.write_run(run, {'num_groups': 1})
@@ -219,8 +219,8 @@ def test_a_run_that_cannot_teach_is_named(tmp_path, spoil, message):
         (
             {'model': toy.STATISTICS},
             MismatchError,
-            r'differing leaf is params/Dense_0/bias float32\[8\] there and'
-            r' model_state/calls int32\[\] here',
+            r'it holds params/Dense_0/bias float32\[8\] where this run has'
+            r' model_state/calls int32\[\]',
         ),
     ],
     ids=['run', 'step', 'identity', 'leaf'],
@@ -281,7 +281,7 @@ def taught(tmp_path_factory):
     state = step_lib.init_state(
         MODEL, TX, jax.random.PRNGKey(50 + group_id), batch
     )
-    checkpoints = Checkpoints(
+    checkpoints = ResumeCheckpoints(
         run_directory.checkpoints_dir(run, group_id),
         identity=toy.TOKEN_TASK.identity,
     )

@@ -13,13 +13,14 @@ import pytest
 
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.publications import MismatchError, Publication
-from codistill_jax.storage import records, trees
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import checkpoints
+from codistill_jax.storage.checkpoints import MismatchError
 
 CASES, PARTS = 1000, 4
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 GROUP, STEP, OTHER_STEP = 1, 20, 30
-REFUSALS = (trees.DamagedError, trees.MissingError, MismatchError)
+REFUSALS = (checkpoints.DamagedError, checkpoints.MissingError, MismatchError)
 HARMLESS = 'read'
 
 
@@ -170,14 +171,14 @@ def save(group, tree, **facts):
       'time': published.time,
       'identity': dict(published.identity),
   }
-  return trees.save(group, STEP, tree, written | facts)
+  return checkpoints.save(group, STEP, tree, written | facts)
 
 
 def lie_about_leaves(group, before, after):
   """Gives what was saved now the record of what was saved before."""
   path = directory_of(group) / 'record.json'
   lie = dataclasses.replace(before, files=after.files)
-  path.write_bytes(records.encode(lie))
+  path.write_bytes(checkpoints.encode(lie))
 
 
 def swap_leaves(group, rng):
@@ -186,7 +187,7 @@ def swap_leaves(group, rng):
   name = ['kernel', 'bias'][rng.integers(2)]
   a, b = tree['params']['a'], tree['params']['b']
   a[name], b[name] = b[name], a[name]
-  before = trees.load_record(group, STEP)
+  before = checkpoints.load_record(group, STEP)
   after = save(group, tree)
   lie_about_leaves(group, before, after if rng.integers(2) else before)
 
@@ -206,7 +207,7 @@ def another_structure(group, rng):
       lambda: params.update(more=np.ones(3, np.float32)),
   ]
   changes[rng.integers(len(changes))]()
-  before = trees.load_record(group, STEP)
+  before = checkpoints.load_record(group, STEP)
   after = save(group, tree)
   if rng.integers(2):
     lie_about_leaves(group, before, after)
@@ -289,7 +290,7 @@ def outcome(root, written):
     return type(e).__name__
   assert found == written
   theirs, ours = (
-      trees.flatten(as_tree(x)) for x in (variables, variables_of(1))
+      checkpoints.flatten(as_tree(x)) for x in (variables, variables_of(1))
   )
   for (path, x), (_, y) in zip(theirs, ours, strict=True):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path

@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import numpy as np
 import pytest
 from made_images import BLUE, GREEN, RED, encode, gradient, plain
@@ -17,13 +18,13 @@ def decode(encoded, size=8, box_of=WHOLE):
   return image_decode.decode_part(encoded, box_of, size)
 
 
-def images_of(files, **changes):
+def images_of(files, count=None, **changes):
   arguments = {'size': 8, 'resize': 9, 'mean': (0, 0, 0), 'std': (1, 1, 1)}
   arguments |= {'workers': 2} | changes
   return image_decode.EncodedImages(
       lambda i: files[i],
       lambda i: f'file {i}',
-      np.arange(len(files)) % 3,
+      np.arange(count or len(files), dtype=np.int32) % 3,
       **arguments,
   )
 
@@ -101,13 +102,13 @@ def test_a_large_jpeg_is_decoded_small(monkeypatch):
 def test_evaluation_reads_the_centre_and_training_the_drawn_part():
   files = [encode(gradient(90, 60))]
   images = images_of(files, size=8, resize=10)
-  (centre,), _ = images.read(np.asarray([0]), None)
+  (centre,) = images.read(np.asarray([0]))['inputs']
   expected = decode(files[0], 8, lambda w, h: (21, 6, 69, 54))
   np.testing.assert_allclose(centre, expected / 255, atol=1e-6)
   drawn = np.random.default_rng(1).random((1, DRAWS))
   for flip in (0.4, 0.6):
     drawn[0, augment.CROP_DRAWS + 2] = flip
-    (part,), _ = images.read(np.asarray([0]), drawn)
+    (part,) = images.read(np.asarray([0]), drawn)['inputs']
     box = augment.random_resized_box(90, 60, drawn[0])
     expected = decode(files[0], 8, lambda w, h, box=box: box)
     if flip < 0.5:
@@ -117,7 +118,7 @@ def test_evaluation_reads_the_centre_and_training_the_drawn_part():
 
 def test_images_are_normalised():
   images = images_of([encode(plain(RED))], mean=(0.1, 0.2, 0.3), std=(1, 2, 4))
-  (found,), _ = images.read(np.asarray([0]), None)
+  (found,) = images.read(np.asarray([0]))['inputs']
   expected = (np.asarray(RED) / 255 - (0.1, 0.2, 0.3)) / (1, 2, 4)
   np.testing.assert_allclose(
       found, np.broadcast_to(expected, found.shape), atol=1e-5
@@ -128,11 +129,12 @@ def test_the_number_of_threads_changes_nothing():
   files = [encode(gradient(20 + i, 30), 'JPEG') for i in range(11)]
   indices = np.random.default_rng(0).integers(0, 11, 29)
   drawn = np.random.default_rng(1).random((29, DRAWS))
-  one, three, many = (
-      images_of(files, workers=n).read(indices, drawn)[0] for n in (1, 3, 64)
+  one, *others = (
+      images_of(files, workers=n).read(indices, drawn) for n in (1, 3, 64)
   )
-  np.testing.assert_array_equal(one, three)
-  np.testing.assert_array_equal(one, many)
+  np.testing.assert_array_equal(one['labels'], indices % 3)
+  for other in others:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def bomb():
@@ -162,8 +164,9 @@ def test_a_damaged_image_has_weight_0_and_is_named_once(damaged, caplog):
   indices = np.asarray([0, 1, 2, 1])
   with caplog.at_level(logging.WARNING):
     for draws in (None, drawn):
-      inputs, weights = images.read(indices, draws)
-      assert weights.tolist() == [1, 0, 1, 0]
+      batch = images.read(indices, draws)
+      inputs = batch['inputs']
+      assert batch['weights'].tolist() == [1, 0, 1, 0]
       assert not inputs[1].any() and not inputs[3].any()
       assert inputs[0].any() and np.isfinite(inputs).all()
   said = [r.getMessage() for r in caplog.records]
@@ -173,25 +176,22 @@ def test_a_damaged_image_has_weight_0_and_is_named_once(damaged, caplog):
 
 
 def test_a_file_that_is_gone_is_damaged_too():
-  images = images_of({}, workers=1)
-  images.labels = np.zeros(5, np.int32)
-  _, weights = images.read(np.asarray([3]), None)
-  assert weights.tolist() == [0]
+  images = images_of({}, count=5, workers=1)
+  assert images.read(np.asarray([3]))['weights'].tolist() == [0]
 
 
 def test_too_many_damaged_images_are_an_error():
   files = [GOOD] * 10 + [b''] * 10
   images = images_of(files, max_damaged=0.2, workers=1)
-  _, weights = images.read(np.arange(14), None)
-  assert weights.sum() == 10
+  assert images.read(np.arange(14))['weights'].sum() == 10
   with pytest.raises(OSError, match='5 of 20 images so far, now file 14'):
-    images.read(np.arange(10, 20), None)
+    images.read(np.arange(10, 20))
 
 
 def test_only_the_first_damaged_images_are_named(caplog):
   images = images_of([b''] * 50, max_damaged=1.0)
   with caplog.at_level(logging.WARNING):
-    images.read(np.arange(50), None)
+    images.read(np.arange(50))
   assert len(caplog.records) == 20
   assert 'others will not be named' in caplog.records[-1].getMessage()
   assert len(images.damaged) == 50
@@ -214,10 +214,9 @@ def test_errors(changes, message):
 
 def test_decode_all_names_what_does_not_fit():
   good = encode(plain(RED, (5, 4)))
-  files = [good, good]
-  found = image_decode.decode_all(files.__getitem__, 2, (4, 5, 3))
+  found = image_decode.decode_all([good, good], (4, 5, 3))
   np.testing.assert_array_equal(found, np.broadcast_to(RED, (2, 4, 5, 3)))
   with pytest.raises(ValueError, match='image 1 of 2 cannot be decoded'):
-    image_decode.decode_all([good, b'x'].__getitem__, 2, (4, 5, 3))
+    image_decode.decode_all([good, b'x'], (4, 5, 3))
   with pytest.raises(ValueError, match=r'image 0 of 2 has shape \(4, 5, 3\)'):
-    image_decode.decode_all(files.__getitem__, 2, (5, 5, 3))
+    image_decode.decode_all([good, good], (5, 5, 3))

@@ -15,10 +15,11 @@ from made_images import (
     write_cifar_binary,
     write_fashion,
     write_folder,
+    write_hub,
     write_idx,
 )
 
-from codistill_jax.data import image_arrays, image_files
+from codistill_jax.data import image_files
 
 
 class TestFolder:
@@ -27,7 +28,7 @@ class TestFolder:
     write_folder(tmp_path, 'train', {'n02': 2, 'n01': 3})
     (tmp_path / 'train' / 'n01' / 'notes.txt').write_text('no image')
     (tmp_path / 'train' / 'list.csv').write_text('no class')
-    split = image_files.folder_split(tmp_path / 'train')
+    split = image_files.read_folder(tmp_path / 'train')
     assert split.classes == ('n01', 'n02')
     assert split.labels.tolist() == [0, 0, 0, 1, 1]
     assert split.labels.dtype == np.int32
@@ -41,70 +42,45 @@ class TestFolder:
         tmp_path / 'train' / 'a' / '0.JPEG',
         tmp_path / 'train' / 'a' / '._0.JPEG',  # As macOS leaves them.
     )
-    split = image_files.folder_split(tmp_path / 'train')
+    split = image_files.read_folder(tmp_path / 'train')
     assert split.classes == ('a',) and split.labels.tolist() == [0]
 
   def test_another_split_has_the_classes_of_training(self, tmp_path):
     write_folder(tmp_path, 'validation', {'c': 1})
     classes = ('a', 'b', 'c')
-    split = image_files.folder_split(tmp_path / 'validation', classes)
+    split = image_files.read_folder(tmp_path / 'validation', classes)
     assert split.classes == classes and split.labels.tolist() == [2]
     with pytest.raises(ValueError, match='validation/c is no class of the'):
-      image_files.folder_split(tmp_path / 'validation', ('a', 'b'))
+      image_files.read_folder(tmp_path / 'validation', ('a', 'b'))
 
   def test_missing_and_empty_directories(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'expected .*train/<class>'):
-      image_files.folder_split(tmp_path / 'train')
+      image_files.read_folder(tmp_path / 'train')
     (tmp_path / 'train' / 'empty').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='There is no image in'):
-      image_files.folder_split(tmp_path / 'train')
+      image_files.read_folder(tmp_path / 'train')
 
 
 class TestHuggingFace:
   """With Parquet files for a data set; the test set-up forbids the network."""
 
-  @pytest.fixture(autouse=True)
-  def cache(self, tmp_path, monkeypatch):
+  @pytest.fixture
+  def folder(self, tmp_path, monkeypatch):
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(
         datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache')
     )
-    datasets.disable_progress_bars()
-
-  @pytest.fixture
-  def folder(self, tmp_path):
-    import datasets
-
-    folder = tmp_path / 'data'
-    folder.mkdir()
-    features = datasets.Features(
-        {
-            'image': datasets.Image(),
-            'label': datasets.ClassLabel(names=['cat', 'dog']),
-            'number': datasets.Value('int64'),
-        }
-    )
-    for split, labels in (('train', [1, 0, 1]), ('test', [0, -1])):
-      rows = {
-          'image': [
-              {'bytes': encode(plain(c)), 'path': None}
-              for c in (RED, GREEN, BLUE)[: len(labels)]
-          ],
-          'label': labels,
-          'number': list(range(len(labels))),
-      }
-      datasets.Dataset.from_dict(rows, features).to_parquet(
-          folder / f'{split}-0.parquet'
-      )
-    return str(folder)
+    splits = {'train': [1, 0, 1], 'test': [0, -1]}
+    write_hub(tmp_path / 'data', splits)
+    return str(tmp_path / 'data')
 
   def split(self, folder, split='train', **keys):
     keys = {'image_key': 'image', 'label_key': 'label'} | keys
-    return image_files.hugging_face_split(folder, None, split, **keys)
+    return image_files.read_hugging_face(folder, None, split, **keys)
 
   def test_images_stay_encoded_and_in_order(self, folder):
     split = self.split(folder)
-    assert split.classes == ('cat', 'dog')
+    assert split.classes == ('cat', 'dog', 'emu')
     assert split.labels.tolist() == [1, 0, 1]
     files = [encode(plain(c)) for c in (RED, GREEN, BLUE)]
     assert [split.encoded(i) for i in (2, 0, 1)] == [files[2], *files[:2]]
@@ -142,7 +118,7 @@ class TestIdx:
     array = np.arange(24).reshape(2, 3, 4)
     write_idx(tmp_path / f'x{ending}', array)
     np.testing.assert_array_equal(
-        image_arrays.read_idx(tmp_path / f'x{ending}'), array
+        image_files.read_idx(tmp_path / f'x{ending}'), array
     )
 
   @pytest.mark.parametrize(
@@ -162,33 +138,33 @@ class TestIdx:
     path = tmp_path / 'x'
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
-      image_arrays.read_idx(path)
+      image_files.read_idx(path)
     assert str(path) in str(raised.value) and '\n' not in str(raised.value)
 
   def test_images_and_labels_must_fit(self, tmp_path):
     write_fashion(tmp_path)
     classes = tuple('0123456789')
-    data = image_arrays.read_idx_split(tmp_path, 'train', classes)
+    data = image_files.read_idx_split(tmp_path, 'train', classes)
     assert data.images.shape == (40, 28, 28, 1)
     labels = tmp_path / 'train-labels-idx1-ubyte.gz'
     with pytest.raises(ValueError, match=r'labels 0..9, expected 0..8'):
-      image_arrays.read_idx_split(tmp_path, 'train', classes[:9])
+      image_files.read_idx_split(tmp_path, 'train', classes[:9])
     write_idx(labels, np.zeros(39))
     with pytest.raises(ValueError, match='40 images, but 39 labels'):
-      image_arrays.read_idx_split(tmp_path, 'train', classes)
+      image_files.read_idx_split(tmp_path, 'train', classes)
     shutil.copy(tmp_path / 'train-images-idx3-ubyte.gz', labels)
     with pytest.raises(ValueError, match='rank 1, got 3 and 3'):
-      image_arrays.read_idx_split(tmp_path, 'train', classes)
+      image_files.read_idx_split(tmp_path, 'train', classes)
     labels.unlink()
     with pytest.raises(FileNotFoundError, match=r'neither .*ubyte nor .*gz'):
-      image_arrays.read_idx_split(tmp_path, 'train', classes)
+      image_files.read_idx_split(tmp_path, 'train', classes)
 
 
 class TestCifar:
 
   def test_archive_of_jpeg(self, tmp_path):
     write_cifar_archive(tmp_path, 'train')
-    data = image_arrays.read_cifar10(tmp_path, 'train')
+    data = image_files.read_cifar10(tmp_path, 'train')
     assert data.images.shape == (30, 32, 32, 3)
     assert data.classes == tuple(f'class {i}' for i in range(10))
     np.testing.assert_allclose(
@@ -204,7 +180,7 @@ class TestCifar:
     def read(**changes):
       np.savez(path, **{**content, **changes})
       with pytest.raises(ValueError) as raised:
-        image_arrays.read_cifar10(tmp_path, 'test')
+        image_files.read_cifar10(tmp_path, 'test')
       assert str(path) in str(raised.value) and '\n' not in str(raised.value)
       return str(raised.value)
 
@@ -217,25 +193,25 @@ class TestCifar:
     assert 'image 0 of 30' in read(jpeg=np.zeros_like(content['jpeg']))
     path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(ValueError, match='is damaged'):
-      image_arrays.read_cifar10(tmp_path, 'test')
+      image_files.read_cifar10(tmp_path, 'test')
 
   @pytest.mark.parametrize('place', ['.', 'cifar-10-batches-bin'])
   def test_binary_version(self, tmp_path, place):
     (tmp_path / place).mkdir(exist_ok=True)
     write_cifar_binary(tmp_path / place)
-    data = image_arrays.read_cifar10(tmp_path, 'train')
+    data = image_files.read_cifar10(tmp_path, 'train')
     assert data.images.shape == (20, 32, 32, 3)
     assert data.labels.tolist() == [f + i for f in range(5) for i in range(4)]
     assert data.classes[2] == 'bird'
     assert data.images[3, 5, 6].tolist() == [30, 0, 0]
-    assert data.images[3, 1, 1].tolist() == [30, 200, 0]
-    assert len(image_arrays.read_cifar10(tmp_path, 'test').labels) == 4
+    assert data.images[3, 1, 2].tolist() == [30, 200, 0]
+    assert len(image_files.read_cifar10(tmp_path, 'test').labels) == 4
 
   def test_damaged_and_missing_files(self, tmp_path):
     with pytest.raises(FileNotFoundError, match='binary version'):
-      image_arrays.read_cifar10(tmp_path, 'train')
+      image_files.read_cifar10(tmp_path, 'train')
     write_cifar_binary(tmp_path)
     path = tmp_path / 'data_batch_3.bin'
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r'data_batch_3\.bin is damaged'):
-      image_arrays.read_cifar10(tmp_path, 'train')
+      image_files.read_cifar10(tmp_path, 'train')

@@ -7,12 +7,12 @@ from token_files import write_data
 from codistill_jax.data import (
     click_shards,
     criteo,
-    image_task,
+    images,
     label_counts,
     shards,
     text,
 )
-from codistill_jax.data.image_arrays import Labelled
+from codistill_jax.data.image_files import Labelled
 from codistill_jax.data.tokenizer import END_ID
 
 VOCABULARY = 12
@@ -133,7 +133,7 @@ def test_images_of_the_training_split_count():
   """And none of those that were carved from it for validation."""
   labels = np.array([0] * 29 + [2] * 11, np.int32)
   data = Labelled(np.zeros((40, 4, 4, 1), np.uint8), labels, ('a', 'b', 'c'))
-  task = image_task.task_in_memory(
+  task = images.task_in_memory(
       'toy',
       data,
       data,

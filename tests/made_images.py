@@ -42,6 +42,35 @@ def write_folder(root, split, counts, colours=(RED, GREEN, BLUE)):
       (directory / f'{i}.JPEG').write_bytes(content)
 
 
+def write_hub(directory, splits, colours=(RED, GREEN, BLUE)):
+  """A data set of Hugging Face, in Parquet: labels of each split's images.
+
+  Image i of a split has colour `colours[i % 3]` and number i.
+  """
+  import datasets
+
+  datasets.disable_progress_bars()
+  directory.mkdir()
+  features = datasets.Features(
+      {
+          'image': datasets.Image(),
+          'label': datasets.ClassLabel(names=['cat', 'dog', 'emu']),
+          'number': datasets.Value('int64'),
+      }
+  )
+  for split, labels in splits.items():
+    numbers = range(len(labels))
+    files = [encode(plain(colours[i % 3])) for i in numbers]
+    rows = {
+        'image': [{'bytes': file, 'path': None} for file in files],
+        'label': labels,
+        'number': list(numbers),
+    }
+    datasets.Dataset.from_dict(rows, features).to_parquet(
+        directory / f'{split}-0.parquet'
+    )
+
+
 def write_idx(path, array):
   """An idx file of bytes, in gzip if it is named so."""
   magic = bytes([0, 0, 8, array.ndim])
@@ -83,5 +112,5 @@ def write_cifar_binary(directory, per_file=4):
     rows = np.zeros((per_file, 3073), np.uint8)
     rows[:, 0] = np.arange(per_file) + number
     rows[:, 1 : 1 + 1024] = rows[:, :1] * 10  # Red.
-    rows[:, 1 + 1024 + 33] = 200  # Green, second row, second column.
+    rows[:, 1 + 1024 + 34] = 200  # Green, second row, third column.
     rows.tofile(directory / name)

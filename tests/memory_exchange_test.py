@@ -16,7 +16,7 @@ from codistill_jax.exchange import publications
 from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
 from codistill_jax.exchange.protocol import Plan, StaleError
 from codistill_jax.group import run_group
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 EVERY = 5
 MODEL, TX = toy.RECURRENT, toy.ADAM
@@ -234,7 +234,7 @@ def test_a_restart_makes_the_publication_that_a_killed_run_did_not(tmp_path):
   seen = states_of(mirrored(tmp_path), num_steps=12)
   for group_id in range(2):
     directory = publications.group_directory(tmp_path, group_id)
-    trees.delete(directory, [10])
+    checkpoints.delete(directory, [10])
   exchanges = mirrored(tmp_path)
   for exchange in exchanges:
     exchange.restore(10, [5])
@@ -253,7 +253,7 @@ def test_a_restart_refuses_peers_of_another_task(tmp_path):
   states_of(mirrored(tmp_path), num_steps=5)
   mirror = Mirror(tmp_path, start(0).variables, {'tokenizer': 'xyz'})
   ours, _ = memory_exchanges(2, every=EVERY, mirror=mirror)
-  with pytest.raises(publications.MismatchError, match='tokenizer=abc'):
+  with pytest.raises(checkpoints.MismatchError, match='tokenizer=abc'):
     ours.restore(5, [None])
 
 

@@ -16,7 +16,7 @@ from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.baselines.diloco import Diloco
 from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.protocol import NoExchange
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli, driver, watch
 from experiments import job as job_lib
 
@@ -125,7 +125,11 @@ def last_state(job):
       )
   )
   directory = run_directory.checkpoints_dir(job.workdir, 0)
-  return Checkpoints(directory, identity=job.identity).read(STEPS, like).state
+  return (
+      ResumeCheckpoints(directory, identity=job.identity)
+      .read(STEPS, like)
+      .state
+  )
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(make_job, method):

@@ -93,7 +93,7 @@ def test_groups_may_have_batches_and_teachers_of_their_own():
   states = starts(model, 1, count=2)
   batch = jax.tree.map(lambda *xs: np.stack(xs), *[s.batch(0) for s in streams])
   state, found = step(
-      step.place(states), batch, step.place_teachers(teachers), 0.7
+      step.place(states), batch, step.stack(teachers), 0.7
   )
   alone = jax.jit(step_lib.make_train_step(model, TX))
   for g in range(2):

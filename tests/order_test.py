@@ -1,4 +1,4 @@
-"""Seeded bijections: permutations all, and shuffled well enough."""
+"""Permutations, partitions, splits: complete, disjoint, the same for ever."""
 
 import hypothesis
 import numpy as np
@@ -8,14 +8,21 @@ from hypothesis import strategies as st
 from codistill_jax.data import order
 
 SEEDS = st.integers(0, 2**40)
+KINDS = {
+    'permutation': order.permutation,
+    'bijection': lambda size, key: order.bijection(size, key)(np.arange(size)),
+}
+of_either_kind = pytest.mark.parametrize('make', KINDS.values(), ids=KINDS)
+held_or_not = pytest.mark.parametrize('held', [False, True])
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@of_either_kind
 @hypothesis.given(
     size=st.one_of(st.integers(1, 70), st.integers(1, 5000)), seed=SEEDS
 )
-def test_it_is_a_permutation_of_any_size(size, seed):
-  found = order.bijection(size, (seed, 1))(np.arange(size))
+@hypothesis.settings(max_examples=60)
+def test_it_is_a_permutation_of_any_size(make, size, seed):
+  found = make(size, (seed, 1))
   assert found.dtype == np.int64
   np.testing.assert_array_equal(np.sort(found), np.arange(size))
 
@@ -34,25 +41,26 @@ def test_a_place_alone_and_among_others_goes_to_the_same_row():
   assert rows.min() >= 0 and rows.max() < size
   assert [int(row_of(p)) for p in places[:20]] == rows[:20].tolist()
   np.testing.assert_array_equal(row_of(places.reshape(20, 50)).ravel(), rows)
-  assert len(np.unique(row_of(np.arange(10**6)))) == 10**6
+  assert len(np.unique(row_of(np.arange(10**5)))) == 10**5
 
 
-def test_the_order_is_the_same_for_ever():
+@pytest.mark.parametrize(
+    'kind, size, expected',
+    [
+        ('bijection', 1000, [410, 29, 140, 405, 996, 933, 523, 538]),
+        ('permutation', 8, [1, 2, 4, 6, 5, 0, 7, 3]),
+    ],
+)
+def test_the_order_is_the_same_for_ever(kind, size, expected):
   # Runs that were interrupted before an update must go on in the same order.
-  found = order.bijection(1000, (1, 2, 3))(np.arange(8))
-  assert found.tolist() == [410, 29, 140, 405, 996, 933, 523, 538]
+  assert KINDS[kind](size, (1, 2, 3))[:8].tolist() == expected
 
 
-def test_a_walk_that_never_comes_back_is_ended(monkeypatch):
-  monkeypatch.setattr(order, '_LONGEST_WALK', 1)
-  with pytest.raises(AssertionError, match='no bijection'):
-    order.bijection(9, (1,))(np.arange(9))
-
-
-def test_keys_give_different_orders_that_look_random():
+@of_either_kind
+def test_keys_give_different_orders_that_look_random(make):
   size = 20_000
   places = np.arange(size)
-  a, b = (order.bijection(size, (seed, 0))(places) for seed in (0, 1))
+  a, b = (make(size, (seed, 0)) for seed in (0, 1))
   # Fixed points and agreements of random permutations: 1 in the mean.
   assert np.sum(a == b) < 10 and np.sum(a == places) < 10
   for x in (a, b):
@@ -63,46 +71,87 @@ def test_keys_give_different_orders_that_look_random():
     assert np.abs(tenths - size / 100).max() < 6 * np.sqrt(size / 100)
 
 
-def rows_of(group_id, num_groups, partition, size=1003, seed=5):
-  rows = order.group_rows(
+def rows_of(group_id, num_groups, partition, size=1003, seed=5, held=False):
+  return order.group_rows(
       size,
       group_id=group_id,
       num_groups=num_groups,
       partition=partition,
       seed=seed,
-  )
-  return rows.row_of(np.arange(rows.size))
+      held=held,
+  ).numbers()
 
 
-@pytest.mark.parametrize('num_groups', [1, 2, 3, 7])
-def test_disjoint_partitions_cover_everything_once(num_groups):
-  parts = [rows_of(g, num_groups, 'disjoint') for g in range(num_groups)]
+@held_or_not
+@hypothesis.given(groups=st.integers(1, 7), more=st.integers(0, 60), seed=SEEDS)
+def test_disjoint_groups_share_nothing_and_cover_all(held, groups, more, seed):
+  size = groups + more
+  parts = [
+      rows_of(g, groups, 'disjoint', size, seed, held) for g in range(groups)
+  ]
+  np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(size))
   assert max(map(len, parts)) - min(map(len, parts)) <= 1
-  np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1003))
-  if num_groups > 1:
-    other = rows_of(0, num_groups, 'disjoint', seed=6)
-    assert set(other) != set(parts[0])
+  if held:
+    assert all((np.diff(part) > 0).all() for part in parts)
 
 
-def test_a_shared_partition_is_everything():
-  np.testing.assert_array_equal(rows_of(1, 2, 'shared'), np.arange(1003))
+@held_or_not
+def test_disjoint_parts_are_no_stripes_and_depend_on_the_seed(held):
+  first, again, other = (
+      rows_of(0, 2, 'disjoint', 1000, seed, held) for seed in (1, 1, 2)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert set(first) != set(other)
+  # Neighbours, often of one origin, do not alternate between groups.
+  assert not (np.diff(np.sort(first)) == 2).all()
+  assert 0.4 < np.mean(first < 500) < 0.6
 
 
-def test_epochs_and_groups_have_orders_of_their_own():
+@held_or_not
+def test_shared_groups_have_everything(held):
+  found = rows_of(1, 2, 'shared', held=held)
+  np.testing.assert_array_equal(found, np.arange(1003))
+
+
+@held_or_not
+def test_epochs_groups_and_seeds_have_orders_of_their_own(held):
   orders = {
-      tuple(order.epoch_order(50, seed=s, group_id=g, epoch=e)(np.arange(50)))
+      tuple(order.epoch_order(50, **key, held=held)(np.arange(50)))
       for s in (0, 1)
       for g in (0, 1)
       for e in (0, 1)
+      for key in [{'seed': s, 'group_id': g, 'epoch': e}]
   }
   assert len(orders) == 8
 
 
 def test_splits_are_disjoint_and_cover_everything():
   parts = order.split_rows(1003, [803, 100, 100], seed=0)
-  rows = [part.row_of(np.arange(part.size)) for part in parts]
+  rows = [part.numbers() for part in parts]
   assert [len(r) for r in rows] == [803, 100, 100]
   np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(1003))
+  for count in (9, 999):
+    first = parts[1].first(count)
+    np.testing.assert_array_equal(first.numbers(), rows[1][:count])
+
+
+@hypothesis.given(size=st.integers(1, 50), share=st.floats(0, 1), seed=SEEDS)
+def test_a_subset_and_the_others_are_everything(size, share, seed):
+  count = int(share * size)
+  chosen, others = order.subset(size, count, seed=seed)
+  assert len(chosen) == count
+  both = np.sort(np.concatenate([chosen, others]))
+  np.testing.assert_array_equal(both, np.arange(size))
+  assert (np.diff(chosen) > 0).all() and (np.diff(others) > 0).all()
+
+
+def test_a_subset_is_chosen_at_random_and_the_same_for_ever():
+  # Images are sorted by class: the first ones would be of one class.
+  chosen, _ = order.subset(1000, 100)
+  assert 0.3 < np.mean(chosen < 500) < 0.7
+  assert order.subset(10, 4)[0].tolist() == [0, 5, 6, 8]
+  # Not the choice of the partition.
+  assert set(chosen) != set(rows_of(0, 10, 'disjoint', 1000, 0, held=True))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +159,40 @@ def test_splits_are_disjoint_and_cover_everything():
     [
         (lambda: order.bijection(5, (-1,)), 'key='),
         (lambda: order.bijection(-5, (1,)), 'size=-5'),
+        (lambda: order.permutation(5, (1, -1)), 'seeds must be 0 or more'),
         (lambda: order.split_rows(10, [5, 4], 0), '10 rows'),
-        (lambda: rows_of(2, 2, 'shared'), 'group_id must be'),
-        (lambda: rows_of(0, 2, 'halves'), 'partition must be'),
-        (lambda: rows_of(0, 2000, 'disjoint'), '1003 rows cannot be divided'),
+        (
+            lambda: rows_of(2, 2, 'shared'),
+            r'group_id must be in 0\.\.1 .*got 2',
+        ),
+        (lambda: rows_of(-1, 2, 'shared'), 'group_id must be in'),
+        (lambda: rows_of(0, 2, 'both'), "shared, disjoint; got 'both'"),
+        (lambda: rows_of(0, 2000, 'disjoint'), '1003 .* cannot be divided'),
     ],
 )
 def test_a_mistake_is_named(call, words):
   with pytest.raises(ValueError, match=words):
     call()
+
+
+TEXTS = [f'document {i}' for i in range(4000)]
+
+
+def validation(fraction, seed=0, count=4000):
+  return [order.in_validation(t, fraction, seed) for t in TEXTS[:count]]
+
+
+@pytest.mark.parametrize('fraction', [0.0, 0.05, 0.5])
+def test_validation_takes_about_its_share_of_the_texts(fraction):
+  deviation = (fraction * (1 - fraction) / len(TEXTS)) ** 0.5
+  assert abs(np.mean(validation(fraction)) - fraction) <= 5 * deviation
+
+
+def test_a_larger_validation_split_contains_the_smaller():
+  small, large = validation(0.1), validation(0.3)
+  assert any(small) and sum(small) < sum(large)
+  assert all(b for a, b in zip(small, large) if a)
+
+
+def test_validation_depends_on_text_and_seed_alone():
+  assert validation(0.5) == validation(0.5) != validation(0.5, seed=1)

@@ -14,7 +14,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, one_program, run_directory
 from codistill_jax.exchange.prediction_exchange import PredictionExchange
 from codistill_jax.peer_predictions import mixing_matrix
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from experiments import cli, driver, lockstep, watch
 from experiments.job import Job
 
@@ -128,7 +128,7 @@ def test_a_run_directory_is_that_of_any_run(whole):
   for g in range(G):
     assert run_directory.done_path(whole, g).exists()
     directory = run_directory.checkpoints_dir(whole, g)
-    assert trees.completed_steps(directory) == [4, 8, 12]
+    assert checkpoints.completed_steps(directory) == [4, 8, 12]
     records = records_of(whole, g)
     assert [r['step'] for r in records if 'eval/loss' in r] == [6, 12]
     training = [r for r in records if 'loss/task' in r]
@@ -158,7 +158,11 @@ def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path, stop_after):
   with pytest.raises(cli.Stopped):
     train(tmp_path, stop_after)
   steps = {
-      max(trees.completed_steps(run_directory.checkpoints_dir(tmp_path, g)))
+      max(
+          checkpoints.completed_steps(
+              run_directory.checkpoints_dir(tmp_path, g)
+          )
+      )
       for g in range(G)
   }
   assert len(steps) == 1 and steps < {*range(STEPS)}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from run_cases import run
 
-from codistill_jax import churn as churn_lib
+from codistill_jax import statistics
 from experiments import churn
 
 SIZE = 40
@@ -64,7 +64,7 @@ def test_files_of_all_kinds_give_the_same_figures(
   np.save(tmp_path / 'labels.npy', labels)
   flags = [f'--labels={tmp_path / "labels.npy"}'] if ending == '.npy' else []
   found = figures(tmp_path, *paths, flags=flags)['predictions']['figures']
-  expected = churn_lib.measure(models, labels)
+  expected = statistics.measure(models, labels)
   for key in ('churn', 'relative', 'disagreement'):
     matrix = getattr(expected, f'{key}_KK')
     pairs = matrix[np.triu_indices(3, 1)]
@@ -87,7 +87,7 @@ def test_kinds_can_be_mixed_and_every_pair_is_printed(tmp_path, models):
       ('b.csv', 'c.parquet', models[1:]),
   ):
     line = next(x for x in output.splitlines() if a in x and b in x)
-    assert f'{churn_lib.churn(*pair):.4f}' in line
+    assert f'{statistics.churn(*pair):.4f}' in line
   assert list(tmp_path.glob('*.json')) == []  # Nothing is written unasked.
 
 
@@ -133,10 +133,10 @@ def test_ids_join_rows_in_any_order(tmp_path, models, labels):
       *paths,
       flags=['--id_column=key', f'--labels={tmp_path / "labels.csv"}'],
   )['predictions']['figures']
-  assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models[:2]))
+  assert found['churn']['mean'] == pytest.approx(statistics.churn(*models[:2]))
   np.testing.assert_allclose(
       found['log_loss']['values'],
-      [churn_lib.log_loss(p, labels) for p in models[:2]],
+      [statistics.log_loss(p, labels) for p in models[:2]],
   )
 
 
@@ -153,7 +153,7 @@ def test_classes_come_as_columns_or_as_an_array(tmp_path):
       tmp_path / 'b.npy',
       flags=[f'--prediction_column={c}' for c in columns],
   )['predictions']['figures']
-  assert found['churn']['mean'] == pytest.approx(churn_lib.churn(*models))
+  assert found['churn']['mean'] == pytest.approx(statistics.churn(*models))
 
 
 def test_labels_that_nobody_asked_for_do_no_harm(tmp_path, models, labels):

@@ -12,7 +12,7 @@ import stuck
 import tiny_run
 
 from codistill_jax import run_directory
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,7 @@ class Run:
     return any(int(mask, 16) for mask in masks)
 
   def saved(self, group_id=0):
-    return trees.completed_steps(
+    return checkpoints.completed_steps(
         run_directory.checkpoints_dir(self.workdir, group_id)
     )
 

@@ -17,7 +17,7 @@ from waits import PATIENCE, until
 from wet_files import packed, wet, write_wet
 
 from codistill_jax.data import (
-    partition,
+    order,
     prepare,
     prepare_summary,
     rounds,
@@ -106,7 +106,7 @@ def test_every_document_is_there_once_and_decodes(
     expected = [
         text
         for text in texts(120)
-        if partition.in_validation(text, 0.2, 0) == (split == 'validation')
+        if order.in_validation(text, 0.2, 0) == (split == 'validation')
     ]
     documents = documents_in(tmp_path, split)
     assert [tokenizer.decode(d) for d in documents] == expected
@@ -264,7 +264,7 @@ def test_max_documents_is_the_beginning(tmp_path, small_batches):
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
   run(tmp_path / 'a', corpus)
-  train = [t for t in texts(120) if not partition.in_validation(t, 0.2, 0)]
+  train = [t for t in texts(120) if not order.in_validation(t, 0.2, 0)]
   source = write_corpus(tmp_path / 'train', train)
   run(tmp_path / 'b', source, validation_fraction=0)
   models = [(tmp_path / n / 'tokenizer.model').read_bytes() for n in 'ab']

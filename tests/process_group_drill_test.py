@@ -15,7 +15,7 @@ import tiny_run
 
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 # Seconds of silence that are a loss: where one is to be noticed, elsewhere.
 HEARTBEAT, PATIENT = 6, 300
@@ -90,7 +90,7 @@ class Run:
   def saved(self):
     """The newest resume checkpoint of group 0."""
     directory = run_directory.checkpoints_dir(self.workdir, 0)
-    return max(trees.completed_steps(directory), default=0)
+    return max(checkpoints.completed_steps(directory), default=0)
 
   def published(self):
     """The newest publication of group 0."""

@@ -9,8 +9,9 @@ import pytest
 
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.publications import MismatchError, Publication
-from codistill_jax.storage import trees
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import checkpoints
+from codistill_jax.storage.checkpoints import MismatchError
 
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 SENT = Publication(group_id=1, step=20, time=12.5, identity=IDENTITY)
@@ -46,7 +47,7 @@ def test_what_is_published_is_what_is_read(tmp_path):
   assert found == written
   assert found == dataclasses.replace(SENT, num_bytes=4 * (6 + 4 + 3 + 1))
   for (path, a), (_, b) in zip(
-      trees.flatten(variables), trees.flatten(variables_of())
+      checkpoints.flatten(variables), checkpoints.flatten(variables_of())
   ):
     assert a.dtype == b.dtype, path
     np.testing.assert_array_equal(a, b)
@@ -153,7 +154,7 @@ def test_a_file_system_that_refuses_is_no_reason_to_replace(
     raise PermissionError(13, 'Permission denied')
 
   with monkeypatch.context() as patch:
-    patch.setattr(trees, 'load_tree', load_tree)
+    patch.setattr(checkpoints, 'load_tree', load_tree)
     with pytest.raises(PermissionError):
       publish(tmp_path, variables_of(2.0))
   _, variables = read(tmp_path)
@@ -185,16 +186,16 @@ def one_more():
     [
         (
             other_shape,
-            'model_state/mean float32[3] there and model_state/mean'
-            ' float32[4] here',
+            'model_state/mean float32[3] where this run has'
+            ' model_state/mean float32[4]',
         ),
         (
             other_dtype,
-            'model_state/count int32[] there and model_state/count'
-            ' float32[] here',
+            'model_state/count int32[] where this run has'
+            ' model_state/count float32[]',
         ),
-        (other_name, 'params/b float32[4] there and missing here'),
-        (one_more, 'missing there and params/z float64[2] here'),
+        (other_name, 'params/b float32[4] where this run has nothing'),
+        (one_more, 'nothing where this run has params/z float64[2]'),
     ],
 )
 def test_another_architecture_is_named_by_its_first_leaf(
@@ -204,8 +205,8 @@ def test_another_architecture_is_named_by_its_first_leaf(
   with pytest.raises(MismatchError) as e:
     read(tmp_path, like=ours())
   assert str(e.value) == (
-      'group 1 trains another architecture: the first differing leaf is'
-      f' {differing}; give all groups the same model configuration'
+      'publication 20 of group 1 is of another configuration: it holds'
+      f' {differing}; give all groups the same model, task and prepared data'
   )
 
 
@@ -236,7 +237,7 @@ def publish_unchecked(root, variables, **facts):
       'time': 12.5,
       'identity': IDENTITY,
   } | facts
-  trees.save(publications.group_directory(root, 1), 20, tree, facts)
+  checkpoints.save(publications.group_directory(root, 1), 20, tree, facts)
 
 
 BAD = [
@@ -262,7 +263,9 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
   variables = variables_of(dtype=dtype)
   variables.params['b'][2] = bad
   publish_unchecked(tmp_path, variables)
-  with pytest.raises(trees.DamagedError, match=r'params/b .*is not finite'):
+  with pytest.raises(
+      checkpoints.DamagedError, match=r'params/b .*is not finite'
+  ):
     read(tmp_path)
 
 
@@ -270,7 +273,7 @@ def test_opposite_infinities_do_not_hide_each_other(tmp_path):
   variables = variables_of()
   variables.params['b'][:2] = np.inf, -np.inf
   publish_unchecked(tmp_path, variables)
-  with pytest.raises(trees.DamagedError, match='not finite'):
+  with pytest.raises(checkpoints.DamagedError, match='not finite'):
     read(tmp_path)
 
 
@@ -303,14 +306,14 @@ def test_finite_float64_may_add_up_to_infinity(tmp_path):
 )
 def test_metadata_that_is_none_is_rejected(tmp_path, facts):
   publish_unchecked(tmp_path, variables_of(), **facts)
-  with pytest.raises(trees.DamagedError, match='expected group_id, step'):
+  with pytest.raises(checkpoints.DamagedError, match='expected group_id, step'):
     read(tmp_path)
 
 
 def test_metadata_that_is_missing_is_rejected(tmp_path):
   directory = publications.group_directory(tmp_path, 1)
-  trees.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
-  with pytest.raises(trees.DamagedError, match='expected group_id, step'):
+  checkpoints.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
+  with pytest.raises(checkpoints.DamagedError, match='expected group_id, step'):
     read(tmp_path)
 
 
@@ -328,11 +331,11 @@ def test_a_publication_in_the_wrong_place_is_rejected(tmp_path, there):
   shutil.copytree(tmp_path / 'group_1' / '20', tmp_path / there)
   group_id, step = int(there[6]), int(there[8:])
   with pytest.raises(
-      trees.DamagedError, match='published by group 1 at step 20'
+      checkpoints.DamagedError, match='published by group 1 at step 20'
   ):
     read(tmp_path, group_id=group_id, step=step)
 
 
 def test_a_missing_publication_is_missing(tmp_path):
-  with pytest.raises(trees.MissingError):
+  with pytest.raises(checkpoints.MissingError):
     read(tmp_path)

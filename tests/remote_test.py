@@ -18,8 +18,8 @@ from codistill_jax.exchange.checkpoint_exchange import (
 )
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import leases, remote, trees
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage import checkpoints, files, leases
+from codistill_jax.storage.resume import ResumeCheckpoints
 
 ROOT = 's3://bucket/run/exchange'
 IDENTITY = {'task': 'toy'}
@@ -53,12 +53,14 @@ def a_tree(value=1.0):
 
 
 def read(step=STEP, directory=ROOT):
-  record = trees.load_record(directory, step)
-  return trees.load_tree(directory, step, record, a_tree())
+  record = checkpoints.load_record(directory, step)
+  return checkpoints.load_tree(directory, step, record, a_tree())
 
 
 def assert_same(a, b):
-  for (path, x), (_, y) in zip(trees.flatten(a), trees.flatten(b), strict=True):
+  for (path, x), (_, y) in zip(
+      checkpoints.flatten(a), checkpoints.flatten(b), strict=True
+  ):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
     assert x.tobytes() == y.tobytes(), path
 
@@ -72,26 +74,26 @@ def names_of(bucket, step=STEP):
 
 
 def test_what_is_saved_is_what_is_read(bucket):
-  assert trees.completed_steps(ROOT) == []
-  trees.save(ROOT, STEP, a_tree(), {'note': 1})
-  assert trees.completed_steps(ROOT) == [STEP]
-  assert trees.load_record(ROOT, STEP).facts == {'note': 1}
+  assert checkpoints.completed_steps(ROOT) == []
+  checkpoints.save(ROOT, STEP, a_tree(), {'note': 1})
+  assert checkpoints.completed_steps(ROOT) == [STEP]
+  assert checkpoints.load_record(ROOT, STEP).facts == {'note': 1}
   assert_same(read(), a_tree())
-  assert trees.completed_at(ROOT, STEP) > 0
-  trees.save(ROOT, STEP, a_tree(2.0), {})
+  assert checkpoints.completed_at(ROOT, STEP) > 0
+  checkpoints.save(ROOT, STEP, a_tree(2.0), {})
   assert_same(read(), a_tree(2.0))
 
 
 def test_large_files_go_in_pieces(bucket, monkeypatch):
-  monkeypatch.setattr(remote, '_CHUNK_BYTES', 1000)
-  trees.save(ROOT, STEP, a_tree(), {})
+  monkeypatch.setattr(files, '_CHUNK_BYTES', 1000)
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   assert_same(read(), a_tree())
 
 
 def test_the_path_is_left_alone(bucket):
-  assert os.fspath(trees.absolute(ROOT)) == ROOT
+  assert os.fspath(checkpoints.absolute(ROOT)) == ROOT
   here = pathlib.Path.cwd()
-  assert os.fspath(trees.absolute('there')) == str(here / 'there')
+  assert os.fspath(checkpoints.absolute('there')) == str(here / 'there')
 
 
 def test_the_mark_goes_up_last_and_away_first(bucket, monkeypatch):
@@ -109,33 +111,35 @@ def test_the_mark_goes_up_last_and_away_first(bucket, monkeypatch):
       'rm_file',
       lambda path: (deleted.append(path), type(bucket).rm_file(bucket, path)),
   )
-  trees.save(ROOT, STEP, a_tree(), {})
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   mark = f'/bucket/run/exchange/{STEP}/commit_success.txt'
   assert written[-1] == mark and written.count(mark) == 1
   assert written[-2].endswith('/record.json')
-  trees.delete(ROOT, [STEP])
+  checkpoints.delete(ROOT, [STEP])
   assert deleted[0] == mark and not bucket.store
 
 
 def test_half_an_upload_is_no_checkpoint_and_is_replaced(bucket):
-  trees.save(ROOT, STEP, a_tree(), {})
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   del bucket.store[f'/bucket/run/exchange/{STEP}/commit_success.txt']
-  assert trees.completed_steps(ROOT) == []
-  with pytest.raises(trees.MissingError):
+  assert checkpoints.completed_steps(ROOT) == []
+  with pytest.raises(checkpoints.MissingError):
     read()
-  trees.save(ROOT, STEP, a_tree(2.0), {})
+  checkpoints.save(ROOT, STEP, a_tree(2.0), {})
   assert_same(read(), a_tree(2.0))
-  trees.save(ROOT, 9, a_tree(), {})
+  checkpoints.save(ROOT, 9, a_tree(), {})
   del bucket.store['/bucket/run/exchange/9/commit_success.txt']
-  trees.delete_torn(ROOT)
+  checkpoints.delete_torn(ROOT)
   assert names_of(bucket, 9) == []
   assert_same(read(), a_tree(2.0))
 
 
 def test_damage_is_noticed_on_the_way_down(bucket, monkeypatch):
-  trees.save(ROOT, STEP, a_tree(), {})
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   before = {path: x.getvalue() for path, x in bucket.store.items()}
-  monkeypatch.setattr(trees, '_restore', lambda *_: pytest.fail('reached'))
+  monkeypatch.setattr(
+      checkpoints, '_restore', lambda *_: pytest.fail('reached')
+  )
   for name in names_of(bucket):
     if not name.startswith('arrays/'):
       continue
@@ -145,24 +149,24 @@ def test_damage_is_noticed_on_the_way_down(bucket, monkeypatch):
         del bucket.store[path]
       else:
         bucket.pipe_file(path, spoiled)
-      with pytest.raises(trees.DamagedError):
+      with pytest.raises(checkpoints.DamagedError):
         read()
     bucket.pipe_file(path, before[path])
 
 
 def test_a_damaged_one_is_set_aside_by_deleting_it(bucket):
-  trees.save(ROOT, STEP, a_tree(), {})
-  trees.set_aside(ROOT, STEP)
+  checkpoints.save(ROOT, STEP, a_tree(), {})
+  checkpoints.set_aside(ROOT, STEP)
   assert not bucket.store
 
 
 def test_a_deletion_is_called_off(bucket):
-  trees.save(ROOT, STEP, a_tree(), {})
-  made = trees.completed_at(ROOT, STEP)
-  trees.delete_unless(ROOT, STEP, lambda: True)
+  checkpoints.save(ROOT, STEP, a_tree(), {})
+  made = checkpoints.completed_at(ROOT, STEP)
+  checkpoints.delete_unless(ROOT, STEP, lambda: True)
   assert_same(read(), a_tree())
-  assert trees.completed_at(ROOT, STEP) == made
-  trees.delete_unless(ROOT, STEP, lambda: False)
+  assert checkpoints.completed_at(ROOT, STEP) == made
+  checkpoints.delete_unless(ROOT, STEP, lambda: False)
   assert not bucket.store
 
 
@@ -187,16 +191,16 @@ def fail_with(monkeypatch, bucket, error, only):
 
 @pytest.mark.parametrize('error', [CloudError('no\nroute'), TimeoutError()])
 def test_a_cloud_that_refuses_is_an_os_error(bucket, monkeypatch, error):
-  trees.save(ROOT, STEP, a_tree(), {})
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   with monkeypatch.context() as patch:
     fail_with(patch, bucket, error, '/d/')
     with pytest.raises(OSError, match='cannot be read') as e:
       read()
     assert '\n' not in str(e.value) and e.value.errno == errno.EIO
     with pytest.raises(OSError, match='cannot be written') as e:
-      trees.save(ROOT, 9, a_tree(), {})
+      checkpoints.save(ROOT, 9, a_tree(), {})
     assert '\n' not in str(e.value)
-  assert trees.completed_steps(ROOT) == [STEP]
+  assert checkpoints.completed_steps(ROOT) == [STEP]
   assert names_of(bucket, 9) == []
   assert_same(read(), a_tree())
 
@@ -204,9 +208,9 @@ def test_a_cloud_that_refuses_is_an_os_error(bucket, monkeypatch, error):
 def test_what_a_cloud_calls_missing_is_damage_while_the_step_stands(
     bucket, monkeypatch
 ):
-  trees.save(ROOT, STEP, a_tree(), {})
+  checkpoints.save(ROOT, STEP, a_tree(), {})
   fail_with(monkeypatch, bucket, NotFoundError('gone'), '/d/')
-  with pytest.raises(trees.DamagedError, match='gone'):
+  with pytest.raises(checkpoints.DamagedError, match='gone'):
     read()
 
 
@@ -216,7 +220,7 @@ def test_a_directory_that_is_missing_is_empty(bucket, monkeypatch, error):
     raise error('no such directory')
 
   monkeypatch.setattr(type(bucket), 'ls', ls)
-  assert trees.completed_steps(ROOT) == []
+  assert checkpoints.completed_steps(ROOT) == []
 
 
 def test_a_cloud_that_does_not_tell_is_not_empty(bucket, monkeypatch):
@@ -225,7 +229,7 @@ def test_a_cloud_that_does_not_tell_is_not_empty(bucket, monkeypatch):
 
   monkeypatch.setattr(type(bucket), 'ls', ls)
   with pytest.raises(OSError, match='no route'):
-    trees.completed_steps(ROOT)
+    checkpoints.completed_steps(ROOT)
 
 
 # --- The exchange ------------------------------------------------------------
@@ -320,12 +324,12 @@ def state_of(step):
 
 def test_a_group_resumes_from_a_bucket(bucket):
   directory = 's3://bucket/run/checkpoints'
-  checkpoints = Checkpoints(directory, identity=IDENTITY, keep=2)
+  checkpoints = ResumeCheckpoints(directory, identity=IDENTITY, keep=2)
   for step in (10, 20, 30):
     checkpoints.save(state_of(step), [step - 1])
     checkpoints.wait()
   checkpoints.close()
-  again = Checkpoints(directory, identity=IDENTITY)
+  again = ResumeCheckpoints(directory, identity=IDENTITY)
   assert again.steps() == [20, 30]
   resume = again.restore(state_of(0))
   assert_same(resume.state, state_of(30))
@@ -334,6 +338,6 @@ def test_a_group_resumes_from_a_bucket(bucket):
   start = '/bucket/run/checkpoints/30/arrays/'
   for path in [x for x in bucket.store if x.startswith(start)]:
     bucket.pipe_file(path, b'')
-  again = Checkpoints(directory, identity=IDENTITY)
+  again = ResumeCheckpoints(directory, identity=IDENTITY)
   assert_same(again.restore(state_of(0)).state, state_of(20))
   assert again.steps() == [20]

@@ -32,6 +32,15 @@ def test_paths_are_those_of_the_contract(tmp_path):
   }
   for function, path in expected.items():
     assert os.fspath(function(tmp_path, 3)) == str(tmp_path / path)
+  comparisons = {
+      (): 'comparison.json',
+      (40,): 'comparison_40.json',
+      (None, 'test'): 'comparison_test.json',
+      (40, 'test'): 'comparison_test_40.json',
+  }
+  for args, name in comparisons.items():
+    found = run_directory.comparison_path(tmp_path, *args)
+    assert os.fspath(found) == str(tmp_path / 'report' / name)
 
 
 def test_groups_are_listed_by_number_and_nothing_else_is(tmp_path):

@@ -1,14 +1,14 @@
 """Tests of experiments/status: a live, dead, finished and empty run."""
 
 import json
-import math
 import os
 import subprocess
 
 import pytest
 
 from codistill_jax import run_directory, writers
-from experiments import status, status_text
+from experiments import status
+from experiments.reports import pages, run_status
 
 NOW = 10_000.0
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,8 +34,13 @@ def _make_group(workdir, group_id: int, *, seen: float, **changes) -> None:
   run_directory.write_status(workdir, group_id, sign | changes)
 
 
+def _look(workdir) -> tuple[str, bool]:
+  view, done = run_status.look(str(workdir), NOW)
+  return pages.plain(view), done
+
+
 def _describe(workdir) -> str:
-  return status.describe(str(workdir), NOW, silent_after=60)[0]
+  return _look(workdir)[0]
 
 
 def _cells(text: str) -> list[dict[str, str]]:
@@ -54,7 +59,7 @@ def test_a_live_group_shows_all_it_says(tmp_path):
   writer.write(50, {'eval/loss': 5.4321})
   writer.write(55, {'loss/task': 5.0})
   writer.close()
-  text, done = status.describe(str(tmp_path), NOW, silent_after=60)
+  text, done = _look(tmp_path)
   assert not done
   assert _cells(text) == [
       {
@@ -77,7 +82,7 @@ def test_a_live_group_shows_all_it_says(tmp_path):
 def test_a_silent_group_is_flagged_and_has_no_eta(tmp_path):
   _make_group(tmp_path, 0, seen=NOW - 59)
   _make_group(tmp_path, 1, seen=NOW - 61)
-  text, _ = status.describe(str(tmp_path), NOW, silent_after=60)
+  text, _ = _look(tmp_path)
   live, silent = _cells(text)
   assert (live['last seen'], live['ETA']) == ('59 s ago', '10 s')
   assert (silent['last seen'], silent['ETA']) == ('SILENT 61 s ago', '-')
@@ -88,13 +93,13 @@ def test_a_run_is_done_once_every_group_is(tmp_path):
   _make_group(tmp_path, 0, seen=NOW - 600)
   run_directory.done_path(tmp_path, 0).write_text('')
   # Group 1 has not made its directory yet.
-  text, done = status.describe(str(tmp_path), NOW, silent_after=60)
+  text, done = _look(tmp_path)
   assert _cells(text)[0]['last seen'] == 'DONE 10 min ago'
   assert not done
   _make_group(tmp_path, 1, seen=NOW)
-  assert not status.describe(str(tmp_path), NOW, silent_after=60)[1]
+  assert not _look(tmp_path)[1]
   run_directory.done_path(tmp_path, 1).write_text('')
-  assert status.describe(str(tmp_path), NOW, silent_after=60)[1]
+  assert _look(tmp_path)[1]
 
 
 def test_staleness_of_several_teachers_is_a_range(tmp_path):
@@ -103,7 +108,7 @@ def test_staleness_of_several_teachers_is_a_range(tmp_path):
       for peer, step, seconds in [(1, 40, 5.0), (2, 21, 130.0)]
   ]
   _make_group(tmp_path, 0, seen=NOW, num_groups=4, teachers=teachers)
-  (row,) = _cells(status.describe(str(tmp_path), NOW, silent_after=60)[0])
+  (row,) = _cells(_describe(tmp_path))
   assert row['teachers'] == '2 of 3'
   assert row['staleness'] == '20..39 steps, 5 s..2 min'
 
@@ -113,7 +118,7 @@ def test_metrics_stand_in_for_a_missing_status(tmp_path):
   writer = writers.JsonlWriter(path, clock=lambda: NOW - 3)
   writer.write(7, {'perf/steps_per_sec': 2.0})
   writer.close()
-  (row,) = _cells(status.describe(str(tmp_path), NOW, silent_after=60)[0])
+  (row,) = _cells(_describe(tmp_path))
   assert (row['step'], row['steps/s']) == ('7/-', '2.0')
   assert (row['phase'], row['last seen']) == ('?', '3 s ago')
 
@@ -121,12 +126,12 @@ def test_metrics_stand_in_for_a_missing_status(tmp_path):
 @pytest.mark.parametrize('sign', [{}, {'teachers': [{'peer': 1}], 'step': 3}])
 def test_a_group_that_says_little_gets_dashes(tmp_path, sign):
   run_directory.write_status(tmp_path, 0, sign)
-  (row,) = _cells(status.describe(str(tmp_path), NOW, silent_after=60)[0])
+  (row,) = _cells(_describe(tmp_path))
   assert (row['staleness'], row['last seen']) == ('-', 'none yet')
 
 
 def test_an_empty_directory_says_so(tmp_path):
-  text, done = status.describe_all([str(tmp_path)], NOW)
+  text, done = _look(tmp_path)
   assert 'no group has started yet' in text and not done
 
 
@@ -275,7 +280,7 @@ def test_peers_are_those_of_the_topology(tmp_path):
 def test_a_damaged_status_is_named_and_the_others_are_shown(tmp_path, data):
   _make_groups(tmp_path, 2)
   run_directory.status_path(tmp_path, 0).write_bytes(data)
-  text, done = status.describe(str(tmp_path), NOW, silent_after=60)
+  text, done = _look(tmp_path)
   damaged, sound = _cells(text)
   assert damaged['phase'] == '?' and sound['phase'] == 'training'
   # Nobody knows whether it has teachers.
@@ -303,7 +308,7 @@ def test_a_damaged_run_json_is_named_and_does_not_end_a_watch(tmp_path):
   run_directory.run_path(tmp_path).write_text('{"arm": ')
   run_directory.group_dir(tmp_path, 1).rename(tmp_path / 'gone')
   run_directory.done_path(tmp_path, 0).write_text('')
-  text, done = status.describe(str(tmp_path), NOW, silent_after=60)
+  text, done = _look(tmp_path)
   assert 'cannot be read: Expected JSON in' in text and 'run.json' in text
   assert len(_cells(text)) == 1
   # Group 1, of which status.json of group 0 knows, is not done.
@@ -349,21 +354,6 @@ def test_values_of_the_wrong_kind_end_nothing(tmp_path, value):
 def test_commas_and_repetition_name_the_same_directories():
   assert status.split_commas(['a,b', ' c ', 'd,']) == ['a', 'b', 'c', 'd']
   assert status.split_commas(None) == []
-
-
-@pytest.mark.parametrize(
-    'seconds, text',
-    [
-        (4, '4 s'),
-        (99, '99 s'),
-        (100, '2 min'),
-        (9000, '2.5 h'),
-        (-3, '-3 s'),
-        (math.nan, '?'),
-    ],
-)
-def test_durations_are_short(seconds, text):
-  assert status_text.duration(seconds) == text
 
 
 def _run(python, *args: str) -> subprocess.CompletedProcess:

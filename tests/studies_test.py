@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import tiny_run
+from run_cases import run as run_binary
 
 from codistill_jax import run_directory
+from experiments import reproduce
 from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.declaration import MEASURES, SCALES
@@ -117,7 +119,7 @@ def test_workers_make_the_group_batch():
 # --- All of them, at smoke scale ---------------------------------------------
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def launch(tmp_path_factory):
   with tiny_run.launcher(tmp_path_factory) as launcher:
     yield launcher
@@ -150,58 +152,86 @@ def arguments(places, name, workdir=None):
   return [*made, f'--gin_file={places / "toy.gin"}']
 
 
-@pytest.fixture(scope='module')
-def finished(launch, places):
+class Finished(dict):
   """Exit status and output of each study, and of a few commands after them."""
-  cases = {
-      name: [*arguments(places, name), f'--seeds={seeds_of(name)}']
-      for name in NAMES
-  }
-  again = arguments(places, 'topology')
-  cases |= {
-      'again': again,
-      'another': [*again, '--gin=lstm.language_model.units=5'],
-      'more seeds': [
-          *again,
-          '--seeds=3',
-          '--arms=two',
-          f'--output={places / "more"}',
-      ],
-      'no study': ['--scale=smoke'],
-      'no arm': [*again, '--arms=nine'],
-      'own seed': [*again, '--gin=Experiment.seed=7'],
-      'own rate': [*again, '--gin=RATE=0.5'],
-      'another scale': [*again, '--scale=cpu', '--report_only'],
-      'rows of images': [
-          '--study=image_codistillation',
-          '--scale=smoke',
-          '--worker_rows=4',
-      ],
-      'rates of churn': ['--study=churn', '--scale=smoke', '--rates=1,2'],
-      'no rate': [*again, '--rates=fast'],
-      'no latency': [*again, '--all_reduce=1'],
-      'no times': [*again, '--step_times=no-such-file'],
-      'no scale': ['--study=topology', '--scale=cpu', '--seeds=0'],
-      'nothing to report': [
-          *arguments(places, 'topology', places / 'nothing'),
-          '--report_only',
-      ],
-      'dead binding': [
-          *arguments(places, 'topology', places / 'dead'),
-          '--gin=UNUSED=1',
-      ],
-      'list': ['--list'],
-      'diverges': [
-          *arguments(places, 'offline_distillation', places / 'diverges'),
-          '--rates=1e30',
-          '--seeds=1',
-      ],
-      'one program': [
-          *arguments(places, 'data_partition', places / 'together'),
-          '--one_program=yes',
-      ],
-  }
-  return launch.cases('reproduce', cases)
+
+  def __init__(self, places):
+    self._places = places
+
+  def __missing__(self, name):
+    self[name] = run_binary(reproduce, self._arguments(name))
+    return self[name]
+
+  def _arguments(self, name):
+    places = self._places
+    if name in NAMES:
+      return [*arguments(places, name), f'--seeds={seeds_of(name)}']
+    again = arguments(places, 'topology')
+    if name in AGAIN:
+      assert self['topology'][0] == 0
+      return [*again, *AGAIN[name]]
+    return {
+        'more seeds': lambda: [
+            *again,
+            '--seeds=3',
+            '--arms=two',
+            f'--output={places / "more"}',
+        ],
+        'nothing to report': lambda: [
+            *arguments(places, 'topology', places / 'nothing'),
+            '--report_only',
+        ],
+        'dead binding': lambda: [
+            *arguments(places, 'topology', places / 'dead'),
+            '--gin=UNUSED=1',
+        ],
+        'diverges': lambda: [
+            *arguments(places, 'offline_distillation', places / 'diverges'),
+            '--rates=1e30',
+            '--seeds=1',
+        ],
+        'one program': lambda: [
+            *arguments(places, 'data_partition', places / 'together'),
+            '--one_program=yes',
+        ],
+        'one program diverges': lambda: [
+            *arguments(places, 'data_partition', places / 'together_diverges'),
+            '--one_program=yes',
+            '--rates=1e30',
+            '--arms=same',
+        ],
+        **{case: lambda x=x: x for case, x in ALONE.items()},
+    }[name]()
+
+
+# After the study topology.
+AGAIN = {
+    'again': [],
+    'another': ['--gin=lstm.language_model.units=5'],
+    'no arm': ['--arms=nine'],
+    'own seed': ['--gin=Experiment.seed=7'],
+    'own rate': ['--gin=RATE=0.5'],
+    'another scale': ['--scale=cpu', '--report_only'],
+    'no rate': ['--rates=fast'],
+    'no latency': ['--all_reduce=1'],
+    'no times': ['--step_times=no-such-file'],
+}
+ALONE = {
+    'no study': ['--scale=smoke'],
+    'rows of images': [
+        '--study=image_codistillation',
+        '--scale=smoke',
+        '--worker_rows=4',
+    ],
+    'rates of churn': ['--study=churn', '--scale=smoke', '--rates=1,2'],
+    'no scale': ['--study=topology', '--scale=cpu', '--seeds=0'],
+    'list': ['--list'],
+}
+
+
+@pytest.fixture(scope='module')
+def finished(places):
+  return Finished(places)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -298,6 +328,7 @@ def test_a_study_that_is_done_is_not_trained_again(finished):
 
 
 def test_more_seeds_are_added_to_those_that_are_there(finished, places):
+  assert finished['topology'][0] == 0
   status, output = finished['more seeds']
   assert status == 0, output
   assert 'two, seed 2: done' in output and 'two, seed 1' not in output
@@ -350,8 +381,10 @@ def test_the_list_names_all_studies(finished):
 
 
 def test_one_program_finds_what_groups_in_turn_find(finished, places):
-  status, output = finished['one program']
-  assert status == 0, output
+  for name in ('data_partition', 'one program'):
+    status, output = finished[name]
+    assert status == 0, output
+  assert 'of 8, all seeds' in output or 'seed 1: done' in output
   apart, together = (
       outcomes(places / name) for name in ('data_partition', 'together')
   )
@@ -361,11 +394,50 @@ def test_one_program_finds_what_groups_in_turn_find(finished, places):
     assert outcome['loss'] == pytest.approx(other['loss'], rel=1e-5)
     for key in ('peers', 'examples_per_step', 'rate', 'seed', 'diverged_at'):
       assert outcome[key] == other[key]
-  pages = [
-      (places / name / 'report' / 'study.csv').read_text()
-      for name in ('data_partition', 'together')
-  ]
-  assert len(pages[0].splitlines()) == len(pages[1].splitlines())
+    assert (outcome['together'], other['together']) == (1, 2)
+    ours, theirs = (
+        places / name / 'runs' / path for name in ('data_partition', 'together')
+    )
+    assert (ours / 'config.gin').read_text() == (
+        theirs / 'config.gin'
+    ).read_text()
+    check_same_records(ours, theirs)
+  # Of other seeds: neither the configuration nor the records are one's own.
+  runs = [places / 'together/runs/disjoint' / f'seed_{k}' for k in (0, 1)]
+  assert len({(path / 'config.gin').read_text() for path in runs}) == 2
+
+
+def check_same_records(ours, theirs):
+  found = [run_directory.read_run(path) for path in (ours, theirs)]
+  assert found[0] | {'command': ''} == found[1] | {'command': ''}
+  for group_id in range(found[0]['num_groups']):
+    expected, records = (
+        run_directory.read_metrics(
+            run_directory.metrics_path(path, group_id)
+        ).records
+        for path in (ours, theirs)
+    )
+    assert len(records) == len(expected)
+    for record, other in zip(records, expected):
+      # What nobody reads is not published in one program.
+      assert record.keys() ^ other.keys() <= {'exchange/publication_bytes'}
+      for key in (
+          'step',
+          'loss/total',
+          'eval/loss',
+          'exchange/staleness_steps',
+      ):
+        value = other.get(key, 0.0)
+        assert record.get(key, 0.0) == pytest.approx(value, rel=2e-5)
+
+
+def test_a_seed_of_one_program_that_diverges_is_done(finished, places):
+  status, output = finished['one program diverges']
+  assert status == 0, output
+  found = outcomes(places / 'together_diverges')
+  assert {path.parts[0] for path in found} == {'baseline', 'same'}
+  assert all(1 <= o['diverged_at'] <= 4 for o in found.values())
+  assert all(o['together'] == 2 for o in found.values())
 
 
 # --- Killed in the middle ----------------------------------------------------

@@ -1,10 +1,10 @@
-"""Tests of studies/analysis and /verdict: targets, effects, and their words."""
+"""Tests of studies: targets, effects, and the words of verdicts."""
 
 import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.studies import analysis, curves, verdict
+from experiments.studies import analysis, results, verdicts
 from experiments.studies.results import Run
 
 
@@ -14,7 +14,7 @@ def analyse(*groups_of_runs, study=None, **kwargs):
 
 
 def judge(found, name='two', **kwargs):
-  return verdict.judge(found, toy.compare(name, **kwargs))
+  return verdicts.judge(found, toy.compare(name, **kwargs))
 
 
 def states(found, arm, measure='steps_to_target'):
@@ -53,7 +53,7 @@ def test_each_seed_has_its_own_target():
 
 def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
   np.testing.assert_allclose(
-      curves.smooth(np.array([6.0, 4, 2, 0]), 3), [6, 5, 4, 2]
+      results.smooth(np.array([6.0, 4, 2, 0]), 3), [6, 5, 4, 2]
   )
   spike_N = np.full(20, 4.0)
   spike_N[10] = 1.0  # A lucky evaluation is no target.
@@ -63,15 +63,15 @@ def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
 
 
 def test_few_evaluations_are_not_smoothed():
-  assert curves.window_of([by_hand('baseline', [3.0] * 11)]) == 1
-  assert curves.window_of([by_hand('baseline', [3.0] * 12)]) == 3
+  assert results.window_of([by_hand('baseline', [3.0] * 11)]) == 1
+  assert results.window_of([by_hand('baseline', [3.0] * 12)]) == 3
 
 
 def test_a_target_that_one_seed_does_not_reach_leaves_no_mean():
   runs = [*toy.runs('two', 2, speed=2), toy.run('two', 2, shift=1.0)]
   found = analyse(toy.runs(), runs)
   cell = analysis.cell(found, 'two', 'steps_to_target')
-  assert cell.figure is None
+  assert cell.estimate is None
   assert (cell.count('measured'), cell.count('not reached')) == (2, 1)
   assert cell.outcomes[2].at_least == 1000
   assert judge(found).words.startswith('cannot be said')
@@ -80,7 +80,7 @@ def test_a_target_that_one_seed_does_not_reach_leaves_no_mean():
 def test_costs_of_teachers_count():
   runs = toy.runs('two', speed=2, prior_steps=300.0, prior_flops=7e12)
   found = analyse(toy.runs(), runs)
-  mean = lambda key: analysis.cell(found, 'two', key).figure.mean
+  mean = lambda key: analysis.cell(found, 'two', key).estimate.mean
   assert mean('total_steps_to_target') == mean('steps_to_target') + 300
   assert mean('compute_to_target') == pytest.approx(
       7e12 + 1e9 * mean('steps_to_target')
@@ -97,14 +97,14 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_means():
   alone = analyse(toy.runs(seeds=5), good)
   cell = analysis.cell(found, 'two', 'final_loss')
   assert cell.count('diverged') == 1
-  assert cell.figure == analysis.cell(alone, 'two', 'final_loss').figure
+  assert cell.estimate == analysis.cell(alone, 'two', 'final_loss').estimate
   assert judge(found).effect.pairs == 4
   assert '1 left out for divergence' in judge(found).sentence
 
 
 def test_a_loss_that_is_not_finite_is_divergence_too():
   run = by_hand('two', [5, np.nan, 4])
-  assert curves.diverged_at(run) == 20
+  assert results.diverged_at(run) == 20
 
 
 def test_a_baseline_that_diverged_gives_no_target():
@@ -133,23 +133,23 @@ def test_divergence_of_one_arm_here_and_the_other_there_says_nothing():
 
 def test_equal_arms_have_ratio_one_and_no_difference():
   found = analyse(toy.runs(), toy.runs('two'))
-  for measure in analysis.RATIOS[:2]:
+  for measure in ('steps_to_target', 'total_steps_to_target'):
     got = judge(found, measure=measure)
-    f = got.effect.figure
+    f = got.effect.estimate
     assert (f.mean, f.low, f.high) == (1, 1, 1)
-    assert got.words == verdict.NONE
-  assert judge(found, measure='final_loss').words == verdict.NONE
-  assert judge(found, expect='equal').words == verdict.AS
+    assert got.words == verdicts.NONE
+  assert judge(found, measure='final_loss').words == verdicts.NONE
+  assert judge(found, expect='equal').words == verdicts.AS
 
 
 def test_a_shift_of_the_loss_is_found_exactly_whatever_the_seeds_differ_by():
   found = analyse(toy.runs(noise=0.1), toy.runs('two', noise=0.1, shift=-0.05))
   got = judge(found, measure='final_loss')
-  assert got.effect.figure.mean == pytest.approx(-0.05)
-  assert got.effect.figure.high == pytest.approx(-0.05)
-  assert got.words == verdict.AS
+  assert got.effect.estimate.mean == pytest.approx(-0.05)
+  assert got.effect.estimate.high == pytest.approx(-0.05)
+  assert got.words == verdicts.AS
   assert judge(found, measure='final_loss', expect='more').words == (
-      verdict.OPPOSITE
+      verdicts.OPPOSITE
   )
 
 
@@ -157,7 +157,7 @@ def test_shifting_all_losses_changes_no_steps():
   runs = [*toy.runs(), *toy.runs('two', speed=1.5)]
   moved = [r._replace(loss_N=r.loss_N + 2.0) for r in runs]
   ours, theirs = analyse(runs), analyse(moved)
-  assert judge(ours).effect.figure == judge(theirs).effect.figure
+  assert judge(ours).effect.estimate == judge(theirs).effect.estimate
 
 
 def test_the_order_of_runs_does_not_matter():
@@ -168,8 +168,8 @@ def test_the_order_of_runs_does_not_matter():
 
 def test_a_ratio_and_its_reverse_are_one_over_the_other():
   found = analyse(toy.runs(noise=0.05), toy.runs('two', speed=1.7, noise=0.05))
-  there = analysis.effect(found, 'two', 'baseline', 'steps_to_target').figure
-  back = analysis.effect(found, 'baseline', 'two', 'steps_to_target').figure
+  there = analysis.effect(found, 'two', 'baseline', 'steps_to_target').estimate
+  back = analysis.effect(found, 'baseline', 'two', 'steps_to_target').estimate
   assert there.mean * back.mean == pytest.approx(1)
   assert there.low * back.high == pytest.approx(1)
 
@@ -189,7 +189,7 @@ def test_the_interval_covers_the_true_difference():
     ]
     base = [by_hand('baseline', [3.0], seed) for seed in range(5)]
     found = analyse(base, ours)
-    f = analysis.effect(found, 'two', 'baseline', 'final_loss').figure
+    f = analysis.effect(found, 'two', 'baseline', 'final_loss').estimate
     covered += f.low <= 0.1 <= f.high
   assert covered >= 51  # 57 of 60 are expected.
 
@@ -209,18 +209,18 @@ def differences(values):
 @pytest.mark.parametrize(
     'values, expect, words',
     [
-        ((-0.5, -0.51, -0.49), 'less', verdict.AS),
-        ((-0.5, -0.51, -0.49), 'more', verdict.OPPOSITE),
-        ((0.5, 0.51, 0.49), 'more', verdict.AS),
-        ((0.5, 0.51, 0.49), 'less', verdict.OPPOSITE),
-        ((-0.5, 0.4, -0.3), 'less', verdict.TOWARDS),
-        ((-0.5, 0.4, -0.3), 'more', verdict.NONE),
-        ((0.5, -0.4, 0.3), 'less', verdict.NONE),
-        ((0.001, -0.001, 0.0), 'equal', verdict.AS),
-        ((0.5, -0.4, 0.3), 'equal', verdict.NONE),
-        ((0.5, 0.51, 0.49), 'equal', verdict.OPPOSITE),
+        ((-0.5, -0.51, -0.49), 'less', verdicts.AS),
+        ((-0.5, -0.51, -0.49), 'more', verdicts.OPPOSITE),
+        ((0.5, 0.51, 0.49), 'more', verdicts.AS),
+        ((0.5, 0.51, 0.49), 'less', verdicts.OPPOSITE),
+        ((-0.5, 0.4, -0.3), 'less', verdicts.TOWARDS),
+        ((-0.5, 0.4, -0.3), 'more', verdicts.NONE),
+        ((0.5, -0.4, 0.3), 'less', verdicts.NONE),
+        ((0.001, -0.001, 0.0), 'equal', verdicts.AS),
+        ((0.5, -0.4, 0.3), 'equal', verdicts.NONE),
+        ((0.5, 0.51, 0.49), 'equal', verdicts.OPPOSITE),
         # Seen, but too small to matter.
-        ((0.01, 0.011, 0.009), 'equal', verdict.AS),
+        ((0.01, 0.011, 0.009), 'equal', verdicts.AS),
     ],
 )
 def test_the_words_follow_the_interval(values, expect, words):
@@ -228,7 +228,7 @@ def test_the_words_follow_the_interval(values, expect, words):
   got = judge(found, measure='final_loss', expect=expect)
   assert got.words == words
   assert words in got.sentence and '3 seeds' in got.sentence
-  assert f'{got.effect.figure.low:.4f}' in got.sentence
+  assert f'{got.effect.estimate.low:.4f}' in got.sentence
   assert 'half the steps [B]' in got.sentence
 
 
@@ -243,28 +243,28 @@ def test_what_lies_within_one_evaluation_is_no_difference():
   base = [by_hand('baseline', [5, 4, 3, 2.0], s) for s in range(3)]
   near = [by_hand('two', [5, 4, 2, 2.0], s) for s in range(3)]
   far = [by_hand('two', [5, 2, 2, 2.0], s) for s in range(3)]
-  assert judge(analyse(base, near)).words == verdict.NONE
-  assert judge(analyse(base, far)).words == verdict.AS
+  assert judge(analyse(base, near)).words == verdicts.NONE
+  assert judge(analyse(base, far)).words == verdicts.AS
   # Nor does it show that two are the same: 10 of 40 steps are 25 %.
-  assert judge(analyse(base, near), expect='equal').words == verdict.NONE
+  assert judge(analyse(base, near), expect='equal').words == verdicts.NONE
   same = [r._replace(arm='two') for r in base]
-  assert judge(analyse(base, same), expect='equal').words == verdict.NONE
+  assert judge(analyse(base, same), expect='equal').words == verdicts.NONE
 
 
 def test_an_arm_that_never_gets_there_has_more():
   found = analyse(toy.runs(), toy.runs('two', shift=0.5))
   got = judge(found)
-  assert got.words == verdict.OPPOSITE
+  assert got.words == verdicts.OPPOSITE
   assert 'reached in 0 of 3 seeds, by the baseline in 3' in got.sentence
-  back = verdict.judge(found, toy.compare('baseline', 'two'))
-  assert back.words == verdict.AS
+  back = verdicts.judge(found, toy.compare('baseline', 'two'))
+  assert back.words == verdicts.AS
 
 
 def test_an_arm_that_was_stopped_early_says_nothing():
   short = toy.runs('two', shift=0.5, steps_N=toy.STEPS_N[:10])
   found = analyse(toy.runs(), short)
   assert judge(found).words.startswith('cannot be said')
-  back = verdict.judge(found, toy.compare('baseline', 'two'))
+  back = verdicts.judge(found, toy.compare('baseline', 'two'))
   assert back.words.startswith('cannot be said')
 
 

@@ -1,6 +1,7 @@
-"""Tests of studies/report: what is written of a study, and what it says."""
+"""Tests of studies/study_page: what is written of a study, and what it says."""
 
 import csv
+import html
 import os
 import subprocess
 import textwrap
@@ -9,17 +10,15 @@ import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.report_pages import Paragraph
-from experiments.report_style import Plot
+from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import (
     analysis,
-    axis_plot,
-    latency_view,
-    plotting,
-    report,
-    tabular,
-    verdict,
+    study_page,
+    study_plots,
+    verdicts,
+    wall_time,
 )
+from experiments.studies.declaration import MEASURES
 from experiments.studies.latency import Latency, LogNormal
 
 PNG = b'\x89PNG'
@@ -60,7 +59,12 @@ def written(tmp_path_factory):
       toy.run(seed=99, tuning=True, rate=0.002, diverged_at=10),
   ]
   output = tmp_path_factory.mktemp('study') / 'page'
-  return output, report.write(study, toy.setting(), runs, output), study, runs
+  return (
+      output,
+      study_page.write(study, toy.setting(), runs, output),
+      study,
+      runs,
+  )
 
 
 def test_the_page_has_every_arm_the_seeds_and_the_command(written):
@@ -95,9 +99,8 @@ def test_the_page_has_every_arm_the_seeds_and_the_command(written):
 def test_the_batch_of_each_group_is_in_the_table(written):
   _, _, study, runs = written
   found = analysis.analyse(study, runs)
-  header, rows = tabular.arms_table(found, toy.setting())
-  column = header.index('tokens per update of a group')
-  batches = {row[0]: row[column] for row in rows}
+  table = study_page.arms_table(found, toy.setting()).set_index('arm')
+  batches = table['tokens per update of a group']
   # Each of two groups has its own; the pair is made of single runs.
   assert batches['the baseline'] == batches['the two'] == '16'
   assert batches['the absent'] == '-'
@@ -105,9 +108,9 @@ def test_the_batch_of_each_group_is_in_the_table(written):
 
 def test_the_summary_says_what_the_page_says(written):
   output, summary, study, _ = written
-  page = (output / 'page.html').read_text().replace('&#x27;', "'")
+  page = html.unescape((output / 'page.html').read_text())
   words = [v.words for v in summary.verdicts]
-  assert words[:3] == [verdict.AS, verdict.OPPOSITE, verdict.AS]
+  assert words[:3] == [verdicts.AS, verdicts.OPPOSITE, verdicts.AS]
   assert words[3].startswith('cannot be said (no seed')
   for line in summary.lines:
     assert line in page
@@ -159,16 +162,16 @@ def test_curves_read_back_as_they_were(written):
 def test_the_study_reads_back_as_analysed(written):
   output, _, study, runs = written
   rows = read_csv(output / 'study.csv')
-  assert len(rows) == len(study.arms) * len(analysis.ALL_MEASURES)
+  assert len(rows) == len(study.arms) * len(MEASURES)
   found = analysis.analyse(study, runs)
   for row in rows:
     cell = analysis.cell(found, row['arm'], row['measure'])
     assert int(row['seeds']) == len(cell.outcomes)
     assert int(row['diverged']) == cell.count('diverged')
-    if cell.figure is None:
+    if cell.estimate is None:
       assert row['mean'] == row['low'] == ''
     else:
-      assert float(row['mean']) == cell.figure.mean
+      assert float(row['mean']) == cell.estimate.mean
   by_key = {(r['arm'], r['measure']): r for r in rows}
   assert by_key['smooth', 'steps_to_target']['not_reached'] == '3'
   assert by_key['async', 'final_loss']['low'] == ''  # Of two seeds.
@@ -177,8 +180,8 @@ def test_the_study_reads_back_as_analysed(written):
 def test_the_order_of_runs_changes_no_file(tmp_path):
   study = toy.study(comparisons=[toy.compare('two')])
   runs = [*toy.runs(), *toy.runs('two', speed=1.5)]
-  report.write(study, toy.setting(), runs, tmp_path / 'a')
-  report.write(study, toy.setting(), runs[::-1], tmp_path / 'b')
+  study_page.write(study, toy.setting(), runs, tmp_path / 'a')
+  study_page.write(study, toy.setting(), runs[::-1], tmp_path / 'b')
   for name in ('page.md', 'study.csv', 'curves.csv', 'loss.png'):
     ours, theirs = (tmp_path / d / name for d in 'ab')
     assert ours.read_bytes() == theirs.read_bytes()
@@ -188,7 +191,7 @@ def test_a_study_of_one_seed_and_one_evaluation_has_a_page(tmp_path):
   study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
   short = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
   runs = [*toy.runs(**short), *toy.runs('two', received=1.0, **short)]
-  summary = report.write(study, toy.setting(seeds=1), runs, tmp_path)
+  summary = study_page.write(study, toy.setting(seeds=1), runs, tmp_path)
   assert summary.verdicts[0].words.startswith('cannot be said (1 seed')
   assert '1 seed of each arm' in summary.page.read_text()
 
@@ -196,7 +199,7 @@ def test_a_study_of_one_seed_and_one_evaluation_has_a_page(tmp_path):
 def test_a_study_in_which_everything_diverged_has_a_page(tmp_path):
   runs = [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)]
   study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
-  summary = report.write(study, toy.setting(), runs, tmp_path)
+  summary = study_page.write(study, toy.setting(), runs, tmp_path)
   page = summary.page.read_text()
   assert 'There is no target' in page
   assert 'diverged at step 60, 60 and 60 in 3 of 3 seeds' in page
@@ -208,7 +211,7 @@ def test_what_is_not_on_record_is_not_made_up(tmp_path):
   study = toy.study(
       comparisons=[toy.compare('two', measure='compute_to_target')]
   )
-  summary = report.write(study, toy.setting(), runs, tmp_path)
+  summary = study_page.write(study, toy.setting(), runs, tmp_path)
   (found,) = summary.verdicts
   assert found.words == 'cannot be said (these runs do not measure it)'
   assert 'nan' not in summary.page.read_text()
@@ -219,15 +222,15 @@ def test_what_is_not_on_record_is_not_made_up(tmp_path):
 def test_a_view_that_does_not_exist_is_refused(tmp_path):
   study = toy.study(views=('sideways',))
   with pytest.raises(ValueError, match="No view 'sideways' for toy"):
-    report.write(study, toy.setting(), toy.runs(), tmp_path)
+    study_page.write(study, toy.setting(), toy.runs(), tmp_path)
 
 
 def test_importing_the_report_needs_neither_jax_nor_matplotlib(python):
   code = """
       import sys
-      from experiments.studies import report, communication
+      from experiments.studies import churn_page, study_page
       assert 'matplotlib' not in sys.modules
-      from experiments.studies import page, latency_plot, latency_view
+      from experiments.studies import study_plots
       assert not {'jax', 'flax', 'tensorflow'} & set(sys.modules)
       """
   subprocess.run([python, '-c', textwrap.dedent(code)], check=True, cwd=ROOT)
@@ -259,7 +262,7 @@ def scaling(both=(8, 16, 32), **kwargs):
 
 def test_what_the_latency_model_is_given_comes_from_the_runs():
   study, runs = scaling()
-  got = latency_view.measure(analysis.analyse(study, runs))
+  got = wall_time.measure(analysis.analyse(study, runs))
   assert sorted(got.one) == [4, 8, 16, 32] and sorted(got.two) == [8, 16, 32]
   assert got.at == 32
   assert got.ratio == pytest.approx(got.two[32] / got.one[32])
@@ -270,7 +273,7 @@ def test_what_the_latency_model_is_given_comes_from_the_runs():
 
 def test_the_page_says_where_a_second_group_pays(tmp_path):
   study, runs = scaling(views=('latency',))
-  summary = report.write(study, toy.setting(), runs, tmp_path)
+  summary = study_page.write(study, toy.setting(), runs, tmp_path)
   page = summary.page.read_text()
   assert 'two groups of W are faster than one group of 2 W from W = ' in page
   assert 'Assumed: log-normal' in page
@@ -279,10 +282,12 @@ def test_the_page_says_where_a_second_group_pays(tmp_path):
   assert (tmp_path / 'against_x.png').read_bytes().startswith(PNG)
 
 
-def wall_time(study, runs, assumed=None):
+def said_of_wall_time(study, runs, assumed=None):
   """Sentences and plots of the view."""
   found = analysis.analyse(study, runs)
-  blocks = latency_view.blocks(found, toy.setting(), assumed or Latency())
+  blocks = study_page.wall_time_blocks(
+      found, toy.setting(), assumed or Latency()
+  )
   texts = [b.text for b in blocks if isinstance(b, Paragraph)]
   return ' '.join(texts), [b for b in blocks if isinstance(b, Plot)]
 
@@ -292,20 +297,20 @@ def test_a_second_group_that_costs_too_much_never_pays():
   runs = [
       r._replace(flops_N=9 * r.flops_N) if 'two' in r.arm else r for r in runs
   ]
-  assumed = Latency(LogNormal(1.0, 1.0), alpha=0.0, beta=0.0)
-  text, plots = wall_time(study, runs, assumed)
+  assumed = Latency(LogNormal(1.0, 1.0), alpha=0.0, model_time=0.0)
+  text, plots = said_of_wall_time(study, runs, assumed)
   assert 'two groups of W never stay ahead' in text and len(plots) == 1
 
 
 def test_too_few_points_give_a_sentence_instead_of_a_plot():
   study, runs = scaling()
   runs = [r for r in runs if r.arm not in ('one_8', 'one_16')]
-  text, plots = wall_time(study, runs)
+  text, plots = said_of_wall_time(study, runs)
   assert 'No wall time' in text and not plots
 
 
 def test_without_two_groups_there_is_no_crossover():
-  text, plots = wall_time(*scaling(both=()))
+  text, plots = said_of_wall_time(*scaling(both=()))
   assert 'there is no crossover to compute' in text and len(plots) == 1
 
 
@@ -315,11 +320,10 @@ def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():
   late = toy.arm('late', workers=2, x=2, series='one group')
   study = study._replace(arms=(*study.arms, late))
   found = analysis.analyse(study, runs)
-  value, low, _, whole = axis_plot._point(found, late, 'steps_to_target')
-  assert (value, whole) == (1000, False) and np.isnan(low)
+  assert study_plots.point(found, late, 'steps_to_target') == (1000, None)
 
 
 def test_many_arms_on_an_axis_are_told_apart():
   study, _ = scaling(both=(4, 8, 16, 32))
-  styles = [tuple(s.values()) for s in plotting.styles_of(study).values()]
+  styles = [tuple(s.values()) for s in study_plots.styles_of(study).values()]
   assert len(set(styles)) == len(styles) == 8

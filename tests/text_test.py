@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_files import MODEL, unlike_documents, write_data
 
-from codistill_jax.data import partition, shards, text
+from codistill_jax.data import order, shards, text
 from codistill_jax.data.tokenizer import END_ID, START_ID
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,18 +40,23 @@ def data():
 
 def naive_lanes(data, settings, seed, epoch):
   """What the stream promises, written down without haste."""
-  documents = partition.documents_of(
+  mine = order.group_rows(
       len(data),
       group_id=settings['group_id'],
       num_groups=settings['num_groups'],
       partition=settings.get('partition', 'shared'),
       seed=seed,
+      held=True,
   )
-  order = partition.epoch_order(
-      len(documents), seed=seed, group_id=settings['group_id'], epoch=epoch
+  row_of = order.epoch_order(
+      mine.size,
+      seed=seed,
+      group_id=settings['group_id'],
+      epoch=epoch,
+      held=True,
   )
   tokens = []
-  for document in documents[order]:
+  for document in mine.row_of(row_of(np.arange(mine.size))):
     start = data.starts[document]
     places = np.arange(start, start + data.lengths[document])
     tokens.extend(data.gather(places).tolist())

@@ -16,7 +16,7 @@ from waits import PATIENCE
 
 from codistill_jax import run_directory
 from codistill_jax.data import shards
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_STEPS, EVERY, CHECKPOINT_EVERY = 50, 10, 20
@@ -213,14 +213,14 @@ def until(condition, timeout=PATIENCE, process=None):
 def saved_arrays(workdir, group_id, step=None):
   """Leaf path -> array of a resume checkpoint, without its step in use."""
   directory = run_directory.checkpoints_dir(workdir, group_id)
-  step = max(trees.completed_steps(directory)) if step is None else step
+  step = max(checkpoints.completed_steps(directory)) if step is None else step
   return step, arrays_of(directory, step)
 
 
 def arrays_of(directory, step):
-  """Leaf path -> array of what `trees.save` wrote of the tiny model."""
-  directory = trees.absolute(directory)
-  record = trees.load_record(directory, step)
+  """Leaf path -> array of what `checkpoints.save` wrote of the tiny model."""
+  directory = checkpoints.absolute(directory)
+  record = checkpoints.load_record(directory, step)
   like = _nested(record.leaves)
   if 'params' in like:
     like['model_state'] = {}
@@ -228,7 +228,9 @@ def arrays_of(directory, step):
     like['variables']['model_state'] = {}
     like['opt_state']['1'] = {}
     like.setdefault('teacher_carry', {})
-  return dict(trees.flatten(trees.load_tree(directory, step, record, like)))
+  return dict(
+      checkpoints.flatten(checkpoints.load_tree(directory, step, record, like))
+  )
 
 
 def _nested(leaves):

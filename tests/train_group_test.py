@@ -16,7 +16,7 @@ import tiny_run
 
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 LAST = tiny_run.NUM_STEPS
 
@@ -65,7 +65,7 @@ def assert_same_run(a, b):
     )
     directories = [run_directory.publications_dir(d, group_id) for d in (a, b)]
     common = set.intersection(
-        *map(set, map(trees.completed_steps, directories))
+        *map(set, map(checkpoints.completed_steps, directories))
     )
     assert LAST in common
     for step in common:
@@ -126,7 +126,7 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   ours = run_directory.publications_dir(workdir, 0)
   for step in ('10', '20', '30'):
     shutil.copytree(theirs / step, ours / step)
-  saved = lambda: trees.completed_steps(
+  saved = lambda: checkpoints.completed_steps(
       run_directory.checkpoints_dir(workdir, 1)
   )
 
@@ -141,7 +141,7 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   # It goes on from its newest checkpoint, and waits for its peer again. That it
   # has come to the wait shows in its publication, which the killed one may have
   # made as well.
-  trees.delete(run_directory.publications_dir(workdir, 1), [40])
+  checkpoints.delete(run_directory.publications_dir(workdir, 1), [40])
   newest = max(saved())
   group = start_group(launch, workdir, gin_file, 1)
   tiny_run.until(lambda: 40 in _published(workdir, 1), process=group)
@@ -303,9 +303,9 @@ def wrong(launch, reference, finished, tmp_path_factory):
   for step in (40, 50):
     shutil.rmtree(run_directory.checkpoints_dir(lonely, 0) / str(step))
   unreadable = spoiled('unreadable')
-  checkpoints = run_directory.checkpoints_dir(unreadable, 0)
-  for step in trees.completed_steps(checkpoints):
-    (checkpoints / str(step) / 'record.json').write_text('{}')
+  directory = run_directory.checkpoints_dir(unreadable, 0)
+  for step in checkpoints.completed_steps(directory):
+    (directory / str(step) / 'record.json').write_text('{}')
 
   cases = {
       name: case(name, *args, **kwargs)
@@ -385,13 +385,13 @@ def wrong(launch, reference, finished, tmp_path_factory):
         ('other_groups', ['num_groups=2', 'num_groups=3', '--workdir']),
         ('torn_run', ['run.json']),
         ('other_data', ['resume checkpoint', 'tokenizer=', 'another workdir']),
-        ('peer_data', ['group 1 trains with tokenizer=', 'this group with']),
+        ('peer_data', ['of group 1 has tokenizer=', 'this run has']),
         (
             'peer_model',
             [
-                'group 1 trains another architecture',
-                'params/head_kernel float32[8, 30] there',
-                'params/head_kernel float32[12, 30] here',
+                'of group 1 is of another configuration',
+                'params/head_kernel float32[8, 30] where',
+                'params/head_kernel float32[12, 30];',
             ],
         ),
         ('lonely', ['group 1 has not published', '0.1 s']),

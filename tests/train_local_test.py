@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 from codistill_jax import run_directory
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 _LONG_EVALUATION = """
 import sys, time
@@ -59,7 +59,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   for group_id in (0, 1):
     log = (run_directory.group_dir(workdir, group_id) / 'log.txt').read_text()
     directory = run_directory.checkpoints_dir(workdir, group_id)
-    if trees.completed_steps(directory):
+    if checkpoints.completed_steps(directory):
       assert 'stopped and saved at step' in log
     else:
       assert 'stopped before training began' in log

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 from codistill_jax import run_directory
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def test_a_stop_saves_all_groups_at_one_step(
   paced.write(tmp_path / 'pace', limit=22)  # It cannot reach its end.
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
-  tiny_run.until(lambda: trees.completed_steps(saved), process=process)
+  tiny_run.until(lambda: checkpoints.completed_steps(saved), process=process)
   process.send(signal.SIGTERM)
   assert 'stopped and saved at step' in process.wait(143)
   steps = [
-      trees.completed_steps(run_directory.checkpoints_dir(workdir, g))
+      checkpoints.completed_steps(run_directory.checkpoints_dir(workdir, g))
       for g in (0, 1)
   ]
   assert steps[0] == steps[1] and steps[0]

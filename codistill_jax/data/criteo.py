@@ -15,12 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import click_features
 from codistill_jax.data.line_blocks import MAX_LINE
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
 COLUMNS = 1 + NUM_INTEGERS + NUM_CATEGORIES
+
+# Values of rows that stand for an empty field.
+MISSING = 0
+MISSING_INTEGER = np.iinfo(np.int32).min
 
 # Why a line is left out, most telling first; 'not_utf8' before them all.
 REASONS = (
@@ -40,7 +43,7 @@ class Parsed(NamedTuple):
 
   Attributes:
     rows: uint32 (good lines, 40): label; integers as the bits of an int32,
-      `click_features.MISSING_INTEGER` if missing; categories, 0 if missing.
+      `MISSING_INTEGER` if missing; categories, 0 if missing.
     lines: int64 (good lines,): the place of each among the block's lines.
     rejects: How many lines were left out for which reason.
   """
@@ -94,10 +97,10 @@ def _fields(
   bad_label = (lengths[:, 0] != 1) | ((label != ord('0')) & (label != ord('1')))
   middle, last = slice(1, 1 + NUM_INTEGERS), slice(1 + NUM_INTEGERS, None)
   integers, bad_integer = _per_line(
-      _integers, click_features.MISSING_INTEGER, text, begins, lengths, middle
+      _integers, MISSING_INTEGER, text, begins, lengths, middle
   )
   categories, bad_category = _per_line(
-      _categories, click_features.MISSING, text, begins, lengths, last
+      _categories, MISSING, text, begins, lengths, last
   )
   rows = np.empty((len(begins), COLUMNS), np.uint32)
   rows[:, 0] = label == ord('1')
@@ -162,7 +165,7 @@ def _categories(text, begins_F, lengths_F):
   pairs = (digits << np.uint64(4)) | (digits >> np.uint64(8))
   pairs &= np.uint64(0x00FF00FF00FF00FF)
   values_F = pairs.view('<u2').astype(np.uint8).view('>u4').astype(np.uint32)
-  return np.where(values_F == click_features.MISSING, 1, values_F), bad_F
+  return np.where(values_F == MISSING, 1, values_F), bad_F
 
 
 def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:

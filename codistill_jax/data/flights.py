@@ -22,13 +22,14 @@ Shape suffixes: N flights, I dense columns, K categorical columns.
 """
 
 import functools
+import hashlib
 import importlib.util
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import click_features
+from codistill_jax.data import criteo
 
 # Known only when the flight has left or landed.
 LEAKS = ('dep_time', 'dep_delay', 'arr_time', 'arr_delay', 'air_time')
@@ -66,7 +67,7 @@ class Flights(NamedTuple):
   """All usable flights, in the package's order.
 
   Attributes:
-    categories_NK: Raw categories, uint32; see `click_features`.
+    categories_NK: Raw categories, uint32; see `clicks`.
     dense_NI: float64; NaN where a value is missing.
     labels_N: int32.
   """
@@ -90,7 +91,7 @@ def read_flights(label: str = 'either') -> Flights:
     raise ValueError(
         f'label must be one of {", ".join(LABELS)}; got {label!r}.'
     )
-  flights = _with_weather(*read_tables())
+  flights = with_weather(*read_tables())
   known = flights['dep_delay'].notna() & flights['arr_delay'].notna()
   flights = flights[known]
   late = flights[LABELS[label]].max(axis=1) > LATE_MINUTES
@@ -99,7 +100,7 @@ def read_flights(label: str = 'either') -> Flights:
 
 
 def read_tables():
-  """The tables of flights and of weather, as the package has them.
+  """Reads the tables of flights and of weather, as the package has them.
 
   Raises:
     ValueError: If the package is missing.
@@ -118,7 +119,7 @@ def read_tables():
   return tuple(pd.read_csv(directory / name) for name in names)
 
 
-def _with_weather(flights, weather):
+def with_weather(flights, weather):
   """Joins the weather of the hour before; by UTC, which has no summer time."""
   import pandas as pd
 
@@ -131,7 +132,7 @@ def _with_weather(flights, weather):
 
 
 def features_of(flights) -> tuple[np.ndarray, np.ndarray]:
-  """(categories_NK, dense_NI) of a table of flights without what leaks."""
+  """Returns (categories_NK, dense_NI) of flights without what leaks."""
   import pandas as pd
 
   dates = pd.to_datetime(flights[['year', 'month', 'day']])
@@ -155,13 +156,19 @@ def _raw(column) -> np.ndarray:
   import pandas as pd
 
   codes, values = pd.factorize(column)
-  raw = [click_features.value_of_text(str(value)) for value in values]
+  raw = [value_of_text(str(value)) for value in values]
   # Code -1, the last, is a missing value.
-  return np.asarray([*raw, click_features.MISSING], np.uint32)[codes]
+  return np.asarray([*raw, criteo.MISSING], np.uint32)[codes]
+
+
+def value_of_text(text: str) -> int:
+  """Returns a raw category of a string, never `criteo.MISSING`."""
+  digest = hashlib.blake2b(text.encode('utf-8'), digest_size=4).digest()
+  return int.from_bytes(digest, 'big') or 1
 
 
 class Scaling(NamedTuple):
-  """How the dense columns of flights become floats.
+  """Standardisation of the dense columns of flights.
 
   Attributes:
     mean_I, deviation_I: Of the training split; NaN left out.
@@ -173,7 +180,7 @@ class Scaling(NamedTuple):
   gaps: np.ndarray
 
   def __call__(self, dense_NI: np.ndarray) -> np.ndarray:
-    """Standardised columns, 0 where missing, and 1 for each gap: float32."""
+    """Standardises columns, 0 where missing, with 1 for each gap: float32."""
     scaled = (dense_NI - self.mean_I[None, :]) / self.deviation_I[None, :]
     missing = np.isnan(dense_NI[:, self.gaps])
     return np.concatenate(
@@ -182,7 +189,7 @@ class Scaling(NamedTuple):
 
 
 def fit_scaling(dense_NI: np.ndarray) -> Scaling:
-  """The scaling that standardises the training split."""
+  """Returns the scaling that standardises the training split."""
   return Scaling(
       np.nanmean(dense_NI, axis=0),
       np.maximum(np.nanstd(dense_NI, axis=0), 1e-6),

@@ -28,19 +28,20 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from codistill_jax import base
 from codistill_jax.data import augment
 
 _NAMED = 20  # Damaged images that are named in the log; the others are counted.
 
 
 class EncodedImages:
-  """Images that are decoded when they are read; see `image_stream.Images`.
+  """Images that are decoded when they are read.
 
   An image that cannot be read or decoded becomes zeros of weight 0: it counts
   in no loss; batch normalisation sees an image of the mean colour. It is named
@@ -48,12 +49,8 @@ class EncodedImages:
   is wrong, an error ends the run.
 
   Attributes:
-    labels: int32, of all images.
-    num_draws: K.
     damaged: Why, by the index of each image that could not be read.
   """
-
-  num_draws = augment.RESIZED_CROP_DRAWS
 
   def __init__(
       self,
@@ -73,7 +70,7 @@ class EncodedImages:
     Args:
       encoded: The content of an image's file.
       name: What to call an image in a message.
-      labels: Of all images.
+      labels: int32, of all images.
       size: Height and width of what is read, in pixels.
       resize: For evaluation, what the shorter side is resized to before the
         centre is cut out.
@@ -92,21 +89,24 @@ class EncodedImages:
       )
     if workers is not None and (type(workers) is not int or workers < 1):
       raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
-    self.labels = np.asarray(labels, np.int32)
     self.damaged: dict[int, str] = {}
-    self._encoded, self._name = encoded, name
+    self._encoded, self._name, self._labels = encoded, name, labels
     self._size, self._resize = size, resize
     self._mean, self._std = mean, std
     self._workers = workers or _cores()
-    self._max_damaged = max(1, int(max_damaged * len(self.labels)))
+    self._max_damaged = max(1, int(max_damaged * len(labels)))
     self._lock = threading.Lock()
     # Threads start when they are needed.
     self._pool = concurrent.futures.ThreadPoolExecutor(self._workers, 'decode')
 
   def read(
-      self, indices_B: np.ndarray, draws_BK: np.ndarray | None
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """As `image_stream.Images.read`.
+      self, indices_B: np.ndarray, draws_BK: np.ndarray | None = None
+  ) -> base.Batch:
+    """Returns a batch: see `examples.Split`.
+
+    Args:
+      indices_B: Which images.
+      draws_BK: Uniform in [0, 1), for a random part; None: the centre.
 
     Raises:
       OSError: If too many images are damaged.
@@ -125,7 +125,11 @@ class EncodedImages:
     parts = np.array_split(np.arange(num), min(num, 4 * self._workers))
     for _ in self._pool.map(read_some, parts):
       pass  # Raises what was raised there.
-    return inputs, weights
+    return {
+        'inputs': inputs,
+        'labels': self._labels[indices_B],
+        'weights': weights,
+    }
 
   def _read_one(
       self, index: int, draws_K: np.ndarray | None, out: np.ndarray
@@ -140,7 +144,9 @@ class EncodedImages:
     except Exception as e:
       # Decoders raise whatever they trip over (OSError, SyntaxError, struct
       # and zlib errors, DecompressionBombError, ...): no common base class.
-      self._note(index, e)
+      with self._lock:  # Of the log too: the count rises from line to line.
+        if index not in self.damaged:
+          self._note(index, e)
       return False
     augment.normalise(image, self._mean, self._std, out)
     return True
@@ -149,14 +155,9 @@ class EncodedImages:
     # Pillow names the buffer in memory that the file was read into.
     reason = re.sub(r'<_io\.BytesIO[^>]*>', '', str(error))
     reason = ' '.join(reason.split()) or type(error).__name__
-    with self._lock:  # Of the log too: the count rises from line to line.
-      if index in self.damaged:
-        return
-      self.damaged[index] = reason
-      self._tell(self._name(index), reason, len(self.damaged), error)
-
-  def _tell(self, name: str, reason: str, count: int, error: Exception) -> None:
-    said = f'{count} of {len(self.labels)} images so far'
+    self.damaged[index] = reason
+    count, name = len(self.damaged), self._name(index)
+    said = f'{count} of {len(self._labels)} images so far'
     if count > self._max_damaged:
       raise OSError(
           f'Too many images cannot be read: {said}, now {name}: {reason}. Is'
@@ -184,7 +185,7 @@ def decode_part(
     size: int,
     mirror: bool = False,
 ) -> np.ndarray:
-  """A part of an image, resized to a square.
+  """Decodes a part of an image, resized to a square.
 
   Args:
     encoded: An image file of any format.
@@ -221,7 +222,7 @@ def decode_part(
 
 
 def to_rgb(image: Any) -> Any:
-  """A `PIL.Image` in RGB, from any mode.
+  """Converts a `PIL.Image` of any mode to RGB.
 
   Grey is repeated; transparency is dropped; 16 bits become 8 (Pillow's own
   conversion would cut off what is above 255).
@@ -238,32 +239,27 @@ def to_rgb(image: Any) -> Any:
 
 
 def decode_all(
-    encoded: Callable[[int], bytes], count: int, shape: tuple[int, int, int]
+    files: Sequence[bytes], shape: tuple[int, int, int]
 ) -> np.ndarray:
-  """Decodes small images of one size into memory.
-
-  Args:
-    encoded: The file of image i.
-    count: N.
-    shape: (H, W, 3).
-
-  Returns:
-    uint8 (N, H, W, 3).
+  """Decodes small images of one size into memory: uint8 (N, H, W, 3).
 
   Raises:
-    ValueError: If an image is damaged or of another size; it names the number.
+    ValueError: If an image is damaged or not of this shape; it names the
+      number.
   """
   from PIL import Image
 
-  images = np.empty((count, *shape), np.uint8)
-  for i in range(count):
+  images = np.empty((len(files), *shape), np.uint8)
+  for i, file in enumerate(files):
     try:
-      image = np.asarray(to_rgb(Image.open(io.BytesIO(encoded(i)))))
+      image = np.asarray(to_rgb(Image.open(io.BytesIO(file))))
     except Exception as e:  # As in `EncodedImages`.
-      raise ValueError(f'image {i} of {count} cannot be decoded: {e}') from e
+      raise ValueError(
+          f'image {i} of {len(files)} cannot be decoded: {e}'
+      ) from e
     if image.shape != shape:
       raise ValueError(
-          f'image {i} of {count} has shape {image.shape}; expected {shape}'
+          f'image {i} of {len(files)} has shape {image.shape}; expected {shape}'
       )
     images[i] = image
   return images

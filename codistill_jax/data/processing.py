@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import filters, partition, shards
+from codistill_jax.data import filters, order, shards
 from codistill_jax.data.records import Raw, Record, Reject, Source
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
@@ -83,5 +83,5 @@ class Encoder(NamedTuple):
 
 def split_of(text: str, validation_fraction: float, seed: int) -> str:
   """The split of a document."""
-  inside = partition.in_validation(text, validation_fraction, seed)
+  inside = order.in_validation(text, validation_fraction, seed)
   return 'validation' if inside else 'train'

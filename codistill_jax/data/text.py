@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import label_counts, shards
-from codistill_jax.data import partition as partition_lib
+from codistill_jax.data import label_counts, order, shards
 from codistill_jax.data.tokenizer import END_ID, START_ID
 
 
@@ -107,13 +106,14 @@ class TokenStream:
           f' group_batch={group_batch}, unroll={unroll}.'
       )
     self._data = data
-    self._documents = partition_lib.documents_of(
+    self._documents = order.group_rows(
         len(data),
         group_id=group_id,
         num_groups=num_groups,
         partition=partition,
         seed=seed,
-    )
+        held=True,
+    ).numbers()
     self._group_id = group_id
     self._unroll = unroll
     self._seed = seed
@@ -133,13 +133,12 @@ class TokenStream:
     self._reading = functools.lru_cache(maxsize=2)(self._read_epoch)
 
   def _read_epoch(self, epoch: int) -> _Reading:
-    order = partition_lib.epoch_order(
-        len(self._documents),
-        seed=self._seed,
-        group_id=self._group_id,
-        epoch=epoch,
+    size = len(self._documents)
+    row_of = order.epoch_order(
+        size, seed=self._seed, group_id=self._group_id, epoch=epoch, held=True
     )
-    return _read_in_order(self._data, self._documents[order])
+    documents = self._documents[row_of(np.arange(size))]
+    return _read_in_order(self._data, documents)
 
   def batch(self, step: int) -> base.Batch:
     """The batch of update `step` (from 0): see `base.Stream`.

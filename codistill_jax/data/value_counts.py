@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import click_features, shards
+from codistill_jax.data import criteo, shards
 
 Pairs = np.ndarray  # uint32 (n, 2): values, rising, and counts.
 
@@ -43,8 +43,8 @@ def write_run(path: Path, values_NK: np.ndarray) -> None:
   """
   lengths, arrays = [], []
   for k in range(values_NK.shape[1]):
-    values, counts = click_features.count_values(values_NK[:, k])
-    known = values != click_features.MISSING
+    values, counts = np.unique(values_NK[:, k], return_counts=True)
+    known = values != criteo.MISSING
     arrays += [values[known], counts[known]]
     lengths.append(np.count_nonzero(known))
 

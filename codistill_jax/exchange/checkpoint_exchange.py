@@ -39,7 +39,7 @@ from codistill_jax.exchange.protocol import (
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.exchange.publisher import Publisher
 from codistill_jax.exchange.teaching import Teaching
-from codistill_jax.storage import leases, trees
+from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Troubles, Turns
 
 _SETTLE_SECONDS = 5.0
@@ -91,7 +91,7 @@ class CheckpointExchange:
     self._plan = plan or Plan()
     self.peers = self._plan.peers_of(group_id, num_groups)
     self._group_id = group_id
-    self._root = trees.absolute(root)
+    self._root = checkpoints.absolute(root)
     self._waiting = waiting or Waiting()
     self._agreement = agreement
     self._troubles = troubles or Troubles(f'group {group_id}: ')
@@ -127,7 +127,7 @@ class CheckpointExchange:
         interrupted=self._waiting.interrupted,
     )
     try:
-      trees.delete_torn(directory)
+      checkpoints.delete_torn(directory)
     except BaseException:
       self._lease.release()
       raise

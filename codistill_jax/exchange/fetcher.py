@@ -13,11 +13,11 @@ from etils import epath
 
 from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.publications import MismatchError
 from codistill_jax.exchange.publisher import READING_FILE
 from codistill_jax.exchange.teaching import Slot
-from codistill_jax.storage import files, trees
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import Troubles
+from codistill_jax.storage.checkpoints import MismatchError
 
 _LONGEST_REASON = 400  # Characters; tensorstore tells its whole state.
 _DOING = 'reading publications'
@@ -135,9 +135,9 @@ class Fetcher:
           identity=self._identity,
           dtype=self._dtype,
       )
-    except trees.MissingError:
+    except checkpoints.MissingError:
       return None  # The peer is faster than this reader: there is a newer one.
-    except trees.DamagedError as e:
+    except checkpoints.DamagedError as e:
       self._reject(peer, step, made, e)
       return None
     except OSError as e:  # The file system, not the peer: it may pass.
@@ -177,7 +177,7 @@ class Fetcher:
 
   def _made(self, peer: int, step: int) -> float | None:
     directory = publications.group_directory(self.root, peer)
-    return trees.completed_at(directory, step)
+    return checkpoints.completed_at(directory, step)
 
   def _set_mark(self, steps: Mapping[int, int]) -> None:
     """Says what is being read, so that the writer does not delete it."""

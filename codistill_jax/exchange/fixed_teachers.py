@@ -19,9 +19,9 @@ from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
 from codistill_jax.exchange.protocol import NoExchange, stack_teachers
-from codistill_jax.exchange.publications import MismatchError, Publication
-from codistill_jax.storage import files, trees
-from codistill_jax.storage.trees import Leaf, Record
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage import checkpoints, files
+from codistill_jax.storage.checkpoints import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
 _VARIABLES = 'variables'
@@ -63,7 +63,7 @@ def find(
   """
   return tuple(
       Source(workdir, group_id, _step_of(workdir, group_id, step))
-      for workdir in map(trees.absolute, teacher_runs)
+      for workdir in map(checkpoints.absolute, teacher_runs)
       for group_id in _groups_of(workdir)
   )
 
@@ -89,7 +89,7 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
 
 def _step_of(workdir: epath.Path, group_id: int, step: int | None) -> int:
   directory = run_directory.checkpoints_dir(workdir, group_id)
-  steps = trees.completed_steps(directory)
+  steps = checkpoints.completed_steps(directory)
   wanted = max(steps, default=None) if step is None else step
   if wanted not in steps:
     raise ValueError(
@@ -119,8 +119,10 @@ def load(
     `Teachers` with P = the number of sources, all present.
 
   Raises:
-    MismatchError: If one was trained on another task, or is another model.
-    trees.DamagedError: If one cannot be read, was altered or is not finite.
+    checkpoints.MismatchError: If one was trained on another task, or is
+      another model.
+    checkpoints.DamagedError: If one cannot be read, was altered or is not
+      finite.
     OSError: If the file system refuses to give one.
   """
   found = [
@@ -132,16 +134,25 @@ def load(
 def _read(
     source: Source, like: Variables, identity: Mapping[str, str]
 ) -> Variables:
-  record = trees.load_record(source.directory, source.step)
-  _check_identity(source, record, identity)
+  record = checkpoints.load_record(source.directory, source.step)
   target = serialization.to_state_dict(like)
-  _check_leaves(source, _leaves_of(record), trees.describe(target))
-  tree = trees.load_part(
-      source.directory, source.step, record, target, _VARIABLES
+  checkpoints.check_match(
+      str(source),
+      identity=record.facts['identity'],
+      leaves=_leaves_of(record),
+      our_identity=identity,
+      like=target,
+      advice=(
+          'give teachers and students the same model, task and prepared data'
+      ),
+      any_float=True,
   )
-  for path, x in trees.flatten(tree):
+  tree = checkpoints.load_tree(
+      source.directory, source.step, record, target, part=_VARIABLES
+  )
+  for path, x in checkpoints.flatten(tree):
     if not publications.is_finite(x):
-      raise trees.DamagedError(
+      raise checkpoints.DamagedError(
           f'{path} of {source} is not finite at step {source.step}; set'
           ' Experiment.teacher_step to an earlier one, or train it again'
       )
@@ -156,31 +167,6 @@ def _leaves_of(record: Record) -> list[Leaf]:
       for leaf in record.leaves
       if leaf.path.startswith(prefix)
   ]
-
-
-def _check_identity(
-    source: Source, record: Record, ours: Mapping[str, str]
-) -> None:
-  theirs = record.facts['identity']
-  for key in sorted(theirs.keys() | ours.keys()):
-    if theirs.get(key) != ours.get(key):
-      raise MismatchError(
-          f'{source} was trained with {key}={theirs.get(key)}, this run has'
-          f' {key}={ours.get(key)}; teachers and students need the same task'
-          ' and the same prepared data'
-      )
-
-
-def _check_leaves(
-    source: Source, theirs: Sequence[Leaf], ours: Sequence[Leaf]
-) -> None:
-  differing = publications.first_difference(theirs, ours)
-  if differing is not None:
-    raise MismatchError(
-        f'{source} is another architecture: the first differing leaf is'
-        f' {differing[0] or "missing"} there and {differing[1] or "missing"}'
-        ' here; give teachers and students the same model configuration'
-    )
 
 
 def leave(
@@ -205,11 +191,11 @@ def leave(
   Raises:
     OSError: If the file system refuses.
   """
-  workdir = trees.absolute(workdir)
+  workdir = checkpoints.absolute(workdir)
   tree = {_VARIABLES: serialization.to_state_dict(variables)}
   facts = {'teacher_steps': [], 'identity': dict(identity)}
   directory = run_directory.checkpoints_dir(workdir, group_id)
-  trees.save(directory, step, tree, facts)
+  checkpoints.save(directory, step, tree, facts)
   files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
@@ -233,7 +219,9 @@ class FixedTeachers(NoExchange):
     self._teachers = teachers
     self.in_use: tuple[Publication | None, ...] = tuple(
         Publication(
-            n, source.step, trees.completed_at(source.directory, source.step)
+            n,
+            source.step,
+            checkpoints.completed_at(source.directory, source.step),
         )
         for n, source in enumerate(sources)
     )

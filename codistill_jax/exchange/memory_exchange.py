@@ -28,7 +28,7 @@ from codistill_jax.exchange.protocol import (
     staleness_metrics,
 )
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 
@@ -129,7 +129,7 @@ class MemoryExchange:
     return True
 
   def _write_mirror(self) -> None:
-    root = trees.absolute(self._mirror.root)
+    root = checkpoints.absolute(self._mirror.root)
     with self._writing:
       self._forget_unneeded()
       while self._unwritten:
@@ -221,7 +221,7 @@ class MemoryExchange:
     del teacher_steps  # They follow from the step.
     if not self._mirror:
       return
-    root = trees.absolute(self._mirror.root)
+    root = checkpoints.absolute(self._mirror.root)
     for peer in self.peers:
       for published in publications.published_steps(root, peer):
         if self._plan.keep_from(step) <= published <= step:
@@ -254,10 +254,10 @@ class MemoryExchange:
     self._restart_step = step
     self._write_mirror()
     directory = publications.group_directory(
-        trees.absolute(self._mirror.root), self._group_id
+        checkpoints.absolute(self._mirror.root), self._group_id
     )
-    steps = trees.completed_steps(directory)[:-1]
-    trees.delete(directory, [s for s in steps if s < needed])
+    steps = checkpoints.completed_steps(directory)[:-1]
+    checkpoints.delete(directory, [s for s in steps if s < needed])
 
   def close(self) -> None:
     pass

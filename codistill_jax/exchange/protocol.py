@@ -83,7 +83,7 @@ class Exchange(Protocol):
       TimeoutError: In lockstep, if a peer does not publish in time.
       Interrupted: While waiting, if the process was asked to stop.
       StaleError: If a teacher is too old and the policy is `fail`.
-      publications.MismatchError: In lockstep, if a peer trains something else.
+      checkpoints.MismatchError: In lockstep, if a peer trains something else.
     """
 
   def metrics(self, step: int) -> dict[str, float]:

@@ -7,8 +7,7 @@ not the numbers.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,14 +15,15 @@ import numpy as np
 from etils import epath
 
 from codistill_jax.base import PyTree, Variables, cast_floats
-from codistill_jax.storage import trees
-from codistill_jax.storage.trees import DamagedError, Leaf, Record
+from codistill_jax.storage import checkpoints
+from codistill_jax.storage.checkpoints import (
+    DamagedError,
+    Leaf,
+    MismatchError,
+    Record,
+)
 
 _FOREVER = 1e12  # Unix seconds; so neither NaN nor infinite.
-
-
-class MismatchError(ValueError):
-  """A peer trains something else: another architecture, tokenizer, task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def group_directory(root: epath.PathLike, group_id: int) -> epath.Path:
 
 def published_steps(root: epath.PathLike, group_id: int) -> list[int]:
   """Completed publications of one group, ascending; [] if there are none."""
-  return trees.completed_steps(group_directory(root, group_id))
+  return checkpoints.completed_steps(group_directory(root, group_id))
 
 
 def write(
@@ -72,7 +72,7 @@ def write(
     OSError: If the file system refuses.
   """
   tree = _as_dict(variables)
-  for path, x in trees.flatten(tree):
+  for path, x in checkpoints.flatten(tree):
     if not is_finite(x):
       raise FloatingPointError(
           f'group {publication.group_id} does not publish step'
@@ -88,7 +88,7 @@ def write(
       'identity': dict(publication.identity),
   }
   directory = group_directory(root, publication.group_id)
-  record = trees.save(directory, publication.step, tree, facts)
+  record = checkpoints.save(directory, publication.step, tree, facts)
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
 
 
@@ -106,7 +106,7 @@ def _sound_one(
         like=variables,
         identity=publication.identity,
     )
-  except (trees.MissingError, DamagedError, MismatchError):
+  except (checkpoints.MissingError, DamagedError, MismatchError):
     return None
   return there
 
@@ -134,25 +134,33 @@ def read(
     The publication and its variables as numpy arrays.
 
   Raises:
-    trees.MissingError: If it is not there, or vanished while it was read.
-    trees.DamagedError: If anything in it is unreadable, altered or not
+    checkpoints.MissingError: If it is not there, or vanished while it was read.
+    checkpoints.DamagedError: If anything in it is unreadable, altered or not
       finite.
     MismatchError: If the peer trains another architecture or task.
     OSError: If the file system refuses to give it.
   """
   directory = group_directory(root, group_id)
-  record = trees.load_record(directory, step)
+  record = checkpoints.load_record(directory, step)
   publication = _described_by(record, directory / str(step))
   if (publication.group_id, publication.step) != (group_id, step):
     raise DamagedError(
         f'{directory / str(step)} was published by group'
         f' {publication.group_id} at step {publication.step}'
     )
-  if identity is not None:
-    _check_identity(publication, identity)
-  _check_leaves(group_id, record.leaves, trees.describe(_as_dict(like)))
-  tree = trees.load_tree(directory, step, record, _as_dict(like))
-  for leaf, (_, x) in zip(record.leaves, trees.flatten(tree), strict=True):
+  checkpoints.check_match(
+      f'publication {step} of group {group_id}',
+      identity=publication.identity,
+      leaves=record.leaves,
+      our_identity=publication.identity if identity is None else identity,
+      like=_as_dict(like),
+      advice='give all groups the same model, task and prepared data',
+      any_float=True,
+  )
+  tree = checkpoints.load_tree(directory, step, record, _as_dict(like))
+  for leaf, (_, x) in zip(
+      record.leaves, checkpoints.flatten(tree), strict=True
+  ):
     if not is_finite(x):
       raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
   variables = Variables(tree['params'], tree['model_state'])
@@ -179,52 +187,6 @@ def _described_by(record: Record, where: epath.Path) -> Publication:
 
 def _is_count(value: Any) -> bool:
   return type(value) is int and value >= 0
-
-
-def _check_identity(publication: Publication, ours: Mapping[str, str]) -> None:
-  theirs = publication.identity
-  for key in sorted(theirs.keys() | ours.keys()):
-    if theirs.get(key) != ours.get(key):
-      raise MismatchError(
-          f'group {publication.group_id} trains with {key}={theirs.get(key)},'
-          f' this group with {key}={ours.get(key)}; all groups need the same'
-          ' task and the same prepared data'
-      )
-
-
-def _check_leaves(
-    group_id: int, theirs: tuple[Leaf, ...], ours: tuple[Leaf, ...]
-) -> None:
-  differing = first_difference(theirs, ours)
-  if differing is not None:
-    raise MismatchError(
-        f'group {group_id} trains another architecture: the first differing'
-        f' leaf is {differing[0] or "missing"} there and'
-        f' {differing[1] or "missing"} here; give all groups the same model'
-        ' configuration'
-    )
-
-
-def first_difference(
-    theirs: Sequence[Leaf], ours: Sequence[Leaf]
-) -> tuple[Leaf | None, Leaf | None] | None:
-  """Where two models first differ, but for the width of their floats.
-
-  Returns:
-    Their leaf and ours, None for one that is missing; None if they agree.
-  """
-  for their_leaf, our_leaf in itertools.zip_longest(theirs, ours):
-    if not their_leaf or not our_leaf or not _same(their_leaf, our_leaf):
-      return their_leaf, our_leaf
-  return None
-
-
-def _same(a: Leaf, b: Leaf) -> bool:
-  """Equal but for the width of floats, which each side chooses."""
-  floats = all(jnp.issubdtype(x.dtype, np.floating) for x in (a, b))
-  return (a.path, a.shape) == (b.path, b.shape) and (
-      floats or a.dtype == b.dtype
-  )
 
 
 def is_finite(x: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ from codistill_jax.base import Variables, cast_floats, host_copy
 from codistill_jax.exchange import publications
 from codistill_jax.exchange.protocol import Plan
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import files, remote, trees
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import Troubles, Turns
 from codistill_jax.storage.leases import LostError
 
@@ -278,7 +278,7 @@ class Publisher:
       self._troubles.worked(doing)
 
   def _delete_old(self) -> None:
-    steps = trees.completed_steps(self._directory)
+    steps = checkpoints.completed_steps(self._directory)
     old = steps[: -self._keep]
     if self._plan.mode == 'lockstep' and self._readers:
       needed = min(map(self._needed_by, self._readers))
@@ -290,7 +290,7 @@ class Publisher:
       # step is taken away and then the marks are looked at. So one of the two
       # sees the other.
       if step not in read:
-        trees.delete_unless(
+        checkpoints.delete_unless(
             self._directory, step, lambda step=step: step in read_now()
         )
 
@@ -333,7 +333,7 @@ class _ReadingMarks:
     for reader in self._readers:
       directory = publications.group_directory(self._root, reader)
       # One for each process of the reader.
-      for name in remote.names(directory):
+      for name in files.names(directory):
         if name.endswith(READING_FILE):
           mark = self._mark(directory / name)
           if isinstance(mark.get('steps'), dict):

@@ -1,7 +1,6 @@
 """Files that can be trusted: what is written, by whom, and whether it is whole.
 
-From the bottom up: `files` and `remote` (small files, any backend), `records`,
-`steps` and `trees` (checkpoints with a digest of everything), `checkpoint`
-(resume); beside them who may write (`leases`, `holders`, `locks`) and what goes
-on beside training (`background`).
+`files`: small files on any backend. `checkpoints`: the one format of
+checkpoints, with a digest of everything. `resume`: what a restart needs.
+`background`: one writer beside training. `leases`: who may write.
 """

@@ -1,11 +1,20 @@
-"""Small files that are replaced as a whole, on disks and in object stores."""
+"""Small files on any backend of `etils.epath`, as on a file system.
 
+A file is replaced as a whole. A bucket has no directories, cannot rename, and
+its clients raise errors of their own and remember listings: here a missing file
+is a FileNotFoundError, whatever else a backend refuses is an OSError, and a
+look is a look.
+"""
+
+import contextlib
+import errno
+import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -13,10 +22,200 @@ PathLike = str | os.PathLike[str]
 
 # JSON has no such numbers; these strings stand for them.
 _NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+_CHUNK_BYTES = 4 << 20
+# Mistakes of a caller or an installation: no later try will do better.
+_MISTAKES = (
+    ImportError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    ValueError,
+)
+
+
+class Digest(NamedTuple):
+  """What identifies the content of a file: its size in bytes, and SHA-256."""
+
+  size: int
+  sha256: str
+
+
+def is_remote(path: PathLike) -> bool:
+  """Returns whether a path names an object store (`gs://...`), not a disk."""
+  return '://' in os.fspath(path)
+
+
+# --- Errors ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+  """Turns what a backend raises (of TensorFlow, of a cloud) into OSError."""
+  try:
+    yield
+  except OSError:
+    raise
+  except _MISTAKES:
+    raise
+  except Exception as e:
+    reason = one_line(e)
+    if type(e).__name__ in ('NotFoundError', 'NotFound'):
+      raise FileNotFoundError(errno.ENOENT, reason) from e
+    raise OSError(errno.EIO, reason) from e
+
+
+def one_line(error: BaseException) -> str:
+  """Returns what an error says, without line breaks."""
+  if isinstance(error, OSError) and error.strerror:
+    return ' '.join(str(error.strerror).split())
+  text = str(error).partition('[tensorstore_spec=')[0]  # A page of JSON.
+  return ' '.join(text.split()) or type(error).__name__
+
+
+# --- Files -------------------------------------------------------------------
+
+
+def names(directory: PathLike) -> list[str]:
+  """Returns the names in a directory; [] if there is no such directory.
+
+  Raises:
+    OSError: If the file system does not tell.
+  """
+  directory = epath.Path(directory)
+  _forget(directory)
+  try:
+    with as_os_errors():
+      return [path.name for path in directory.iterdir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+
+
+def exists(path: PathLike) -> bool:
+  """Returns whether a file is there.
+
+  Raises:
+    OSError: If the file system does not tell. (`Path.exists` says no then; a
+      checkpoint must not be deleted for that.)
+  """
+  path = epath.Path(path)
+  if is_remote(path):
+    _forget(path.parent)
+    with as_os_errors():
+      return path.exists()
+  try:
+    os.stat(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return True
+
+
+def read_bytes(path: PathLike) -> bytes:
+  """Reads all of a small file."""
+  with as_os_errors():
+    return epath.Path(path).read_bytes()
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+  """Replaces a file as a whole: a reader sees the old bytes or the new ones.
+
+  Makes the directories that it needs.
+  """
+  path = epath.Path(path)
+  with as_os_errors():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+      # An object appears as a whole, and cannot be renamed at one stroke.
+      path.write_bytes(data)
+      return
+    # A name of its own per call: two writers must not share a temporary file.
+    temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+    try:
+      with temporary.open('wb') as f:
+        f.write(data)
+      temporary.replace(path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+      raise
+
+
+def remove(path: PathLike) -> None:
+  """Deletes a file, if it is there."""
+  with as_os_errors():
+    epath.Path(path).unlink(missing_ok=True)
+
+
+def remove_tree(path: PathLike) -> None:
+  """Deletes a directory and all in it, if it is there."""
+  _forget(epath.Path(path))
+  with as_os_errors():
+    epath.Path(path).rmtree(missing_ok=True)
+
+
+def digest(path: PathLike, into: PathLike | None = None) -> Digest:
+  """Reads a file once, in pieces; copies it on the way if told where to."""
+  path = epath.Path(path)
+  sha256, size = hashlib.sha256(), 0
+  with as_os_errors(), contextlib.ExitStack() as stack:
+    source = stack.enter_context(path.open('rb'))
+    sink = None
+    if into is not None:
+      into = epath.Path(into)
+      into.parent.mkdir(parents=True, exist_ok=True)
+      sink = stack.enter_context(into.open('wb'))
+    while chunk := source.read(_CHUNK_BYTES):
+      sha256.update(chunk)
+      size += len(chunk)
+      if sink is not None:
+        sink.write(chunk)
+  return Digest(size, sha256.hexdigest())
+
+
+def _forget(path: epath.Path) -> None:
+  """Makes a client of fsspec look again, instead of remembering a listing.
+
+  Else a reader would never see what another process writes. There is no public
+  way to it through `epath`; without it, nothing is forgotten.
+  """
+  file_system = getattr(getattr(path, '_backend', None), 'fs', None)
+  if is_remote(path) and file_system is not None:
+    with as_os_errors():
+      file_system(path).invalidate_cache()
+
+
+# --- JSON --------------------------------------------------------------------
+
+
+def write_json(path: PathLike, tree: Any) -> None:
+  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
+  text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
+  write_bytes(path, (text + '\n').encode())
+
+
+def read_json(path: PathLike) -> dict[str, Any] | None:
+  """Reads a JSON object; None where there is no such file.
+
+  Raises:
+    ValueError: If the file holds anything but one JSON object.
+  """
+  try:
+    data = read_bytes(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  try:
+    tree = json.loads(data)
+  except ValueError as e:  # Also of bytes that are no text.
+    raise ValueError(f'Expected JSON in {os.fspath(path)}, but: {e}.') from None
+  if not isinstance(tree, dict):
+    raise ValueError(
+        f'Expected a JSON object in {os.fspath(path)}, got'
+        f' {type(tree).__name__}.'
+    )
+  return decode_numbers(tree)
 
 
 def encode_number(value: float) -> float | str:
-  """The value as JSON can hold it: NaN and infinities become strings."""
+  """Returns a number as JSON can hold it: NaN and infinities become strings."""
   if math.isnan(value):
     return 'NaN'
   if math.isinf(value):
@@ -43,55 +242,3 @@ def _encode_numbers(tree: Any) -> Any:
   if isinstance(tree, list | tuple):
     return [_encode_numbers(v) for v in tree]
   return tree
-
-
-def is_remote(path: PathLike) -> bool:
-  """Whether a path names an object store (`gs://...`), not a mounted disk."""
-  return '://' in os.fspath(path)
-
-
-def write_bytes(path: PathLike, data: bytes) -> None:
-  """Replaces a file as a whole: a reader sees the old bytes or the new ones."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if is_remote(path):
-    # An object appears as a whole, and cannot be renamed at one stroke.
-    path.write_bytes(data)
-    return
-  # A name of its own per call: two writers must not share a temporary file.
-  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
-  try:
-    with temporary.open('wb') as f:
-      f.write(data)
-    temporary.replace(path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-
-
-def write_json(path: PathLike, tree: Any) -> None:
-  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
-  text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
-  write_bytes(path, (text + '\n').encode())
-
-
-def read_json(path: PathLike) -> dict[str, Any] | None:
-  """The JSON object in a file, or None where there is no such file.
-
-  Raises:
-    ValueError: If the file holds anything but one JSON object.
-  """
-  try:
-    data = epath.Path(path).read_bytes()
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  try:
-    tree = json.loads(data)
-  except ValueError as e:  # Also of bytes that are no text.
-    raise ValueError(f'Expected JSON in {os.fspath(path)}, but: {e}.') from None
-  if not isinstance(tree, dict):
-    raise ValueError(
-        f'Expected a JSON object in {os.fspath(path)}, got'
-        f' {type(tree).__name__}.'
-    )
-  return decode_numbers(tree)

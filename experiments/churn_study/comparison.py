@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.churn_study import figures, prediction_files, report
+from experiments.churn_study import prediction_files, results
 from experiments.churn_study.prediction_files import Columns, Predictions
 
 PREDICTIONS = flags.DEFINE_multi_string(
@@ -69,8 +69,11 @@ def main() -> None:
   arms: dict[str, list] = {}
   for (arm, _), array in zip(named, arrays):
     arms.setdefault(arm, []).append(array)
-  rows = figures.summarise(arms, labels)
-  report.report_files(
+  rows = results.summarise(arms, labels)
+  # Here, since `--help` does without tables.
+  from experiments.studies import churn_page
+
+  churn_page.report_files(
       rows,
       pairs=_pairs(named, models),
       examples=len(arrays[0]),

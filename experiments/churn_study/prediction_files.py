@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax import churn
+from codistill_jax import statistics
 
 _TABLES = ('.csv', '.tsv', '.parquet')
 
@@ -59,17 +59,19 @@ def read(path: str, columns: Columns) -> Predictions:
   """
   if _ending(path) == '.npy':
     _check_no_ids(path, columns)
-    probs = churn.check_probabilities(_read_npy(path), path)
+    probs = statistics.check_probabilities(_read_npy(path), path)
     return Predictions(path, probs, None, None, {})
   table = _read_table(path)
   picked = [_column(table, c, path) for c in columns.predictions]
   probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
-  probs = churn.check_probabilities(probs, path)
+  probs = statistics.check_probabilities(probs, path)
   labels = None
   if columns.label in table:
     labels = _column(table, columns.label, path)
     try:
-      labels = churn.check_labels(labels, probs, f'{path}, {columns.label}')
+      labels = statistics.check_labels(
+          labels, probs, f'{path}, {columns.label}'
+      )
     except ValueError as e:
       raise ValueError(f'{e}; to read no labels, give --label_column=') from e
   return Predictions(

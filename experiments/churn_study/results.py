@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax import churn
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 from experiments.churn_study import run_files
-from experiments.churn_study.figures import Row, summarise
 from experiments.churn_study.run_files import (
     FIXED_INIT,
     FIXED_ORDER,
@@ -22,6 +22,26 @@ from experiments.churn_study.run_files import (
 
 ENSEMBLE = 'ensemble'
 _CONTROLS = (FIXED_INIT, FIXED_ORDER)
+
+
+class Row(NamedTuple):
+  """One arm.
+
+  Attributes:
+    arm: Its name in files.
+    title: Its name for people.
+    retrains: K.
+    figures: Estimates of 'log_loss' and 'error' (over retrains), 'churn',
+      'relative' and 'disagreement' (over pairs); without those that cannot be
+      had.
+    change: Of the churn against the baseline's; None for the baseline.
+  """
+
+  arm: str
+  title: str
+  retrains: int
+  figures: Mapping[str, Estimate]
+  change: Estimate | None
 
 
 class Repeat(NamedTuple):
@@ -42,7 +62,7 @@ class Repeat(NamedTuple):
   same_cores: bool
 
 
-class Study(NamedTuple):
+class Retrains(NamedTuple):
   """All figures.
 
   Attributes:
@@ -75,7 +95,56 @@ class Study(NamedTuple):
     ]
 
 
-def load_study(workdir: files.PathLike) -> Study:
+def summarise(
+    arms: Mapping[str, Sequence[np.ndarray]],
+    labels: np.ndarray | None,
+    titles: Mapping[str, str] | None = None,
+) -> list[Row]:
+  """Returns a row for each arm; churn is compared with that of the first.
+
+  Args:
+    arms: By name, the predictions of its K >= 2 independent retrains.
+    labels: (N,), or None.
+    titles: Names for people.
+
+  Raises:
+    ValueError: What `statistics.measure` raises, with the name of the arm.
+  """
+  rows, baseline_KK = [], None
+  for name, predictions in arms.items():
+    try:
+      found = statistics.measure(predictions, labels)
+    except ValueError as e:
+      raise ValueError(f'{name}: {e}') from e
+    figures = {
+        'log_loss': (statistics.mean_over_retrains, found.log_loss_K),
+        'error': (statistics.mean_over_retrains, found.error_K),
+        'churn': (statistics.mean_over_pairs, found.churn_KK),
+        'relative': (statistics.mean_over_pairs, found.relative_KK),
+        'disagreement': (statistics.mean_over_pairs, found.disagreement_KK),
+    }
+    change = None
+    if baseline_KK is None:
+      baseline_KK = found.churn_KK
+    else:
+      change = statistics.change_of_churn(found.churn_KK, baseline_KK)
+    rows.append(
+        Row(
+            arm=name,
+            title=(titles or {}).get(name, name),
+            retrains=len(found.churn_KK),
+            figures={
+                key: mean(values)
+                for key, (mean, values) in figures.items()
+                if values is not None
+            },
+            change=change,
+        )
+    )
+  return rows
+
+
+def load_study(workdir: files.PathLike) -> Retrains:
   """All figures of the runs that are done.
 
   Raises:
@@ -97,7 +166,7 @@ def load_study(workdir: files.PathLike) -> Study:
     rows[split] = summarise(arms, labels, titles_of(arms, size))
     examples[split] = len(labels)
   chosen, reason = choose(rows['validation'])
-  return Study(
+  return Retrains(
       settings=settings,
       examples=examples,
       rows=rows,
@@ -135,7 +204,7 @@ def load_arms(
   count = len(singles) // size
   arms = {
       SINGLE: singles[:count],
-      ENSEMBLE: churn.ensembles(singles[: count * size], size),
+      ENSEMBLE: statistics.ensembles(singles[: count * size], size),
   }
   weighted = [a for a in retrains if run_files.weight_of(a) is not None]
   others = sorted(

@@ -20,6 +20,9 @@ from codistill_jax.storage import files
 if TYPE_CHECKING:
   import jinja2
   import pandas as pd
+  import rich.console
+  import rich.table
+  import rich.text
 
 # --- Blocks ------------------------------------------------------------------
 
@@ -175,20 +178,15 @@ def to_text(
     names: How many columns are names, to the left; the others are numbers, to
       the right. None: all to the left.
   """
-  from rich.console import Console
-
-  console = Console(file=io.StringIO(), width=10_000, color_system=None)
-  console.print(terminal_table(header, rows, names))
-  lines = console.file.getvalue().splitlines()
-  return '\n'.join(line.rstrip() for line in lines)
+  return plain(terminal_table(header, rows, names))
 
 
 def terminal_table(
     header: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence['str | rich.text.Text']],
     names: int | None = None,
-):
-  """Returns what `to_text` shows, as a `rich.table.Table`."""
+) -> 'rich.table.Table':
+  """Returns what `to_text` shows; cells may have a style."""
   from rich.table import Table as RichTable
   from rich.text import Text
 
@@ -201,8 +199,19 @@ def terminal_table(
         justify='left' if names is None or i < names else 'right',
     )
   for row in rows:
-    table.add_row(*map(Text, row))
+    # A plain string would be read as markup.
+    table.add_row(*(Text(x) if isinstance(x, str) else x for x in row))
   return table
+
+
+def plain(view: 'rich.console.RenderableType') -> str:
+  """Returns what a terminal would show as text of any width."""
+  from rich.console import Console
+
+  console = Console(file=io.StringIO(), width=10_000, color_system=None)
+  console.print(view)
+  lines = console.file.getvalue().splitlines()
+  return '\n'.join(line.rstrip() for line in lines)
 
 
 _PREFIXES = ('', 'k', 'M', 'G', 'T', 'P', 'E')
@@ -222,19 +231,11 @@ def number(value: float | None, form: str = '.4f', nan: str = 'nan') -> str:
     return '-'
   if form == 'time':
     return _duration(value)
-  if math.isnan(value):
-    return nan
-  if math.isinf(value):
-    return str(value)
+  if isinstance(value, float) and not math.isfinite(value):
+    return nan if math.isnan(value) else str(value)
   if form == 'SI':
     return _scaled(value, _PREFIXES)
   return _scaled(value, _BYTES) if form == 'bytes' else format(value, form)
-
-
-def spread(low: float, high: float, form: str) -> str:
-  """Returns `low..high`, or one number where both read the same."""
-  ends = [number(low, form), number(high, form)]
-  return '..'.join(dict.fromkeys(ends))
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:

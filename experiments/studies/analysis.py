@@ -1,34 +1,27 @@
 """From the runs of a study to numbers: targets, outcomes, paired effects.
 
-The rules, the same for all arms and said on every page by `wording`:
+The rules, the same for all arms and said on every page by `study_page`:
 * Losses are smoothed by a trailing mean over k evaluations.
 * The target of a seed is the best smoothed loss of the baseline of that seed;
   an arm reaches it at its first evaluation at or under it, not in between.
 * What was not reached stays 'not reached', and there is no mean over the rest.
 * A run that diverged is reported, and left out of means.
 
-Numpy only. Shape suffix: N evaluations of a run.
+Shape suffix: N evaluations of a run.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from codistill_jax import intervals
-from codistill_jax.intervals import Figure
-from experiments.studies import curves
-from experiments.studies.curves import Band, diverged_at, smooth
-from experiments.studies.declaration import MEASURES, Study
-from experiments.studies.results import Run
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
+from experiments.studies import results
+from experiments.studies.declaration import MEASURES, Arm, Study
+from experiments.studies.results import Band, Run, diverged_at, smooth
 
-ACCURACY = 'final_accuracy'
-ALL_MEASURES = {**MEASURES, ACCURACY: 'validation accuracy at the end'}
-
-# Compared as ratios, on a logarithmic scale; all others as differences.
-RATIOS = ('steps_to_target', 'total_steps_to_target', 'compute_to_target')
-
+# Of one run by one measure.
 MEASURED = 'measured'
 NOT_REACHED = 'not reached'
 DIVERGED = 'diverged'
@@ -61,15 +54,15 @@ class Cell(NamedTuple):
 
   Attributes:
     outcomes: By seed, in order.
-    figure: Over the runs that did not diverge; None unless all those are
+    estimate: Over the runs that did not diverge; None unless all those are
       measured.
   """
 
   outcomes: tuple[Outcome, ...]
-  figure: Figure | None
+  estimate: Estimate | None
 
   def count(self, state: str) -> int:
-    """How many seeds are in a state."""
+    """Returns how many seeds are in a state."""
     return sum(o.state == state for o in self.outcomes)
 
 
@@ -77,10 +70,10 @@ class Effect(NamedTuple):
   """One arm against another, seed by seed.
 
   Attributes:
-    ratio: Whether the figure is a ratio, else a difference.
+    ratio: Whether the estimate is of a ratio, else of a difference.
     ours: Outcomes of the arm, of the seeds that both have.
     theirs: Those of the other, in the same order.
-    figure: Of ratios the geometric mean, with its interval; None if a pair is
+    estimate: Of ratios the geometric mean, with its interval; None if a pair is
       not measured for any other reason than divergence.
     mean: Of the arm over the pairs that count; NaN without.
     baseline: Of the other.
@@ -91,15 +84,15 @@ class Effect(NamedTuple):
   ratio: bool
   ours: tuple[Outcome, ...]
   theirs: tuple[Outcome, ...]
-  figure: Figure | None
+  estimate: Estimate | None
   mean: float = float('nan')
   baseline: float = float('nan')
   resolution: float = float('nan')
 
   @property
   def pairs(self) -> int:
-    """Over how many seeds the figure is."""
-    return len(self.figure.values) if self.figure else 0
+    """Over how many seeds the estimate is."""
+    return len(self.estimate.values) if self.estimate else 0
 
   @property
   def one_side_diverged(self) -> str:
@@ -107,9 +100,9 @@ class Effect(NamedTuple):
     ours, theirs = (
         {o.state == DIVERGED for o in side} for side in (self.ours, self.theirs)
     )
-    return {(True, False): 'more', (False, True): 'less'}.get(
-        (*ours, *theirs) if len(ours) == len(theirs) == 1 else (), ''
-    )
+    if (ours, theirs) == ({True}, {False}):
+      return 'more'
+    return 'less' if (ours, theirs) == ({False}, {True}) else ''
 
   @property
   def within_resolution(self) -> bool:
@@ -134,6 +127,11 @@ class Analysis(NamedTuple):
   runs: Mapping[str, tuple[Run, ...]]
   tuning: Mapping[str, tuple[Run, ...]]
 
+  @property
+  def trained(self) -> list[Arm]:
+    """The arms that have runs."""
+    return [arm for arm in self.study.arms if self.runs[arm.name]]
+
 
 def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   """Sorts runs and finds the targets.
@@ -146,10 +144,11 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   _check(study, runs)
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
-  window = curves.window_of(final.get(study.baseline, ()))
+  baseline = final.get(study.baseline, ())
+  window = results.window_of(baseline)
   targets = {
       run.seed: float(smooth(run.loss_N, window).min())
-      for run in final.get(study.baseline, ())
+      for run in baseline
       if diverged_at(run) is None and len(run.loss_N)
   }
   return Analysis(study, window, targets, final, tuning)
@@ -170,15 +169,9 @@ def _check(study: Study, runs: Sequence[Run]) -> None:
           f'Two runs are of arm {run.arm!r} and seed {run.seed}; give one.'
       )
     seen.add(key)
-    lengths = {
-        'loss_N': len(run.loss_N),
-        'flops_N': len(run.flops_N),
-        'bytes_N': len(run.bytes_N),
-    }
-    if len(run.accuracy_N):
-      lengths['accuracy_N'] = len(run.accuracy_N)
-    for name, length in lengths.items():
-      if length != len(run.steps_N):
+    for name in ('loss_N', 'flops_N', 'bytes_N', 'accuracy_N'):
+      length = len(getattr(run, name))
+      if length != len(run.steps_N) and (length or name != 'accuracy_N'):
         raise ValueError(
             f'Arm {run.arm!r}, seed {run.seed}: {name} has {length} values for'
             f' {len(run.steps_N)} evaluations.'
@@ -193,36 +186,52 @@ def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
   }
 
 
+def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
+  """Returns a smoothed curve of an arm over seeds; see `results.band`."""
+  return results.band(analysis.runs[arm], analysis.window, x, y)
+
+
 # --- Outcomes ----------------------------------------------------------------
 
 
+def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
+  """Returns one arm by one measure."""
+  outcomes = tuple(
+      outcome(analysis, run, measure) for run in analysis.runs[arm]
+  )
+  counted = [o for o in outcomes if o.state != DIVERGED]
+  estimate = None
+  if counted and all(o.state == MEASURED for o in counted):
+    estimate = statistics.mean_over_retrains([o.value for o in counted])
+  return Cell(outcomes, estimate)
+
+
 def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
-  """One run by one measure.
+  """Returns one run by one measure.
 
   Raises:
     ValueError: If there is no such measure.
   """
-  if measure not in ALL_MEASURES:
+  if measure not in MEASURES:
     raise ValueError(
-        f'No measure {measure!r}; there are {", ".join(ALL_MEASURES)}.'
+        f'No measure {measure!r}; there are {", ".join(MEASURES)}.'
     )
   if diverged_at(run) is not None:
     return Outcome(run.seed, np.nan, DIVERGED)
-  if measure in RATIOS:
+  if MEASURES[measure].ratio:
     return _to_target(analysis, run, measure)
-  value = _level(run, measure, analysis.window)
+  values_N = {
+      'final_loss': run.loss_N,
+      'best_loss': smooth(run.loss_N, analysis.window),
+      'final_accuracy': run.accuracy_N,
+  }.get(
+      measure, ()
+  )  # Churn is no number of one run.
+  if not len(values_N):
+    return Outcome(run.seed, np.nan, ABSENT)
+  value = values_N.min() if measure == 'best_loss' else values_N[-1]
   state = ABSENT if np.isnan(value) else MEASURED
-  return Outcome(run.seed, value, state)
-
-
-def _level(run: Run, measure: str, window: int) -> float:
-  if measure == 'final_loss' and len(run.loss_N):
-    return float(run.loss_N[-1])
-  if measure == 'best_loss' and len(run.loss_N):
-    return float(smooth(run.loss_N, window).min())
-  if measure == ACCURACY and len(run.accuracy_N):
-    return float(run.accuracy_N[-1])
-  return float('nan')  # Churn among them: it is no number of one run.
+  return Outcome(run.seed, float(value), state)
 
 
 def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
@@ -231,83 +240,58 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
     return Outcome(run.seed, np.nan, NO_TARGET)
   if not len(run.loss_N):
     return Outcome(run.seed, np.nan, ABSENT)
-  costs_N = {
-      'steps_to_target': run.steps_N,
-      'total_steps_to_target': run.steps_N + run.prior_steps,
-      'compute_to_target': run.flops_N + run.prior_flops,
+  costs_N, prior = {
+      'steps_to_target': (run.steps_N, 0.0),
+      'total_steps_to_target': (run.steps_N, run.prior_steps),
+      'compute_to_target': (run.flops_N, run.prior_flops),
   }[measure]
-  at = np.flatnonzero(smooth(run.loss_N, analysis.window) <= target)
-  if not len(at):
+  costs_N = costs_N + prior
+  reached = np.flatnonzero(smooth(run.loss_N, analysis.window) <= target)
+  if not len(reached):
     return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
-  value = float(costs_N[at[0]])
-  prior = {
-      'steps_to_target': 0.0,
-      'total_steps_to_target': run.prior_steps,
-      'compute_to_target': run.prior_flops,
-  }[measure]
-  before = float(costs_N[at[0] - 1]) if at[0] else prior
+  at = reached[0]
+  value = float(costs_N[at])
   if np.isnan(value):  # Of FLOPs that are not on record.
     return Outcome(run.seed, np.nan, ABSENT)
+  before = float(costs_N[at - 1]) if at else prior
   return Outcome(run.seed, value, MEASURED, resolution=value - before)
-
-
-def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
-  """One arm by one measure."""
-  outcomes = tuple(
-      outcome(analysis, run, measure) for run in analysis.runs[arm]
-  )
-  counted = [o for o in outcomes if o.state != DIVERGED]
-  figure = None
-  if counted and all(o.state == MEASURED for o in counted):
-    figure = _over_seeds(tuple(o.value for o in counted))
-  return Cell(outcomes, figure)
 
 
 # --- Effects -----------------------------------------------------------------
 
 
 def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
-  """One arm against another over the seeds that both have."""
+  """Compares one arm with another over the seeds that both have."""
   ours = {o.seed: o for o in cell(analysis, arm, measure).outcomes}
   theirs = {o.seed: o for o in cell(analysis, against, measure).outcomes}
   seeds = sorted(ours.keys() & theirs.keys())
   pairs = [(ours[s], theirs[s]) for s in seeds]
   counted = [p for p in pairs if DIVERGED not in (p[0].state, p[1].state)]
-  ratio = measure in RATIOS
+  ratio = MEASURES[measure].ratio
   sides = (tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
   if not counted or any(o.state != MEASURED for p in counted for o in p):
     return Effect(ratio, *sides, None)
   values = np.array([[a.value, b.value] for a, b in counted])
-  figure = _ratio(values) if ratio else _difference(values)
+  estimate = (
+      _ratio(values)
+      if ratio
+      else statistics.mean_over_retrains(values[:, 0] - values[:, 1])
+  )
   resolution = max(o.resolution for p in counted for o in p)
-  return Effect(ratio, *sides, figure, *values.mean(0).tolist(), resolution)
+  return Effect(ratio, *sides, estimate, *values.mean(0).tolist(), resolution)
 
 
-def _ratio(values: np.ndarray) -> Figure | None:
+def _ratio(values: np.ndarray) -> Estimate | None:
   if (values <= 0).any():
     return None  # Reached before the first update: no ratio.
   # On logarithms, so that a against b is one over b against a.
   logs = np.log(values[:, 0]) - np.log(values[:, 1])
-  found = _over_seeds(tuple(logs))
+  found = statistics.mean_over_retrains(logs)
   ratios = np.exp(logs)
-  return Figure(
+  return Estimate(
       mean=float(np.exp(found.mean)),
       half_range=float(np.ptp(ratios) / 2),
       low=float(np.exp(found.low)),
       high=float(np.exp(found.high)),
       values=tuple(map(float, ratios)),
   )
-
-
-def _difference(values: np.ndarray) -> Figure:
-  return _over_seeds(tuple(values[:, 0] - values[:, 1]))
-
-
-@functools.lru_cache(maxsize=4096)  # Tables and plots ask for the same.
-def _over_seeds(values: tuple[float, ...]) -> Figure:
-  return intervals.over_retrains(np.array(values))
-
-
-def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
-  """A smoothed curve of an arm over seeds; see `curves.band`."""
-  return curves.band(analysis.runs[arm], analysis.window, x, y)

@@ -1,4 +1,4 @@
-"""The study of prediction churn: trained and drawn by `churn_study`.
+"""The study of prediction churn: trained by `churn_study`.
 
 Its runs are retrains whose predictions are kept, rather than curves; what it
 has in common with the other studies is the declaration and the verdict.
@@ -7,26 +7,10 @@ has in common with the other studies is the declaration and the verdict.
 import os
 from collections.abc import Sequence
 
-import numpy as np
-from etils import epath
-
-from codistill_jax import intervals
 from codistill_jax.storage import files
-from experiments import cli, devices, tables
-from experiments.churn_study import (
-    report,
-    results,
-    run_files,
-    tabular,
-    worker,
-)
-from experiments.churn_study import wording as report_wording
-from experiments.churn_study.figures import Row
-from experiments.report_pages import Block, Bullets, Heading, Paragraph
+from experiments import cli, devices
+from experiments.churn_study import run_files, worker
 from experiments.stopping import StopRequest
-from experiments.studies import verdict, wording
-from experiments.studies.analysis import Effect
-from experiments.studies.declaration import Comparison
 from experiments.studies.plan import Plan
 
 _CONTROLS = 3
@@ -72,93 +56,3 @@ def train(
   )
   worker.claim(workdir, study)
   worker.train_all(workdir, runs(plan), trainers, stop, jobs)
-
-
-def write(
-    workdir: files.PathLike, plan: Plan, output: files.PathLike, note: str
-) -> epath.Path:
-  """Prints the table and the verdicts, and writes the page.
-
-  Raises:
-    ValueError: If fewer than two single models are done; or, after all is
-      written, if a deterministic control failed.
-  """
-  study = results.load_study(workdir)
-  said = verdicts(plan, study.rows['test'])
-  header, cells = tabular.table_1(study.table, '', tabular.SHORT)
-  cli.tell('\n' + tables.align([header, *cells]) + '\n')
-  for line in said:
-    cli.tell(line)
-  head: list[Block] = [
-      Paragraph(plan.study.question),
-      Paragraph(f'The paper ({plan.study.source}): {plan.study.claim}'),
-      Heading('Verdict'),
-      Bullets(said),
-  ]
-  directory = epath.Path(output)
-  made = [*head, *report.blocks(study, workdir, note)]
-  report.write(directory, plan.study.title, made, 'page')
-  report.write_data(directory, study)
-  failures = report_wording.failures(study)
-  if failures:
-    raise ValueError(f'the deterministic control failed: {failures[0]}')
-  return directory / 'page.md'
-
-
-def verdicts(plan: Plan, rows: Sequence[Row]) -> list[str]:
-  """A sentence for each comparison."""
-  by_arm = {row.arm: row for row in rows}
-  found = []
-  for comparison in plan.study.comparisons:
-    pair = by_arm.get(comparison.arm), by_arm.get(comparison.against)
-    if None not in pair:
-      effect = _effect(comparison, *pair)
-      words = verdict.words_of(effect, comparison)
-      found.append(wording.comparison(plan.study, comparison, effect, words))
-  return found
-
-
-def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
-  """Churn as a ratio, over pairs of retrains; log loss as a difference."""
-  retrains = min(ours.retrains, theirs.retrains)  # In order: the first ones.
-  if comparison.measure == 'churn':
-    change = intervals.change_of_churn(
-        *(
-            _matrix(row.figures['churn'].values, row.retrains)
-            for row in (ours, theirs)
-        )
-    )
-    figure = change._replace(
-        mean=1 + change.mean,
-        low=1 + change.low,
-        high=1 + change.high,
-        # One ratio, of so many retrains: they have none of their own.
-        values=(1 + change.mean,) * retrains,
-    )
-    return Effect(
-        True,
-        (),
-        (),
-        figure,
-        ours.figures['churn'].mean,
-        theirs.figures['churn'].mean,
-    )
-  losses = [
-      np.array(row.figures['log_loss'].values[:retrains])
-      for row in (ours, theirs)
-  ]
-  return Effect(
-      False,
-      (),
-      (),
-      intervals.over_retrains(losses[0] - losses[1]),
-      losses[0].mean(),
-      losses[1].mean(),
-  )
-
-
-def _matrix(values: Sequence[float], retrains: int) -> np.ndarray:
-  """Of pairs a < b, in order, as a symmetric matrix."""
-  found = np.zeros((retrains, retrains))
-  found[np.triu_indices(retrains, 1)] = values
-  return found + found.T

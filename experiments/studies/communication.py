@@ -1,21 +1,9 @@
-"""How many bytes a worker or group receives per update, by pattern.
+"""Bytes that a worker or group receives per update, by pattern.
 
-A pure function of what is exchanged; nothing is measured here. With b bytes of
-parameters (gradients are as many) and W workers:
-
-* 'none': 0.
-* 'all_reduce': a ring passes each of W parts on 2 (W - 1) times, W - 1 to add
-  up and W - 1 to hand round (Patarasuk & Yuan 2009): 2 (W - 1) / W b.
-* 'exchange': codistillation; a group fetches P publications every n updates,
-  P b / n, and its W workers all-reduce each update besides.
-* 'outer': local SGD and DiLoCo; one all-reduce of W workers every H updates,
-  2 (W - 1) / (W H) b.
-* 'server': asynchronous SGD; an update of the server is the work of one worker:
-  the server receives its gradient, b, and the worker pulls parameters, b: 2 b
-  over the link of the server, whatever W.
-
-Of synchronous workers, bytes are those of one of them: each receives as many,
-the publications of peers among them.
+A pure function of what is exchanged, see `FORMULAS`; nothing is measured here.
+Gradients are as many bytes as parameters. A ring passes each of W parts on
+2 (W - 1) times, W - 1 to add up and W - 1 to hand round (Patarasuk & Yuan
+2009). An update of a server is the work of one worker, whatever W.
 """
 
 # For pages.

@@ -10,15 +10,64 @@ from typing import NamedTuple
 
 SCALES = ('smoke', 'cpu', 'gpu', 'paper')
 
-# What a comparison may measure; see `analysis`.
+
+class Measure(NamedTuple):
+  """How a number of a run is called, written and compared.
+
+  Attributes:
+    title: In a sentence.
+    column: In a table.
+    label: On an axis.
+    form: Its digits.
+    ratio: Compared as a ratio, on a logarithmic scale; else as a difference.
+  """
+
+  title: str
+  column: str
+  label: str
+  form: str = '.4f'
+  ratio: bool = False
+
+
+_BEST = "the baseline's best validation loss"
+# What a comparison may measure; see `analysis` for the rules.
 MEASURES = {
-    'steps_to_target': "steps to the baseline's best validation loss",
-    'total_steps_to_target': 'steps to it, with those of the teachers before',
-    'compute_to_target': 'FLOPs to it, over all groups and teachers',
-    'final_loss': 'validation loss at the last evaluation',
-    'best_loss': 'best validation loss',
-    'churn': 'mean absolute difference between retrains',
-    'log_loss': 'log loss',
+    'steps_to_target': Measure(
+        f'steps to {_BEST}', 'steps to target', 'steps to target', ',.0f', True
+    ),
+    'total_steps_to_target': Measure(
+        f'steps to {_BEST}, with those of the teachers before',
+        'with teachers',
+        'steps to target, with teachers',
+        ',.0f',
+        True,
+    ),
+    'compute_to_target': Measure(
+        f'FLOPs of all groups and teachers to {_BEST}',
+        'FLOPs to target',
+        'FLOPs to target',
+        '.3g',
+        True,
+    ),
+    'final_loss': Measure(
+        'validation loss at the last evaluation',
+        'loss at the end',
+        'validation loss at the end',
+    ),
+    'best_loss': Measure(
+        'best validation loss', 'best loss', 'best validation loss'
+    ),
+    # Of several retrains, not of one run.
+    'churn': Measure(
+        'mean absolute difference between retrains', 'churn', 'churn'
+    ),
+    'log_loss': Measure('log loss', 'log loss', 'log loss'),
+    'final_accuracy': Measure(
+        'validation accuracy at the end',
+        'accuracy at the end',
+        'validation accuracy at the end',
+        '.2%',
+    ),
 }
 
 

@@ -1,67 +1,40 @@
-"""Numbers, figures and cells of a study as text."""
+"""Estimates as text, and small matters of language."""
 
 import math
 
-from codistill_jax.intervals import Figure
-from experiments.studies import analysis
-from experiments.studies.analysis import Cell
+from codistill_jax.statistics import Estimate
+from experiments.reports import pages
 
 
 def count(number: int, noun: str) -> str:
-  """`1 seed`, `3 seeds`."""
+  """Returns `1 seed`, `3 seeds`."""
   return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
 def sentence_start(text: str) -> str:
-  """With a capital."""
+  """Returns the text with a capital."""
   return text[:1].upper() + text[1:]
 
 
-def number(measure: str, value: float) -> str:
-  """A value with the digits of its measure."""
-  if math.isnan(value):
-    return '-'
-  if measure == 'compute_to_target':
-    return f'{value:.3g}'.replace('e+', 'e')
-  if measure in analysis.RATIOS:
-    return f'{value:,.0f}'
-  return f'{value:.2%}' if measure == analysis.ACCURACY else f'{value:.4f}'
+def number(value: float, form: str) -> str:
+  """Returns a number; '-' for NaN."""
+  return pages.number(value, form, nan='-').replace('e+', 'e')
 
 
-def figure(measure: str, found: Figure, interval: bool = True) -> str:
-  """`1,234 ± 56 [1,100, 1,400]`."""
-  text = number(measure, found.mean)
-  if len(found.values) > 1:
-    text += f' ± {number(measure, found.half_range)}'
+def estimate(
+    found: Estimate, form: str, *, spread: bool = False, interval: bool = True
+) -> str:
+  """Returns `1,234 ± 56 [1,100, 1,400]`, with what is known and asked for.
+
+  Args:
+    found: The estimate.
+    form: A format specification.
+    spread: Whether to show half of maximum minus minimum.
+    interval: Whether to show the 95 % interval.
+  """
+  text = number(found.mean, form)
+  if spread and len(found.values) > 1:
+    text += f' ± {number(found.half_range, form)}'
   if interval and not math.isnan(found.low):
-    ends = (number(measure, found.low), number(measure, found.high))
-    text += f' [{", ".join(ends)}]'
+    text += f' [{number(found.low, form)}, {number(found.high, form)}]'
   return text
-
-
-def ratio(found: Figure) -> str:
-  """`0.83 [0.78, 0.88]`."""
-  if math.isnan(found.low):
-    return f'{found.mean:.3g}'
-  return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
-
-
-def cell(measure: str, found: Cell, interval: bool = True) -> str:
-  """One arm by one measure, for a table."""
-  seeds = len(found.outcomes)
-  if not seeds:
-    return 'not trained'
-  diverged = found.count(analysis.DIVERGED)
-  if diverged == seeds:
-    return 'diverged'
-  if found.figure is not None:
-    text = figure(measure, found.figure, interval)
-    left = seeds - diverged
-    return f'{text} ({left} of {seeds} seeds)' if diverged else text
-  reached = found.count(analysis.MEASURED)
-  missed = found.count(analysis.NOT_REACHED)
-  if not missed:
-    return '-'
-  if not reached:
-    return 'not reached'
-  return f'reached in {reached} of {seeds} seeds'

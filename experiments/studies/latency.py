@@ -1,12 +1,12 @@
-"""Wall time of synchronous training from a tail-latency model; numpy only.
+"""Wall time of synchronous training from a tail-latency model; no jax.
 
 A synchronous update waits for the slowest of W workers and then all-reduces:
 
-  time(W) = E[max of W step times] + alpha + 2 (W - 1) / W b beta
+  time(W) = E[max of W step times] + alpha + 2 (W - 1) / W model_time
 
-with step times drawn independently from one distribution. Of W draws with
-quantile function q, the expected maximum is the integral of q(v^(1/W)) over v
-in (0, 1); of a sample it is exact, from order statistics.
+with step times drawn independently from one distribution of positive numbers:
+the expected maximum is the integral of 1 - P(time < x)^W over x > 0; of a
+sample it is exact, from order statistics.
 
 Steps to a target against workers follow S(W) = S_min (1 + W_crit / W)
 (McCandlish et al. 2018, equation 2.11; Shallue et al. 2019), fitted by least
@@ -15,6 +15,7 @@ squares on log S.
 Shape suffixes: K measured numbers of workers, N values of a sample.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,9 +24,7 @@ import numpy as np
 
 from experiments.studies import communication
 
-_CUT = (-45.0, 6.0)  # Of the integral: beyond, the weight is below 1e-19.
-_NODES = 4_000
-_P99 = 0.01
+_P99 = 0.99
 
 
 class LogNormal(NamedTuple):
@@ -51,7 +50,7 @@ Distribution = LogNormal | Empirical
 
 
 def from_sample(times: Sequence[float]) -> Empirical:
-  """Measured step times of one worker, in units of their median.
+  """Returns measured step times of one worker, in units of their median.
 
   Raises:
     ValueError: If there is none, or one is not positive and finite.
@@ -71,24 +70,22 @@ class Latency(NamedTuple):
   Attributes:
     steps: Of one worker, without the all-reduce.
     alpha: Time of an all-reduce that does not depend on its size.
-    beta: Time per byte that a worker receives; None for such that one model of
-      the study takes `model_time`.
     model_time: Time in which a worker receives as many bytes as one model.
     most_workers: Up to how many workers the model is drawn.
   """
 
   steps: Distribution = LogNormal(1.0, 2.0)
   alpha: float = 0.05
-  beta: float | None = None
   model_time: float = 0.05
   most_workers: int = 4096
 
 
-# --- Maxima ------------------------------------------------------------------
+# --- Time of an update -------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1024)  # Tables, tails and the plot ask again.
 def expected_maximum(distribution: Distribution, workers: int) -> float:
-  """Expected largest of so many independent step times.
+  """Returns the expected largest of so many independent step times.
 
   Raises:
     ValueError: If the distribution or the number makes no sense.
@@ -97,77 +94,51 @@ def expected_maximum(distribution: Distribution, workers: int) -> float:
     raise ValueError(f'Expected at least 1 worker, got {workers}.')
   if isinstance(distribution, Empirical):
     return _maximum_of_sample(np.array(distribution.sample), workers)
-  return maximum_by_quadrature(_upper_quantile(distribution), workers)
+  return _maximum_of_log_normal(*distribution, workers)
 
 
-def maximum_by_quadrature(
-    upper_quantile: Callable[[np.ndarray], np.ndarray], workers: int
-) -> float:
-  """The integral, for any distribution with a finite mean.
+def _maximum_of_log_normal(median: float, p99: float, workers: int) -> float:
+  from scipy import integrate, special
 
-  With v = exp(-t) and t = exp(x) the integrand decays at both ends and the
-  trapezoidal rule converges fast; the quantile is asked for by its upper tail,
-  which keeps its digits where 1 - p would lose them.
-
-  Args:
-    upper_quantile: p -> the value that is exceeded with probability p.
-    workers: W.
-  """
-  x, step = np.linspace(*_CUT, _NODES, retstep=True)
-  t = np.exp(x)
-  exceeded = -np.expm1(-t / workers)
-  weight = np.exp(x - t)
-  # Where the weight has vanished the quantile may be anything.
-  values = np.where(weight > 0, upper_quantile(exceeded), 0.0)
-  return float(np.sum(values * weight) * step)
-
-
-def _upper_quantile(distribution: LogNormal):
-  from scipy import special  # Comes with jax.
-
-  median, p99 = distribution
   if not 0 < median <= p99:
     raise ValueError(
         f'Expected 0 < median <= p99, got median={median}, p99={p99}.'
     )
-  sigma = math.log(p99 / median) / -special.ndtri(_P99)
-  # Below 1, where the normal quantile is infinite and no tail times it is NaN.
-  most = np.nextafter(1.0, 0.0)
-  return lambda p: median * np.exp(-sigma * special.ndtri(np.minimum(p, most)))
+  sigma = math.log(p99 / median) / special.ndtri(_P99)
+  if not sigma:
+    return median
+  # Over z = log(x / median) / sigma: 1 - F^W keeps its digits in the tail.
+  exceeded = lambda z: -np.expm1(workers * special.log_ndtr(z))
+  weighed = lambda z: exceeded(z) * sigma * np.exp(sigma * z)
+  # Below, all workers are slower; beyond, the tail weighs nothing.
+  low, high = special.ndtri(1e-18 ** (1 / workers)), 12.0 + sigma
+  rest, _ = integrate.quad(
+      weighed, low, high, epsabs=0, epsrel=1e-10, limit=200
+  )
+  return float(median * (math.exp(sigma * low) + rest))
 
 
 def _maximum_of_sample(sample_N: np.ndarray, workers: int) -> float:
-  """Of draws with replacement: P(max <= i-th of N) = (i / N)^W."""
+  """Returns that of draws with replacement: P(max <= i-th) = (i / N)^W."""
   if not len(sample_N) or not np.isfinite(sample_N).all():
     raise ValueError('Expected a sample of at least one finite step time.')
   below = (np.arange(len(sample_N) + 1) / len(sample_N)) ** workers
   return float(np.sort(sample_N) @ np.diff(below))
 
 
-def step_time(
-    latency: Latency,
-    workers: int,
-    parameter_bytes: float,
-    compute: float = 1.0,
-) -> float:
-  """Expected time of one synchronous update.
+def step_time(latency: Latency, workers: int, compute: float = 1.0) -> float:
+  """Returns the expected time of one synchronous update.
 
   Args:
     latency: What is assumed.
     workers: W, of one group.
-    parameter_bytes: b.
     compute: Factor of the step time of a worker, such as for teachers.
   """
   slowest = compute * expected_maximum(latency.steps, workers)
   if workers == 1:
     return slowest
-  received = communication.all_reduce_bytes(1.0, workers)  # In models.
-  model_time = (
-      latency.model_time
-      if latency.beta is None
-      else latency.beta * parameter_bytes
-  )
-  return slowest + latency.alpha + received * model_time
+  models = communication.all_reduce_bytes(1.0, workers)
+  return slowest + latency.alpha + models * latency.model_time
 
 
 # --- Steps to target ---------------------------------------------------------
@@ -187,40 +158,42 @@ class Fit(NamedTuple):
   error: float
 
   def steps(self, workers: float) -> float:
-    """Steps to the target with so many workers."""
+    """Returns the steps to the target with so many workers."""
     return self.floor * (1 + self.critical / workers)
 
 
 def fit_steps(workers_K: Sequence[float], steps_K: Sequence[float]) -> Fit:
-  """Least squares on log steps; one-dimensional, since the floor is solved for.
+  """Fits log steps; in one dimension, since the floor is solved for.
 
   Raises:
     ValueError: For fewer than three points, or values that are not positive.
   """
+  from scipy import optimize
+
   workers_K, steps_K = np.asarray(workers_K, float), np.asarray(steps_K, float)
   if len(workers_K) < 3 or (steps_K <= 0).any() or (workers_K <= 0).any():
     raise ValueError(
         'Expected steps, all positive, at three or more numbers of workers, got'
         f' {steps_K.tolist()} at {workers_K.tolist()}.'
     )
-  low = math.log(workers_K.min() * 1e-4)
-  high = math.log(workers_K.max() * 1e4)
-  for _ in range(4):  # Each grid is some 200 times finer than the one before.
-    grid = np.linspace(low, high, 401)
-    errors = [_residual(math.exp(g), workers_K, steps_K)[0] for g in grid]
-    best, apart = grid[int(np.argmin(errors))], grid[1] - grid[0]
-    low, high = best - apart, best + apart
-  critical = math.exp(best)
-  error, floor = _residual(critical, workers_K, steps_K)
-  return Fit(floor, critical, error)
-
-
-def _residual(
-    critical: float, workers_K: np.ndarray, steps_K: np.ndarray
-) -> tuple[float, float]:
-  """Root mean square of log residuals with the best floor, and that floor."""
-  rest_K = np.log(steps_K) - np.log1p(critical / workers_K)
-  return float(rest_K.std()), float(np.exp(rest_K.mean()))
+  rest_K = lambda g: np.log(steps_K) - np.log1p(math.exp(g) / workers_K)
+  error = lambda g: rest_K(g).std()
+  # There may be more than one valley: first the deepest, then its bottom.
+  grid, apart = np.linspace(
+      math.log(workers_K.min() * 1e-4),
+      math.log(workers_K.max() * 1e4),
+      401,
+      retstep=True,
+  )
+  near = min(grid, key=error)
+  found = optimize.minimize_scalar(
+      error,
+      bounds=(near - apart, near + apart),
+      method='bounded',
+      options={'xatol': 1e-9},
+  )
+  floor = math.exp(rest_K(found.x).mean())
+  return Fit(floor, math.exp(found.x), float(error(found.x)))
 
 
 # --- One group or two --------------------------------------------------------
@@ -242,16 +215,20 @@ class Crossover(NamedTuple):
   two_K: tuple[float, ...]
   first: int | None
 
+  @property
+  def gain(self) -> float:
+    """Time of one group over that of two, at the largest W."""
+    return self.one_K[-1] / self.two_K[-1]
+
 
 def crossover(
     steps: Callable[[int], float],
     ratio: float,
     compute: float,
     latency: Latency,
-    parameter_bytes: float,
     smallest: int = 1,
 ) -> Crossover:
-  """Where a second group beats doubling the first.
+  """Finds where a second group beats doubling the first.
 
   Args:
     steps: Workers -> steps to the target of one group.
@@ -259,15 +236,13 @@ def crossover(
       same number of workers.
     compute: Cost of an update with teachers over that of one without.
     latency: What is assumed.
-    parameter_bytes: b.
     smallest: The least W.
   """
-  workers = []
-  while smallest * 2 ** (len(workers) + 1) <= latency.most_workers:
-    workers.append(smallest * 2 ** len(workers))
-  time = lambda w, factor: step_time(latency, w, parameter_bytes, factor)
-  one = [steps(2 * w) * time(2 * w, 1.0) for w in workers]
-  two = [ratio * steps(w) * time(w, compute) for w in workers]
+  workers = [smallest]
+  while 4 * workers[-1] <= latency.most_workers:
+    workers.append(2 * workers[-1])
+  one = [steps(2 * w) * step_time(latency, 2 * w) for w in workers]
+  two = [ratio * steps(w) * step_time(latency, w, compute) for w in workers]
   first = None
   for w, alone, pair in reversed(list(zip(workers, one, two))):
     if pair >= alone:

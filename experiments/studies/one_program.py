@@ -1,174 +1,257 @@
-"""Trains all seeds of an arm as one program, and writes their run directories.
+"""All seeds of an arm as one program: a seat for each group, and an exchange.
 
-For accelerators; see `population`. What is trained so far is lost if it is
-stopped: it begins again.
+Seeds are runs that know nothing of each other; the groups of a seed codistil
+in lockstep. On an accelerator, where a small model leaves most of the machine
+idle, that takes about as long as one run. Each group is driven by
+`driver.train` like any other, from a `Seat` at one `JointUpdate`. Publications
+never leave the devices: one is a copy of all variables, and teachers are
+gathered from it.
+
+Shape suffixes: N = S * G members, seed by seed; S seeds, G groups, P peers.
 """
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory, writers
-from codistill_jax.base import Model
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.storage import files
-from experiments import claims, cli, devices, driver
-from experiments.job import Job
-from experiments.stopping import StopRequest
-from experiments.studies import plan as plan_lib
-from experiments.studies import population, training
-from experiments.studies.configurations import Configurations
-from experiments.studies.plan import PlannedRun
-from experiments.studies.progress import Progress
+from codistill_jax.base import (
+    Array,
+    Metrics,
+    Model,
+    Stream,
+    Teachers,
+    Variables,
+    cast_floats,
+)
+from codistill_jax.exchange.protocol import (
+    NoExchange,
+    Plan,
+    check_finite,
+    staleness_metrics,
+)
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.experiment import Experiment
+from codistill_jax.one_program import JointUpdate, Seat, SharedStream
 
 
-def possible(configurations: Configurations, run: PlannedRun) -> bool:
-  """Whether the seeds of the run's arm can be one program.
+class Place(NamedTuple):
+  """What a group of a seed has in the program.
+
+  Attributes:
+    seat: In place of its step.
+    exchange: Through the devices.
+  """
+
+  seat: Seat
+  exchange: 'StackedExchange'
+
+
+def possible(experiment: Experiment, num_groups: int) -> bool:
+  """Returns whether seeds of the experiment can be one program.
 
   Not if each seed has teachers of its own, nor if groups differ in how many
   peers they have.
   """
-  arm = configurations.plan.arm(run.arm)
-  experiment = configurations.configure(run)
   peers = {
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
-      for g in range(arm.num_groups)
+      experiment_lib.num_teachers(experiment, g, num_groups)
+      for g in range(num_groups)
   }
   return experiment.exchange == 'checkpoints' and len(peers) == 1
 
 
-def train(
-    configurations: Configurations,
-    runs: Sequence[PlannedRun],
-    stop: StopRequest,
-    replicas: int,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-  """Trains runs that differ in their seeds alone; their outcomes.
-
-  Raises:
-    Stopped: If asked to stop; nothing is kept.
-  """
-  plan = configurations.plan
-  arm = plan.arm(runs[0].arm)
-  began = time.time()
-  first = PlannedRun(arm.name, 0, None, False)
-  experiment = configurations.configure(first)
-  model = gin_utils.call(experiment_lib.make_model, experiment)
-  records = _Records(configurations, runs, progress, experiment.num_steps)
-  outcome = population.train_population(
-      experiment,
-      model,
-      [run.seed for run in runs],
-      arm.num_groups,
-      records,
-      stop,
-      ensembles=training.is_in_ensemble(plan, arm),
-      devices=devices.chosen_devices(replicas),
-  )
-  records.close()
-  if outcome.stopped:
-    raise cli.Stopped(
-        f'stopped in {runs[0].arm}, whose seeds are one program; the same'
-        ' command begins that again',
-        stop.signal_number,
-    )
-  gin_utils.check_no_dead_bindings()
-  return [
-      _finish(configurations, run, model, outcome, began, len(runs))
-      for run in runs
-  ]
-
-
-def _finish(
-    configurations: Configurations,
-    run: PlannedRun,
+def make_places(
+    experiments: Sequence[Experiment],
     model: Model,
-    outcome: population.Outcome,
-    began: float,
-    together: int,
-) -> dict[str, Any]:
-  """Writes what a run directory says of itself; its outcome."""
-  arm = configurations.plan.arm(run.arm)
-  experiment = configurations.configure(run)
-  directory = plan_lib.run_dir(configurations.workdir, run)
-  job = Job(
-      experiment=experiment,
-      model=model,
-      train_step=experiment_lib.make_replicated_step(
-          experiment, model, devices.chosen_devices(1)
-      ),
-      workdir=str(directory),
-      group_id=0,
-      num_groups=arm.num_groups,
-      arm=arm.name,
+    num_groups: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[list[list[Place]], Stream]:
+  """Returns the places of the groups of each seed, and the stream of all.
+
+  Args:
+    experiments: S of them, which differ in their seeds alone.
+    model: Of all.
+    num_groups: G.
+    devices: As of `Population`.
+  """
+  update = JointUpdate(
+      experiment_lib.make_population(
+          experiments[0],
+          model,
+          len(experiments) * num_groups,
+          devices,
+          shared_batch=False,
+      )
   )
-  start = driver.new_state(job)
-  start.efficiency.close()
-  run_directory.write_run(str(directory), claims.describe_run(job, start.state))
-  files.write_bytes(
-      run_directory.config_path(directory),
-      gin_utils.operative_configuration().encode(),
+  exchanges = exchanges_of(update, experiments[0].plan, num_groups)
+  members = list(map(Place, update.seats, exchanges))
+  places = [
+      members[first : first + num_groups]
+      for first in range(0, len(members), num_groups)
+  ]
+  stream = _Stacked(
+      [
+          experiment_lib.train_stream(experiment, group_id, num_groups)
+          for experiment in experiments
+          for group_id in range(num_groups)
+      ]
   )
-  members = [(run.seed, g) for g in range(arm.num_groups)]
-  for seed, group_id in members:
-    # Others may be taught by it.
-    fixed_teachers.leave(
-        directory,
-        group_id,
-        outcome.step,
-        outcome.variables[seed, group_id],
-        job.identity,
+  return places, SharedStream(stream)
+
+
+def exchanges_of(
+    update: JointUpdate, plan: Plan, num_groups: int
+) -> list['StackedExchange']:
+  """Returns the exchange of each member of an update, by the plan of a run."""
+  shelf = _Shelf(update, plan, num_groups)
+  return [StackedExchange(shelf, n) for n in range(len(update.seats))]
+
+
+def can_resume(plan: Plan, step: int) -> bool:
+  """Returns whether a run from `step` needs no publication from before it.
+
+  There are none on disk; that of `step` itself is made again.
+  """
+  return not any(map(plan.due, range(plan.keep_from(step), step)))
+
+
+class StackedExchange(NoExchange):
+  """The exchange of one group of one seed; see `Exchange`."""
+
+  def __init__(self, shelf: '_Shelf', member: int):
+    """Has published nothing yet.
+
+    Args:
+      shelf: Of all members.
+      member: Which of the N.
+    """
+    self._shelf = shelf
+    self._member = member
+    self._group_id = member % shelf.num_groups
+    self.peers = shelf.plan.peers_of(self._group_id, shelf.num_groups)
+    self.in_use: tuple[Publication | None, ...] = (None,) * len(self.peers)
+
+  def due(self, step: int) -> bool:
+    return bool(self.peers) and self._shelf.plan.due(step)
+
+  def publish_if_due(
+      self, step: int, variables: Variables, metrics: Metrics | None = None
+  ) -> bool:
+    if not self.due(step):
+      return False
+    check_finite(self._group_id, step, metrics)
+    self._shelf.publish(self._member, step, variables)
+    return True
+
+  def fetch(self, step: int) -> Teachers | None:
+    """Returns the teachers of all members (N, P, ...), on the devices."""
+    if not self.peers:
+      return None
+    teachers, published = self._shelf.teachers(step)
+    if published is not None:
+      self.in_use = tuple(Publication(p, *published) for p in self.peers)
+    return teachers
+
+  def metrics(self, step: int) -> dict[str, float]:
+    metrics = staleness_metrics(step, self.in_use) | {'exchange/rejected': 0.0}
+    if self._shelf.num_bytes:
+      metrics['exchange/publication_bytes'] = float(self._shelf.num_bytes)
+    return metrics
+
+
+class _Shelf:
+  """The publications of all members, stacked on the devices.
+
+  Attributes:
+    plan: Of each run.
+    num_groups: G.
+    num_bytes: Of one publication of one member; 0 before the first.
+  """
+
+  def __init__(self, update: JointUpdate, plan: Plan, num_groups: int):
+    self.plan = plan
+    self.num_groups = num_groups
+    self.num_bytes = 0
+    self._update = update
+    members = range(update.population.num_groups)
+    self._peers_NP = np.array(
+        [
+            [
+                n - n % num_groups + peer
+                for peer in plan.peers_of(n % num_groups, num_groups)
+            ]
+            for n in members
+        ],
+        np.int32,
     )
-  at = [outcome.diverged_at[m] for m in members if m in outcome.diverged_at]
-  return training.describe(
-      run,
-      arm,
-      experiment,
-      directory,
-      rate=configurations.rate(run),
-      examples=start.examples,
-      diverged_at=min(at, default=None),
-      began=began,
-      together=together,
-  )
+    self._published: dict[int, tuple[Variables, float]] = {}
+    self._begun: dict[int, Variables] = {}
+    self._shown: tuple[int, float] | None = None
+    self._teachers: Teachers | None = None
+    sharding = update.population.sharding
+    self._copy = jax.jit(
+        _copied, static_argnames='dtype', out_shardings=sharding
+    )
+    self._gather = jax.jit(
+        _gathered, static_argnames='dtype', out_shardings=sharding
+    )
+
+  def publish(self, member: int, step: int, variables: Variables) -> None:
+    """Publishes for all members when the first of them does."""
+    stacked = self._update.variables
+    if stacked is None:  # A run that goes on, before its first update.
+      self._begun[member] = variables
+      if len(self._begun) < len(self._peers_NP):
+        return
+      begun = [self._begun.pop(n) for n in range(len(self._peers_NP))]
+      stacked = self._update.population.stack(begun)
+    elif step in self._published:
+      return
+    copied = self._copy(stacked, dtype=self.plan.publish_dtype)
+    self._published[step] = copied, time.time()
+    # Nothing is asked for that is older than what a run from here on needs.
+    oldest = self.plan.keep_from(step)
+    for old in [s for s in self._published if s < oldest]:
+      del self._published[old]
+    size = sum(x.nbytes for x in jax.tree.leaves(copied))
+    self.num_bytes = size // len(self._peers_NP)
+
+  def teachers(
+      self, step: int
+  ) -> tuple[Teachers | None, tuple[int, float] | None]:
+    """Returns the teachers after `step`; of which step, and made when."""
+    asked = self.plan.asked(step)
+    if asked is not None and (self._shown is None or self._shown[0] != asked):
+      published, seconds = self._published[asked]
+      self._teachers = self._gather(
+          published, self._peers_NP, dtype=self.plan.teacher_dtype
+      )
+      self._shown = asked, seconds
+    return self._teachers, self._shown
 
 
-class _Records:
-  """Writes the records of all groups of all seeds where each belongs."""
+def _copied(variables: Variables, dtype: str) -> Variables:
+  # What needs no cast would else be the very array that the next update is
+  # given to write over.
+  return cast_floats(jax.tree.map(jnp.copy, variables), dtype)
 
-  def __init__(
-      self,
-      configurations: Configurations,
-      runs: Sequence[PlannedRun],
-      progress: Progress,
-      num_steps: int,
-  ):
-    self._directories = {
-        run.seed: plan_lib.run_dir(configurations.workdir, run) for run in runs
-    }
-    self._progress = progress
-    self._num_steps = num_steps
-    self._writers: dict[tuple[int, int], writers.Writer] = {}
 
-  def __call__(
-      self, seed: int, group_id: int, step: int, metrics: dict[str, float]
-  ) -> None:
-    member = seed, group_id
-    if member not in self._writers:
-      path = self._path(seed, group_id)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      self._writers[member] = writers.JsonlWriter(path, resume_step=0)
-    self._writers[member].write(step, metrics)
-    self._progress.say(f'step {step:,} of {self._num_steps:,}, all seeds')
+def _gathered(published: Variables, peers_NP: Array, dtype: str) -> Teachers:
+  taken = jax.tree.map(lambda x: x[peers_NP], published)
+  present_NP = jnp.ones(peers_NP.shape, jnp.float32)
+  return Teachers(cast_floats(taken, dtype), present_NP)
 
-  def close(self) -> None:
-    for writer in self._writers.values():
-      writer.close()
 
-  def _path(self, seed: int, group_id: int):
-    directory = self._directories[seed]
-    if group_id == population.ENSEMBLE:
-      return plan_lib.ensemble_path(directory)
-    return run_directory.metrics_path(directory, group_id)
+class _Stacked:
+  """The streams of all members as one, of batches (N, B, ...)."""
+
+  def __init__(self, streams: Sequence[Stream]):
+    self._streams = streams
+
+  def batch(self, step: int) -> dict[str, Any]:
+    batches = [dict(stream.batch(step)) for stream in self._streams]
+    return jax.tree.map(lambda *xs: np.stack(xs), *batches)

@@ -17,11 +17,13 @@ from experiments.stopping import StopRequest
 from experiments.studies import one_program
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations
-from experiments.studies.plan import PlannedRun
-from experiments.studies.progress import Progress
-from experiments.studies.training import Trainer
+from experiments.studies.plan import Plan, PlannedRun
+from experiments.studies.runs import Outcome, Trainer
 
 _POLL_SECONDS = 1.0
+_SAY_EVERY_SECONDS = 30.0
+# A round of two groups does two updates and asks a teacher for each.
+_TEACHER_COST = 1.3
 
 
 class Worker:
@@ -91,7 +93,9 @@ class Worker:
     """The run, and those that can be trained in the same program."""
     if not self._together or run.tuning or self._replicas > 1:
       return [run]
-    if not one_program.possible(self._configurations, run):
+    experiment = self._configurations.configure(run)
+    arm = self._plan.arm(run.arm)
+    if not one_program.possible(experiment, arm.num_groups):
       return [run]
     return [
         other for other in left if other.arm == run.arm and not other.tuning
@@ -116,6 +120,13 @@ class Worker:
         self._train(ours)
     return bool(ours)
 
+  def _train(self, runs: Sequence[PlannedRun]) -> None:
+    if self._without_teachers(runs[0]):
+      self._finish(runs[0], _never_begun(runs[0]))
+    else:
+      progress = Progress(self._workdir, self._plan, runs[0], self._jobs)
+      self._trainer(runs, progress.say, self._finish)
+
   def _without_teachers(self, run: PlannedRun) -> bool:
     """Whether the run that it would learn from came to nothing."""
     if not self._plan.arm(run.arm).taught_by:
@@ -124,21 +135,19 @@ class Worker:
     outcome = plan_lib.read_outcome(self._workdir, teachers)
     return outcome['diverged_at'] is not None
 
-  def _train(self, runs: Sequence[PlannedRun]) -> None:
-    progress = Progress(self._workdir, self._plan, runs[0], self._jobs)
-    if len(runs) > 1:
-      outcomes = one_program.train(
-          self._configurations, runs, self._stop, self._replicas, progress
-      )
-    elif self._without_teachers(runs[0]):
-      outcomes = [_never_begun(runs[0])]
-    else:
-      outcomes = [self._trainer(runs[0], progress)]
-    for run, outcome in zip(runs, outcomes):
-      directory = plan_lib.run_dir(self._workdir, run)
-      files.write_json(plan_lib.outcome_path(directory), outcome)
-      progress = Progress(self._workdir, self._plan, run, self._jobs)
-      cli.tell(progress.line(_ending(outcome)))
+  def _finish(self, run: PlannedRun, outcome: Outcome) -> None:
+    """Writes outcome.json: the run is done."""
+    directory = plan_lib.run_dir(self._workdir, run)
+    files.write_json(plan_lib.outcome_path(directory), outcome)
+    progress = Progress(self._workdir, self._plan, run, self._jobs)
+    cli.tell(progress.line(_ending(outcome)))
+
+
+def trains_together(choice: str) -> bool:
+  """Returns whether --one_program says so, 'auto': on an accelerator."""
+  if choice == 'auto':
+    return jax.devices()[0].platform != 'cpu'
+  return choice == 'yes'
 
 
 def _never_begun(run: PlannedRun) -> dict[str, Any]:
@@ -155,14 +164,52 @@ def _never_begun(run: PlannedRun) -> dict[str, Any]:
   }
 
 
-def trains_together(choice: str) -> bool:
-  """Whether --one_program says so, 'auto': on an accelerator."""
-  if choice == 'auto':
-    return jax.devices()[0].platform != 'cpu'
-  return choice == 'yes'
-
-
 def _ending(outcome: dict[str, Any]) -> str:
   if outcome['diverged_at'] is not None:
     return f'diverged at step {outcome["diverged_at"]:,}'
   return f'done, loss {outcome["loss"]:.4f}'
+
+
+class Progress:
+  """The lines of one run, on the background of all."""
+
+  def __init__(
+      self, workdir: files.PathLike, plan: Plan, run: PlannedRun, jobs: int
+  ):
+    """Reads nothing yet.
+
+    Args:
+      workdir: Of the study.
+      plan: All runs.
+      run: The one in hand.
+      jobs: Processes that share the work.
+    """
+    self._workdir = workdir
+    self._plan = plan
+    self._run = run
+    self._jobs = jobs
+    self._next = time.monotonic() + _SAY_EVERY_SECONDS
+
+  def say(self, what: str) -> None:
+    """A line, unless there was one a moment ago."""
+    if time.monotonic() >= self._next:
+      self._next = time.monotonic() + _SAY_EVERY_SECONDS
+      cli.tell(self.line(what))
+
+  def line(self, what: str) -> str:
+    """Where the study stands, by its files."""
+    runs = self._plan.runs()
+    outcomes = [plan_lib.read_outcome(self._workdir, run) for run in runs]
+    done = [(r, o) for r, o in zip(runs, outcomes) if o]
+    text = f'{len(done)} of {len(runs)} runs done; {self._run.name}: {what}'
+    left = sum(self._cost(r) for r, o in zip(runs, outcomes) if not o)
+    if not done or not left:
+      return text
+    took = sum(o['ended'] - o['began'] for _, o in done)
+    pace = took / sum(self._cost(r) for r, _ in done)
+    return f'{text}; about {left * pace / self._jobs / 60:.0f} min left'
+
+  def _cost(self, run: PlannedRun) -> float:
+    """In trainings of one group alone."""
+    groups = self._plan.arm(run.arm).num_groups
+    return 1.0 if groups == 1 else _TEACHER_COST * groups

@@ -16,9 +16,9 @@ import toy
 from waits import PATIENCE, until
 
 from codistill_jax import step as step_lib
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Patience, Troubles
-from codistill_jax.storage.checkpoint import Checkpoints
+from codistill_jax.storage.resume import ResumeCheckpoints
 
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 
@@ -56,23 +56,23 @@ QUICK = Patience(retry=0.01, hold=PATIENCE, failing=PATIENCE, join=0.01)
 
 
 def open_checkpoints(directory, patience=QUICK, **kwargs):
-  return Checkpoints(
+  return ResumeCheckpoints(
       directory / 'checkpoints', identity=IDENTITY, patience=patience, **kwargs
   )
 
 
 def save_all(directory, states, **kwargs):
-  checkpoints = open_checkpoints(directory, **kwargs)
+  store = open_checkpoints(directory, **kwargs)
   for state in states:
-    checkpoints.save(state, [int(state.step) - 1, None])
-    checkpoints.wait()
-  checkpoints.close()
-  return checkpoints
+    store.save(state, [int(state.step) - 1, None])
+    store.wait()
+  store.close()
+  return store
 
 
 def assert_same_state(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (path, x), (_, y) in zip(trees.flatten(a), trees.flatten(b)):
+  for (path, x), (_, y) in zip(checkpoints.flatten(a), checkpoints.flatten(b)):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
     assert x.tobytes() == y.tobytes(), path
 
@@ -114,39 +114,37 @@ def test_half_precision_parameters_come_back(tmp_path, state):
 
 def test_a_group_without_peers_comes_back(tmp_path):
   fresh = make_state(num_peers=0)
-  checkpoints = open_checkpoints(tmp_path)
-  checkpoints.save(at(fresh, 3))
-  checkpoints.close()
+  store = open_checkpoints(tmp_path)
+  store.save(at(fresh, 3))
+  store.close()
   resume = open_checkpoints(tmp_path).restore(fresh)
   assert_same_state(resume.state, at(fresh, 3))
   assert resume.teacher_steps == ()
 
 
 def test_nothing_there_is_none_and_writes_nothing(tmp_path, state):
-  checkpoints = open_checkpoints(tmp_path)
-  assert checkpoints.restore(state) is None
-  assert checkpoints.newest_step is None and checkpoints.saved_step is None
-  assert checkpoints.wait() is None
-  checkpoints.close()
+  store = open_checkpoints(tmp_path)
+  assert store.restore(state) is None
+  assert store.newest_step is None and store.saved_step is None
+  assert store.wait() is None
+  store.close()
   assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_are_kept(tmp_path, state):
-  checkpoints = save_all(
-      tmp_path, [at(state, n) for n in (2, 10, 100, 101)], keep=3
-  )
-  assert checkpoints.steps() == [10, 100, 101]
-  assert checkpoints.newest_step == 101
-  assert int(checkpoints.restore(state).state.step) == 101
+  store = save_all(tmp_path, [at(state, n) for n in (2, 10, 100, 101)], keep=3)
+  assert store.steps() == [10, 100, 101]
+  assert store.newest_step == 101
+  assert int(store.restore(state).state.step) == 101
 
 
 def test_saved_step_names_what_is_on_disk(tmp_path, state):
-  checkpoints = open_checkpoints(tmp_path)
-  checkpoints.save(at(state, 5))
-  assert checkpoints.saved_step in (None, 5)  # It may still be under way.
-  assert checkpoints.wait() == 5 and checkpoints.saved_step == 5
-  assert checkpoints.steps() == [5]
-  checkpoints.close()
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
+  assert store.saved_step in (None, 5)  # It may still be under way.
+  assert store.wait() == 5 and store.saved_step == 5
+  assert store.steps() == [5]
+  store.close()
   again = open_checkpoints(tmp_path)
   again.restore(state)
   assert again.saved_step == 5
@@ -165,15 +163,15 @@ def break_one(tmp_path, step):
 def test_a_damaged_one_falls_back_to_the_one_before(tmp_path, state, caplog):
   save_all(tmp_path, [at(state, 10, 0.1), at(state, 20, 0.2)])
   break_one(tmp_path, 20)
-  checkpoints = open_checkpoints(tmp_path)
+  store = open_checkpoints(tmp_path)
   with caplog.at_level(logging.WARNING, logger='absl'):
-    resume = checkpoints.restore(state)
+    resume = store.restore(state)
   assert_same_state(resume.state, at(state, 10, 0.1))
   assert 'Skipped a damaged resume checkpoint' in caplog.text
   # The run comes by step 20 again, and must be able to save there.
-  assert checkpoints.steps() == [10] and checkpoints.newest_step == 10
-  checkpoints.save(at(state, 20, 0.3))
-  checkpoints.close()
+  assert store.steps() == [10] and store.newest_step == 10
+  store.save(at(state, 20, 0.3))
+  store.close()
   resume = open_checkpoints(tmp_path).restore(state)
   assert_same_state(resume.state, at(state, 20, 0.3))
 
@@ -182,10 +180,10 @@ def test_a_half_written_one_is_passed_over(tmp_path, state):
   save_all(tmp_path, [at(state, 10), at(state, 20)])
   (tmp_path / 'checkpoints' / '20' / 'commit_success.txt').unlink()
   (tmp_path / 'checkpoints' / '30.orbax-checkpoint-tmp').mkdir()
-  checkpoints = open_checkpoints(tmp_path)
-  assert int(checkpoints.restore(state).state.step) == 10
-  checkpoints.save(at(state, 15))
-  checkpoints.close()
+  store = open_checkpoints(tmp_path)
+  assert int(store.restore(state).state.step) == 10
+  store.save(at(state, 15))
+  store.close()
   names = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
   assert sorted(names) == ['10', '15']
 
@@ -197,7 +195,7 @@ def test_if_all_are_damaged_it_says_what_to_do(tmp_path, state):
   with pytest.raises(ValueError, match='none of the resume') as e:
     open_checkpoints(tmp_path).restore(state)
   assert 'delete the directory' in str(e.value)
-  assert not isinstance(e.value, trees.DamagedError)
+  assert not isinstance(e.value, checkpoints.DamagedError)
   # Nothing was deleted: a person may still rescue it.
   assert open_checkpoints(tmp_path).steps() == [10, 20]
 
@@ -222,7 +220,7 @@ def test_another_configuration_is_refused(tmp_path, state, other, differing):
 
 def test_another_tokenizer_is_refused(tmp_path, state):
   save_all(tmp_path, [at(state, 10)])
-  other = Checkpoints(
+  other = ResumeCheckpoints(
       tmp_path / 'checkpoints', identity={**IDENTITY, 'tokenizer': 'xyz'}
   )
   with pytest.raises(ValueError, match=r'tokenizer=abc.*tokenizer=xyz'):
@@ -235,8 +233,8 @@ class Disk:
   def __init__(self, monkeypatch, error=None):
     self.error = error or OSError(errno.ENOSPC, 'disk full')
     self.full, self.tries = True, []
-    self._save = trees.save
-    monkeypatch.setattr(trees, 'save', self.save)
+    self._save = checkpoints.save
+    monkeypatch.setattr(checkpoints, 'save', self.save)
 
   def save(self, directory, step, *args):
     self.tries.append(step)
@@ -249,17 +247,17 @@ def test_a_full_disk_is_tried_until_it_works(
     tmp_path, state, monkeypatch, caplog
 ):
   disk, now = Disk(monkeypatch), Troubles()
-  checkpoints = open_checkpoints(tmp_path, troubles=now)
+  store = open_checkpoints(tmp_path, troubles=now)
   with caplog.at_level(logging.WARNING, logger='absl'):
-    checkpoints.save(at(state, 5))
+    store.save(at(state, 5))
     until(lambda: len(disk.tries) >= 3)
-    assert checkpoints.saved_step is None and checkpoints.steps() == []
+    assert store.saved_step is None and store.steps() == []
     assert now.now[0].doing == 'saving a resume checkpoint'
     disk.full = False
-    assert checkpoints.wait() == 5
+    assert store.wait() == 5
   assert not now.now
   assert caplog.text.count('disk full') == 1
-  checkpoints.close()
+  store.close()
   assert_same_state(
       open_checkpoints(tmp_path).restore(state).state, at(state, 5)
   )
@@ -270,23 +268,23 @@ def test_a_newer_state_takes_the_place_of_one_that_fails(
 ):
   """And handing it over does not wait for the disk."""
   disk = Disk(monkeypatch)
-  checkpoints = open_checkpoints(tmp_path)
+  store = open_checkpoints(tmp_path)
   start = time.monotonic()
   for step in (5, 6, 7):
-    checkpoints.save(at(state, step))
+    store.save(at(state, step))
     until(lambda step=step: disk.tries[-1:] == [step])
   assert time.monotonic() - start < PATIENCE / 2
   tries = len(disk.tries)
   disk.full = False
-  checkpoints.close()
-  assert set(disk.tries[tries:]) == {7} and checkpoints.steps() == [7]
+  store.close()
+  assert set(disk.tries[tries:]) == {7} and store.steps() == [7]
 
 
 def test_a_slow_disk_holds_up_training_for_a_moment_only(
     tmp_path, state, monkeypatch
 ):
   """One is written and one waits: the third takes the second's place."""
-  original = trees.save
+  original = checkpoints.save
   begun, go_on = threading.Event(), threading.Event()
 
   def save(*args):
@@ -294,24 +292,24 @@ def test_a_slow_disk_holds_up_training_for_a_moment_only(
     assert go_on.wait(PATIENCE)
     return original(*args)
 
-  monkeypatch.setattr(trees, 'save', save)
-  checkpoints = open_checkpoints(tmp_path, Patience(hold=0.05))
-  checkpoints.save(at(state, 1))
+  monkeypatch.setattr(checkpoints, 'save', save)
+  store = open_checkpoints(tmp_path, Patience(hold=0.05))
+  store.save(at(state, 1))
   assert begun.wait(PATIENCE)
   for step in (2, 3, 4):
-    checkpoints.save(at(state, step))
+    store.save(at(state, step))
   go_on.set()
-  assert checkpoints.wait(0.0) == 4  # What is slow is waited for.
-  assert checkpoints.steps() == [1, 4]
-  checkpoints.close()
+  assert store.wait(0.0) == 4  # What is slow is waited for.
+  assert store.steps() == [1, 4]
+  store.close()
 
 
 def test_a_quick_disk_skips_no_step(tmp_path, state, monkeypatch):
-  checkpoints = open_checkpoints(tmp_path, keep=9)
+  store = open_checkpoints(tmp_path, keep=9)
   for step in range(1, 7):
-    checkpoints.save(at(state, step))
-  checkpoints.close()
-  assert checkpoints.steps() == [1, 2, 3, 4, 5, 6]
+    store.save(at(state, step))
+  store.close()
+  assert store.steps() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize('ask', ['wait', 'close'])
@@ -321,15 +319,15 @@ def test_in_the_end_a_full_disk_is_an_error_that_may_pass(
   save_all(tmp_path, [at(state, 3)])
   disk = Disk(monkeypatch)
   patience = dataclasses.replace(QUICK, failing=0.1)
-  checkpoints = open_checkpoints(tmp_path, patience)
-  checkpoints.restore(state)
-  checkpoints.save(at(state, 5))
+  store = open_checkpoints(tmp_path, patience)
+  store.restore(state)
+  store.save(at(state, 5))
   with pytest.raises(TimeoutError, match=r'step 5 .*disk full.*from step 3'):
-    getattr(checkpoints, ask)()
+    getattr(store, ask)()
   start = time.monotonic()
-  checkpoints.close()  # It was given up: this does not wait again.
+  store.close()  # It was given up: this does not wait again.
   assert time.monotonic() - start < PATIENCE / 2
-  assert len(disk.tries) >= 1 and checkpoints.steps() == [3]
+  assert len(disk.tries) >= 1 and store.steps() == [3]
 
 
 def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
@@ -343,14 +341,14 @@ def test_a_disk_that_hangs_after_it_failed_is_given_up_too(
       go_on.wait(PATIENCE)
     raise OSError(errno.EIO, 'input/output error')
 
-  monkeypatch.setattr(trees, 'save', save)
-  checkpoints = open_checkpoints(tmp_path)
-  checkpoints.save(at(state, 5))
+  monkeypatch.setattr(checkpoints, 'save', save)
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
   until(lambda: len(tries) == 2)
   with pytest.raises(TimeoutError, match='input/output'):
-    checkpoints.wait(0.0)
+    store.wait(0.0)
   start = time.monotonic()
-  checkpoints.close()
+  store.close()
   assert time.monotonic() - start < PATIENCE / 2
   go_on.set()
 
@@ -359,14 +357,14 @@ def test_a_state_that_was_given_up_can_be_saved_again(
     tmp_path, state, monkeypatch
 ):
   disk = Disk(monkeypatch)
-  checkpoints = open_checkpoints(tmp_path)
-  checkpoints.save(at(state, 5))
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 5))
   with pytest.raises(TimeoutError):
-    checkpoints.wait(0.0)
+    store.wait(0.0)
   disk.full = False
-  checkpoints.save(at(state, 5))
-  assert checkpoints.wait() == 5
-  checkpoints.close()
+  store.save(at(state, 5))
+  assert store.wait() == 5
+  store.close()
 
 
 @pytest.mark.parametrize(
@@ -376,18 +374,18 @@ def test_another_error_in_the_background_comes_to_light(
     tmp_path, state, monkeypatch, ask
 ):
   disk = Disk(monkeypatch, ValueError('a mistake'))
-  checkpoints = open_checkpoints(tmp_path)
-  checkpoints.save(at(state, 1))
-  until(lambda: checkpoints._writer._failure is not None)
+  store = open_checkpoints(tmp_path)
+  store.save(at(state, 1))
+  until(lambda: store._writer._failure is not None)
   with pytest.raises(ValueError, match='a mistake'):
     if ask == 'save':
-      checkpoints.save(at(state, 2))
+      store.save(at(state, 2))
     elif ask.endswith('step'):
-      getattr(checkpoints, ask)
+      getattr(store, ask)
     else:
-      getattr(checkpoints, ask)()
+      getattr(store, ask)()
   assert disk.tries == [1]
-  checkpoints.close()
+  store.close()
 
 
 def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
@@ -396,29 +394,29 @@ def test_trouble_with_old_checkpoints_is_none_with_the_new_one(
   """A save that is complete is not made again."""
   tries, now = Disk(monkeypatch), Troubles()
   tries.full = False
-  checkpoints = open_checkpoints(tmp_path, troubles=now)
+  store = open_checkpoints(tmp_path, troubles=now)
 
   def fail(directory):
     raise OSError(errno.EIO, 'input/output error')
 
-  monkeypatch.setattr(trees, 'completed_steps', fail)
-  checkpoints.save(at(state, 5))
-  assert checkpoints.wait() == 5 and tries.tries == [5]
-  assert checkpoints.restart_step is None
+  monkeypatch.setattr(checkpoints, 'completed_steps', fail)
+  store.save(at(state, 5))
+  assert store.wait() == 5 and tries.tries == [5]
+  assert store.restart_step is None
   assert [t.doing for t in now.now] == ['listing resume checkpoints']
-  checkpoints.close()
+  store.close()
 
 
 def test_a_step_is_saved_once(tmp_path, state, monkeypatch):
   """Saving it again would delete it first."""
   disk = Disk(monkeypatch)
   disk.full = False
-  checkpoints = open_checkpoints(tmp_path)
+  store = open_checkpoints(tmp_path)
   for _ in range(3):
-    checkpoints.save(at(state, 5))
-  checkpoints.wait()
-  checkpoints.save(at(state, 5))
-  checkpoints.close()
+    store.save(at(state, 5))
+  store.wait()
+  store.save(at(state, 5))
+  store.close()
   assert disk.tries == [5]
 
 
@@ -431,19 +429,19 @@ def test_who_may_not_write_any_more_does_not(tmp_path, state, monkeypatch):
     if not allowed[0]:
       raise RuntimeError('taken over')
 
-  checkpoints = open_checkpoints(tmp_path, check=check)
-  checkpoints.save(at(state, 5))
+  store = open_checkpoints(tmp_path, check=check)
+  store.save(at(state, 5))
   until(lambda: disk.tries)
   allowed[0] = disk.full = False
   with pytest.raises(RuntimeError, match='taken over'):
-    checkpoints.wait()
-  checkpoints.close()
-  assert checkpoints.steps() == []
+    store.wait()
+  store.close()
+  assert store.steps() == []
 
 
 def test_discard_after_keeps_the_step_itself(tmp_path, state):
-  checkpoints = save_all(tmp_path, [at(state, n) for n in (10, 20, 30)])
-  checkpoints.discard_after(20)
-  assert checkpoints.steps() == [10, 20]
-  checkpoints.discard_after(-1)
-  assert checkpoints.steps() == []
+  store = save_all(tmp_path, [at(state, n) for n in (10, 20, 30)])
+  store.discard_after(20)
+  assert store.steps() == [10, 20]
+  store.discard_after(-1)
+  assert store.steps() == []

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from waits import PATIENCE
 
-from codistill_jax.storage import records, remote, steps, trees
+from codistill_jax.storage import checkpoints, files
 
 STEP = 7
 MARK = 'commit_success.txt'
@@ -40,12 +40,12 @@ def a_tree():
 
 
 def read(directory, step=STEP, like=None):
-  record = trees.load_record(directory, step)
-  return trees.load_tree(directory, step, record, like or a_tree())
+  record = checkpoints.load_record(directory, step)
+  return checkpoints.load_tree(directory, step, record, like or a_tree())
 
 
 def assert_same(a, b):
-  a, b = trees.flatten(a), trees.flatten(b)
+  a, b = checkpoints.flatten(a), checkpoints.flatten(b)
   assert [path for path, _ in a] == [path for path, _ in b]
   for (path, x), (_, y) in zip(a, b):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
@@ -55,7 +55,7 @@ def assert_same(a, b):
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   directory = tmp_path_factory.mktemp('saved')
-  trees.save(directory, STEP, a_tree(), {'note': [1, None, 'x']})
+  checkpoints.save(directory, STEP, a_tree(), {'note': [1, None, 'x']})
   return directory
 
 
@@ -74,10 +74,10 @@ def test_every_kind_of_array_comes_back_with_the_same_bits(saved):
 
 
 def test_a_record_says_what_there_is(saved):
-  record = trees.load_record(saved, STEP)
+  record = checkpoints.load_record(saved, STEP)
   assert record.facts == {'note': [1, None, 'x']}
   without = [(leaf.path, leaf.shape, leaf.dtype) for leaf in record.leaves]
-  described = trees.describe(a_tree())
+  described = checkpoints.describe(a_tree())
   assert without == [(d.path, d.shape, d.dtype) for d in described]
   kernel = next(x for x in described if x.path == 'params/kernel')
   assert str(kernel) == 'params/kernel float32[16, 8]'
@@ -86,20 +86,20 @@ def test_a_record_says_what_there_is(saved):
 
 def test_an_array_of_many_chunks_comes_back(tmp_path):
   tree = {'x': np.arange(3_000_000, dtype=np.float32).reshape(3, -1)}
-  trees.save(tmp_path, 1, tree, {})
+  checkpoints.save(tmp_path, 1, tree, {})
   assert_same(read(tmp_path, 1, tree), tree)
 
 
 def test_layout_of_memory_does_not_matter(tmp_path):
   x = np.arange(12.0, dtype=np.float32).reshape(3, 4)
-  trees.save(tmp_path, 1, {'x': x.T}, {})
+  checkpoints.save(tmp_path, 1, {'x': x.T}, {})
   assert_same(read(tmp_path, 1, {'x': x.T}), {'x': np.ascontiguousarray(x.T)})
 
 
 def test_nan_and_negative_zero_keep_their_bits(tmp_path):
   bits = np.array([0x7FC00001, 0x80000000, 0xFF800000], np.uint32)
   tree = {'x': bits.view(np.float32)}
-  trees.save(tmp_path, 1, tree, {})
+  checkpoints.save(tmp_path, 1, tree, {})
   assert_same(read(tmp_path, 1, tree), tree)
 
 
@@ -131,7 +131,7 @@ def test_damage_is_never_read_as_data(saved, tmp_path, how):
       damage(directory / original.relative_to(saved), how, rng)
       try:
         found = read(directory)
-      except (trees.DamagedError, trees.MissingError) as e:
+      except (checkpoints.DamagedError, checkpoints.MissingError) as e:
         noticed.append(original.relative_to(saved).as_posix())
         assert '\n' not in str(e) and str(directory) in str(e)
       else:
@@ -150,8 +150,8 @@ def rewrite(path, old, new):
 def test_an_altered_record_is_noticed(copy):
   path = copy / str(STEP) / 'record.json'
   rewrite(path, b'"note"', b'"nope"')
-  with pytest.raises(trees.DamagedError, match='record was altered'):
-    trees.load_record(copy, STEP)
+  with pytest.raises(checkpoints.DamagedError, match='record was altered'):
+    checkpoints.load_record(copy, STEP)
 
 
 @pytest.mark.parametrize(
@@ -174,45 +174,45 @@ def test_an_altered_record_is_noticed(copy):
 )
 def test_a_record_that_says_what_cannot_be_is_damaged(copy, change):
   """By a faulty writer: its checksum is right."""
-  record = trees.load_record(copy, STEP)
+  record = checkpoints.load_record(copy, STEP)
   content = {**dataclasses.asdict(record), **change}
 
   class Faulty:
     pass
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(records.dataclasses, 'asdict', lambda _: content)
-    data = records.encode(Faulty())
+    patch.setattr(checkpoints.dataclasses, 'asdict', lambda _: content)
+    data = checkpoints.encode(Faulty())
   (copy / str(STEP) / 'record.json').write_bytes(data)
-  with pytest.raises(trees.DamagedError, match='record was altered'):
-    trees.load_record(copy, STEP)
+  with pytest.raises(checkpoints.DamagedError, match='record was altered'):
+    checkpoints.load_record(copy, STEP)
 
 
 @pytest.mark.parametrize('data', [b'[' * 100_000, b'{}', b'3', b'\xff', b''])
 def test_a_record_that_is_none_is_damaged(copy, data):
   (copy / str(STEP) / 'record.json').write_bytes(data)
-  with pytest.raises(trees.DamagedError, match='record was altered'):
-    trees.load_record(copy, STEP)
+  with pytest.raises(checkpoints.DamagedError, match='record was altered'):
+    checkpoints.load_record(copy, STEP)
 
 
 def test_arrays_of_another_checkpoint_are_noticed(copy):
   """As if two writers had finished one step together."""
   tree = a_tree()
   tree['params']['kernel'] = tree['params']['kernel'] + 1
-  trees.save(copy, STEP + 1, tree, {})
+  checkpoints.save(copy, STEP + 1, tree, {})
   shutil.rmtree(copy / str(STEP) / 'arrays')
   shutil.copytree(copy / str(STEP + 1) / 'arrays', copy / str(STEP) / 'arrays')
-  with pytest.raises(trees.DamagedError, match=r'arrays/.* '):
+  with pytest.raises(checkpoints.DamagedError, match=r'arrays/.* '):
     read(copy)
 
 
 def faulty_save(directory, tree, claimed):
   """Saves a tree with the leaves of another in the record."""
-  record = trees.save(directory, STEP, tree, {})
-  other = trees.save(directory, STEP + 1, claimed, {})
+  record = checkpoints.save(directory, STEP, tree, {})
+  other = checkpoints.save(directory, STEP + 1, claimed, {})
   mixed = dataclasses.replace(record, leaves=other.leaves)
   path = directory / str(STEP) / 'record.json'
-  path.write_bytes(records.encode(mixed))
+  path.write_bytes(checkpoints.encode(mixed))
 
 
 @pytest.mark.parametrize(
@@ -231,15 +231,17 @@ def test_a_writer_that_mixed_up_its_leaves_is_noticed(tmp_path, tree):
   """Every file is as it was written: the checksums of leaves are needed."""
   claimed = {'a': np.zeros(3, np.float32), 'b': np.ones(3, np.float32)}
   faulty_save(tmp_path, tree, claimed)
-  with pytest.raises(trees.DamagedError):
+  with pytest.raises(checkpoints.DamagedError):
     read(tmp_path, like=claimed)
 
 
 def test_damaged_arrays_never_reach_orbax(copy, monkeypatch):
   for path in (copy / str(STEP) / 'arrays').rglob('d/*'):
     damage(path, 'flipped', np.random.default_rng(0))
-  monkeypatch.setattr(trees, '_restore', lambda *_: pytest.fail('reached'))
-  with pytest.raises(trees.DamagedError, match='was altered'):
+  monkeypatch.setattr(
+      checkpoints, '_restore', lambda *_: pytest.fail('reached')
+  )
+  with pytest.raises(checkpoints.DamagedError, match='was altered'):
     read(copy)
 
 
@@ -256,10 +258,10 @@ def test_only_completed_steps_are_listed(copy):
   (copy / 'restart_step.json').write_text('{}')
   for name in ('\u00b2', '007', '-4', '5.damaged'):
     shutil.copytree(copy / str(STEP), copy / name)
-  trees.save(copy, 12, a_tree(), {})
-  trees.save(copy, 3, a_tree(), {})
-  assert trees.completed_steps(copy) == [3, STEP, 12]
-  assert trees.completed_steps(copy / 'nowhere') == []
+  checkpoints.save(copy, 12, a_tree(), {})
+  checkpoints.save(copy, 3, a_tree(), {})
+  assert checkpoints.completed_steps(copy) == [3, STEP, 12]
+  assert checkpoints.completed_steps(copy / 'nowhere') == []
 
 
 def test_what_a_killed_writer_left_is_deleted_and_nothing_else(copy):
@@ -267,60 +269,60 @@ def test_what_a_killed_writer_left_is_deleted_and_nothing_else(copy):
   (copy / '9' / 'commit_success.txt').unlink()
   (copy / '8.orbax-checkpoint-tmp' / 'arrays').mkdir(parents=True)
   (copy / 'restart_step.json').write_text('{}')
-  trees.delete_torn(copy)
+  checkpoints.delete_torn(copy)
   assert sorted(p.name for p in copy.iterdir()) == [
       str(STEP),
       'restart_step.json',
   ]
   assert_same(read(copy), a_tree())
-  trees.delete_torn(copy / 'nowhere')
+  checkpoints.delete_torn(copy / 'nowhere')
 
 
 def test_a_torn_step_is_replaced(copy):
   (copy / str(STEP) / 'commit_success.txt').unlink()
   tree = {'x': np.ones(3, np.float32)}
-  trees.save(copy, STEP, tree, {})
+  checkpoints.save(copy, STEP, tree, {})
   assert_same(read(copy, like=tree), tree)
 
 
 def test_a_missing_step_is_missing_not_damaged(saved, copy):
-  with pytest.raises(trees.MissingError, match='is not there'):
-    trees.load_record(saved, STEP + 1)
-  record = trees.load_record(copy, STEP)
-  trees.delete(copy, [STEP, 99])  # Between the record and the arrays.
-  assert trees.completed_steps(copy) == []
-  with pytest.raises(trees.MissingError):
-    trees.load_tree(copy, STEP, record, a_tree())
+  with pytest.raises(checkpoints.MissingError, match='is not there'):
+    checkpoints.load_record(saved, STEP + 1)
+  record = checkpoints.load_record(copy, STEP)
+  checkpoints.delete(copy, [STEP, 99])  # Between the record and the arrays.
+  assert checkpoints.completed_steps(copy) == []
+  with pytest.raises(checkpoints.MissingError):
+    checkpoints.load_tree(copy, STEP, record, a_tree())
 
 
 def test_a_delete_hides_the_step_before_it_takes_anything_away(
     copy, monkeypatch
 ):
   seen = []
-  original = remote.remove_tree
+  original = files.remove_tree
 
   def remove_tree(path):
-    seen.append(trees.completed_steps(copy))
+    seen.append(checkpoints.completed_steps(copy))
     original(path)
 
-  monkeypatch.setattr(remote, 'remove_tree', remove_tree)
-  trees.delete(copy, [STEP])
+  monkeypatch.setattr(files, 'remove_tree', remove_tree)
+  checkpoints.delete(copy, [STEP])
   assert seen == [[]] and not (copy / str(STEP)).exists()
 
 
 def test_the_mark_is_written_last(tmp_path, monkeypatch):
   states = []
-  original = steps.complete
+  original = files.write_bytes
 
-  def complete(path):
-    before = {p: p.read_bytes() for p in files_of(path)}
-    original(path)
-    after = {p: p.read_bytes() for p in files_of(path)}
+  def write_bytes(path, data):
+    before = {p: p.read_bytes() for p in files_of(path.parent)}
+    original(path, data)
+    after = {p: p.read_bytes() for p in files_of(path.parent)}
     states.append((before, after))
 
-  monkeypatch.setattr(trees, 'complete', complete)
-  trees.save(tmp_path, STEP, a_tree(), {})
-  ((before, after),) = states
+  monkeypatch.setattr(files, 'write_bytes', write_bytes)
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
+  _, (before, after) = states  # The record, the mark.
   mark = tmp_path / str(STEP) / MARK
   assert mark not in before
   assert {p: x for p, x in after.items() if p != mark} == before
@@ -329,8 +331,14 @@ def test_the_mark_is_written_last(tmp_path, monkeypatch):
 
 def test_no_directory_is_renamed(tmp_path, monkeypatch):
   for name in ('rename', 'replace', 'renames'):
-    monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
-  trees.save(tmp_path, STEP, a_tree(), {})
+    original = getattr(os, name)
+
+    def rename(source, target, original=original):
+      assert not os.path.isdir(source)
+      original(source, target)
+
+    monkeypatch.setattr(os, name, rename)
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert_same(read(tmp_path), a_tree())
 
 
@@ -339,43 +347,43 @@ def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(copy):
   asked = []
 
   def needed():
-    asked.append(trees.completed_steps(copy))
+    asked.append(checkpoints.completed_steps(copy))
     return True
 
-  made = trees.completed_at(copy, STEP)
-  trees.delete_unless(copy, STEP, needed)
+  made = checkpoints.completed_at(copy, STEP)
+  checkpoints.delete_unless(copy, STEP, needed)
   assert asked == [[]]  # Without its mark when it is asked.
   assert_same(read(copy), a_tree())
-  assert trees.completed_at(copy, STEP) == made  # It is the same one.
-  trees.delete_unless(copy, STEP, lambda: False)
+  assert checkpoints.completed_at(copy, STEP) == made  # It is the same one.
+  checkpoints.delete_unless(copy, STEP, lambda: False)
   assert not (copy / str(STEP)).exists()
-  trees.delete_unless(copy, STEP, lambda: False)  # Gone already.
+  checkpoints.delete_unless(copy, STEP, lambda: False)  # Gone already.
 
 
 def test_when_it_was_completed(tmp_path):
-  assert trees.completed_at(tmp_path, STEP) is None
+  assert checkpoints.completed_at(tmp_path, STEP) is None
   before = time.time()
-  trees.save(tmp_path, STEP, a_tree(), {})
-  made = trees.completed_at(tmp_path, STEP)
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
+  made = checkpoints.completed_at(tmp_path, STEP)
   # Of the file system's clock, which may be some milliseconds behind.
   assert before - 0.1 <= made <= time.time() + 0.1
   time.sleep(0.05)
-  trees.save(tmp_path, STEP, a_tree(), {})
-  assert trees.completed_at(tmp_path, STEP) > made  # Another one.
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
+  assert checkpoints.completed_at(tmp_path, STEP) > made  # Another one.
   for text in ('', 'nonsense', 'nan', '\u00b2'):
     (tmp_path / str(STEP) / MARK).write_text(text)
-    assert trees.completed_at(tmp_path, STEP) == 0.0
+    assert checkpoints.completed_at(tmp_path, STEP) == 0.0
 
 
 def test_a_damaged_one_is_set_aside_where_nobody_reads_it(copy):
-  trees.set_aside(copy, STEP)
-  assert trees.completed_steps(copy) == []
+  checkpoints.set_aside(copy, STEP)
+  assert checkpoints.completed_steps(copy) == []
   assert (copy / f'{STEP}.damaged' / 'record.json').exists()
-  trees.delete_torn(copy)
+  checkpoints.delete_torn(copy)
   assert (copy / f'{STEP}.damaged').exists()
-  trees.save(copy, STEP, a_tree(), {})
-  trees.set_aside(copy, STEP)  # Once more: the older one gives way.
-  assert trees.completed_steps(copy) == []
+  checkpoints.save(copy, STEP, a_tree(), {})
+  checkpoints.set_aside(copy, STEP)  # Once more: the older one gives way.
+  assert checkpoints.completed_steps(copy) == []
 
 
 # --- A file system that fails ------------------------------------------------
@@ -386,7 +394,7 @@ class Failing:
 
   def __init__(self, monkeypatch, code, times, only=''):
     self.left, self.calls = times, 0
-    kind = type(remote.epath.Path('/'))
+    kind = type(files.epath.Path('/'))
     original = kind.open
 
     def open_(path, mode='r', **kwargs):
@@ -406,9 +414,9 @@ PASSING += [errno.ETIMEDOUT, errno.EPERM, errno.EBUSY, errno.ENOTCONN]
 
 @pytest.mark.parametrize('code', [errno.EIO, errno.ESTALE, errno.ENOENT])
 def test_an_error_that_passes_is_survived(copy, monkeypatch, code):
-  record = trees.load_record(copy, STEP)
+  record = checkpoints.load_record(copy, STEP)
   Failing(monkeypatch, code, 1, 'arrays')
-  assert_same(trees.load_tree(copy, STEP, record, a_tree()), a_tree())
+  assert_same(checkpoints.load_tree(copy, STEP, record, a_tree()), a_tree())
 
 
 @pytest.mark.parametrize('code', PASSING)
@@ -429,16 +437,16 @@ def test_a_file_system_that_refuses_is_not_a_damaged_step(
     'text, kind',
     [
         ("DATA_LOSS: x [os_error_code='5']", OSError),
-        ("NOT_FOUND: x [os_error_code='2']", trees.DamagedError),
+        ("NOT_FOUND: x [os_error_code='2']", checkpoints.DamagedError),
         ('PERMISSION_DENIED: x', OSError),
-        ('FAILED_PRECONDITION: x', trees.DamagedError),
+        ('FAILED_PRECONDITION: x', checkpoints.DamagedError),
     ],
 )
 def test_what_tensorstore_says_is_understood(copy, monkeypatch, text, kind):
-  def restore(*_):
+  def restore(*_, **__):
     raise ValueError(text)
 
-  monkeypatch.setattr(trees, '_restore', restore)
+  monkeypatch.setattr(checkpoints, '_restore', restore)
   with pytest.raises(kind, match='cannot be read'):
     read(copy)
 
@@ -455,9 +463,9 @@ def test_a_mark_that_cannot_be_looked_at_is_no_reason_to_delete(
 
   monkeypatch.setattr(os, 'stat', stat)
   with pytest.raises(PermissionError):
-    trees.delete_torn(copy)
+    checkpoints.delete_torn(copy)
   with pytest.raises(PermissionError):
-    trees.completed_steps(copy)
+    checkpoints.completed_steps(copy)
   monkeypatch.undo()
   assert_same(read(copy), a_tree())
 
@@ -465,7 +473,7 @@ def test_a_mark_that_cannot_be_looked_at_is_no_reason_to_delete(
 FULL_DISK = """
     import pathlib, resource, sys, time
     import numpy as np
-    from codistill_jax.storage import trees
+    from codistill_jax.storage import checkpoints
     directory = pathlib.Path(sys.argv[1])
     rng = np.random.default_rng(0)
     tree = {f'{i}': rng.normal(size=40_000) for i in range(4)}
@@ -473,7 +481,7 @@ FULL_DISK = """
     for limit in (0, 30, 100, 300, 1_000, 3_000, 100_000, 400_000):
       resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
       try:
-        trees.save(directory, 1, tree, {})
+        checkpoints.save(directory, 1, tree, {})
         error = None
       except Exception as e:
         error = e
@@ -482,10 +490,10 @@ FULL_DISK = """
       assert 'File too large' in str(error), (limit, error)
       assert str(directory / '1') in str(error), (limit, error)
       assert len(str(error).splitlines()) == 1, (limit, error)
-      assert trees.completed_steps(directory) == []
-    trees.save(directory, 1, tree, {})
-    record = trees.load_record(directory, 1)
-    found = trees.load_tree(directory, 1, record, tree)
+      assert checkpoints.completed_steps(directory) == []
+    checkpoints.save(directory, 1, tree, {})
+    record = checkpoints.load_record(directory, 1)
+    found = checkpoints.load_tree(directory, 1, record, tree)
     assert all((found[k] == tree[k]).all() for k in tree)
     time.sleep(0.2)
 """
@@ -506,7 +514,7 @@ def test_a_disk_that_is_full_is_one_clear_error_and_no_step(tmp_path, python):
 
 def test_an_attempt_that_failed_does_not_come_in_the_way(tmp_path, monkeypatch):
   """Its last thread makes the directory again that was deleted."""
-  save, late = trees._save, []
+  save, late = checkpoints._save, []
 
   def save_after_it(path, tree):
     if len(late) < 3:
@@ -514,9 +522,9 @@ def test_an_attempt_that_failed_does_not_come_in_the_way(tmp_path, monkeypatch):
       path.mkdir(parents=True)
     save(path, tree)
 
-  monkeypatch.setattr(trees, '_save', save_after_it)
-  monkeypatch.setattr(trees, '_PAUSE_SECONDS', 0.0)
-  trees.save(tmp_path, STEP, a_tree(), {})
+  monkeypatch.setattr(checkpoints, '_save', save_after_it)
+  monkeypatch.setattr(checkpoints, '_PAUSE_SECONDS', 0.0)
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert len(late) == 3
   monkeypatch.undo()
   assert_same(read(tmp_path), a_tree())
@@ -531,27 +539,27 @@ def test_the_file_system_is_asked_why_orbax_could_not_write(
     raise ValueError('NOT_FOUND: Error reading "a/.zarray"')
 
   full = OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr(trees, '_checkpointer', fail)
+  monkeypatch.setattr(checkpoints, '_checkpointer', fail)
   with pytest.raises(OSError, match='NOT_FOUND'):
-    trees.save(tmp_path, STEP, a_tree(), {})
-  monkeypatch.setattr(remote, 'why_not_writable', lambda _: full)
+    checkpoints.save(tmp_path, STEP, a_tree(), {})
+  monkeypatch.setattr(checkpoints, '_why_not_writable', lambda _: full)
   with pytest.raises(OSError, match='cannot be written: No space left') as e:
-    trees.save(tmp_path, STEP, a_tree(), {})
+    checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert e.value.errno == errno.ENOSPC
-  assert trees.completed_steps(tmp_path) == []
+  assert checkpoints.completed_steps(tmp_path) == []
 
 
 def test_a_directory_that_is_a_file_is_one_clear_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(OSError, match='cannot be written') as e:
-    trees.save(tmp_path / 'file', STEP, a_tree(), {})
+    checkpoints.save(tmp_path / 'file', STEP, a_tree(), {})
   assert '\n' not in str(e.value)
 
 
 def test_a_mistake_of_the_caller_is_not_blamed_on_the_disk(tmp_path):
   with pytest.raises(TypeError):
-    trees.save(tmp_path, STEP, a_tree(), {'fact': object()})
-  assert trees.completed_steps(tmp_path) == []
+    checkpoints.save(tmp_path, STEP, a_tree(), {'fact': object()})
+  assert checkpoints.completed_steps(tmp_path) == []
 
 
 def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
@@ -566,20 +574,20 @@ def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
     step = 0
     while step < 12 or not (counts['read'] or stop.is_set()):
       step += 1
-      trees.save(tmp_path, step, tree_of(step), {'step': step})
-      trees.delete(tmp_path, trees.completed_steps(tmp_path)[:-1])
+      checkpoints.save(tmp_path, step, tree_of(step), {'step': step})
+      checkpoints.delete(tmp_path, checkpoints.completed_steps(tmp_path)[:-1])
     stop.set()
 
   def follow():
     deadline = time.monotonic() + PATIENCE
     while not stop.is_set() and time.monotonic() < deadline:
-      step = max(trees.completed_steps(tmp_path), default=None)
+      step = max(checkpoints.completed_steps(tmp_path), default=None)
       if step is None:
         continue
       try:
         assert_same(read(tmp_path, step, tree_of(step)), tree_of(step))
         counts['read'] += 1
-      except trees.MissingError:
+      except checkpoints.MissingError:
         counts['missing'] += 1
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -597,7 +605,7 @@ def test_two_saves_at_once_are_both_whole(tmp_path):
 
   def save(name, tree):
     for step in range(8):
-      trees.save(tmp_path / name, step, tree, {})
+      checkpoints.save(tmp_path / name, step, tree, {})
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     for future in [

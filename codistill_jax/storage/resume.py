@@ -12,7 +12,7 @@ from etils import epath
 from flax import serialization
 
 from codistill_jax.base import TrainState
-from codistill_jax.storage import trees
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     BackgroundWriter,
@@ -26,7 +26,7 @@ _LISTING = 'listing resume checkpoints'
 
 
 class Resume(NamedTuple):
-  """What `Checkpoints.restore` gives back.
+  """What `ResumeCheckpoints.restore` gives back.
 
   Attributes:
     state: The group's state, as numpy arrays.
@@ -37,7 +37,7 @@ class Resume(NamedTuple):
   teacher_steps: tuple[int | None, ...]
 
 
-class Checkpoints:
+class ResumeCheckpoints:
   """The resume checkpoints of one group, in one directory, written beside it.
 
   Only the primary process of a group saves; all of its processes restore.
@@ -65,7 +65,7 @@ class Checkpoints:
         must not write here any more, or not yet (OSError).
       patience: Time limits.
     """
-    self._directory = trees.absolute(directory)
+    self._directory = checkpoints.absolute(directory)
     self._identity = dict(identity or {})
     self._keep = keep
     self._troubles = troubles or Troubles()
@@ -83,11 +83,11 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """All completed checkpoints, ascending."""
-    return trees.completed_steps(self._directory)
+    return checkpoints.completed_steps(self._directory)
 
   def discard_after(self, step: int) -> None:
     """Deletes the checkpoints beyond `step`."""
-    trees.delete(self._directory, [s for s in self.steps() if s > step])
+    checkpoints.delete(self._directory, [s for s in self.steps() if s > step])
 
   def save(
       self, state: TrainState, teacher_steps: Sequence[int | None] = ()
@@ -125,8 +125,9 @@ class Checkpoints:
       raise TimeoutError(
           f'the resume checkpoint of step {unwritten.steps[-1]} could not be'
           f' saved in {self._directory} within {seconds:g} s'
-          f' ({_one_line(unwritten.error)}); see to the disk, and start the'
-          f' same command again: it goes on from step {self._writer.saved or 0}'
+          f' ({files.one_line(unwritten.error)}); see to the disk, and start'
+          ' the same command again: it goes on from step'
+          f' {self._writer.saved or 0}'
       ) from unwritten.error
     return self._writer.saved
 
@@ -159,13 +160,13 @@ class Checkpoints:
     for step in reversed(self.steps()):
       try:
         resume = self.read(step, like)
-      except trees.DamagedError as e:
+      except checkpoints.DamagedError as e:
         logging.warning('Skipped a damaged resume checkpoint: %s', e)
         damaged.append(str(e))
         continue
       # In the way of the run, which comes by their steps again.
       for newer in [s for s in self.steps() if s > step]:
-        trees.set_aside(self._directory, newer)
+        checkpoints.set_aside(self._directory, newer)
       self._writer.saved, self._oldest = step, self.steps()[0]
       return resume
     if damaged:
@@ -187,8 +188,10 @@ class Checkpoints:
     self._check(step)
     state, teacher_steps = item
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
-    trees.delete_torn(self._directory)
-    trees.save(self._directory, step, serialization.to_state_dict(state), facts)
+    checkpoints.delete_torn(self._directory)
+    checkpoints.save(
+        self._directory, step, serialization.to_state_dict(state), facts
+    )
     self._prune()
 
   def _prune(self) -> None:
@@ -199,41 +202,21 @@ class Checkpoints:
       self._troubles.failed(_LISTING, e)
       return
     self._troubles.worked(_LISTING)
-    trees.delete(self._directory, steps[: -self._keep])
+    checkpoints.delete(self._directory, steps[: -self._keep])
     self._oldest = steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
-    """One checkpoint; raises as `restore`, or `trees.DamagedError`."""
-    record = trees.load_record(self._directory, step)
-    where = self._directory / str(step)
-    theirs = record.facts['identity']
-    for key in sorted(theirs.keys() | self._identity.keys()):
-      if theirs.get(key) != self._identity.get(key):
-        raise ValueError(
-            f'resume checkpoint {where} was made with'
-            f' {key}={theirs.get(key)}, this run has'
-            f' {key}={self._identity.get(key)}; use another workdir, or the'
-            ' configuration of the first run'
-        )
+    """One checkpoint; raises as `restore`, or `checkpoints.DamagedError`."""
+    record = checkpoints.load_record(self._directory, step)
     target = serialization.to_state_dict(like)
-    ours = trees.describe(target)
-    for a, b in zip(record.leaves, ours):
-      if (a.path, a.shape, a.dtype) != (b.path, b.shape, b.dtype):
-        raise ValueError(
-            f'resume checkpoint {where} is of another configuration: it holds'
-            f' {a} where this run has {b}; use another workdir, or the'
-            ' configuration of the first run'
-        )
-    if len(record.leaves) != len(ours):
-      raise ValueError(
-          f'resume checkpoint {where} is of another configuration: it holds'
-          f' {len(record.leaves)} arrays, this run has {len(ours)}; use another'
-          ' workdir, or the configuration of the first run'
-      )
-    tree = trees.load_tree(self._directory, step, record, target)
+    checkpoints.check_match(
+        f'resume checkpoint {self._directory / str(step)}',
+        identity=record.facts['identity'],
+        leaves=record.leaves,
+        our_identity=self._identity,
+        like=target,
+        advice='use another workdir, or the configuration of the first run',
+    )
+    tree = checkpoints.load_tree(self._directory, step, record, target)
     state = serialization.from_state_dict(like, tree)
     return Resume(state, tuple(record.facts['teacher_steps']))
-
-
-def _one_line(error: BaseException | None) -> str:
-  return ' '.join(str(error).split())

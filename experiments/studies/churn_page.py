@@ -1,0 +1,555 @@
+"""Prints and writes what is known of churn: of a study, or of anybody's files.
+
+Files: a page as Markdown and HTML, churn.png, churn.csv (a row per split, arm
+and figure) and churn.json (with the figures of every retrain and pair).
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from etils import epath
+
+from codistill_jax import statistics
+from codistill_jax.statistics import Estimate
+from codistill_jax.storage import files
+from experiments import cli
+from experiments.churn_study import results, run_files
+from experiments.churn_study.results import ENSEMBLE, Repeat, Retrains, Row
+from experiments.reports import pages
+from experiments.reports.pages import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Table,
+)
+from experiments.studies import formatting, study_page, verdicts
+from experiments.studies.analysis import Effect
+from experiments.studies.declaration import (
+    MEASURES,
+    Comparison,
+    Measure,
+    Study,
+)
+
+# The figures of an arm, in order.
+FIGURES = {
+    'log_loss': MEASURES['log_loss'],
+    'error': Measure('error', 'error', 'error'),
+    'churn': MEASURES['churn'],
+    'relative': Measure(
+        'relative difference', 'relative', 'relative difference', '.3f'
+    ),
+    'disagreement': Measure('disagreement', 'disagree', 'disagreement'),
+}
+_OF_PAIRS = ('churn', 'relative', 'disagreement')
+
+DEFINITIONS = (
+    'Mean absolute difference between retrains: |p - q| of the positive class'
+    ' on the same examples, meaned over examples and over pairs of retrains;'
+    ' total variation for more than two classes.',
+    'Relative difference: 2 |p - q| / (p + q), of the positive class, or of the'
+    ' label for more than two classes. Disagreement: the share of examples'
+    ' whose most probable classes differ.',
+    'Intervals are for the mean over retrains of the same kind: the standard'
+    ' error of a bootstrap that resamples retrains, not pairs, with the'
+    " quantile of Student's t; seeded.",
+)
+
+
+# --- A study -----------------------------------------------------------------
+
+
+def report(
+    workdir: files.PathLike,
+    output: files.PathLike | None = None,
+    note: str = '',
+) -> None:
+  """Prints Table 1 of a study and writes its page, `churn.html`.
+
+  Raises:
+    ValueError: After all that, if a deterministic control failed.
+  """
+  found = results.load_study(workdir)
+  cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
+  _tell(table_1(found.table, _split_of(found), short=True))
+  for line in (_summary(found), _choice(found)):
+    cli.tell(line)
+  directory = epath.Path(output or epath.Path(workdir) / 'report')
+  blocks = _blocks(found, workdir, note)
+  page = pages.write(directory, 'churn', 'Prediction churn', blocks)
+  _write_study(directory, found)
+  cli.tell(f'report: {os.fspath(page)}')
+  _raise_failures(found)
+
+
+def report_comparisons(
+    study: Study, workdir: files.PathLike, output: files.PathLike, note: str
+) -> epath.Path:
+  """Prints the verdicts of a declared study, too, and writes `page.md`.
+
+  Raises:
+    ValueError: After all that, if a deterministic control failed.
+  """
+  found = results.load_study(workdir)
+  said = judge(study, found.rows['test'])
+  _tell(table_1(found.table, short=True))
+  for line in said:
+    cli.tell(line)
+  blocks = [
+      Paragraph(study.question),
+      Paragraph(study_page.claim(study)),
+      Heading('Verdict'),
+      Bullets(said),
+      *_blocks(found, workdir, note),
+  ]
+  pages.write(output, 'page', study.title, blocks)
+  _write_study(epath.Path(output), found)
+  _raise_failures(found)
+  return epath.Path(output) / 'page.md'
+
+
+def judge(study: Study, rows: Sequence[Row]) -> list[str]:
+  """Returns a sentence for each comparison of arms that have rows."""
+  by_arm = {row.arm: row for row in rows}
+  return [
+      verdicts.of_effect(study, c, _effect(c, *pair)).sentence
+      for c in study.comparisons
+      if None not in (pair := (by_arm.get(c.arm), by_arm.get(c.against)))
+  ]
+
+
+def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
+  """Compares churn by a ratio, over pairs; log loss by a difference."""
+  retrains = min(ours.retrains, theirs.retrains)
+  figures = [row.figures[comparison.measure] for row in (ours, theirs)]
+  if comparison.measure != 'churn':
+    return _difference(*figures)
+  change = statistics.change_of_churn(
+      *(
+          statistics.symmetric(f.values, row.retrains)
+          for f, row in zip(figures, (ours, theirs))
+      )
+  )
+  ratio = Estimate(
+      mean=1 + change.mean,
+      half_range=0.0,
+      low=1 + change.low,
+      high=1 + change.high,
+      # One ratio, of so many retrains: they have none of their own.
+      values=(1 + change.mean,) * retrains,
+  )
+  return Effect(True, (), (), ratio, *(f.mean for f in figures))
+
+
+def _difference(ours: Estimate, theirs: Estimate) -> Effect:
+  """Compares retrain by retrain: those of one number share their seeds."""
+  retrains = min(len(ours.values), len(theirs.values))
+  a, b = (np.array(f.values[:retrains]) for f in (ours, theirs))
+  difference = statistics.mean_over_retrains(a - b)
+  return Effect(False, (), (), difference, a.mean(), b.mean())
+
+
+def _blocks(found: Retrains, workdir, note: str) -> list[Block]:
+  """Returns all of the page, in order."""
+  from experiments.studies import study_plots  # Needs matplotlib.
+
+  split = _split_of(found)
+  plot = study_plots.churn(found.rows['test'], found.chosen, split.strip())
+  controls = [
+      Paragraph(
+          'Which seed makes the churn: retrains that share the order of the'
+          ' data or the parameters at the start, beside as many that share'
+          ' neither.'
+      ),
+      Table(table_1(found.controls, split)),
+  ]
+  return [
+      *(Paragraph(x) for x in (found.settings['headline'], note) if x),
+      *(Paragraph(f'FAILED: {x}') for x in failures(found)),
+      Paragraph(_summary(found)),
+      Paragraph(_choice(found)),
+      Heading('Table 1'),
+      Table(table_1(found.table, split)),
+      Bullets(_notes(found)),
+      Heading('95 % intervals'),
+      Table(interval_table(found.table)),
+      Heading(plot.title),
+      plot,
+      Heading('All weights, and what they were chosen on'),
+      Table(_weight_table(found)),
+      Heading('Controls'),
+      Table(_repeat_table(found.repeats)),
+      *(controls if found.controls else []),
+      Heading('Settings'),
+      Table(_settings_table(found), names=2),
+      *_configurations(workdir, found),
+      Heading('How to make it again'),
+      Code(found.settings['command']),
+  ]
+
+
+def _configurations(workdir, found: Retrains) -> list[Block]:
+  paths = [
+      epath.Path(workdir) / (f'config_{name}.gin' if name else 'config.gin')
+      for name in found.settings['configurations']
+  ]
+  return [Code(p.read_text(), p.name) for p in paths if p.exists()]
+
+
+def _write_study(directory: epath.Path, found: Retrains) -> None:
+  tree = {
+      'settings': found.settings,
+      'examples': found.examples,
+      'chosen': found.chosen,
+      'rule': found.reason,
+      'rows': {split: _trees(rows) for split, rows in found.rows.items()},
+      'controls': _trees(found.controls),
+      'repeats': [repeat._asdict() for repeat in found.repeats],
+      'runs': [
+          {'arm': arm, 'retrain': k, **record} for arm, k, record in found.runs
+      ],
+  }
+  _write_data(directory, found.rows, tree)
+
+
+def _raise_failures(found: Retrains) -> None:
+  for said in failures(found):
+    raise ValueError(f'the deterministic control failed: {said}')
+
+
+# --- Files of other people's models ------------------------------------------
+
+
+def report_files(
+    rows: Sequence[Row],
+    *,
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    examples: int,
+    joined_by: str,
+    paths: Sequence[str],
+    output: str | None,
+) -> None:
+  """Prints the figures of prediction files; writes them if there is an output.
+
+  Args:
+    rows: An arm each.
+    pairs: By arm, the names of each pair in the order of a figure's values.
+    examples: N.
+    joined_by: The column of ids; '' if rows were compared with rows.
+    paths: Of all files.
+    output: Directory, or None.
+  """
+  between = _pair_table(rows, pairs)
+  cli.tell(_text(table_1(rows, short=True)))
+  if len(between) > 1:
+    cli.tell('\n' + _text(between))
+  how = f'joined by {joined_by}' if joined_by else 'row by row'
+  said = f'{examples:,} examples, {how}; ± is half of maximum minus minimum'
+  cli.tell(f'\n{said}')
+  if output is None:
+    return
+  blocks = [
+      Table(table_1(rows)),
+      Bullets([said, *DEFINITIONS]),
+      Heading('95 % intervals'),
+      Table(interval_table(rows)),
+      Heading('Pairs'),
+      Table(between, names=3),
+      Heading('Files'),
+      Code('\n'.join(paths)),
+      Heading('How to make it again'),
+      Code(cli.own_command()),
+  ]
+  page = pages.write(output, 'churn', 'Prediction churn', blocks)
+  tree = {
+      'examples': examples,
+      'files': list(paths),
+      'rows': _trees(rows),
+      'pairs': {arm: list(names) for arm, names in pairs.items()},
+  }
+  _write_data(epath.Path(output), {'': rows}, tree)
+  cli.tell(f'report: {os.fspath(page)}')
+
+
+# --- Tables ------------------------------------------------------------------
+
+
+def _text(frame: pd.DataFrame) -> str:
+  return pages.to_text(list(frame), frame.to_numpy().tolist())
+
+
+def _tell(frame: pd.DataFrame) -> None:
+  cli.tell(f'\n{_text(frame)}\n')
+
+
+def _cell(row: Row, key: str, *, spread: bool) -> str:
+  """Returns `0.4480 ± 0.0001`, or `0.4480 [0.4478, 0.4482]`."""
+  if key not in row.figures:
+    return '-'
+  return formatting.estimate(
+      row.figures[key], FIGURES[key].form, spread=spread, interval=not spread
+  )
+
+
+def _percent(found: Estimate | None) -> str:
+  """Returns `-38 % [-41, -35]`."""
+  if found is None or not math.isfinite(found.mean):
+    return '-'
+  text = f'{100 * found.mean:+.0f} %'
+  if math.isnan(found.low):
+    return text
+  return f'{text} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]'
+
+
+def _present(rows: Iterable[Row]) -> list[str]:
+  return [key for key in FIGURES if any(key in row.figures for row in rows)]
+
+
+def table_1(
+    rows: Sequence[Row], prefix: str = '', short: bool = False
+) -> pd.DataFrame:
+  """Returns Table 1 of Anil et al. 2018, with the change of churn.
+
+  Args:
+    rows: The arms.
+    prefix: Before 'log loss' and 'error', such as 'test '.
+    short: Whether titles are for a terminal.
+  """
+  compared = any(row.change is not None for row in rows)
+  lines = []
+  for row in rows:
+    line = {'arm': row.title, 'retrains': str(row.retrains)}
+    for key in _present(rows):
+      title = FIGURES[key].column if short else FIGURES[key].title
+      title = title if key in _OF_PAIRS else prefix + title
+      line[title] = _cell(row, key, spread=True)
+      if key == 'churn' and compared:
+        line['change [95 %]'] = _percent(row.change)
+    lines.append(line)
+  return pd.DataFrame(lines)
+
+
+def interval_table(rows: Sequence[Row]) -> pd.DataFrame:
+  """Returns means and 95 % intervals."""
+  return pd.DataFrame(
+      {
+          'arm': row.title,
+          **{
+              FIGURES[key].title: _cell(row, key, spread=False)
+              for key in _present(rows)
+          },
+      }
+      for row in rows
+  )
+
+
+def _weight_table(found: Retrains) -> pd.DataFrame:
+  """Returns all arms: validation beside test."""
+  columns = ['arm']
+  for split in found.rows:
+    columns += [f'{split} log loss', f'{split} churn', 'change']
+  lines = []
+  for of_splits in zip(*found.rows.values()):
+    arm, title = of_splits[0].arm, of_splits[0].title
+    line = [title + (' (chosen)' if arm == found.chosen else '')]
+    for row in of_splits:
+      line += [_cell(row, key, spread=True) for key in ('log_loss', 'churn')]
+      line += [_percent(row.change)]
+    lines.append(line)
+  return pd.DataFrame(lines, columns=columns)
+
+
+def _pair_table(
+    rows: Sequence[Row], pairs: Mapping[str, Sequence[tuple[str, str]]]
+) -> pd.DataFrame:
+  """Returns the figures of each pair of files."""
+
+  def value(row: Row, key: str, pair: int) -> str:
+    if key not in row.figures:
+      return '-'
+    return format(row.figures[key].values[pair], FIGURES[key].form)
+
+  return pd.DataFrame(
+      {
+          'arm': row.title,
+          'model': a,
+          'and model': b,
+          **{FIGURES[k].column: value(row, k, i) for k in _OF_PAIRS},
+      }
+      for row in rows
+      for i, (a, b) in enumerate(pairs[row.arm])
+  )
+
+
+def _repeat_table(repeats: Iterable[Repeat]) -> pd.DataFrame:
+  """Returns the deterministic controls."""
+  header = ['trained twice with the same seeds', 'predictions']
+  header += ['that differ', 'largest difference']
+  rows = [
+      [r.arm, f'{r.total:,}', f'{r.different:,}', f'{r.largest:g}']
+      for r in repeats
+  ]
+  return pd.DataFrame(rows, columns=header)
+
+
+def _settings_table(found: Retrains) -> pd.DataFrame:
+  """Returns what the study was, one setting a row."""
+  s, records = found.settings, [record for _, _, record in found.runs]
+  known = lambda key: sorted({r[key] for r in records})
+  each = lambda key, form: ', '.join(format(x, form) for x in known(key))
+  took = max(r['ended'] for r in records) - min(r['began'] for r in records)
+  trained = sum(r['ended'] - r['began'] for r in records)
+  test = '; no test split'
+  if s['has_test_split']:
+    test = f', {found.examples["test"]:,} test'
+  values = {
+      'data set': s['data'],
+      'examples compared': f'{found.examples["validation"]:,} validation{test}',
+      'groups (G) of a codistilled arm': str(s['num_groups']),
+      'replicas per group (R)': str(s['replicas']),
+      'group batch': f'{s["group_batch"]:,}',
+      'steps of each group': each('num_steps', ','),
+      'steps between exchanges': f'{s["exchange_every"]:,}, in lockstep',
+      'seeds of parameters': each('seed', ''),
+      'seeds of the order of data': each('data_seed', ''),
+      'trainings': str(len(records)),
+      'cores of a training': each('cores', ','),
+      'device': s['platform'],
+      'first start to last end, minutes': f'{took / 60:.1f}',
+      'minutes of all trainings added': f'{trained / 60:.1f}',
+      'jax': each('jax', ''),
+  }
+  return pd.DataFrame(values.items(), columns=['', 'value'])
+
+
+# --- Words -------------------------------------------------------------------
+
+
+def _split_of(found: Retrains) -> str:
+  """Returns the split of the table, before the name of a figure."""
+  return 'test ' if found.settings['has_test_split'] else 'validation '
+
+
+def _summary(found: Retrains) -> str:
+  """Returns the result in a sentence or two."""
+  rows = {row.arm: row for row in found.table}
+  single, ensemble = rows[run_files.SINGLE], rows[ENSEMBLE]
+  best = rows.get(found.chosen)
+  if best is None:
+    return (
+        f'Churn of the {ensemble.title}, against the single model:'
+        f' {_percent(ensemble.change)}.'
+    )
+  loss = lambda row: row.figures['log_loss']
+  worse = loss(best).mean > loss(ensemble).mean
+  apart = 'arms of different size'
+  if best.retrains == ensemble.retrains:
+    difference = _difference(loss(best), loss(ensemble)).estimate
+    apart = f'difference {formatting.estimate(difference, ".4f")}'
+  return (
+      f'Churn of the model {best.title}, against the single model:'
+      f' {_percent(best.change)}; of the {ensemble.title}:'
+      f' {_percent(ensemble.change)}. Its {_split_of(found)}log loss is'
+      f' {loss(best).mean:.4f}, {"worse" if worse else "no worse"} than the'
+      f' {loss(ensemble).mean:.4f} of the {ensemble.title} ({apart}); the'
+      f' single model has {loss(single).mean:.4f}.'
+  )
+
+
+def _choice(found: Retrains) -> str:
+  """Says how the weight was chosen."""
+  said = 'No codistilled arm was trained.'
+  if found.chosen is not None:
+    weight = run_files.weight_of(found.chosen)
+    said = (
+        f'Distill weight {weight:g} was chosen on validation: {found.reason}.'
+    )
+  if not found.settings['has_test_split']:
+    said += ' The task has no test split: the table is of validation.'
+  elif found.chosen is not None:
+    said += ' The table is of the same retrains, on other examples.'
+  return said
+
+
+def _notes(found: Retrains) -> list[str]:
+  size = found.settings['num_groups']
+  return [
+      '± is half of maximum minus minimum, over retrains or over pairs of them'
+      ' (Anil et al. 2018).',
+      'Retrains differ in the seed of the parameters and in that of the order'
+      f' of the data. An ensemble is the mean probability of {size} single'
+      ' models, and no model is in two ensembles; of a codistilled run one copy'
+      ' is compared, that of group 0, with those of other runs.',
+      'Change: of the mean absolute difference, against the single model.'
+      ' Retrains of one number share their seeds and are resampled together.',
+      *DEFINITIONS,
+  ]
+
+
+def failures(found: Retrains) -> list[str]:
+  """Says what is wrong with the deterministic controls."""
+  return [
+      f'{r.arm} 0, trained twice with the same seeds, gave'
+      f' {r.different:,} of {r.total:,} predictions that differ, by up to'
+      f' {r.largest:.3g}; the churn of the arms is not due to their seeds alone'
+      + _hint(found, r)
+      for r in found.repeats
+      if r.different
+  ]
+
+
+def _hint(found: Retrains, repeat: Repeat) -> str:
+  if not repeat.same_cores:
+    return ' (one run had more cores than the other: do not change --jobs)'
+  if found.settings['platform'] != 'cpu':
+    return ' (try XLA_FLAGS=--xla_gpu_deterministic_ops=true)'
+  return ''
+
+
+# --- For programs ------------------------------------------------------------
+
+
+def _write_data(
+    directory: epath.Path,
+    rows: Mapping[str, Sequence[Row]],
+    tree: Mapping[str, Any],
+) -> None:
+  """Writes churn.csv and churn.json."""
+  lines = [
+      {'split': split, 'arm': row.arm, 'retrains': row.retrains, 'figure': key}
+      | {name: repr(x) for name, x in figure._asdict().items()}
+      for split, of_split in rows.items()
+      for row in of_split
+      for key, figure in _with_change(row).items()
+  ]
+  frame = pd.DataFrame(lines).drop(columns='values')
+  text = frame.to_csv(index=False, lineterminator='\n')
+  files.write_bytes(directory / 'churn.csv', text.encode())
+  files.write_json(directory / 'churn.json', tree)
+
+
+def _with_change(row: Row) -> dict[str, Estimate]:
+  change = {} if row.change is None else {'change_of_churn': row.change}
+  return {**row.figures, **change}
+
+
+def _trees(rows: Iterable[Row]) -> list[dict[str, Any]]:
+  """Returns rows with the figures of every retrain and pair, for JSON."""
+  return [
+      {
+          'arm': row.arm,
+          'title': row.title,
+          'retrains': row.retrains,
+          'figures': {key: f._asdict() for key, f in row.figures.items()},
+          'change_of_churn': (
+              None if row.change is None else row.change._asdict()
+          ),
+      }
+      for row in rows
+  ]

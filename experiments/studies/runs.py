@@ -1,0 +1,429 @@
+"""Trains one run of a study, or all seeds of an arm as one program.
+
+A run is a run directory as of any other training. All its groups are stepped
+in turn in this process, in lockstep, each by `driver.train`: through memory,
+or, if several runs are one program, through the devices. What was compiled for
+one seed serves all others.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from codistill_jax import base, evaluate, gin_utils, run_directory, writers
+from codistill_jax import experiment as experiment_lib
+from codistill_jax.base import Variables
+from codistill_jax.experiment import Experiment
+from codistill_jax.storage import files
+from experiments import cli, devices, driver, lockstep
+from experiments.job import Job
+from experiments.stopping import Rescue, StopRequest
+from experiments.studies import one_program
+from experiments.studies import plan as plan_lib
+from experiments.studies.configurations import Configurations
+from experiments.studies.declaration import Arm
+from experiments.studies.plan import Plan, PlannedRun
+
+LAST = 3  # Evaluations that the loss at the end is the mean of.
+
+Outcome = dict[str, Any]
+
+
+class _Compiled(NamedTuple):
+  """What runs that differ in their seeds alone have in common."""
+
+  key: Any
+  optimizer: Any
+  model: base.Model
+  train_steps: Sequence[Any]
+  stream: base.Stream | None
+
+
+class _Run(NamedTuple):
+  """A run in training."""
+
+  planned: PlannedRun
+  jobs: Sequence[Job]
+  exchanges: Sequence[Any]
+  ensemble: '_Ensemble | _NoEnsemble'
+
+
+class Trainer:
+  """Trains runs, and keeps what it has compiled for the last of them."""
+
+  def __init__(
+      self, configurations: Configurations, replicas: int, stop: StopRequest
+  ):
+    self._configurations = configurations
+    self._plan = configurations.plan
+    self._replicas = replicas
+    self._stop = stop
+    self._compiled: _Compiled | None = None
+
+  def __call__(
+      self,
+      runs: Sequence[PlannedRun],
+      say: Callable[[str], None],
+      finish: Callable[[PlannedRun, Outcome], None],
+  ) -> None:
+    """Trains runs of one arm to their end; several of them as one program.
+
+    Args:
+      runs: They differ in their seeds alone.
+      say: Told now and then how far they are.
+      finish: Told of each that has ended what outcome.json says of it.
+
+    Raises:
+      Stopped: If asked to stop; the same command goes on from there.
+    """
+    began = time.time()
+    experiments = [self._begin(run) for run in runs]
+    together = len(runs) > 1
+    latch = lockstep.Latch(self._stop)
+    prepare = self._one_program if together else self._in_turn
+    trained = prepare(runs, experiments, latch)
+    rounds = [
+        self._rounds(run, began, len(runs), say, finish) for run in trained
+    ]
+    with contextlib.ExitStack() as stack:
+      for each in rounds:
+        stack.enter_context(contextlib.closing(each))
+      lockstep.train_in_turn(rounds, latch)
+
+  def _begin(self, run: PlannedRun) -> Experiment:
+    """Configures a run; what it has left under another configuration goes."""
+    experiment = self._configurations.configure(run)
+    directory = plan_lib.run_dir(self._configurations.workdir, run)
+    before = run_directory.read_run(directory).get('configuration')
+    if before is not None and before != gin_utils.configuration():
+      cli.tell(f'{run.name} begins again: its configuration was corrected')
+      for path in epath.Path(directory).iterdir():
+        # Not the directory itself, which is locked.
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return experiment
+
+  def _in_turn(
+      self,
+      runs: Sequence[PlannedRun],
+      experiments: Sequence[Experiment],
+      latch: lockstep.Latch,
+  ) -> list[_Run]:
+    """Prepares one run, whose groups exchange through memory."""
+    (run,), (experiment,) = runs, experiments
+    compiled = self._compile(run, experiment)
+    # The same optimiser, model and step: nothing is compiled again.
+    experiment = dataclasses.replace(experiment, optimizer=compiled.optimizer)
+    made = self._run(
+        run,
+        experiment,
+        compiled.model,
+        compiled.train_steps,
+        latch,
+        shared_stream=compiled.stream,
+    )
+    lockstep.keep_common_checkpoints(made.jobs)
+    start = driver.new_state(made.jobs[0])
+    start.efficiency.close()
+    exchanges = lockstep.exchanges_of(made.jobs, start)
+    return [made._replace(exchanges=exchanges)]
+
+  def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
+    """The step of a run, or that of the one before if only seeds differ."""
+    # Under this configuration, even if it is thrown away: what makes no model
+    # would have dead bindings.
+    model = gin_utils.call(experiment_lib.make_model, experiment)
+    key = run.arm, self._configurations.rate(run)
+    compiled = self._compiled
+    # Groups of one program keep a state of their own in their step.
+    if (
+        compiled is None
+        or key != compiled.key
+        or experiment.exchange == 'predictions'
+    ):
+      # One program at a time is enough of memory.
+      compiled = self._compiled = None
+      steps, stream = lockstep.train_steps_of(
+          experiment, model, self._plan.arm(run.arm).num_groups, self._replicas
+      )
+      compiled = _Compiled(key, experiment.optimizer, model, steps, stream)
+      self._compiled = compiled
+    return compiled
+
+  def _one_program(
+      self,
+      runs: Sequence[PlannedRun],
+      experiments: Sequence[Experiment],
+      latch: lockstep.Latch,
+  ) -> list[_Run]:
+    """Prepares several runs, whose groups exchange through the devices."""
+    self._compiled = None
+    first = experiments[0]
+    # One optimiser, and the data are loaded once.
+    experiments = [
+        dataclasses.replace(e, optimizer=first.optimizer, task=first.task)
+        for e in experiments
+    ]
+    model = gin_utils.call(experiment_lib.make_model, first)
+    places, stream = one_program.make_places(
+        experiments,
+        model,
+        self._plan.arm(runs[0].arm).num_groups,
+        devices.chosen_devices(self._replicas),
+    )
+    made = [
+        self._run(
+            run,
+            experiment,
+            model,
+            [place.seat for place in of_seed],
+            latch,
+            shared_stream=stream,
+            configuration=functools.cache(gin_utils.current),
+        )._replace(exchanges=[place.exchange for place in of_seed])
+        for run, experiment, of_seed in zip(runs, experiments, places)
+    ]
+    lockstep.keep_common_checkpoints(
+        [job for run in made for job in run.jobs],
+        lambda step: one_program.can_resume(first.plan, step),
+    )
+    return made
+
+  def _run(
+      self,
+      run: PlannedRun,
+      experiment: Experiment,
+      model: base.Model,
+      train_steps: Sequence[Any],
+      latch: lockstep.Latch,
+      **kwargs: Any,
+  ) -> _Run:
+    """Returns a run without its exchanges."""
+    arm = self._plan.arm(run.arm)
+    directory = plan_lib.run_dir(self._configurations.workdir, run)
+    ensemble = _ensemble_of(self._plan, arm, model, experiment, directory)
+    jobs = [
+        Job(
+            experiment=experiment,
+            model=model,
+            train_step=train_step,
+            workdir=str(directory),
+            group_id=group_id,
+            num_groups=arm.num_groups,
+            stop=latch,
+            rescue=self._stop.rescue or Rescue(),
+            arm=arm.name,
+            evaluated=ensemble,
+            **kwargs,
+        )
+        for group_id, train_step in enumerate(train_steps)
+    ]
+    return _Run(run, jobs, (), ensemble)
+
+  def _rounds(
+      self,
+      run: _Run,
+      began: float,
+      together: int,
+      say: Callable[[str], None],
+      finish: Callable[[PlannedRun, Outcome], None],
+  ) -> Iterator[None]:
+    """Steps all groups of a run until they are done or one diverges."""
+    experiment = run.jobs[0].experiment
+    counted = _Steps(say, experiment.num_steps, together)
+    diverged_at = None
+    with contextlib.ExitStack() as stack:
+      stack.callback(run.ensemble.close)
+      groups = [
+          stack.enter_context(
+              contextlib.closing(
+                  driver.train(job, _given(exchange), _writer_of(job))
+              )
+          )
+          for job, exchange in zip(run.jobs, run.exchanges)
+      ]
+      groups = [counted(i, group) for i, group in enumerate(groups)]
+      if together > 1:
+        # Another run of the program was configured last.
+        made = self._configurations.configure(run.planned)
+        gin_utils.call(experiment_lib.make_model, made)
+      try:
+        for _ in lockstep.in_turn(groups):
+          if together > 1:
+            run.jobs[0].configuration()  # Kept, as of the first round.
+          yield
+      except FloatingPointError:
+        diverged_at = counted.failed_at
+        for job in run.jobs if together > 1 else ():
+          job.train_step.leave()
+    outcome = _describe(
+        run.planned,
+        self._plan.arm(run.planned.arm),
+        experiment,
+        run.jobs[0].workdir,
+        rate=self._configurations.rate(run.planned),
+        diverged_at=diverged_at,
+        began=began,
+        together=together,
+    )
+    finish(run.planned, outcome)
+
+
+def _describe(
+    run: PlannedRun,
+    arm: Arm,
+    experiment: Experiment,
+    directory: files.PathLike,
+    *,
+    rate: float | None,
+    diverged_at: int | None,
+    began: float,
+    together: int,
+) -> Outcome:
+  """What outcome.json says of a run that has just ended."""
+  num_peers = [
+      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      for g in range(arm.num_groups)
+  ]
+  row = experiment_lib.first_row(experiment, arm.num_groups)
+  examples = experiment.group_batch * int(np.prod(np.shape(row['labels'])[1:]))
+  return {
+      'run': run._asdict(),
+      'rate': rate,
+      'seed': experiment.seed,
+      'data_seed': experiment.data_seed,
+      'num_steps': experiment.num_steps,
+      'exchange_every': experiment.exchange_every,
+      'burn_in_steps': next(
+          filter(experiment.distill_weight, range(experiment.num_steps)),
+          experiment.num_steps,
+      ),
+      'peers': float(np.mean(num_peers)),
+      'outer_every': getattr(experiment.method, 'inner_steps', 1),
+      'examples_per_step': examples * arm.num_groups,
+      'diverged_at': diverged_at,
+      'loss': _last_loss(directory, arm.num_groups),
+      'together': together,
+      'began': began,
+      'ended': time.time(),
+      'jax': jax.__version__,
+  }
+
+
+def _last_loss(directory: files.PathLike, num_groups: int) -> float:
+  """Validation loss at the end: the mean over groups and last evaluations."""
+  found = []
+  for group_id in range(num_groups):
+    path = run_directory.metrics_path(directory, group_id)
+    if path.exists():
+      records = run_directory.read_metrics(path).records
+      _, losses = run_directory.series(records, 'eval/loss')
+      found += losses[-LAST:]
+  return float(np.mean(found)) if found else float('nan')
+
+
+def _given(exchange: Any) -> Callable[[Variables], Any]:
+  return lambda variables: exchange
+
+
+def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
+  """JSON lines alone."""
+
+  def make(start: int) -> writers.Writer:
+    path = run_directory.metrics_path(job.workdir, job.group_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return writers.JsonlWriter(path, resume_step=start, troubles=job.troubles)
+
+  return make
+
+
+class _Steps:
+  """How far the groups of a run are; and a sign of life now and then."""
+
+  def __init__(self, say: Callable[[str], None], num_steps: int, together: int):
+    self._say = say
+    self._of = f'of {num_steps:,}{", all seeds" if together > 1 else ""}'
+    self._steps: dict[int, int] = {}
+
+  @property
+  def failed_at(self) -> int:
+    """The step of the group that did not get through it."""
+    return min(self._steps.values(), default=0) + 1
+
+  def __call__(self, group_id: int, steps: Iterator[int]) -> Iterator[int]:
+    self._steps[group_id] = 0
+    for step in steps:
+      self._steps[group_id] = step
+      self._say(f'step {step:,} {self._of}')
+      yield step
+
+
+class _Ensemble:
+  """Evaluates the mean prediction of all groups whenever all are evaluated.
+
+  The groups are stepped in turn, so what the first ones have given is intact
+  when the last one comes.
+  """
+
+  def __init__(
+      self,
+      model: base.Model,
+      experiment: Experiment,
+      path: files.PathLike,
+      num_groups: int,
+  ):
+    self._model = model
+    self._experiment = experiment
+    self._path = path
+    self._num_groups = num_groups
+    self._given: dict[int, Variables] = {}
+    self._writer: writers.Writer | None = None
+
+  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
+    self._given[group_id] = variables
+    if len(self._given) < self._num_groups:
+      return
+    members = [self._given.pop(g) for g in range(self._num_groups)]
+    task = self._experiment.task
+    found = evaluate.compare(
+        self._model, members, task.eval_batches(self._experiment.eval_batch)
+    )
+    if self._writer is None:
+      self._writer = writers.JsonlWriter(self._path, resume_step=step - 1)
+    self._writer.write(step, found.ensemble)
+
+  def close(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+
+
+class _NoEnsemble:
+  """Of a run that nobody asks for one."""
+
+  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
+    del group_id, step, variables
+
+  def close(self) -> None:
+    pass
+
+
+def _ensemble_of(
+    plan: Plan,
+    arm: Arm,
+    model: base.Model,
+    experiment: Experiment,
+    directory: files.PathLike,
+) -> _Ensemble | _NoEnsemble:
+  """What an arm's ensemble is made of, if the study has one."""
+  wanted = any(other.ensemble_of == arm.name for other in plan.declared)
+  if arm.num_groups < 2 or not wanted:
+    return _NoEnsemble()
+  path = plan_lib.ensemble_path(directory)
+  return _Ensemble(model, experiment, path, arm.num_groups)

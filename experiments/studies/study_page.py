@@ -1,0 +1,517 @@
+"""Writes what a study has found: a page, its plots, and CSV files.
+
+Files: page.md, page.html, PNG plots, study.csv (a row per arm and measure) and
+curves.csv (a row per evaluation).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from etils import epath
+
+from codistill_jax.storage import files
+from experiments.reports import pages
+from experiments.reports.pages import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Table,
+)
+from experiments.studies import (
+    analysis,
+    communication,
+    formatting,
+    results,
+    verdicts,
+    wall_time,
+)
+from experiments.studies.analysis import (
+    DIVERGED,
+    MEASURED,
+    NOT_REACHED,
+    Analysis,
+    Cell,
+    Outcome,
+)
+from experiments.studies.declaration import MEASURES, Arm, Study
+from experiments.studies.formatting import count, sentence_start
+from experiments.studies.latency import Latency
+from experiments.studies.results import Band, Run, Setting
+from experiments.studies.verdicts import Verdict
+
+# Further parts of a page, by their names in declarations: 'latency' wall time
+# from a tail-latency model; 'bytes' loss against bytes received; 'topology',
+# 'staleness' and every other study with `x_label` measures against it;
+# 'speed-accuracy' accuracy beside loss, among the curves.
+VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
+
+
+class Summary(NamedTuple):
+  """What to print.
+
+  Attributes:
+    table: The arms, aligned for a terminal.
+    lines: Verdicts and what went wrong, a sentence each.
+    verdicts: In the order of the study's comparisons.
+    page: The Markdown page.
+  """
+
+  table: str
+  lines: tuple[str, ...]
+  verdicts: tuple[Verdict, ...]
+  page: epath.Path
+
+
+def write(
+    study: Study,
+    setting: Setting,
+    runs: Sequence[Run],
+    output: files.PathLike,
+    *,
+    latency: Latency | None = None,
+) -> Summary:
+  """Analyses the runs of a study and writes everything about them.
+
+  Args:
+    study: Its declaration.
+    setting: What all runs have in common.
+    runs: Of all arms and seeds, those for tuning among them; in any order.
+    output: Directory; what lies there under the same names is replaced.
+    latency: What is assumed of workers and network, for the view 'latency'.
+
+  Raises:
+    ValueError: If runs and declaration do not fit.
+  """
+  found = analysis.analyse(study, runs)
+  judged = tuple(verdicts.judge(found, c) for c in study.comparisons)
+  said = (*(v.sentence for v in judged), *_divergences(found))
+  directory = epath.Path(output)
+  made = _blocks(found, setting, said, latency or Latency())
+  pages.write(directory, 'page', study.title, made)
+  for name, frame in (('study', _study_csv(found)), ('curves', _curves(found))):
+    text = frame.to_csv(index=False, lineterminator='\n')
+    files.write_bytes(directory / f'{name}.csv', text.encode())
+  short = _short_table(found)
+  table = pages.to_text(list(short), short.to_numpy().tolist())
+  return Summary(table, said, judged, directory / 'page.md')
+
+
+def _blocks(
+    found: Analysis, setting: Setting, said: Sequence[str], latency: Latency
+) -> list[Block]:
+  """Returns all of the page, in order."""
+  from experiments.studies import study_plots  # Needs matplotlib.
+
+  study, views = found.study, found.study.views
+  for name in views:
+    if name not in VIEWS:
+      raise ValueError(
+          f'No view {name!r} for {study.name}; there are {", ".join(VIEWS)}.'
+      )
+  seeds = 'Steps to the target, seed by seed'
+  drawn = [*study_plots.curves(found, setting), study_plots.against_axis(found)]
+  return [
+      Paragraph(study.question),
+      Paragraph(claim(study)),
+      Paragraph(_settings(study, setting)),
+      *([Heading('Verdict'), Bullets(said)] if said else []),
+      Heading('Arms'),
+      Table(arms_table(found, setting)),
+      Paragraph(_targets(found, setting)),
+      *([Heading(seeds), Table(_seeds_table(found))] if found.trained else []),
+      *(b for plot in drawn if plot for b in (Heading(plot.title), plot)),
+      *(_bytes(found, setting) if 'bytes' in views else []),
+      *(
+          wall_time_blocks(found, setting, latency)
+          if 'latency' in views
+          else []
+      ),
+      *_rates(found, setting),
+      Heading('Rules'),
+      Bullets([*_rules(found), *verdicts.RULES]),
+      *(
+          [Heading('Notes'), *map(Paragraph, study.notes)]
+          if study.notes
+          else []
+      ),
+      Heading('How to make it again'),
+      Code(setting.command),
+      Paragraph(
+          f'All runs together took {setting.minutes:,.1f} minutes on'
+          f' {_machine(setting)}.'
+      ),
+  ]
+
+
+# --- Settings and rules ------------------------------------------------------
+
+
+def claim(study: Study) -> str:
+  """Returns what the paper says, or whoever else does."""
+  ours = study.source.startswith(verdicts.NOT_OF_THE_PAPER)
+  return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
+
+
+def _settings(study: Study, s: Setting) -> str:
+  """Returns what all arms have in common, in one line."""
+  rows = f' rows of {s.rows}' if s.rows else f' {s.example}s'
+  groups = sorted({arm.num_groups for arm in study.arms})
+  ends = ' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]])))
+  baseline = _title(study, study.baseline)
+  parts = (
+      f'data set: {s.data}',
+      f'G = {ends} (each arm in the table), R = {s.replicas}',
+      f'group batch {s.group_batch:,}{rows} for {baseline}',
+      f'{count(s.seeds, "seed")} of each arm',
+      f'{s.num_steps:,} steps of each group'
+      f' ({s.num_steps * s.examples:,} {s.example}s for {baseline})',
+      f'exchange every {s.exchange_every:,}',
+      f'model: {s.model.rstrip(".")}, {s.model_parameters:,} parameters',
+      f'scale {s.scale}, {_machine(s)}',
+  )
+  return sentence_start('; '.join(parts)) + '.'
+
+
+def _machine(setting: Setting) -> str:
+  """Returns its cores only, or the kind of its accelerator."""
+  if setting.cores:
+    return count(setting.cores, 'CPU core')
+  return f'one {setting.device}'
+
+
+def _title(study: Study, name: str) -> str:
+  return next((a.title for a in study.arms if a.name == name), name)
+
+
+def _targets(found: Analysis, setting: Setting) -> str:
+  if not found.targets:
+    return 'There is no target: no run of the baseline ended well.'
+  values = ', '.join(
+      f'{value:.4f} (seed {seed})' for seed, value in found.targets.items()
+  )
+  return f'Target, nats per {setting.example}: {values}.'
+
+
+def _rules(found: Analysis) -> list[str]:
+  """Says how numbers were made from runs."""
+  smoothing = (
+      f'a trailing mean over {found.window} evaluations, fewer at the start'
+      if found.window > 1
+      else 'none, since there are fewer than 12 evaluations'
+  )
+  title = _title(found.study, found.study.baseline)
+  return [
+      f'Validation loss is the mean over the groups of a run. Smoothing, the'
+      f' same for all arms: {smoothing}.',
+      f'The target of a seed is the best smoothed validation loss of {title} of'
+      ' the same seed. Steps to it are those of the first evaluation at or'
+      ' under it, without interpolation, counted for each group; compute is of'
+      ' all groups and teachers. An arm that does not reach it in every seed'
+      ' has no mean. An arm as good as the baseline has no fixed number: the'
+      ' best of a flat and noisy curve may be early or late.',
+      'Loss at the end is that of the last evaluation, not smoothed; the best'
+      ' loss is the smallest smoothed one.',
+      '± is half of maximum minus minimum over seeds; brackets are 95 %'
+      ' intervals of the mean.',
+      'A run that diverged (a loss or gradient that is not finite, or a loss'
+      ' that went up to twice that of the start for good) is left out'
+      ' of means, ratios and curves, and named above.',
+  ]
+
+
+def _divergences(found: Analysis) -> list[str]:
+  """Returns a sentence for each arm of which a run diverged."""
+  lines = []
+  for arm in found.study.arms:
+    runs = found.runs[arm.name]
+    at = [results.diverged_at(run) for run in runs]
+    steps = [f'{step:,}' for step in at if step is not None]
+    if steps:
+      rest = '; its means are of the others' if len(steps) < len(runs) else ''
+      together = ' and '.join(filter(None, [', '.join(steps[:-1]), steps[-1]]))
+      lines.append(
+          f'{sentence_start(arm.title)} diverged at step {together} in'
+          f' {len(steps)} of {count(len(runs), "seed")}{rest}.'
+      )
+  return lines
+
+
+# --- Tables ------------------------------------------------------------------
+
+
+def arms_table(found: Analysis, setting: Setting) -> pd.DataFrame:
+  """Returns all arms by all measures, with intervals."""
+  return pd.DataFrame(
+      {
+          'arm': arm.title,
+          'G': str(arm.num_groups),
+          f'{setting.example}s per update of a group': _batch(found, arm),
+          'seeds': str(len(found.runs[arm.name])),
+          'learning rate': _used_rates(found.runs[arm.name]),
+          **_cells(found, arm, _measures(found)),
+      }
+      for arm in found.study.arms
+  )
+
+
+def _short_table(found: Analysis) -> pd.DataFrame:
+  """Returns the table for a terminal: without intervals."""
+  measures = [m for m in _measures(found) if m != 'compute_to_target']
+  return pd.DataFrame(
+      {
+          'arm': arm.title,
+          'seeds': str(len(found.runs[arm.name])),
+          **_cells(found, arm, measures, interval=False),
+      }
+      for arm in found.study.arms
+  )
+
+
+def _measures(found: Analysis) -> list[str]:
+  """Returns those of the runs; with teachers' steps where there are any."""
+  runs = [run for runs in found.runs.values() for run in runs]
+  has = {
+      'total_steps_to_target': any(run.prior_steps for run in runs),
+      'final_accuracy': any(len(run.accuracy_N) for run in runs),
+      'churn': False,
+      'log_loss': False,
+  }
+  return [key for key in MEASURES if has.get(key, True)]
+
+
+def _batch(found: Analysis, arm: Arm) -> str:
+  """Returns examples; of an ensemble, those of its members."""
+  groups = {a.name: a.num_groups for a in found.study.arms}
+  groups = groups.get(arm.ensemble_of, arm.num_groups)
+  runs = found.runs[arm.name]
+  sizes = sorted({run.examples_per_step / groups for run in runs})
+  return ', '.join(f'{size:,.0f}' for size in sizes) or '-'
+
+
+def _cells(
+    found: Analysis, arm: Arm, measures: Sequence[str], interval: bool = True
+) -> dict[str, str]:
+  return {
+      MEASURES[m].column: _cell(
+          analysis.cell(found, arm.name, m), MEASURES[m].form, interval
+      )
+      for m in measures
+  }
+
+
+def _cell(cell: Cell, form: str, interval: bool) -> str:
+  seeds, diverged = len(cell.outcomes), cell.count(DIVERGED)
+  if diverged == seeds:
+    return 'diverged' if seeds else 'not trained'
+  if cell.estimate is not None:
+    text = formatting.estimate(
+        cell.estimate, form, spread=True, interval=interval
+    )
+    left = seeds - diverged
+    return f'{text} ({left} of {seeds} seeds)' if diverged else text
+  if not cell.count(NOT_REACHED):
+    return '-'
+  reached = cell.count(MEASURED)
+  return f'reached in {reached} of {seeds} seeds' if reached else NOT_REACHED
+
+
+def _seeds_table(found: Analysis) -> pd.DataFrame:
+  """Returns steps to the target of every run, and what was not reached."""
+  seeds = sorted({r.seed for runs in found.runs.values() for r in runs})
+  rows = []
+  for arm in found.study.arms:
+    outcomes = analysis.cell(found, arm.name, 'steps_to_target').outcomes
+    of_seed = {o.seed: _outcome(o) for o in outcomes}
+    row = {f'seed {seed}': of_seed.get(seed, '-') for seed in seeds}
+    rows.append({'arm': arm.title} | row)
+  return pd.DataFrame(rows)
+
+
+def _outcome(found: Outcome) -> str:
+  if found.state == MEASURED:
+    return f'{found.value:,.0f}'
+  if found.state == NOT_REACHED:
+    return f'not reached in {found.at_least:,.0f}'
+  return found.state
+
+
+# --- Learning rates ----------------------------------------------------------
+
+
+def _rates(found: Analysis, setting: Setting) -> list[Block]:
+  said = sentence_start(setting.selection).rstrip('.') + '.'
+  heading = Heading('Learning rates')
+  if not any(found.tuning.values()):
+    return [heading, Paragraph(said)] if said != '.' else []
+  table = pd.DataFrame(
+      {
+          'arm': arm.title,
+          **{f'{r:g}': _tried(found, arm, r) for r in setting.rates},
+          'chosen': _chosen(found, arm, setting),
+      }
+      for arm in found.study.arms
+  )
+  explained = (
+      ' Each cell is the best smoothed and the last validation loss of one run'
+      ' of its own seed, which is reported nowhere else.'
+  )
+  return [heading, Table(table), Paragraph(said + explained)]
+
+
+def _used_rates(runs: Sequence[Run]) -> str:
+  known = {run.rate for run in runs if not math.isnan(run.rate)}
+  return ', '.join(f'{rate:g}' for rate in sorted(known)) or '-'
+
+
+def _tried(found: Analysis, arm: Arm, rate: float) -> str:
+  """Returns losses at a rate: of one run, unless more seeds were tried."""
+  cells = []
+  for run in found.tuning[arm.name]:
+    if np.isclose(run.rate, rate):
+      best = analysis.outcome(found, run, 'best_loss')
+      last = analysis.outcome(found, run, 'final_loss')
+      losses = f'{best.value:.4f} / {last.value:.4f}'
+      cells.append(losses if best.state == MEASURED else best.state)
+  return ', '.join(cells) or '-'
+
+
+def _chosen(found: Analysis, arm: Arm, setting: Setting) -> str:
+  runs = found.runs[arm.name]
+  used, source = _used_rates(runs), arm.tuned_as or arm.ensemble_of
+  if source:
+    return f'{used}, that of {_title(found.study, source)}'
+  ends = [f(setting.rates) for f in (min, max) if len(setting.rates) > 1]
+  at_the_edge = any(math.isclose(r.rate, end) for r in runs for end in ends)
+  if found.tuning[arm.name] and at_the_edge:
+    return f'{used}, at the edge of the grid'
+  return used
+
+
+# --- Views -------------------------------------------------------------------
+
+
+def _bytes(found: Analysis, setting: Setting) -> list[Block]:
+  from experiments.studies import study_plots
+
+  plot = study_plots.against_bytes(found, setting)
+  if plot is None:
+    return []
+  return [
+      Heading(plot.title),
+      plot,
+      Table(_bytes_table(found)),
+      Paragraph(
+          'Smoothed validation loss, mean over seeds, at the last evaluation'
+          ' within so many bytes; each column is what one of the arms has'
+          ' received in all. A dash: more than that by the first evaluation.'
+      ),
+      Bullets(communication.FORMULAS),
+  ]
+
+
+def _bytes_table(found: Analysis) -> pd.DataFrame:
+  """Returns losses at the last evaluation within budgets of bytes.
+
+  The budgets are what each arm has received in all, so that each column has an
+  arm at its end.
+  """
+  bands = {
+      a.title: analysis.band(found, a.name, 'bytes') for a in found.trained
+  }
+  ends = sorted(band.x_N[-1] for band in bands.values() if band is not None)
+  # Those that look the same are the same.
+  budgets = {pages.number(end, 'bytes'): end for end in ends if end > 0}
+  return pd.DataFrame(
+      {
+          'arm': title,
+          **{f'at {said}': _within(band, b) for said, b in budgets.items()},
+      }
+      for title, band in bands.items()
+  )
+
+
+def _within(band: Band | None, budget: float) -> str:
+  if band is None:
+    return '-'
+  # A sum of many updates may be a rounding error above the same product.
+  at = np.flatnonzero(band.x_N <= budget * (1 + 1e-9))
+  return f'{band.mean_N[at[-1]]:.4f}' if len(at) else '-'
+
+
+def wall_time_blocks(
+    found: Analysis, setting: Setting, latency: Latency
+) -> list[Block]:
+  """Returns plot, words and assumptions; a sentence if runs do not suffice."""
+  from experiments.studies import study_plots
+
+  measured = wall_time.measure(found)
+  model = wall_time.fitted(measured, latency)
+  heading = Heading('Wall time, on paper')
+  if model is None:
+    return [heading, Paragraph(wall_time.too_few(measured))]
+  made = [
+      heading,
+      Paragraph(wall_time.summary(model)),
+      study_plots.wall_time(model),
+      Table(wall_time.times_table(model), names=0),
+  ]
+  if measured.at:
+    made.append(Paragraph('The same for shorter and longer tails:'))
+    made.append(Table(wall_time.tails_table(model), names=0))
+  assumptions = wall_time.assumptions(model, setting.bytes_of_model)
+  return [*made, Bullets(assumptions)]
+
+
+# --- CSV ---------------------------------------------------------------------
+
+
+def _study_csv(found: Analysis) -> pd.DataFrame:
+  """Returns a row per arm and measure; empty where there is no mean."""
+  rows = []
+  for arm in found.study.arms:
+    for measure in MEASURES:
+      cell = analysis.cell(found, arm.name, measure)
+      numbers = cell.estimate or (np.nan,) * 4
+      values = [f'{o.seed}:{_exact(o.value)}' for o in cell.outcomes]
+      row: dict[str, Any] = {'arm': arm.name, 'measure': measure}
+      row |= zip(('mean', 'half_range', 'low', 'high'), map(_exact, numbers))
+      row |= {
+          'seeds': len(cell.outcomes),
+          'measured': cell.count(MEASURED),
+          'not_reached': cell.count(NOT_REACHED),
+          'diverged': cell.count(DIVERGED),
+          'values': ' '.join(values),
+      }
+      rows.append(row)
+  return pd.DataFrame(rows)
+
+
+def _curves(found: Analysis) -> pd.DataFrame:
+  """Returns a row per evaluation of every run that is reported; raw."""
+  frames = []
+  for runs in found.runs.values():
+    for run in runs:
+      columns = {
+          'step': run.steps_N,
+          'flops': run.flops_N,
+          'bytes': run.bytes_N,
+          'loss': run.loss_N,
+          'accuracy': run.accuracy_N if len(run.accuracy_N) else np.nan,
+      }
+      frame = pd.DataFrame(columns, dtype=object).map(_exact)
+      frame.insert(0, 'arm', run.arm)
+      frame.insert(1, 'seed', run.seed)
+      frames.append(frame)
+  return pd.concat(frames, ignore_index=True)
+
+
+def _exact(value: float) -> str:
+  value = float(value)
+  if np.isnan(value):
+    return ''
+  return str(int(value)) if value.is_integer() else repr(value)

@@ -1,0 +1,547 @@
+"""The plots of studies: curves, bytes, an axis of arms, wall time, churn.
+
+With `reports.plots`, all of the studies that needs matplotlib.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    NullLocator,
+)
+
+from codistill_jax.statistics import Estimate
+from experiments.churn_study import run_files
+from experiments.churn_study.results import ENSEMBLE, Row
+from experiments.reports import plots
+from experiments.reports.pages import Plot
+from experiments.studies import analysis, results
+from experiments.studies.analysis import Analysis
+from experiments.studies.declaration import MEASURES, Arm, Study
+from experiments.studies.results import Band, Setting
+from experiments.studies.wall_time import WallTime
+
+_COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
+_MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X')
+# Arms that do not stand on the axis of a study, where others do.
+_APART = (plots.ONE, *plots.PALETTE[1:3], '#000000')
+_TARGET = {'color': plots.GREY, 'ls': plots.DOTTED, 'lw': 1.0}
+# Curves are shown from about this share of a run on.
+_SHOWN_FROM = 0.35
+# An arm that ends so many times higher above the best is not in the frame.
+_FAR = 3.0
+_MARKED = 30  # Evaluations up to which each has a marker.
+
+
+# --- Styles ------------------------------------------------------------------
+
+
+def styles_of(study: Study) -> dict[str, dict]:
+  """Returns colour and dashes of every arm.
+
+  Where many arms stand on an axis, colour is the place on it, from dark to
+  light, and dashes are the series; else arms have the colours of all pages.
+  """
+  on_axis = [arm for arm in study.arms if arm.x is not None]
+  if study.x_label and len(on_axis) > len(_COLOURS):
+    return _by_place(study, on_axis)
+  colours = plots.arm_colours(arm.name for arm in study.arms)
+  return {
+      arm.name: {'color': colours[arm.name], 'ls': _dashes(i // len(_COLOURS))}
+      for i, arm in enumerate(study.arms)
+  }
+
+
+def _by_place(study: Study, on_axis: Sequence[Arm]) -> dict[str, dict]:
+  places = sorted({arm.x for arm in on_axis})
+  series = list(dict.fromkeys(arm.series for arm in on_axis))
+  shades = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, len(places)))
+  others = [arm for arm in study.arms if arm.x is None]
+  styles = {
+      arm.name: {'color': _APART[i % len(_APART)], 'ls': _dashes(2)}
+      for i, arm in enumerate(others)
+  }
+  for arm in on_axis:
+    styles[arm.name] = {
+        'color': matplotlib.colors.to_hex(shades[places.index(arm.x)]),
+        'ls': _dashes(series.index(arm.series)),
+    }
+  return styles
+
+
+def _dashes(number: int):
+  return plots.DASHES[number % len(plots.DASHES)]
+
+
+def _legend(found: Analysis, styles: Mapping[str, dict]) -> list[Line2D]:
+  """Returns an entry for each arm that was trained."""
+  return [
+      Line2D([], [], label=arm.title, lw=1.8, **styles[arm.name])
+      for arm in found.trained
+  ]
+
+
+# --- Curves ------------------------------------------------------------------
+
+
+def curves(found: Analysis, setting: Setting) -> list[Plot]:
+  """Draws validation loss, and for 'speed-accuracy' validation accuracy."""
+  if not any(analysis.band(found, a.name, 'steps') for a in found.study.arms):
+    return []
+  runs = [run for runs in found.runs.values() for run in runs]
+  made = [_loss(found, setting)]
+  if 'speed-accuracy' in found.study.views and any(
+      len(run.accuracy_N) for run in runs
+  ):
+    caption = (
+        'The same runs by validation accuracy, left at equal steps of each'
+        ' group, right at equal compute. Lines are means over seeds, bands'
+        ' their range, smoothed as the losses are.'
+    )
+    title = 'Validation accuracy'
+    made.append(_two_axes(found, 'accuracy', title.lower(), title, caption))
+  return made
+
+
+def _loss(found: Analysis, setting: Setting) -> Plot:
+  smoothed = (
+      f'trailing means over {found.window} evaluations, as the rule sees them'
+      if found.window > 1
+      else 'not smoothed'
+  )
+  caption = (
+      'Left at equal steps of each group, right at equal compute: FLOPs of all'
+      ' groups, with those of teachers before and during training. Lines are'
+      f' means over seeds, bands their range; {smoothed}. The dotted level is'
+      ' the target, its mean over seeds. A cross at the top marks the step at'
+      ' which a run diverged. The axis of losses does not start at zero, and'
+      ' the start of the runs lies above the frame, as do arms that end far'
+      ' above the others.'
+  )
+  if any(run.prior_steps for runs in found.runs.values() for run in runs):
+    caption += ' Steps of teachers that were trained before are not drawn left.'
+  label = f'validation loss (nats per {setting.example})'
+  return _two_axes(found, 'loss', label, 'Validation loss', caption)
+
+
+def _two_axes(
+    found: Analysis, y: str, label: str, title: str, caption: str
+) -> Plot:
+  styles = styles_of(found.study)
+  shade = 0.15 if len(found.study.arms) <= len(_COLOURS) else 0.08
+  with plots.style():
+    figure, (left, right) = plots.figure_of(2, x_label='steps of each group')
+    for ax, x in ((left, 'steps'), (right, 'flops')):
+      for arm in found.study.arms:
+        band = analysis.band(found, arm.name, x, y)
+        _draw_band(ax, band, styles[arm.name], shade)
+      _zoom(ax, found, y)
+    left.set_title('Equal steps')
+    left.set_ylabel(label)
+    right.set_title('Equal compute')
+    right.set_xlabel('FLOPs of all groups and teachers')
+    right.xaxis.set_major_formatter(EngFormatter(sep=' '))
+    _mark_divergence(left, found, styles)
+    extra = _draw_target((left, right), found) if y == 'loss' else []
+    plots.legend_below(figure, [*_legend(found, styles), *extra])
+    return plots.save(figure, y, title, caption)
+
+
+def _draw_band(
+    ax: Axes, band: Band | None, style: dict, shade: float = 0.15
+) -> None:
+  """Draws a line of means with the range around it; nothing for None."""
+  if band is None:
+    return
+  few = len(band.x_N) <= _MARKED
+  marker = {'marker': 'o', 'ms': 2.5} if few else {}
+  ax.plot(band.x_N, band.mean_N, lw=1.6, **marker, **style)
+  ax.fill_between(
+      band.x_N, band.low_N, band.high_N, color=style['color'], alpha=shade, lw=0
+  )
+
+
+def _draw_target(axes: Sequence[Axes], found: Analysis) -> list[Line2D]:
+  """Draws the level of the target; returns its entry in the legend."""
+  if not found.targets:
+    return []
+  level = float(np.mean(list(found.targets.values())))
+  for ax in axes:
+    ax.axhline(level, zorder=1, **_TARGET)
+  return [Line2D([], [], label='target', **_TARGET)]
+
+
+def _zoom(ax: Axes, found: Analysis, y: str) -> None:
+  """Sets vertical limits that leave out the start of the runs.
+
+  Half of the arms are in sight from `_SHOWN_FROM` on, and the ends of all but
+  those that end far above: one slow arm must not press the others together.
+  """
+  bands = [analysis.band(found, a.name, 'steps', y) for a in found.study.arms]
+  bands = [band for band in bands if band is not None]
+  if not bands:
+    return
+  starts = [b.mean_N[b.x_N >= _SHOWN_FROM * b.x_N[-1]][0] for b in bands]
+  ends = [end for b in bands for end in (b.low_N[-1], b.high_N[-1])]
+  middle = float(np.median(starts))
+  shown = [middle, *ends]
+  if y == 'loss':
+    shown += found.targets.values()
+    far = min(shown) + _FAR * (middle - min(shown))
+    shown = [value for value in shown if value <= max(far, middle)]
+  plots.zoom(ax, shown, 0.06, 0.06)
+
+
+def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
+  at_the_top = ax.get_xaxis_transform()
+  for name, runs in found.runs.items():
+    style = {'color': styles[name]['color'], 'ms': 6, 'mew': 1.6}
+    for step in map(results.diverged_at, runs):
+      if step is not None:
+        ax.plot([step], [0.97], 'x', transform=at_the_top, **style)
+
+
+# --- Bytes -------------------------------------------------------------------
+
+
+def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
+  """Draws loss against bytes received; None if no arm has received any."""
+  bands = {a.name: _received(found, a.name) for a in found.study.arms}
+  if not any(band is not None for band in bands.values()):
+    return None
+  styles = styles_of(found.study)
+  with plots.style():
+    label = 'bytes that one worker or group has received'
+    figure, (ax,) = plots.figure_of(1, x_label=label)
+    for name, band in bands.items():
+      _draw_band(ax, band, styles[name])
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=_ticks(bands.values())))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(EngFormatter(unit='B', sep=' '))
+    ax.set_ylabel(f'validation loss (nats per {setting.example})')
+    _zoom(ax, found, 'loss')
+    extra = _draw_target([ax], found)
+    silent = []
+    for arm in found.study.arms:
+      band = analysis.band(found, arm.name, 'bytes')
+      if bands[arm.name] is None and band is not None:
+        ax.axhline(band.mean_N[-1], lw=1.2, alpha=0.7, **styles[arm.name])
+        silent.append(arm.title)
+    plots.legend_below(figure, [*_legend(found, styles), *extra])
+    caption = (
+        'Bytes by the formulas below, not measured on a network; the axis is'
+        ' logarithmic. Lines are means over seeds, bands their range.'
+    )
+    if silent:
+      caption += (
+          ' Levels are arms that receive nothing, at their loss at the end:'
+          f' {", ".join(silent)}.'
+      )
+    title = 'Validation loss at equal bytes'
+    return plots.save(figure, 'loss_bytes', title, caption)
+
+
+def _received(found: Analysis, arm: str) -> Band | None:
+  """Returns the part of a curve where something has been received."""
+  band = analysis.band(found, arm, 'bytes')
+  if band is None or not (band.x_N > 0).any():
+    return None
+  return Band(*(part[band.x_N > 0] for part in band))
+
+
+def _ticks(bands: Iterable[Band | None]) -> tuple[int, ...]:
+  """Returns more ticks in a decade where there are few decades."""
+  ends = [x for b in bands if b is not None for x in (b.x_N[0], b.x_N[-1])]
+  return (1,) if max(ends) > 100 * min(ends) else (1, 2, 5)
+
+
+# --- An axis of arms ---------------------------------------------------------
+
+_PANELS = (
+    'steps_to_target',
+    'compute_to_target',
+    'best_loss',
+    'final_accuracy',
+    'final_loss',
+)
+_MOST_PANELS = 4
+
+
+def against_axis(found: Analysis) -> Plot | None:
+  """Draws measures against x, a line for each series; None without any x."""
+  series: dict[str, list[Arm]] = {}
+  for arm in found.trained:
+    if arm.x is not None:
+      series.setdefault(arm.series, []).append(arm)
+  if not found.study.x_label or not series:
+    return None
+  main = [c.measure for c in found.study.comparisons[:1]]
+  panels = [
+      measure
+      for measure in dict.fromkeys([*main, *_PANELS])
+      if any(np.isfinite(point(found, a, measure)[0]) for a in found.study.arms)
+  ][:_MOST_PANELS]
+  if not panels:
+    return None
+  others = [arm for arm in found.trained if arm.x is None]
+  with plots.style():
+    label = found.study.x_label
+    figure, axes = plots.figure_of(len(panels), x_label=label)
+    legend = []
+    for i, (name, arms) in enumerate(series.items()):
+      style = {'color': _colour(i), 'marker': _MARKERS[i % len(_MARKERS)]}
+      apart = i - (len(series) - 1) / 2
+      for ax, measure in zip(axes, panels):
+        _draw_series(ax, found, arms, measure, style, apart)
+      legend.append(Line2D([], [], label=name or label, lw=1.4, ms=5, **style))
+    for ax, measure in zip(axes, panels):
+      _finish_panel(ax, found, measure)
+    for i, arm in enumerate(others, len(series)):
+      style = {'color': _colour(i), 'ls': (0, (1.5, 1.5)), 'lw': 1.2}
+      for ax, measure in zip(axes, panels):
+        estimate = analysis.cell(found, arm.name, measure).estimate
+        if estimate is not None:
+          ax.axhline(estimate.mean, zorder=1, **style)
+      legend.append(Line2D([], [], label=arm.title, **style))
+    plots.legend_below(figure, legend)
+    caption = (
+        'Means over seeds, bars 95 % intervals (a bar is missing for fewer than'
+        ' three seeds). An open triangle is an arm that did not reach the'
+        ' target in every seed, at the largest value seen; its mean is not'
+        ' known.'
+    )
+    if len(series) > 1:
+      caption += ' Points of several lines are set apart a little.'
+    if others:
+      caption += ' Dotted levels are arms that do not stand on the axis.'
+    return plots.save(figure, 'against_x', f'Against {label}', caption)
+
+
+def _colour(number: int) -> str:
+  return _COLOURS[number % len(_COLOURS)]
+
+
+def point(
+    found: Analysis, arm: Arm, measure: str
+) -> tuple[float, Estimate | None]:
+  """Returns the value of an arm, and its estimate if all seeds have one.
+
+  Where a seed has not reached the target, the value is the largest seen.
+  """
+  cell = analysis.cell(found, arm.name, measure)
+  if cell.estimate is not None:
+    return cell.estimate.mean, cell.estimate
+  seen = [x for o in cell.outcomes for x in (o.value, o.at_least)]
+  return max((x for x in seen if np.isfinite(x)), default=np.nan), None
+
+
+def _draw_series(
+    ax: Axes,
+    found: Analysis,
+    arms: Sequence[Arm],
+    measure: str,
+    style: dict,
+    apart: float,
+) -> None:
+  points = [
+      (_place(found, arm, apart), *point(found, arm, measure))
+      for arm in sorted(arms, key=lambda arm: arm.x)
+  ]
+  line = [(x, y) for x, y, estimate in points if estimate is not None]
+  if line:
+    ax.plot(*zip(*line), color=style['color'], lw=1.4)
+  for x, y, estimate in points:
+    if estimate is not None:
+      bars = {'color': style['color'], 'capsize': 2.5, 'lw': 1}
+      ax.errorbar(x, y, yerr=_ends(estimate), ms=5, ls='', **style | bars)
+    elif np.isfinite(y):
+      ax.plot([x], [y], '^', ms=7, mfc='none', mec=style['color'])
+
+
+def _place(found: Analysis, arm: Arm, apart: float) -> float:
+  """Returns x, moved so that bars of several lines do not hide each other."""
+  if found.study.x_log and arm.x > 0:
+    return arm.x * (1 + 0.03 * apart)
+  places = [a.x for a in found.study.arms if a.x is not None]
+  return arm.x + 0.008 * (max(places) - min(places)) * apart
+
+
+def _ends(estimate: Estimate) -> list[list[float]] | None:
+  """Returns an interval as the bars of a point; None if there is none."""
+  mean, low, high = estimate.mean, estimate.low, estimate.high
+  return None if np.isnan(low) else [[mean - low], [high - mean]]
+
+
+def _finish_panel(ax: Axes, found: Analysis, measure: str) -> None:
+  ax.set_ylabel(MEASURES[measure].label)
+  places = sorted({a.x for a in found.study.arms if a.x is not None})
+  if found.study.x_log and min(places) > 0:
+    ax.set_xscale('log')
+    ax.xaxis.set_minor_locator(NullLocator())
+  ax.xaxis.set_major_locator(FixedLocator(places))
+  ax.xaxis.set_major_formatter('{x:,g}')
+  if measure == 'compute_to_target':
+    ax.yaxis.set_major_formatter(EngFormatter(sep=' '))
+  elif MEASURES[measure].ratio:
+    ax.yaxis.set_major_formatter('{x:,.0f}')
+  if MEASURES[measure].ratio:
+    ax.set_ylim(bottom=0)
+
+
+# --- Wall time ---------------------------------------------------------------
+
+_ONE = {'color': plots.ONE, 'lw': 1.6}
+_TWO = {'color': plots.TWO, 'lw': 1.6}
+_PAPER = {'ls': plots.DASHES[1]}
+
+
+def wall_time(model: WallTime) -> Plot:
+  """Draws steps and time to the target over workers; dashed on paper."""
+  measured, fit, crossing = model.measured, model.fit, model.crossover()
+  workers = model.doublings()
+  halves = [w // 2 for w in workers if w % 2 == 0]
+  two_steps = lambda w: measured.ratio * fit.steps(w)
+  points = (list(measured.one), 'o', _ONE), (
+      [2 * w for w in measured.two],
+      's',
+      _TWO,
+  )
+  walls = (
+      [s * model.update(w) for w, s in measured.one.items()],
+      [s * model.taught_update(w) for w, s in measured.two.items()],
+  )
+  with plots.style():
+    figure, (left, right) = plots.figure_of(2, x_label='workers in all')
+    left.set_title('Steps to target')
+    left.set_ylabel('steps to target')
+    right.set_title('Wall time to target')
+    right.set_ylabel('time (median steps of a worker)')
+    left.plot(workers, [fit.steps(w) for w in workers], **_ONE, **_PAPER)
+    times = [fit.steps(w) * model.update(w) for w in workers]
+    right.plot(workers, times, **_ONE, **_PAPER)
+    if measured.at:
+      left.plot(workers, [two_steps(w / 2) for w in workers], **_TWO, **_PAPER)
+      times = [two_steps(w) * model.taught_update(w) for w in halves]
+      right.plot([2 * w for w in halves], times, **_TWO, **_PAPER)
+    steps = (list(measured.one.values()), list(measured.two.values()))
+    for ax, values in ((left, steps), (right, walls)):
+      for (x, marker, style), y in zip(points, values):
+        ax.plot(x, y, marker=marker, ms=5, **style)
+      _log_axes(ax)
+    handles = [Line2D([], [], label='one group', marker='o', ms=5, **_ONE)]
+    if measured.two:
+      two = Line2D([], [], label='two groups', marker='s', ms=5, **_TWO)
+      handles.append(two)
+    handles.append(plots.line(plots.GREY, 'on paper', **_PAPER))
+    if crossing is not None and crossing.first is not None:
+      right.axvline(2 * crossing.first, **_TARGET)
+      label = 'two groups faster from here'
+      handles.append(Line2D([], [], label=label, **_TARGET))
+    plots.legend_below(figure, handles)
+    caption = (
+        'Left: steps to the target of each group, as measured (points) and by'
+        ' the fit (dashed). Right: the same steps times the expected time of an'
+        ' update, by the assumptions below; dashed is on paper. Both axes are'
+        ' logarithmic; workers are those of all groups together.'
+    )
+    return plots.save(figure, 'latency', 'Wall time, on paper', caption)
+
+
+def _log_axes(ax: Axes) -> None:
+  ax.set_xscale('log', base=2)
+  ax.set_yscale('log')
+  ax.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+  ax.xaxis.set_major_formatter('{x:,.0f}')
+  ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=30))
+  ax.yaxis.set_major_formatter('{x:,.0f}')
+  ax.yaxis.set_minor_locator(NullLocator())
+
+
+# --- Churn -------------------------------------------------------------------
+
+_CODISTILLED = plots.TWO
+_MARKERS_OF_CHURN = {run_files.SINGLE: 's', ENSEMBLE: 'D'}
+
+
+def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
+  """Draws log loss against churn, arms of several weights as one line."""
+  weights = {r.arm: run_files.weight_of(r.arm) for r in rows}
+  weighted = [r for r in rows if weights[r.arm] is not None]
+  others = [r for r in rows if r not in weighted]
+  colours = {r.arm: _CODISTILLED for r in weighted} | {
+      run_files.SINGLE: plots.ONE,
+      ENSEMBLE: plots.PALETTE[0],
+  }
+  own = [r.arm for r in others if r.arm not in colours]
+  colours |= {
+      arm: plots.PALETTE[1:][i % (len(plots.PALETTE) - 1)]
+      for i, arm in enumerate(own)
+  }
+  with plots.style():
+    label = f'{split} log loss (nats)'
+    figure, (ax,) = plots.figure_of(1, x_label=label)
+    ax.set_ylabel('churn: mean absolute difference\nbetween retrains')
+    ax.xaxis.set_major_formatter('{x:.4g}')
+    line = [
+        [r.figures[key].mean for r in weighted] for key in ('log_loss', 'churn')
+    ]
+    ax.plot(*line, color=_CODISTILLED, lw=1.2, zorder=2)
+    handles = []
+    for row in rows:
+      colour, weight = colours[row.arm], weights[row.arm]
+      marker = (
+          'o' if weight is not None else _MARKERS_OF_CHURN.get(row.arm, '^')
+      )
+      _draw_row(ax, row, colour, marker, weight, row.arm == chosen)
+      if weight is None:
+        handles.append(plots.line(colour, row.title, ls='', marker=marker))
+    found = [r.figures['churn'] for r in rows]
+    highest = np.nanmax([[f.mean, f.high] for f in found])
+    ax.set_ylim(0, 1.08 * highest or 1.0)
+    ax.margins(x=0.12)
+    caption = (
+        f'Both on the {split} split; lower and further left is better. Points'
+        ' are means over retrains and over pairs of them, bars their 95 %'
+        ' intervals; the axis of log loss does not start at zero.'
+    )
+    if weighted:
+      label = f'{weighted[0].title.partition(",")[0]}, by distill weight'
+      handles.append(plots.line(_CODISTILLED, label, marker='o', lw=1.2))
+      caption += (
+          ' Numbers are distill weights; the ring is the one chosen on'
+          ' validation.'
+      )
+    plots.legend_below(figure, handles)
+    return plots.save(figure, 'churn', 'Log loss against churn', caption)
+
+
+def _draw_row(
+    ax: Axes,
+    row: Row,
+    colour: str,
+    marker: str,
+    weight: float | None,
+    is_chosen: bool,
+) -> None:
+  x, y = row.figures['log_loss'], row.figures['churn']
+  style = {'color': colour, 'marker': marker, 'ms': 5.5, 'lw': 1.0}
+  bars = {'xerr': _ends(x), 'yerr': _ends(y), 'capsize': 2.5}
+  ax.errorbar(x.mean, y.mean, **bars, **style, zorder=3)
+  if is_chosen:
+    ax.plot(x.mean, y.mean, 'o', ms=12, mfc='none', mec=colour, zorder=4)
+  if weight is not None:
+    ax.annotate(
+        f'{weight:g}',
+        (x.mean, y.mean),
+        xytext=(9, 5),
+        textcoords='offset points',
+        color=colour,
+        fontsize=8.5,
+    )

@@ -1,0 +1,251 @@
+"""A comparison in words, by `RULES` that do not know what we hoped for."""
+
+import math
+from typing import NamedTuple
+
+from codistill_jax.statistics import Estimate
+from experiments.studies import analysis, formatting
+from experiments.studies.analysis import (
+    DIVERGED,
+    MEASURED,
+    NOT_REACHED,
+    Analysis,
+    Effect,
+    Outcome,
+)
+from experiments.studies.declaration import MEASURES, Comparison, Study
+from experiments.studies.formatting import count, sentence_start
+
+AS = 'as in the paper'
+TOWARDS = "in the paper's direction, but the interval includes no effect"
+NONE = 'no difference seen'
+OPPOSITE = 'opposite to the paper'
+CANNOT = 'cannot be said'
+
+# For pages.
+RULES = (
+    'An effect is the mean over seeds of the ratio (steps, compute; geometric'
+    ' mean) or the difference (losses, accuracy) of one arm to another of the'
+    ' same seed, with its 95 % interval.',
+    "'As in the paper': the whole interval lies on the side that the paper"
+    ' leads us to expect; about the direction, not the size. "In the paper\'s'
+    ' direction, but the interval includes no effect": the mean does, the'
+    " interval does not. 'No difference seen': the interval includes no effect,"
+    " and the mean does not lie on that side. 'Opposite to the paper': the"
+    ' whole interval lies on the other side.',
+    "Where the same is expected: 'as in the paper' if the whole interval lies"
+    " within 10 % (losses: 1 %) of no effect, 'no difference seen' if it is"
+    " wider but includes no effect, else 'opposite to the paper'.",
+    'Steps and compute to a target are known to one evaluation: arms whose'
+    " means are no further apart than that have 'no difference seen', whatever"
+    ' the interval; and so have arms that should be the same if it is more than'
+    ' 10 %.',
+    "'Cannot be said': fewer than three seeds, a target that some seeds reach"
+    ' and others do not, or a measure that these runs do not have. If in all of'
+    ' at least three seeds one arm reaches the target and the other does not,'
+    ' though it went on for as long, the direction is known without a ratio;'
+    ' and so it is if all seeds of one arm diverged and none of the other.',
+    'Intervals are for the mean over seeds: the standard error of a bootstrap'
+    " of seeds, with the quantile of Student's t; seeded. Three seeds know"
+    ' their own spread badly, so their intervals are wide.',
+)
+
+_EXPECT = ('less', 'more', 'equal')
+_LEAST_SEEDS = 3
+_RATIO_MARGIN = 0.1
+_LOSS_MARGIN = 0.01
+# How the `paper` of a comparison begins that the paper did not make.
+NOT_OF_THE_PAPER = 'not in the paper'
+_OURS = {
+    'as in the paper': 'as expected',
+    "in the paper's direction": 'in the expected direction',
+    'opposite to the paper': 'opposite to what was expected',
+}
+
+
+class Verdict(NamedTuple):
+  """What came of a comparison.
+
+  Attributes:
+    comparison: As declared.
+    words: One of those above; `CANNOT` with its reason in brackets.
+    effect: The numbers.
+    sentence: Both, for the page.
+  """
+
+  comparison: Comparison
+  words: str
+  effect: Effect
+  sentence: str
+
+
+def judge(found: Analysis, comparison: Comparison) -> Verdict:
+  """Applies the rules.
+
+  Raises:
+    ValueError: If an arm or `expect` of the comparison is not known.
+  """
+  for arm in (comparison.arm, comparison.against):
+    if arm not in found.runs:
+      raise ValueError(
+          f'A comparison names arm {arm!r}, but {found.study.name} has'
+          f' {", ".join(found.runs)}.'
+      )
+  if comparison.expect not in _EXPECT:
+    raise ValueError(
+        f'Expected expect to be one of {", ".join(_EXPECT)}, got'
+        f' {comparison.expect!r}.'
+    )
+  effect = analysis.effect(
+      found, comparison.arm, comparison.against, comparison.measure
+  )
+  return of_effect(found.study, comparison, effect)
+
+
+def of_effect(study: Study, comparison: Comparison, effect: Effect) -> Verdict:
+  """Applies the rules to numbers."""
+  words = _words(effect, comparison.expect)
+  sentence = _sentence(study, comparison, effect, words)
+  return Verdict(comparison, words, effect, sentence)
+
+
+# --- Rules -------------------------------------------------------------------
+
+
+def _words(effect: Effect, expect: str) -> str:
+  if len(effect.ours) >= _LEAST_SEEDS and effect.one_side_diverged:
+    return AS if expect == effect.one_side_diverged else OPPOSITE
+  if effect.estimate is None:
+    return _without_estimate(effect, expect)
+  if effect.pairs < _LEAST_SEEDS:
+    return (
+        f'{CANNOT} ({count(effect.pairs, "seed")} of both arms: an interval'
+        f' needs {_LEAST_SEEDS})'
+    )
+  mean, low, high = _centred(effect)
+  if expect == 'equal':
+    return _equal(effect, low, high)
+  if effect.within_resolution:
+    return NONE
+  if expect == 'less':
+    mean, low, high = -mean, -high, -low
+  if low > 0:
+    return AS
+  if high < 0:
+    return OPPOSITE
+  return TOWARDS if mean > 0 else NONE
+
+
+def _centred(effect: Effect) -> tuple[float, float, float]:
+  """Returns mean, low and high with no effect at 0."""
+  found = effect.estimate
+  values = (found.mean, found.low, found.high)
+  if not effect.ratio:
+    return values
+  # The interval of a ratio may reach below 0.
+  return tuple(math.log(v) if v > 0 else -math.inf for v in values)
+
+
+def _equal(effect: Effect, low: float, high: float) -> str:
+  margin = (
+      math.log1p(_RATIO_MARGIN)
+      if effect.ratio
+      else _LOSS_MARGIN * abs(effect.baseline)
+  )
+  if -margin <= low and high <= margin:
+    coarse = effect.resolution > _RATIO_MARGIN * effect.baseline
+    return NONE if coarse else AS
+  return NONE if low <= 0 <= high or effect.within_resolution else OPPOSITE
+
+
+def _without_estimate(effect: Effect, expect: str) -> str:
+  pairs = list(zip(effect.ours, effect.theirs))
+  if not pairs:
+    return f'{CANNOT} (no seed in which both arms were trained)'
+  directions = {_direction(a, b) for a, b in pairs}
+  if len(pairs) >= _LEAST_SEEDS and directions in ({'less'}, {'more'}):
+    return AS if expect in directions else OPPOSITE
+  return f'{CANNOT} ({_reason(pairs)})'
+
+
+def _direction(a: Outcome, b: Outcome) -> str:
+  """Returns what is known of a pair of which one did not reach the target."""
+  if a.state == MEASURED and a.value <= b.at_least:
+    return 'less'
+  if b.state == MEASURED and b.value <= a.at_least:
+    return 'more'
+  return ''
+
+
+def _reason(pairs: list[tuple[Outcome, Outcome]]) -> str:
+  """Says why there is no estimate."""
+  states = {o.state for pair in pairs for o in pair}
+  if all(DIVERGED in (a.state, b.state) for a, b in pairs):
+    return 'in every seed one of the two diverged'
+  if NOT_REACHED in states:
+    return 'the target was not reached in all seeds'
+  if analysis.NO_TARGET in states:
+    return 'the baseline of a seed diverged or is missing: no target'
+  if analysis.ABSENT in states:
+    return 'these runs do not measure it'
+  return 'it was reached before the first update'
+
+
+# --- Sentences ---------------------------------------------------------------
+
+
+def _sentence(
+    study: Study, compared: Comparison, effect: Effect, words: str
+) -> str:
+  titles = {arm.name: arm.title for arm in study.arms}
+  against = titles[compared.against]
+  paper = f'The paper: {compared.paper}.'
+  if compared.paper.startswith(NOT_OF_THE_PAPER):
+    paper = f'{sentence_start(compared.paper)}.'
+    for of_paper, ours in _OURS.items():
+      words = words.replace(of_paper, ours)
+  said = (
+      _reached(effect, against)
+      if effect.estimate is None
+      else _numbers(effect, compared.measure)
+  )
+  return (
+      f'{sentence_start(titles[compared.arm])} against {against},'
+      f' {MEASURES[compared.measure].title}: {said}: {words}. {paper}'
+  )
+
+
+def _numbers(effect: Effect, measure: str) -> str:
+  seeds, found = count(effect.pairs, 'seed'), effect.estimate
+  left_out = len(effect.ours) - effect.pairs
+  if left_out > 0:  # Retrains of churn have no outcomes of their own.
+    seeds += f', {left_out} left out for divergence'
+  if effect.ratio:
+    apart = ', one evaluation apart or less' if effect.within_resolution else ''
+    return f'{_times(found)}{apart} ({seeds})'
+  sign = '+' if found.mean > 0 else ''
+  text = sign + formatting.estimate(found, MEASURES[measure].form)
+  points = ', in points,' if measure == 'final_accuracy' else ''
+  return f'a difference{points} of {text} ({seeds})'
+
+
+def _times(found: Estimate) -> str:
+  text = f'a ratio of {formatting.estimate(found, ".3g")}'
+  if found.mean < 0.995:
+    return f'{text}, {1 / found.mean:.2f} times less'
+  if found.mean > 1.005:
+    return f'{text}, {found.mean:.2f} times as much'
+  return text
+
+
+def _reached(effect: Effect, against: str) -> str:
+  sides = (effect.ours, effect.theirs)
+  counts = lambda state: [sum(o.state == state for o in s) for s in sides]
+  seeds = count(len(effect.ours), 'seed')
+  if effect.one_side_diverged:
+    whose = '' if effect.one_side_diverged == 'more' else f'{against} '
+    return f'{whose}diverged in {sum(counts(DIVERGED))} of {seeds}'
+  if not any(counts(NOT_REACHED)):
+    return 'no number'
+  ours, theirs = counts(MEASURED)
+  return f'reached in {ours} of {seeds}, by {against} in {theirs}; no ratio'

@@ -1,0 +1,312 @@
+"""All seeds as one program: the updates are those that are made in turn.
+
+To float32 rounding: in the sums of a batched product, XLA adds in another
+order than in those of one. Stated at `CLOSE`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import toy
+
+from codistill_jax import base
+from codistill_jax import experiment as experiment_lib
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
+from codistill_jax.exchange.memory_exchange import memory_exchanges
+from codistill_jax.exchange.protocol import Plan
+from codistill_jax.group import run_group
+from codistill_jax.schedules import distill_weight
+from experiments.studies import one_program
+
+CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
+SEEDS, STEPS = (0, 3), 13
+
+
+def clusters(group_id, group_batch, seed=0, **_):
+  return toy.Clusters(group_batch, seed, group_id, weights=True)
+
+
+def tokens(group_id, group_batch, seed=0, **_):
+  return toy.Tokens(group_batch, group_id=100 * seed + group_id)
+
+
+TASK = base.Task(
+    train_stream=clusters,
+    eval_batches=lambda rows: [],
+    num_classes=toy.CLASSES,
+    identity={},
+    example_name='point',
+)
+
+
+def experiments_of(model=toy.TWO_LAYERS, **kwargs):
+  """One of each seed."""
+  recurrent = model is toy.RECURRENT
+  task = toy.TOKEN_TASK._replace(train_stream=tokens) if recurrent else TASK
+  first = experiment_lib.Experiment(
+      **{
+          'task': task,
+          'model': lambda num_classes: model,
+          'optimizer': toy.SGD if recurrent else optax.sgd(0.3),
+          'distill_weight': distill_weight(weight=0.7, burn_in_steps=3),
+          'num_steps': STEPS,
+          'group_batch': 8,
+          'exchange_mode': 'lockstep',
+          'exchange_every': 2,
+          **kwargs,
+      }
+  )
+  return [dataclasses.replace(first, seed=s, data_seed=s) for s in SEEDS]
+
+
+def start_of(run, model, group_id, num_groups):
+  return base.host_copy(
+      experiment_lib.init_state(
+          run,
+          model,
+          jax.random.fold_in(jax.random.PRNGKey(run.seed), group_id),
+          experiment_lib.first_row(run, num_groups),
+          num_peers=experiment_lib.num_teachers(run, group_id, num_groups),
+      )
+  )
+
+
+def trained(members, until=STEPS, starts=None):
+  """Results of all members in turn: what each has learnt, and its metrics.
+
+  Args:
+    members: By seed and group: experiment, step, stream and exchange.
+    until: The last step.
+    starts: States to go on from.
+  """
+  starts = starts or {}
+  groups = {
+      member: run_group(
+          step,
+          starts.get(member)
+          or start_of(run, step_model(run), member[1], num_groups_of(members)),
+          stream,
+          num_steps=until,
+          exchange=exchange,
+          distill_weight=run.distill_weight,
+      )
+      for member, (run, step, stream, exchange) in members.items()
+  }
+  metrics, states = {}, {}
+  for results in zip(*groups.values()):
+    for member, result in zip(groups, results):
+      found = {k: float(v) for k, v in result.metrics.items()}
+      metrics[*member, result.step] = found
+      if result.step == until:
+        states[member] = members[member][1].collect(result.state)
+  return states, metrics
+
+
+def num_groups_of(members):
+  return 1 + max(group_id for _, group_id in members)
+
+
+@functools.cache
+def _model_of(make):
+  return make(toy.CLASSES)
+
+
+def step_model(run):
+  return _model_of(run.model)
+
+
+def together(experiments, num_groups=2, devices=None):
+  places, stream = one_program.make_places(
+      experiments,
+      step_model(experiments[0]),
+      num_groups,
+      devices or jax.devices()[:1],
+  )
+  return {
+      (run.seed, g): (run, place.seat, stream, place.exchange)
+      for run, of_seed in zip(experiments, places)
+      for g, place in enumerate(of_seed)
+  }
+
+
+def in_turn(experiments, num_groups=2):
+  step = experiment_lib.make_replicated_step(
+      experiments[0], step_model(experiments[0]), jax.devices()[:1]
+  )
+  return {
+      (run.seed, g): (
+          run,
+          step,
+          experiment_lib.train_stream(run, g, num_groups),
+          exchange,
+      )
+      for run in experiments
+      for g, exchange in enumerate(memory_exchanges(num_groups, plan=run.plan))
+  }
+
+
+@functools.cache
+def plain():
+  return trained(together(experiments_of()))
+
+
+CASES = {
+    'fresh': (toy.TWO_LAYERS, 2, {}),
+    'stale, halved': (
+        toy.TWO_LAYERS,
+        2,
+        {'staleness': 4, 'publish_dtype': 'bfloat16'},
+    ),
+    'ring': (toy.TWO_LAYERS, 3, {'topology': 'ring'}),
+    'asynchronous': (toy.TWO_LAYERS, 2, {'method': AsynchronousSgd(workers=2)}),
+    'recurrent': (toy.RECURRENT, 2, {'staleness': 2}),
+    'alone': (toy.TWO_LAYERS, 1, {}),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_one_program_makes_the_updates_that_are_made_in_turn(name):
+  model, num_groups, settings = CASES[name]
+  experiments = experiments_of(model, **settings)
+  expected, metrics = trained(in_turn(experiments, num_groups))
+  found, records = (
+      plain() if name == 'fresh' else trained(together(experiments, num_groups))
+  )
+  assert found.keys() == expected.keys()
+  for member in expected:
+    toy.assert_same(
+        found[member].variables, expected[member].variables, **CLOSE
+    )
+  assert records.keys() == metrics.keys()
+  for at, values in metrics.items():
+    if num_groups == 1:  # Nobody reads it: here it is not published.
+      values.pop('exchange/publication_bytes', None)
+    assert records[at].keys() == values.keys()
+    for key, value in values.items():
+      if not key.endswith('_ms') and 'seconds' not in key:
+        np.testing.assert_allclose(
+            records[at][key], value, rtol=2e-4, err_msg=f'{key} at {at}'
+        )
+
+
+def test_it_compiles_the_step_twice_and_all_else_once():
+  plain()  # What jax itself compiles, for small things, and the start.
+  members = together(experiments_of(staleness=4), devices=jax.devices()[3:])
+  starts = {
+      m: start_of(run, step_model(run), m[1], 2)
+      for m, (run, *_) in members.items()
+  }
+  with toy.compilations() as names:
+    # Not where another test might have compiled some of it.
+    trained(members, starts=starts)
+  assert sorted(n for n in names if n != 'jit(_rows)') == [
+      'jit(_copied)',
+      'jit(_gathered)',
+      'jit(counted)',  # The step, in burn-in and with teachers.
+      'jit(counted)',
+  ]
+
+
+def test_members_may_be_spread_over_devices():
+  expected, _ = plain()
+  found, _ = trained(together(experiments_of(), devices=jax.devices()[:2]))
+  for member in expected:
+    toy.assert_same(
+        found[member].variables, expected[member].variables, **CLOSE
+    )
+
+
+@pytest.mark.parametrize(
+    'until, settings', [(4, {}), (8, {}), (1, {}), (6, {'num_groups': 1})]
+)
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(until, settings):
+  experiments = experiments_of()
+  assert one_program.can_resume(experiments[0].plan, until)
+  starts, _ = trained(together(experiments, **settings), until)
+  found, _ = trained(together(experiments, **settings), starts=starts)
+  expected, _ = trained(together(experiments, **settings))
+  for member in expected:
+    toy.assert_same(found[member], expected[member])
+
+
+@pytest.mark.parametrize(
+    'staleness, steps', [(0, {1, 2, 4, 6}), (2, {1, 2}), (4, {1, 2})]
+)
+def test_it_goes_on_where_no_publication_from_before_is_asked_for(
+    staleness, steps
+):
+  plan = Plan(every=2, mode='lockstep', staleness=staleness)
+  usable = {s for s in range(1, 8) if one_program.can_resume(plan, s)}
+  asked = {
+      s
+      for s in range(1, 8)
+      if not {plan.asked(t) for t in range(s, 40)} & {*range(1, s)}
+  }
+  assert usable == asked == steps
+
+
+class Spoilt:
+  """A stream with an infinite input in one batch."""
+
+  def __init__(self, stream, at):
+    self._stream, self._at = stream, at
+
+  def batch(self, step):
+    batch = self._stream.batch(step)
+    if step == self._at:
+      batch['inputs'] = np.full_like(batch['inputs'], np.nan)
+      batch['weights'] = np.ones_like(batch['weights'])
+    return batch
+
+
+def test_a_seed_that_leaves_its_seats_holds_up_no_other():
+  def stream(group_id, group_batch, seed, **_):
+    healthy = clusters(group_id, group_batch, seed)
+    return Spoilt(healthy, 6) if (group_id, seed) == (1, 3) else healthy
+
+  expected, _ = plain()
+  members = together(experiments_of(task=TASK._replace(train_stream=stream)))
+  groups = {
+      member: run_group(
+          seat,
+          start_of(run, step_model(run), member[1], 2),
+          batches,
+          num_steps=STEPS,
+          exchange=exchange,
+          distill_weight=run.distill_weight,
+      )
+      for member, (run, seat, batches, exchange) in members.items()
+  }
+  failed = {}
+  for step in range(1, STEPS + 1):
+    for member in [m for m in groups if m not in failed]:
+      try:
+        result = next(groups[member])
+      except FloatingPointError:
+        for group_id in (0, 1):
+          failed[3, group_id] = step
+          members[3, group_id][1].leave()
+  # At the exchange after the update that went wrong.
+  assert failed == {(3, 0): 8, (3, 1): 8}
+  assert result.step == STEPS
+  toy.assert_same(
+      base.host_copy(result.state.variables), expected[0, 1].variables, **CLOSE
+  )
+
+
+@pytest.mark.parametrize(
+    'settings, num_groups, expected',
+    [
+        ({}, 2, True),
+        ({}, 1, True),
+        ({'topology': [[1], [0, 2], [0]]}, 3, False),
+        ({'exchange': 'predictions'}, 2, False),
+    ],
+)
+def test_what_can_be_one_program(settings, num_groups, expected):
+  first, _ = experiments_of(**settings)
+  assert one_program.possible(first, num_groups) == expected

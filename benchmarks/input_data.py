@@ -14,28 +14,27 @@ def no_data(directory: pathlib.Path) -> None:
 
 
 def token_shards(directory: pathlib.Path, documents: int = 20_000) -> None:
-  """Ten million tokens in documents of 500, or of that many documents."""
-  from codistill_jax.data import shards, tokenizer
+  """Writes ten million tokens in documents of 500, or that many documents."""
+  from codistill_jax.data import prepared_files, shards, tokenizer
 
   rng = np.random.default_rng(0)
   splits = {}
   for split, count in (('train', documents), ('validation', 100)):
     texts = rng.integers(3, 2048, (count, 500)).astype(np.uint16)
     texts[:, 0], texts[:, -1] = tokenizer.START_ID, tokenizer.END_ID
-    shards.write_shard(
+    described = shards.write_shard(
         directory, split, 0, list(texts), shards.token_dtype(2048)
     )
-    described = {'documents': count, 'tokens': texts.size}
     splits[split] = {'shards': [described]}
   model = b'stands for a tokenizer'
   (directory / shards.TOKENIZER).write_bytes(model)
   meta = {
-      'format_version': 1,
+      'format_version': shards.KIND.version,
       'vocab_size': 2048,
       'tokenizer_sha256': hashlib.sha256(model).hexdigest(),
       'splits': splits,
   }
-  shards.write_json(directory / shards.META, meta)
+  prepared_files.write_json(directory / prepared_files.META, meta)
 
 
 def cifar_files(directory: pathlib.Path) -> None:

@@ -54,7 +54,7 @@ def _together(case: Any) -> Callable[[], Any]:
 
   from benchmarks import cases
   from codistill_jax import base, one_program
-  from codistill_jax.exchange.protocol import Plan
+  from codistill_jax.exchange.plan import Plan
   from experiments.studies.one_program import exchanges_of
 
   members = _SEEDS * _GROUPS
@@ -75,7 +75,7 @@ def _in_turn(case: Any) -> Callable[[], Any]:
 
   from benchmarks import cases
   from codistill_jax import base, replicas
-  from codistill_jax.exchange.memory_exchange import memory_exchanges
+  from codistill_jax.exchange.store_exchange import memory_exchanges
 
   step = replicas.PmapStep(
       cases.train_step(case, axis_name=base.REPLICA_AXIS), jax.devices()[:1]

@@ -105,10 +105,10 @@ class _Groups:
   def peers(self, top_k: int | None = None) -> Any:
     """All others as the peers of each."""
     from codistill_jax import peer_predictions
-    from codistill_jax.exchange import topology
+    from codistill_jax.exchange.plan import peers_of
 
     groups = self._step.num_groups
-    others = [topology.peers_of(g, groups) for g in range(groups)]
+    others = [peers_of(g, groups) for g in range(groups)]
     return self._step.peers(peer_predictions.mixing_matrix(others), top_k)
 
   def updates(self, teachers: Any) -> Callable[[], Any]:

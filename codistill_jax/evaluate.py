@@ -222,7 +222,7 @@ def _add(sums, pending):
 
 
 def _values(sums):
-  """Numbers by key, with the perplexity of 'eval/loss'."""
+  """Returns numbers by key, with the perplexity of 'eval/loss'."""
   values = {key: metric.number() for key, metric in sums.items()}
   if 'eval/loss' in values and 'eval/auc' not in values:
     with np.errstate(over='ignore'):

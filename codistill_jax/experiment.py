@@ -14,7 +14,6 @@ import jax
 import optax
 
 from codistill_jax import (
-    experiment_checks,
     losses,
     one_program,
     replicas,
@@ -23,9 +22,13 @@ from codistill_jax import (
 )
 from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
 from codistill_jax.baselines.method import Method, SynchronousSgd
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.protocol import Plan
-from codistill_jax.exchange.topology import Topology
+from codistill_jax.exchange.kinds import Checkpoints, Kind
+
+_RENAMED = {
+    'checkpoints': '@exchange.Checkpoints()',
+    'predictions': '@exchange.Predictions()',
+    'fixed': '@exchange.FixedTeachers()',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +57,9 @@ class Experiment:
       (gradient accumulation); see `microbatches`.
     seed: Of parameters; group g starts from `fold_in(seed, g)`.
     data_seed: Of the order of the training data, in place of the task's.
-    exchange: What groups give each other: 'checkpoints', parameters now and
-      then; or 'predictions' of the same batch in every step, which needs all
-      groups in one program (`train_lockstep`) and no second forward pass.
-      'fixed': nothing; all learn from the groups of runs that have ended.
-    teacher_runs: With 'fixed': the run directories; every group in them is a
-      teacher.
-    teacher_step: With 'fixed': of which step; None for the newest resume
-      checkpoint of each.
-    prediction_top_k: With 'predictions': classes sent of each, and one number
-      for the rest; None sends all.
-    exchange_every: Steps between exchanges (of checkpoints).
-    exchange_mode: 'freshest' or 'lockstep'.
-    staleness: In lockstep, age of a publication when it comes into use.
-    publish_dtype: 'float32' or 'bfloat16'.
-    teacher_dtype: 'float32' or 'bfloat16': how teachers are held. In bfloat16
-      they are computed in it too, if `model` takes a `dtype`.
-    max_staleness_steps: In freshest, the age beyond which a teacher is not
-      used; None for any age.
-    staleness_policy: What happens then: 'drop' the peer from the mean, 'wait'
-      for it, or 'fail'.
-    topology: Who learns from whom: 'all', 'ring', 'random-<k>' or a list with
-      the peers of each group; see `topology`.
-    topology_seed: Of a random topology.
-    exchange_timeout_seconds: How long a peer is waited for, in lockstep and by
-      the policy 'wait'; and how long a publication that a peer reads is kept.
+    exchange: What groups give each other: `Checkpoints`, their parameters now
+      and then; `Predictions` of the same batch in every step; `FixedTeachers`,
+      nothing, all learn from runs that have ended. See `exchange.kinds`.
     log_every: Steps between records of training metrics.
     eval_every: Steps between validation passes; there is one at the end too.
     eval_batch: Rows of a validation batch.
@@ -102,64 +83,34 @@ class Experiment:
   simulated_replicas: int = 1
   seed: int = 0
   data_seed: int | None = None
-  exchange: str = 'checkpoints'
-  teacher_runs: Sequence[str] = ()
-  teacher_step: int | None = None
-  prediction_top_k: int | None = None
-  exchange_every: int = 50
-  exchange_mode: str = 'freshest'
-  staleness: int = 0
-  publish_dtype: str = 'float32'
-  teacher_dtype: str = 'float32'
-  max_staleness_steps: int | None = None
-  staleness_policy: str = 'drop'
-  topology: Topology = 'all'
-  topology_seed: int = 0
-  exchange_timeout_seconds: float = 600.0
+  exchange: Kind = dataclasses.field(default_factory=Checkpoints)
   log_every: int = 20
   eval_every: int = 200
   eval_batch: int = 128
   checkpoint_every: int = 200
 
   def __post_init__(self):
-    experiment_checks.check(self)
+    _check(self)
 
   @property
   def distillation(self) -> Callable[..., jax.Array]:
-    """The distillation loss of a step."""
+    """Returns the distillation loss of a step."""
     return losses.towards(
         self.distill_target,
         losses.distill_loss(self.distill_loss, self.task.output),
     )
 
-  @property
-  def plan(self) -> Plan:
-    """When to exchange what."""
-    return Plan(
-        every=self.exchange_every,
-        mode=self.exchange_mode,
-        staleness=self.staleness,
-        publish_dtype=self.publish_dtype,
-        teacher_dtype=self.teacher_dtype,
-        max_staleness_steps=self.max_staleness_steps,
-        staleness_policy=self.staleness_policy,
-        topology=self.topology,
-        topology_seed=self.topology_seed,
-    )
-
 
 def method_of(experiment: Experiment) -> Method:
-  """How a group updates."""
+  """Returns how a group updates."""
   return experiment.method or SynchronousSgd()
 
 
-def num_teachers(experiment: Experiment, group_id: int, num_groups: int) -> int:
-  """P, the models that a group runs beside its own."""
-  if experiment.exchange == 'predictions':
-    return 0  # The peers run themselves.
-  if experiment.exchange == 'fixed':
-    return len(teacher_sources(experiment))
-  return len(experiment.plan.peers_of(group_id, num_groups))
+def in_lockstep(experiment: Experiment) -> Experiment:
+  """Returns the experiment as a function of its seeds alone."""
+  return dataclasses.replace(
+      experiment, exchange=experiment.exchange.in_lockstep()
+  )
 
 
 def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
@@ -171,34 +122,20 @@ def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
     method_of(experiment).check(rows, num_replicas)
 
 
-def teacher_sources(
-    experiment: Experiment,
-) -> tuple[fixed_teachers.Source, ...]:
-  """What the teachers are made of, with Experiment.exchange='fixed'.
-
-  Raises:
-    ValueError: If a teacher run is not there or has not ended.
-  """
-  if experiment.exchange != 'fixed':
-    return ()
-  return fixed_teachers.find(experiment.teacher_runs, experiment.teacher_step)
-
-
 def make_model(experiment: Experiment) -> Model:
-  """The model of every group."""
+  """Returns the model of every group."""
   task = experiment.task
   return experiment.model(task.num_classes, **task.model_arguments)
 
 
 def make_teacher_model(experiment: Experiment) -> Model | None:
-  """The model in the dtype of the teachers; None if that is no cheaper."""
+  """Returns the model in the dtype of teachers; None if no cheaper."""
   takes = inspect.signature(experiment.model).parameters
-  if experiment.teacher_dtype == 'float32' or 'dtype' not in takes:
+  dtype = experiment.exchange.teacher_dtype
+  if dtype == 'float32' or 'dtype' not in takes:
     return None
   task = experiment.task
-  return experiment.model(
-      task.num_classes, dtype=experiment.teacher_dtype, **task.model_arguments
-  )
+  return experiment.model(task.num_classes, dtype=dtype, **task.model_arguments)
 
 
 def train_stream(
@@ -207,7 +144,7 @@ def train_stream(
     num_groups: int,
     rows: slice | None = None,
 ) -> Stream:
-  """The training batches of one group; see `Task.train_stream`."""
+  """Returns the training batches of one group; see `Task.train_stream`."""
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
   return method_of(experiment).train_stream(
       functools.partial(
@@ -223,7 +160,7 @@ def train_stream(
 
 
 def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
-  """The batches of the 'validation' or 'test' split, in order.
+  """Returns the batches of the 'validation' or 'test' split, in order.
 
   Raises:
     ValueError: If there is no such split.
@@ -238,7 +175,7 @@ def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
 
 
 def first_row(experiment: Experiment, num_groups: int) -> Batch:
-  """The first row of group 0's first batch, for its shapes.
+  """Returns the first row of group 0's first batch, for its shapes.
 
   The whole batch may be many gigabytes, and take a minute to decode.
   """
@@ -253,7 +190,7 @@ def init_state(
     *,
     num_peers: int,
 ) -> TrainState:
-  """The state of a group before its first update."""
+  """Returns the state of a group before its first update."""
   state = step.init_state(
       model,
       experiment.optimizer,
@@ -266,7 +203,7 @@ def init_state(
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
-  """The evaluation step of the task; jit it."""
+  """Returns the evaluation step of the task; jit it."""
   return step.make_eval_step(
       model, task_loss=losses.task_loss_of(experiment.task.output)
   )
@@ -275,7 +212,7 @@ def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
 def make_replicated_step(
     experiment: Experiment, model: Model, devices=None
 ) -> replicas.PmapStep:
-  """The train step on all replicas of a group (or on `devices`)."""
+  """Returns the train step on all replicas of a group (or `devices`)."""
   return replicas.PmapStep(_train_step(experiment, model), devices)
 
 
@@ -287,7 +224,7 @@ def make_population(
     num_replicas: int = 1,
     shared_batch: bool = True,
 ) -> one_program.Population:
-  """The train step of all groups as one program; see `Population`."""
+  """Returns the train step of all groups as one program."""
   return one_program.Population(
       _train_step(experiment, model),
       num_groups,
@@ -313,3 +250,90 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       teacher_model=make_teacher_model(experiment),
       simulated_replicas=experiment.simulated_replicas,
   )
+
+
+# -- what is refused ----------------------------------------------------------
+
+
+def _check(experiment: Experiment) -> None:
+  """Raises ValueError, one line, if an `Experiment` makes no sense."""
+  if not isinstance(experiment.task, Task):
+    raise ValueError(
+        f'Experiment.task={experiment.task!r}; bind it to a task, such as'
+        ' @text.language_model_task()'
+    )
+  for name in ('model', 'distill_weight'):
+    if not callable(getattr(experiment, name)):
+      raise ValueError(
+          f'Experiment.{name}={getattr(experiment, name)!r}; bind it to a'
+          ' reference, such as @lstm.language_model or'
+          ' @schedules.distill_weight()'
+      )
+  for name in (
+      'num_steps',
+      'group_batch',
+      'simulated_replicas',
+      'log_every',
+      'eval_every',
+      'eval_batch',
+      'checkpoint_every',
+  ):
+    value = getattr(experiment, name)
+    if type(value) is not int or value < 1:
+      raise ValueError(
+          f'Experiment.{name}={value!r}; set it to a whole number of at'
+          ' least 1'
+      )
+  for name in ('seed', 'data_seed'):
+    value = getattr(experiment, name)
+    if value is None and name == 'data_seed':
+      continue
+    if type(value) is not int or value < 0:
+      raise ValueError(
+          f'Experiment.{name}={value!r}; set it to a whole number of at'
+          ' least 0'
+      )
+  losses.task_loss_of(experiment.task.output)  # Raises on an unknown name.
+  experiment.distillation  # noqa: B018  Raises on an unknown name.
+  losses.check_smoothing(
+      experiment.task,
+      experiment.label_smoothing,
+      experiment.smoothing_distribution,
+  )
+  _check_exchange(experiment)
+  _check_method(experiment)
+
+
+def _check_method(experiment: Experiment) -> None:
+  if experiment.method is None:
+    return
+  if isinstance(experiment.method, type) or not isinstance(
+      experiment.method, Method
+  ):
+    raise ValueError(
+        f'Experiment.method={experiment.method!r}; bind it to a method, such as'
+        ' @async_sgd.AsynchronousSgd()'
+    )
+  if experiment.simulated_replicas > 1:
+    raise ValueError(
+        f'Experiment.simulated_replicas={experiment.simulated_replicas} are of'
+        f' synchronous SGD, but method={experiment.method!r}; leave one of them'
+        ' out'
+    )
+  experiment.method.check(experiment.group_batch, 1)
+
+
+def _check_exchange(experiment: Experiment) -> None:
+  chosen = experiment.exchange
+  if isinstance(chosen, str) and chosen in _RENAMED:
+    raise ValueError(
+        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that,'
+        ' with "from codistill_jax import exchange"'
+    )
+  if isinstance(chosen, type) or not isinstance(chosen, Kind):
+    raise ValueError(
+        f'Experiment.exchange={chosen!r}; bind it to a kind of exchange:'
+        ' @exchange.Checkpoints(), @exchange.Predictions() or'
+        ' @exchange.FixedTeachers(), with "from codistill_jax import exchange"'
+    )
+  chosen.check(experiment)

@@ -20,7 +20,8 @@ _GIN_FILE = flags.DEFINE_multi_string(
     'gin_file',
     [],
     'Gin config file; repeatable, later files override earlier ones. Relative'
-    ' to the working directory or to the root of the project.',
+    ' to the working directory, or else to the root of the project; its own'
+    ' gin_configs/ are found wherever it is installed.',
 )
 _GIN = flags.DEFINE_multi_string(
     'gin',
@@ -30,8 +31,41 @@ _GIN = flags.DEFINE_multi_string(
 )
 
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_HERE = pathlib.Path(__file__).resolve().parent
+# What gin files are relative to: the package where it is installed, or a clone.
+_ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
 _BASE = _ROOT / 'gin_configs' / 'base.gin'
+
+# What older configurations bind, and the binding that took its place. Of those
+# that are not here gin says that there is no such parameter.
+RENAMED = {
+    'Experiment.exchange_every': 'exchange.Checkpoints.every',
+    'Experiment.exchange_mode': 'exchange.Checkpoints.mode',
+    'Experiment.staleness': 'exchange.Checkpoints.staleness',
+    'Experiment.publish_dtype': 'exchange.Checkpoints.publish_dtype',
+    'Experiment.teacher_dtype': (
+        'exchange.Checkpoints.teacher_dtype (or of exchange.FixedTeachers)'
+    ),
+    'Experiment.max_staleness_steps': (
+        'exchange.Checkpoints.max_staleness_steps'
+    ),
+    'Experiment.staleness_policy': 'exchange.Checkpoints.staleness_policy',
+    'Experiment.topology': (
+        'exchange.Checkpoints.topology (or of exchange.Predictions)'
+    ),
+    'Experiment.topology_seed': (
+        'exchange.Checkpoints.topology_seed (or of exchange.Predictions)'
+    ),
+    'Experiment.exchange_timeout_seconds': (
+        'exchange.Checkpoints.timeout_seconds'
+    ),
+    'Experiment.teacher_runs': 'exchange.FixedTeachers.runs',
+    'Experiment.teacher_step': 'exchange.FixedTeachers.step',
+    'Experiment.prediction_top_k': 'exchange.Predictions.top_k',
+}
+_NO_PARAMETER = re.compile(
+    r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
+)
 
 # Bindings of files, as text, of what was in use until a later file (or binding)
 # of the same command line put something else in its place.
@@ -185,6 +219,13 @@ def _one_line_errors(where: str) -> Iterator[None]:
     reason = str(e)
     if isinstance(e, SyntaxError):
       reason = f'line {e.lineno}: {e.msg}'
+    found = _NO_PARAMETER.search(reason)
+    if found:
+      old = f'{found[1].split(".")[-1]}.{found[2]}'
+      if old in RENAMED:
+        reason = (
+            f'{old} is now {RENAMED[old]};{reason[found.end():].lstrip(".")}'
+        )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
 
 

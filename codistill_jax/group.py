@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from codistill_jax.base import Batch, Metrics, Stream, TrainState, Variables
-from codistill_jax.exchange.protocol import Exchange, NoExchange
+from codistill_jax.exchange.plan import Exchange, NoExchange
 
 
 class PlacedState(Protocol):

@@ -66,18 +66,18 @@ def check(
     return
   if formula is not losses.cross_entropy.formula:
     raise ValueError(
-        f'prediction_top_k={top_k} is there for the distill_loss cross_entropy'
-        ' of a softmax output only; leave prediction_top_k=None to send whole'
+        f'top_k={top_k} is there for the distill_loss cross_entropy'
+        ' of a softmax output only; leave top_k=None to send whole'
         ' predictions'
     )
   if type(top_k) is not int or top_k < 1:
     raise ValueError(
-        f'prediction_top_k={top_k!r}; set it to a number of classes of at'
+        f'top_k={top_k!r}; set it to a number of classes of at'
         ' least 1, or to None to send whole predictions'
     )
   if num_classes is not None and top_k > num_classes:
     raise ValueError(
-        f'prediction_top_k={top_k}, but there are {num_classes} classes; set'
+        f'top_k={top_k}, but there are {num_classes} classes; set'
         ' it to fewer, or to None to send whole predictions'
     )
 

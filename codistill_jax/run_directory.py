@@ -43,69 +43,69 @@ from codistill_jax.storage.files import (
 
 
 def config_path(workdir: PathLike) -> epath.Path:
-  """The operative gin config, written once."""
+  """Returns the path of the operative gin config, written once."""
   return epath.Path(workdir) / 'config.gin'
 
 
 def run_path(workdir: PathLike) -> epath.Path:
-  """What the run is, as JSON."""
+  """Returns the path of what the run is, as JSON."""
   return epath.Path(workdir) / 'run.json'
 
 
 def exchange_root(workdir: PathLike) -> epath.Path:
-  """The directory in which all groups publish."""
+  """Returns the directory in which all groups publish."""
   return epath.Path(workdir) / 'exchange'
 
 
 def publications_dir(workdir: PathLike, group_id: int) -> epath.Path:
-  """The publications of one group."""
+  """Returns the directory of the publications of one group."""
   return exchange_root(workdir) / f'group_{group_id}'
 
 
 def groups_root(workdir: PathLike) -> epath.Path:
-  """The parent of all group directories."""
+  """Returns the parent of all group directories."""
   return epath.Path(workdir) / 'groups'
 
 
 def group_dir(workdir: PathLike, group_id: int) -> epath.Path:
-  """What one group writes for itself."""
+  """Returns the directory of what one group writes for itself."""
   return groups_root(workdir) / f'group_{group_id}'
 
 
 def metrics_path(workdir: PathLike, group_id: int) -> epath.Path:
-  """The metrics of one group, one JSON object a line."""
+  """Returns the path of the metrics of one group, a JSON object a line."""
   return group_dir(workdir, group_id) / 'metrics.jsonl'
 
 
 def tensorboard_dir(workdir: PathLike, group_id: int) -> epath.Path:
-  """The TensorBoard events of one group."""
+  """Returns the directory of the TensorBoard events of one group."""
   return group_dir(workdir, group_id) / 'tensorboard'
 
 
 def checkpoints_dir(workdir: PathLike, group_id: int) -> epath.Path:
-  """The resume checkpoints of one group."""
+  """Returns the directory of the resume checkpoints of one group."""
   return group_dir(workdir, group_id) / 'checkpoints'
 
 
 def status_path(workdir: PathLike, group_id: int) -> epath.Path:
-  """The newest sign of life of one group."""
+  """Returns the path of the newest sign of life of one group."""
   return group_dir(workdir, group_id) / 'status.json'
 
 
 def done_path(workdir: PathLike, group_id: int) -> epath.Path:
-  """Exists once the group has reached its last step."""
+  """Returns the path that exists once the group has reached its last step."""
   return group_dir(workdir, group_id) / 'DONE'
 
 
 def report_dir(workdir: PathLike) -> epath.Path:
-  """Plots and pages made from the run."""
+  """Returns the directory of plots and pages made from the run."""
   return epath.Path(workdir) / 'report'
 
 
 def comparison_path(
     workdir: PathLike, step: int | None = None, split: str = 'validation'
 ) -> epath.Path:
-  """Final evaluation of models, ensembles and pairs of models, as JSON.
+  """Returns the path of a final evaluation of models and ensembles, as JSON.
 
   A report shows the one of the newest step (None), on the validation split.
   """
@@ -115,7 +115,7 @@ def comparison_path(
 
 
 def list_groups(workdir: PathLike) -> list[int]:
-  """Ids of the groups that have a directory, in order.
+  """Returns the ids of the groups that have a directory, in order.
 
   Raises:
     FileNotFoundError: If there is no directory `workdir`.
@@ -151,7 +151,7 @@ class SavedStep(NamedTuple):
 
 
 def newest_saved(directory: PathLike) -> SavedStep | None:
-  """The newest finished step under a directory of orbax steps, or None.
+  """Returns the newest finished step under a directory of steps, or None.
 
   A step counts once `commit_success.txt` is in it, which orbax writes last; a
   step that is pruned while this looks is passed over.
@@ -186,12 +186,30 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
 
 
 def read_run(workdir: PathLike) -> dict[str, Any]:
-  """What `write_run` wrote; empty if the run has written nothing yet.
+  """Reads what `write_run` wrote; empty if the run has written nothing yet.
 
   Raises:
     ValueError: If the file is damaged.
   """
   return read_json(run_path(workdir)) or {}
+
+
+def check_same_configuration(
+    what: str, theirs: Sequence[str], ours: Sequence[str], remedy: str
+) -> None:
+  """Raises ValueError if two lists of statements differ.
+
+  Args:
+    what: Who holds the first, such as 'runs/two holds another run'.
+    theirs: What is there.
+    ours: What is wanted.
+    remedy: What to do about it.
+  """
+  missing = 'no such binding'
+  there = next((s for s in theirs if s not in ours), missing)
+  here = next((s for s in ours if s not in theirs), missing)
+  if there != here:
+    raise ValueError(f'{what}: it has {there}, this one has {here}; {remedy}')
 
 
 def write_status(
@@ -218,7 +236,7 @@ def write_status(
 
 
 def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
-  """What `write_status` wrote last, or None.
+  """Reads what `write_status` wrote last, or None.
 
   Raises:
     ValueError: If the file is damaged; an object store or a killed writer may
@@ -228,7 +246,7 @@ def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
 
 
 def read_comparison(workdir: PathLike) -> dict[str, Any]:
-  """The final evaluation (`models`, `ensembles`, `pairs`), or nothing yet."""
+  """Reads the final evaluation (`models`, `ensembles`, `pairs`), or nothing."""
   return read_json(comparison_path(workdir)) or {}
 
 
@@ -249,7 +267,7 @@ class MetricsLog(NamedTuple):
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-  """One line of metrics.jsonl as a record, or None if it is damaged."""
+  """Parses one line of metrics.jsonl; None if it is damaged."""
   try:
     record = json.loads(line)
   except ValueError:
@@ -293,7 +311,7 @@ def _read_tail(f: Any, tail_bytes: int | None) -> bytes:
 def series(
     records: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[list[int], list[float]]:
-  """Steps and values of one metric, ordered by step, each step once.
+  """Returns steps and values of one metric, by step, each step once.
 
   Where a step stands in the file twice the later record holds, as it does for
   the trainer that went back to a checkpoint.

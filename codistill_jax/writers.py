@@ -291,13 +291,13 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 def describe(metrics: Metrics) -> str:
-  """The metrics a person watches, on one line: `loss/task 5.123  ...`."""
+  """Formats the metrics a person watches: `loss/task 5.123  ...`."""
   values = as_floats({k: metrics[k] for k in _SHOWN if k in metrics})
   return ''.join(_SHOWN[k](v) for k, v in values.items()).strip()
 
 
 class ProgressWriter:
-  """A progress bar on a terminal; elsewhere a plain line now and then."""
+  """Shows a progress bar on a terminal; elsewhere a line now and then."""
 
   def __init__(
       self,

@@ -21,12 +21,17 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli, side_by_side
-from experiments.churn_study import comparison, run_files
-from experiments.stopping import Rescue, StopRequest
+from experiments import cli
+from experiments.studies import (
+    plan,
+    prediction_files,
+    retrains,
+    side_by_side,
+)
+from experiments.studies.catalogue import churn as catalogue
+from experiments.studies.declaration import Scale
 
 flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(comparison)
 
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the study: predictions and report.'
@@ -68,6 +73,44 @@ _NOTE = flags.DEFINE_string(
     'note', '', 'A sentence for the head of the page, such as on the data.'
 )
 
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Directory for tables, page and plot; default: report/ in --workdir, or'
+    ' nowhere for files.',
+)
+
+# --- Files of anybody's models -----------------------------------------------
+
+_PREDICTIONS = flags.DEFINE_multi_string(
+    'predictions',
+    [],
+    'Compare files instead of training: .npy, .csv, .tsv or .parquet of'
+    ' probabilities, a model each. arm=path puts a model in an arm; arms are'
+    ' compared with the first. Repeatable.',
+)
+_PREDICTION_COLUMN = flags.DEFINE_multi_string(
+    'prediction_column',
+    ['prediction'],
+    'Column of a table with the probability of the positive class; or repeated,'
+    ' one column for each class.',
+)
+_LABELS = flags.DEFINE_string(
+    'labels',
+    None,
+    'File with labels, for log loss and error. Default: --label_column of the'
+    ' prediction files, if they have it.',
+)
+_LABEL_COLUMN = flags.DEFINE_string(
+    'label_column',
+    'label',
+    'Column of a table with the class, from 0; nothing for no labels.',
+)
+_ID_COLUMN = flags.DEFINE_string(
+    'id_column', '', 'Column by which tables are joined; default: row by row.'
+)
+
+_OF_FILES = ('prediction_column', 'labels', 'label_column', 'id_column')
 # Without --workdir, which is refused in words of its own.
 _OF_STUDIES = (
     'retrains',
@@ -86,53 +129,71 @@ _OF_STUDIES = (
 def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
   del argv
-  if comparison.PREDICTIONS.value:
+  if _PREDICTIONS.value:
     if _WORKDIR.value:
       raise ValueError(
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
       )
     _refuse_flags_of('a study', _OF_STUDIES)
-    comparison.main()
+    _compare_files()
     return
   if not _WORKDIR.value:
     raise ValueError('give --workdir to train a study, or --predictions')
-  _refuse_flags_of('--predictions', comparison.ONLY_OF_FILES)
-  _check_flags()
+  _refuse_flags_of('--predictions', _OF_FILES)
+  planned = _plan()
   workdir = _WORKDIR.value
   if not files.is_remote(workdir):
     workdir = os.path.abspath(workdir)
-  if _WORKER.value:
-    _work(workdir)
-    return
   began = time.time()
-  if _JOBS.value > 1:
-    before = run_files.claimed_at(workdir)
-    side_by_side.run(
-        'experiments.churn',
-        _JOBS.value,
-        StopRequest().install(),
-        accepted=lambda: run_files.claimed_at(workdir) != before,
-    )
-  else:
-    _work(workdir)
-  left = [
-      run.name for run in _runs() if run_files.read_record(workdir, run) is None
-  ]
-  if left:
-    cli.tell(
-        f'{left[0]} is in the hands of another process, which makes the report'
-        ' in the end; or start this command again'
-    )
+  side_by_side.train(
+      'experiments.churn',
+      workdir,
+      planned,
+      jobs=_JOBS.value,
+      worker=_WORKER.value,
+      replicas=_REPLICAS.value,
+  )
+  if _WORKER.value:
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
+  from experiments.studies import churn_page  # To train needs no tables.
+
+  churn_page.report(workdir, _OUTPUT.value, _NOTE.value)
+
+
+def _compare_files() -> None:
+  columns = prediction_files.Columns(
+      tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
+  )
+  named = [_split_name(text) for text in _PREDICTIONS.value]
+  rows, pairs, examples = prediction_files.compare(
+      named, columns, _LABELS.value
+  )
   from experiments.studies import churn_page
 
-  churn_page.report(workdir, comparison.OUTPUT.value, _NOTE.value)
+  churn_page.report_files(
+      rows,
+      pairs=pairs,
+      examples=examples,
+      joined_by=columns.id,
+      paths=[path for _, path in named],
+      output=_OUTPUT.value,
+  )
+
+
+def _split_name(text: str) -> tuple[str, str]:
+  """Returns arm and path; a path alone is of the one arm without a name."""
+  name, equals, path = text.partition('=')
+  if not equals or '/' in name:
+    return 'predictions', text
+  if not name or not path:
+    raise ValueError(f'--predictions={text}: expected path or arm=path')
+  return name, path
 
 
 def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
-  """A flag that acts nowhere is a mistake."""
+  """Raises ValueError for a flag that would act nowhere."""
   for name in names:
     if flags.FLAGS[name].present:
       raise ValueError(
@@ -140,7 +201,12 @@ def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
       )
 
 
-def _check_flags() -> None:
+def _plan() -> plan.Plan:
+  """Returns the plan of the study that the flags declare.
+
+  Raises:
+    ValueError: If they do not fit.
+  """
   for flag, least in (
       (_RETRAINS, 2),
       (_NUM_GROUPS, 2),
@@ -155,10 +221,18 @@ def _check_flags() -> None:
         '--control_retrains=1: the first is a single model, which is no'
         ' control; set it to 0, or to 2 or more'
     )
-  _runs()
+  scale = Scale(tuple(gin_utils.flag_values()[0]), seeds=_RETRAINS.value)
+  study = catalogue.STUDY._replace(
+      arms=retrains.arms(_weights(), _NUM_GROUPS.value, _own_arms()),
+      comparisons=(),
+      scales={'own': scale},
+  )
+  return retrains.with_controls(
+      plan.make_plan(study, 'own'), _CONTROL_RETRAINS.value
+  )
 
 
-def _runs() -> list[run_files.Run]:
+def _weights() -> list[float]:
   weights = []
   for text in _WEIGHTS.value:
     try:
@@ -170,19 +244,13 @@ def _runs() -> list[run_files.Run]:
           f'--weights: {text!r} is no distill weight; give numbers above 0,'
           ' such as --weights=1,3,6'
       )
-  if len(set(map(run_files.codistilled, weights))) < len(weights):
+  if len({f'{weight:g}' for weight in weights}) < len(weights):
     raise ValueError(f'--weights={",".join(_WEIGHTS.value)} names one twice')
-  return run_files.plan(
-      _RETRAINS.value,
-      weights,
-      num_groups=_NUM_GROUPS.value,
-      own={name: groups for name, (groups, _) in _own_arms().items()},
-      control_retrains=_CONTROL_RETRAINS.value,
-  )
+  return weights
 
 
 def _own_arms() -> dict[str, tuple[int, str]]:
-  """Groups and gin file of each arm of --arm_gin, by name."""
+  """Returns groups and gin file of each arm of --arm_gin, by name."""
   arms = {}
   for text in _ARM_GIN.value:
     label, _, path = text.partition('=')
@@ -192,39 +260,11 @@ def _own_arms() -> dict[str, tuple[int, str]]:
       raise ValueError(
           f'--arm_gin={text}; expected name=file.gin or name:groups=file.gin'
       )
-    run_files.check_name(name)
+    retrains.check_name(name)
     if name in arms:
       raise ValueError(f'--arm_gin: two arms are called {name!r}')
     arms[name] = (int(groups), path)
   return arms
-
-
-def _work(workdir: str) -> None:
-  """Trains what is not done, in this process."""
-  jobs = side_by_side.take_cores(_WORKER.value)
-  line = 'stopped; the same command goes on from here'
-  stop = StopRequest(Rescue(line)).install()
-  # Not at the top: to compare files needs no jax.
-  from experiments import devices
-  from experiments.churn_study import worker
-
-  if _REPLICAS.value > 1:
-    devices.use_replicas(_REPLICAS.value)
-  own = _own_arms()
-  trainers = worker.Trainers(
-      workdir,
-      *gin_utils.flag_values(),
-      own={name: path for name, (_, path) in own.items()},
-      devices=lambda: devices.chosen_devices(_REPLICAS.value),
-  )
-  study = worker.describe_study(
-      trainers,
-      num_groups=_NUM_GROUPS.value,
-      command=os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
-  )
-  worker.claim(workdir, study)
-  worker.train_all(workdir, _runs(), trainers, stop, jobs)
-  stop.uninstall()
 
 
 if __name__ == '__main__':

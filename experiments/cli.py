@@ -1,19 +1,26 @@
-"""What all binaries share: one-line errors and exit statuses.
+"""What all binaries share: exit statuses, one-line errors, the request to stop.
 
   0  done
   1  a clear error on the last line; the same command would fail again
  70  a crash, with its traceback; starting again may help
- 75  a clear error that may pass: a peer that did not come, a full disk
+ 75  what may pass: a peer that did not come, a full disk; or a stop that came
+     before a save, whose last line says what is lost
 128+n  stopped by signal n, everything saved
 """
 
 import contextlib
 import errno
 import os
+import runpy
+import select
 import shlex
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 from absl import app, flags, logging
 
@@ -34,11 +41,18 @@ _PASSING = {
     errno.ETIMEDOUT,
 }
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# For the main thread to come and poll where nothing can be lost.
+_SOON_SECONDS = 0.5
+# Signals that follow so soon are one request: of a batch system to all
+# processes of a job, and of the supervisor that it has told as well.
+_ONE_REQUEST_SECONDS = 1.0
+
+STOPPED = 'stopped; the same command goes on from here'
+
 # Packages that only some binaries need, by the extra that installs them.
 _EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
-
-# Said by a process that leaves before there is anything to save.
-NOT_BEGUN = 'stopped before training began; the same command starts it again'
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
@@ -47,9 +61,9 @@ COMMAND_VARIABLE = 'CODISTILL_COMMAND'
 class Stopped(Exception):
   """The process was asked to stop, and everything is saved."""
 
-  def __init__(self, message: str, signal_number: int):
+  def __init__(self, message: str, signal_number: int | None):
     super().__init__(message)
-    self.exit_status = 128 + signal_number
+    self.exit_status = 128 + (signal_number or signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -71,7 +85,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def status_of(
     main: Callable[[Sequence[str]], None], argv: Sequence[str]
 ) -> int:
-  """Runs `main`; prints what went wrong; returns the exit status."""
+  """Runs `main`; prints what went wrong; returns the exit status.
+
+  Whoever had the signals before, has them again.
+  """
   try:
     if len(argv) > 1:
       raise ValueError(
@@ -80,9 +97,12 @@ def status_of(
       )
     main(argv)
   except KeyboardInterrupt:
-    return 130
+    return 128 + signal.SIGINT
   except Exception as e:
     return say(e)
+  finally:
+    while _installed:
+      _installed[-1].uninstall()
   return 0
 
 
@@ -134,7 +154,143 @@ def _settle_output() -> None:
       os.dup2(nowhere, stream.fileno())
 
 
+def console() -> None:
+  """Starts the binary that the console script `codistill-<binary>` names."""
+  name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
+  runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
+
+
+def module_of(binary: str) -> str:
+  """Returns the module of a binary, for `python -m`, here or installed."""
+  return f'{__package__}.{binary}'
+
+
 def own_command() -> str:
-  """The command of this process, as a user would type it."""
+  """Returns the command of this process, as a user would type it."""
   name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-  return shlex.join(['python', '-m', f'experiments.{name}', *sys.argv[1:]])
+  return shlex.join(['python', '-m', module_of(name), *sys.argv[1:]])
+
+
+class StopRequest:
+  """SIGTERM and SIGINT as a flag that loops, waits and evaluations poll.
+
+  Python runs its handlers in the main thread, which may be inside XLA's
+  compiler for minutes. So a thread hears of a signal through the wakeup
+  descriptor, which C code writes to at once. If the main thread does not come
+  to poll within a grace period, the process leaves as it is: at most the
+  updates of one checkpoint interval are lost, as by a kill. Another signal, a
+  second or more later, ends it at once.
+
+  Attributes:
+    signal_number: The first signal that came, or None.
+    unsaved: By directory of a group, the step of its newest checkpoint, while
+      there are updates after it.
+  """
+
+  def __init__(self, line: str | None = None, grace_seconds: float = 20.0):
+    """Hears of nothing yet; see `install`.
+
+    Args:
+      line: Said by a process that leaves while it has nothing to lose. None:
+        this is a flag alone, and whoever polls it may take any time, such as a
+        supervisor, whose processes leave first.
+      grace_seconds: For the main thread to come and poll, where updates would
+        be lost.
+    """
+    self.signal_number: int | None = None
+    self.unsaved: dict[str, int] = {}
+    self._line = line
+    self._grace_seconds = grace_seconds
+    self._heard = threading.Event()
+    self._undo: list[Callable[[], Any]] = []
+
+  def __call__(self) -> bool:
+    """Returns whether to stop; the main thread that asks has to see to it."""
+    if self.signal_number is None:
+      return False
+    if threading.current_thread() is threading.main_thread():
+      self._heard.set()
+    return True
+
+  def install(self) -> 'StopRequest':
+    """Takes over both signals, until `main` ends; in the main thread only."""
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    self._undo.append(lambda: (signal.set_wakeup_fd(before), os.close(sender)))
+    for number in SIGNALS:
+      handler = signal.signal(number, self._note)
+      self._undo.append(lambda n=number, h=handler: signal.signal(n, h))
+    threading.Thread(
+        target=self._listen, args=(receiver,), name='stopping', daemon=True
+    ).start()
+    _installed.append(self)
+    return self
+
+  def uninstall(self) -> None:
+    """Gives the signals back to whoever had them; ends the thread."""
+    if self in _installed:
+      _installed.remove(self)
+    while self._undo:
+      self._undo.pop()()
+
+  def _note(self, number: int, frame: Any = None) -> None:
+    # The thread counts the signals; here only so that a poll right after one
+    # sees it.
+    del frame
+    if self.signal_number is None:
+      self.signal_number = number
+
+  def _listen(self, receiver: int) -> None:
+    with (
+        open(receiver, 'rb', buffering=0) as pipe,
+        contextlib.suppress(EOFError),
+    ):
+      self._note(_next_signal(pipe))
+      first = time.monotonic()
+      patience = self._grace_seconds if self.unsaved else _SOON_SECONDS
+      if self._line is None:
+        patience = None
+      while True:
+        again = _next_signal(pipe, patience)
+        if again is None:
+          if not self._heard.is_set():
+            break
+          patience = None  # The main thread sees to it.
+        elif time.monotonic() > first + _ONE_REQUEST_SECONDS:
+          break
+      self._leave()
+
+  def _leave(self) -> None:
+    """Ends the process as it is."""
+    status = MAY_PASS
+    if self.unsaved:
+      steps = ', '.join(f'{s} of {g}' for g, s in self.unsaved.items())
+      line = (
+          'error: stopped in the middle of something long, before a save; the'
+          f' updates after step {steps} may be lost'
+      )
+    elif self._line is None:
+      line = 'left at once; the processes that it has started end with it'
+    else:
+      line, status = self._line, 128 + self.signal_number
+    tell(line, error=True)
+    os._exit(status)
+
+
+_installed: list[StopRequest] = []
+
+
+def _next_signal(pipe: BinaryIO, seconds: float | None = None) -> int | None:
+  """Returns the next signal to stop; None if none comes in time.
+
+  Raises:
+    EOFError: If the signals were given back.
+  """
+  while select.select([pipe], [], [], seconds)[0]:
+    came = pipe.read(1)
+    if not came:
+      raise EOFError
+    if came[0] in SIGNALS:
+      return came[0]
+  return None

@@ -26,7 +26,6 @@ from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
 from experiments.reports import pages
-from experiments.stopping import Rescue, StopRequest
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 
@@ -68,9 +67,10 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
+  """Evaluates every run that is given."""
   del argv
   # What is found is written as a whole: there is nothing to save.
-  StopRequest(Rescue('stopped; nothing is written of this run')).install()
+  cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _WORKDIR.value:
     comparison = compare_run(
         workdir,
@@ -188,9 +188,7 @@ def _like(run: Run, group_id: int) -> TrainState:
           run.model,
           jax.random.PRNGKey(0),
           row,
-          num_peers=experiment_lib.num_teachers(
-              experiment, group_id, run.num_groups
-          ),
+          num_peers=experiment.exchange.num_teachers(group_id, run.num_groups),
       )
   )
 

@@ -5,21 +5,19 @@ r"""Prepares clicks: lines of Criteo's format -> rows on disk.
 
 The format is that of Kaggle's Display Advertising Challenge: a label, 13
 integers and 26 categories, separated by tabs, plain or gzip. Streaming: 45.8 M
-rows need about 0.6 GB of memory. Lines that do not fit are counted by reason
-and left out. Killed at any moment, the same command continues; when all is done
-it says so.
+rows need about 0.8 GB of memory for each worker. Lines that do not fit are
+counted by reason and left out. Killed at any moment, the same command
+continues; when all is done it says so. The files do not depend on --workers.
 """
 
 from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax.data import click_rounds, click_shards
-from codistill_jax.data import prepare_clicks as prepare_lib
+from codistill_jax.data import criteo, prepare_clicks, process_pool
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
-_STOPPED = 'stopped; the same command goes on from the last whole shard'
+_STOPPED = 'stopped; the same command goes on'
 
 _OUTPUT = flags.DEFINE_string(
     'output',
@@ -36,7 +34,7 @@ _SOURCE = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_enum(
     'split',
     'time',
-    click_rounds.SPLIT_BY,
+    prepare_clicks.SPLIT_BY,
     'How lines are split. time: the last ones are the test split, those before'
     ' them the validation split (the lines are in the order of time). hash: at'
     ' random, by the number of the line.',
@@ -64,9 +62,23 @@ _MAX_LINES = flags.DEFINE_integer(
 )
 _SHARD_LINES = flags.DEFINE_integer(
     'shard_lines',
-    prepare_lib.DEFAULT_SHARD_LINES,
+    prepare_clicks.DEFAULT_SHARD_LINES,
     'Lines of a shard, all splits together. A killed run loses at most the'
-    ' shard that it was writing.',
+    ' shards that it was writing, one for each worker.',
+    lower_bound=1,
+)
+_CHECKSUMS = flags.DEFINE_string(
+    'checksums',
+    None,
+    'A list made by sha256sum. All files of the source are compared with it'
+    ' first, which reads them once more, at each start that has work to do.',
+)
+_WORKERS = flags.DEFINE_integer(
+    'workers',
+    None,
+    'Processes that parse lines, about 0.8 GB each; with 1 it is done without'
+    ' others. The result does not depend on it. Default: one for each core that'
+    ' this process may use, at most 4, as reading is done by one.',
     lower_bound=1,
 )
 _VERIFY = flags.DEFINE_bool(
@@ -81,8 +93,8 @@ def main(argv: Sequence[str]) -> None:
   if not _SOURCE.value:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
-  StopRequest(Rescue(_STOPPED)).install()
-  meta = prepare_lib.prepare(
+  cli.StopRequest(_STOPPED).install()
+  meta = prepare_clicks.prepare_clicks(
       _OUTPUT.value,
       _SOURCE.value,
       split=_SPLIT.value,
@@ -91,11 +103,14 @@ def main(argv: Sequence[str]) -> None:
       seed=_SEED.value,
       max_lines=_MAX_LINES.value,
       shard_lines=_SHARD_LINES.value,
+      source_checksums=_CHECKSUMS.value,
+      workers=_WORKERS.value or min(process_pool.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )
-  print(prepare_lib.summary(meta))
+  print(prepare_clicks.summary(meta))
   if _VERIFY.value:
-    print(f'{click_shards.verify(_OUTPUT.value)} files are as written')
+    files, size = criteo.verify(_OUTPUT.value)
+    print(f'{files} files, {size:,} bytes: as they were written.')
 
 
 if __name__ == '__main__':

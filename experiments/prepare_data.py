@@ -12,7 +12,6 @@ Streaming: the corpus is never in memory. Killed at any moment, the same command
 continues; when all is done it says so. The files do not depend on --workers.
 """
 
-import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -20,16 +19,14 @@ from absl import flags
 from codistill_jax.data import (
     filters,
     paragraph_ids,
-    prepare_settings,
-    prepare_summary,
-    records,
+    prepare_text,
+    process_pool,
     shards,
+    sources,
 )
-from codistill_jax.data import prepare as prepare_lib
 from experiments import cli
-from experiments.stopping import Rescue, StopRequest
 
-_STOPPED = 'stopped; the same command goes on from the last whole shard'
+_STOPPED = 'stopped; the same command goes on'
 
 _OUTPUT = flags.DEFINE_string(
     'output',
@@ -56,7 +53,7 @@ _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size',
     None,
     'Word pieces in the vocabulary, with <unk>, <s>, </s> and 256 bytes; 24006'
-    f' in the paper. Default: {prepare_settings.DEFAULT_VOCAB_SIZE}, or those'
+    f' in the paper. Default: {prepare_text.DEFAULT_VOCAB_SIZE}, or those'
     ' of --tokenizer.',
     lower_bound=1,
 )
@@ -67,7 +64,7 @@ _TOKENIZER = flags.DEFINE_string(
 )
 _TOKENIZER_BYTES = flags.DEFINE_integer(
     'tokenizer_bytes',
-    prepare_settings.DEFAULT_TOKENIZER_BYTES,
+    prepare_text.DEFAULT_TOKENIZER_BYTES,
     'Train the tokenizer on the first so many bytes of the training split;'
     ' they are held in memory.',
     lower_bound=1,
@@ -92,9 +89,9 @@ _MAX_DOCUMENTS = flags.DEFINE_integer(
 )
 _SHARD_TOKENS = flags.DEFINE_integer(
     'shard_tokens',
-    prepare_settings.DEFAULT_SHARD_TOKENS,
-    'Close a shard at about so many tokens. A killed run loses at most the'
-    ' shard that it was writing.',
+    prepare_text.DEFAULT_SHARD_TOKENS,
+    'Tokens of a shard, about; shards of small sources are smaller. A killed'
+    ' run loses at most the shards that it was writing, one for each worker.',
     lower_bound=1,
 )
 _FILTERS = flags.DEFINE_multi_string(
@@ -108,7 +105,7 @@ _FILTERS = flags.DEFINE_multi_string(
 )
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
     'max_document_bytes',
-    records.DEFAULT_MAX_DOCUMENT_BYTES,
+    sources.DEFAULT_MAX_DOCUMENT_BYTES,
     'Skip documents (lines of JSON, pages, files, text between blank lines)'
     ' that are longer, without holding them in memory; counted as too_long.',
     lower_bound=1,
@@ -145,9 +142,9 @@ _CHECKSUMS = flags.DEFINE_string(
 _WORKERS = flags.DEFINE_integer(
     'workers',
     None,
-    'Processes that decode, filter and tokenise, about 150 MB each; with 1 it'
-    ' is done without others. The result does not depend on it. Default: up to'
-    ' one for each core that this process may use.',
+    'Processes that decode, filter and tokenise, about 0.5 GB each with large'
+    ' shards; with 1 it is done without others. The result does not depend on'
+    ' it. Default: up to one for each core that this process may use.',
     lower_bound=1,
 )
 _VERIFY = flags.DEFINE_bool(
@@ -167,8 +164,8 @@ def main(argv: Sequence[str]) -> None:
     return
   # Nothing is to be saved: whenever it ends, the same command goes on. But the
   # training of a tokenizer is C++, which would not hear of a signal.
-  StopRequest(Rescue(_STOPPED)).install()
-  meta = prepare_lib.prepare(
+  cli.StopRequest(_STOPPED).install()
+  meta = prepare_text.prepare_text(
       _OUTPUT.value,
       _SOURCE.value,
       text_key=_TEXT_KEY.value,
@@ -185,26 +182,15 @@ def main(argv: Sequence[str]) -> None:
       paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
       paragraph_unit=_PARAGRAPH_UNIT.value,
       source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or _cores(),
+      workers=_WORKERS.value or process_pool.usable_cores(),
       report=lambda line: print(line, flush=True),
   )
-  print(prepare_summary.summary(meta))
-
-
-def _cores() -> int:
-  if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+  print(prepare_text.summary(meta))
 
 
 def _verify() -> None:
-  found = shards.verify(_OUTPUT.value)
-  print(f'{found.files} files, {found.size:,} bytes: as they were written.')
-  if found.unknown:
-    print(
-        f'{found.unknown} files have no checksum: they were prepared before'
-        ' there were any.'
-    )
+  files, size = shards.verify(_OUTPUT.value)
+  print(f'{files} files, {size:,} bytes: as they were written.')
 
 
 if __name__ == '__main__':

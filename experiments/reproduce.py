@@ -11,17 +11,17 @@ command goes on where it was. `--list` shows what there is.
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli, side_by_side
-from experiments.stopping import Rescue, StopRequest
-from experiments.studies import latency
+from experiments import cli
+from experiments.studies import latency, retrains, side_by_side
 from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
-from experiments.studies.declaration import SCALES
+from experiments.studies.declaration import SCALES, Study
 from experiments.studies.latency import Latency, LogNormal
 
 flags.adopt_module_key_flags(gin_utils)
@@ -112,26 +112,22 @@ def main(argv: Sequence[str]) -> None:
   workdir = _WORKDIR.value or f'runs/{_STUDY.value}_{_SCALE.value}'
   if not files.is_remote(workdir):
     workdir = os.path.abspath(workdir)
-  if _WORKER.value:
-    _train(workdir, plan)
-    return
-  if _REPORT_ONLY.value:
-    pass
-  elif _JOBS.value > 1:
-    begun = plan_lib.begun_at(workdir)
-    side_by_side.run(
+  if not _REPORT_ONLY.value:
+    side_by_side.train(
         'experiments.reproduce',
-        _JOBS.value,
-        StopRequest().install(),
-        accepted=lambda: plan_lib.begun_at(workdir) != begun,
+        workdir,
+        plan,
+        jobs=_JOBS.value,
+        worker=_WORKER.value,
+        replicas=_REPLICAS.value,
+        one_program=_ONE_PROGRAM.value,
     )
-  else:
-    _train(workdir, plan)
-  _report(workdir, plan)
+  if not _WORKER.value:
+    _report(workdir, plan)
 
 
 def _plan() -> plan_lib.Plan:
-  """From the flags.
+  """Returns the plan of the study that the flags name.
 
   Raises:
     ValueError: If they do not fit.
@@ -148,7 +144,7 @@ def _plan() -> plan_lib.Plan:
   ):
     if flag.value is not None and flag.value < least:
       raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
-  return plan_lib.make_plan(
+  return _make_plan(
       STUDIES[_STUDY.value],
       _SCALE.value,
       gin_files=gin_utils.flag_values()[0],
@@ -159,17 +155,23 @@ def _plan() -> plan_lib.Plan:
   )
 
 
+def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.Plan:
+  plan = plan_lib.make_plan(study, scale, **flags)
+  return retrains.with_controls(plan) if study.predictions else plan
+
+
 def _check_churn(plan: plan_lib.Plan) -> None:
-  """Flags that act nowhere in the study of churn are mistakes."""
+  """Raises ValueError for flags that act nowhere in a study of churn."""
   for flag in ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'):
-    if plan.study.name == 'churn' and flags.FLAGS[flag].present:
+    if plan.study.predictions and flags.FLAGS[flag].present:
       raise ValueError(
-          f'--{flag} would act nowhere in the study churn; leave it out'
+          f'--{flag} would act nowhere in the study {plan.study.name}; leave it'
+          ' out'
       )
 
 
 def _latency() -> Latency:
-  """From the flags."""
+  """Returns what the flags say of step times and all-reduces."""
   steps = LogNormal(1.0, _TAIL.value)
   if _TAIL.value < 1:
     raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
@@ -209,53 +211,14 @@ def _rate(text: str) -> float:
   return rate
 
 
-def _train(workdir: str, plan: plan_lib.Plan) -> None:
-  jobs = side_by_side.take_cores(_WORKER.value)
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
-  # Not at the top: to list studies, or to draw a page, needs no jax.
-  import jax
-
-  from experiments import devices
-  from experiments.studies import churn_runs, claim, worker
-  from experiments.studies.configurations import Configurations
-
-  if _REPLICAS.value > 1:
-    devices.use_replicas(_REPLICAS.value)
-  if churn_runs.is_churn(plan):
-    churn_runs.train(
-        workdir,
-        plan,
-        gin_utils.flag_values()[1],
-        stop=stop,
-        replicas=_REPLICAS.value,
-        jobs=jobs,
-    )
-    stop.uninstall()
-    return
-  configurations = Configurations(workdir, plan, gin_utils.flag_values()[1])
-  num_replicas = _REPLICAS.value or jax.local_device_count()
-  claim.claim(configurations, num_replicas)
-  worker.Worker(
-      configurations,
-      stop=stop,
-      replicas=_REPLICAS.value,
-      jobs=jobs,
-      together=worker.trains_together(_ONE_PROGRAM.value),
-  ).train_all()
-  stop.uninstall()
-
-
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_page, churn_runs, load, study_page
+  from experiments.studies import churn_page, outcomes, study_page
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
-  if churn_runs.is_churn(plan):
-    page = churn_page.report_comparisons(
-        plan.study, workdir, output, _NOTE.value
-    )
-    cli.tell(f'page: {os.fspath(page)}')
+  if plan.study.predictions:
+    churn_page.report(workdir, output, _NOTE.value, plan.study)
     return
-  setting, runs = load.load(workdir, plan)
+  setting, runs = outcomes.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
@@ -270,7 +233,7 @@ def _print_studies() -> None:
   for study in STUDIES.values():
     cli.tell(f'{study.name}: {study.question} ({study.source})')
     for scale in study.scales:
-      plan = plan_lib.make_plan(study, scale)
+      plan = _make_plan(study, scale)
       runs = plan.runs()
       cli.tell(
           f'  {scale}: {len(plan.arms)} arms, {plan.scale.seeds} seeds,'

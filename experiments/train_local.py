@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils
-from codistill_jax.exchange.protocol import peers_of
-from experiments import cli, machine, processes, supervisor
-from experiments.stopping import StopRequest
+from codistill_jax.exchange.plan import peers_of
+from experiments import cli
+from experiments.running import devices, processes
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -55,12 +55,12 @@ def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(0, _NUM_GROUPS.value)  # Raises if there are too few.
   workdir = os.path.abspath(_WORKDIR.value)
-  stop = StopRequest().install()
-  environments, replicas = machine.share_devices(
+  stop = cli.StopRequest().install()
+  environments, replicas = devices.share_devices(
       _NUM_GROUPS.value, _CPU_REPLICAS.value, stop
   )
   groups = [
-      supervisor.Group(
+      processes.Group(
           workdir, group_id, _command(workdir, group_id, replicas), extra
       )
       for group_id, extra in enumerate(environments)
@@ -68,23 +68,19 @@ def main(argv: Sequence[str]) -> None:
   if _DRY_RUN.value:
     command = [*groups[0].command, '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
-  processes.say(
+  cli.tell(
       f'{_NUM_GROUPS.value} group(s) of {replicas} replica(s); what they say is'
-      f' in {_WORKDIR.value}/groups/group_*/log.txt',
-      sys.stdout,
+      f' in {_WORKDIR.value}/groups/group_*/log.txt'
   )
-  try:
-    supervisor.watch(groups, stop, _MAX_RESTARTS.value)
-  finally:
-    supervisor.end_all(groups)
-  processes.say(f'all groups are done; see {_WORKDIR.value}', sys.stdout)
+  processes.supervise(groups, stop, _MAX_RESTARTS.value)
+  cli.tell(f'all groups are done; see {_WORKDIR.value}')
   if _REPORT.value:
     _evaluate_and_report(stop)
 
 
-def _evaluate_and_report(stop: StopRequest) -> None:
+def _evaluate_and_report(stop: cli.StopRequest) -> None:
   for binary in ('evaluate', 'report'):
-    command = [sys.executable, '-m', f'experiments.{binary}']
+    command = [sys.executable, '-m', cli.module_of(binary)]
     command.append(f'--workdir={_WORKDIR.value}')
     status = processes.call(command, stop).returncode
     if status:
@@ -98,7 +94,7 @@ def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
   return [
       sys.executable,
       '-m',
-      'experiments.train_group',
+      cli.module_of('train_group'),
       f'--workdir={workdir}',
       f'--group_id={group_id}',
       f'--num_groups={_NUM_GROUPS.value}',

@@ -2,14 +2,13 @@ r"""Trains all groups in one process, in lockstep, through memory.
 
 For small models and studies: the result is a function of the configuration
 alone, bit for bit the one of `train_group` in lockstep mode. Or, with
-Experiment.exchange='predictions', as one program whose groups see the same
-batches and learn from each other's predictions of them.
+Experiment.exchange=@exchange.Predictions(), as one program whose groups see the
+same batches and learn from each other's predictions of them.
 
     python -m experiments.train_lockstep --workdir=runs/two --num_groups=2 \
         --gin_file=gin_configs/tasks/bible_lm.gin
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -17,13 +16,13 @@ from absl import flags
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
-from codistill_jax.exchange.protocol import peers_of
+from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
-from experiments import claims, cli, devices, driver, lockstep
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
-from experiments.watch import group_writer
+from experiments import cli
+from experiments.running import devices, driver, lockstep
+from experiments.running.job import Job, check_workdir, print_dry_run
+from experiments.running.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -33,11 +32,18 @@ _REPLICAS = flags.DEFINE_integer(
     'replicas',
     0,
     'Devices to use, by every group in turn; 0 means all. On a machine without'
-    ' accelerator that many fake CPU devices are made. With'
-    " exchange='predictions' groups are spread over further devices, if any.",
+    ' accelerator that many fake CPU devices are made. If groups'
+    ' exchange predictions they are spread over further devices, if any.',
 )
 _ARM = flags.DEFINE_string(
     'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+)
+_GRACE_SECONDS = flags.DEFINE_float(
+    'grace_seconds',
+    20.0,
+    'After SIGTERM: how long a compilation or a read of data may last before'
+    ' the process leaves without a save, with status 75.',
+    lower_bound=0.0,
 )
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the configuration and stop; write nothing.'
@@ -49,12 +55,12 @@ def main(argv: Sequence[str]) -> None:
   num_groups = _NUM_GROUPS.value
   peers_of(0, num_groups)  # Raises if there are too few.
   workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
-  stop = StopRequest(Rescue(cli.NOT_BEGUN)).install()
+  stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
   latch = lockstep.Latch(stop)
   gin_utils.parse_flags()
   devices.use_replicas(_REPLICAS.value)
-  experiment = dataclasses.replace(
-      gin_utils.make(experiment_lib.Experiment), exchange_mode='lockstep'
+  experiment = experiment_lib.in_lockstep(
+      gin_utils.make(experiment_lib.Experiment)
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
   train_steps, shared_stream = lockstep.train_steps_of(
@@ -69,7 +75,6 @@ def main(argv: Sequence[str]) -> None:
           group_id=group_id,
           num_groups=num_groups,
           stop=latch,
-          rescue=stop.rescue,
           troubles=Troubles(f'group {group_id}: '),
           arm=_ARM.value,
           shared_stream=shared_stream,
@@ -78,11 +83,13 @@ def main(argv: Sequence[str]) -> None:
   ]
   start = driver.new_state(jobs[0])
   if _DRY_RUN.value:
-    claims.print_dry_run(jobs[0], start.state)
+    print_dry_run(jobs[0], start.state)
     return
-  claims.check_workdir(jobs[0], start.state)
+  check_workdir(jobs[0], start.state)
   lockstep.keep_common_checkpoints(jobs)
-  exchanges = lockstep.exchanges_of(jobs, start)
+  exchanges = experiment.exchange.join_all(
+      jobs[0], start.state.variables, start.examples
+  )
   del start
   lockstep.train_in_turn(
       [

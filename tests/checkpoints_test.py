@@ -1,10 +1,13 @@
-"""Storage: what is read back is what was written, or an error."""
+"""The checkpoint format: what is read back is what was written, or an error."""
 
 import concurrent.futures
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import textwrap
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from waits import PATIENCE
 
 from codistill_jax.storage import checkpoints, files
@@ -23,11 +27,13 @@ STEP = 7
 MARK = 'commit_success.txt'
 
 
-def a_tree():
+def a_tree(value=0.0):
   rng = np.random.default_rng(0)
   return {
       'params': {
-          'kernel': rng.normal(size=(16, 8)).astype(np.float32),
+          'kernel': (
+              rng.normal(size=(16, 8)).astype(np.float32) + np.float32(value)
+          ),
           'half': rng.normal(size=(5,)).astype(jnp.bfloat16),
           'nothing': {},
       },
@@ -65,154 +71,180 @@ def copy(saved, tmp_path):
   return tmp_path / 'copy'
 
 
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """Where checkpoints may lie."""
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  request.getfixturevalue('bucket')
+  return epath.Path('s3://bucket/run/exchange')
+
+
 def files_of(directory):
-  return sorted(p for p in pathlib.Path(directory).rglob('*') if p.is_file())
+  """The files below a directory, by their path below it."""
+  found = {}
+  for name in files.names(directory):
+    path = epath.Path(directory) / name
+    if path.is_dir():
+      found |= {f'{name}/{x}': p for x, p in files_of(path).items()}
+    else:
+      found[name] = path
+  return found
 
 
-def test_every_kind_of_array_comes_back_with_the_same_bits(saved):
-  assert_same(read(saved), a_tree())
+@pytest.fixture
+def restored(monkeypatch):
+  """What orbax was asked to restore."""
+  asked, restore = [], ocp.Checkpointer.restore
+
+  def noted(self, path, *args, **kwargs):
+    asked.append(path)
+    return restore(self, path, *args, **kwargs)
+
+  monkeypatch.setattr(ocp.Checkpointer, 'restore', noted)
+  return asked
 
 
-def test_a_record_says_what_there_is(saved):
-  record = checkpoints.load_record(saved, STEP)
+# --- What is saved is what is read -------------------------------------------
+
+
+def test_every_kind_of_array_comes_back_with_the_same_bits(place):
+  assert checkpoints.completed_steps(place) == []
+  checkpoints.save(place, STEP, a_tree(1.0), {})
+  checkpoints.save(place, STEP, a_tree(), {'note': [1, None, 'x']})
+  assert_same(read(place), a_tree())
+  assert checkpoints.completed_steps(place) == [STEP]
+  record = checkpoints.load_record(place, STEP)
   assert record.facts == {'note': [1, None, 'x']}
-  without = [(leaf.path, leaf.shape, leaf.dtype) for leaf in record.leaves]
   described = checkpoints.describe(a_tree())
-  assert without == [(d.path, d.shape, d.dtype) for d in described]
+  assert described == tuple(
+      dataclasses.replace(leaf, checksum='') for leaf in record.leaves
+  )
   kernel = next(x for x in described if x.path == 'params/kernel')
   assert str(kernel) == 'params/kernel float32[16, 8]'
   assert kernel.num_bytes == 16 * 8 * 4
 
 
-def test_an_array_of_many_chunks_comes_back(tmp_path):
-  tree = {'x': np.arange(3_000_000, dtype=np.float32).reshape(3, -1)}
-  checkpoints.save(tmp_path, 1, tree, {})
-  assert_same(read(tmp_path, 1, tree), tree)
+@pytest.mark.parametrize(
+    'x',
+    [
+        np.arange(3_000_000, dtype=np.float32).reshape(3, -1),  # Many chunks.
+        np.arange(12.0, dtype=np.float32).reshape(3, 4).T,
+        np.array([0x7FC00001, 0x80000000, 0xFF800000], 'u4').view(np.float32),
+    ],
+    ids=['large', 'transposed', 'nan'],
+)
+def test_neither_size_nor_layout_nor_nan_changes_a_bit(tmp_path, x):
+  checkpoints.save(tmp_path, 1, {'x': x}, {})
+  found = read(tmp_path, 1, {'x': x})
+  assert_same(found, {'x': np.ascontiguousarray(x)})
 
 
-def test_layout_of_memory_does_not_matter(tmp_path):
-  x = np.arange(12.0, dtype=np.float32).reshape(3, 4)
-  checkpoints.save(tmp_path, 1, {'x': x.T}, {})
-  assert_same(read(tmp_path, 1, {'x': x.T}), {'x': np.ascontiguousarray(x.T)})
+def test_one_part_is_read_alone(saved):
+  record = checkpoints.load_record(saved, STEP)
+  like = a_tree()['params']
+  found = checkpoints.load_tree(saved, STEP, record, like, part='params')
+  assert_same(found, like)
 
 
-def test_nan_and_negative_zero_keep_their_bits(tmp_path):
-  bits = np.array([0x7FC00001, 0x80000000, 0xFF800000], np.uint32)
-  tree = {'x': bits.view(np.float32)}
-  checkpoints.save(tmp_path, 1, tree, {})
-  assert_same(read(tmp_path, 1, tree), tree)
+def test_orbax_alone_reads_the_arrays(saved):
+  with ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(saved / str(STEP) / 'arrays', a_tree())
+  assert_same(found, a_tree())
 
 
-def damage(path, how, rng):
-  data = bytearray(path.read_bytes())
-  if how == 'deleted':
-    path.unlink()
-    return
-  if how == 'emptied':
-    data = b''
-  elif how == 'truncated':
-    data = data[: len(data) // 2]
-  elif data:
-    start = int(rng.integers(max(len(data) - 8, 1)))
-    for i in range(start, min(start + 8, len(data))):
-      data[i] ^= 0xFF
-  path.write_bytes(bytes(data))
+def test_a_path_that_is_not_local_is_left_alone():
+  assert os.fspath(checkpoints.absolute('s3://a/b')) == 's3://a/b'
+  here = pathlib.Path.cwd()
+  assert os.fspath(checkpoints.absolute('there')) == str(here / 'there')
 
 
-@pytest.mark.parametrize('how', ['flipped', 'truncated', 'emptied', 'deleted'])
-def test_damage_is_never_read_as_data(saved, tmp_path, how):
+# --- Damage ------------------------------------------------------------------
+
+
+def flipped(data):
+  start = int(np.random.default_rng(len(data)).integers(max(len(data) - 8, 1)))
+  return (
+      data[:start]
+      + bytes(x ^ 0xFF for x in data[start:][:8])
+      + (data[start + 8 :])
+  )
+
+
+DAMAGE = {
+    'flipped': flipped,
+    'truncated': lambda data: data[: len(data) // 2],
+    'longer': lambda data: data + b'x',
+    'emptied': lambda data: b'',
+    'deleted': lambda data: None,
+}
+
+
+@pytest.mark.parametrize('how', DAMAGE)
+def test_damage_is_never_read_as_data(place, restored, how):
   """Each file in turn: an error of ours, or the very same arrays."""
-  rng = np.random.default_rng(1)
-  noticed = []
-  for i, original in enumerate(files_of(saved)):
-    for trial in range(2 if how == 'flipped' else 1):
-      directory = tmp_path / f'{i}_{trial}'
-      shutil.copytree(saved, directory)
-      damage(directory / original.relative_to(saved), how, rng)
-      try:
-        found = read(directory)
-      except (checkpoints.DamagedError, checkpoints.MissingError) as e:
-        noticed.append(original.relative_to(saved).as_posix())
-        assert '\n' not in str(e) and str(directory) in str(e)
-      else:
-        assert_same(found, a_tree())
-  # Not vacuous: the arrays, at least, were hit.
-  assert any('/arrays/' in name for name in noticed)
-  assert any('record.json' in name for name in noticed)
+  checkpoints.save(place, STEP, a_tree(), {})
+  noticed = set()
+  for name, path in files_of(place / str(STEP)).items():
+    whole = path.read_bytes()
+    damaged = DAMAGE[how](whole)
+    if damaged is None:
+      path.unlink()
+    else:
+      path.write_bytes(damaged)
+    restored.clear()
+    try:
+      assert_same(read(place), a_tree())
+    except (checkpoints.DamagedError, checkpoints.MissingError) as e:
+      noticed.add(name.split('/')[0])
+      assert '\n' not in str(e) and str(place) in str(e)
+      assert not restored  # It never reaches orbax.
+    path.write_bytes(whole)
+  assert {'arrays', 'record.json'} <= noticed
+  assert_same(read(place), a_tree())
 
 
-def rewrite(path, old, new):
-  data = path.read_bytes()
-  assert old in data
-  path.write_bytes(data.replace(old, new))
-
-
-def test_an_altered_record_is_noticed(copy):
-  path = copy / str(STEP) / 'record.json'
-  rewrite(path, b'"note"', b'"nope"')
-  with pytest.raises(checkpoints.DamagedError, match='record was altered'):
-    checkpoints.load_record(copy, STEP)
+LEAF = {'path': 'a', 'shape': [3], 'dtype': 'int8', 'checksum': ''}
 
 
 @pytest.mark.parametrize(
     'change',
     [
-        {'files': {'../../stolen': [1, 'x']}},
-        {'files': {'/stolen': [1, 'x']}},
-        {'files': {'d': [1]}},
-        {'files': {'d': ['1', 'x']}},
-        {'files': None},
+        *({'files': {name: [1, 'x']}} for name in ('../../stolen', '/stolen')),
+        *({'files': files} for files in ({'d': [1]}, {'d': ['1', 'x']}, None)),
         {'facts': [1]},
-        {'leaves': [{'path': 'a', 'shape': [-1], 'dtype': 'int8'}]},
-        {'leaves': [{'path': 'a', 'shape': [1.5], 'dtype': 'int8'}]},
-        {'leaves': [{'path': 'a', 'shape': 3, 'dtype': 'int8'}]},
-        {'leaves': [{'path': 'a', 'shape': [3], 'dtype': 'int9'}]},
-        {'leaves': [{'path': 'a', 'shape': [3], 'dtype': 'f4'}]},
-        {'leaves': [{'path': 1, 'shape': [3], 'dtype': 'int8'}]},
-        {'leaves': [{'path': 'a', 'shape': [3], 'dtype': 'int8', 'more': 1}]},
+        *({'leaves': [LEAF | {'shape': x}]} for x in ([-1], [1.5], 3)),
+        *({'leaves': [LEAF | {'dtype': x}]} for x in ('int9', 'f4')),
+        *({'leaves': [LEAF | x]} for x in ({'path': 1}, {'more': 1})),
     ],
 )
 def test_a_record_that_says_what_cannot_be_is_damaged(copy, change):
   """By a faulty writer: its checksum is right."""
-  record = checkpoints.load_record(copy, STEP)
-  content = {**dataclasses.asdict(record), **change}
-
-  class Faulty:
-    pass
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoints.dataclasses, 'asdict', lambda _: content)
-    data = checkpoints.encode(Faulty())
-  (copy / str(STEP) / 'record.json').write_bytes(data)
+  path = copy / str(STEP) / 'record.json'
+  content = json.loads(path.read_bytes())['content'] | change
+  text = json.dumps(content, sort_keys=True)
+  checksum = hashlib.sha256(text.encode()).hexdigest()
+  files.write_json(path, {'content': content, 'checksum': checksum})
   with pytest.raises(checkpoints.DamagedError, match='record was altered'):
     checkpoints.load_record(copy, STEP)
 
 
-@pytest.mark.parametrize('data', [b'[' * 100_000, b'{}', b'3', b'\xff', b''])
-def test_a_record_that_is_none_is_damaged(copy, data):
-  (copy / str(STEP) / 'record.json').write_bytes(data)
-  with pytest.raises(checkpoints.DamagedError, match='record was altered'):
-    checkpoints.load_record(copy, STEP)
+def test_a_record_that_is_none_or_altered_is_damaged(copy):
+  path = copy / str(STEP) / 'record.json'
+  altered = path.read_bytes().replace(b'"note"', b'"nope"')
+  for data in (altered, b'[' * 100_000, b'{}', b'3', b'\xff', b''):
+    path.write_bytes(data)
+    with pytest.raises(checkpoints.DamagedError, match='record was altered'):
+      checkpoints.load_record(copy, STEP)
 
 
 def test_arrays_of_another_checkpoint_are_noticed(copy):
   """As if two writers had finished one step together."""
-  tree = a_tree()
-  tree['params']['kernel'] = tree['params']['kernel'] + 1
-  checkpoints.save(copy, STEP + 1, tree, {})
+  checkpoints.save(copy, STEP + 1, a_tree(1.0), {})
   shutil.rmtree(copy / str(STEP) / 'arrays')
   shutil.copytree(copy / str(STEP + 1) / 'arrays', copy / str(STEP) / 'arrays')
   with pytest.raises(checkpoints.DamagedError, match=r'arrays/.* '):
     read(copy)
-
-
-def faulty_save(directory, tree, claimed):
-  """Saves a tree with the leaves of another in the record."""
-  record = checkpoints.save(directory, STEP, tree, {})
-  other = checkpoints.save(directory, STEP + 1, claimed, {})
-  mixed = dataclasses.replace(record, leaves=other.leaves)
-  path = directory / str(STEP) / 'record.json'
-  path.write_bytes(checkpoints.encode(mixed))
 
 
 @pytest.mark.parametrize(
@@ -230,59 +262,46 @@ def faulty_save(directory, tree, claimed):
 def test_a_writer_that_mixed_up_its_leaves_is_noticed(tmp_path, tree):
   """Every file is as it was written: the checksums of leaves are needed."""
   claimed = {'a': np.zeros(3, np.float32), 'b': np.ones(3, np.float32)}
-  faulty_save(tmp_path, tree, claimed)
+  record = checkpoints.save(tmp_path, STEP, tree, {})
+  other = checkpoints.save(tmp_path, STEP + 1, claimed, {})
+  mixed = dataclasses.replace(record, leaves=other.leaves)
+  path = tmp_path / str(STEP) / 'record.json'
+  path.write_bytes(checkpoints.encode(mixed))
   with pytest.raises(checkpoints.DamagedError):
     read(tmp_path, like=claimed)
 
 
-def test_damaged_arrays_never_reach_orbax(copy, monkeypatch):
-  for path in (copy / str(STEP) / 'arrays').rglob('d/*'):
-    damage(path, 'flipped', np.random.default_rng(0))
-  monkeypatch.setattr(
-      checkpoints, '_restore', lambda *_: pytest.fail('reached')
-  )
-  with pytest.raises(checkpoints.DamagedError, match='was altered'):
-    read(copy)
-
-
-def test_orbax_alone_reads_the_arrays(saved):
-  path = saved / str(STEP) / 'arrays'
-  with ocp.StandardCheckpointer() as checkpointer:
-    found = checkpointer.restore(path, a_tree())
-  assert_same(found, a_tree())
+# --- Which steps there are ---------------------------------------------------
 
 
 def test_only_completed_steps_are_listed(copy):
   (copy / '9').mkdir()
   (copy / '8.orbax-checkpoint-tmp').mkdir()
   (copy / 'restart_step.json').write_text('{}')
-  for name in ('\u00b2', '007', '-4', '5.damaged'):
+  for name in ('\u00b2', '007', '-4', '5.damaged', '12', '3'):
     shutil.copytree(copy / str(STEP), copy / name)
-  checkpoints.save(copy, 12, a_tree(), {})
-  checkpoints.save(copy, 3, a_tree(), {})
   assert checkpoints.completed_steps(copy) == [3, STEP, 12]
   assert checkpoints.completed_steps(copy / 'nowhere') == []
 
 
-def test_what_a_killed_writer_left_is_deleted_and_nothing_else(copy):
-  shutil.copytree(copy / str(STEP), copy / '9')
-  (copy / '9' / 'commit_success.txt').unlink()
-  (copy / '8.orbax-checkpoint-tmp' / 'arrays').mkdir(parents=True)
-  (copy / 'restart_step.json').write_text('{}')
-  checkpoints.delete_torn(copy)
-  assert sorted(p.name for p in copy.iterdir()) == [
-      str(STEP),
-      'restart_step.json',
-  ]
-  assert_same(read(copy), a_tree())
-  checkpoints.delete_torn(copy / 'nowhere')
-
-
-def test_a_torn_step_is_replaced(copy):
-  (copy / str(STEP) / 'commit_success.txt').unlink()
-  tree = {'x': np.ones(3, np.float32)}
-  checkpoints.save(copy, STEP, tree, {})
-  assert_same(read(copy, like=tree), tree)
+def test_what_a_killed_writer_left_is_replaced_or_deleted(place):
+  for step in (STEP, 9, 12):
+    checkpoints.save(place, step, a_tree(1.0), {})
+  for step in (STEP, 9):
+    (place / str(step) / MARK).unlink()
+  (place / '8.orbax-checkpoint-tmp').mkdir()
+  (place / 'restart_step.json').write_text('{}')
+  assert checkpoints.completed_steps(place) == [12]
+  with pytest.raises(checkpoints.MissingError):
+    read(place)
+  checkpoints.save(place, STEP, a_tree(), {})
+  assert_same(read(place), a_tree())
+  checkpoints.delete_torn(place)
+  left = {name.split('/')[0] for name in files_of(place)}
+  assert left == {str(STEP), '12', 'restart_step.json'}
+  assert not (place / '8.orbax-checkpoint-tmp').exists()
+  assert_same(read(place, 12), a_tree(1.0))
+  checkpoints.delete_torn(place / 'nowhere')
 
 
 def test_a_missing_step_is_missing_not_damaged(saved, copy):
@@ -295,139 +314,139 @@ def test_a_missing_step_is_missing_not_damaged(saved, copy):
     checkpoints.load_tree(copy, STEP, record, a_tree())
 
 
-def test_a_delete_hides_the_step_before_it_takes_anything_away(
-    copy, monkeypatch
-):
-  seen = []
-  original = files.remove_tree
+def test_the_mark_goes_away_first(place, monkeypatch):
+  checkpoints.save(place, STEP, a_tree(), {})
+  seen, remove_tree = [], files.remove_tree
 
-  def remove_tree(path):
-    seen.append(checkpoints.completed_steps(copy))
-    original(path)
+  def noted(path):
+    seen.append((checkpoints.completed_steps(place), len(files_of(place))))
+    remove_tree(path)
 
-  monkeypatch.setattr(files, 'remove_tree', remove_tree)
-  checkpoints.delete(copy, [STEP])
-  assert seen == [[]] and not (copy / str(STEP)).exists()
+  monkeypatch.setattr(files, 'remove_tree', noted)
+  before = len(files_of(place))
+  checkpoints.delete(place, [STEP])
+  assert seen == [([], before - 1)] and not files_of(place)
 
 
-def test_the_mark_is_written_last(tmp_path, monkeypatch):
-  states = []
-  original = files.write_bytes
+def test_the_mark_is_written_last(place, monkeypatch):
+  states, write_bytes = [], files.write_bytes
 
-  def write_bytes(path, data):
-    before = {p: p.read_bytes() for p in files_of(path.parent)}
-    original(path, data)
-    after = {p: p.read_bytes() for p in files_of(path.parent)}
-    states.append((before, after))
+  def noted(path, data):
+    before = {x: p.read_bytes() for x, p in files_of(path.parent).items()}
+    write_bytes(path, data)
+    states.append((path.name, before))
 
-  monkeypatch.setattr(files, 'write_bytes', write_bytes)
-  checkpoints.save(tmp_path, STEP, a_tree(), {})
-  _, (before, after) = states  # The record, the mark.
-  mark = tmp_path / str(STEP) / MARK
-  assert mark not in before
-  assert {p: x for p, x in after.items() if p != mark} == before
-  assert {p: p.read_bytes() for p in files_of(tmp_path)} == after
+  monkeypatch.setattr(files, 'write_bytes', noted)
+  checkpoints.save(place, STEP, a_tree(), {})
+  assert [name for name, _ in states] == ['record.json', MARK]
+  after = {x: p.read_bytes() for x, p in files_of(place / str(STEP)).items()}
+  assert MARK not in states[1][1]
+  del after[MARK]
+  assert states[1][1] == after
 
 
 def test_no_directory_is_renamed(tmp_path, monkeypatch):
-  for name in ('rename', 'replace', 'renames'):
-    original = getattr(os, name)
+  original = os.replace
 
-    def rename(source, target, original=original):
-      assert not os.path.isdir(source)
-      original(source, target)
+  def replace(source, target):
+    assert not os.path.isdir(source)
+    original(source, target)
 
-    monkeypatch.setattr(os, name, rename)
+  monkeypatch.setattr(os, 'replace', replace)
+  for name in ('rename', 'renames'):
+    monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
   checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert_same(read(tmp_path), a_tree())
 
 
-def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(copy):
+def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(place):
   """The reader says that it needs the step, then looks for the mark."""
-  asked = []
+  checkpoints.save(place, STEP, a_tree(), {})
+  made, asked = checkpoints.completed_at(place, STEP), []
 
   def needed():
-    asked.append(checkpoints.completed_steps(copy))
+    asked.append(checkpoints.completed_steps(place))
     return True
 
-  made = checkpoints.completed_at(copy, STEP)
-  checkpoints.delete_unless(copy, STEP, needed)
+  checkpoints.delete_unless(place, STEP, needed)
   assert asked == [[]]  # Without its mark when it is asked.
-  assert_same(read(copy), a_tree())
-  assert checkpoints.completed_at(copy, STEP) == made  # It is the same one.
-  checkpoints.delete_unless(copy, STEP, lambda: False)
-  assert not (copy / str(STEP)).exists()
-  checkpoints.delete_unless(copy, STEP, lambda: False)  # Gone already.
+  assert_same(read(place), a_tree())
+  assert checkpoints.completed_at(place, STEP) == made  # It is the same one.
+  for _ in range(2):  # The second time it is gone already.
+    checkpoints.delete_unless(place, STEP, lambda: False)
+    assert not files_of(place)
 
 
-def test_when_it_was_completed(tmp_path):
-  assert checkpoints.completed_at(tmp_path, STEP) is None
+def test_when_it_was_completed(place):
+  assert checkpoints.completed_at(place, STEP) is None
   before = time.time()
-  checkpoints.save(tmp_path, STEP, a_tree(), {})
-  made = checkpoints.completed_at(tmp_path, STEP)
-  # Of the file system's clock, which may be some milliseconds behind.
-  assert before - 0.1 <= made <= time.time() + 0.1
-  time.sleep(0.05)
-  checkpoints.save(tmp_path, STEP, a_tree(), {})
-  assert checkpoints.completed_at(tmp_path, STEP) > made  # Another one.
-  for text in ('', 'nonsense', 'nan', '\u00b2'):
-    (tmp_path / str(STEP) / MARK).write_text(text)
-    assert checkpoints.completed_at(tmp_path, STEP) == 0.0
+  checkpoints.save(place, STEP, a_tree(), {})
+  made = checkpoints.completed_at(place, STEP)
+  assert before <= made <= time.time()
+  time.sleep(0.01)
+  checkpoints.save(place, STEP, a_tree(), {})
+  assert checkpoints.completed_at(place, STEP) > made  # Another one.
+  for text in (b'', b'nonsense', b'nan', b'\xc2\xb2'):
+    (place / str(STEP) / MARK).write_bytes(text)
+    assert checkpoints.completed_at(place, STEP) == 0.0
 
 
-def test_a_damaged_one_is_set_aside_where_nobody_reads_it(copy):
-  checkpoints.set_aside(copy, STEP)
-  assert checkpoints.completed_steps(copy) == []
-  assert (copy / f'{STEP}.damaged' / 'record.json').exists()
-  checkpoints.delete_torn(copy)
-  assert (copy / f'{STEP}.damaged').exists()
-  checkpoints.save(copy, STEP, a_tree(), {})
-  checkpoints.set_aside(copy, STEP)  # Once more: the older one gives way.
-  assert checkpoints.completed_steps(copy) == []
+def test_a_damaged_one_is_set_aside_where_nobody_reads_it(place):
+  """For a person to look at; a bucket cannot rename, so it is deleted."""
+  for _ in range(2):  # The second time, the older one gives way.
+    checkpoints.save(place, STEP, a_tree(), {})
+    checkpoints.set_aside(place, STEP)
+    checkpoints.delete_torn(place)
+    assert checkpoints.completed_steps(place) == []
+    aside = (place / f'{STEP}.damaged' / 'record.json').exists()
+    assert aside != files.is_remote(place)
 
 
 # --- A file system that fails ------------------------------------------------
 
 
-class Failing:
-  """Opening a file fails some times, with some errno."""
+@pytest.fixture
+def refuse(monkeypatch):
+  """Reading a file fails so many times, with some errno; lists the tries."""
 
-  def __init__(self, monkeypatch, code, times, only=''):
-    self.left, self.calls = times, 0
-    kind = type(files.epath.Path('/'))
-    original = kind.open
+  def act(name, word, code, times):
+    tries, original = [], getattr(files, name)
 
-    def open_(path, mode='r', **kwargs):
-      if only in str(path):
-        self.calls += 1
-        if self.left:
-          self.left -= 1
+    def refused(path, *args):
+      if word in str(path):
+        tries.append(path)
+        if len(tries) <= times:
           raise OSError(code, os.strerror(code))
-      return original(path, mode, **kwargs)
+      return original(path, *args)
 
-    monkeypatch.setattr(kind, 'open', open_)
+    monkeypatch.setattr(files, name, refused)
+    return tries
+
+  return act
 
 
 PASSING = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOSPC]
 PASSING += [errno.ETIMEDOUT, errno.EPERM, errno.EBUSY, errno.ENOTCONN]
+READS = [('digest', '/arrays/'), ('read_bytes', '/record.json')]
 
 
 @pytest.mark.parametrize('code', [errno.EIO, errno.ESTALE, errno.ENOENT])
-def test_an_error_that_passes_is_survived(copy, monkeypatch, code):
-  record = checkpoints.load_record(copy, STEP)
-  Failing(monkeypatch, code, 1, 'arrays')
-  assert_same(checkpoints.load_tree(copy, STEP, record, a_tree()), a_tree())
+@pytest.mark.parametrize('name, word', READS)
+def test_an_error_that_passes_is_survived(copy, refuse, name, word, code):
+  tries = refuse(name, word, code, 1)
+  assert_same(read(copy), a_tree())
+  assert len(tries) > 1
 
 
 @pytest.mark.parametrize('code', PASSING)
-@pytest.mark.parametrize('where', ['arrays', 'record'])
+@pytest.mark.parametrize('name, word', READS)
 def test_a_file_system_that_refuses_is_not_a_damaged_step(
-    copy, monkeypatch, code, where
+    copy, refuse, monkeypatch, name, word, code
 ):
-  failing = Failing(monkeypatch, code, -1, where)
+  tries = refuse(name, word, code, 99)
   with pytest.raises(OSError, match='cannot be read') as e:
     read(copy)
-  assert e.value.errno == code and failing.calls == 2
+  assert e.value.errno == code and len(tries) == 2
   assert '\n' not in str(e.value) and str(copy) in str(e.value)
   monkeypatch.undo()
   assert_same(read(copy), a_tree())
@@ -446,7 +465,7 @@ def test_what_tensorstore_says_is_understood(copy, monkeypatch, text, kind):
   def restore(*_, **__):
     raise ValueError(text)
 
-  monkeypatch.setattr(checkpoints, '_restore', restore)
+  monkeypatch.setattr(ocp.Checkpointer, 'restore', restore)
   with pytest.raises(kind, match='cannot be read'):
     read(copy)
 
@@ -462,10 +481,9 @@ def test_a_mark_that_cannot_be_looked_at_is_no_reason_to_delete(
     return original(path, **kwargs)
 
   monkeypatch.setattr(os, 'stat', stat)
-  with pytest.raises(PermissionError):
-    checkpoints.delete_torn(copy)
-  with pytest.raises(PermissionError):
-    checkpoints.completed_steps(copy)
+  for act in (checkpoints.delete_torn, checkpoints.completed_steps):
+    with pytest.raises(PermissionError):
+      act(copy)
   monkeypatch.undo()
   assert_same(read(copy), a_tree())
 
@@ -514,38 +532,40 @@ def test_a_disk_that_is_full_is_one_clear_error_and_no_step(tmp_path, python):
 
 def test_an_attempt_that_failed_does_not_come_in_the_way(tmp_path, monkeypatch):
   """Its last thread makes the directory again that was deleted."""
-  save, late = checkpoints._save, []
+  save, late = ocp.Checkpointer.save, []
 
-  def save_after_it(path, tree):
+  def save_after_it(self, path, *args, **kwargs):
     if len(late) < 3:
       late.append(path)
       path.mkdir(parents=True)
-    save(path, tree)
+    return save(self, path, *args, **kwargs)
 
-  monkeypatch.setattr(checkpoints, '_save', save_after_it)
-  monkeypatch.setattr(checkpoints, '_PAUSE_SECONDS', 0.0)
+  monkeypatch.setattr(ocp.Checkpointer, 'save', save_after_it)
   checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert len(late) == 3
-  monkeypatch.undo()
   assert_same(read(tmp_path), a_tree())
 
 
+@pytest.mark.parametrize(
+    'full, said', [(False, 'NOT_FOUND'), (True, 'written: File too large')]
+)
 def test_the_file_system_is_asked_why_orbax_could_not_write(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, full, said
 ):
   """Of several writes that fail, orbax may report one that missed another."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-  def fail():
+  def save(*_, **__):
     raise ValueError('NOT_FOUND: Error reading "a/.zarray"')
 
-  full = OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr(checkpoints, '_checkpointer', fail)
-  with pytest.raises(OSError, match='NOT_FOUND'):
-    checkpoints.save(tmp_path, STEP, a_tree(), {})
-  monkeypatch.setattr(checkpoints, '_why_not_writable', lambda _: full)
-  with pytest.raises(OSError, match='cannot be written: No space left') as e:
-    checkpoints.save(tmp_path, STEP, a_tree(), {})
-  assert e.value.errno == errno.ENOSPC
+  monkeypatch.setattr(ocp.Checkpointer, 'save', save)
+  if full:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+  try:
+    with pytest.raises(OSError, match=said):
+      checkpoints.save(tmp_path, STEP, a_tree(), {})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert checkpoints.completed_steps(tmp_path) == []
 
 
@@ -560,6 +580,69 @@ def test_a_mistake_of_the_caller_is_not_blamed_on_the_disk(tmp_path):
   with pytest.raises(TypeError):
     checkpoints.save(tmp_path, STEP, a_tree(), {'fact': object()})
   assert checkpoints.completed_steps(tmp_path) == []
+
+
+class CloudError(Exception):
+  """As TensorFlow and the clients of clouds have their own."""
+
+
+class NotFoundError(CloudError):
+  """So called by TensorFlow."""
+
+
+@pytest.fixture
+def cloud(bucket, monkeypatch):
+  """Opening an object raises; by a word in its path."""
+  refusals, original = {}, type(bucket)._open
+
+  def open_(self, path, mode='rb', **kwargs):
+    for word, error in refusals.items():
+      if word in path:
+        raise error
+    return original(self, path, mode, **kwargs)
+
+  monkeypatch.setattr(type(bucket), '_open', open_)
+  checkpoints.save('s3://bucket', STEP, a_tree(), {})
+  return refusals
+
+
+@pytest.mark.parametrize('error', [CloudError('no\nroute'), TimeoutError()])
+def test_a_cloud_that_refuses_is_an_os_error(cloud, error):
+  cloud['/d/'] = error
+  with pytest.raises(OSError, match='cannot be read') as e:
+    read('s3://bucket')
+  assert '\n' not in str(e.value) and e.value.errno == errno.EIO
+  with pytest.raises(OSError, match='cannot be written') as e:
+    checkpoints.save('s3://bucket', 9, a_tree(), {})
+  assert '\n' not in str(e.value)
+  cloud.clear()
+  assert checkpoints.completed_steps('s3://bucket') == [STEP]
+  assert_same(read('s3://bucket'), a_tree())
+
+
+def test_what_a_cloud_calls_missing_is_damage_while_the_step_stands(cloud):
+  cloud['/d/'] = NotFoundError('gone')
+  with pytest.raises(checkpoints.DamagedError, match='gone'):
+    read('s3://bucket')
+
+
+@pytest.mark.parametrize(
+    'error',
+    [NotFoundError('a'), FileNotFoundError('a'), CloudError('no route')],
+)
+def test_a_cloud_that_does_not_tell_is_not_empty(bucket, monkeypatch, error):
+  def ls(*_, **__):
+    raise error
+
+  monkeypatch.setattr(type(bucket), 'ls', ls)
+  if type(error) is CloudError:
+    with pytest.raises(OSError, match='no route'):
+      checkpoints.completed_steps('s3://bucket')
+  else:  # A directory that is missing is.
+    assert checkpoints.completed_steps('s3://bucket') == []
+
+
+# --- At the same time --------------------------------------------------------
 
 
 def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
@@ -601,18 +684,15 @@ def test_readers_beside_a_pruning_writer_read_whole_steps_or_miss(tmp_path):
 
 def test_two_saves_at_once_are_both_whole(tmp_path):
   """A publication and a resume checkpoint, of different structure."""
-  few = {'x': np.ones(3, np.float32)}
+  trees = {'few': {'x': np.ones(3, np.float32)}, 'many': a_tree()}
 
-  def save(name, tree):
+  def save(name):
     for step in range(8):
-      checkpoints.save(tmp_path / name, step, tree, {})
+      checkpoints.save(tmp_path / name, step, trees[name], {})
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    for future in [
-        pool.submit(save, 'few', few),
-        pool.submit(save, 'many', a_tree()),
-    ]:
+    for future in [pool.submit(save, name) for name in trees]:
       future.result(PATIENCE)
   for step in range(8):
-    assert_same(read(tmp_path / 'few', step, few), few)
-    assert_same(read(tmp_path / 'many', step), a_tree())
+    for name, tree in trees.items():
+      assert_same(read(tmp_path / name, step, tree), tree)

@@ -68,16 +68,6 @@ def test_a_malformed_list_is_refused(tmp_path, files, line):
     checksums.check_files(files, str(tmp_path / 'sums'))
 
 
-def test_a_writer_hashes_what_it_passes_on(tmp_path):
-  with open(tmp_path / 'a', 'wb') as f:
-    writer = checksums.HashingWriter(f)
-    assert writer.write(b'abc') == 3
-    writer.write(b'def')
-  assert (tmp_path / 'a').read_bytes() == b'abcdef'
-  assert writer.sha256.hexdigest() == digest(b'abcdef')
-  assert checksums.sha256_of(tmp_path / 'a') == digest(b'abcdef')
-
-
 def test_lines_that_contradict_each_other_are_refused(tmp_path, files):
   lines = [f'{digest(path.read_bytes())}  {path.name}' for path in files]
   (tmp_path / 'sums').write_text('\n'.join([*lines, lines[0]]))

@@ -1,12 +1,17 @@
-"""Exit statuses and last lines, on which people and supervisors rely."""
+"""Exit statuses and last lines, on which people and supervisors rely.
+
+And a signal ends a process soon, also one whose main thread is inside C code.
+"""
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import tiny_run
+from waits import PATIENCE
 
 from experiments import cli
 
@@ -106,3 +111,163 @@ def test_a_wrong_flag_is_status_1_without_a_traceback(binary, flags, words):
   assert done.returncode == 1
   assert words in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+# --- The request to stop ------------------------------------------------------
+
+# `sleep` of the C library: as during a compilation, Python runs no handler to
+# the end of which the main thread would come.
+_PROLOGUE = """
+import ctypes, sys, time
+from experiments import cli
+def stuck():
+  while True:
+    ctypes.CDLL(None).sleep(1000)
+def ready():
+  print('ready', flush=True)
+"""
+
+
+class Script:
+  """Python code that runs in a process of its own."""
+
+  def __init__(self, code):
+    self._process = subprocess.Popen(
+        [sys.executable, '-c', _PROLOGUE + code],
+        cwd=tiny_run.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert self._process.stdout.readline() == 'ready\n'
+
+  def send(self, number=signal.SIGTERM):
+    self._process.send_signal(number)
+
+  def end(self, seconds=PATIENCE):
+    """Returns status and output; None if it is still there."""
+    try:
+      output, _ = self._process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+      return None
+    return self._process.returncode, output
+
+  def end_by_repeating(self, number):
+    """As `end`, with one signal after another."""
+    found = None
+    while found is None:
+      self.send(number)
+      found = self.end(0.4)
+    return found
+
+
+@pytest.mark.parametrize(
+    'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_with_nothing_to_lose_a_stuck_process_leaves_soon(number, status):
+  script = Script("""
+cli.StopRequest('nothing lost', 1000.0).install()
+ready()
+stuck()
+""")
+  script.send(number)
+  assert script.end() == (status, 'nothing lost\n')
+
+
+def test_after_the_grace_period_a_stuck_process_says_what_it_loses():
+  script = Script("""
+stop = cli.StopRequest('nothing lost', 0.2).install()
+stop.unsaved['run/group_3'] = 40
+ready()
+stuck()
+""")
+  script.send()
+  status, output = script.end()
+  assert status == cli.MAY_PASS
+  assert output.startswith('error: ') and 'step 40 of run/group_3' in output
+
+
+def test_who_polls_within_the_grace_period_takes_the_time_it_needs():
+  script = Script("""
+stop = cli.StopRequest('nothing lost', 2.0).install()
+stop.unsaved['group_0'] = 7
+ready()
+while not stop():
+  time.sleep(0.01)
+time.sleep(2.5)  # Saves.
+print('saved', stop.signal_number)
+sys.exit(3)
+""")
+  script.send(signal.SIGINT)
+  assert script.end() == (3, 'saved 2\n')
+
+
+def test_a_poll_in_another_thread_is_not_the_main_thread_coming():
+  script = Script("""
+import threading
+stop = cli.StopRequest('nothing lost', 0.2).install()
+stop.unsaved['group_0'] = 7
+def poll():
+  while True:
+    stop()
+    time.sleep(0.01)
+threading.Thread(target=poll, daemon=True).start()
+ready()
+stuck()
+""")
+  script.send()
+  assert script.end()[0] == cli.MAY_PASS
+
+
+@pytest.mark.parametrize('line', ['"nothing lost"', 'None'])
+def test_signals_go_on_for_a_second_and_then_it_leaves_at_once(line):
+  """All processes of a job are signalled; and each by its supervisor."""
+  script = Script(f"""
+stop = cli.StopRequest({line}, 1000.0).install()
+stop.unsaved['group_0'] = 7
+ready()
+while not stop():
+  time.sleep(0.01)
+time.sleep(0.5)
+print('not yet', flush=True)
+stuck()
+""")
+  status, output = script.end_by_repeating(signal.SIGTERM)
+  assert status == cli.MAY_PASS
+  first, last = output.splitlines()
+  assert first == 'not yet' and 'step 7 of group_0' in last
+
+
+def test_without_a_line_it_only_is_a_flag():
+  """A supervisor ends its children in its own time."""
+  script = Script("""
+stop = cli.StopRequest().install()
+ready()
+time.sleep(1.5)
+print(stop(), stop.signal_number)
+""")
+  script.send()
+  assert script.end() == (0, 'True 15\n')
+
+
+def test_signals_are_given_back_when_a_main_function_ends():
+  before = [signal.getsignal(n) for n in cli.SIGNALS]
+
+  def main(argv):
+    cli.StopRequest('stopped').install()
+    raise ValueError('wrong')
+
+  assert cli.status_of(main, ['binary']) == 1
+  assert [signal.getsignal(n) for n in cli.SIGNALS] == before
+
+
+def test_a_poll_right_after_the_signal_sees_it_and_uninstall_gives_it_back():
+  before = [signal.getsignal(n) for n in cli.SIGNALS]
+  stop = cli.StopRequest().install()
+  try:
+    assert not stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop() and stop.signal_number == signal.SIGTERM
+  finally:
+    stop.uninstall()
+  assert [signal.getsignal(n) for n in cli.SIGNALS] == before

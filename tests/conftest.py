@@ -6,6 +6,7 @@ and by the processes that tests start.
 
 import os
 import sys
+import tempfile
 
 # Tests run each program once or twice: what counts is how fast it is compiled.
 os.environ['XLA_FLAGS'] = (
@@ -43,3 +44,20 @@ hypothesis.settings.load_profile('suite')
 def python():
   """The interpreter that subprocess tests start."""
   return sys.executable
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+  """A bucket; and nothing is left on the disk of this machine."""
+  import remote
+
+  here, scratch = tmp_path / 'here', tmp_path / 'scratch'
+  here.mkdir()
+  scratch.mkdir()
+  monkeypatch.chdir(here)
+  monkeypatch.setattr(tempfile, 'tempdir', str(scratch))
+  for name in ('rename', 'replace', 'renames'):
+    monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
+  with remote.bucket(monkeypatch) as made:
+    yield made
+  assert not list(tmp_path.rglob('*/*'))

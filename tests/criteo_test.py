@@ -1,6 +1,5 @@
 """Criteo's format: every good line is read, every bad one is counted."""
 
-import collections
 import gzip
 import os
 import pathlib
@@ -12,7 +11,8 @@ from click_files import expected_row, line, lines, write_lines
 from etils import epath
 from hypothesis import strategies as st
 
-from codistill_jax.data import criteo, line_blocks, raw_files
+from codistill_jax.data import criteo, prepare_clicks
+from codistill_jax.data.records import TOO_LONG, Reject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(
@@ -58,7 +58,6 @@ BAD = {
     'an accent': (with_field(GOOD, 20, '123456é'), 'bad_category'),
     'Latin-1': (with_field(GOOD, 20, '123456é').encode('latin1'), 'not_utf8'),
     'bytes': (b'\xff\xfe\x00', 'not_utf8'),
-    'long': (GOOD + 'x' * 5000, 'too_long'),
 }
 
 
@@ -130,137 +129,80 @@ def test_any_bytes_are_lines_that_are_read_or_counted(raw):
 # -- files --------------------------------------------------------------------
 
 
-def read(paths, *arguments):
-  """All lines, the files that are damaged; blocks are checked on the way."""
-  content, damaged, position = [], [], None
-  for block in line_blocks.read_blocks(
-      [epath.Path(p) for p in paths], *arguments
-  ):
-    if block.damaged_file is not None:
-      damaged.append(block.damaged_file)
-      continue
-    assert block.data.count(b'\n') == block.lines > 0
-    assert position in (None, block.first)
-    position = block.first + block.lines
-    content.append(block.data)
-  return b''.join(content).split(b'\n')[:-1], damaged
+def read(*paths):
+  """Lines of files, without their ends."""
+  source = prepare_clicks.open_source(f'criteo:{paths[0].parent}/*')
+  assert list(source.files) == [epath.Path(path) for path in paths]
+  return [
+      line if isinstance(line, Reject) else line.rstrip(b'\n')
+      for line in source.raw()
+  ]
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-  monkeypatch.setattr(line_blocks, '_BLOCK', 700)
+DAMAGED = Reject('damaged_file')
 
 
 @pytest.mark.parametrize('suffix', ['.txt', '.gz'])
-def test_lines_of_files_from_any_to_any(small_blocks, tmp_path, suffix):
+def test_lines_of_several_files_are_one_after_another(tmp_path, suffix):
   paths = [tmp_path / f'{i}{suffix}' for i in range(3)]
   expected = []
   for i, count in enumerate((5, 0, 12)):
     expected += write_lines(paths[i], count, seed=i)
-  expected = [t.encode() for t in expected]
-  assert read(paths) == (expected, [])
-  assert line_blocks.count_lines([epath.Path(p) for p in paths]) == 17
-  for start in range(18):
-    for stop in (None, 0, 4, 5, 6, 17, 30):
-      found, _ = read(paths, start, stop)
-      assert found == expected[start:stop]
+  assert read(*paths) == [t.encode() for t in expected]
 
 
-def test_a_line_may_reach_over_many_blocks(monkeypatch, tmp_path):
-  monkeypatch.setattr(line_blocks, '_BLOCK', 50)
-  expected = [t.encode() for t in write_lines(tmp_path / 'a.txt', 9)]
-  assert read([tmp_path / 'a.txt']) == (expected, [])
+def test_a_line_that_is_too_long_is_one_reject(tmp_path):
+  path = tmp_path / 'b.txt'
   long = [b'a' * 4096, b'b' * 4097, b'c' * 9000, b'd']
-  (tmp_path / 'b.txt').write_bytes(b'\n'.join(long))
-  found, _ = read([tmp_path / 'b.txt'])
-  assert [found[0], found[3]] == [long[0], long[3]]
-  # Cut, but still known as too long.
-  assert all(4096 < len(line) < 4200 for line in found[1:3])
+  path.write_bytes(b'\n'.join(long))
+  assert read(path) == [long[0], TOO_LONG, TOO_LONG, b'd']
 
 
 def test_the_last_line_needs_no_end_and_a_mark_at_the_start_is_none(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_bytes(b'\xef\xbb\xbfone\n\ntwo')
-  assert read([path])[0] == [b'one', b'', b'two']
+  assert read(path) == [b'one', b'', b'two']
 
 
 @pytest.mark.parametrize('kept', [0, 1, 5, 11, 200, 900, -1, -9])
-def test_a_truncated_gzip_file_gives_what_it_has(small_blocks, tmp_path, kept):
+def test_a_truncated_gzip_file_gives_what_it_has(tmp_path, kept):
   first, second = tmp_path / '0.gz', tmp_path / '1.gz'
   expected = [t.encode() for t in write_lines(first, 30)]
   more = [t.encode() for t in write_lines(second, 3, seed=1)]
   first.write_bytes(first.read_bytes()[:kept])
-  found, damaged = read([first, second])
-  own = found[: len(found) - 3]
-  assert found[len(own) :] == more
-  assert own == expected[: len(own)]
+  found = read(first, second)
+  assert found[-3:] == more
   # An empty file is an empty gzip file.
-  assert damaged == ([0] if kept else [])
+  own = found[:-4] if kept else found[:-3]
+  assert found[len(own) : -3] == ([DAMAGED] if kept else [])
+  assert own == expected[: len(own)]
   if kept in (-1, -9):
     assert len(own) >= 29
   if kept == 900:
     assert own
 
 
-def test_flipped_bytes_in_gzip_end_that_file_only(small_blocks, tmp_path):
+def test_flipped_bytes_in_gzip_end_that_file_only(tmp_path):
   paths = [tmp_path / '0.gz', tmp_path / '1.gz']
   for i, path in enumerate(paths):
     write_lines(path, 30, seed=i)
   data = bytearray(paths[0].read_bytes())
-  data[len(data) // 2 :][:8] = bytes(8)
   data[len(data) // 2 : len(data) // 2 + 8] = b'\xff' * 8
   paths[0].write_bytes(bytes(data))
-  found, damaged = read(paths)
-  assert damaged == [0]
-  assert len(found) >= 30
-
-
-def test_a_line_of_100_megabytes_is_one_bad_line(tmp_path):
-  path = tmp_path / 'a.gz'
-  before, after = lines(2)
-  with gzip.open(path, 'wb', compresslevel=1) as f:
-    f.write(before.encode() + b'\n')
-    for _ in range(100):
-      f.write(b'x' * 10**6)
-    f.write(b'\n' + after.encode() + b'\n')
-  rejects, rows, longest = collections.Counter(), [], 0
-  for block in line_blocks.read_blocks([epath.Path(path)]):
-    parsed = criteo.parse(block.data)
-    rejects += parsed.rejects
-    rows += parsed.rows.tolist()
-    longest = max(longest, len(block.data))
-  assert rejects == {'too_long': 1}
-  assert rows == [expected_row(before), expected_row(after)]
-  assert longest < 4 << 20
-
-
-def test_files_are_found_by_name_or_pattern(tmp_path):
-  for name in ('b.txt', 'a.txt', 'c.gz'):
-    write_lines(tmp_path / name, 1)
-  names = lambda pattern: [
-      p.name for p in raw_files.expand(f'{tmp_path}/{pattern}')
-  ]
-  assert names('*.txt') == ['a.txt', 'b.txt']
-  assert names('c.gz') == ['c.gz']
-  for pattern, error in (('*.csv', FileNotFoundError), ('', ValueError)):
-    with pytest.raises(error):
-      names(pattern)
+  found = read(*paths)
+  assert found.count(DAMAGED) == 1 and found[-31] == DAMAGED
 
 
 def test_the_first_rows_of_the_real_file():
   path = SHARED / 'criteo-kaggle-10k' / 'train_head10k.txt.gz'
   if not path.exists():
     pytest.skip(f'{path} is missing: real data are not part of the project')
-  rows, rejects = [], collections.Counter()
-  for block in line_blocks.read_blocks([epath.Path(path)]):
-    parsed = criteo.parse(block.data)
-    rows.append(parsed.rows)
-    rejects += parsed.rejects
-  rows = np.concatenate(rows)
-  assert rows.shape == (10_000, 40) and not rejects
-  assert rows[:, 0].sum() == 2182
-  texts = gzip.decompress(path.read_bytes()).decode().splitlines()
-  assert rows[::97].tolist() == [expected_row(t) for t in texts[::97]]
+  data = gzip.decompress(path.read_bytes())
+  parsed = criteo.parse(data)
+  assert parsed.rows.shape == (10_000, 40) and not parsed.rejects
+  assert parsed.rows[:, 0].sum() == 2182
+  texts = data.decode().splitlines()
+  assert parsed.rows[::97].tolist() == [expected_row(t) for t in texts[::97]]
 
 
 def test_the_helper_makes_good_lines():

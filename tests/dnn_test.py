@@ -1,4 +1,4 @@
-"""The click model: what it computes, what it has, what it learns from."""
+"""The click model: what it computes, what it has; see models_test.py, too."""
 
 import functools
 
@@ -45,10 +45,6 @@ def logits(made, variables, data):
   return compiled(made)(variables, data)
 
 
-def count(variables):
-  return sum(x.size for x in jax.tree.leaves(variables.params))
-
-
 def test_it_computes_what_its_head_says():
   made, data = model(), batch()
   params = start(made).params
@@ -80,14 +76,7 @@ def test_widths_of_tables_are_those_of_the_rule():
   assert [params[f'table_{k}'].shape[1] for k in range(3)] == [5, 5, 5]
 
 
-def test_parameters_are_as_many_as_counted_by_hand():
-  tables = 7 * 5 + 3 * 5 + 20 * 5
-  width = 4 + 3 * 5
-  layers = (width * 8 + 8) + (8 * 5 + 5) + (5 + 1)
-  assert count(start(model(embedding=5))) == tables + layers == 361
-
-
-def test_every_table_and_every_layer_learns():
+def test_rows_that_were_looked_up_learn_and_no_others():
   made, data = model(), batch()
 
   def loss(params):
@@ -96,22 +85,10 @@ def test_every_table_and_every_layer_learns():
     return jnp.sum(jnp.square(found - 1.0))
 
   grads = fast.jit(jax.grad(loss))(start(made).params)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.abs(g).max() > 0, path
   for k in range(3):
-    # The rows that were looked up, and no others.
     seen = np.unique(data['inputs']['categories'][:, k])
     moved = np.flatnonzero(np.abs(grads[f'table_{k}']).max(axis=1))
     np.testing.assert_array_equal(moved, seen)
-
-
-def test_integers_matter():
-  made, data = model(), batch()
-  other = batch()
-  other['inputs']['integers'] += 1.0
-  variables = start(made)
-  found = logits(made, variables, data) - logits(made, variables, other)
-  assert np.abs(found).min() > 0
 
 
 def test_embeddings_start_at_a_length_of_about_one():
@@ -132,33 +109,6 @@ def test_an_id_outside_its_table_is_not_overlooked(bad):
   data['inputs']['categories'][1, 2] = bad
   found = np.asarray(logits(made, start(made), data))
   assert np.isnan(found[1]) and np.isfinite(np.delete(found, 1)).all()
-
-
-def test_bfloat16_computes_about_the_same_from_float32_parameters():
-  made = model(dtype='bfloat16')
-  variables = start(made)
-  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  found = logits(made, variables, batch())
-  assert found.dtype == jnp.float32
-  exact = logits(model(), variables, batch())
-  assert 0 < np.abs(found - exact).max() < 0.1
-
-
-@pytest.mark.parametrize(
-    'arguments, words',
-    [
-        ({'num_classes': 3}, 'num_classes=3'),
-        ({'hidden': (8, 0)}, 'hidden'),
-        ({'table_sizes': (3, 0)}, 'table_sizes'),
-        ({'embedding': 0}, 'embedding'),
-        ({'dtype': 'int8'}, 'dtype'),
-        ({'table_sizes': (), 'num_integers': 0}, 'Expected columns'),
-    ],
-)
-def test_a_wrong_argument_is_named(arguments, words):
-  good = {'num_classes': 2, 'table_sizes': SIZES, 'num_integers': INTEGERS}
-  with pytest.raises(ValueError, match=words):
-    dnn.click_model(**{**good, **arguments})
 
 
 def test_a_batch_of_another_task_is_refused():

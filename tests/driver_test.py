@@ -16,12 +16,14 @@ import toy
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.exchange.protocol import Interrupted, NoExchange
+from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.plan import Interrupted, NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases, resume
 from codistill_jax.storage.background import Patience
-from experiments import claims, cli, devices, driver, watch
-from experiments import job as job_lib
+from experiments import cli
+from experiments.running import devices, driver, watch
+from experiments.running import job as job_lib
 
 BATCH, STEPS = 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -89,7 +91,7 @@ def lease(request, monkeypatch):
 
 @pytest.fixture
 def make_job(train_step, tmp_path):
-  def make(name='run', *, stop=lambda: False, agreement=base.ALONE, **kwargs):
+  def make(name='run', *, stop=None, agreement=base.ALONE, **kwargs):
     return job_lib.Job(
         experiment=make_experiment(**kwargs),
         model=MODEL,
@@ -97,7 +99,7 @@ def make_job(train_step, tmp_path):
         workdir=str(tmp_path / name),
         group_id=0,
         num_groups=1,
-        stop=stop,
+        stop=stop or cli.StopRequest(),
         agreement=agreement,
     )
 
@@ -135,6 +137,7 @@ class StopAt:
 
   def __init__(self, looks):
     self._looks = looks
+    self.unsaved = {}
 
   def __call__(self):
     self._looks -= 1
@@ -271,7 +274,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(make_job):
       make_experiment(), model, jax.devices()[:2]
   )
   job = dataclasses.replace(
-      make_job(log_every=50, stop=lambda: True),
+      make_job(log_every=50, stop=StopAt(0)),
       model=model,
       train_step=train_step,
   )
@@ -443,19 +446,25 @@ def test_signs_of_life_may_fail(make_job, monkeypatch):
 def test_the_run_directory_is_claimed_once_its_disk_works(
     make_job, monkeypatch
 ):
-  original, tries = claims.claim_workdir, []
+  original, failures = run_directory.write_run, []
 
-  def claim(job, state):
-    tries.append(int(state.step))
-    if len(tries) < 3:
+  def write(workdir, content):
+    if len(failures) < 2:
+      failures.append(content)
       raise OSError(errno.ENOSPC, 'disk full')
-    original(job, state)
+    original(workdir, content)
 
-  monkeypatch.setattr(claims, 'claim_workdir', claim)
+  monkeypatch.setattr(run_directory, 'write_run', write)
   job = make_job()
-  run(job)
-  assert tries == [1, 2, 4]  # After the first update, then at each record.
-  assert run_directory.run_path(job.workdir).exists()
+  claimed = [
+      step
+      for step in driver.train(
+          job, lambda v: NoExchange(), lambda start: writers.NullWriter()
+      )
+      if run_directory.run_path(job.workdir).exists()
+  ]
+  # Tried after the first update, then at each record: at 2 and at 4.
+  assert claimed[0] == 4 and len(failures) == 2
 
 
 def test_done_is_tried_again(make_job, monkeypatch):
@@ -525,13 +534,15 @@ def test_each_exchange_is_on_record(make_job):
     def metrics(self, step):
       return {'exchange/staleness_steps_group_1': float(step % 5)}
 
-  job = make_job(exchange_every=5, log_every=100, checkpoint_every=100)
+  job = make_job(exchange=Checkpoints(5), log_every=100, checkpoint_every=100)
   run(job, Peer())
   steps, _ = run_directory.series(
       records_of(job), 'exchange/staleness_steps_group_1'
   )
   assert steps == [5, 10, 12]
-  job = make_job('alone', exchange_every=5, log_every=100, checkpoint_every=100)
+  job = make_job(
+      'alone', exchange=Checkpoints(5), log_every=100, checkpoint_every=100
+  )
   run(job)
   training = [r['step'] for r in records_of(job) if 'loss/task' in r]
   assert training == [12]
@@ -637,10 +648,10 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   configuration = ['a.b = 1', 'c.d = 2']
   monkeypatch.setattr(gin_utils, 'configuration', lambda: configuration)
   job = dataclasses.replace(job, arm='ours')
-  claims.claim_workdir(job, state)
+  job_lib.claim_workdir(job, state)
   run_json = run_directory.run_path(job.workdir).read_text()
   assert json.loads(run_json)['arm'] == 'ours'
-  claims.claim_workdir(job, state)  # The same again.
+  job_lib.claim_workdir(job, state)  # The same again.
   for other, message in [
       (['a.b = 1', 'c.d = 3'], 'it has c.d = 2, this one has c.d = 3'),
       (['a.b = 1'], 'it has c.d = 2, this one has no such binding'),
@@ -651,16 +662,16 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
   ]:
     monkeypatch.setattr(gin_utils, 'configuration', lambda o=other: o)
     with pytest.raises(ValueError, match=message):
-      claims.check_workdir(job, state)
+      job_lib.check_workdir(job, state)
   assert run_directory.run_path(job.workdir).read_text() == run_json
 
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
   job = make_job(distill_weight=lambda step: float(step >= 5))
   state = driver.new_state(job).state
-  assert claims.describe_run(job, state)['burn_in_steps'] == 5
+  assert job_lib.describe_run(job, state)['burn_in_steps'] == 5
   job = make_job(distill_weight=lambda step: 0.0)
-  assert claims.describe_run(job, state)['burn_in_steps'] == STEPS
+  assert job_lib.describe_run(job, state)['burn_in_steps'] == STEPS
 
 
 def test_a_start_reads_one_row_of_the_data(make_job):

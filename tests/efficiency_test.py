@@ -12,7 +12,7 @@ from codistill_jax import base, jaxprs
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.models import resnet
-from experiments import efficiency
+from experiments.running import watch
 
 ROWS, TOKENS = 4, 3
 UNITS, VOCAB = 6, 7
@@ -24,11 +24,10 @@ FORWARD = 2 * ROWS * TOKENS * (UNITS * UNITS + UNITS * VOCAB)
 def make_job(model=MODEL, *, peers=2, devices=None, **plan):
   """As much of a job as is looked at."""
   experiment = types.SimpleNamespace(
-      exchange='checkpoints',
-      group_batch=ROWS,
-      plan=types.SimpleNamespace(
-          teacher_dtype='float32', peers_of=lambda *_: range(peers), **plan
+      exchange=types.SimpleNamespace(
+          teacher_dtype='float32', num_teachers=lambda *_: peers, **plan
       ),
+      group_batch=ROWS,
   )
   train_step = step_lib.make_train_step(
       model, optax.adam(1e-3), axis_name=base.REPLICA_AXIS
@@ -58,7 +57,7 @@ def make_efficiency(job, batch, model=MODEL):
           group_batch=ROWS,
       )
   )
-  return efficiency.Efficiency(job, state, row)
+  return watch.Efficiency(job, state, row)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import toy
 from codistill_jax import base, losses
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
+from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.models import linen
 
 TASK = base.Task(
@@ -46,32 +47,14 @@ def make(**kwargs):
         ({'eval_batch': 0}, 'Experiment.eval_batch=0'),
         ({'checkpoint_every': '9'}, "Experiment.checkpoint_every='9'"),
         ({'distill_loss': 'nonsense'}, 'nonsense.*cross_entropy'),
-        ({'exchange_every': 0}, 'exchange_every=0'),
-        ({'exchange_mode': 'eager'}, "'eager' is not one of freshest"),
-        (
-            {'exchange_mode': 'lockstep', 'staleness': 30},
-            'staleness=30 is not a multiple of exchange_every=50',
-        ),
-        ({'staleness': 50}, 'staleness=50 can be asked for in lockstep only'),
-        ({'publish_dtype': 'float16'}, "'float16' is not one of float32"),
-        ({'teacher_dtype': 'int8'}, "'int8' is not one of float32"),
+        ({'exchange': None}, 'Experiment.exchange=None; bind it to a kind'),
+        ({'exchange': 'fixed'}, r"='fixed' is now @exchange.FixedTeachers\(\)"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   with pytest.raises(ValueError, match=message) as e:
     make(**wrong)
   assert '\n' not in str(e.value)
-
-
-def test_the_plan_is_what_was_configured():
-  plan = make(
-      exchange_every=20,
-      exchange_mode='lockstep',
-      staleness=40,
-      publish_dtype='bfloat16',
-  ).plan
-  assert (plan.every, plan.mode, plan.staleness) == (20, 'lockstep', 40)
-  assert (plan.publish_dtype, plan.teacher_dtype) == ('bfloat16', 'float32')
 
 
 def test_the_distill_loss_is_looked_up_by_name(monkeypatch):
@@ -166,9 +149,14 @@ def test_teachers_are_computed_in_the_dtype_in_which_they_are_held(dtype):
     return linen.from_linen(toy.TwoLayers())
 
   found = experiment_lib.make_teacher_model(
-      make(model=model, teacher_dtype=dtype)
+      make(model=model, exchange=Checkpoints(teacher_dtype=dtype))
   )
   # In float32 the student's own model, whatever that computes in.
   assert made == ([] if dtype == 'float32' else ['bfloat16'])
   assert (found is None) == (dtype == 'float32')
-  assert experiment_lib.make_teacher_model(make(teacher_dtype=dtype)) is None
+  assert (
+      experiment_lib.make_teacher_model(
+          make(exchange=Checkpoints(teacher_dtype=dtype))
+      )
+      is None
+  )

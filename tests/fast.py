@@ -1,8 +1,9 @@
-"""`jax.jit` for what runs once: quick to compile, slow to run."""
+"""What is quick to compile, and slow to run: for what runs once."""
 
 import functools
 
 import jax
+import numpy as np
 
 jit = functools.partial(
     jax.jit,
@@ -12,3 +13,19 @@ jit = functools.partial(
         'xla_cpu_use_fusion_emitters': False,
     },
 )
+
+
+def random_variables(model, batch, seed=0):
+  """Variables in which no scale is 1, without the cost of compiling `init`."""
+  rng = np.random.default_rng(seed)
+  like = jax.eval_shape(model.init, jax.random.key(0), batch)
+
+  def fill(path, x):
+    noise = rng.normal(size=x.shape)
+    if x.ndim > 1:
+      noise /= np.sqrt(np.prod(x.shape[:-1]))
+    elif str(path[-1].key).endswith(('scale', 'var')):
+      noise = np.exp(0.3 * noise)
+    return noise.astype(x.dtype)
+
+  return jax.tree.map_with_path(fill, like)

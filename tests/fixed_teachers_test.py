@@ -1,9 +1,9 @@
 """Offline distillation: the student learns from runs that have ended."""
 
 import pathlib
-import signal
 
 import algorithm1
+import all_groups
 import jax
 import numpy as np
 import optax
@@ -12,16 +12,16 @@ import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory
+from codistill_jax import run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fixed_teachers import FixedTeachers
+from codistill_jax.exchange.fixed_teachers import FixedExchange
+from codistill_jax.exchange.kinds import FixedTeachers
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from codistill_jax.storage.checkpoints import MismatchError
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, driver, lockstep, watch
-from experiments.job import Job
+from experiments import cli
 
 TX = optax.sgd(0.5)
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
@@ -50,7 +50,7 @@ def variables_of(model, seed, step=5):
 def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
   sources = fixed_teachers.find(runs, step)
   like = toy.start(model, TX).variables
-  return FixedTeachers(
+  return FixedExchange(
       sources, fixed_teachers.load(sources, like, identity, **kwargs)
   )
 
@@ -193,7 +193,7 @@ def with_a_flipped_bit(run):
             without_done,
             r'group 1 of .* \(there is no DONE\); start its command',
         ),
-        (without_checkpoints, 'step any in .*there are: none. Set Experiment.'),
+        (without_checkpoints, 'step any in .*there are: none. Set exchange.'),
         (without_a_group, 'group 2 of .* has not reached its last step'),
         (with_a_flipped_bit, 'was altered'),
     ],
@@ -243,8 +243,7 @@ def experiment_of(teacher_run, **kwargs):
           'task': toy.TOKEN_TASK,
           'model': lambda num_classes: MODEL,
           'optimizer': optax.adam(1e-2),
-          'exchange': 'fixed',
-          'teacher_runs': [str(teacher_run)],
+          'exchange': FixedTeachers([str(teacher_run)]),
           'distill_weight': distill_weight(burn_in_steps=2),
           'num_steps': 8,
           'group_batch': 4,
@@ -260,16 +259,15 @@ def experiment_of(teacher_run, **kwargs):
 @pytest.mark.parametrize(
     'wrong, message',
     [
-        ({'teacher_runs': []}, 'needs teachers; set Experiment.teacher_runs'),
-        ({'teacher_runs': 'runs/two'}, "teacher_runs='runs/two'; set it to a"),
-        ({'teacher_step': 0}, 'teacher_step=0; set it to the step'),
-        ({'topology': 'ring'}, "topology='ring' acts nowhere with Experiment."),
-        ({'exchange': 'checkpoints'}, 'teacher_runs=.* acts nowhere with'),
+        ({'runs': []}, 'no teachers; set exchange.FixedTeachers.runs to'),
+        ({'runs': 'runs/two'}, "runs='runs/two'; set it to a list of run dir"),
+        ({'runs': ['runs/two'], 'step': 0}, 'step=0; set it to the step'),
+        ({'runs': ['x'], 'teacher_dtype': 'int8'}, "'int8' is not one of"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   with pytest.raises(ValueError, match=message):
-    experiment_of('runs/two', **wrong)
+    FixedTeachers(**wrong)
 
 
 @pytest.fixture(scope='module')
@@ -296,52 +294,9 @@ def taught(tmp_path_factory):
   return experiment, step
 
 
-def jobs_of(taught, workdir, stop):
-  gin_utils.parse([])
+def train(taught, workdir, stop_after=None):
   experiment, step = taught
-  return [
-      Job(
-          experiment=experiment,
-          model=MODEL,
-          train_step=step,
-          workdir=str(workdir),
-          group_id=group_id,
-          num_groups=2,
-          stop=stop,
-      )
-      for group_id in (0, 1)
-  ]
-
-
-class StopAt:
-  """Asked to stop from the n-th round on."""
-
-  signal_number = signal.SIGTERM
-
-  def __init__(self, rounds=100):
-    self._rounds = rounds
-
-  def __call__(self):
-    return self._rounds < 0
-
-  def update(self):
-    self._rounds -= 1
-
-
-def train(taught, workdir, latch):
-  jobs = jobs_of(taught, workdir, latch)
-  exchanges = lockstep.exchanges_of(jobs, driver.new_state(jobs[0]))
-  lockstep.train_in_turn(
-      [
-          driver.train(
-              job,
-              lambda variables, exchange=exchange: exchange,
-              watch.group_writer(job, progress=False),
-          )
-          for job, exchange in zip(jobs, exchanges)
-      ],
-      latch,
-  )
+  all_groups.train(experiment, MODEL, [step] * 2, workdir, stop_after)
 
 
 def last_arrays(workdir, group_id):
@@ -351,7 +306,7 @@ def last_arrays(workdir, group_id):
 @pytest.fixture(scope='module')
 def finished(taught, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('students') / 'run'
-  train(taught, workdir, StopAt())
+  train(taught, workdir)
   return workdir
 
 
@@ -360,9 +315,9 @@ def test_a_student_that_was_stopped_ends_with_the_same_bits(
 ):
   workdir = tmp_path / 'run'
   with pytest.raises(cli.Stopped):
-    train(taught, workdir, StopAt(5))
+    train(taught, workdir, 5)
   assert tiny_run.saved_arrays(workdir, 0)[0] < 8
-  train(taught, workdir, StopAt())
+  train(taught, workdir)
   for group_id in (0, 1):
     tiny_run.assert_same_bits(
         last_arrays(workdir, group_id), last_arrays(finished, group_id)
@@ -373,7 +328,7 @@ def test_a_student_that_was_stopped_ends_with_the_same_bits(
 
 def test_a_run_says_what_its_teachers_cost(taught, finished):
   run = run_directory.read_run(finished)
-  teachers = taught[0].teacher_runs[0]
+  teachers = taught[0].exchange.runs[0]
   assert run['teacher_runs'] == [{'workdir': teachers, 'steps': [20, 21]}]
   assert run['prior_steps'] == 20 + 21 + 9  # The teachers had some, too.
   assert run['mode'] == 'fixed' and run['exchange_every'] is None
@@ -386,8 +341,8 @@ def test_a_run_says_what_its_teachers_cost(taught, finished):
 
 
 def test_a_student_does_not_go_on_with_other_teachers(taught):
-  exchange = lockstep.fixed_exchange(
-      jobs_of(taught, 'run', StopAt())[0],
+  exchange = taught[0].exchange.join(
+      all_groups.jobs_of(taught[0], MODEL, taught[1:], 'run')[0],
       jax.eval_shape(MODEL.init, jax.random.PRNGKey(0), toy.Tokens(4).batch(0)),
   )
   exchange.restore(4, [20, 21])

@@ -61,7 +61,7 @@ def small_pixels(directory):
 def clicks(directory):
   """Two hundred lines; returns bindings."""
   write_lines(directory / 'train.txt', 200)
-  prepare_clicks.prepare(
+  prepare_clicks.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,

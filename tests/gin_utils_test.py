@@ -267,3 +267,33 @@ def test_a_file_says_what_it_is_for(tmp_path):
   assert gin_utils.headline(str(path)) == ''
   with pytest.raises(ValueError, match='no such file'):
     gin_utils.headline('none.gin')
+
+
+@pytest.mark.parametrize('old', gin_utils.RENAMED)
+@pytest.mark.parametrize('typed', [True, False])
+def test_a_renamed_binding_names_the_new_one_in_one_line(old, typed, tmp_path):
+  file = tmp_path / 'old.gin'
+  file.write_text(f"""
+from __gin__ import dynamic_registration
+from codistill_jax import experiment
+
+experiment.{old} = 1
+""")
+  task = 'gin_configs/tasks/digits_resnet.gin'
+  with pytest.raises(ValueError) as e:
+    if typed:
+      gin_utils.parse([task], [f'{old}=1'])
+    else:
+      gin_utils.parse([task, str(file)])
+  assert f'{old} is now {gin_utils.RENAMED[old]}' in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_what_renamed_bindings_became_is_there():
+  task = 'gin_configs/tasks/digits_resnet.gin'
+  kinds = {'Checkpoints': [], 'Predictions': [], 'FixedTeachers': []}
+  kinds['Predictions'] = ['gin_configs/ablations/deep_mutual_learning.gin']
+  kinds['FixedTeachers'] = ['gin_configs/ablations/offline_distillation.gin']
+  for new in gin_utils.RENAMED.values():
+    binding = new.split()[0]
+    gin_utils.parse([task, *kinds[binding.split('.')[1]]], [f'{binding}=1'])

@@ -5,7 +5,6 @@ import pytest
 from token_files import write_data
 
 from codistill_jax.data import (
-    click_shards,
     criteo,
     images,
     label_counts,
@@ -14,6 +13,7 @@ from codistill_jax.data import (
 )
 from codistill_jax.data.image_files import Labelled
 from codistill_jax.data.tokenizer import END_ID
+from codistill_jax.storage import files
 
 VOCABULARY = 12
 DOCUMENTS = [[[5, 6, 5], [7]], [[5, 11, 11, 11]]]  # In two shards.
@@ -21,13 +21,7 @@ DOCUMENTS = [[[5, 6, 5], [7]], [[5, 11, 11, 11]]]  # In two shards.
 
 @pytest.fixture
 def data_dir(tmp_path):
-  """Prepared data whose checksums are known."""
-  write_data(tmp_path, DOCUMENTS, [[8, 8]], VOCABULARY)
-  meta = shards.read_json(tmp_path / shards.META)
-  for i, shard in enumerate(meta['splits']['train']['shards']):
-    shard['tokens_sha256'] = f'of shard {i}'
-  shards.write_json(tmp_path / shards.META, meta)
-  return tmp_path
+  return write_data(tmp_path, DOCUMENTS, [[8, 8]], VOCABULARY)
 
 
 def counted(data_dir):
@@ -50,12 +44,11 @@ EXPECTED = np.zeros(VOCABULARY)
 EXPECTED[[END_ID, 5, 6, 7, 11]] = np.array([3, 3, 1, 1, 3]) / 11
 
 
-@pytest.mark.parametrize('piece', [1, 3, 100])
-def test_word_pieces_of_all_training_documents_count(
-    data_dir, monkeypatch, piece
-):
-  monkeypatch.setattr(shards, '_PIECE', piece)
+def test_word_pieces_of_all_training_documents_count(data_dir):
   np.testing.assert_allclose(counted(data_dir), EXPECTED)
+  data = shards.open_tokens(data_dir, 'train')
+  for most in (1, 3, 100):
+    np.testing.assert_array_equal(data.count_tokens(most), data.count_tokens())
 
 
 def test_they_are_the_labels_that_streams_of_all_groups_train_on(tmp_path):
@@ -85,25 +78,13 @@ def test_the_counts_are_kept_beside_the_data(data_dir, no_counting):
 def test_counts_of_other_tokens_are_not_taken(data_dir):
   counted(data_dir)
   write_data(data_dir, [[[9]]], vocab_size=VOCABULARY)
-  meta = shards.read_json(data_dir / shards.META)
-  meta['splits']['train']['shards'][0]['tokens_sha256'] = 'of other tokens'
-  shards.write_json(data_dir / shards.META, meta)
   assert counted(data_dir)[9] == 0.5
-
-
-def test_tokens_without_checksums_are_counted_every_time(tmp_path, no_counting):
-  """Nothing would say that the counts are of these tokens."""
-  write_data(tmp_path, DOCUMENTS, vocab_size=VOCABULARY)
-  np.testing.assert_allclose(counted(tmp_path), EXPECTED)
-  no_counting()
-  with pytest.raises(AssertionError, match='counted'):
-    counted(tmp_path)
 
 
 @pytest.mark.parametrize('damage', [b'', b'PK\x03\x04 and no more', b'[]'])
 def test_damaged_counts_are_made_again(data_dir, damage):
   counted(data_dir)
-  (path,) = (data_dir / 'train').glob('*.npz')
+  (path,) = (data_dir / 'train').glob('*counts*')
   path.write_bytes(damage)
   np.testing.assert_allclose(counted(data_dir), EXPECTED)
   assert path.stat().st_size > len(damage)
@@ -112,10 +93,10 @@ def test_damaged_counts_are_made_again(data_dir, damage):
 def test_where_nobody_may_write_the_counts_stay_in_memory(
     data_dir, monkeypatch, no_counting
 ):
-  def refused(*args, **kwargs):
+  def refused(*arguments):
     raise PermissionError
 
-  monkeypatch.setattr(label_counts.tempfile, 'NamedTemporaryFile', refused)
+  monkeypatch.setattr(files, 'write_bytes', refused)
   task = text.language_model_task(data_dir, unroll=2)
   np.testing.assert_allclose(task.label_frequencies(), EXPECTED)
   no_counting()
@@ -157,13 +138,12 @@ def test_images_of_the_training_split_count():
   np.testing.assert_allclose(task.label_frequencies(), expected)
 
 
-def test_labels_of_clicks_are_read_piece_by_piece(monkeypatch):
-  monkeypatch.setattr(click_shards, '_PIECE', 3)
+def test_labels_of_clicks_are_read_piece_by_piece():
   rows = np.zeros((7, criteo.COLUMNS), np.uint32)
   rows[:, 0] = [1, 0, 0, 1, 0, 0, 1]
   rows[:, 1:] = 2**32 - 1
-  data = click_shards.RowData([rows[:4], rows[4:]])
-  pieces = list(data.labels())
+  data = criteo.RowData([rows[:4], rows[4:]])
+  pieces = list(data.labels(3))
   assert [piece.tolist() for piece in pieces] == [[1, 0, 0], [1], [0, 0, 1]]
   np.testing.assert_allclose(
       label_counts.frequencies(pieces, 2), [4 / 7, 3 / 7]

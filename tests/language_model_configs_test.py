@@ -46,7 +46,7 @@ def test_the_paper_s_settings(name, folder, data_dir):
   }.items():
     assert gin.query_parameter(setting) == value
   experiment = configured(name, data_dir)
-  assert experiment.exchange_every == 50
+  assert experiment.exchange.every == 50
   assert experiment.group_batch % 128 == 0
   assert experiment.task.num_classes == VOCABULARY
 

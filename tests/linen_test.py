@@ -108,6 +108,22 @@ def test_dropout_follows_its_key_in_training_only():
   np.testing.assert_array_equal(run(a, False), run(None, False))
 
 
+def test_random_streams_of_two_names_differ():
+
+  class Two(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, train=False):
+      if not train:
+        return x
+      drawn = [jax.random.uniform(self.make_rng(n), (4, 1)) for n in 'ab']
+      return jnp.concatenate(drawn, axis=1)
+
+  model, variables = make(Two(), rng_names=('a', 'b'))
+  drawn, _ = model.apply(variables, BATCH, (), jax.random.key(0), True)
+  assert (drawn[:, 0] != drawn[:, 1]).all()
+
+
 def test_a_recurrent_module_carries_its_state():
   model, variables = make(Adder())
   carry = model.init_carry(4)

@@ -6,15 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codistill_jax import experiment as experiment_lib
 from codistill_jax import losses
+from codistill_jax.base import HeadOutputs, Model, Task, Updates, Variables
+from codistill_jax.exchange.kinds import Predictions
 
 SOFTMAX_LOSSES = [
     name for name in losses.DISTILL_LOSSES if name != 'sigmoid_cross_entropy'
 ]
 ALL_LOSSES = list(losses.DISTILL_LOSSES)
+CE = 'cross_entropy'
 DIVERGENCES = ['kl', 'reverse_kl', 'jsd', 'squared_logits']
 
 
@@ -451,3 +456,263 @@ def test_the_task_loss_follows_the_kind_of_output():
 def test_a_loss_of_one_logistic_output_is_refused_for_classes():
   with pytest.raises(ValueError, match='for a softmax output; choose one'):
     losses.distill_loss('sigmoid_cross_entropy')
+
+
+# --- The losses of an experiment: smoothing, separate peers -------------------
+
+B, P = 8, 3
+UNIGRAM_C = np.array([0.5, 0.25, 0.25, 0.0])
+
+
+def task(frequencies=UNIGRAM_C, **changes):
+  return Task(
+      train_stream=lambda **kwargs: toy.Clusters(kwargs['group_batch']),
+      eval_batches=lambda rows: [toy.Clusters(rows).batch(0)],
+      num_classes=toy.CLASSES,
+      identity={'task': 'toy'},
+      example_name='point',
+      label_frequencies=None if frequencies is None else lambda: frequencies,
+  )._replace(**changes)
+
+
+@pytest.mark.parametrize('share', [0.0, 0.1, 0.6])
+@pytest.mark.parametrize(
+    'name, distribution',
+    [('uniform', np.full(toy.CLASSES, 0.25)), ('unigram', UNIGRAM_C)],
+)
+def test_the_loss_of_a_task_is_smoothed_towards(name, distribution, share):
+  student, _ = draw(0, CE, lead=(B,), classes=toy.CLASSES)
+  labels = np.arange(B) % toy.CLASSES
+  loss = losses.training_loss(task(), share, name if share else 'uniform')
+  expected = losses.task_loss(
+      student,
+      labels,
+      label_smoothing=share,
+      smoothing_distribution=distribution,
+  )
+  np.testing.assert_allclose(loss(student, labels), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name, rate', [('uniform', 0.5), ('unigram', 0.2)])
+def test_the_log_loss_of_a_task_leans_to_a_half_or_to_the_base_rate(name, rate):
+  clicks = task(np.array([0.8, 0.2]), num_classes=2, output='sigmoid')
+  z, labels = np.linspace(-4, 4, B, dtype=np.float32), np.arange(B) % 2
+  loss = losses.training_loss(clicks, 0.3, name)(z, labels)
+  expected = losses.sigmoid_task_loss(
+      z, labels, label_smoothing=0.3, smoothing_probability=rate
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_labels_are_counted_only_where_that_is_asked_for():
+  def counted():
+    raise AssertionError
+
+  for share in (0.0, 0.1):
+    counting = task(label_frequencies=counted)
+    losses.training_loss(counting, share, 'uniform')
+
+
+@pytest.mark.parametrize(
+    'frequencies, message',
+    [
+        (np.full(3, 1 / 3), r'gives the shape \(3,\), expected \(4,\)'),
+        (np.full(4, 0.3), 'sum to 1, got a sum of 1.2 '),
+        (np.array([1.5, -0.5, 0, 0]), 'minimum of -0.5'),
+        (np.full(4, np.nan), 'sum of nan'),
+    ],
+)
+def test_frequencies_that_are_no_distribution_are_refused(frequencies, message):
+  with pytest.raises(ValueError, match=message):
+    losses.training_loss(task(frequencies), 0.1, 'unigram')
+
+
+def make(**kwargs):
+  return experiment_lib.Experiment(
+      **{
+          'task': task(),
+          'model': lambda num_classes: HEAD,
+          'optimizer': toy.SGD,
+          'group_batch': B,
+          **kwargs,
+      }
+  )
+
+
+def head_model():
+  """A linear classifier that leaves it to the loss to make the logits."""
+
+  def init(rng, batch):
+    del batch
+    kernel = jax.random.normal(rng, (toy.FEATURES, toy.CLASSES))
+    return Variables({'kernel': kernel, 'bias': jnp.zeros(toy.CLASSES)})
+
+  def apply(variables, batch, carry, rng, train):
+    del rng, train
+    p = variables.params
+    outputs = HeadOutputs(batch['inputs'], p['kernel'], p['bias'])
+    return outputs, Updates({}, carry)
+
+  return Model(init, apply)
+
+
+HEAD = head_model()
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_run_with_unigram_smoothing_updates_towards_the_mixed_target(fused):
+  """A whole step, gradient by hand; evaluation stays the plain loss."""
+  experiment = make(
+      label_smoothing=0.2, smoothing_distribution='unigram', fused_loss=fused
+  )
+  step = experiment_lib.make_replicated_step(
+      experiment, HEAD, jax.devices()[:1]
+  )
+  state = toy.start(HEAD, num_peers=0)
+  batch = toy.Clusters(B, weights=True).batch(0)
+  after, found = step(step.place(state), batch, None, 0.0)
+
+  x, w = batch['inputs'].astype(np.float64), batch['weights']
+  p = {k: np.float64(v) for k, v in state.variables.params.items()}
+  log_q = np.log(softmax(x @ p['kernel'] + p['bias'][None]))
+  target = 0.8 * np.eye(toy.CLASSES)[batch['labels']] + 0.2 * UNIGRAM_C[None]
+  share = (w / w.sum())[:, None]
+  np.testing.assert_allclose(
+      found['loss/task'], -np.sum(share * target * log_q), rtol=1e-5
+  )
+  dz = share * (np.exp(log_q) - target)
+  grads = {'kernel': x.T @ dz, 'bias': dz.sum(axis=0)}
+  for name, grad in grads.items():  # The rate of `toy.SGD` is 1.
+    change = np.asarray(after.variables.params[name]) - p[name]
+    np.testing.assert_allclose(change, -grad, rtol=1e-4, atol=1e-6)
+
+  sums, _ = experiment_lib.make_eval_step(experiment, HEAD)(
+      state.variables, batch, ()
+  )
+  plain = -np.sum(share[:, 0] * log_q[np.arange(B), batch['labels']])
+  np.testing.assert_allclose(sums['eval/loss'].value, plain, rtol=1e-5)
+  assert abs(plain - found['loss/task']) > 0.01
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        ({'label_smoothing': 1.0}, r'label_smoothing=1.0; .*in \[0, 1\)$'),
+        ({'label_smoothing': '0.1'}, "label_smoothing='0.1'; "),
+        (
+            {'label_smoothing': 0.1, 'smoothing_distribution': 'bigram'},
+            "smoothing_distribution='bigram' is not one of uniform, unigram",
+        ),
+        (
+            {'smoothing_distribution': 'unigram'},
+            'acts nowhere without label_smoothing',
+        ),
+        (
+            {
+                'task': task(None),
+                'label_smoothing': 0.1,
+                'smoothing_distribution': 'unigram',
+            },
+            'the task does not count its labels; .*Task.label_frequencies',
+        ),
+        ({'distill_target': 'all'}, "distill_target='all' is not one of mean"),
+        (
+            {'distill_target': 'each', 'exchange': Predictions()},
+            "distill_target='each' with Experiment.exchange=@exchange.Predict",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(wrong, message):
+  with pytest.raises(ValueError, match=message) as e:
+    make(**wrong)
+  assert '\n' not in str(e.value)
+
+
+STUDENT_BC, TEACHERS_PBC = draw(7, CE, lead=(B,), classes=toy.CLASSES)
+
+
+def towards(target, name, teachers, present, student=STUDENT_BC):
+  loss = losses.towards(target, losses.distill_loss(name))
+  return loss(student, teachers, np.float32(present))
+
+
+@pytest.mark.parametrize('present', [(1, 1, 1), (1, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize('name', ['cross_entropy', 'kl', 'reverse_kl', 'jsd'])
+def test_each_is_the_mean_over_present_peers_of_the_loss_to_one(name, present):
+  there = [t[None] for t, here in zip(TEACHERS_PBC, present) if here]
+  each = np.mean([reference(name, STUDENT_BC, t, [1]) for t in there], axis=0)
+  mean = reference(name, STUDENT_BC, TEACHERS_PBC, present)
+  for target, expected in (('each', each), ('mean', mean)):
+    found = towards(target, name, TEACHERS_PBC, present)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+  # Linear in the target is cross entropy alone.
+  differs = name != 'cross_entropy' and len(there) > 1
+  assert np.all((np.abs(each - mean) > 1e-3) == differs)
+
+
+@pytest.mark.parametrize('name', SOFTMAX_LOSSES)
+def test_whether_each_and_mean_have_one_gradient(name):
+  def gradient(target):
+    total = lambda x: jnp.sum(towards(target, name, TEACHERS_PBC, [1, 0, 1], x))
+    return jax.grad(total)(STUDENT_BC)
+
+  apart = np.abs(gradient('each') - gradient('mean')).max()
+  assert apart > 0.01 if name in ('reverse_kl', 'jsd') else apart < 1e-6
+
+
+@pytest.mark.parametrize('output', ['softmax', 'sigmoid'])
+def test_of_one_peer_each_is_mean(output):
+  teachers, student = TEACHERS_PBC[:1], STUDENT_BC
+  if output == 'sigmoid':
+    teachers, student = teachers[..., 0], student[:, 0]
+  for name in ('cross_entropy', 'kl', 'reverse_kl', 'jsd', 'squared_logits'):
+    loss = losses.distill_loss(name, output)
+    args = student, teachers, np.ones(1, np.float32)
+    kwargs = {'temperature': 2.0, 'scale_by_temperature_squared': True}
+    toy.assert_same(
+        losses.towards('each', loss)(*args, **kwargs),
+        loss(*args, **kwargs),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize('name', ['cross_entropy', 'jsd', 'squared_logits'])
+def test_an_absent_peer_may_say_anything_and_nobody_is_no_loss(name):
+  teachers = TEACHERS_PBC.copy()
+  teachers[1] = np.nan
+
+  def total(student, present):
+    return jnp.sum(towards('each', name, teachers, present, student))
+
+  loss, grad = jax.value_and_grad(total)(STUDENT_BC, [1, 0, 1])
+  two = towards('each', name, TEACHERS_PBC[[0, 2]], [1, 1])
+  np.testing.assert_allclose(loss, np.sum(two), rtol=1e-5)
+  assert np.all(np.isfinite(grad))
+  assert total(STUDENT_BC, [0, 0, 0]) == 0.0
+
+
+def test_peers_and_presence_must_be_as_many():
+  with pytest.raises(ValueError, match=r'\(3, 8, 4\) and \(2,\)'):
+    towards('each', 'kl', TEACHERS_PBC, [1, 1])
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_run_with_separate_losses_learns_from_each(fused):
+  experiment = make(distill_target='each', distill_loss='jsd', fused_loss=fused)
+  step = experiment_lib.make_replicated_step(
+      experiment, HEAD, jax.devices()[:1]
+  )
+  state, peers = toy.start(HEAD), toy.peers_of(HEAD, P)
+  batch = toy.Clusters(B).batch(0)
+  teachers = step.place_teachers(toy.stacked(peers, [1, 0, 1]))
+  _, found = step(step.place(state), batch, teachers, 1.0)
+
+  def logits(variables):
+    p = variables.params
+    return batch['inputs'] @ p['kernel'] + p['bias'][None]
+
+  each = [
+      reference('jsd', logits(state.variables), logits(peer)[None], [1])
+      for peer in (peers[0], peers[2])
+  ]
+  np.testing.assert_allclose(found['loss/distill'], np.mean(each), rtol=1e-4)

@@ -11,14 +11,16 @@ import pytest
 import toy
 
 from codistill_jax import base, gin_utils, group, run_directory
+from codistill_jax import exchange as exchange_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.baselines.diloco import Diloco
-from codistill_jax.exchange.memory_exchange import memory_exchanges
-from codistill_jax.exchange.protocol import NoExchange
+from codistill_jax.exchange.plan import NoExchange
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli, driver, watch
-from experiments import job as job_lib
+from experiments import cli
+from experiments.running import driver, watch
+from experiments.running import job as job_lib
 
 STEPS = 8
 METHODS = {
@@ -56,8 +58,7 @@ def make_experiment(**kwargs):
       'eval_every': 8,
       'eval_batch': 2,
       'checkpoint_every': 4,
-      'exchange_every': 2,
-      'exchange_mode': 'lockstep',
+      'exchange': exchange_lib.Checkpoints(2, 'lockstep'),
   }
   return experiment_lib.Experiment(**{**defaults, **kwargs})
 
@@ -160,7 +161,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(make_job, method):
 def test_groups_of_such_a_method_codistill(make_job, train_step):
   def losses(order):
     jobs = [make_job(group_id=g, num_groups=2) for g in range(2)]
-    exchanges = memory_exchanges(2, plan=jobs[0].experiment.plan)
+    exchanges = memory_exchanges(2, plan=jobs[0].experiment.exchange)
     runs = {}
     for g in order:
       start = driver.new_state(jobs[g])
@@ -227,10 +228,9 @@ def test_replicas_that_cannot_share_the_rows_are_refused(make_job, rows):
         (
             {
                 'method': Diloco(2),
-                'exchange': 'predictions',
-                'exchange_mode': 'freshest',
+                'exchange': exchange_lib.Predictions(),
             },
-            "'predictions' needs synchronous SGD in every group",
+            r'Predictions\(\) needs synchronous SGD in every group',
         ),
     ],
 )

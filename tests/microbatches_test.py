@@ -16,7 +16,7 @@ from codistill_jax import jaxprs, one_program, peer_predictions, replicas
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS, Model, Updates, Variables
 from codistill_jax.models.linen import from_linen
-from experiments import driver
+from experiments.running import driver
 
 VOCAB, UNITS = 7, 6
 

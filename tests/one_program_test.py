@@ -10,8 +10,7 @@ import toy
 from codistill_jax import one_program, peer_predictions
 from codistill_jax import step as step_lib
 from codistill_jax.base import REPLICA_AXIS
-from codistill_jax.exchange.prediction_exchange import PredictionExchange
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.group import run_group
 
 MODEL, TX = toy.RECURRENT, toy.ADAM
@@ -92,9 +91,7 @@ def test_groups_may_have_batches_and_teachers_of_their_own():
   teachers = [toy.stacked([x]) for x in toy.peers_of(model, 2)]
   states = starts(model, 1, count=2)
   batch = jax.tree.map(lambda *xs: np.stack(xs), *[s.batch(0) for s in streams])
-  state, found = step(
-      step.place(states), batch, step.stack(teachers), 0.7
-  )
+  state, found = step(step.place(states), batch, step.stack(teachers), 0.7)
   alone = jax.jit(step_lib.make_train_step(model, TX))
   for g in range(2):
     expected, metrics = alone(states[g], streams[g].batch(0), teachers[g], 0.7)
@@ -169,7 +166,7 @@ def test_what_does_not_fit_is_refused(act, message):
 
 # -- turns in the loop --------------------------------------------------------
 
-PLAN = Plan(topology='ring')
+KIND = Predictions(topology='ring')
 
 
 def seats(num_groups=G, num_devices=1):
@@ -186,7 +183,7 @@ def runs(seats, states, stream, num_steps=4, order=None):
           states[g],
           stream,
           num_steps=num_steps,
-          exchange=PredictionExchange(g, len(seats), PLAN, bytes_to_peer=10),
+          exchange=PredictionExchange(g, len(seats), KIND, bytes_to_peer=10),
           distill_weight=lambda step: 0.7 * (step >= 1),
       )
       for g in order

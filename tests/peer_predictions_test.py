@@ -23,7 +23,7 @@ from codistill_jax.base import (
     Updates,
     Variables,
 )
-from codistill_jax.exchange import topology
+from codistill_jax.exchange.plan import peers_of
 
 CLASSES = 6
 CE = 'cross_entropy'
@@ -70,8 +70,8 @@ TWO = peer_predictions.mixing_matrix([(1,), (0,)])
 PEERS = {
     'alone': [()],
     'all-3': [(1, 2), (0, 2), (0, 1)],
-    'ring-4': [topology.peers_of(g, 4, 'ring') for g in range(4)],
-    'all-4': [topology.peers_of(g, 4) for g in range(4)],
+    'ring-4': [peers_of(g, 4, 'ring') for g in range(4)],
+    'all-4': [peers_of(g, 4) for g in range(4)],
     # Group 3 is absent, and learns from nobody.
     'absent': [(1, 2), (0, 2), (0, 1), ()],
 }
@@ -209,7 +209,7 @@ def test_each_group_takes_one_softmax_whatever_their_number():
   model, start = head_model(classes)
   states = stack([start(seed) for seed in range(groups)])
   mix_GG = peer_predictions.mixing_matrix(
-      [topology.peers_of(g, groups) for g in range(groups)]
+      [peers_of(g, groups) for g in range(groups)]
   )
   args = states, BATCH, PeerPredictions(mix_GG), 0.7
   cost = compiled(model).lower(*args).compile().cost_analysis()
@@ -247,7 +247,7 @@ def test_each_loss_is_that_of_teachers_that_predict_the_same(output):
 
 def test_many_groups_are_averaged_like_few():
   logits = np.random.default_rng(0).normal(0, 3, (9, 2, CLASSES))
-  peers = [topology.peers_of(g, 9) for g in range(9)]
+  peers = [peers_of(g, 9) for g in range(9)]
   found = mixed(CE, logits, peer_predictions.mixing_matrix(peers))
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   for g, others in enumerate(peers):
@@ -380,11 +380,11 @@ def test_what_is_sent_is_as_small_as_it_is_said_to_be():
 @pytest.mark.parametrize(
     'name, top_k, output, message',
     [
-        ('kl', 2, 'softmax', 'prediction_top_k=2 is there for the .* cross_e'),
-        ('cross_entropy', 1, 'sigmoid', 'prediction_top_k=1 .* softmax output'),
-        ('cross_entropy', 0, 'softmax', 'prediction_top_k=0; .* at least 1'),
-        ('cross_entropy', 2.0, 'softmax', 'prediction_top_k=2.0; '),
-        ('cross_entropy', 7, 'softmax', 'prediction_top_k=7, but .* 6 classes'),
+        ('kl', 2, 'softmax', 'top_k=2 is there for the .* cross_e'),
+        ('cross_entropy', 1, 'sigmoid', 'top_k=1 .* softmax output'),
+        ('cross_entropy', 0, 'softmax', 'top_k=0; .* at least 1'),
+        ('cross_entropy', 2.0, 'softmax', 'top_k=2.0; '),
+        ('cross_entropy', 7, 'softmax', 'top_k=7, but .* 6 classes'),
     ],
 )
 def test_a_top_k_that_does_not_suit_is_refused(name, top_k, output, message):

@@ -1,8 +1,8 @@
 """A run that exchanges predictions, with all that surrounds its loop."""
 
 import functools
-import signal
 
+import all_groups
 import jax
 import numpy as np
 import optax
@@ -11,12 +11,12 @@ import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, one_program, run_directory
-from codistill_jax.exchange.prediction_exchange import PredictionExchange
+from codistill_jax import one_program, run_directory
+from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import checkpoints
-from experiments import cli, driver, lockstep, watch
-from experiments.job import Job
+from experiments import cli
+from experiments.running import lockstep
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -29,9 +29,7 @@ def make_experiment(**kwargs):
       'model': lambda num_classes: MODEL,
       'optimizer': optax.adam(1e-2),
       'distill_weight': lambda step: float(step >= 2),
-      'exchange': 'predictions',
-      'prediction_top_k': 3,
-      'topology': 'ring',
+      'exchange': Predictions(top_k=3, topology='ring'),
       'num_steps': STEPS,
       'group_batch': BATCH,
       'log_every': 2,
@@ -51,60 +49,14 @@ def population():
   return experiment_lib.make_population(EXPERIMENT, MODEL, G, devices)
 
 
-class Request:
-  """Asked to stop before a certain round of updates."""
-
-  def __init__(self, rounds=None):
-    self._rounds = rounds
-
-  @property
-  def signal_number(self):
-    if self._rounds is None:
-      return None
-    self._rounds -= 1
-    return signal.SIGTERM if self._rounds < 0 else None
-
-  def __call__(self):
-    return True
-
-
 def train(workdir, stop_after=None):
-  """Trains all groups as `train_lockstep` does."""
-  gin_utils.parse([])
-  latch = lockstep.Latch(Request(stop_after))
-  plan = EXPERIMENT.plan
-  mix_GG = mixing_matrix([plan.peers_of(g, G) for g in range(G)])
-  update = one_program.JointUpdate(
-      population(), mix_GG, EXPERIMENT.prediction_top_k
-  )
+  kind = EXPERIMENT.exchange
+  mix_GG = mixing_matrix([kind.peers_of(g, G) for g in range(G)])
+  update = one_program.JointUpdate(population(), mix_GG, kind.top_k)
   stream = one_program.SharedStream(
       experiment_lib.train_stream(EXPERIMENT, 0, G)
   )
-  jobs = [
-      Job(
-          experiment=EXPERIMENT,
-          model=MODEL,
-          train_step=update.seats[g],
-          workdir=str(workdir),
-          group_id=g,
-          num_groups=G,
-          stop=latch,
-          shared_stream=stream,
-      )
-      for g in range(G)
-  ]
-  lockstep.keep_common_checkpoints(jobs)
-  start = driver.new_state(jobs[0])
-  groups = [
-      driver.train(
-          job,
-          lambda variables, exchange=exchange: exchange,
-          watch.group_writer(job, progress=False),
-      )
-      for job, exchange in zip(jobs, lockstep.exchanges_of(jobs, start))
-  ]
-  lockstep.train_in_turn(groups, latch)
-  return update
+  all_groups.train(EXPERIMENT, MODEL, update.seats, workdir, stop_after, stream)
 
 
 @pytest.fixture(scope='module')
@@ -195,15 +147,15 @@ def test_all_groups_read_the_stream_of_the_first(monkeypatch):
 
 
 def test_nobody_sends_to_those_who_do_not_learn_from_him():
-  plan = experiment_lib.Plan(topology=[[1], [], [1]])
+  kind = Predictions(topology=[[1], [], [1]])
   sent = [
-      PredictionExchange(g, 3, plan, bytes_to_peer=5).metrics(0)[
+      PredictionExchange(g, 3, kind, bytes_to_peer=5).metrics(0)[
           'exchange/prediction_bytes'
       ]
       for g in range(3)
   ]
   assert sent == [0.0, 10.0, 0.0]
-  assert PredictionExchange(1, 3, plan).fetch(7) is None
+  assert PredictionExchange(1, 3, kind).fetch(7) is None
 
 
 # -- what is refused ----------------------------------------------------------
@@ -212,21 +164,15 @@ def test_nobody_sends_to_those_who_do_not_learn_from_him():
 @pytest.mark.parametrize(
     'wrong, message',
     [
-        ({'exchange': 'rumours'}, "exchange='rumours' is not one of checkp"),
-        ({'exchange': 'checkpoints'}, r'prediction_top_k=3 acts nowhere'),
+        ({'exchange': 'rumours'}, "exchange='rumours'; bind it to a kind of"),
+        ({'exchange': Predictions}, 'bind it to a kind of exchange: @exchange'),
+        ({'exchange': 'predictions'}, r'is now @exchange.Predictions\(\)'),
         (
             {'task': TASK._replace(partition='disjoint')},
             r"'disjoint'; .*shared",
         ),
-        ({'distill_loss': 'kl'}, r'prediction_top_k=3 .* cross_entropy'),
-        ({'prediction_top_k': 8}, r'prediction_top_k=8, but .* 7 classes'),
-        ({'publish_dtype': 'bfloat16'}, r"publish_dtype='bfloat16' acts nowh"),
-        ({'teacher_dtype': 'bfloat16'}, r"teacher_dtype='bfloat16' acts nowh"),
-        ({'max_staleness_steps': 100}, r'max_staleness_steps=100 acts nowhere'),
-        (
-            {'staleness': 50, 'exchange_mode': 'lockstep'},
-            r'staleness=50 acts nowhere .* leave it 0',
-        ),
+        ({'distill_loss': 'kl'}, r'top_k=3 .* cross_entropy'),
+        ({'exchange': Predictions(top_k=8)}, r'top_k=8, but .* 7 classes'),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(wrong, message):

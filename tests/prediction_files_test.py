@@ -110,10 +110,13 @@ def test_arms_are_compared_with_the_first(tmp_path, models):
   calm = [0.5 + 0.25 * (p - 0.5) for p in models]
   other = [write(tmp_path / f'b{i}.npy', p) for i, p in enumerate(calm)]
   named = [f'old={p}' for p in first] + [f'new={p}' for p in other]
+  again = [write(tmp_path / f'c{i}.npy', p) for i, p in enumerate(models)]
+  named += [f'third={p}' for p in again]
   rows = figures(tmp_path, *named)
   assert rows['old']['change_of_churn'] is None
   change = rows['new']['change_of_churn']
   assert change['mean'] == pytest.approx(-0.75, abs=1e-6)
+  assert rows['third']['change_of_churn']['mean'] == 0
   page = (tmp_path / 'out' / 'churn.md').read_text()
   assert '-75 % ' in page and 'a0.npy' in page
   assert '40 examples, row by row' in page

@@ -1,9 +1,9 @@
-"""Binaries leave within seconds of a signal, in every phase, and lose nothing.
+"""Binaries leave soon after a signal, in every phase, and say what is lost.
 
 Each process is signalled while its main thread is inside C code for long.
 """
 
-import pathlib
+import re
 import shutil
 import signal
 
@@ -13,6 +13,7 @@ import tiny_run
 
 from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
+from experiments import cli
 
 
 @pytest.fixture(scope='module')
@@ -44,35 +45,32 @@ class Run:
   def __init__(self, launch, binary, gin_file, workdir, patch, **flags):
     self.workdir = workdir
     self._mark = workdir.with_suffix('.mark')
-    self._command = lambda: launch(
-        binary, workdir=workdir, gin_file=gin_file, num_groups=2, **flags
+    self._command = lambda **more: launch(
+        binary,
+        workdir=workdir,
+        gin_file=gin_file,
+        num_groups=2,
+        **flags,
+        **more,
     )
     self._patch = patch
 
-  def start_stuck(self, where, limit=0.5):
+  def start_stuck(self, where, grace=0.5):
     """Starts it; later, `stop` waits until it is stuck there."""
-    self._patch.setenv(stuck.LIMIT, str(limit))
     self._patch.setenv(stuck.MARK, str(self._mark))
     self._patch.setenv(stuck.WHERE, where)
-    self._process = self._command()
+    self._process = self._command(grace_seconds=grace)
     self._patch.delenv(stuck.WHERE)
 
-  def stop(self, number=signal.SIGTERM, twice=False):
-    """Signals it; its last line. Fails if it is slow, or ends otherwise."""
+  def stop(self, status, number=signal.SIGTERM, again=False):
+    """Signals it; returns its last line. Fails if it ends otherwise."""
     tiny_run.until(self._mark.exists, process=self._process)
     self._process.send(number)
-    if twice:
-      tiny_run.until(lambda: not self._pending(), process=self._process)
-      self._process.send(number)
-    output = self._process.wait(128 + number)
+    if again:
+      tiny_run.until(lambda: self._process.send(number) or self._process.ended)
+    output = self._process.wait(status)
     assert 'Traceback' not in output
     return output.splitlines()[-1] if output else ''
-
-  def _pending(self):
-    """Signals that it has not yet been given (Linux)."""
-    status = pathlib.Path(f'/proc/{self._process.pid}/status').read_text()
-    masks = [x.split()[1] for x in status.splitlines() if 'Pnd:' in x]
-    return any(int(mask, 16) for mask in masks)
 
   def saved(self, group_id=0):
     return checkpoints.completed_steps(
@@ -107,28 +105,27 @@ def make_run(launch, gin_file, tmp_path, reference, monkeypatch):
   return make
 
 
-def test_a_group_that_compiles_leaves_and_loses_no_update(make_run, reference):
+def test_a_group_that_compiles_leaves_and_goes_on_from_its_checkpoint(
+    make_run, reference
+):
   """In the first trace, the second one, and that of the evaluation."""
   first, second, evaluating = (
       make_run('train_group', name, group_id=0)
       for name in ('first', 'second', 'evaluating')
   )
-  first.start_stuck('train-1')
+  first.start_stuck('train-1', grace=1000.0)
   second.start_stuck('train-2')
   # The teacher of the second trace is applied in eval mode before, twice.
   evaluating.start_stuck('eval-3')
 
-  line = first.stop(signal.SIGINT)
-  assert (
-      line == 'stopped before training began; the same command starts it again'
-  )
+  assert first.stop(130, signal.SIGINT) == cli.STOPPED
   assert first.saved() == []
-  line = second.stop()
-  assert 'group 0 stopped and saved at step 10' in line
-  assert second.saved() == [10]
-  line = evaluating.stop()
-  assert 'group 0 stopped and saved at step 25' in line
-  assert evaluating.saved()[-1] == 25
+  line = second.stop(cli.MAY_PASS)
+  assert re.search('updates after step 0 of .*/group_0 may be lost', line)
+  line = evaluating.stop(cli.MAY_PASS)
+  # The save of step 20 may have been under way.
+  assert re.search('updates after step (0|20) of .*/group_0 may be lost', line)
+  assert evaluating.saved() in ([], [20])
 
   for run in (second, evaluating):
     run.go_on()
@@ -136,18 +133,17 @@ def test_a_group_that_compiles_leaves_and_loses_no_update(make_run, reference):
     run.assert_ends_as(reference[1])
 
 
-def test_groups_of_one_process_are_saved_at_one_step(make_run, reference):
+def test_groups_of_one_process_leave_together(make_run, reference):
   run = make_run('train_lockstep')
   run.start_stuck('train-2')
-  line = run.stop()
-  assert 'group 1 stopped and saved at step 10' in line
-  assert run.saved(0) == run.saved(1) == [10]
+  line = run.stop(cli.MAY_PASS)
+  assert re.search('step 0 of .*/group_0, 0 of .*/group_1 may be lost', line)
   run.go_on()
   run.assert_ends_as(reference[1], (0, 1))
 
 
-def test_a_second_signal_leaves_at_once_and_saves_nothing(make_run):
+def test_another_signal_leaves_at_once(make_run):
   run = make_run('train_group', group_id=0)
-  run.start_stuck('train-2', limit=1000.0)
-  run.stop(twice=True)
+  run.start_stuck('train-2', grace=1000.0)
+  run.stop(cli.MAY_PASS, again=True)
   assert run.saved() == []

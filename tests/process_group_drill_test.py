@@ -16,17 +16,17 @@ import tiny_run
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
 from codistill_jax.storage import checkpoints
+from experiments import cli
 
 # Seconds of silence that are a loss: where one is to be noticed, elsewhere.
-HEARTBEAT, PATIENT = 6, 300
+HEARTBEAT, PATIENT = 10, 300
 EVERY, CHECKPOINT_EVERY, TOO_OLD, LAST = 10, 20, 30, 300
-MAY_PASS = 75
 
 BINDINGS = [
     'experiment.Experiment.distill_weight = @paced.weight()',
-    "experiment.Experiment.exchange_mode = 'freshest'",
+    "exchange.Checkpoints.mode = 'freshest'",
     f'experiment.Experiment.num_steps = {LAST}',
-    f'experiment.Experiment.max_staleness_steps = {TOO_OLD}',
+    f'exchange.Checkpoints.max_staleness_steps = {TOO_OLD}',
     f'experiment.Experiment.checkpoint_every = {CHECKPOINT_EVERY}',
     f'experiment.Experiment.eval_every = {LAST}',
 ]
@@ -125,19 +125,14 @@ def launch(tmp_path_factory):
 
 
 def assert_lost(process, run):
-  """Ends as one that may be started again, in one line."""
-  output = process.wait(MAY_PASS)
-  said = [x for x in output.splitlines() if x.startswith('error: ')]
-  assert len(said) == 1
-  assert 'group 0 has lost one of its processes' in said[0]
-  assert 'start all of them again' in said[0]
-  assert said[0].endswith(f'they go on from step {run.saved()}')
-  for noise in ('Traceback', 'most recent call', 'jaxlib'):
-    assert noise not in output
-  return said[0]
+  """Ends as a crash, which may be started again; nothing is written of it."""
+  tiny_run.until(lambda: process.ended)
+  # An error of a collective, or an abort by jax.
+  assert process.status in (cli.CRASH, -signal.SIGABRT), process.output[-4000:]
+  assert not run_directory.done_path(run.workdir, 0).exists()
 
 
-def test_one_process_dies_and_its_group_comes_back(launch, tmp_path):
+def test_one_process_is_lost_and_its_group_comes_back(launch, tmp_path):
   """Killed; then, in the group that came back, suspended for good."""
   run = Run(launch, tmp_path, num_groups=2)
   run.pace(0, limit=47)
@@ -148,8 +143,8 @@ def test_one_process_dies_and_its_group_comes_back(launch, tmp_path):
   alone = peer.output.count('trains alone')
 
   pair[1].send(signal.SIGKILL)
-  line = assert_lost(pair[0], run)
-  assert 'process 1 has ended' in line
+  run.pace(0, limit=60)  # At the next update it is missed.
+  assert_lost(pair[0], run)
 
   # Its peer goes on, alone.
   lost_at, saved = run.published(), run.saved()
@@ -170,8 +165,7 @@ def test_one_process_dies_and_its_group_comes_back(launch, tmp_path):
   run.slowly(0, lambda: run.taught(0, since=restart), pair[0])
 
   pair[0].send(signal.SIGSTOP)
-  line = assert_lost(pair[1], run)
-  assert 'process 0 has been silent' in line
+  assert_lost(pair[1], run)
   pair[0].send(signal.SIGKILL)
 
   run.pace(0)
@@ -193,14 +187,3 @@ def test_one_process_dies_and_its_group_comes_back(launch, tmp_path):
   assert young
   for record in young:
     assert record['exchange/staleness_steps_group_0'] <= TOO_OLD
-
-
-def test_the_process_that_all_others_are_connected_to_dies(launch, tmp_path):
-  """Jax would abort the other one in the same moment."""
-  run = Run(launch, tmp_path, num_groups=1)
-  run.pace(0, limit=27)
-  pair = run.start_pair()
-  tiny_run.until(lambda: run.saved() >= 20, process=pair[0])
-  pair[0].send(signal.SIGKILL)
-  line = assert_lost(pair[1], run)
-  assert 'process 0 has ended' in line

@@ -242,6 +242,11 @@ def test_mean_curve_is_over_the_steps_that_all_groups_have():
   b = curve_of({2: 4, 3: 5, 4: 6})
   mean = records.mean_curve([a, records.EMPTY, b])
   assert mean.to_dict() == {2: 3.0, 3: 4.0}
+  # A group that diverged is not passed over.
+  assert records.mean_curve([a, b.where(b != 5)]).isna().tolist() == [
+      False,
+      True,
+  ]
   assert records.mean_curve([records.EMPTY]).empty
 
 
@@ -323,29 +328,19 @@ def group_of(*steps_and_metrics) -> records.Group:
   return records.Group(0, records.to_frame(made))
 
 
-def rejections(*steps_and_counts) -> records.Group:
-  return group_of(*((s, {REJECTED: n}) for s, n in steps_and_counts))
-
-
-def test_health_has_a_row_per_group(tmp_path):
+def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path, arms):
+  # 16 records after burn-in, 5 of them without group 3; its teachers are 10,
+  # 20 and 30 steps old. 20 records of 2 ms, 100 steps at 4 per second.
+  ages = ['18.4 / 30|4.6 / 7.5|2.7 / 3', '14.6 / 30|3.6 / 7.5|2.7 / 3']
+  ages += ['10.7 / 30|2.7 / 7.5|2.7 / 3', '10.0 / 20|2.5 / 5.0|3.0 / 3']
   assert lines_of(run_tables.health(make_exchange(tmp_path, 4))) == [
-      # 16 records after burn-in, 5 of them without group 3; its teachers are
-      # 10, 20 and 30 steps old. 20 records of 2 ms, 100 steps at 4 per second.
-      'codistillation|group 0|10|18.4 / 30|4.6 / 7.5|2.7 / 3|0|0'
-      '|0.04 (0.2%)|1.23 MB|-',
-      'codistillation|group 1|10|14.6 / 30|3.6 / 7.5|2.7 / 3|1|0'
-      '|0.04 (0.2%)|1.23 MB|-',
-      'codistillation|group 2|10|10.7 / 30|2.7 / 7.5|2.7 / 3|2|0'
-      '|0.04 (0.2%)|1.23 MB|-',
-      'codistillation|group 3|10|10.0 / 20|2.5 / 5.0|3.0 / 3|3|0'
-      '|0.04 (0.2%)|1.23 MB|-',
+      f'codistillation|group {g}|10|{age}|{g}|0|0.04 (0.2%)|1.23 MB|-'
+      for g, age in enumerate(ages)
   ]
-
-
-def test_health_of_an_old_run_has_dashes_and_a_single_group_no_row(arms):
-  rows = lines_of(run_tables.health(arms))
   old = '|10|9.0 / 14|1.0 / 1.0|1.0 / 1|-|-|0.10 (0.4%)|-|-'
-  assert rows == [f'codistillation|group {g}{old}' for g in (0, 1)]
+  assert lines_of(run_tables.health(arms)) == [
+      f'codistillation|group {g}{old}' for g in (0, 1)
+  ]
 
 
 def test_a_group_that_is_alone_by_design_exchanges_nothing(tmp_path):
@@ -355,49 +350,50 @@ def test_a_group_that_is_alone_by_design_exchanges_nothing(tmp_path):
   assert [plot.name for plot in run_plots.make_plots(arms)] == ['speed']
 
 
-def test_counts_are_added_up_over_restarts():
-  # A process counts 3, the next 2, the last none.
-  group = rejections((1, 0), (2, 3), (3, 3), (4, 1), (5, 2), (6, 0))
-  counts = records.counted(group, REJECTED)
-  assert counts.to_dict() == {1: 0, 2: 3, 3: 3, 4: 4, 5: 5, 6: 5}
-  assert group.restarts == 2
-
-
-def test_where_the_step_goes_back_a_process_began():
-  # The second process rejects as many as the first: no count falls.
-  group = rejections((10, 0), (20, 2), (30, 2), (15, 2), (25, 4))
-  # What the first counted stays counted, in steps that were done again too.
-  assert records.counted(group, REJECTED).to_dict() == {10: 0, 15: 4, 25: 6}
-  assert group.restarts == 1
-
-
-def test_a_restart_is_seen_once_though_step_and_count_go_back():
+@pytest.mark.parametrize(
+    'made, restarts, rejected, failed',
+    [
+        # A process counts 3, the next 2, the last none.
+        (
+            [(1, 0, 0), (2, 3, 0), (3, 3, 0), (4, 1, 0), (5, 2, 0), (6, 0, 0)],
+            2,
+            {1: 0, 2: 3, 3: 3, 4: 4, 5: 5, 6: 5},
+            0,
+        ),
+        # The second process rejects as many as the first: no count falls. What
+        # the first counted stays counted, in steps that were done again too.
+        (
+            [(10, 0, 0), (20, 2, 0), (30, 2, 0), (15, 2, 0), (25, 4, 0)],
+            1,
+            {10: 0, 15: 4, 25: 6},
+            0,
+        ),
+        # Step and count go back; it was evaluated before its first update.
+        (
+            [(10, 1, 0), (20, 5, 0), (10,), (12, 0, 0), (12,), (14, 1, 0)],
+            1,
+            {10: 1, 12: 5, 14: 6},
+            0,
+        ),
+        # Any count that falls shows a restart.
+        ([(10, 0, 4), (20, 3, 0)], 1, {10: 0, 20: 3}, 4),
+        ([(10,)], 0, {}, None),
+    ],
+)
+def test_counts_are_added_up_over_restarts(made, restarts, rejected, failed):
   group = group_of(
-      (10, {REJECTED: 1.0}),
-      (20, {REJECTED: 5.0}),
-      (10, {'eval/loss': 1.0}),  # Evaluated before its first update.
-      (12, {REJECTED: 0.0}),
-      (12, {'eval/loss': 1.0}),
-      (14, {REJECTED: 1.0}),
+      *((step, dict(zip((REJECTED, FAILURES), n))) for step, *n in made)
   )
-  assert group.restarts == 1
-  assert records.counted(group, REJECTED).iloc[-1] == 6
-
-
-def test_any_count_that_falls_shows_a_restart():
-  group = group_of(
-      (10, {REJECTED: 0.0, FAILURES: 4.0}), (20, {REJECTED: 3.0, FAILURES: 0.0})
-  )
-  assert group.restarts == 1
-  assert records.counted(group, REJECTED).iloc[-1] == 3
-  assert records.counted(group, FAILURES).iloc[-1] == 4
+  assert group.restarts == restarts
+  assert records.counted(group, REJECTED).to_dict() == rejected
+  failures = records.counted(group, FAILURES)
+  assert (failures.iloc[-1] if len(failures) else None) == failed
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, 'many', None, []])
 def test_what_is_no_count_is_passed_over(value):
   group = group_of((1, {REJECTED: 2.0}), (2, {REJECTED: value}), (3, {}))
   assert records.counted(group, REJECTED).to_dict() == {1: 2}
-  assert records.counted(group_of((1, {})), REJECTED).empty
 
 
 def test_staleness_counts_the_oldest_single_teacher():
@@ -547,16 +543,6 @@ def test_nothing_recorded_is_a_clear_error(tmp_path):
 # --- Plots and pages ---------------------------------------------------------
 
 
-def test_plots_are_those_there_are_records_for(arms):
-  losses = ['validation_loss', 'training_loss']
-  made = run_plots.make_plots(arms)
-  names = [*losses, 'staleness', 'exchange', 'speed']
-  assert [p.name for p in made] == names
-  assert all(p.png.startswith(b'\x89PNG') for p in made)
-  # A single group exchanges nothing.
-  assert [p.name for p in run_plots.make_plots(arms[1:])] == [*losses, 'speed']
-
-
 @pytest.mark.parametrize(
     'num_groups, steps', [(2, 5), (2, 1000), (4, 100), (6, 1000)]
 )
@@ -629,23 +615,21 @@ def test_report_is_complete_and_html_needs_no_other_file(arms, tmp_path):
   assert page == (tmp_path / 'out' / 'report.html')
   parsed = _Page(page.read_text())
   images = [a['src'] for tag, a in parsed.found if tag == 'img']
-  assert len(images) == 5
+  made = ['validation_loss', 'training_loss', 'staleness', 'exchange', 'speed']
   assert all(src.startswith('data:image/png;base64,') for src in images)
   assert not re.search(r'(src|href)="(?!data:)|url\(|@import', page.read_text())
   assert 'Lstm.units = 8  # <b>|`' in parsed.text
   markdown = (tmp_path / 'out' / 'report.md').read_text()
   links = re.findall(r'!\[[^]]*\]\(([^)]*)\)', markdown)
-  files = {f for f in os.listdir(tmp_path / 'out') if f.endswith('.png')}
-  assert set(links) == files and len(files) == 5
+  assert links == [f'{name}.png' for name in made] and len(images) == 5
+  assert {f for f in os.listdir(tmp_path / 'out') if '.png' in f} == {*links}
   assert run_text.summary(arms) in markdown
-
-
-def test_a_report_tells_of_the_health_of_the_exchange(arms, tmp_path):
-  healthy = make_exchange(tmp_path, 4)
-  page = pages.to_html('', run_report.blocks(healthy))
-  assert 'Exchange health' in page and '1.23 MB' in page
-  alone = pages.to_html('', run_report.blocks(arms[1:]))
-  assert 'Exchange health' not in alone
+  assert 'Exchange health' in markdown
+  # A single group exchanges nothing.
+  alone = run_report.blocks(arms[1:])
+  assert 'Exchange health' not in pages.to_markdown('', alone)
+  plots_alone = [b.name for b in alone if isinstance(b, pages.Plot)]
+  assert plots_alone == ['validation_loss', 'training_loss', 'speed']
 
 
 STRANGE = '<i>&"\'$x_y$|`*\n'

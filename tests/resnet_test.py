@@ -19,13 +19,13 @@ B, SIZE = 8, 12  # Even: padding 'SAME' would be of one side only.
 SGD = optax.sgd(0.1)
 
 BLOCKS = {
-    'bottleneck': (resnet.Bottleneck, resnet._imagenet_stem),
-    'plain': (resnet.Plain, resnet._cifar_stem),
+    'bottleneck': (resnet.Bottleneck, resnet.imagenet_stem),
+    'plain': (resnet.Plain, resnet.cifar_stem),
 }
 
 
 @functools.cache
-def tiny(kind='plain', axis_name=None, dtype='float32'):
+def tiny(kind='plain', axis_name=None):
   """Two stages of one block each."""
   block, stem = BLOCKS[kind]
   module = resnet.ResNet(
@@ -36,7 +36,7 @@ def tiny(kind='plain', axis_name=None, dtype='float32'):
       stem=stem,
       head_init=jax.nn.initializers.normal(0.1),
       axis_name=axis_name,
-      dtype=jnp.dtype(dtype),
+      dtype=jnp.dtype('float32'),
   )
   return linen.from_linen(module)
 
@@ -50,22 +50,6 @@ def images(seed=0, rows=B):
       'inputs': pixels.astype(np.float32),
       'labels': rng.integers(CLASSES, size=rows).astype(np.int32),
   }
-
-
-def random_variables(model, seed=0):
-  """In which no scale is 1 or 0; without the cost of compiling `init`."""
-  rng = np.random.default_rng(seed)
-  like = jax.eval_shape(model.init, jax.random.key(0), images())
-
-  def fill(path, x):
-    noise = rng.normal(size=x.shape)
-    if x.ndim > 1:
-      noise /= np.sqrt(np.prod(x.shape[:-1]))
-    elif path[-1].key in ('scale', 'var'):
-      noise = np.exp(0.3 * noise)
-    return noise.astype(x.dtype)
-
-  return jax.tree.map_with_path(fill, like)
 
 
 @functools.cache
@@ -148,7 +132,7 @@ class Slow:
 @pytest.mark.parametrize('kind', BLOCKS)
 def test_equals_a_slow_network(kind, train):
   model = tiny(kind)
-  variables = random_variables(model)
+  variables = fast.random_variables(model, images())
   batch = images()
   logits, updates = run(model, variables, batch, train)
   slow = Slow(variables, train)
@@ -174,23 +158,6 @@ def count(model, channels=3):
   return size(like.params), size(like.model_state)
 
 
-def test_resnet50_has_as_many_parameters_as_by_hand():
-  conv = lambda size, d, e: size * size * d * e
-  norms = [64]  # Channels of every normalisation.
-  total, d = conv(7, 3, 64), 64
-  for blocks, w in [(3, 64), (4, 128), (6, 256), (3, 512)]:
-    for i in range(blocks):
-      total += conv(1, d, w) + conv(3, w, w) + conv(1, w, 4 * w)
-      norms += [w, w, 4 * w]
-      if i == 0:
-        total += conv(1, d, 4 * w)
-        norms += [4 * w]
-      d = 4 * w
-  total += 2048 * 1000 + 1000 + 2 * sum(norms)
-  assert total == 25_557_032
-  assert count(resnet.resnet50(1000)) == (total, 2 * sum(norms))
-
-
 @pytest.mark.parametrize('channels, by_hand', [(3, 269_722), (1, 269_434)])
 def test_resnet20_has_as_many_parameters_as_by_hand(channels, by_hand):
   convs, norms, d = 9 * channels * 16, 16, 16
@@ -200,34 +167,6 @@ def test_resnet20_has_as_many_parameters_as_by_hand(channels, by_hand):
     d = w
   assert convs + 2 * norms + 64 * 10 + 10 == by_hand
   assert count(resnet.resnet20(10), channels) == (by_hand, 2 * norms)
-
-
-def test_a_stride_halves_the_image_where_the_paper_says():
-  shapes = {}
-
-  def watch(next_call, args, kwargs, context):
-    y = next_call(*args, **kwargs)
-    if context.method_name == '__call__' and hasattr(y, 'shape'):
-      shapes['/'.join(context.module.path)] = y.shape
-    return y
-
-  for make, size in [(resnet.resnet50, 224), (resnet.resnet20, 32)]:
-    shapes.clear()
-    model = make(10)
-    batch = {'inputs': np.zeros((1, size, size, 3), np.float32)}
-    with nn.intercept_methods(watch):
-      jax.eval_shape(model.init, jax.random.key(0), batch)
-    if make is resnet.resnet20:
-      assert shapes['stage1_block3'] == (1, 32, 32, 16)
-      assert shapes['stage2_block1'] == (1, 16, 16, 32)
-      assert shapes['stage3_block3'] == (1, 8, 8, 64)
-      continue
-    assert shapes['stem_conv'] == (1, 112, 112, 64)
-    assert shapes['stage1_block1'] == (1, 56, 56, 256)
-    assert shapes['stage4_block3'] == (1, 7, 7, 2048)
-    # Version 1.5: not in the 1x1 before it.
-    assert shapes['stage2_block1/conv1'] == (1, 56, 56, 128)
-    assert shapes['stage2_block1/conv2'] == (1, 28, 28, 128)
 
 
 def test_a_block_of_resnet50_starts_as_its_shortcut():
@@ -274,7 +213,7 @@ def start(num_peers=0):
       images(),
   )
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-  return zeros.replace(variables=random_variables(model))
+  return zeros.replace(variables=fast.random_variables(model, images()))
 
 
 def stepped(step, *args):
@@ -318,7 +257,7 @@ def test_each_replica_normalises_by_its_own_examples():
 
 
 def test_a_teacher_uses_the_statistics_it_was_published_with():
-  teacher = random_variables(tiny(), seed=1)
+  teacher = fast.random_variables(tiny(), images(), 1)
   step, batch = step_of(None, 1), images()
 
   def distill(variables):
@@ -345,7 +284,7 @@ def test_a_teacher_uses_the_statistics_it_was_published_with():
 
 def test_teachers_are_asked_one_after_another_in_plain_convolutions():
   """Batched over teachers, convolutions would be grouped, which is slow."""
-  two = [random_variables(tiny(), seed=seed) for seed in (1, 2)]
+  two = [fast.random_variables(tiny(), images(), seed) for seed in (1, 2)]
   teachers = base.Teachers(
       jax.tree.map(lambda *x: np.stack(x), *two), np.ones(2, np.float32)
   )
@@ -373,55 +312,6 @@ def test_across_replicas_needs_the_axis_in_training_only():
   jax.eval_shape(evaluate, like, batch)
   with pytest.raises(ValueError, match=r"set batch_norm='replica'"):
     jax.eval_shape(lambda v, b: model.apply(v, b, (), None, True), like, batch)
-
-
-@pytest.mark.parametrize('kind', BLOCKS)
-def test_bfloat16_stays_close_and_keeps_statistics_in_float32(kind):
-  model, rough = tiny(kind), tiny(kind, dtype='bfloat16')
-  variables, batch = random_variables(rough), images()
-  expected, full = run(model, variables, batch, train=True)
-  logits, updates = run(rough, variables, batch, train=True)
-  leaves = jax.tree.leaves((variables, updates, logits))
-  assert {x.dtype for x in leaves} == {jnp.dtype('float32')}
-  np.testing.assert_allclose(logits, expected, atol=0.15)
-  assert np.abs(logits - expected).max() > 1e-5
-  stats = [u.model_state['batch_stats']['stem_norm'] for u in (updates, full)]
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02),
-      *stats,
-  )
-
-
-def test_gradients_are_finite_and_reach_every_parameter():
-  model, batch = tiny('bottleneck'), images()
-  variables = random_variables(model)
-
-  @fast.jit
-  def gradient(params):
-    def loss(params):
-      v = variables.replace(params=params)
-      logits, _ = model.apply(v, batch, (), None, True)
-      return jnp.sum(losses.task_loss(logits, batch['labels']))
-
-    return jax.grad(loss)(params)
-
-  for path, x in jax.tree.leaves_with_path(gradient(variables.params)):
-    assert np.isfinite(x).all(), path
-    assert np.abs(x).max() > 0, path
-
-
-@pytest.mark.parametrize('make', [resnet.resnet20, resnet.resnet50])
-@pytest.mark.parametrize(
-    'kwargs, message',
-    [
-        ({'num_classes': 0}, 'num_classes must be a whole number'),
-        ({'batch_norm': 'group'}, "'cross_replica', got 'group'"),
-        ({'dtype': 'float16'}, "got 'float16'"),
-    ],
-)
-def test_bad_arguments_are_named(make, kwargs, message):
-  with pytest.raises(ValueError, match=message):
-    make(**{'num_classes': 10, **kwargs})
 
 
 def test_raw_pixels_are_refused():

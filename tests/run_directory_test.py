@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 
 import pytest
 
@@ -133,21 +132,3 @@ def test_only_finished_steps_count_as_saved(tmp_path):
     mark.write_text('')
     os.utime(mark, (1000, 1000))
   assert run_directory.newest_saved(tmp_path) == (10, 1000.0)
-
-
-def test_what_status_reads_with_starts_without_jax(python):
-  """A look at a run must take no second; jax alone takes most of one."""
-  code = (
-      'import sys, codistill_jax.writers, experiments.status;'
-      'print([m for m in ("jax", "tensorflow", "matplotlib", "tensorboardX")'
-      ' if m in sys.modules])'
-  )
-  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  done = subprocess.run(
-      [python, '-c', code],
-      cwd=root,
-      capture_output=True,
-      text=True,
-      check=True,
-  )
-  assert done.stdout.strip() == '[]'

@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+from rich.console import Console
 
 from codistill_jax import run_directory, writers
 from experiments import status
@@ -14,111 +15,142 @@ NOW = 10_000.0
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def _save(directory, step: int) -> None:
-  (directory / str(step)).mkdir(parents=True)
+def save(directory, step: int) -> None:
+  (directory / str(step)).mkdir(parents=True, exist_ok=True)
   (directory / str(step) / 'commit_success.txt').write_text('')
 
 
-def _make_group(workdir, group_id: int, *, seen: float, **changes) -> None:
-  _save(run_directory.publications_dir(workdir, group_id), 40)
-  _save(run_directory.checkpoints_dir(workdir, group_id), 30)
-  sign = {
-      'step': 60,
-      'num_steps': 100,
-      'time': seen,
-      'phase': 'training',
-      'steps_per_sec': 4.0,
-      'num_groups': 2,
-      'teachers': [{'peer': 1 - group_id, 'step': 37, 'time': seen - 5.0}],
-  }
-  run_directory.write_status(workdir, group_id, sign | changes)
+def teachers(*peers) -> list[dict]:
+  """Of a group at step 60: p steps and p minutes older than 20 and 5 s."""
+  return [
+      {'peer': p, 'step': 40 - p, 'time': NOW - 5.0 - 60.0 * p} for p in peers
+  ]
 
 
-def _look(workdir) -> tuple[str, bool]:
+def make_groups(workdir, num_groups: int, /, **changes) -> None:
+  """Groups at step 60 of 100, each taught by all others."""
+  for g in range(num_groups):
+    save(run_directory.publications_dir(workdir, g), 40)
+    save(run_directory.checkpoints_dir(workdir, g), 30)
+    peers = [p for p in range(num_groups) if p != g]
+    sign = {
+        'step': 60,
+        'num_steps': 100,
+        'time': NOW,
+        'phase': 'training',
+        'steps_per_sec': 4.0,
+        'num_groups': num_groups,
+        'peers': peers,
+        'teachers': teachers(*peers),
+        'rejected': 0,
+        'last_rejection': '',
+        'troubles': [],
+        'host': 'host-a',
+        'pid': 4200 + g,
+    }
+    made = {k: v for k, v in (sign | changes).items() if v != 'absent'}
+    run_directory.write_status(workdir, g, made)
+
+
+def finish(workdir, group_id: int) -> None:
+  run_directory.done_path(workdir, group_id).write_text('')
+
+
+def write_records(workdir, group_id: int, records, at: float = NOW) -> None:
+  path = run_directory.metrics_path(workdir, group_id)
+  writer = writers.JsonlWriter(path, clock=lambda: at)
+  for step, metrics in records:
+    writer.write(step, metrics)
+  writer.close()
+
+
+def look(workdir) -> tuple[str, bool]:
   view, done = run_status.look(str(workdir), NOW)
   return pages.plain(view), done
 
 
-def _describe(workdir) -> str:
-  return _look(workdir)[0]
-
-
-def _cells(text: str) -> list[dict[str, str]]:
+def cells(text: str) -> list[dict[str, str]]:
   """The rows of the table of one run, by column."""
   lines = text.partition('\n\n')[0].splitlines()
   start = next(i for i, line in enumerate(lines) if line.startswith('group'))
-  header, *rows = [line.split('  ') for line in lines[start:]]
-  clean = [[c.strip() for c in row if c.strip()] for row in (header, *rows)]
-  return [dict(zip(clean[0], row)) for row in clean[1:]]
+  split = [line.split('  ') for line in lines[start:]]
+  header, *rows = [[c.strip() for c in row if c.strip()] for row in split]
+  return [dict(zip(header, row)) for row in rows]
+
+
+# --- The table ---------------------------------------------------------------
 
 
 def test_a_live_group_shows_all_it_says(tmp_path):
-  _make_group(tmp_path, 0, seen=NOW - 2)
-  path = run_directory.metrics_path(tmp_path, 0)
-  writer = writers.JsonlWriter(path, clock=lambda: NOW - 20)
-  writer.write(50, {'eval/loss': 5.4321})
-  writer.write(55, {'loss/task': 5.0})
-  writer.close()
-  text, done = _look(tmp_path)
+  make_groups(tmp_path, 2, time=NOW - 2, rejected='absent')
+  write_records(
+      tmp_path, 0, [(50, {'eval/loss': 5.4321}), (55, {'loss/task': 5.0})], 0.0
+  )
+  text, done = look(tmp_path)
   assert not done
-  assert _cells(text) == [
-      {
-          'group': '0',
-          'step': '60/100',
-          'phase': 'training',
-          'steps/s': '4.0',
-          'ETA': '10 s',
-          'eval/loss': '5.432',
-          'published': '40',
-          'teachers': '1 of 1',
-          'staleness': '23 steps, 5 s',
-          'rejected': '-',
-          'checkpoint': '30',
-          'last seen': '2 s ago',
-      }
-  ]
+  assert cells(text)[0] == {
+      'group': '0',
+      'step': '60/100',
+      'phase': 'training',
+      'steps/s': '4.0',
+      'ETA': '10 s',
+      'eval/loss': '5.432',
+      'published': '40',
+      'teachers': '1 of 1',
+      'staleness': '21 steps, 63 s',
+      'rejected': '-',
+      'checkpoint': '30',
+      'last seen': '2 s ago',
+  }
+  # And there is nothing to say but where it runs.
+  title, notes = text.split('\n\n')
+  assert title.startswith(str(tmp_path))
+  assert notes == 'on host-a: pid 4200 (group 0), 4201 (group 1)'
 
 
-def test_a_silent_group_is_flagged_and_has_no_eta(tmp_path):
-  _make_group(tmp_path, 0, seen=NOW - 59)
-  _make_group(tmp_path, 1, seen=NOW - 61)
-  text, _ = _look(tmp_path)
-  live, silent = _cells(text)
-  assert (live['last seen'], live['ETA']) == ('59 s ago', '10 s')
-  assert (silent['last seen'], silent['ETA']) == ('SILENT 61 s ago', '-')
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        ({'time': NOW - 59}, {'last seen': '59 s ago', 'ETA': '10 s'}),
+        ({'time': NOW - 61}, {'last seen': 'SILENT 61 s ago', 'ETA': '-'}),
+        (
+            {'teachers': teachers(2, 3)},
+            {'teachers': '2 of 3', 'staleness': '22..23 steps, 2 min..3 min'},
+        ),
+        # Peers are those of the topology.
+        ({'peers': [3], 'teachers': teachers(3)}, {'teachers': '1 of 1'}),
+        # Who has none rejects nothing.
+        ({'peers': []}, {'teachers': '-', 'rejected': '-', 'staleness': '-'}),
+        # As in an older run.
+        ({'peers': 'absent'}, {'teachers': '3 of 3'}),
+        ({'rejected': 'absent'}, {'rejected': '2'}),
+        ({'steps_per_sec': None}, {'steps/s': '2.0', 'ETA': '20 s'}),
+    ],
+)
+def test_a_row_tells_what_the_group_says(tmp_path, changes, expected):
+  make_groups(tmp_path, 4, **changes)
+  recorded = {'exchange/rejected': 2.0, 'perf/steps_per_sec': 2.0}
+  write_records(tmp_path, 0, [(50, recorded), (51, {})], 0.0)
+  row = cells(look(tmp_path)[0])[0]
+  assert {key: row[key] for key in expected} == expected
 
 
 def test_a_run_is_done_once_every_group_is(tmp_path):
-  run_directory.write_run(tmp_path, {'arm': 'codistillation', 'num_groups': 2})
-  _make_group(tmp_path, 0, seen=NOW - 600)
-  run_directory.done_path(tmp_path, 0).write_text('')
-  # Group 1 has not made its directory yet.
-  text, done = _look(tmp_path)
-  assert _cells(text)[0]['last seen'] == 'DONE 10 min ago'
-  assert not done
-  _make_group(tmp_path, 1, seen=NOW)
-  assert not _look(tmp_path)[1]
-  run_directory.done_path(tmp_path, 1).write_text('')
-  assert _look(tmp_path)[1]
-
-
-def test_staleness_of_several_teachers_is_a_range(tmp_path):
-  teachers = [
-      {'peer': peer, 'step': step, 'time': NOW - seconds}
-      for peer, step, seconds in [(1, 40, 5.0), (2, 21, 130.0)]
-  ]
-  _make_group(tmp_path, 0, seen=NOW, num_groups=4, teachers=teachers)
-  (row,) = _cells(_describe(tmp_path))
-  assert row['teachers'] == '2 of 3'
-  assert row['staleness'] == '20..39 steps, 5 s..2 min'
+  make_groups(tmp_path, 1, num_groups=2, time=NOW - 600)
+  finish(tmp_path, 0)
+  text, done = look(tmp_path)
+  assert cells(text)[0]['last seen'] == 'DONE 10 min ago'
+  assert 'pid' not in text  # Its process has ended.
+  assert not done  # Group 1 has not made its directory yet.
+  make_groups(tmp_path, 2)
+  assert not look(tmp_path)[1]
+  finish(tmp_path, 1)
+  assert look(tmp_path)[1]
 
 
 def test_metrics_stand_in_for_a_missing_status(tmp_path):
-  path = run_directory.metrics_path(tmp_path, 0)
-  writer = writers.JsonlWriter(path, clock=lambda: NOW - 3)
-  writer.write(7, {'perf/steps_per_sec': 2.0})
-  writer.close()
-  (row,) = _cells(_describe(tmp_path))
+  write_records(tmp_path, 0, [(7, {'perf/steps_per_sec': 2.0})], NOW - 3)
+  (row,) = cells(look(tmp_path)[0])
   assert (row['step'], row['steps/s']) == ('7/-', '2.0')
   assert (row['phase'], row['last seen']) == ('?', '3 s ago')
 
@@ -126,151 +158,76 @@ def test_metrics_stand_in_for_a_missing_status(tmp_path):
 @pytest.mark.parametrize('sign', [{}, {'teachers': [{'peer': 1}], 'step': 3}])
 def test_a_group_that_says_little_gets_dashes(tmp_path, sign):
   run_directory.write_status(tmp_path, 0, sign)
-  (row,) = _cells(_describe(tmp_path))
+  (row,) = cells(look(tmp_path)[0])
   assert (row['staleness'], row['last seen']) == ('-', 'none yet')
 
 
 def test_an_empty_directory_says_so(tmp_path):
-  text, done = _look(tmp_path)
+  text, done = look(tmp_path)
   assert 'no group has started yet' in text and not done
-
-
-def _teachers(peers, *, behind: int = 20, seconds: float = 5.0) -> list[dict]:
-  """Teachers of a group at step 60, each a step older than the one before."""
-  return [
-      {'peer': p, 'step': 60 - behind - p, 'time': NOW - seconds - 60.0 * p}
-      for p in peers
-  ]
-
-
-def _make_groups(workdir, num_groups: int, **changes) -> None:
-  for g in range(num_groups):
-    peers = [p for p in range(num_groups) if p != g]
-    said = {
-        'num_groups': num_groups,
-        'peers': peers,
-        'teachers': _teachers(peers),
-        'rejected': 0,
-        'last_rejection': '',
-        'troubles': [],
-        'host': 'host-a',
-        'pid': 4200 + g,
-    }
-    _make_group(workdir, g, seen=NOW, **(said | changes))
 
 
 # --- Below the table ---------------------------------------------------------
 
 
-@pytest.mark.parametrize('num_groups', [4, 16])
+@pytest.mark.parametrize('num_groups', [2, 4, 16])
 def test_every_staleness_is_shown_and_the_page_stays_narrow(
     tmp_path, num_groups
 ):
-  _make_groups(tmp_path, num_groups)
-  text = _describe(tmp_path)
+  make_groups(tmp_path, num_groups)
+  text = look(tmp_path)[0]
   assert max(map(len, text.splitlines())) <= 140
-  assert len(_cells(text)) == num_groups
-  # Group 0 learns from all others: p steps and p minutes older than the first.
+  assert len(cells(text)) == num_groups
   starts = ('staleness of each', 'and in time')
   tables = [t for t in text.split('\n\n') if t.startswith(starts)]
+  # Of one teacher the row says it all; many need a table of times besides.
+  assert len(tables) == {2: 0, 4: 1, 16: 2}[num_groups]
   rows = [[line for line in t.splitlines() if line[:2] == '0 '] for t in tables]
   shown = ' '.join(row.replace(',', '') for (row,) in rows)
-  for p in range(1, num_groups):
+  for p in range(1, num_groups) if tables else ():
     assert f' {20 + p} ' in f'{shown} '
-  assert '65 s' in shown
-  assert (f'{num_groups - 1} min' in shown) == (num_groups > 2)
+  if tables:
+    assert '65 s' in shown and f'{num_groups - 1} min' in shown
 
 
-def test_two_groups_need_no_second_table(tmp_path):
-  _make_groups(tmp_path, 2)
-  assert 'staleness of each' not in _describe(tmp_path)
-
-
-def test_a_sound_run_has_no_notes_but_where_it_runs(tmp_path):
-  _make_groups(tmp_path, 2)
-  _, notes = _describe(tmp_path).split('\n\n')
-  assert notes == 'on host-a: pid 4200 (group 0), 4201 (group 1)'
-
-
-def test_a_finished_group_has_no_process(tmp_path):
-  _make_groups(tmp_path, 1)
-  run_directory.done_path(tmp_path, 0).write_text('')
-  assert 'pid' not in _describe(tmp_path)
-
-
-def test_rejections_are_counted_and_the_last_one_is_told(tmp_path):
-  _make_groups(tmp_path, 2)
-  _make_group(
-      tmp_path / 'other', 0, seen=NOW, rejected=3, last_rejection='group 1: NaN'
-  )
-  text = _describe(tmp_path / 'other')
-  assert _cells(text)[0]['rejected'] == '3'
-  assert 'group 0: last rejection: group 1: NaN' in text
-  assert 'last rejection' not in _describe(tmp_path)
-
-
-def test_a_group_without_peers_rejects_nothing(tmp_path):
-  _make_groups(tmp_path, 1)
-  (row,) = _cells(_describe(tmp_path))
-  assert (row['teachers'], row['rejected']) == ('-', '-')
-
-
-def test_rejections_come_from_the_records_of_an_older_run(tmp_path):
-  _make_group(tmp_path, 0, seen=NOW)
-  writer = writers.JsonlWriter(run_directory.metrics_path(tmp_path, 0))
-  writer.write(50, {'exchange/rejected': 2.0})
-  writer.close()
-  assert _cells(_describe(tmp_path))[0]['rejected'] == '2'
-
-
-def test_what_fails_is_told_with_since_when_and_how_often(tmp_path):
-  trouble = {
-      'doing': 'saving a resume checkpoint',
-      'reason': 'No space left\non device',
-      'since': NOW - 180,
-      'count': 14,
-  }
-  _make_group(tmp_path, 0, seen=NOW - 2, troubles=[trouble])
-  assert (
-      'group 0: saving a resume checkpoint fails since 3 min, 14 times:'
-      ' No space left on device'
-  ) in _describe(tmp_path)
+TROUBLE = {
+    'doing': 'saving a resume checkpoint',
+    'reason': 'No space left\non device',
+    'since': NOW - 180,
+    'count': 14,
+}
+ALONE = 'group 2 trains alone: of its peers (0, 1, 3) none teaches'
 
 
 @pytest.mark.parametrize(
-    'changes, alone',
+    'changes, said',
     [
-        ({'teachers': []}, True),
-        ({'teachers': [], 'step': 50}, False),  # The end of burn-in.
-        ({'teachers': [], 'peers': []}, False),
-        ({'teachers': [], 'phase': 'compiling'}, False),
-        ({}, False),
+        (
+            {'troubles': [TROUBLE]},
+            'group 2: saving a resume checkpoint fails since 3 min, 14 times:'
+            ' No space left on device',
+        ),
+        (
+            {'rejected': 3, 'last_rejection': 'group 1: NaN'},
+            'group 2: last rejection: group 1: NaN',
+        ),
+        ({'teachers': teachers(3)}, 'group 2 goes without the teacher(s) 0, 1'),
+        ({'teachers': []}, ALONE),
+        ({'teachers': [], 'step': 50}, None),  # The end of burn-in.
+        ({'teachers': [], 'peers': []}, None),
+        ({'teachers': [], 'phase': 'compiling'}, None),
+        ({}, None),
     ],
 )
-def test_a_group_that_trains_alone_is_told(tmp_path, changes, alone):
+def test_what_is_wrong_is_told(tmp_path, changes, said):
   run_directory.write_run(tmp_path, {'burn_in_steps': 50})
-  _make_groups(tmp_path, 4, **changes)
-  text = _describe(tmp_path)
-  said = 'group 2 trains alone: of its peers (0, 1, 3) none teaches'
-  assert (said in text) == alone
-  assert ('trains alone' in text) == alone
-
-
-def test_without_a_known_burn_in_nobody_is_called_alone(tmp_path):
-  _make_groups(tmp_path, 2, teachers=[])
-  assert 'alone' not in _describe(tmp_path)
-
-
-def test_a_missing_teacher_is_named(tmp_path):
-  _make_groups(tmp_path, 4, teachers=_teachers([3]))
-  text = _describe(tmp_path)
-  assert 'group 0 goes without the teacher(s) 1, 2' in text
-  assert _cells(text)[0]['teachers'] == '1 of 3'
-
-
-def test_peers_are_those_of_the_topology(tmp_path):
-  _make_group(tmp_path, 5, seen=NOW, num_groups=16, peers=[4])
-  assert _cells(_describe(tmp_path))[0]['teachers'] == '1 of 1'
+  make_groups(tmp_path, 4, **changes)
+  text = look(tmp_path)[0]
+  told = [line for line in text.splitlines() if line.startswith('group 2')]
+  assert told == ([said] if said else [])
+  # Without a known burn-in nobody is called alone.
+  run_directory.run_path(tmp_path).unlink()
+  assert 'alone' not in look(tmp_path)[0]
 
 
 # --- Damage ------------------------------------------------------------------
@@ -278,49 +235,36 @@ def test_peers_are_those_of_the_topology(tmp_path):
 
 @pytest.mark.parametrize('data', [b'', b'{"step": 6', b'[]', b'\xff\xfe\x00'])
 def test_a_damaged_status_is_named_and_the_others_are_shown(tmp_path, data):
-  _make_groups(tmp_path, 2)
+  run_directory.write_run(tmp_path, {'num_groups': 2, 'burn_in_steps': 0})
+  make_groups(tmp_path, 2)
   run_directory.status_path(tmp_path, 0).write_bytes(data)
-  text, done = _look(tmp_path)
-  damaged, sound = _cells(text)
+  write_records(tmp_path, 0, [(50, {'loss/task': 5.0})])
+  text, done = look(tmp_path)
+  damaged, sound = cells(text)
   assert damaged['phase'] == '?' and sound['phase'] == 'training'
   # Nobody knows whether it has teachers.
-  assert damaged['teachers'] == '-' and 'alone' not in text
-  assert 'group 0: cannot be read: Expected' in text and not done
+  assert damaged['teachers'] == '? of 1' and not done
+  assert not any(s in text for s in ('absent', 'goes without', 'alone'))
+  assert 'group 0: cannot be read: Expected' in text
   assert str(run_directory.status_path(tmp_path, 0)) in text.replace('\n', '')
 
 
-def test_of_a_group_without_a_sign_of_life_no_teacher_is_called_absent(
-    tmp_path,
-):
-  run_directory.write_run(tmp_path, {'num_groups': 4, 'burn_in_steps': 0})
-  _make_groups(tmp_path, 4)
-  run_directory.status_path(tmp_path, 2).write_text('{')
-  writer = writers.JsonlWriter(run_directory.metrics_path(tmp_path, 2))
-  writer.write(50, {'loss/task': 5.0})
-  writer.close()
-  text = _describe(tmp_path)
-  assert _cells(text)[2]['teachers'] == '? of 3'
-  assert not any(s in text for s in ('absent', 'goes without', 'alone'))
-
-
 def test_a_damaged_run_json_is_named_and_does_not_end_a_watch(tmp_path):
-  _make_groups(tmp_path, 2)
+  make_groups(tmp_path, 1, num_groups=2)
   run_directory.run_path(tmp_path).write_text('{"arm": ')
-  run_directory.group_dir(tmp_path, 1).rename(tmp_path / 'gone')
-  run_directory.done_path(tmp_path, 0).write_text('')
-  text, done = _look(tmp_path)
+  finish(tmp_path, 0)
+  text, done = look(tmp_path)
   assert 'cannot be read: Expected JSON in' in text and 'run.json' in text
-  assert len(_cells(text)) == 1
   # Group 1, of which status.json of group 0 knows, is not done.
-  assert not done
+  assert len(cells(text)) == 1 and not done
 
 
 def test_a_file_system_that_refuses_is_named(tmp_path):
-  _make_groups(tmp_path, 2)
+  make_groups(tmp_path, 2)
   run_directory.metrics_path(tmp_path, 0).mkdir()  # No file to be read.
-  text = _describe(tmp_path)
+  text = look(tmp_path)[0]
   assert 'group 0: cannot be read: [Errno' in text and 'metrics.jsonl' in text
-  assert _cells(text)[0]['phase'] == 'training'
+  assert cells(text)[0]['phase'] == 'training'
 
 
 _STRANGE = [None, 'x', -1, 1.5, [], [None], {}, [{}], [{'peer': 'a'}], True]
@@ -328,27 +272,19 @@ _STRANGE = [None, 'x', -1, 1.5, [], [None], {}, [{}], [{'peer': 'a'}], True]
 
 @pytest.mark.parametrize('value', _STRANGE)
 def test_values_of_the_wrong_kind_end_nothing(tmp_path, value):
-  _make_group(tmp_path, 0, seen=NOW)
-  path = run_directory.status_path(tmp_path, 0)
-  sound = json.loads(path.read_text()) | {
-      'peers': [1],
-      'rejected': 0,
-      'last_rejection': '',
-      'troubles': [{'doing': 'a', 'reason': 'b', 'since': NOW, 'count': 1}],
-      'host': 'a',
-      'pid': 1,
-  }
+  make_groups(tmp_path, 1, peers=[1], troubles=[TROUBLE])
+  sound = json.loads(run_directory.status_path(tmp_path, 0).read_text())
   for key in sound:
     run_directory.write_status(tmp_path, 0, sound | {key: value})
-    assert len(_cells(_describe(tmp_path))) == 1
+    assert len(cells(look(tmp_path)[0])) == 1
   run_directory.write_status(tmp_path, 0, dict.fromkeys(sound, value))
   run_directory.write_run(
       tmp_path, dict.fromkeys(('num_groups', 'burn_in_steps', 'arm'), value)
   )
-  assert len(_cells(_describe(tmp_path))) == 1
+  assert len(cells(look(tmp_path)[0])) == 1
 
 
-# --- Small things ------------------------------------------------------------
+# --- The binary --------------------------------------------------------------
 
 
 def test_commas_and_repetition_name_the_same_directories():
@@ -356,24 +292,38 @@ def test_commas_and_repetition_name_the_same_directories():
   assert status.split_commas(None) == []
 
 
-def _run(python, *args: str) -> subprocess.CompletedProcess:
-  command = [python, '-W', 'error', '-m', 'experiments.status', *args]
+def test_a_terminal_shows_what_is_wrong_in_colour(tmp_path):
+  make_groups(tmp_path, 1, time=NOW - 3600, host='[red]not markup[/red]')
+  console = Console(force_terminal=True, color_system='standard', width=200)
+  with console.capture() as shown:
+    console.print(run_status.look(str(tmp_path), NOW)[0])
+  assert '\x1b[1;31mSILENT 60 min ago' in shown.get()
+  assert '[red]not markup[/red]' in shown.get()
+
+
+def run(python, *args: str) -> subprocess.CompletedProcess:
+  # What the requirements of a training run do not install is missing.
+  code = (
+      'import runpy, sys\n'
+      'missing = ("jax", "jinja2", "matplotlib", "pandas", "tensorboardX")\n'
+      'sys.modules |= dict.fromkeys(missing)\n'
+      'runpy.run_module("experiments.status", run_name="__main__")'
+  )
+  command = [python, '-W', 'error', '-c', code, *args]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_binary_watches_until_all_is_done(tmp_path, python):
-  _make_group(tmp_path, 0, seen=NOW, num_groups=1)
-  run_directory.done_path(tmp_path, 0).write_text('')
-  done = _run(python, f'--workdir={tmp_path}', '--watch=0.1')
+def test_the_binary_watches_until_all_is_done_and_survives_damage(
+    tmp_path, python
+):
+  make_groups(tmp_path, 1)
+  finish(tmp_path, 0)
+  done = run(python, f'--workdir={tmp_path}', '--watch=0.1')
   assert (done.returncode, done.stderr) == (0, '')
   assert 'DONE' in done.stdout and '\x1b' not in done.stdout
-
-
-def test_the_binary_survives_damage(tmp_path, python):
-  _make_groups(tmp_path, 2)
   run_directory.status_path(tmp_path, 0).write_text('{')
   run_directory.run_path(tmp_path).write_text('{')
-  done = _run(python, f'--workdir={tmp_path}')
+  done = run(python, f'--workdir={tmp_path}')
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.count('cannot be read') == 2
 
@@ -386,7 +336,7 @@ def test_the_binary_survives_damage(tmp_path, python):
     ],
 )
 def test_bad_input_is_one_line_and_status_1(python, args, said):
-  done = _run(python, *args)
+  done = run(python, *args)
   assert (done.returncode, done.stdout) == (1, '')
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: ') and said in line

@@ -10,19 +10,15 @@ import pathlib
 import threading
 
 from codistill_jax.models import lstm
-from experiments import stopping
 
 # Where: 'train-1' and 'train-2' are the traces of the step, 'eval-1' the first
 # of an evaluation (or of a teacher, who is looked at once before). And the file
 # that says it got there.
 WHERE, MARK = 'STUCK_WHERE', 'STUCK_MARK'
-# How long the main thread is waited for before a rescue, in seconds.
-LIMIT = 'STUCK_LIMIT'
 
 
 def language_model(num_classes):
   """The model of the tiny run; stuck in one trace of `apply`."""
-  stopping._PATIENCE = float(os.environ.get(LIMIT, 0.5))
   model = lstm.language_model(num_classes, layers=1, units=8, embedding=8)
   counts = {'train': 0, 'eval': 0}
 

@@ -16,8 +16,9 @@ import toy
 from codistill_jax import base
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
-from codistill_jax.exchange.memory_exchange import memory_exchanges
-from codistill_jax.exchange.protocol import Plan
+from codistill_jax.exchange.kinds import Checkpoints, Predictions
+from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from experiments.studies import one_program
@@ -55,8 +56,7 @@ def experiments_of(model=toy.TWO_LAYERS, **kwargs):
           'distill_weight': distill_weight(weight=0.7, burn_in_steps=3),
           'num_steps': STEPS,
           'group_batch': 8,
-          'exchange_mode': 'lockstep',
-          'exchange_every': 2,
+          'exchange': Checkpoints(2, 'lockstep'),
           **kwargs,
       }
   )
@@ -70,7 +70,7 @@ def start_of(run, model, group_id, num_groups):
           model,
           jax.random.fold_in(jax.random.PRNGKey(run.seed), group_id),
           experiment_lib.first_row(run, num_groups),
-          num_peers=experiment_lib.num_teachers(run, group_id, num_groups),
+          num_peers=run.exchange.num_teachers(group_id, num_groups),
       )
   )
 
@@ -145,7 +145,9 @@ def in_turn(experiments, num_groups=2):
           exchange,
       )
       for run in experiments
-      for g, exchange in enumerate(memory_exchanges(num_groups, plan=run.plan))
+      for g, exchange in enumerate(
+          memory_exchanges(num_groups, plan=run.exchange)
+      )
   }
 
 
@@ -159,11 +161,19 @@ CASES = {
     'stale, halved': (
         toy.TWO_LAYERS,
         2,
-        {'staleness': 4, 'publish_dtype': 'bfloat16'},
+        {'exchange': Checkpoints(2, 'lockstep', 4, 'bfloat16')},
     ),
-    'ring': (toy.TWO_LAYERS, 3, {'topology': 'ring'}),
+    'ring': (
+        toy.TWO_LAYERS,
+        3,
+        {'exchange': Checkpoints(2, 'lockstep', topology='ring')},
+    ),
     'asynchronous': (toy.TWO_LAYERS, 2, {'method': AsynchronousSgd(workers=2)}),
-    'recurrent': (toy.RECURRENT, 2, {'staleness': 2}),
+    'recurrent': (
+        toy.RECURRENT,
+        2,
+        {'exchange': Checkpoints(2, 'lockstep', 2)},
+    ),
     'alone': (toy.TWO_LAYERS, 1, {}),
 }
 
@@ -195,7 +205,10 @@ def test_one_program_makes_the_updates_that_are_made_in_turn(name):
 
 def test_it_compiles_the_step_twice_and_all_else_once():
   plain()  # What jax itself compiles, for small things, and the start.
-  members = together(experiments_of(staleness=4), devices=jax.devices()[3:])
+  members = together(
+      experiments_of(exchange=Checkpoints(2, 'lockstep', 4)),
+      devices=jax.devices()[3:],
+  )
   starts = {
       m: start_of(run, step_model(run), m[1], 2)
       for m, (run, *_) in members.items()
@@ -225,7 +238,7 @@ def test_members_may_be_spread_over_devices():
 )
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(until, settings):
   experiments = experiments_of()
-  assert one_program.can_resume(experiments[0].plan, until)
+  assert one_program.can_resume(experiments[0].exchange, until)
   starts, _ = trained(together(experiments, **settings), until)
   found, _ = trained(together(experiments, **settings), starts=starts)
   expected, _ = trained(together(experiments, **settings))
@@ -303,8 +316,8 @@ def test_a_seed_that_leaves_its_seats_holds_up_no_other():
     [
         ({}, 2, True),
         ({}, 1, True),
-        ({'topology': [[1], [0, 2], [0]]}, 3, False),
-        ({'exchange': 'predictions'}, 2, False),
+        ({'exchange': Checkpoints(topology=[[1], [0, 2], [0]])}, 3, False),
+        ({'exchange': Predictions()}, 2, False),
     ],
 )
 def test_what_can_be_one_program(settings, num_groups, expected):

@@ -3,6 +3,7 @@
 import csv
 import html
 import os
+import re
 import subprocess
 import textwrap
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import study_toy as toy
 
+from codistill_jax.statistics import Estimate
 from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import (
     analysis,
@@ -17,6 +19,7 @@ from experiments.studies import (
     study_plots,
     verdicts,
     wall_time,
+    words,
 )
 from experiments.studies.declaration import MEASURES
 from experiments.studies.latency import Latency, LogNormal
@@ -61,7 +64,7 @@ def written(tmp_path_factory):
   output = tmp_path_factory.mktemp('study') / 'page'
   return (
       output,
-      study_page.write(study, toy.setting(), runs, output),
+      study_page.write(study, toy.settings(), runs, output),
       study,
       runs,
   )
@@ -99,7 +102,7 @@ def test_the_page_has_every_arm_the_seeds_and_the_command(written):
 def test_the_batch_of_each_group_is_in_the_table(written):
   _, _, study, runs = written
   found = analysis.analyse(study, runs)
-  table = study_page.arms_table(found, toy.setting()).set_index('arm')
+  table = study_page.arms_table(found, toy.settings()).set_index('arm')
   batches = table['tokens per update of a group']
   # Each of two groups has its own; the pair is made of single runs.
   assert batches['the baseline'] == batches['the two'] == '16'
@@ -124,7 +127,7 @@ def test_tuning_is_shown_with_what_was_chosen(written):
   (row,) = [x for x in table.splitlines() if x.startswith('| the baseline |')]
   assert '| diverged |' in row and row.endswith('at the edge of the grid |')
   assert '0.002, that of the baseline' in table  # The ensemble's.
-  assert 'The rate with the least loss at the end.' in table
+  assert 'the lowest validation loss at the end' in table
 
 
 def test_every_plot_that_the_page_shows_is_there(written):
@@ -180,49 +183,75 @@ def test_the_study_reads_back_as_analysed(written):
 def test_the_order_of_runs_changes_no_file(tmp_path):
   study = toy.study(comparisons=[toy.compare('two')])
   runs = [*toy.runs(), *toy.runs('two', speed=1.5)]
-  study_page.write(study, toy.setting(), runs, tmp_path / 'a')
-  study_page.write(study, toy.setting(), runs[::-1], tmp_path / 'b')
+  study_page.write(study, toy.settings(), runs, tmp_path / 'a')
+  study_page.write(study, toy.settings(), runs[::-1], tmp_path / 'b')
   for name in ('page.md', 'study.csv', 'curves.csv', 'loss.png'):
     ours, theirs = (tmp_path / d / name for d in 'ab')
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_study_of_one_seed_and_one_evaluation_has_a_page(tmp_path):
-  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
-  short = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
-  runs = [*toy.runs(**short), *toy.runs('two', received=1.0, **short)]
-  summary = study_page.write(study, toy.setting(seeds=1), runs, tmp_path)
-  assert summary.verdicts[0].words.startswith('cannot be said (1 seed')
-  assert '1 seed of each arm' in summary.page.read_text()
+SHORT = {'seeds': 1, 'steps_N': toy.STEPS_N[:1]}
+UNKNOWN = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
 
 
-def test_a_study_in_which_everything_diverged_has_a_page(tmp_path):
-  runs = [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)]
-  study = toy.study(comparisons=[toy.compare('two')], views=('bytes',))
-  summary = study_page.write(study, toy.setting(), runs, tmp_path)
+@pytest.mark.parametrize(
+    'runs, measure, words, said',
+    [
+        (
+            [*toy.runs(**SHORT), *toy.runs('two', received=1.0, **SHORT)],
+            'steps_to_target',
+            'cannot be said (1 seed',
+            'validation loss',
+        ),
+        (
+            [*toy.runs(diverged_at=60), *toy.runs('two', diverged_at=70)],
+            'steps_to_target',
+            'cannot be said (in every seed',
+            'diverged at step 60, 60 and 60 in 3 of 3 seeds',
+        ),
+        (
+            [*toy.runs(**UNKNOWN), *toy.runs('two', speed=2, **UNKNOWN)],
+            'compute_to_target',
+            'cannot be said (these runs do not measure it)',
+            'no number: cannot be said',
+        ),
+    ],
+    ids=['one evaluation', 'all diverged', 'no FLOPs on record'],
+)
+def test_a_study_with_little_to_say_has_a_page(
+    tmp_path, runs, measure, words, said
+):
+  comparison = toy.compare('two', measure=measure)
+  study = toy.study(comparisons=[comparison], views=('bytes',))
+  summary = study_page.write(study, toy.settings(), runs, tmp_path)
+  assert summary.verdicts[0].words.startswith(words)
   page = summary.page.read_text()
-  assert 'There is no target' in page
-  assert 'diverged at step 60, 60 and 60 in 3 of 3 seeds' in page
-
-
-def test_what_is_not_on_record_is_not_made_up(tmp_path):
-  unknown = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
-  runs = [*toy.runs(**unknown), *toy.runs('two', speed=2, **unknown)]
-  study = toy.study(
-      comparisons=[toy.compare('two', measure='compute_to_target')]
-  )
-  summary = study_page.write(study, toy.setting(), runs, tmp_path)
-  (found,) = summary.verdicts
-  assert found.words == 'cannot be said (these runs do not measure it)'
-  assert 'nan' not in summary.page.read_text()
-  rows = read_csv(tmp_path / 'curves.csv')
-  assert {row['flops'] for row in rows} == {''}
+  assert said in page
+  assert not re.search(r'\bnan\b', page)
+  flops = {row['flops'] for row in read_csv(tmp_path / 'curves.csv')}
+  assert (flops == {''}) == (measure == 'compute_to_target')
 
 
 def test_a_view_that_does_not_exist_is_refused(tmp_path):
   study = toy.study(views=('sideways',))
   with pytest.raises(ValueError, match="No view 'sideways' for toy"):
-    study_page.write(study, toy.setting(), toy.runs(), tmp_path)
+    study_page.write(study, toy.settings(), toy.runs(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    'values, known',
+    [
+        ((3.0, 2.5, 1.0, 5.25, (1, 2, 6)), '3.0 ± 2.5 [1.0, 5.2]'),
+        ((3.0, 2.5, np.nan, np.nan, (1, 6)), '3.0 ± 2.5'),
+        ((3.0, 0.0, 1.0, 5.25, (3,)), '3.0 [1.0, 5.2]'),
+    ],
+)
+def test_an_estimate_shows_what_is_known_of_it(values, known):
+  found = Estimate(*values)
+  assert words.estimate(found, '.1f', spread=True) == known
+  assert '±' not in words.estimate(found, '.1f')
+  assert '[' not in words.estimate(found, '.1f', interval=False)
+  assert words.percent(found).startswith('+300 %')
 
 
 def test_importing_the_report_needs_neither_jax_nor_matplotlib(python):
@@ -262,7 +291,7 @@ def scaling(both=(8, 16, 32), **kwargs):
 
 def test_what_the_latency_model_is_given_comes_from_the_runs():
   study, runs = scaling()
-  got = wall_time.measure(analysis.analyse(study, runs))
+  got = wall_time.measure(analysis.analyse(study, runs), Latency())
   assert sorted(got.one) == [4, 8, 16, 32] and sorted(got.two) == [8, 16, 32]
   assert got.at == 32
   assert got.ratio == pytest.approx(got.two[32] / got.one[32])
@@ -273,7 +302,7 @@ def test_what_the_latency_model_is_given_comes_from_the_runs():
 
 def test_the_page_says_where_a_second_group_pays(tmp_path):
   study, runs = scaling(views=('latency',))
-  summary = study_page.write(study, toy.setting(), runs, tmp_path)
+  summary = study_page.write(study, toy.settings(), runs, tmp_path)
   page = summary.page.read_text()
   assert 'two groups of W are faster than one group of 2 W from W = ' in page
   assert 'Assumed: log-normal' in page
@@ -286,7 +315,7 @@ def said_of_wall_time(study, runs, assumed=None):
   """Sentences and plots of the view."""
   found = analysis.analyse(study, runs)
   blocks = study_page.wall_time_blocks(
-      found, toy.setting(), assumed or Latency()
+      found, toy.settings(), assumed or Latency()
   )
   texts = [b.text for b in blocks if isinstance(b, Paragraph)]
   return ' '.join(texts), [b for b in blocks if isinstance(b, Plot)]

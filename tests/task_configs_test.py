@@ -15,7 +15,7 @@ from made_images import write_cifar_binary, write_fashion, write_folder
 
 from codistill_jax import base, gin_utils, losses, step
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.data import click_shards, clicks, prepare_clicks
+from codistill_jax.data import clicks, criteo, prepare_clicks
 
 
 def nothing(directory):
@@ -33,9 +33,9 @@ def imagenet(directory):
     write_folder(directory, split, {'a': 3, 'b': 2})
 
 
-def criteo(directory):
+def criteo_lines(directory):
   write_lines(directory / 'train.txt', 300)
-  prepare_clicks.prepare(
+  prepare_clicks.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,
@@ -92,7 +92,7 @@ CONFIGS = {
     ),
     'criteo': (
         ['criteo_dnn'],
-        criteo,
+        criteo_lines,
         CRITEO,
         {'integers': (26,), 'categories': (26,)},
         click_parameters([26 + 26 * 16], 26 * 32_769, (2560, 1024, 256)),
@@ -101,7 +101,7 @@ CONFIGS = {
     # not, and a place for rare ones.
     'criteo with a vocabulary': (
         ['criteo_dnn', '../ablations/vocabulary_min_count'],
-        criteo,
+        criteo_lines,
         CRITEO,
         {'integers': (26,), 'categories': (26,)},
         lambda ids: max(ids) <= 29
@@ -187,11 +187,11 @@ def test_flights_are_read_four_times():
 
 
 def test_the_rows_of_criteo_are_those_of_their_splits(tmp_path):
-  criteo(tmp_path)
+  criteo_lines(tmp_path)
   task = clicks.criteo_task(tmp_path / 'data')
   sizes = {
-      split: len(click_shards.open_rows(tmp_path / 'data', split))
-      for split in click_shards.SPLITS
+      split: len(criteo.open_rows(tmp_path / 'data', split))
+      for split in criteo.SPLITS
   }
   stream = task.train_stream(
       group_id=0, num_groups=1, group_batch=sizes['train']

@@ -122,28 +122,6 @@ def test_batch_keeps_its_contract(data):
     np.testing.assert_array_equal(batch['resets'], resets)
 
 
-def test_rows_read_on_where_they_stopped(data):
-  stream = text.TokenStream(data, **SETTINGS)
-  assert stream.steps_per_epoch > 5
-  for step in range(stream.steps_per_epoch - 1):
-    before, after = stream.batch(step), stream.batch(step + 1)
-    np.testing.assert_array_equal(
-        before['labels'][:, -1], after['inputs'][:, 0]
-    )
-
-
-def test_an_epoch_reads_everything_once_but_a_remainder(data):
-  stream = text.TokenStream(data, **SETTINGS)
-  for epoch in range(3):
-    first = epoch * stream.steps_per_epoch
-    steps = range(first, first + stream.steps_per_epoch)
-    read = np.concatenate([stream.batch(s)['inputs'].ravel() for s in steps])
-    pieces = read[read > END_ID]
-    assert len(set(pieces.tolist())) == len(pieces)
-    # Each lane leaves out at most T tokens, and the lanes B - 1 together.
-    assert data.num_tokens - len(read) <= 3 * 4 + 2
-
-
 def test_batches_do_not_depend_on_what_was_read_before(data):
   steps = np.random.default_rng(0).integers(0, 300, 40)
   stream = text.TokenStream(data, **SETTINGS)
@@ -174,53 +152,6 @@ def test_slices_of_rows_make_the_whole_batch(data, cuts, step):
   for name, array in whole.items():
     together = np.concatenate([part[name] for part in parts])
     np.testing.assert_array_equal(together, array)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 12), min_size=12, max_size=30),
-    num_groups=st.integers(1, 3),
-    processes=st.sampled_from([1, 2, 3, 6]),
-    kind=st.sampled_from(['shared', 'disjoint']),
-    seed=st.integers(0, 5),
-    resumes=st.lists(st.integers(0, 40), max_size=4),
-)
-def test_a_stream_survives_any_resume_in_any_number_of_processes(
-    lengths, num_groups, processes, kind, seed, resumes
-):
-  """Killed at any steps and started again, with rows divided in any way."""
-  options = {
-      'num_groups': num_groups,
-      'group_batch': 6,
-      'unroll': 2,
-      'partition': kind,
-      'seed': seed,
-  }
-  data = in_memory(unlike_documents(lengths))
-
-  def start(group_id, rows=None):
-    return text.TokenStream(data, group_id=group_id, rows=rows, **options)
-
-  share = 6 // processes
-  for group_id in range(num_groups):
-    try:
-      whole = start(group_id)
-    except ValueError as e:
-      assert 'use more data' in str(e)
-      continue
-    expected = [whole.batch(step) for step in range(42)]
-    at = 0
-    for stop in [*sorted(resumes), 42]:
-      parts = [
-          start(group_id, slice(share * i, share * (i + 1)))
-          for i in range(processes)
-      ]
-      for step in range(at, stop):
-        batches = [part.batch(step) for part in parts]
-        for name, array in expected[step].items():
-          together = np.concatenate([batch[name] for batch in batches])
-          np.testing.assert_array_equal(together, array)
-      at = stop
 
 
 @settings(max_examples=40, deadline=None)
@@ -258,16 +189,6 @@ def read_epoch(stream):
   steps = range(stream.steps_per_epoch)
   inputs = np.stack([stream.batch(step)['inputs'] for step in steps])
   return inputs[inputs > END_ID].tolist()
-
-
-def test_disjoint_groups_never_read_the_same_piece(data):
-  options = SETTINGS | {'num_groups': 3, 'partition': 'disjoint'}
-  read = [
-      set(read_epoch(text.TokenStream(data, **options | {'group_id': group})))
-      for group in range(3)
-  ]
-  assert all(read)
-  assert not (read[0] & read[1] or read[0] & read[2] or read[1] & read[2])
 
 
 def test_shared_groups_epochs_and_seeds_differ_in_order_only(data):

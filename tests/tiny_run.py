@@ -15,7 +15,7 @@ import token_files
 from waits import PATIENCE
 
 from codistill_jax import run_directory
-from codistill_jax.data import shards
+from codistill_jax.data import prepared_files, shards
 from codistill_jax.storage import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,6 +26,7 @@ _GIN = """\
 from __gin__ import dynamic_registration
 import optax
 import paced
+from codistill_jax import exchange
 from codistill_jax import experiment
 from codistill_jax.data import text
 from codistill_jax.models import lstm
@@ -43,9 +44,10 @@ experiment.Experiment.distill_weight = @paced.distill_weight()
 paced.distill_weight.burn_in_steps = {every}
 experiment.Experiment.num_steps = {num_steps}
 experiment.Experiment.group_batch = 8
-experiment.Experiment.exchange_every = {every}
-experiment.Experiment.exchange_mode = 'lockstep'
-experiment.Experiment.exchange_timeout_seconds = 600.0
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = {every}
+exchange.Checkpoints.mode = 'lockstep'
+exchange.Checkpoints.timeout_seconds = 600.0
 experiment.Experiment.log_every = 5
 experiment.Experiment.eval_every = 25
 experiment.Experiment.eval_batch = 4
@@ -64,10 +66,11 @@ def write_data(directory, *, num_validation=6, tokenizer=token_files.MODEL):
       vocab_size=VOCABULARY,
   )
   (directory / shards.TOKENIZER).write_bytes(tokenizer)
-  meta = shards.read_json(directory / shards.META)
+  path = directory / prepared_files.META
+  meta = prepared_files.read_json(path, shards.KIND)
   meta['source'] = 'random'
   meta['tokenizer_sha256'] = hashlib.sha256(tokenizer).hexdigest()
-  shards.write_json(directory / shards.META, meta)
+  prepared_files.write_json(path, meta)
   return directory
 
 
@@ -109,7 +112,11 @@ class Process:
 
   @property
   def ended(self) -> bool:
-    return self._popen.poll() is not None
+    return self.status is not None
+
+  @property
+  def status(self) -> int | None:
+    return self._popen.poll()
 
   def send(self, number: int) -> None:
     self._popen.send_signal(number)

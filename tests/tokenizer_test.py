@@ -29,45 +29,13 @@ def tokenizer():
 
 
 # What has been lost by one tokenizer or another.
-NASTY = st.sampled_from(
-    [
-        ' ',
-        '  ',
-        '\n',
-        '\n ',
-        '\r\n',
-        '\t',
-        '\0',
-        '\x1a',
-        '\x1a_',
-        '\x1a\x1a',
-        '▁',
-        '▁▁',
-        '_',
-        '▅',
-        '⁇',
-        '\ufffd',
-        '\ufeff',
-        '\u0301',
-        'e\u0301',
-        'ﬁ',
-        '\u00a0',
-        '\u200b',
-        '\u2028',
-        '\u3000',
-        '😀',
-        '👩\u200d👩\u200d👧',
-        '中文',
-        '<s>',
-        '</s>',
-        '<unk>',
-        '<0x0A>',
-        'the',
-        ' the',
-        'The',
-    ]
+WORD_LIKE = (
+    '▁ ▁▁ _ ▅ ⁇ ﬁ 😀 👩\u200d👩\u200d👧 中文 <s> </s> <unk> <0x0A> the The'
 )
-TEXTS = st.one_of(st.text(), st.lists(NASTY).map(''.join))
+SPACE_LIKE = 'e\u0301 \0 \x1a \x1a_ \x1a\x1a \ufffd \ufeff \u0301 \u200b'
+SPACES = [' ', '  ', '\n', '\n ', '\r\n', '\t', '\xa0', '\u2028', '\u3000']
+NASTY = [*WORD_LIKE.split(' '), *SPACE_LIKE.split(' '), *SPACES, ' the']
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(NASTY)).map(''.join))
 
 
 @given(TEXTS)
@@ -105,47 +73,51 @@ def test_batch_equals_one_by_one(tokenizer, texts):
     np.testing.assert_array_equal(pieces, tokenizer.encode(text))
 
 
-@settings(deadline=None, max_examples=100)
-@given(TEXTS, st.integers(1, 9))
-@example(corpus(5)[0], 1)
-def test_parts_of_a_text_have_the_pieces_of_the_whole(tokenizer, text, size):
-  escaped = tokenizer_lib.escape(text).encode()
-  parts = list(tokenizer_lib._parts(escaped, size))
-  assert b''.join(parts) == escaped
-  assert all(part[:1] == b' ' for part in parts[1:])
-  pieces = tokenizer._pieces
-  found = [piece for part in parts for piece in pieces.encode(part)]
-  assert found == pieces.encode(escaped)
+def whole(tokenizer, text):
+  """The pieces by sentencepiece itself, of the text at once."""
+  import sentencepiece
+
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+  return pieces.encode(tokenizer_lib.escape(text))
+
+
+def test_a_long_text_has_the_pieces_of_the_whole(tokenizer):
+  """Though it is encoded in parts."""
+  rng = random.Random(0)
+  for between in ('', ' ', '  '):
+    text = between.join(rng.choices([*NASTY, *WORDS], k=5000))
+    assert tokenizer.encode(text).tolist() == whole(tokenizer, text)
 
 
 def test_a_text_is_not_cut_where_pieces_reach_over_spaces():
+  tokenizer = tokenizer_lib.Tokenizer(
+      other_model(vocab_size=340, split_by_whitespace=False)
+  )
+  text = ' '.join(corpus())
+  assert tokenizer.encode(text).tolist() == whole(tokenizer, text)
+
+
+def other_model(**changes):
+  """A model of the same corpus with other options."""
   import sentencepiece
 
+  options = {
+      'normalization_rule_name': 'identity',
+      'remove_extra_whitespaces': False,
+      'byte_fallback': True,
+      'add_dummy_prefix': False,
+      'model_type': 'bpe',
+      'vocab_size': 320,
+      'hard_vocab_limit': False,
+      'minloglevel': 2,
+  }
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(corpus()),
       model_writer=model,
-      model_type='bpe',
-      vocab_size=340,
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      byte_fallback=True,
-      split_by_whitespace=False,
-      minloglevel=2,
+      **(options | changes),
   )
-  tokenizer = tokenizer_lib.Tokenizer(model.getvalue())
-  text = ' '.join(corpus())
-  pieces = tokenizer._pieces.encode(tokenizer_lib.escape(text))
-  assert tokenizer.encode(text).tolist() == pieces
-  found = [
-      piece
-      for part in tokenizer_lib._parts(
-          tokenizer_lib.escape(text).encode(), 1000
-      )
-      for piece in tokenizer._pieces.encode(part)
-  ]
-  assert found != pieces  # Or the test would show nothing.
+  return model.getvalue()
 
 
 @pytest.fixture(scope='module')
@@ -287,23 +259,5 @@ def test_garbage_is_no_tokenizer(model):
     ],
 )
 def test_models_that_lose_text_are_refused(changes, message):
-  import sentencepiece
-
-  options = {
-      'normalization_rule_name': 'identity',
-      'remove_extra_whitespaces': False,
-      'byte_fallback': True,
-      'add_dummy_prefix': False,
-      'model_type': 'bpe',
-      'vocab_size': 320,
-      'hard_vocab_limit': False,
-      'minloglevel': 2,
-  }
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(corpus()),
-      model_writer=model,
-      **(options | changes),
-  )
   with pytest.raises(ValueError, match=message):
-    tokenizer_lib.Tokenizer(model.getvalue())
+    tokenizer_lib.Tokenizer(other_model(**changes))

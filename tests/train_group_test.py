@@ -343,7 +343,7 @@ def wrong(launch, reference, finished, tmp_path_factory):
           ),
           (
               'lonely',
-              [bind('exchange_timeout_seconds=0.1')],
+              ['--gin=Checkpoints.timeout_seconds=0.1'],
               {'workdir': lonely},
           ),
           ('unreadable', [], {'workdir': unreadable}),

@@ -62,7 +62,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
     if checkpoints.completed_steps(directory):
       assert 'stopped and saved at step' in log
     else:
-      assert 'stopped before training began' in log
+      assert 'stopped; the same command goes on' in log
     assert not run_directory.done_path(workdir, group_id).exists()
 
   before = status(1)['pid']

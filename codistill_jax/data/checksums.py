@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import IO
 
 from etils import epath
 
@@ -13,27 +12,8 @@ _LINE = re.compile(r'\\?([0-9a-fA-F]{64}) [ *](.+)')
 _PIECE = 1 << 20
 
 
-class HashingWriter:
-  """Passes on what is written to a file, and hashes it.
-
-  Attributes:
-    sha256: The hash so far, as `hashlib` has it.
-  """
-
-  def __init__(self, f: IO[bytes]):
-    self._f = f
-    self.sha256 = hashlib.sha256()
-
-  def write(self, data: bytes) -> int:
-    self.sha256.update(data)
-    return self._f.write(data)
-
-  def flush(self) -> None:
-    self._f.flush()
-
-
 def sha256_of(path: epath.Path | os.PathLike) -> str:
-  """The SHA-256 of a file, in hex."""
+  """Returns the SHA-256 of a file, in hex."""
   digest = hashlib.sha256()
   with epath.Path(path).open('rb') as f:
     while piece := f.read(_PIECE):
@@ -42,7 +22,7 @@ def sha256_of(path: epath.Path | os.PathLike) -> str:
 
 
 def read_list(path: epath.Path) -> dict[str, str]:
-  """File name -> SHA-256, of a list that `sha256sum` wrote.
+  """Reads a list that `sha256sum` wrote: file name -> SHA-256.
 
   Raises:
     FileNotFoundError: If there is no such list.

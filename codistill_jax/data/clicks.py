@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import click_shards, criteo, examples, flights, order
+from codistill_jax.data import criteo, examples, flights, order
 
 CATEGORIES = ('hash', 'vocabulary')
 
@@ -139,7 +139,7 @@ def criteo_task(
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
-  data = {s: click_shards.open_rows(data_dir, s) for s in click_shards.SPLITS}
+  data = {s: criteo.open_rows(data_dir, s) for s in criteo.SPLITS}
   for name in ('train', 'validation'):
     if not len(data[name]):
       raise ValueError(
@@ -151,7 +151,7 @@ def criteo_task(
       criteo.NUM_CATEGORIES,
       buckets=buckets,
       min_count=min_count,
-      counts=functools.partial(click_shards.open_counts, data_dir),
+      counts=functools.partial(criteo.open_counts, data_dir),
   )
 
   def split_of(name: str) -> examples.Split:
@@ -160,7 +160,7 @@ def criteo_task(
 
   return _task(
       'criteo',
-      *map(split_of, click_shards.SPLITS),
+      *map(split_of, criteo.SPLITS),
       encoder,
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
@@ -172,7 +172,7 @@ def criteo_task(
   )
 
 
-def read_mapped(data: click_shards.RowData, encoder: Encoder) -> Read:
+def read_mapped(data: criteo.RowData, encoder: Encoder) -> Read:
   """Returns the reader of rows on disk, which makes features of them."""
 
   def read(rows_B: np.ndarray) -> base.Batch:

@@ -1,4 +1,4 @@
-"""Parses lines of the Criteo Display Advertising Challenge (Kaggle, 2014).
+"""Criteo Display Advertising Challenge (Kaggle, 2014): its lines, its rows.
 
 A line has 40 columns separated by tabs: the label, 0 or 1; the integers I1 to
 I13; the categories C1 to C26, 8 hexadecimal digits each. An empty field is a
@@ -7,27 +7,52 @@ missing value. There is no header.
 A block of lines is parsed at once, with numpy: a few microseconds a row. Lines
 that do not fit the format are counted by reason and left out.
 
+Rows on disk, which `prepare_clicks` writes and the task reads:
+
+  <data_dir>/meta.json              written last; sizes, settings, checksums
+  <data_dir>/train/00000.rows.npy   uint32 (rows, 40); see `Parsed`
+  <data_dir>/validation/...         the same
+  <data_dir>/test/...               the same
+  <data_dir>/counts/C01.u32         uint32 pairs (value, count): the values of
+                                    C1 in the training split, rising, without
+                                    missing ones
+
+A shard without rows has no file. A row lies in one place, so that one taken at
+random costs one page of the disk.
+
 Shape suffixes: N lines, F fields of some lines, I 13, K 26.
 """
 
 import collections
-from typing import NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax.data.line_blocks import MAX_LINE
+from codistill_jax.data import prepared_files
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
 COLUMNS = 1 + NUM_INTEGERS + NUM_CATEGORIES
 
+MAX_LINE = 4096  # Bytes; a longer one is 'too_long', and never held.
+
 # Values of rows that stand for an empty field.
 MISSING = 0
 MISSING_INTEGER = np.iinfo(np.int32).min
 
+SPLITS = ('train', 'validation', 'test')
+KIND = prepared_files.Kind(
+    'prepare_clicks',
+    1,
+    frozenset({'counts'}),
+    '--source=criteo:train.txt ',
+)
+
 # Why a line is left out, most telling first; 'not_utf8' before them all.
 REASONS = (
-    'too_long',
     'wrong_columns',
     'bad_label',
     'bad_integer',
@@ -66,7 +91,6 @@ def parse(data: bytes) -> Parsed:
   tabs_N = np.searchsorted(tabs, ends_N) - first_tab_N
   reason_N = np.full(len(starts_N), -1, np.int8)
   reason_N[tabs_N != COLUMNS - 1] = REASONS.index('wrong_columns')
-  reason_N[ends_N - starts_N > MAX_LINE] = REASONS.index('too_long')
 
   whole = np.flatnonzero(reason_N < 0)
   inner = tabs[first_tab_N[whole, None] + np.arange(COLUMNS - 1)[None, :]]
@@ -82,7 +106,7 @@ def parse(data: bytes) -> Parsed:
 
 
 def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where lines start and end, without their line ends, of either kind."""
+  """Finds where lines start and end, without line ends of either kind."""
   ends_N = np.flatnonzero(text == ord('\n'))
   starts_N = np.concatenate([[0], ends_N[:-1] + 1])[: len(ends_N)]
   returns_N = (ends_N > starts_N) & (text[ends_N - 1] == ord('\r'))
@@ -92,7 +116,7 @@ def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _fields(
     text: np.ndarray, begins: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Rows of lines with 40 fields, and which lines are bad, by reason."""
+  """Parses lines with 40 fields: rows, and which lines are bad, by reason."""
   label = text[begins[:, 0]]
   bad_label = (lengths[:, 0] != 1) | ((label != ord('0')) & (label != ord('1')))
   middle, last = slice(1, 1 + NUM_INTEGERS), slice(1 + NUM_INTEGERS, None)
@@ -114,7 +138,7 @@ def _fields(
 
 
 def _per_line(parse_fields, missing, text, begins, lengths, columns):
-  """Values of some columns, and the lines in which one is bad.
+  """Parses some columns: values, and the lines in which one is bad.
 
   `parse_fields(text, begins_F, lengths_F) -> (values_F, bad_F)` gets the fields
   that are not empty.
@@ -169,15 +193,135 @@ def _categories(text, begins_F, lengths_F):
 
 
 def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
-  """How many lines are bad for which reason."""
+  """Counts bad lines by reason."""
   rejects = collections.Counter()
   for line in np.flatnonzero(reason_N >= 0).tolist():
     try:
       data[starts_N[line] : ends_N[line]].decode('utf-8')
     except UnicodeDecodeError:
-      # A line that was cut may end within a character.
-      if reason_N[line] != REASONS.index('too_long'):
-        rejects['not_utf8'] += 1
-        continue
-    rejects[REASONS[reason_N[line]]] += 1
+      rejects['not_utf8'] += 1
+    else:
+      rejects[REASONS[reason_N[line]]] += 1
   return rejects
+
+
+# --- rows on disk -----------------------------------------------------------
+
+
+def rows_path(data_dir: Path, split: str, shard: int) -> Path:
+  return data_dir / split / f'{shard:05d}.rows.npy'
+
+
+def counts_path(data_dir: Path, column: int) -> Path:
+  return data_dir / 'counts' / f'C{column + 1:02d}.u32'
+
+
+def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
+  """Reads `meta.json` of a finished data set.
+
+  Raises:
+    FileNotFoundError: If the data set is missing or not finished.
+    ValueError: If it cannot be used.
+  """
+  return prepared_files.read_meta(Path(data_dir), KIND)
+
+
+class RowData:
+  """All rows of one split, memory-mapped."""
+
+  def __init__(self, mapped: Sequence[np.ndarray]):
+    self._shards = list(mapped)
+    sizes = [len(shard) for shard in self._shards]
+    self._ends = np.cumsum(np.asarray(sizes, np.int64))
+
+  def __len__(self) -> int:
+    """Returns the number of rows."""
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def gather(self, rows: np.ndarray) -> np.ndarray:
+    """Reads rows (B, 40), uint32, of the numbers `rows` (B,)."""
+    found = np.empty((len(rows), COLUMNS), np.uint32)
+    shard_of = np.searchsorted(self._ends, rows, side='right')
+    for i in np.unique(shard_of):
+      here = np.flatnonzero(shard_of == i)
+      shard = self._shards[i]
+      start = self._ends[i] - len(shard)
+      found[here] = shard.take(rows[here] - start, axis=0)
+    return found
+
+  def labels(self, most: int = 1 << 20) -> Iterator[np.ndarray]:
+    """Reads all labels in order, uint32, at most so many at a time."""
+    for shard in self._shards:
+      for start in range(0, len(shard), most):
+        yield shard[start : start + most, 0]
+
+
+def open_rows(data_dir: str | os.PathLike, split: str) -> RowData:
+  """Opens one split and checks that its files are as described.
+
+  Raises:
+    FileNotFoundError: If there is no finished data set, or a file is missing.
+    ValueError: If a file is damaged.
+  """
+  data_dir = Path(data_dir)
+  described = read_meta(data_dir)['splits'][split]['shards']
+  return RowData(
+      [
+          prepared_files.open_array(
+              rows_path(data_dir, split, i),
+              (shard['rows'], COLUMNS),
+              np.dtype(np.uint32),
+              KIND,
+          )
+          for i, shard in enumerate(described)
+          if shard['rows']
+      ]
+  )
+
+
+def open_counts(
+    data_dir: str | os.PathLike, column: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Opens the values of a category in the training split, and their counts.
+
+  Raises:
+    FileNotFoundError: If the file is missing.
+    ValueError: If it is damaged.
+  """
+  path = counts_path(Path(data_dir), column)
+  values = read_meta(data_dir)['counts'][column]['values']
+  try:
+    size = path.stat().st_size
+  except FileNotFoundError as e:
+    raise FileNotFoundError(f'{path} is missing; {KIND.remedy}') from e
+  if size != 8 * values:
+    raise ValueError(
+        f'{path} has {size} bytes, expected {8 * values}; {KIND.remedy}'
+    )
+  if not values:
+    return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+  pairs = np.memmap(path, '<u4', 'r', shape=(values, 2))
+  return pairs[:, 0], pairs[:, 1]
+
+
+def verify(data_dir: str | os.PathLike) -> tuple[int, int]:
+  """Reads every file and compares it with its checksum.
+
+  Returns:
+    How many files there are, and their bytes.
+
+  Raises:
+    FileNotFoundError: If a file is missing.
+    ValueError: If a file has changed since it was written.
+  """
+  data_dir = Path(data_dir)
+  meta = read_meta(data_dir)
+  expected = {
+      rows_path(data_dir, split, i): shard['sha256']
+      for split in SPLITS
+      for i, shard in enumerate(meta['splits'][split]['shards'])
+      if shard['rows']
+  }
+  for column, described in enumerate(meta['counts']):
+    expected[counts_path(data_dir, column)] = described['sha256']
+  return len(expected), prepared_files.verify(expected, KIND)

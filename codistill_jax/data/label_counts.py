@@ -1,11 +1,12 @@
-"""How often each label occurs in a training split: the unigram distribution.
+"""Frequencies of labels in a training split: the unigram distribution.
 
 Shape suffixes: C classes, N labels of a piece.
 """
 
+import contextlib
 import hashlib
+import io
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +15,11 @@ import numpy as np
 
 from codistill_jax.data import shards
 from codistill_jax.data.tokenizer import START_ID
-
-_CACHE = 'label_counts.npz'
+from codistill_jax.storage import files
 
 
 def frequencies(pieces: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
-  """Shares of the classes among labels.
+  """Returns the shares of the classes among labels.
 
   Args:
     pieces: Integers (N,), as many arrays as there are.
@@ -48,7 +48,7 @@ def frequencies(pieces: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
 def token_frequencies(
     data_dir: str | os.PathLike, data: shards.TokenData
 ) -> np.ndarray:
-  """Shares of the word pieces among the labels of all training documents.
+  """Returns the shares of word pieces among labels of all training documents.
 
   `<s>` is none, see `text`. The first to ask reads all tokens once, a piece at
   a time, and leaves the counts beside them, if it may write there.
@@ -64,12 +64,13 @@ def token_frequencies(
     OSError, ValueError: If the data cannot be used.
   """
   data_dir = Path(data_dir)
-  path, key = data_dir / 'train' / _CACHE, _key(data_dir)
-  counts_V = _read(path, key, data.vocab_size)
-  if counts_V is None:
-    counts_V = data.count_tokens()
+  path = data_dir / 'train' / f'label_counts_{_key(data_dir)}.npy'
+  try:
+    counts_V = np.load(io.BytesIO(path.read_bytes()))
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    counts_V = data.count_tokens()  # There are none, or damaged ones.
     counts_V[START_ID] = 0
-    _write(path, key, counts_V)
+    _write(path, counts_V)
   return _shares(counts_V)
 
 
@@ -80,39 +81,19 @@ def _shares(counts_C: np.ndarray) -> np.ndarray:
 
 
 def _key(data_dir: Path) -> str:
-  """Another one for other tokens; '' if nothing on disk tells them apart."""
+  """Returns a key that is another one for other tokens."""
   meta = shards.read_meta(data_dir)
-  parts = meta['splits']['train']['shards']
-  if not all('tokens_sha256' in part for part in parts):
-    return ''
   # The tokenizer too: which of the pieces there are is not in the tokens.
-  known = [meta['tokenizer_sha256'], *(p['tokens_sha256'] for p in parts)]
-  return hashlib.sha256('\n'.join(known).encode()).hexdigest()
+  known = [meta['tokenizer_sha256']]
+  for shard in meta['splits']['train']['shards']:
+    if shard['documents']:
+      known.append(shard['tokens_sha256'])
+  return hashlib.sha256('\n'.join(known).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-  """The counts there, if they are whole and those of the same tokens."""
-  if not key:
-    return None
-  try:
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as found:
-      counts_V, of = found['counts'], str(found['key'])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-    return None  # They are counted again.
-  fits = counts_V.shape == (num_classes,) and counts_V.dtype == np.int64
-  return counts_V if fits and of == key else None
-
-
-def _write(path: Path, key: str, counts_V: np.ndarray) -> None:
-  if not key:
-    return
-  try:
-    # A name of its own: several groups may count at the same time.
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f'{path.name}.', delete=False
-    ) as file:
-      np.savez(file, counts=counts_V, key=np.array(key))
-    os.chmod(file.name, 0o644)  # Others may read it, as they may the tokens.
-    os.replace(file.name, path)
-  except OSError:
-    return  # A disk that is full or may not be written: the next one counts.
+def _write(path: Path, counts_V: np.ndarray) -> None:
+  buffer = io.BytesIO()
+  np.save(buffer, counts_V)
+  with contextlib.suppress(OSError):
+    # A disk that is full or may not be written: the next one counts.
+    files.write_bytes(path, buffer.getvalue())

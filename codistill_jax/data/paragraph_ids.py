@@ -28,8 +28,7 @@ import numpy as np
 from etils import epath
 
 from codistill_jax.data import checksums
-from codistill_jax.data.raw_files import TOO_LONG, expand
-from codistill_jax.data.records import Reject
+from codistill_jax.data.records import TOO_LONG, Reject, expand
 from codistill_jax.data.wet import DAMAGED
 
 RELEASED_SHA256 = (

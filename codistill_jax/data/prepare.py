@@ -1,9 +1,15 @@
-"""A preparation of text: source -> filters -> tokenizer -> token shards.
+"""A preparation: records of a source -> shards on disk, piece by piece.
 
-Everything streams; a preparation that was killed at any moment goes on when it
-is called again with the same arguments, and ends with the same files as one
-that was not, whatever the number of workers. `rounds` says how. `meta.json`,
-written at the very end, makes the directory a data set.
+A *piece* is some records that follow each other. What is made of one is a pure
+function of the settings, the number of the piece and its records: files that
+bear that number, and then, last, a description of them, `pieces/<number>.json`.
+A piece that has its description is skipped. So a preparation that was killed at
+any moment goes on when it is called again with the same settings, in whatever
+order pieces were made, and ends with the same files as one that was not,
+whatever the number of workers. `meta.json`, written at the very end, makes the
+directory a data set.
+
+`Recipe` says what text and clicks do each in its own way.
 """
 
 import collections
@@ -13,123 +19,118 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from codistill_jax.data import (
-    checksums,
-    prepare_settings,
-    processing,
-    rounds,
-    shards,
-    sources,
-)
-from codistill_jax.data import filters as filters_lib
-from codistill_jax.data import tokenizer as tokenizer_lib
-from codistill_jax.data.prepare_settings import Settings
-from codistill_jax.data.prepare_summary import counts_text
-from codistill_jax.data.records import (
-    DEFAULT_MAX_DOCUMENT_BYTES,
-    Reject,
-    Source,
-)
-from codistill_jax.data.tokenizer import Tokenizer
-from codistill_jax.data.workers import Workers
-from codistill_jax.storage import locks
+from codistill_jax.data import checksums, prepared_files
+from codistill_jax.data.prepared_files import META
+from codistill_jax.data.process_pool import Map, process_map
+from codistill_jax.data.records import Raw
+from codistill_jax.data.sources import Source
+from codistill_jax.storage import leases
+
+SETTINGS = 'settings.json'
+PIECES = 'pieces'
+_SECONDS_BETWEEN_LINES = 10.0
+
+# What is made of a piece: (its number, its records) -> its description.
+Make = Callable[[int, list[Raw]], dict[str, Any]]
 
 
-def prepare(
+class Start(NamedTuple):
+  """What must be known before the first piece.
+
+  Attributes:
+    known: Whatever it is, for JSON; stored with the settings.
+    records: How many of the source to read; None: all.
+    files: Contents of files to write first, by name.
+  """
+
+  known: dict[str, Any]
+  records: int | None = None
+  files: Mapping[str, bytes] = {}
+
+
+class Recipe(NamedTuple):
+  """How one kind of data is prepared.
+
+  Attributes:
+    kind: Of data.
+    config: All that the result depends on but the source's files, for JSON.
+    open_source: Opens the source.
+    start: `start(source, process)`; `process` is like `map`, but parallel.
+    cut: Cuts records into pieces, given the source.
+    make: `make(source, known)` makes a piece, in any process: it can be
+      pickled. Its description has 'records', 'rejects' (a count for each
+      reason) and 'splits' (sizes and checksums of the shard of each).
+    finish: `finish(meta, process)` is what `meta.json` has besides.
+    leftovers: Folders that nobody needs in the end.
+  """
+
+  kind: prepared_files.Kind
+  config: dict[str, Any]
+  open_source: Callable[[], Source]
+  start: Callable[[Source, Map], Start]
+  cut: Callable[[Source, Iterable[Raw]], Iterator[list[Raw]]]
+  make: Callable[[Source, dict[str, Any]], Make]
+  finish: Callable[[dict[str, Any], Map], dict[str, Any]]
+  leftovers: Sequence[str] = ()
+
+
+def run(
     output: str | os.PathLike,
-    source: str = 'bible',
+    recipe: Recipe,
     *,
-    text_key: str = 'text',
-    vocab_size: int | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    tokenizer_bytes: int = prepare_settings.DEFAULT_TOKENIZER_BYTES,
-    validation_fraction: float = 0.05,
-    seed: int = 0,
-    max_documents: int | None = None,
-    shard_tokens: int = prepare_settings.DEFAULT_SHARD_TOKENS,
-    filters: Sequence[str] = (),
-    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
-    paragraphs: str | None = None,
-    paragraphs_sha256: str | None = None,
-    paragraph_unit: str = 'line',
-    source_checksums: str | None = None,
-    workers: int = 1,
-    report: Callable[[str], None] = print,
+    source_checksums: str | None,
+    workers: int,
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
   """Prepares data, continues a preparation, or finds that all is done.
 
   Args:
     output: Directory of the data; made if missing.
-    source: See `sources.open_source`.
-    text_key: Key or column that holds the text.
-    vocab_size: Word pieces; None: 4096, or those of `tokenizer`.
-    tokenizer: A tokenizer.model to use; None: train one.
-    tokenizer_bytes: Train on the first so many bytes of the training split.
-    validation_fraction: Share of the documents in the validation split.
-    seed: Of the choice of validation documents.
-    max_documents: Stop after so many documents of the source; None: all.
-    shard_tokens: Close a shard at about so many tokens.
-    filters: Of documents, in this order; see `filters`.
-    max_document_bytes: Skip longer documents, as 'too_long'.
-    paragraphs: Take these paragraphs of WET files only: a list of their IDs;
-      see `paragraph_ids`.
-    paragraphs_sha256: What that list should have; see
-      `paragraph_ids.open_list`.
-    paragraph_unit: See `paragraph_ids.paragraphs`.
+    recipe: What to do.
     source_checksums: A file of `sha256sum`, with which all files of the source
       are compared first.
-    workers: Processes that decode, filter and tokenise; 1: this process alone.
-      More are spawned: a script needs `if __name__ == '__main__'`.
+    workers: Processes that make pieces; 1: this process alone. More are
+      spawned: a script needs `if __name__ == '__main__'`.
     report: Takes a line about what goes on.
 
   Returns:
     What `meta.json` holds.
 
   Raises:
-    ValueError: If an argument or the data are unusable, or `output` holds
-      anything but a preparation with the same arguments.
+    ValueError: If the data are unusable, or `output` holds anything but a
+      preparation with the same settings.
     OSError: If something cannot be read or written.
   """
-  given = prepare_settings.settings(
-      source=source,
-      text_key=text_key,
-      vocab_size=vocab_size,
-      tokenizer=tokenizer,
-      tokenizer_bytes=tokenizer_bytes,
-      validation_fraction=validation_fraction,
-      seed=seed,
-      max_documents=max_documents,
-      shard_tokens=shard_tokens,
-      filters=filters,
-      max_document_bytes=max_document_bytes,
-      paragraphs=paragraphs,
-      paragraphs_sha256=paragraphs_sha256,
-      paragraph_unit=paragraph_unit,
-  )
-  opened = functools.partial(
-      sources.open_source,
-      source,
-      text_key,
-      max_document_bytes=max_document_bytes,
-      paragraphs=given.paragraphs,
-      paragraph_unit=paragraph_unit,
-  )
   output = pathlib.Path(output)
-  with Workers(workers) as pool:
-    if (output / shards.META).exists():
-      return _finished(output, given.config, opened, report)
-    corpus = opened()
-    filters_lib.check(given.filters)
+  with process_map(workers) as process:
+    if (output / META).exists():
+      return _finished(output, recipe, report)
+    source = recipe.open_source()
     if source_checksums:
-      _check_files(corpus, source_checksums, report)
-    with locks.exclusive(output, 'preparing'):
+      _check_files(source, source_checksums, report)
+    with leases.exclusive(output, 'preparing'):
       # Another process may have finished it just now.
-      if (output / shards.META).exists():
-        return _finished(output, given.config, opened, report)
-      return _Preparation(output, given, corpus, pool, report).run()
+      if (output / META).exists():
+        return _finished(output, recipe, report)
+      settings = _begin(output, recipe, source, process, report)
+      pieces = _make_pieces(output, recipe, source, settings, process, report)
+      meta = {
+          'format_version': recipe.kind.version,
+          'source': source.spec,
+          'source_fingerprint': source.fingerprint,
+          'config': recipe.config,
+          **_total(pieces),
+      }
+      meta |= recipe.finish(meta | settings['known'], process)
+      prepared_files.write_json(output / META, meta)
+      _clean(output, recipe)
+      return meta
 
 
 def _check_files(
@@ -145,153 +146,211 @@ def _check_files(
 
 
 def _finished(
-    output: pathlib.Path,
-    config: dict[str, Any],
-    opened: Callable[[], Source],
-    report: Callable[[str], None],
+    output: pathlib.Path, recipe: Recipe, report: Callable[[str], None]
 ) -> dict[str, Any]:
-  meta = shards.read_meta(output)
-  prepare_settings.check_config(output, config, meta['config'])
+  meta = prepared_files.read_meta(output, recipe.kind)
+  _check_config(output, recipe.config, meta['config'])
   try:
-    source = opened()
+    source = recipe.open_source()
   except (ValueError, OSError):
     pass  # Prepared data stay good when their source is gone.
   else:
-    prepare_settings.check_source(output, source, meta['source_fingerprint'])
-  # Killed between the last two steps of `_Preparation.run`.
-  (output / rounds.PROGRESS).unlink(missing_ok=True)
+    _check_source(output, source, meta['source_fingerprint'])
+  _clean(output, recipe)  # Killed between the last two steps of `run`.
   report(f'{output} is prepared already; nothing to do.')
   return meta
 
 
-class _Preparation(NamedTuple):
-  """An unfinished preparation."""
+def _clean(output: pathlib.Path, recipe: Recipe) -> None:
+  (output / SETTINGS).unlink(missing_ok=True)
+  for name in (PIECES, *recipe.leftovers):
+    shutil.rmtree(output / name, ignore_errors=True)
 
-  output: pathlib.Path
-  settings: Settings
-  source: Source
-  workers: Workers
-  report: Callable[[str], None]
 
-  @property
-  def config(self) -> dict[str, Any]:
-    return self.settings.config
+# --- before the first piece --------------------------------------------------
 
-  def run(self) -> dict[str, Any]:
-    """From wherever it is to the end."""
-    state = self._start_or_resume()
-    tokenizer = Tokenizer((self.output / shards.TOKENIZER).read_bytes())
-    prepare_settings.check_tokenizer(
-        self.output, tokenizer, state.get('tokenizer_sha256')
-    )
-    self._write_rounds(state, tokenizer)
-    prepare_settings.check_splits(self.config, state['splits'])
-    meta = {
-        'format_version': shards.FORMAT_VERSION,
-        'vocab_size': tokenizer.vocab_size,
-        'tokenizer_sha256': tokenizer.sha256,
-        'source': self.source.spec,
-        'source_fingerprint': state['source_fingerprint'],
-        'config': self.config,
-        'records': state['position'],
-        'rejects': state['rejects'],
-        'splits': state['splits'],
-    }
-    shards.write_json(self.output / shards.META, meta)
-    # Another start may have found that all is done, and cleaned up.
-    (self.output / rounds.PROGRESS).unlink(missing_ok=True)
-    return meta
 
-  def _start_or_resume(self) -> dict[str, Any]:
-    """The state of the preparation, with its tokenizer on disk."""
-    path = self.output / rounds.PROGRESS
-    if path.exists():
-      state = shards.read_json(path)
-      prepare_settings.check_config(self.output, self.config, state['config'])
-      prepare_settings.check_source(
-          self.output, self.source, state['source_fingerprint']
+def _begin(
+    output: pathlib.Path,
+    recipe: Recipe,
+    source: Source,
+    process: Map,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+  """Returns the stored settings, after writing them if there are none yet."""
+  path, settings = output / SETTINGS, None
+  if path.exists():
+    settings = prepared_files.read_json(path, recipe.kind)
+    _check_config(output, recipe.config, settings['config'])
+    _check_source(output, source, settings['source_fingerprint'])
+    report(f'Continuing in {output}.')
+    if _files_are_there(output, settings['files']):
+      return settings
+  else:
+    _check_unused(output)
+  # Nothing is written before all is known: a wrong source or argument leaves no
+  # settings behind that the corrected command would offend.
+  start = recipe.start(source, process)
+  sha256 = {
+      name: hashlib.sha256(data).hexdigest()
+      for name, data in start.files.items()
+  }
+  settings = {
+      'config': recipe.config,
+      'source_fingerprint': source.fingerprint,
+      'known': start.known,
+      'records': start.records,
+      'files': sha256,
+  }
+  # In this order: a file in a directory without settings is not ours.
+  prepared_files.write_json(path, settings)
+  for name, data in start.files.items():
+    prepared_files.write_file(output / name, data)
+  return settings
+
+
+def _files_are_there(output: pathlib.Path, sha256: Mapping[str, str]) -> bool:
+  """Returns whether all were written.
+
+  Raises:
+    ValueError: If one is not that with which the first pieces were made.
+  """
+  for name, expected in sha256.items():
+    if not (output / name).exists():
+      return False
+    found = checksums.sha256_of(output / name)
+    if found != expected:
+      raise ValueError(
+          f'The {name} in {output} is not the one that the preparation was'
+          f' begun with (sha256 {found[:12]}, expected {expected[:12]}); put'
+          ' that one back or delete the directory.'
       )
-      self.report(
-          f'Continuing in {self.output} at record {state["position"]:,}.'
-      )
-      if not (self.output / shards.TOKENIZER).exists():
-        self._write_tokenizer(self._make_tokenizer())
-      return state
-    prepare_settings.check_unused(self.output)
-    # Nothing is written before there is a tokenizer: a wrong source or size
-    # then leaves no settings behind that the corrected command would offend.
-    model = self._make_tokenizer()
-    state = rounds.first_state(
-        self.config, self.source.fingerprint, hashlib.sha256(model).hexdigest()
-    )
-    # In this order: a tokenizer in a directory without settings is not ours.
-    shards.write_json(path, state)
-    self._write_tokenizer(model)
-    return state
+  return True
 
-  def _write_tokenizer(self, model: bytes) -> None:
-    path = self.output / shards.TOKENIZER
-    shards.write_file(path, lambda f: f.write(model))
 
-  def _make_tokenizer(self) -> bytes:
-    """The given model, or one of the beginning of the training split."""
-    if self.settings.tokenizer:
-      return self.settings.tokenizer.model
-    rejects = collections.Counter()
-    with contextlib.closing(self._training_texts(rejects)) as texts:
-      first = next(texts, None)
-      if first is None:
-        raise ValueError(
-            f'{self.source.spec} has no document to train on; rejected records:'
-            f' {counts_text(rejects)}.'
-        )
-      vocab_size = self.config['vocab_size']
-      self.report(f'Training {vocab_size:,} word pieces.')
-      return tokenizer_lib.train(itertools.chain([first], texts), vocab_size)
-
-  def _training_texts(self, rejects: collections.Counter) -> Iterator[str]:
-    remaining = self.config['tokenizer_bytes']
-    processed = self._processed(self._reader(), 0, self.config['max_documents'])
-    for record in itertools.chain.from_iterable(processed):
-      if isinstance(record, Reject):
-        rejects[record.reason] += 1
-      elif self._is_training(record):
-        yield record
-        remaining -= len(record.encode('utf-8'))
-        if remaining <= 0:
-          return
-
-  def _is_training(self, text: str) -> bool:
-    fraction, seed = self.config['validation_fraction'], self.config['seed']
-    return processing.split_of(text, fraction, seed) == 'train'
-
-  def _write_rounds(self, state: dict[str, Any], tokenizer: Tokenizer) -> None:
-    done = sum(split['documents'] for split in state['splits'].values())
-    total = self.config['max_documents']
-    if done == total:
-      return
-    encoder = processing.Encoder(
-        self._reader(),
-        tokenizer,
-        self.config['validation_fraction'],
-        self.config['seed'],
-    )
-    left = None if total is None else total - done
-    dtype = shards.token_dtype(tokenizer.vocab_size)
-    writer = rounds.RoundWriter(self.output, state, dtype)
-    with rounds.Progress(done, total, self.report) as progress:
-      writer.run(
-          self._processed(encoder, state['position'], left),
-          self.config['shard_tokens'],
-          progress.advance,
+def _check_config(
+    output: pathlib.Path, config: dict[str, Any], stored: dict[str, Any]
+) -> None:
+  for name, value in config.items():
+    if stored.get(name) != value:
+      raise ValueError(
+          f'{output} was prepared with {name}={stored.get(name)!r}, now it is'
+          f' {value!r}; use the same settings, choose another output or delete'
+          ' the directory.'
       )
 
-  def _reader(self) -> processing.Reader:
-    return processing.Reader(self.source, self.settings.filters)
 
-  def _processed(
-      self, process: Callable[[list], list], start: int, limit: int | None
-  ) -> Iterator[list]:
-    """Batches from record `start` to the `limit`-th document, processed."""
-    raw = rounds.batches(self.source.raw(start))
-    return rounds.first_documents(self.workers.map(process, raw), limit)
+def _check_source(output: pathlib.Path, source: Source, stored: str) -> None:
+  if source.fingerprint != stored:
+    raise ValueError(
+        f'The files of {source.spec} have changed since {output} was prepared'
+        ' from them; choose another output or delete the directory.'
+    )
+
+
+def _check_unused(output: pathlib.Path) -> None:
+  """Refuses to mix data with somebody else's files."""
+  own = SETTINGS + '.tmp'  # Killed in the very first write.
+  foreign = sorted(path.name for path in output.iterdir() if path.name != own)
+  if foreign:
+    raise ValueError(
+        f'{output} holds {foreign[0]}, but no preparation that could be'
+        ' continued; choose another output or empty the directory.'
+    )
+
+
+# --- pieces ------------------------------------------------------------------
+
+
+def _make_pieces(
+    output: pathlib.Path,
+    recipe: Recipe,
+    source: Source,
+    settings: dict[str, Any],
+    process: Map,
+    report: Callable[[str], None],
+) -> list[dict[str, Any]]:
+  """Makes the pieces that are missing; returns the descriptions of all."""
+  stop, paths = settings['records'], []
+
+  def missing() -> Iterator[tuple[pathlib.Path, int, list[Raw]]]:
+    # What was done is read again, but no more than that.
+    records = itertools.islice(source.raw(), stop)
+    for number, piece in enumerate(recipe.cut(source, records)):
+      paths.append(output / PIECES / f'{number:05d}.json')
+      if not paths[-1].exists():
+        yield paths[-1], number, piece
+
+  make = functools.partial(_make, recipe.make(source, settings['known']))
+  for _ in _shown(process(make, missing()), stop, report):
+    pass
+  return [prepared_files.read_json(path, recipe.kind) for path in paths]
+
+
+def _make(
+    make: Make, piece: tuple[pathlib.Path, int, list[Raw]]
+) -> dict[str, Any]:
+  """Makes a piece, then its description."""
+  path, number, records = piece
+  description = make(number, records)
+  prepared_files.write_json(path, description)
+  return description
+
+
+def _shown(
+    pieces: Iterable[dict[str, Any]],
+    total: int | None,
+    report: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+  """Shows a bar on a terminal; otherwise says a line every few seconds."""
+  bar, records = None, 0
+  began = said = time.monotonic()
+  if sys.stderr.isatty():
+    import tqdm
+
+    bar = tqdm.tqdm(total=total, unit=' records', unit_scale=True)
+  with bar or contextlib.nullcontext():
+    for piece in pieces:
+      yield piece
+      records += piece['records']
+      now = time.monotonic()
+      if bar is not None:
+        bar.update(piece['records'])
+      elif now - said >= _SECONDS_BETWEEN_LINES:
+        said = now
+        rate = records / (now - began)
+        report(f'{records:,} records, {rate:,.0f} records/second')
+
+
+def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Returns records, rejects and splits of all pieces together."""
+  rejects = collections.Counter()
+  splits: dict[str, dict[str, Any]] = {}
+  for piece in pieces:
+    rejects.update(piece['rejects'])
+    for name, shard in piece['splits'].items():
+      split = splits.setdefault(name, {'shards': []})
+      split['shards'].append(shard)
+      for key, value in shard.items():
+        if isinstance(value, int):
+          split[key] = split.get(key, 0) + value
+  records = sum(piece['records'] for piece in pieces)
+  return {'records': records, 'rejects': dict(rejects), 'splits': splits}
+
+
+# --- of both kinds -----------------------------------------------------------
+
+
+def check_counts(config: Mapping[str, Any], *names: str) -> None:
+  """Raises ValueError unless the seed and these settings are large enough."""
+  for name in names:
+    if config[name] is not None and config[name] < 1:
+      raise ValueError(f'{name} must be 1 or more; got {config[name]}.')
+  if config['seed'] < 0:
+    raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
+
+
+def counts_text(rejects: Mapping[str, int]) -> str:
+  """Returns '3 bad_json, 1 empty', or 'none'."""
+  counts = (f'{rejects[reason]:,} {reason}' for reason in sorted(rejects))
+  return ', '.join(counts) or 'none'

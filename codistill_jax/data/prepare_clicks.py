@@ -1,35 +1,56 @@
-"""A preparation of clicks: lines of Criteo's format -> rows on disk, resumable.
+"""A preparation of clicks: lines of Criteo's format -> rows on disk.
 
-Everything streams; a preparation that was killed at any moment goes on when it
-is called again with the same arguments, and ends with the same files, byte by
-byte, as one that was not. `click_rounds` says how, and how lines are split.
-`meta.json`, written at the very end, makes the directory a data set.
+How lines are split:
+
+* 'time': Kaggle's lines are in the order of time, over seven days. The last
+  lines are the test split, those before them the validation split: a model is
+  judged on what comes after what it learned from, as in use.
+* 'hash': by the number of the line, at random: splits of one distribution, as
+  in most work on the Kaggle data; it makes the task a little easier.
+
+Lines are numbered with the bad ones, so that a line's split does not depend on
+which others are good.
+
+The values of categories are counted as an external sort does it: every piece
+leaves a *run*, the different values of each column in its training rows and how
+often it has them; in the end the runs are merged, a column at a time.
+
+Shape suffixes: N rows, S splits.
 """
 
-import hashlib
-import json
+import collections
+import functools
+import io
+import itertools
 import os
 import pathlib
-import shutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from etils import epath
+import numpy as np
 
 from codistill_jax.data import (
-    click_rounds,
-    click_shards,
-    line_blocks,
-    raw_files,
-    shards,
+    criteo,
+    order,
+    prepare,
+    prepared_files,
+    records,
+    sources,
 )
-from codistill_jax.data.rounds import PROGRESS, Progress
-from codistill_jax.storage import locks
+from codistill_jax.data.process_pool import Map
+from codistill_jax.data.records import Raw, Reject
+from codistill_jax.data.sources import Source
 
+SPLIT_BY = ('time', 'hash')
 DEFAULT_SHARD_LINES = 1 << 20
 
+_RUNS = 'runs'
+_MERGED = 8  # Runs that are merged at once.
+_PARSED = 4096  # Lines that are parsed at once: a megabyte.
+_SPLIT_KEY = 6  # The next after those of order.py.
 
-def prepare(
+
+def prepare_clicks(
     output: str | os.PathLike,
     source: str,
     *,
@@ -39,6 +60,8 @@ def prepare(
     seed: int = 0,
     max_lines: int | None = None,
     shard_lines: int = DEFAULT_SHARD_LINES,
+    source_checksums: str | None = None,
+    workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Prepares clicks, continues a preparation, or finds that all is done.
@@ -46,21 +69,17 @@ def prepare(
   Args:
     output: Directory of the data; made if missing.
     source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
-    split: 'time' or 'hash'; see `click_rounds`.
+    split: 'time' or 'hash'; see the head of this file.
     validation_fraction: Share of the lines in the validation split.
     test_fraction: Share of the lines in the test split.
     seed: Of the split by hash.
     max_lines: Stop after so many lines of the source; None: all.
-    shard_lines: Lines of a round; some 170 bytes of memory each.
+    shard_lines: Lines of a shard, all splits together.
+    source_checksums: See `prepare.run`.
+    workers: See `prepare.run`.
     report: Takes a line about what goes on.
 
-  Returns:
-    What `meta.json` holds.
-
-  Raises:
-    ValueError: If an argument or the data are unusable, or `output` holds
-      anything but a preparation with the same arguments.
-    OSError: If something cannot be read or written.
+  Returns, raises: As `prepare.run`.
   """
   config = {
       'source': source,
@@ -71,46 +90,46 @@ def prepare(
       'max_lines': max_lines,
       'shard_lines': shard_lines,
   }
-  _check_arguments(config)
+  _check(config)
   output = pathlib.Path(output)
-  if (output / click_shards.META).exists():
-    meta = click_shards.read_meta(output)
-    _check_config(output, config, meta['config'])
-    try:
-      paths = open_source(source)
-    except (ValueError, OSError):
-      pass  # Prepared data stay good when their source is gone.
-    else:
-      _check_source(output, source, paths, meta['source_fingerprint'])
-    _clean(output)  # Killed between the last two steps of `_Preparation.run`.
-    report(f'{output} is prepared already; nothing to do.')
-    return meta
-  paths = open_source(source)
-  with locks.exclusive(output, 'preparing'):
-    return _Preparation(output, config, paths, report).run()
+  recipe = prepare.Recipe(
+      kind=criteo.KIND,
+      config=config,
+      open_source=functools.partial(open_source, source),
+      start=functools.partial(_start, config, report),
+      cut=lambda source, lines: records.cut(lines, shard_lines),
+      make=lambda source, known: functools.partial(
+          _write_rows, output, config, known['total_lines']
+      ),
+      finish=functools.partial(_finish, output, config, report),
+      leftovers=(_RUNS,),
+  )
+  return prepare.run(
+      output,
+      recipe,
+      source_checksums=source_checksums,
+      workers=workers,
+      report=report,
+  )
 
 
-def _check_arguments(config: dict[str, Any]) -> None:
-  if config['split'] not in click_rounds.SPLIT_BY:
+def _check(config: dict[str, Any]) -> None:
+  if config['split'] not in SPLIT_BY:
     raise ValueError(
-        f"split must be one of {', '.join(click_rounds.SPLIT_BY)}; got"
-        f" {config['split']!r}."
+        f'split must be one of {", ".join(SPLIT_BY)}; got'
+        f' {config["split"]!r}.'
     )
   fractions = config['validation_fraction'], config['test_fraction']
-  if min(fractions) < 0 or sum(fractions) >= 1:
+  if not (min(fractions) >= 0 and sum(fractions) < 1):
     raise ValueError(
         'validation_fraction and test_fraction must be 0 or more and below 1'
         f' together; got {fractions[0]} and {fractions[1]}.'
     )
-  for name in ('max_lines', 'shard_lines'):
-    if config[name] is not None and config[name] < 1:
-      raise ValueError(f'{name} must be 1 or more; got {config[name]}.')
-  if config['seed'] < 0:
-    raise ValueError(f"seed must be 0 or more; got {config['seed']}.")
+  prepare.check_counts(config, 'max_lines', 'shard_lines')
 
 
-def open_source(spec: str) -> list[epath.Path]:
-  """The files of 'criteo:PATH_OR_GLOB', sorted.
+def open_source(spec: str) -> Source:
+  """Opens 'criteo:PATH_OR_GLOB'; its records are lines.
 
   Raises:
     ValueError: If the spec is malformed.
@@ -119,145 +138,170 @@ def open_source(spec: str) -> list[epath.Path]:
   kind, _, pattern = spec.partition(':')
   if kind != 'criteo' or not pattern:
     raise ValueError(f'Unknown source {spec!r}; expected criteo:PATH_OR_GLOB.')
-  return raw_files.expand(pattern)
+  split = functools.partial(records.lines, limit=criteo.MAX_LINE)
+  return sources.file_source(spec, records.expand(pattern), split)
 
 
-def fingerprint(paths: list[epath.Path]) -> str:
-  """A hash of the names and sizes of the files."""
-  listing = [(path.name, path.stat().length) for path in paths]
-  return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+def _start(
+    config: dict[str, Any],
+    report: Callable[[str], None],
+    source: Source,
+    process: Map,
+) -> prepare.Start:
+  """Counts the lines: where the last ones begin is known only then."""
+  del process
+  total = config['max_lines']
+  if config['split'] == 'time':
+    report('Counting lines.')
+    total = sum(1 for _ in itertools.islice(source.raw(), total))
+  return prepare.Start({'total_lines': total}, total)
 
 
-def _check_config(
-    output: pathlib.Path, config: dict[str, Any], stored: dict[str, Any]
-) -> None:
-  for name, value in config.items():
-    if stored.get(name) != value:
-      raise ValueError(
-          f'{output} was prepared with {name}={stored.get(name)!r}, now it is'
-          f' {value!r}; use the same settings, choose another output or delete'
-          ' the directory.'
-      )
+def split_of(
+    numbers_N: np.ndarray, config: dict[str, Any], total_lines: int | None
+) -> np.ndarray:
+  """Returns the split of each line number, as an index into SPLITS."""
+  validation, test = config['validation_fraction'], config['test_fraction']
+  if config['split'] == 'time':
+    first_test = total_lines - int(total_lines * test)
+    first_validation = first_test - int(total_lines * validation)
+    bounds_S = np.asarray([first_validation, first_test])
+    return np.searchsorted(bounds_S, numbers_N, side='right')
+  key = np.random.SeedSequence((_SPLIT_KEY, config['seed'])).generate_state(1)
+  shares_S = np.asarray([1 - validation - test, 1 - test])
+  low_N, high_N = numbers_N.astype(np.uint32), numbers_N >> 32
+  # Twice, so that line numbers beyond 2**32 count too.
+  mix = order.mix32
+  draw_N = mix(mix(low_N ^ key) ^ high_N.astype(np.uint32))
+  return np.searchsorted(shares_S, draw_N / 2.0**32, side='right')
 
 
-def _check_source(
+# --- pieces ------------------------------------------------------------------
+
+
+def _write_rows(
     output: pathlib.Path,
-    source: str,
-    paths: list[epath.Path],
-    stored: str,
-) -> None:
-  if fingerprint(paths) != stored:
-    raise ValueError(
-        f'The files of {source} have changed since {output} was prepared from'
-        ' them; choose another output or delete the directory.'
-    )
+    config: dict[str, Any],
+    total_lines: int | None,
+    number: int,
+    piece: Sequence[Raw],
+) -> dict[str, Any]:
+  """Writes the rows of a piece, a shard for each split, and its run."""
+  rows, numbers_N, rejects = _parse(piece)
+  numbers_N += number * config['shard_lines']
+  split_N = split_of(numbers_N, config, total_lines)
+  splits = {}
+  for i, name in enumerate(criteo.SPLITS):
+    part = rows[split_N == i]
+    splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
+    if len(part):
+      path = criteo.rows_path(output, name, number)
+      splits[name]['sha256'] = prepared_files.write_array(path, part)
+      if name == 'train':
+        _write_run(_run_path(output, number), part)
+  return {'records': len(piece), 'rejects': rejects, 'splits': splits}
 
 
-def _clean(output: pathlib.Path) -> None:
-  (output / PROGRESS).unlink(missing_ok=True)
-  shutil.rmtree(output / 'runs', ignore_errors=True)
+def _parse(
+    piece: Sequence[Raw],
+) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
+  """Returns the rows of good lines, their places, and what was left out."""
+  rows = [np.zeros((0, criteo.COLUMNS), np.uint32)]
+  places = [np.zeros(0, np.int64)]
+  rejects = collections.Counter()
+  for start in range(0, len(piece), _PARSED):
+    lines, lines_N = [], []
+    for place, line in enumerate(piece[start : start + _PARSED], start):
+      if isinstance(line, Reject):
+        rejects[line.reason] += 1
+      else:
+        lines.append(line if line.endswith(b'\n') else line + b'\n')
+        lines_N.append(place)
+    parsed = criteo.parse(b''.join(lines))
+    rows.append(parsed.rows)
+    places.append(np.asarray(lines_N, np.int64)[parsed.lines])
+    rejects += parsed.rejects
+  return np.concatenate(rows), np.concatenate(places), rejects
 
 
-class _Preparation(NamedTuple):
-  """An unfinished preparation."""
+# --- counts of values --------------------------------------------------------
 
-  output: pathlib.Path
-  config: dict[str, Any]
-  paths: list[epath.Path]
-  report: Callable[[str], None]
 
-  def run(self) -> dict[str, Any]:
-    """From wherever it is to the end."""
-    state = self._start_or_resume()
-    writer = click_rounds.RoundWriter(self.output, state)
-    with Progress(
-        state['lines'], state['total_lines'], self.report, noun='lines'
-    ) as progress:
-      writer.run(self.paths, progress.advance)
-    self._check_splits(state)
-    self.report('Counting the values of each column.')
-    meta = {
-        **state,
-        'counts': writer.write_counts(),
-    }
-    click_shards.write_meta(self.output, meta)
-    _clean(self.output)
-    return meta
+def _run_path(output: pathlib.Path, number: int) -> pathlib.Path:
+  return output / _RUNS / f'{number:05d}.npz'
 
-  def _start_or_resume(self) -> dict[str, Any]:
-    path = self.output / PROGRESS
-    if path.exists():
-      state = click_shards.read_json(path)
-      _check_config(self.output, self.config, state['config'])
-      _check_source(
-          self.output,
-          self.config['source'],
-          self.paths,
-          state['source_fingerprint'],
-      )
-      self.report(f'Continuing in {self.output} at line {state["lines"]:,}.')
-      return state
-    self._check_unused()
-    state = click_rounds.first_state(
-        self.config, fingerprint(self.paths), self._total_lines()
-    )
-    shards.write_json(path, state)
-    return state
 
-  def _check_unused(self) -> None:
-    """Refuses to mix data with somebody else's files."""
-    own = PROGRESS + '.tmp'  # Killed in the very first write.
-    foreign = sorted(p.name for p in self.output.iterdir() if p.name != own)
-    if foreign:
+def _write_run(path: pathlib.Path, rows: np.ndarray) -> None:
+  """Counts the values of each column; the missing one is left out."""
+  columns = []
+  for values_N in rows[:, -criteo.NUM_CATEGORIES :].T:
+    values, counts = np.unique(values_N, return_counts=True)
+    pairs = np.stack([values, counts.astype(np.uint32)], axis=1)
+    columns.append(pairs[values != criteo.MISSING])
+  run = io.BytesIO()
+  np.savez(run, *columns)
+  prepared_files.write_file(path, run.getbuffer())
+
+
+def _merge(
+    output: pathlib.Path, runs: Sequence[int], column: int
+) -> dict[str, Any]:
+  """Writes the value counts of one column; describes the file.
+
+  The different values of the column are held in memory, and a few runs of it.
+  """
+  total = np.zeros((0, 2), np.uint32)  # Values, rising, and counts.
+  for start in range(0, len(runs), _MERGED):
+    parts = [total]
+    for number in runs[start : start + _MERGED]:
+      with np.load(_run_path(output, number)) as run:
+        parts.append(run[f'arr_{column}'])
+    values, place = np.unique(np.concatenate(parts)[:, 0], return_inverse=True)
+    # Weights are float64, which counts exactly up to 2**53.
+    counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
+    total = np.stack([values, counts.astype(np.uint32)], axis=1)
+  path = criteo.counts_path(output, column)
+  digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
+  return {'values': len(total), 'sha256': digest}
+
+
+# --- the result --------------------------------------------------------------
+
+
+def _finish(
+    output: pathlib.Path,
+    config: dict[str, Any],
+    report: Callable[[str], None],
+    meta: dict[str, Any],
+    process: Map,
+) -> dict[str, Any]:
+  """Checks the splits, and counts the values of categories."""
+  fractions = 1, config['validation_fraction'], config['test_fraction']
+  for name, fraction in zip(criteo.SPLITS, fractions):
+    if fraction and not meta['splits'].get(name, {}).get('rows'):
       raise ValueError(
-          f'{self.output} holds {foreign[0]}, but no preparation of clicks;'
-          ' choose another output or empty the directory.'
+          f'Of {meta["records"]:,} lines, none that is good fell into the'
+          f' {name} split (rejects: {prepare.counts_text(meta["rejects"])});'
+          ' check the source, or choose other fractions, and another output.'
       )
-
-  def _total_lines(self) -> int | None:
-    """Where the last lines begin is known only after counting all."""
-    most = self.config['max_lines']
-    if self.config['split'] != 'time':
-      return most
-    self.report('Counting lines.')
-    lines = line_blocks.count_lines(self.paths)
-    return lines if most is None else min(lines, most)
-
-  def _check_splits(self, state: dict[str, Any]) -> None:
-    config = self.config
-    wanted = {
-        'train': True,
-        'validation': config['validation_fraction'] > 0,
-        'test': config['test_fraction'] > 0,
-    }
-    for name, want in wanted.items():
-      if want and not state['splits'][name]['rows']:
-        raise ValueError(
-            f'Of {state["lines"]:,} lines, none that is good fell into the'
-            f' {name} split (rejects: {rejects_text(state)}); check the source,'
-            ' or choose other fractions, and another output.'
-        )
-
-
-def rejects_text(state: dict[str, Any]) -> str:
-  """'3 bad_label, 1 wrong_columns', or 'none'."""
-  found = dict(state['rejects'])
-  if state['damaged_files']:
-    found['damaged_file'] = len(state['damaged_files'])
-  counts = (f'{found[reason]:,} {reason}' for reason in sorted(found))
-  return ', '.join(counts) or 'none'
+  report('Counting the values of each column.')
+  train = meta['splits']['train']['shards']
+  runs = [number for number, shard in enumerate(train) if shard['rows']]
+  columns = range(criteo.NUM_CATEGORIES)
+  merge = functools.partial(_merge, output, runs)
+  return {'counts': list(process(merge, columns))}
 
 
 def summary(meta: dict[str, Any]) -> str:
-  """A few lines about prepared clicks."""
+  """Returns a few lines about prepared clicks, of their `meta.json`."""
   lines = [
       f'{name}: {split["rows"]:,} rows,'
       f' {split["positives"] / max(1, split["rows"]):.2%} positive,'
-      f' {len(split["shards"])} shards'
+      f' {sum(shard["rows"] > 0 for shard in split["shards"])} shards'
       for name, split in meta['splits'].items()
   ]
   values = [count['values'] for count in meta['counts']]
-  lines.append(f'rejected lines: {rejects_text(meta)}')
+  lines.append(f'rejected lines: {prepare.counts_text(meta["rejects"])}')
   lines.append(
       f'categories: {sum(values):,} values in {len(values)} columns of the'
       f' training split, {max(values):,} in the largest'

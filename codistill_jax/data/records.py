@@ -1,18 +1,24 @@
-"""What a source is made of: records, each a document or why there is none."""
+"""Records of files: lines, blocks of lines, whole files; memory bounded.
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+A record is some bytes, or a `Reject` that says why they cannot be used: real
+data, which always has a broken line somewhere, is counted and not fatal. A
+record's number never changes. Files may be compressed (.gz, .xz). No more than
+`limit` bytes of a record are ever held: a longer one is read past, in pieces.
+"""
+
+import glob
+import gzip
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, NamedTuple
 
 from etils import epath
 
-# Longer ones are no text that a language model should see (a dump of a data
-# base, one line of 100 MB), and would have to be held in memory.
-DEFAULT_MAX_DOCUMENT_BYTES = 1 << 24
-
 
 class Reject(NamedTuple):
-  """A record that holds no usable document.
+  """A record that holds nothing usable.
 
   Attributes:
     reason: Why, as a name to count by.
@@ -25,69 +31,166 @@ class Reject(NamedTuple):
       With a list of paragraphs: 'not_listed', 'file_not_listed', 'unnumbered',
       'missing_paragraphs'; see `paragraph_ids`.
       From filters: 'not_english', 'short'; see `filters`.
+      From clicks: see `criteo`.
   """
 
   reason: str
 
 
-Record = str | Reject
+Record = str | Reject  # A document, or why there is none.
 Raw = bytes | str | Reject  # A record before it is decoded.
 
+TOO_LONG = Reject('too_long')
 
-class Source(NamedTuple):
-  """A corpus.
+_BOM = b'\xef\xbb\xbf'
+_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_PIECE = 1 << 20
 
-  Attributes:
-    spec: The string that names it.
-    fingerprint: A hash of the names and sizes of its files; '' if unknown.
-    raw: `raw(start)` iterates over all raw records from number `start`. Cheap
-      work only: it runs in one process.
-    decode: Makes a record of a raw one, in any process, so it can be pickled.
-    files: What it reads; empty if unknown.
+
+def expand(pattern: str) -> list[epath.Path]:
+  """Returns the files that a path or a glob pattern names, sorted.
+
+  Raises:
+    ValueError: If it names a directory, or folders of any depth.
+    FileNotFoundError: If there is none.
   """
-
-  spec: str
-  fingerprint: str
-  raw: Callable[[int], Iterator[Raw]]
-  decode: Callable[[Any], Record]
-  files: Sequence[epath.Path] = ()
-
-  def records(self, start: int) -> Iterator[Record]:
-    """All records from number `start`."""
-    return self._decoded(self.raw(start))
-
-  def _decoded(self, raw: Iterator[Raw]) -> Iterator[Record]:
-    for record in raw:
-      yield record if isinstance(record, Reject) else self.decode(record)
-
-
-def decode_text(raw: bytes) -> Record:
-  """A document from its bytes."""
-  try:
-    return check_text(raw.decode('utf-8'))
-  except UnicodeDecodeError:
-    return Reject('not_utf8')
-
-
-def decode_json(line: bytes, text_key: str) -> Record:
-  """A document from a line that holds a JSON object."""
-  try:
-    value = json.loads(line.decode('utf-8'))
-  except UnicodeDecodeError:
-    return Reject('not_utf8')
-  except (ValueError, RecursionError):  # Recursion: thousands of brackets.
-    return Reject('bad_json')
-  text = value.get(text_key) if isinstance(value, dict) else None
-  return check_text(text) if isinstance(text, str) else Reject('no_text')
+  if '**' in pattern:
+    raise ValueError(f'{pattern} has ** in it; use * for each folder.')
+  path = epath.Path(pattern).expanduser()
+  if path.is_dir():
+    raise ValueError(
+        f'{pattern} is a directory; name the files in it, as {pattern}/*.'
+    )
+  if path.exists():  # A name with brackets in it may be a file all the same.
+    return [path]
+  parts = path.parts
+  fixed = list(
+      itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+  )
+  if len(fixed) == len(parts):
+    raise FileNotFoundError(f'There is no file {pattern}.')
+  root = epath.Path(*fixed) if fixed else epath.Path('.')
+  found = root.glob('/'.join(parts[len(fixed) :])) if root.exists() else []
+  paths = sorted(path for path in found if not path.is_dir())
+  if not paths:
+    raise FileNotFoundError(f'No file matches {pattern}.')
+  return paths
 
 
-def check_text(text: str) -> Record:
-  """The text, if it is one."""
-  if not text.strip():
-    return Reject('empty')
-  try:
-    # JSON may spell half of a surrogate pair, which no UTF-8 text contains.
-    text.encode('utf-8')
-  except UnicodeEncodeError:
-    return Reject('not_utf8')
-  return text
+def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Reads lines with their ends; a damaged file ends with a Reject.
+
+  What a compressed file has before the damage is given, without the torn line.
+  """
+  with path.open('rb') as raw:
+    f = _decompressed(path, raw)
+    try:
+      bom = _BOM
+      # One byte more: a line of exactly `limit` bytes and its end is whole.
+      while line := f.readline(limit + 1 + len(bom)):
+        line, bom = line.removeprefix(bom), b''
+        if len(line) - line.endswith(b'\n') <= limit:
+          yield line
+          continue
+        if not line.endswith(b'\n'):
+          _skip_line(f)
+        yield TOO_LONG
+    except _DAMAGE:
+      yield Reject('damaged_file')
+
+
+def _decompressed(path: epath.Path, raw: IO[bytes]) -> IO[bytes]:
+  if path.suffix == '.gz':
+    return gzip.GzipFile(fileobj=raw)
+  if path.suffix == '.xz':
+    return lzma.LZMAFile(raw)
+  return raw
+
+
+def _skip_line(f: IO[bytes]) -> None:
+  """Reads to the end of the line, or of the file."""
+  while (piece := f.readline(_PIECE)) and not piece.endswith(b'\n'):
+    pass
+
+
+def json_lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Reads lines that are not blank."""
+  for line in lines(path, limit):
+    if isinstance(line, Reject) or line.strip():
+      yield line
+
+
+def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Reads what blank lines separate; without the last end of line."""
+  block = _Block(limit)
+  for line in lines(path, limit):
+    if line == Reject('damaged_file'):
+      yield line  # And not the block that it cuts short.
+      return
+    if line == TOO_LONG or line.strip():
+      block.add(line)
+    elif block:
+      yield block.pop()
+  if block:
+    yield block.pop()
+
+
+class _Block:
+  """Lines of a document that still grows, as long as it may."""
+
+  def __init__(self, limit: int):
+    self._limit = limit
+    self._lines: list[bytes] = []
+    self._size = 0
+
+  def __bool__(self) -> bool:
+    return self._size > 0
+
+  def add(self, line: bytes | Reject) -> None:
+    self._size += self._limit + 1 if line == TOO_LONG else len(line)
+    if self._size > self._limit:
+      self._lines.clear()
+    else:
+      self._lines.append(line)
+
+  def pop(self) -> bytes | Reject:
+    too_long, text = self._size > self._limit, b''.join(self._lines)
+    self._lines.clear()
+    self._size = 0
+    return TOO_LONG if too_long else text.rstrip(b'\r\n')
+
+
+def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
+  """Reads the content of a file."""
+  with path.open('rb') as raw:
+    try:
+      # Not in one call: a buffer of `limit` bytes would be made beforehand.
+      f, pieces, size = _decompressed(path, raw), [], 0
+      while size <= limit and (piece := f.read(_PIECE)):
+        piece = piece if pieces else piece.removeprefix(_BOM)
+        pieces.append(piece)
+        size += len(piece)
+    except _DAMAGE:
+      yield Reject('damaged_file')
+      return
+  text = b''.join(pieces)
+  yield TOO_LONG if len(text) > limit else text
+
+
+def cut(
+    records: Iterable[Raw], most_records: int, most_size: float = float('inf')
+) -> Iterator[list[Raw]]:
+  """Cuts records into pieces: where one has so many, or bytes, it ends.
+
+  A piece does not depend on what lies behind it.
+  """
+  piece, size = [], 0
+  for record in records:
+    piece.append(record)
+    if not isinstance(record, Reject):
+      size += len(record)
+    if len(piece) >= most_records or size >= most_size:
+      yield piece
+      piece, size = [], 0
+  if piece:
+    yield piece

@@ -17,9 +17,8 @@ Files may be compressed (.gz, .xz; WET files: gzip) and are read in the order of
 their names; paths go through `etils.epath`, so that buckets work. Nothing is
 held in memory but the current document, and of one that is too long a part.
 
-A source is a sequence of *records*, each of them a document or a `Reject`, and
-a record's number never changes: reading can resume at any number, and real
-data, which always has a broken line somewhere, is counted and not fatal.
+A source is a sequence of *records*, each of them a document or a `Reject`; it
+is the same whenever it is read.
 """
 
 import functools
@@ -28,33 +27,86 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from codistill_jax.data import paragraph_ids as ids_lib
-from codistill_jax.data import raw_files
-from codistill_jax.data.hugging_face import hugging_face_source
-from codistill_jax.data.records import (
-    DEFAULT_MAX_DOCUMENT_BYTES,
-    Raw,
-    Record,
-    Reject,
-    Source,
-    decode_json,
-    decode_text,
-)
+from codistill_jax.data import records as records_lib
+from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
 from codistill_jax.data.wet import wet_records
+
+# Longer ones are no text that a language model should see (a dump of a data
+# base, one line of 100 MB), and would have to be held in memory.
+DEFAULT_MAX_DOCUMENT_BYTES = 1 << 24
 
 _KINDS = ('text', 'files', 'jsonl', 'wet', 'hf')
 _SPLITTERS = {
-    'text': raw_files.text_blocks,
-    'files': raw_files.whole_file,
-    'jsonl': raw_files.json_lines,
+    'text': records_lib.text_blocks,
+    'files': records_lib.whole_file,
+    'jsonl': records_lib.json_lines,
     'wet': wet_records,
 }
 
-# Bytes of a file -> its raw records.
+# A file -> its raw records.
 _Split = Callable[[epath.Path], Iterator[bytes | Reject]]
+
+
+class Source(NamedTuple):
+  """A corpus.
+
+  Attributes:
+    spec: The string that names it.
+    fingerprint: A hash of the names and sizes of its files; '' if unknown.
+    raw: Iterates over all raw records. Cheap work only: it runs in one process.
+    decode: Makes a record of a raw one, in any process, so it can be pickled.
+    files: What it reads; empty if unknown.
+    size: Bytes of the files; None if unknown.
+  """
+
+  spec: str
+  fingerprint: str
+  raw: Callable[[], Iterator[Raw]]
+  decode: Callable[[Any], Record]
+  files: Sequence[epath.Path] = ()
+  size: int | None = None
+
+
+def decoded(decode: Callable[[Any], Record], raw: Raw) -> Record:
+  """Returns what a raw record holds; a Reject stays one."""
+  return raw if isinstance(raw, Reject) else decode(raw)
+
+
+def decode_text(raw: bytes) -> Record:
+  """Makes a document of its bytes."""
+  try:
+    return check_text(raw.decode('utf-8'))
+  except UnicodeDecodeError:
+    return Reject('not_utf8')
+
+
+def decode_json(line: bytes, text_key: str) -> Record:
+  """Makes a document of a line that holds a JSON object."""
+  try:
+    value = json.loads(line.decode('utf-8'))
+  except UnicodeDecodeError:
+    return Reject('not_utf8')
+  except (ValueError, RecursionError):  # Recursion: thousands of brackets.
+    return Reject('bad_json')
+  text = value.get(text_key) if isinstance(value, dict) else None
+  return check_text(text) if isinstance(text, str) else Reject('no_text')
+
+
+def check_text(text: str) -> Record:
+  """Returns the text, if it is one."""
+  if not text.strip():
+    return Reject('empty')
+  try:
+    # JSON may spell half of a surrogate pair, which no UTF-8 text contains.
+    text.encode('utf-8')
+  except UnicodeEncodeError:
+    return Reject('not_utf8')
+  return text
 
 
 def open_source(
@@ -65,7 +117,7 @@ def open_source(
     paragraphs: ids_lib.ParagraphList | None = None,
     paragraph_unit: str = 'line',
 ) -> Source:
-  """The source that `spec` names; see the head of this file.
+  """Opens the source that `spec` names; see the head of this file.
 
   Args:
     spec: 'bible', 'text:...', 'files:...', 'jsonl:...', 'wet:...' or 'hf:...'.
@@ -86,7 +138,7 @@ def open_source(
         ' expected wet:PATH_OR_GLOB.'
     )
   if kind == 'bible' and not rest:
-    return _file_source(spec, [_bible_path()], _bible_chapters, decode_text)
+    return file_source(spec, [_bible_path()], _bible_chapters)
   if not rest or kind not in _KINDS:
     raise ValueError(
         f'Unknown source {spec!r}; expected bible, text:PATH_OR_GLOB,'
@@ -94,62 +146,50 @@ def open_source(
         ' hf:NAME[:CONFIG[:SPLIT]].'
     )
   if kind == 'hf':
-    return hugging_face_source(spec, text_key, max_document_bytes)
-  paths = raw_files.expand(rest)
+    return _hugging_face_source(spec, text_key, max_document_bytes)
+  paths = records_lib.expand(rest)
   split = functools.partial(_SPLITTERS[kind], limit=max_document_bytes)
   if paragraphs is not None:
-    split = _Selection(split, paths, paragraphs, paragraph_unit)
+    split = _listed_only(split, paths, paragraphs, paragraph_unit)
   decode = decode_text
   if kind == 'jsonl':
     decode = functools.partial(decode_json, text_key=text_key)
-  return _file_source(spec, paths, split, decode)
+  return file_source(spec, paths, split, decode)
 
 
-def _file_source(
+def file_source(
     spec: str,
     paths: Sequence[epath.Path],
     split: _Split,
-    decode: Callable[[bytes], Record],
+    decode: Callable[[bytes], Record] = decode_text,
 ) -> Source:
-  """A source whose files `split` cuts into raw records."""
-
-  def raw(start: int) -> Iterator[Raw]:
-    # Skipped before decoding: to resume costs reading, not parsing.
-    records = itertools.chain.from_iterable(map(split, paths))
-    return itertools.islice(records, start, None)
-
+  """Returns a source whose files `split` cuts into raw records."""
+  raw = lambda: itertools.chain.from_iterable(map(split, paths))
   listing = [(path.name, path.stat().length) for path in paths]
   fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-  return Source(spec, fingerprint, raw, decode, paths)
+  size = sum(length for _, length in listing)
+  return Source(spec, fingerprint, raw, decode, paths, size)
 
 
-class _Selection:
-  """Cuts files into pages made of listed paragraphs."""
+def _listed_only(
+    split: _Split,
+    paths: Sequence[epath.Path],
+    paragraphs: ids_lib.ParagraphList,
+    unit: str,
+) -> _Split:
+  """Returns what cuts files into pages made of listed paragraphs."""
+  # On first use: it takes a while, and finished data do not need it.
+  entries = functools.cache(lambda: dict(zip(paths, paragraphs.entries(paths))))
 
-  def __init__(
-      self,
-      split: _Split,
-      paths: Sequence[epath.Path],
-      paragraphs: ids_lib.ParagraphList,
-      unit: str,
-  ):
-    self._split = split
-    self._paths = paths
-    self._paragraphs = paragraphs
-    self._unit = unit
-
-  def __call__(self, path: epath.Path) -> Iterator[bytes | Reject]:
-    entry = self._entries[path]
+  def split_listed(path: epath.Path) -> Iterator[bytes | Reject]:
+    entry = entries()[path]
     if entry is None:
       yield Reject('file_not_listed')
-      return
-    ids = ids_lib.ids_of(entry, str(path))
-    yield from ids_lib.select(self._split(path), ids, self._unit)
+    else:
+      ids = ids_lib.ids_of(entry, str(path))
+      yield from ids_lib.select(split(path), ids, unit)
 
-  @functools.cached_property
-  def _entries(self) -> dict[epath.Path, Sequence[bytes] | None]:
-    # On first use: it takes a while, and finished data do not need it.
-    return dict(zip(self._paths, self._paragraphs.entries(self._paths)))
+  return split_listed
 
 
 # --- the packaged default ----------------------------------------------------
@@ -168,7 +208,99 @@ def _bible_path() -> epath.Path:
 
 
 def _bible_chapters(path: epath.Path) -> Iterator[bytes]:
-  verses = (json.loads(line) for line in raw_files.json_lines(path, 1 << 20))
+  verses = (json.loads(line) for line in records_lib.json_lines(path, 1 << 20))
   chapter_of = lambda verse: (verse['book'], verse['chapter'])
   for _, chapter in itertools.groupby(verses, key=chapter_of):
     yield '\n'.join(verse['text'] for verse in chapter).encode('utf-8')
+
+
+# --- Hugging Face ------------------------------------------------------------
+
+
+def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
+  """Returns the source `hf:NAME[:CONFIG[:SPLIT]]`; 'train' by default.
+
+  `hf:allenai/c4:en` is C4. Nothing is contacted before `raw` is called. Rows
+  are neither shuffled nor decoded ahead, so that a row's number never changes.
+  To go on after an interruption, all rows are loaded again: after days, hours.
+  Files on disk, as `jsonl:c4/en/*.json.gz`, are read again faster.
+
+  `datasets` reads JSON in blocks and doubles one until its longest line fits,
+  so a line that is too long is rejected after it was held in memory once.
+  """
+  name, *options = spec.removeprefix('hf:').split(':')
+  if not name or len(options) > 2:
+    raise ValueError(
+        f'Malformed source {spec!r}; expected hf:NAME[:CONFIG[:SPLIT]].'
+    )
+  config, split = [*options, '', ''][:2]
+
+  def raw() -> Iterator[Raw]:
+    rows = _open_rows(spec, name, config, split or 'train', text_key)
+    return _row_texts(spec, rows, text_key, limit)
+
+  return Source(spec, '', raw, check_text)
+
+
+def _open_rows(
+    spec: str, name: str, config: str, split: str, text_key: str
+) -> Any:
+  """Opens the streaming data set; asks the hub unless `name` is a folder."""
+  try:
+    import datasets
+  except ImportError as e:
+    raise ValueError(
+        f'The source {spec} needs the package datasets: pip install datasets.'
+    ) from e
+  try:
+    rows = datasets.load_dataset(
+        name, config or None, split=split, streaming=True
+    )
+    columns = rows.column_names
+  except Exception as e:
+    raise _unreadable(spec, e) from e
+  if columns is not None and text_key not in columns:
+    raise ValueError(
+        f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
+        ' one with --text_key.'
+    )
+  return rows
+
+
+def _row_texts(
+    spec: str, rows: Any, text_key: str, limit: int
+) -> Iterator[Raw]:
+  rows = iter(rows)
+  while True:
+    try:
+      row = next(rows, None)
+    except Exception as e:
+      raise _unreadable(spec, e) from e
+    if row is None:
+      return
+    text = row.get(text_key)
+    if not isinstance(text, str):
+      yield Reject('no_text')
+    else:
+      yield TOO_LONG if _too_long(text, limit) else text
+
+
+def _too_long(text: str, limit: int) -> bool:
+  if 4 * len(text) <= limit:  # No character takes more bytes.
+    return False
+  return len(text) > limit or len(text.encode('utf-8', 'replace')) > limit
+
+
+def _unreadable(spec: str, error: Exception) -> OSError:
+  """Makes one kind of error of all that `datasets` raises.
+
+  Seen in datasets 5.2: ConnectionError, FileNotFoundError, ValueError,
+  StopIteration (a glob that matches nothing), errors of the HTTP client that
+  are no OSError, and pyarrow's for files that it cannot parse. There is no
+  common base class, hence `except Exception` around the two calls into it.
+  """
+  reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+  return OSError(
+      f'Cannot read {spec}: {reason}. Check the name and the network; an'
+      ' interrupted preparation continues where it was.'
+  )

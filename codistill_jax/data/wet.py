@@ -21,8 +21,7 @@ from typing import IO
 
 from etils import epath
 
-from codistill_jax.data.raw_files import TOO_LONG
-from codistill_jax.data.records import Reject
+from codistill_jax.data.records import TOO_LONG, Reject
 
 DAMAGED = Reject('damaged_record')
 

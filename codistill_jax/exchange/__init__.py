@@ -1,7 +1,14 @@
-"""What travels between groups, and when.
+"""What groups give each other, and when.
 
-`protocol` has the interface and the plan, `topology` who learns from whom;
-`memory_exchange` serves groups of one process, `checkpoint_exchange` groups
-that share a directory: it writes through `publisher` and reads through
-`fetching` and `fetcher`, both on `publications`.
+A configuration says `Experiment.exchange = @exchange.Checkpoints()`, or another
+kind. `plan` has the interface and the times, `kinds` the choices.
 """
+
+from codistill_jax.exchange.kinds import (
+    Checkpoints,
+    FixedTeachers,
+    Kind,
+    Predictions,
+)
+
+__all__ = ['Checkpoints', 'FixedTeachers', 'Kind', 'Predictions']

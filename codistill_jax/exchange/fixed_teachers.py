@@ -18,9 +18,10 @@ from flax import serialization
 from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.protocol import NoExchange, stack_teachers
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import checkpoints, files
+from codistill_jax.exchange.teaching import merge_teachers
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.checkpoints import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
@@ -51,7 +52,7 @@ class Source(NamedTuple):
 def find(
     teacher_runs: Sequence[epath.PathLike], step: int | None = None
 ) -> tuple[Source, ...]:
-  """All groups of the runs, in order; looks at names only.
+  """Returns all groups of the runs, in order; looks at names only.
 
   Args:
     teacher_runs: Run directories.
@@ -69,18 +70,18 @@ def find(
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
-  """The groups of a run, all of which have reached their last step."""
+  """Returns the groups of a run, if all have reached their last step."""
   there = run_directory.list_groups(workdir) if workdir.is_dir() else []
   if not there:
     raise ValueError(
-        f'Experiment.teacher_runs: there is no run in {workdir}; train the'
+        f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
         ' teachers first, or give the --workdir that they were trained in'
     )
   num_groups = run_directory.read_run(workdir).get('num_groups', len(there))
   for group_id in range(num_groups):
     if not run_directory.done_path(workdir, group_id).exists():
       raise ValueError(
-          f'Experiment.teacher_runs: group {group_id} of {workdir} has not'
+          f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
           ' reached its last step (there is no DONE); start its command again'
           ' and let it end, then train the student'
       )
@@ -95,8 +96,9 @@ def _step_of(workdir: epath.Path, group_id: int, step: int | None) -> int:
     raise ValueError(
         f'there is no resume checkpoint of step'
         f' {"any" if wanted is None else wanted} in {directory}; there are:'
-        f' {", ".join(map(str, steps)) or "none"}. Set Experiment.teacher_step'
-        ' to one of them, or train the teachers again'
+        f' {", ".join(map(str, steps)) or "none"}. Set'
+        ' exchange.FixedTeachers.step to one of them, or train the teachers'
+        ' again'
     )
   return wanted
 
@@ -107,7 +109,7 @@ def load(
     identity: Mapping[str, str],
     dtype: str = 'float32',
 ) -> Teachers:
-  """The teachers, verified, as numpy arrays.
+  """Reads and verifies the teachers, as numpy arrays.
 
   Args:
     sources: From `find`.
@@ -128,7 +130,9 @@ def load(
   found = [
       cast_floats(_read(source, like, identity), dtype) for source in sources
   ]
-  return stack_teachers(found)
+  return merge_teachers(
+      None, dict(enumerate(found)), present=[True] * len(found)
+  )
 
 
 def _read(
@@ -154,13 +158,13 @@ def _read(
     if not publications.is_finite(x):
       raise checkpoints.DamagedError(
           f'{path} of {source} is not finite at step {source.step}; set'
-          ' Experiment.teacher_step to an earlier one, or train it again'
+          ' exchange.FixedTeachers.step to an earlier one, or train it again'
       )
   return serialization.from_state_dict(like, tree)
 
 
 def _leaves_of(record: Record) -> list[Leaf]:
-  """The leaves of the variables, by their paths below."""
+  """Returns the leaves of the variables, by their paths below."""
   prefix = f'{_VARIABLES}/'
   return [
       dataclasses.replace(leaf, path=leaf.path.removeprefix(prefix))
@@ -169,37 +173,7 @@ def _leaves_of(record: Record) -> list[Leaf]:
   ]
 
 
-def leave(
-    workdir: epath.PathLike,
-    group_id: int,
-    step: int,
-    variables: Variables,
-    identity: Mapping[str, str],
-) -> None:
-  """Leaves what `find` and `load` read, for a group that has ended elsewhere.
-
-  For runs that were trained without a run directory, as a population is: a
-  checkpoint that nobody can resume from, and DONE.
-
-  Args:
-    workdir: The run directory.
-    group_id: The group.
-    step: Updates done.
-    variables: What it has learnt; numpy.
-    identity: Of its task.
-
-  Raises:
-    OSError: If the file system refuses.
-  """
-  workdir = checkpoints.absolute(workdir)
-  tree = {_VARIABLES: serialization.to_state_dict(variables)}
-  facts = {'teacher_steps': [], 'identity': dict(identity)}
-  directory = run_directory.checkpoints_dir(workdir, group_id)
-  checkpoints.save(directory, step, tree, facts)
-  files.write_bytes(run_directory.done_path(workdir, group_id), b'')
-
-
-class FixedTeachers(NoExchange):
+class FixedExchange(NoExchange):
   """The exchange of a student; see `Exchange`. Nothing is published.
 
   Attributes:
@@ -227,12 +201,12 @@ class FixedTeachers(NoExchange):
     )
 
   def fetch(self, step: int) -> Teachers:
-    """The same teachers at every step."""
+    """Returns the same teachers at every step."""
     del step
     return self._teachers
 
   def metrics(self, step: int) -> dict[str, float]:
-    """How many there are. Of an age in steps of this run they have none."""
+    """Returns how many there are; they have no age in steps of this run."""
     del step
     return {'exchange/peers_present': float(len(self._sources))}
 

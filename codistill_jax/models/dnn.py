@@ -34,7 +34,7 @@ MAX_EMBEDDING = 64
 
 
 def embedding_width(table_size: int, maximum: int = MAX_EMBEDDING) -> int:
-  """6 * table_size ** (1/4), rounded up, and at most `maximum`.
+  """Returns 6 * table_size ** (1/4), rounded up, and at most `maximum`.
 
   The rule of Wang et al. 2017 (Deep & Cross Network, section 3), capped, since
   they leave the widest of Criteo's tables at hundreds of values.
@@ -51,7 +51,7 @@ def click_model(
     embedding: int | None = None,
     dtype: str = 'float32',
 ) -> base.Model:
-  """Returns the feed-forward click model; the defaults are the paper's size.
+  """Makes the feed-forward click model; the defaults are the paper's size.
 
   A batch has `inputs`: a dict of `integers` float32 (B, I) and `categories`
   int32 (B, K), each below the size of its table. Outputs are logits (B,) of the
@@ -76,28 +76,21 @@ def click_model(
     )
   sizes, hidden = tuple(table_sizes), tuple(hidden)
   for name, values in (('table_sizes', sizes), ('hidden', hidden)):
-    if any(type(value) is not int or value < 1 for value in values):
-      raise ValueError(
-          f'{name} must be whole numbers of at least 1, got {values}.'
-      )
-  if embedding is not None and (type(embedding) is not int or embedding < 1):
-    raise ValueError(
-        'embedding must be a whole number of at least 1 or None, got'
-        f' {embedding!r}.'
-    )
+    for value in values:
+      linen.check_whole_numbers(**{name: value})
+  if embedding is not None:
+    linen.check_whole_numbers(embedding=embedding)
   if num_integers < 0 or not (num_integers or sizes):
     raise ValueError(
         f'Expected columns, got num_integers={num_integers} and'
         f' table_sizes={sizes}.'
     )
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
   widths = [embedding or embedding_width(size) for size in sizes]
   module = ClickModel(
       tables=tuple(zip(sizes, widths)),
       num_integers=num_integers,
       hidden=hidden,
-      dtype=jnp.dtype(dtype),
+      dtype=linen.checked_dtype(dtype),
   )
   return linen.from_linen(module)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from codistill_jax import base
 
@@ -30,7 +31,7 @@ def from_linen(
     init_carry: Callable[[int], base.PyTree] | None = None,
     rng_names: Sequence[str] = ('dropout',),
 ) -> base.Model:
-  """Pure functions of a flax.linen module.
+  """Makes a model of a flax.linen module.
 
   Args:
     module: As the head of this file says.
@@ -98,3 +99,32 @@ def from_linen(
   if recurrent:
     return base.Model(init, apply, init_carry)
   return base.Model(init, apply)
+
+
+# --- Arguments of the models of this package ----------------------------------
+
+
+def check_whole_numbers(least: int = 1, **values: int) -> None:
+  """Raises ValueError unless all values are whole numbers from `least` on."""
+  for name, value in values.items():
+    if type(value) is not int or value < least:
+      raise ValueError(
+          f'{name} must be a whole number of at least {least}, got {value!r}.'
+      )
+
+
+def check_dropout(dropout: float) -> None:
+  """Raises ValueError unless it is a probability below 1."""
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
+
+
+def checked_dtype(dtype: str) -> jnp.dtype:
+  """Returns the dtype of products and activations.
+
+  Raises:
+    ValueError: If it is neither 'float32' nor 'bfloat16'.
+  """
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+  return jnp.dtype(dtype)

@@ -35,7 +35,7 @@ def language_model(
     dropout: float = 0.0,
     dtype: str = 'float32',
 ) -> base.Model:
-  """Returns the LSTM language model; the defaults are the paper's size.
+  """Makes the LSTM language model; the defaults are the paper's size.
 
   A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
   within it, `resets` (B, T): True where the state of a row becomes 0 before
@@ -60,20 +60,13 @@ def language_model(
       'units': units,
       'embedding': embedding,
   }
-  for name, value in sizes.items():
-    if type(value) is not int or value < 1:
-      raise ValueError(
-          f'{name} must be a whole number of at least 1, got {value!r}.'
-      )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+  linen.check_whole_numbers(**sizes)
+  linen.check_dropout(dropout)
   module = LanguageModel(
       **sizes,
       layer_norm=layer_norm,
       dropout=dropout,
-      dtype=jnp.dtype(dtype),
+      dtype=linen.checked_dtype(dtype),
   )
   return linen.from_linen(module)
 

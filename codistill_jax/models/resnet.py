@@ -37,7 +37,7 @@ def resnet50(
     batch_norm: str = 'replica',
     dtype: str = 'float32',
 ) -> base.Model:
-  """ResNet-50 v1.5 with the start of Goyal et al. 2017, section 5.1.
+  """Makes ResNet-50 v1.5 with the start of Goyal et al. 2017, section 5.1.
 
   The last scale of each block starts at 0, so that a block starts as its
   shortcut, and the head at N(0, 0.01^2).
@@ -62,7 +62,7 @@ def resnet50(
       stages=(3, 4, 6, 3),
       width=64,
       block=Bottleneck,
-      stem=_imagenet_stem,
+      stem=imagenet_stem,
       head_init=nn.initializers.normal(0.01),
       **_checked(num_classes, batch_norm, dtype),
   )
@@ -74,7 +74,7 @@ def resnet20(
     batch_norm: str = 'replica',
     dtype: str = 'float32',
 ) -> base.Model:
-  """ResNet-20 for small images, 32 x 32 in He et al. 2016a.
+  """Makes ResNet-20 for small images, 32 x 32 in He et al. 2016a.
 
   Arguments, inputs, outputs and errors as in `resnet50`.
   """
@@ -83,7 +83,7 @@ def resnet20(
       stages=(3, 3, 3),
       width=16,
       block=Plain,
-      stem=_cifar_stem,
+      stem=cifar_stem,
       head_init=nn.initializers.lecun_normal(),
       **_checked(num_classes, batch_norm, dtype),
   )
@@ -91,21 +91,15 @@ def resnet20(
 
 
 def _checked(num_classes: int, batch_norm: str, dtype: str) -> dict[str, Any]:
-  if type(num_classes) is not int or num_classes < 1:
-    raise ValueError(
-        'num_classes must be a whole number of at least 1, got'
-        f' {num_classes!r}.'
-    )
+  linen.check_whole_numbers(num_classes=num_classes)
   if batch_norm not in _BATCH_NORMS:
     raise ValueError(
         f"batch_norm must be 'replica' or 'cross_replica', got {batch_norm!r}."
     )
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
   cross_replica = batch_norm == 'cross_replica'
   return {
       'axis_name': base.REPLICA_AXIS if cross_replica else None,
-      'dtype': jnp.dtype(dtype),
+      'dtype': linen.checked_dtype(dtype),
   }
 
 
@@ -168,13 +162,13 @@ def _check_axis(name: str) -> None:
     ) from e
 
 
-def _imagenet_stem(conv, norm, width, x_BHWD):
+def imagenet_stem(conv, norm, width, x_BHWD):
   x_BHWD = conv(width, (7, 7), 2, padding=3, name='stem_conv')(x_BHWD)
   x_BHWD = nn.relu(norm(name='stem_norm')(x_BHWD))
   return nn.max_pool(x_BHWD, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
-def _cifar_stem(conv, norm, width, x_BHWD):
+def cifar_stem(conv, norm, width, x_BHWD):
   x_BHWD = conv(width, (3, 3), padding=1, name='stem_conv')(x_BHWD)
   return nn.relu(norm(name='stem_norm')(x_BHWD))
 

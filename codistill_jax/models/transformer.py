@@ -50,7 +50,7 @@ def language_model(
     dropout: float = 0.0,
     dtype: str = 'float32',
 ) -> base.Model:
-  """Returns a transformer language model, in place of `lstm.language_model`.
+  """Makes a transformer language model, in place of `lstm.language_model`.
 
   A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
   within it, `resets` (B, T): True where a document begins. The outputs are
@@ -83,29 +83,20 @@ def language_model(
       'heads': heads,
       'hidden': hidden,
   }
-  for name, value, least in [
-      *((name, value, 1) for name, value in sizes.items()),
-      ('memory', memory, 0),
-  ]:
-    if type(value) is not int or value < least:
-      raise ValueError(
-          f'{name} must be a whole number of at least {least}, got {value!r}.'
-      )
+  linen.check_whole_numbers(**sizes)
+  linen.check_whole_numbers(0, memory=memory)
   if units % (2 * heads):
     raise ValueError(
         f'units={units} is no even multiple of heads={heads}: rotary positions'
         ' turn pairs of values within a head.'
     )
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+  linen.check_dropout(dropout)
   module = LanguageModel(
       **sizes,
       memory=memory,
       tied=tied,
       dropout=dropout,
-      dtype=jnp.dtype(dtype),
+      dtype=linen.checked_dtype(dtype),
   )
   return linen.from_linen(module)
 
@@ -183,7 +174,7 @@ class LanguageModel(nn.Module):
     return self.param('head_kernel', nn.initializers.lecun_normal(), shape)
 
   def _remember(self, read, document_BS):
-    """The carry after the window: the last M of what each layer read."""
+    """Returns the carry after the window: the last M that each layer read."""
     if not self.memory:
       return ()
     keep = lambda x: x[:, -self.memory :]
@@ -194,7 +185,7 @@ class LanguageModel(nn.Module):
 
 
 def _documents(resets_BT, live_BM):
-  """A number for each of the S tokens, the same within a document.
+  """Numbers the S tokens by document.
 
   The window goes on with document 0, that of the live part of the memory.
   """
@@ -205,7 +196,7 @@ def _documents(resets_BT, live_BM):
 
 
 def _visible(document_BS, window):
-  """Whether a token of the window may look at one of S: bool (B, T, S)."""
+  """Returns whether a token of the window may look at one of S: (B, T, S)."""
   length = document_BS.shape[1]
   earlier_TS = np.tri(window, length, length - window, dtype=bool)
   document_BT = document_BS[:, length - window :]

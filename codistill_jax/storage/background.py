@@ -74,7 +74,7 @@ DEFAULT_PATIENCE = Patience()
 
 
 class Trouble(NamedTuple):
-  """Something that fails since a while.
+  """A failure that lasts.
 
   Attributes:
     doing: What fails, such as 'saving a resume checkpoint'.
@@ -134,13 +134,13 @@ class Troubles:
 
   @property
   def now(self) -> tuple[Trouble, ...]:
-    """What fails at this moment, the oldest first."""
+    """Returns what fails at this moment, the oldest first."""
     with self._lock:
       return tuple(sorted(self._now.values(), key=lambda t: t.since))
 
 
 class Unwritten(NamedTuple):
-  """What a `BackgroundWriter` has given up.
+  """Steps that a `BackgroundWriter` has given up.
 
   Attributes:
     steps: What was not written, the oldest first.
@@ -214,11 +214,12 @@ class BackgroundWriter:
     Where there is no room because the disk is slow, it gets a moment: fewer
     steps are skipped then.
     """
-    self.raise_failure()
     with self._changed:
+      self.raise_failure()
       if self._has(step):
         return
       self._make_room()
+      self.raise_failure()  # There may be one by now.
       self._waiting.append(_Work(step, item))
       if self._thread is None:
         self._thread = threading.Thread(
@@ -249,7 +250,7 @@ class BackgroundWriter:
 
     Args:
       failing: Seconds to wait for a write that has failed; `patience.failing`
-        by default. It is tried more often meanwhile.
+        by default. It is tried at once, and more often meanwhile.
       slow: Seconds to wait for one that has not.
       up_to: Only for steps up to this one.
 
@@ -302,7 +303,7 @@ class BackgroundWriter:
 
   @property
   def finished(self) -> bool:
-    """Whether nothing is written any more, nor will be without a `put`."""
+    """Returns whether nothing is written any more, nor will be by itself."""
     with self._changed:
       return self._thread is None
 
@@ -389,9 +390,11 @@ class BackgroundWriter:
 
   def _pause(self, seconds: float) -> bool:
     """Waits before another try; false if there is to be none."""
-    start = time.monotonic()
+    start, hurried = time.monotonic(), self._hurried
     while not self._full() and not self._abandoned:
-      if self._hurried:  # Somebody waits for it.
+      if self._hurried > hurried:  # Somebody has begun to wait for it.
+        return True
+      if self._hurried:
         seconds = min(seconds, self._patience.retry)
       left = start + seconds - time.monotonic()
       if left <= 0:

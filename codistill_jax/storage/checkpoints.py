@@ -73,7 +73,7 @@ class MismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One array of a checkpoint."""
+  """Metadata of one array of a checkpoint."""
 
   path: str
   shape: tuple[int, ...]
@@ -90,7 +90,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What is known of a checkpoint without reading its arrays.
+  """Metadata of a checkpoint: what is known without reading its arrays.
 
   Attributes:
     facts: JSON values of the caller.

@@ -34,7 +34,7 @@ _MISTAKES = (
 
 
 class Digest(NamedTuple):
-  """What identifies the content of a file: its size in bytes, and SHA-256."""
+  """Identity of the content of a file: its size in bytes, and SHA-256."""
 
   size: int
   sha256: str

@@ -1,10 +1,11 @@
-"""Who may write in a directory: one process, on whatever machine.
+"""Leases: who may write in a directory is one process, on whatever machine.
 
-The holder keeps `<directory>/lease.json` and changes it every few seconds. A
-newcomer of the same machine looks whether the holder's process lives; one from
-elsewhere watches the file, and if nothing changes for a while by its own clock,
-the holder is dead. The clocks of two machines are never compared, nothing is
-locked, and no rename needs to be atomic: NFS and object stores will do.
+The holder keeps `<directory>/lease.json` and changes it every few seconds (a
+heartbeat). A newcomer of the same machine looks whether the holder's process
+lives; one from elsewhere watches the file, and if nothing changes for a while
+by its own clock, the holder is dead. The clocks of two machines are never
+compared, nothing is locked, and no rename needs to be atomic: NFS and object
+stores will do.
 
 Two newcomers: each writes, waits a little, and reads again. Whoever comes back
 from writing later than that (it may have been suspended before) takes its file
@@ -12,26 +13,32 @@ away again, because another may have read its own by then.
 
 A holder that was suspended for long may find that it has been replaced, so it
 asks `check()` before it writes anything.
+
+`exclusive` is for processes of one machine only: a lock of the kernel.
 """
 
+import contextlib
+import datetime
+import fcntl
+import json
 import os
+import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import psutil
 from absl import logging
 from etils import epath
 
-from codistill_jax.storage import files, holders
-from codistill_jax.storage.holders import Holder
+from codistill_jax.storage import files
+from codistill_jax.storage.background import DEFAULT_PATIENCE, Patience
 
-# From writing to reading again. A newcomer that takes longer to write starts
-# over, so it must be longer than a write mostly takes.
-_SETTLE_SECONDS = 0.1
-_REMOTE_SETTLE_SECONDS = 2.0
 _BEATS_PER_TTL = 5
-_POLL_SECONDS = 0.5
+_LONGEST_TTL = 600.0
 
 
 class HeldError(ValueError):
@@ -46,6 +53,42 @@ class Interrupted(Exception):
   """The process was asked to stop while it waited for a lease."""
 
 
+class Holder(NamedTuple):
+  """Metadata of the process that holds a lease.
+
+  Attributes:
+    host: Name of its machine, for people.
+    pid: Its process.
+    started: When the process started, in ticks that only its machine
+      understands; None if that is not known.
+    machine: Tells machines, and containers on them, apart; None if nothing
+      does.
+    since: Since when, Unix seconds by its own clock; for people.
+    doing: What it does with the directory, such as 'training in'.
+    ttl_seconds: How long its file may stay the same while it lives.
+    nonce: Tells its lease from all others.
+    beat: Counts the changes of its file.
+  """
+
+  host: str
+  pid: int
+  started: int | None
+  machine: str | None
+  since: int | float
+  doing: str
+  ttl_seconds: int | float
+  nonce: str
+  beat: int
+
+  def __str__(self) -> str:
+    this = ' (this one)' if self.nonce in _OWN else ''
+    return f'process {self.pid}{this} on host {self.host}'
+
+
+_TYPES = typing.get_type_hints(Holder)
+_OWN: set[str] = set()  # The nonces of this process's leases.
+
+
 class Lease:
   """The right to write in a directory, renewed by a thread until released.
 
@@ -53,13 +96,14 @@ class Lease:
     holder: This process, as others see it.
   """
 
-  def __init__(self, path: epath.Path, holder: Holder):
+  def __init__(self, path: epath.Path, holder: Holder, clock: Any):
     """Not to be called: see `acquire`."""
     self.holder = holder
     self._path = path
+    self._clock = clock
     self._lock = threading.Lock()
     self._lost = ''  # To whom, in words.
-    self._looked = time.monotonic()
+    self._looked = clock.monotonic()
     self._released = threading.Event()
     threading.Thread(target=self._beat, name='lease', daemon=True).start()
 
@@ -80,13 +124,26 @@ class Lease:
         file is gone after this process was suspended for long, because another
         may have come and gone.
     """
-    self._look(renew=False)
+    self.renew(only_if_needed=True)
     if self._lost:
       raise LostError(self._lost)
     if self._released.is_set():
       raise LostError(
           f'the lease of {os.fspath(self._path.parent)} is released'
       )
+
+  def renew(self, only_if_needed: bool = False) -> None:
+    """Changes the file, unless another has taken over; a heartbeat."""
+    with self._lock:
+      if self._released.is_set() or self._lost:
+        return
+      try:
+        self._lost = self._find_out(only_if_needed)
+      except Exception as e:  # Object stores have errors of their own.
+        # The next look may go better; other writers complain of the disk.
+        logging.info('A lease cannot be renewed: %s', e)
+      if self._lost:
+        logging.warning('Lost: %s', self._lost)
 
   def release(self) -> None:
     """Lets others have it; a second time does nothing."""
@@ -95,34 +152,22 @@ class Lease:
         return
       self._released.set()
       _remove(self._path, self.holder)
-      holders.live.discard(self.holder.nonce)
+      _OWN.discard(self.holder.nonce)
 
   def _beat(self) -> None:
     period = self.holder.ttl_seconds / _BEATS_PER_TTL
     while not self._lost and not self._released.wait(period):
-      self._look(renew=True)
+      self.renew()
 
-  def _look(self, renew: bool) -> None:
-    with self._lock:
-      if self._released.is_set() or self._lost:
-        return
-      try:
-        self._lost = self._find_out(renew)
-      except Exception as e:  # Object stores have errors of their own.
-        # The next look may go better; other writers complain of the disk.
-        logging.info('A lease cannot be renewed: %s', e)
-      if self._lost:
-        logging.warning('Lost: %s', self._lost)
-
-  def _find_out(self, renew: bool) -> str:
-    """Why the lease is lost; if it is not, '', and the file is in order."""
-    found = holders.read(self._path)
-    silent = time.monotonic() - self._looked
+  def _find_out(self, only_if_needed: bool) -> str:
+    """Returns why the lease is lost; if it is not, '', and renews the file."""
+    found = _read(self._path)
+    silent = self._clock.monotonic() - self._looked
     self._looked += silent
     other = found and found.holder
     if other and other.nonce != self.holder.nonce:
       return (
-          f'{holders.sentence(other, self._path)}: it has taken over from this'
+          f'{_sentence(other, self._path)}: it has taken over from this'
           f' process, {self.holder.pid} on host {self.holder.host}, which had'
           ' been silent for long; leave the run to it, or end it'
       )
@@ -132,9 +177,9 @@ class Lease:
           f' for {silent:.0f} s: another may have taken over and ended since;'
           ' start the same command again'
       )
-    if renew or not other:
+    if not (only_if_needed and other):
       self.holder = self.holder._replace(beat=self.holder.beat + 1)
-      holders.write(self._path, self.holder)
+      _write(self._path, self.holder)
     return ''
 
 
@@ -144,6 +189,8 @@ def acquire(
     *,
     ttl_seconds: float = 30.0,
     interrupted: Callable[[], bool] = lambda: False,
+    patience: Patience = DEFAULT_PATIENCE,
+    clock: Any = time,
 ) -> Lease:
   """Becomes the one that may write in a directory.
 
@@ -157,131 +204,304 @@ def acquire(
     ttl_seconds: After how long a holder elsewhere that gives no sign of life
       counts as dead.
     interrupted: Polled while waiting.
+    patience: Time limits: `lease_settle`, `remote_lease_settle`, `lease_poll`.
+    clock: By which it waits: `time`, or what has its `monotonic` and `sleep`.
 
   Raises:
     HeldError: If a living process holds it, be it this one; names it.
     Interrupted: If `interrupted` returned true.
     OSError: If the file cannot be read or written.
   """
-  if not 0 < ttl_seconds <= holders.LONGEST_TTL:
+  if not 0 < ttl_seconds <= _LONGEST_TTL:
     raise ValueError(
         f'ttl_seconds={ttl_seconds:g} is no time for a lease; set it to more'
-        f' than 0 and at most {holders.LONGEST_TTL:g}'
+        f' than 0 and at most {_LONGEST_TTL:g}'
     )
-  path = _lease_path(directory)
-  own = holders.newcomer(doing, ttl_seconds)
-  holders.live.add(own.nonce)
+  path = _path_in(directory)
+  own = this_process(doing, ttl_seconds)
+  waiting = _Waiting(path, own, interrupted, patience, clock)
+  _OWN.add(own.nonce)
   try:
-    _contend(path, own, interrupted)
+    waiting.contend()
   except BaseException:
     _remove(path, own)
-    holders.live.discard(own.nonce)
+    _OWN.discard(own.nonce)
     raise
-  return Lease(path, own)
+  return Lease(path, own, clock)
 
 
 def peek(directory: epath.PathLike) -> Holder | None:
-  """Who holds a directory, dead or alive; None if nobody or unreadable.
+  """Returns who holds a directory, dead or alive; None if nobody or unreadable.
 
   Raises:
     OSError: If the disk fails.
   """
-  found = holders.read(_lease_path(directory))
+  found = _read(_path_in(directory))
   return found and found.holder
+
+
+@contextlib.contextmanager
+def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
+  """Makes a directory and keeps other processes out of it meanwhile.
+
+  Args:
+    directory: A local or mounted one; others are not locked.
+    doing: What for, in the error of whoever comes second.
+
+  Raises:
+    ValueError: If another process is in it.
+  """
+  epath.Path(directory).mkdir(parents=True, exist_ok=True)
+  if files.is_remote(directory):
+    yield
+    return
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    try:
+      # The kernel lets go of the lock whenever and however we end.
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(
+          f'Another process is {doing} {os.fspath(directory)}; wait for it, end'
+          ' it, or choose another directory.'
+      ) from e
+    yield
+  finally:
+    os.close(handle)
 
 
 # --- Becoming the holder -----------------------------------------------------
 
 
-def _contend(
-    path: epath.Path, own: Holder, interrupted: Callable[[], bool]
-) -> None:
-  """Returns once `own` stands in the file and no newcomer can be on its way."""
-  remote = files.is_remote(path)
-  settle = _REMOTE_SETTLE_SECONDS if remote else _SETTLE_SECONDS
-  while True:
-    looked = _wait_until_free(path, own.ttl_seconds, interrupted)
-    holders.write(path, own)
-    took = time.monotonic() - looked
-    if took <= settle:
-      # All who saw the file free before this was written have written by then,
-      # or will find themselves late.
-      _pause(settle, interrupted)
-      found = holders.read(path)
-      if found is not None and found.holder == own:
+class _Waiting(NamedTuple):
+  """A newcomer that waits for a lease."""
+
+  path: epath.Path
+  own: Holder
+  interrupted: Callable[[], bool]
+  patience: Patience
+  clock: Any
+
+  def contend(self) -> None:
+    """Returns once `own` is in the file and no newcomer can be on its way."""
+    settle = (
+        self.patience.remote_lease_settle
+        if files.is_remote(self.path)
+        else self.patience.lease_settle
+    )
+    while True:
+      looked = self._wait_until_free()
+      _write(self.path, self.own)
+      took = self.clock.monotonic() - looked
+      if took <= settle:
+        # All who saw the file free before this was written have written by
+        # then, or will find themselves late.
+        self._pause(settle)
+        found = _read(self.path)
+        if found is not None and found.holder == self.own:
+          return
+      else:
+        # Perhaps written over a holder. It puts its file back at its next beat,
+        # which on a busy machine may be late.
+        _remove(self.path, self.own)
+        self._pause(2 * self.own.ttl_seconds / _BEATS_PER_TTL + settle)
+        settle = 3 * took  # On a disk as slow as that it would never end.
+
+  def _wait_until_free(self) -> float:
+    """Waits until nobody alive holds the file.
+
+    Returns:
+      The time before the look that found that.
+
+    Raises:
+      HeldError: If the holder gives a sign of life.
+    """
+    ttl = self.own.ttl_seconds
+    first, quiet, last = None, 0.0, self.clock.monotonic()
+    pause = min(self.patience.lease_poll, ttl / 20)
+    while True:
+      looked = self.clock.monotonic()
+      # If this process was suspended, so may have been the holder.
+      quiet, last = quiet + min(looked - last, 2 * pause), looked
+      found = _read(self.path)
+      if found is None:
+        return looked
+      alive = is_alive(found.holder)
+      if alive is False:
+        return looked
+      changed = first is not None and found.raw != first.raw
+      if alive or (changed and found.holder is not None):
+        other = _sentence(found.holder, self.path)
+        raise HeldError(f'{other}; end it, or wait until it is done')
+      limit = max(ttl, found.holder.ttl_seconds if found.holder else ttl)
+      if first is None:
+        who = f'{found.holder} holds it, or did' if found.holder else 'damaged'
+        logging.warning(
+            'Waiting up to %g s for a sign of life in %s: %s',
+            limit,
+            os.fspath(self.path),
+            who,
+        )
+      if first is None or changed:
+        first, quiet = found, 0.0
+      if quiet > limit:
+        return looked
+      self._pause(pause)
+
+  def _pause(self, seconds: float) -> None:
+    deadline = self.clock.monotonic() + seconds
+    while True:
+      if self.interrupted():
+        raise Interrupted('asked to stop while waiting for a lease')
+      left = deadline - self.clock.monotonic()
+      if left <= 0:
         return
-    else:
-      # Perhaps written over a holder. It puts its file back at its next beat,
-      # which on a busy machine may be late.
-      _remove(path, own)
-      _pause(2 * own.ttl_seconds / _BEATS_PER_TTL + settle, interrupted)
-      settle = 3 * took  # On a disk as slow as that it would never end.
+      self.clock.sleep(min(left, 0.1))
 
 
-def _wait_until_free(
-    path: epath.Path, ttl: float, interrupted: Callable[[], bool]
-) -> float:
-  """Returns when nobody alive holds the file: the time before that look.
-
-  Raises:
-    HeldError: If the holder gives a sign of life.
-  """
-  first, quiet, last = None, 0.0, time.monotonic()
-  pause = min(_POLL_SECONDS, ttl / 20)
-  while True:
-    looked = time.monotonic()
-    # If this process was suspended, so may have been the holder.
-    quiet, last = quiet + min(looked - last, 2 * pause), looked
-    found = holders.read(path)
-    if found is None:
-      return looked
-    alive = holders.is_alive(found.holder)
-    if alive is False:
-      return looked
-    changed = first is not None and found.raw != first.raw
-    if alive or (changed and found.holder is not None):
-      other = holders.sentence(found.holder, path)
-      raise HeldError(f'{other}; end it, or wait until it is done')
-    if first is None:
-      _say_waiting(path, found.holder, ttl)
-    if first is None or changed:
-      first, quiet = found, 0.0
-    silence = found.holder.ttl_seconds if found.holder else ttl
-    if quiet > max(ttl, silence):
-      return looked
-    _pause(pause, interrupted)
+# --- The file ----------------------------------------------------------------
 
 
-def _say_waiting(path: epath.Path, holder: Holder | None, ttl: float) -> None:
-  who = f'{holder} holds it, or did' if holder else 'its lease is damaged'
-  logging.warning(
-      'Waiting up to %g s for a sign of life in %s: %s',
-      max(ttl, holder.ttl_seconds) if holder else ttl,
-      os.fspath(path.parent),
-      who,
-  )
+class _Content(NamedTuple):
+  """A lease file; `holder` is None if it is damaged."""
+
+  raw: bytes
+  holder: Holder | None
 
 
-def _pause(seconds: float, interrupted: Callable[[], bool]) -> None:
-  deadline = time.monotonic() + seconds
-  while True:
-    if interrupted():
-      raise Interrupted('asked to stop while waiting for a lease')
-    left = deadline - time.monotonic()
-    if left <= 0:
-      return
-    time.sleep(min(left, 0.1))
-
-
-def _lease_path(directory: epath.PathLike) -> epath.Path:
+def _path_in(directory: epath.PathLike) -> epath.Path:
   return epath.Path(directory) / 'lease.json'
+
+
+def _write(path: epath.Path, holder: Holder) -> None:
+  files.write_json(path, holder._asdict())
+
+
+def _read(path: epath.Path) -> _Content | None:
+  """Reads a lease file; None if there is none. OSError if the disk fails."""
+  try:
+    raw = files.read_bytes(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  return _Content(raw, _parse(raw))
+
+
+def _parse(raw: bytes) -> Holder | None:
+  """Returns the holder in a file's bytes; None if they are damaged."""
+  try:
+    tree = json.loads(raw)
+    holder = Holder(*(tree[name] for name in Holder._fields))
+    sound = (
+        all(isinstance(getattr(holder, k), t) for k, t in _TYPES.items())
+        and 0 < holder.pid < 1 << 31
+        and 0 < holder.ttl_seconds <= _LONGEST_TTL
+    )
+  except (ValueError, TypeError, KeyError, RecursionError):
+    return None
+  return holder if sound else None
 
 
 def _remove(path: epath.Path, own: Holder) -> None:
   """Removes the file if it is our own; not at any price."""
   try:
-    found = holders.read(path)
+    found = _read(path)
     if found and found.holder and found.holder.nonce == own.nonce:
-      path.unlink(missing_ok=True)
+      files.remove(path)
   except Exception as e:  # As above.
     logging.warning('The lease %s stays behind: %s', os.fspath(path), e)
+
+
+def _sentence(holder: Holder, path: epath.Path) -> str:
+  """Returns who has been doing what since when; an error begins with it."""
+  try:
+    since = datetime.datetime.fromtimestamp(holder.since, datetime.UTC)
+    when = f'{since:%Y-%m-%d %H:%M:%S} UTC'
+  except (ValueError, OverflowError, OSError):
+    when = 'an unknown time'
+  return (
+      f'{holder} has been {holder.doing} {os.fspath(path.parent)} since {when}'
+  )
+
+
+# --- Processes ---------------------------------------------------------------
+
+
+def this_process(doing: str, ttl_seconds: float) -> Holder:
+  """Returns this process as a holder, with a nonce that nobody had before."""
+  process = _look_up(os.getpid())
+  return Holder(
+      host=socket.gethostname(),
+      pid=os.getpid(),
+      started=process and process.started,
+      machine=_machine(),
+      since=time.time(),
+      doing=doing,
+      ttl_seconds=ttl_seconds,
+      nonce=secrets.token_hex(8),
+      beat=0,
+  )
+
+
+def is_alive(holder: Holder | None) -> bool | None:
+  """Returns whether a holder lives; None if that cannot be seen from here."""
+  if holder is None:
+    return None
+  if holder.pid == os.getpid() and holder.nonce in _OWN:
+    return True
+  if holder.machine is None or holder.machine != _machine():
+    return None
+  if holder.pid == os.getpid():
+    return False  # A leftover: of this process, or of one before it.
+  try:
+    os.kill(holder.pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass  # It is there, and another user's.
+  process = _look_up(holder.pid)
+  if process is None or holder.started is None:
+    return None  # Perhaps the system hides what others do.
+  if process.started != holder.started:
+    return False  # The number was given to a new process.
+  if process.dead:
+    # Its last threads may still be writing.
+    return False if process.threads <= 1 else None
+  return True
+
+
+class _Process(NamedTuple):
+  started: int
+  dead: bool
+  threads: int
+
+
+def _look_up(pid: int) -> _Process | None:
+  """Returns what the system says of a process; None if it says nothing."""
+  try:
+    # Since the boot: the time of day may be set meanwhile. In this order, since
+    # psutil 7.0 remembers the boot where 7.1 looks again.
+    boot = psutil.boot_time()
+    process = psutil.Process(pid)
+    return _Process(
+        round((process.create_time() - boot) * os.sysconf('SC_CLK_TCK')),
+        process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD),
+        process.num_threads(),
+    )
+  except (psutil.Error, OSError):
+    return None
+
+
+def _machine() -> str | None:
+  """Names where process ids and start times mean the same; None if unknown.
+
+  Two machines may have one name, and two containers one kernel.
+  """
+  try:
+    boot = epath.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    spaces = [os.readlink('/proc/self/ns/pid')]
+  except OSError:
+    return None
+  # Start times count from the boot as a time namespace sees it.
+  with contextlib.suppress(OSError):
+    spaces.append(os.readlink('/proc/self/ns/time'))
+  return ' '.join([socket.gethostname(), boot, *spaces])

@@ -20,13 +20,11 @@ from codistill_jax.storage.background import (
     Troubles,
 )
 
-# As troubles.
-SAVING = 'saving a resume checkpoint'
 _LISTING = 'listing resume checkpoints'
 
 
 class Resume(NamedTuple):
-  """What `ResumeCheckpoints.restore` gives back.
+  """State that a run goes on from.
 
   Attributes:
     state: The group's state, as numpy arrays.
@@ -38,7 +36,7 @@ class Resume(NamedTuple):
 
 
 class ResumeCheckpoints:
-  """The resume checkpoints of one group, in one directory, written beside it.
+  """Saves and restores one group, in one directory, beside training.
 
   Only the primary process of a group saves; all of its processes restore.
   """
@@ -72,17 +70,20 @@ class ResumeCheckpoints:
     self._check = check
     self._patience = patience
     self._writer = BackgroundWriter(
-        self._write, SAVING, self._troubles, patience=patience
+        self._write,
+        'saving a resume checkpoint',
+        self._troubles,
+        patience=patience,
     )
     self._oldest: int | None = None
 
   @property
   def newest_step(self) -> int | None:
-    """The newest completed checkpoint, if any."""
+    """Returns the newest completed checkpoint, if any."""
     return max(self.steps(), default=None)
 
   def steps(self) -> list[int]:
-    """All completed checkpoints, ascending."""
+    """Lists all completed checkpoints, ascending."""
     return checkpoints.completed_steps(self._directory)
 
   def discard_after(self, step: int) -> None:
@@ -108,7 +109,7 @@ class ResumeCheckpoints:
     self._writer.put(int(state.step), (state, list(teacher_steps)))
 
   def wait(self, seconds: float | None = None) -> int | None:
-    """Waits until all is saved; gives the newest step saved, if any.
+    """Waits until all is saved; returns the newest step saved, if any.
 
     Args:
       seconds: How long to go on trying while the disk fails; by default
@@ -133,13 +134,13 @@ class ResumeCheckpoints:
 
   @property
   def saved_step(self) -> int | None:
-    """The newest step known to be on disk, without waiting."""
+    """Returns the newest step known to be on disk, without waiting."""
     self._writer.raise_failure()
     return self._writer.saved
 
   @property
   def restart_step(self) -> int | None:
-    """The oldest step that a restart may begin at, as far as is known.
+    """Returns the oldest step that a restart may begin at, if that is known.
 
     Not the newest: that one may turn out to be damaged.
     """
@@ -147,7 +148,7 @@ class ResumeCheckpoints:
     return self._oldest
 
   def restore(self, like: TrainState) -> Resume | None:
-    """The newest sound checkpoint; None where there is none.
+    """Reads the newest sound checkpoint; None where there is none.
 
     Args:
       like: A state of the same structure and shapes.
@@ -206,7 +207,7 @@ class ResumeCheckpoints:
     self._oldest = steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
-    """One checkpoint; raises as `restore`, or `checkpoints.DamagedError`."""
+    """Reads one checkpoint; raises as `restore`, or `DamagedError`."""
     record = checkpoints.load_record(self._directory, step)
     target = serialization.to_state_dict(like)
     checkpoints.check_match(

@@ -105,8 +105,19 @@ def line(colour: str, label: str, **kwargs) -> Line2D:
   return Line2D([], [], color=colour, label=label, **kwargs)
 
 
-def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-  """Draws a legend under the axes, no wider than the figure."""
+def legend_below(
+    figure: Figure, handles: Sequence[Line2D] | None = None
+) -> None:
+  """Draws a legend under the axes, no wider than the figure.
+
+  Args:
+    figure: Where to draw.
+    handles: Its entries; by default every label of the figure, in order.
+  """
+  if handles is None:
+    labelled = (zip(*ax.get_legend_handles_labels()) for ax in figure.axes)
+    by_label = {label: h for entries in labelled for h, label in entries}
+    handles = [by_label[label] for label in sorted(by_label)]
   widest = max(len(str(handle.get_label())) for handle in handles)
   fitting = max(1, int(figure.get_figwidth() / (0.65 + 0.085 * widest)))
   rows = -(-len(handles) // fitting)

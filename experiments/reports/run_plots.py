@@ -12,13 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments.reports import curves as curve_lib
 from experiments.reports import plots, records
 from experiments.reports.pages import Plot
-from experiments.reports.plots import line
 from experiments.reports.records import Arm, Group
 
 # The zoom on the later part of a run shows what follows this share of it.
@@ -92,7 +90,7 @@ def _draw(panels: Sequence[Panel]) -> Figure:
     ax.set_ylabel(panel.label)
     panel.draw(ax, panel.entries)
   _whole_run(axes, arms)
-  plots.legend_below(figure, _legend(arms))
+  plots.legend_below(figure)
   return figure
 
 
@@ -115,8 +113,8 @@ def _plot_validation(arms: Sequence[Arm]) -> Plot | None:
   whole.set_title('Whole run')
   later.set_title('Later part, enlarged')
   _zoom_later(later, arms)
-  handles, said = _mark_target(later, arms)
-  plots.legend_below(figure, _validation_legend(arms) + handles)
+  said = _mark_target(later, arms)
+  plots.legend_below(figure)
   caption = (
       'Validation loss against the step of each group. Thick lines are means'
       ' over the groups of an arm, thin lines single groups.'
@@ -127,42 +125,24 @@ def _plot_validation(arms: Sequence[Arm]) -> Plot | None:
 
 
 def _draw_validation(ax: Axes, arm: Arm) -> None:
-  colour = arm.colour
+  label = arm.name
   if len(arm.groups) > 1:
+    label += f', mean of {len(arm.groups)} groups'
     for group in arm.groups:
-      style = _style_of(arm, group)
+      style = _style_of(arm, group) | {'label': None}
       if not _is_crowded(arm):
         style |= {'lw': 0.9, 'alpha': 0.65}
-      ax.plot(group.curve('eval/loss'), color=colour, **style)
+      ax.plot(group.curve('eval/loss'), **style)
   mean = records.validation_curve(arm)
   marker = {'marker': 'o', 'ms': 3} if len(mean) <= 30 else {}
-  ax.plot(mean, color=colour, lw=2.0, **marker)
+  ax.plot(mean, color=arm.colour, label=label, lw=2.0, **marker)
   ensemble = arm.ensemble.get('eval/loss')
   if ensemble is not None:
+    style = {'color': arm.colour, 'label': f'{arm.name}, ensemble', 'ls': ''}
+    star = {'marker': '*', 'ms': 10, 'mec': 'white', 'mew': 0.7}
     ax.plot(
-        mean.index[-1:],
-        [ensemble],
-        marker='*',
-        ms=10,
-        mec='white',
-        mew=0.7,
-        color=colour,
-        clip_on=False,
-        zorder=5,
+        mean.index[-1:], [ensemble], clip_on=False, zorder=5, **style, **star
     )
-
-
-def _validation_legend(arms: Sequence[Arm]) -> list[Line2D]:
-  handles = []
-  for arm in arms:
-    label, colour = arm.name, arm.colour
-    if len(arm.groups) > 1:
-      label += f', mean of {len(arm.groups)} groups'
-    handles.append(line(colour, label, lw=2))
-    if arm.ensemble.get('eval/loss') is not None:
-      label = f'{arm.name}, ensemble'
-      handles.append(line(colour, label, ls='', marker='*', ms=9))
-  return handles
 
 
 def _zoom_later(ax: Axes, arms: Sequence[Arm]) -> None:
@@ -176,26 +156,25 @@ def _zoom_later(ax: Axes, arms: Sequence[Arm]) -> None:
     ax.set_xlim(_LATER_PART * last, last * 1.015)
 
 
-def _mark_target(ax: Axes, arms: Sequence[Arm]) -> tuple[list[Line2D], str]:
+def _mark_target(ax: Axes, arms: Sequence[Arm]) -> str:
   """Draws the baseline's best loss, and where other arms come under it."""
   baseline = records.find_baseline(arms)
   found = baseline and records.best(records.validation_curve(baseline))
   if not found:
-    return [], ''
+    return ''
   target = found[1]
-  style = {'ls': plots.DOTTED, 'lw': 1.0}
-  ax.axhline(target, color=plots.GREY, zorder=1, **style)
+  style = {'ls': plots.DOTTED, 'lw': 1.0, 'zorder': 1}
+  label = f'best of {baseline.name}'
+  ax.axhline(target, color=plots.GREY, label=label, **style)
   for arm in arms:
     step = records.first_at_or_under(records.validation_curve(arm), target)
     if arm is not baseline and step is not None:
-      colour = arm.colour
-      ax.plot([step, step], [0, target], color=colour, zorder=1, **style)
-  said = (
+      ax.plot([step, step], [0, target], color=arm.colour, **style)
+  return (
       f' The dotted level is the best loss of {baseline.name}; dotted verticals'
       ' mark the first evaluation at which the mean of another arm is at or'
       ' under it.'
   )
-  return [line(plots.GREY, f'best of {baseline.name}', **style)], said
 
 
 # --- Training losses and speed -----------------------------------------------
@@ -347,7 +326,8 @@ def _plot_by_peer(arm: Arm, index: int) -> Plot | None:
       len(found), columns=2 if len(found) <= 4 else 4
   )
   binning = _is_long(c for curves in found.values() for c in curves.values())
-  few = _peer_colours(found)
+  peers = sorted({peer for curves in found.values() for peer in curves})
+  few = dict(zip(peers, _PEER_COLOURS)) if len(peers) <= 5 else {}
   low, high = 0.0, 1.0
   for ax, (group_id, curves) in zip(axes, found.items()):
     drawn = {p: curve_lib.drawable(c, binning) for p, c in curves.items()}
@@ -360,7 +340,7 @@ def _plot_by_peer(arm: Arm, index: int) -> Plot | None:
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
   _whole_run(axes, [arm])
   figure.supylabel('staleness (steps)', fontsize=9)
-  plots.legend_below(figure, _peer_legend(few))
+  plots.legend_below(figure)
   caption = (
       f'How old the publication of each peer is when a group of {arm.name} uses'
       ' it, in steps. A line is broken where the peer was not present.'
@@ -371,25 +351,6 @@ def _plot_by_peer(arm: Arm, index: int) -> Plot | None:
     caption += ' Lines are means over short stretches of steps.'
   name = 'staleness_by_peer' + (f'_{index + 1}' if index else '')
   return plots.save(figure, name, f'Staleness by peer: {arm.name}', caption)
-
-
-def _peer_colours(
-    found: Mapping[int, Mapping[int, pd.Series]],
-) -> dict[int, str]:
-  """Returns a colour for each peer; none if they are too many to tell apart."""
-  peers = sorted({peer for curves in found.values() for peer in curves})
-  if len(peers) > len(_PEER_COLOURS):
-    return {}
-  return dict(zip(peers, _PEER_COLOURS))
-
-
-def _peer_legend(few: Mapping[int, str]) -> list[Line2D]:
-  if few:
-    return [line(c, f'teacher: group {p}', lw=1.4) for p, c in few.items()]
-  return [
-      line(_OLDEST_COLOUR, 'the stalest peer on average', lw=1.6),
-      line(_PEER_COLOUR, 'the other peers', lw=0.8),
-  ]
 
 
 def _draw_peers_of(
@@ -408,11 +369,13 @@ def _draw_peers_of(
     title += f', stalest: {oldest}'
   ax.set_title(title)
   for peer, curve in curves.items():
-    style = {'color': _PEER_COLOUR, 'lw': 0.7, 'alpha': 0.8, 'zorder': 2}
+    style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     if few:
-      style = {'color': few[peer], 'lw': 1.3}
+      label = f'teacher: group {peer}'
+      style = {'color': few[peer], 'label': label, 'lw': 1.3}
     elif peer == oldest:
-      style = {'color': _OLDEST_COLOUR, 'lw': 1.5, 'zorder': 3}
+      label = 'the stalest peer on average'
+      style = {'color': _OLDEST_COLOUR, 'label': label, 'lw': 1.5, 'zorder': 3}
     ax.plot(curve, **style, **_lonely(curve))
 
 
@@ -422,58 +385,46 @@ def _draw_peers_of(
 def _plot_exchange(arms: Sequence[Arm]) -> Plot | None:
   rejected = _entries(arms, lambda g: records.counted(g, records.REJECTED))
   none_rejected = rejected and not any(e.curve.any() for e in rejected)
-  found = [
-      (
-          Panel(
-              'Time the exchange held the loop',
-              'stall, all so far (s)',
-              _entries(arms, _stalled_seconds),
-              _draw_from_zero,
-          ),
-          'Stall: the time for which publishing and fetching held the training'
-          ' loop, added up from the first step.',
+  panels = {
+      'Stall: the time for which publishing and fetching held the training'
+      ' loop, added up from the first step.': Panel(
+          'Time the exchange held the loop',
+          'stall, all so far (s)',
+          _entries(arms, _stalled_seconds),
+          _draw_from_zero,
       ),
-      (
-          Panel(
-              'Peers present',
-              'peers present',
-              _entries(arms, 'exchange/peers_present'),
-              _draw_counts,
-          ),
-          'Peers present: how many taught the group.',
+      'Peers present: how many taught the group.': Panel(
+          'Peers present',
+          'peers present',
+          _entries(arms, 'exchange/peers_present'),
+          _draw_counts,
       ),
-      (
-          Panel(
-              'Rejected publications',
-              'rejected, all so far',
-              # The caption says so; an empty panel says less.
-              [] if none_rejected else rejected,
-              _draw_counts,
-          ),
-          'Rejected: publications of peers that were damaged or did not fit,'
-          ' and were not used; added up over restarts.',
+      'Rejected: publications of peers that were damaged or did not fit, and'
+      ' were not used; added up over restarts.': Panel(
+          'Rejected publications',
+          'rejected, all so far',
+          # The caption says so; an empty panel says less.
+          [] if none_rejected else rejected,
+          _draw_counts,
       ),
-      (
-          Panel(
-              'Size of a publication',
-              'size (MB)',
-              _entries(
-                  arms, lambda g: g.curve('exchange/publication_bytes') / 1e6
-              ),
-              _draw_from_zero,
-          ),
-          'Size: bytes of one publication, in millions.',
+      'Size: bytes of one publication, in millions.': Panel(
+          'Size of a publication',
+          'size (MB)',
+          _entries(arms, _megabytes),
+          _draw_from_zero,
       ),
-  ]
-  found = [(panel, said) for panel, said in found if panel.entries]
-  if not found:
+  }
+  panels = {said: panel for said, panel in panels.items() if panel.entries}
+  if not panels:
     return None
-  panels, said = zip(*found)
-  caption = ' '.join(said)
-  if none_rejected:
-    caption += ' No publication was rejected.'
-  caption += _crowded_note(_arms_of(panels))
+  said = [*panels, *(['No publication was rejected.'] if none_rejected else [])]
+  panels = list(panels.values())
+  caption = ' '.join(said) + _crowded_note(_arms_of(panels))
   return plots.save(_draw(panels), 'exchange', 'Exchange', caption)
+
+
+def _megabytes(group: Group) -> pd.Series:
+  return group.curve('exchange/publication_bytes') / 1e6
 
 
 def _stalled_seconds(group: Group) -> pd.Series:
@@ -504,9 +455,14 @@ def _is_crowded(arm: Arm) -> bool:
 
 def _style_of(arm: Arm, group: Group) -> dict:
   if _is_crowded(arm):
-    return {'ls': '-', 'lw': 0.6, 'alpha': 0.35}
+    style = {'label': f'{arm.name}, single groups', 'lw': 0.6, 'alpha': 0.35}
+    return {'color': arm.colour, **style}
   place = [g.group_id for g in arm.groups].index(group.group_id)
-  return {'ls': plots.DASHES[place], 'lw': 1.4}
+  label = arm.name
+  if len(arm.groups) > 1:
+    label += f', group {group.group_id}'
+  style = {'color': arm.colour, 'label': label}
+  return {**style, 'ls': plots.DASHES[place], 'lw': 1.4}
 
 
 def _draw_groups(ax: Axes, entries: Entries, steps: bool = False) -> None:
@@ -520,14 +476,15 @@ def _draw_groups(ax: Axes, entries: Entries, steps: bool = False) -> None:
   drawstyle = 'steps-post' if steps else 'default'
   crowds: dict[tuple[str, str], list[pd.Series]] = {}
   for arm, group, curve in entries:
-    style = {'color': arm.colour, 'drawstyle': drawstyle}
-    ax.plot(curve, **style, **_style_of(arm, group) | _lonely(curve))
+    style = _style_of(arm, group) | _lonely(curve)
+    ax.plot(curve, drawstyle=drawstyle, **style)
     if _is_crowded(arm):
-      crowds.setdefault((arm.name, arm.colour), []).append(curve)
-  for (_, colour), crowd in crowds.items():
+      label = f'{arm.name}, median of {len(arm.groups)} groups'
+      crowds.setdefault((label, arm.colour), []).append(curve)
+  for (label, colour), crowd in crowds.items():
     median = curve_lib.median_curve(crowd)
-    style = {'color': colour, 'drawstyle': drawstyle, 'lw': 2.0}
-    ax.plot(median, **style | _lonely(median))
+    style = {'color': colour, 'label': label, 'lw': 2.0} | _lonely(median)
+    ax.plot(median, drawstyle=drawstyle, **style)
 
 
 def _lonely(curve: pd.Series) -> dict:
@@ -542,25 +499,6 @@ def _whole_run(axes: Sequence[Axes], arms: Sequence[Arm]) -> None:
   last = max(last, 1)  # A run of step 0 only has a width all the same.
   for ax in axes:
     ax.set_xlim(-0.015 * last, 1.015 * last)
-
-
-def _legend(arms: Sequence[Arm]) -> list[Line2D]:
-  """Returns the entries of each arm's lines."""
-  handles = []
-  for arm in arms:
-    if _is_crowded(arm):
-      count = len(arm.groups)
-      label = f'{arm.name}, median of {count} groups'
-      handles.append(line(arm.colour, label, lw=2.0))
-      label = f'{arm.name}, single groups'
-      handles.append(line(arm.colour, label, lw=0.6, alpha=0.5))
-      continue
-    for group in arm.groups:
-      label = arm.name
-      if len(arm.groups) > 1:
-        label += f', group {group.group_id}'
-      handles.append(line(arm.colour, label, **_style_of(arm, group)))
-  return handles
 
 
 def _crowded_note(arms: Sequence[Arm]) -> str:

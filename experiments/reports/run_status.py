@@ -48,45 +48,50 @@ class Age(NamedTuple):
 
 
 class Status(NamedTuple):
-  """What is known of one group; None where the run has not said it.
+  """What is known of one group.
 
   Attributes:
     group_id: The group.
-    step: Updates done.
-    num_steps: The last step of the run.
-    num_groups: G.
-    phase: compiling, training, evaluating, saving, done; or '?'.
-    steps_per_sec: Speed.
-    eval_loss: Loss of the newest evaluation.
-    published: Step of the newest finished publication.
-    checkpoint: Step of the newest finished resume checkpoint.
-    peers: The groups that could teach this one.
+    known: What it has said, by the keys of `_KINDS`; no others.
+    seen: Time of the last sign of life, Unix seconds, if there was any.
+    saved: Steps of the newest publication and resume checkpoint, or None.
+    peers: The groups that could teach this one, if that is known.
     ages: Of each teacher in use, by peer; None if there is no sign of life.
-    rejected: Bad publications of peers, since the process began.
-    host: Where its process ran.
-    pid: Its number there.
-    last_seen: Time of the last sign of life, Unix seconds.
     done: Whether the group has reached its last step.
-    notes: What is wrong, a sentence each.
+    unreadable: The files that could not be read, and why, a line each.
   """
 
   group_id: int
-  step: int | None
-  num_steps: int | None
-  num_groups: int | None
-  phase: str
-  steps_per_sec: float | None
-  eval_loss: float | None
-  published: int | None
-  checkpoint: int | None
+  known: Mapping[str, Any]
+  seen: float | None
+  saved: tuple[int | None, int | None]
   peers: tuple[int, ...] | None
   ages: Mapping[int, Age] | None
-  rejected: int | None
-  host: str
-  pid: int | None
-  last_seen: float | None
   done: bool
-  notes: tuple[str, ...]
+  unreadable: tuple[str, ...]
+
+
+# Values of another kind are left out.
+_NUMBER = int | float
+_KINDS = {
+    'step': int,
+    'num_steps': int,
+    'num_groups': int,
+    'burn_in_steps': int,
+    'time': _NUMBER,
+    'phase': str,
+    'host': str,
+    'pid': int,
+    'steps_per_sec': _NUMBER,
+    'eval_loss': _NUMBER,
+    'peers': list,
+    'teachers': list,
+    'rejected': int,
+    'last_rejection': str,
+    'troubles': list,
+}
+_TEACHER = {'peer': int, 'step': int, 'time': _NUMBER}
+_TROUBLE = {'doing': str, 'reason': str, 'since': _NUMBER, 'count': int}
 
 
 def look(
@@ -113,7 +118,7 @@ def look(
   if not groups:
     return Stack(*top, Text('  no group has started yet')), False
   rows = [_row(group, now, silent_after) for group in groups]
-  notes = [note for group in groups for note in group.notes]
+  notes = [note for group in groups for note in _notes(group)]
   parts = [
       [pages.terminal_table(_HEADER, rows)],
       [*map(_note, notes), *(_note(x, 'dim') for x in _processes(groups))],
@@ -121,7 +126,7 @@ def look(
   ]
   blocks = [block for part in parts if part for block in (*part, Text())]
   # A group that has not made its directory yet is not done either.
-  expected = max(group.num_groups or 1 for group in groups)
+  expected = max(group.known.get('num_groups') or 1 for group in groups)
   done = len(groups) >= expected and all(group.done for group in groups)
   return Stack(*top, *blocks[:-1]), done
 
@@ -139,45 +144,44 @@ def read_group(workdir: str, group_id: int, run: Mapping[str, Any]) -> Status:
   """
   bad: list[str] = []
   ask = lambda read, missing: _attempt(read, missing, bad)
-  sign = ask(lambda: run_directory.read_status(workdir, group_id), None) or {}
+  sign = ask(lambda: run_directory.read_status(workdir, group_id), None)
   path = run_directory.metrics_path(workdir, group_id)
   log = ask(lambda: run_directory.read_metrics(path, _TAIL_BYTES), None)
-  records = log.records if log else []
-  last = records[-1] if records else {}
-  done = ask(run_directory.done_path(workdir, group_id).exists, False)
-  num_groups = _first(_whole(sign, 'num_groups'), _whole(run, 'num_groups'))
-  peers = _peers(sign, group_id, num_groups)
-  saved = lambda directory: ask(
-      lambda: run_directory.newest_saved(directory(workdir, group_id)), None
-  )
-  published = saved(run_directory.publications_dir)
-  checkpoint = saved(run_directory.checkpoints_dir)
-  times = (_number(sign, 'time'), _number(last, 'time'))
-  status = Status(
-      group_id=group_id,
-      step=_first(_whole(sign, 'step'), _whole(last, 'step')),
-      num_steps=_first(_whole(sign, 'num_steps'), _whole(run, 'num_steps')),
-      num_groups=num_groups,
-      phase='done' if done else _text(sign, 'phase') or '?',
-      # Before the first record of a process its speed is null.
-      steps_per_sec=_number(sign, 'steps_per_sec')
-      or _newest(records, 'perf/steps_per_sec'),
-      eval_loss=_newest(records, 'eval/loss'),
-      published=published and published.step,
-      checkpoint=checkpoint and checkpoint.step,
-      peers=peers,
+  newest: dict[str, Any] = {}
+  for record in log.records if log else ():
+    newest |= record
+  rejected = newest.get('exchange/rejected')
+  if isinstance(rejected, float) and math.isfinite(rejected):
+    rejected = int(rejected)
+  recorded = {
+      'step': newest.get('step'),
+      'time': newest.get('time'),
+      'steps_per_sec': newest.get('perf/steps_per_sec'),
+      'eval_loss': newest.get('eval/loss'),
+      'rejected': rejected,
+  }
+  trees = [_sound(tree, _KINDS) for tree in (recorded, run, sign or {})]
+  known = {key: value for tree in trees for key, value in tree.items()}
+  saved = [
+      ask(lambda d=directory: run_directory.newest_saved(d), None)
+      for directory in (
+          run_directory.publications_dir(workdir, group_id),
+          run_directory.checkpoints_dir(workdir, group_id),
+      )
+  ]
+  peers = _peers(known, group_id)
+  times = [tree['time'] for tree in trees if 'time' in tree]
+  return Status(
+      group_id,
+      known,
+      max(times, default=None),
+      tuple(found and found.step for found in saved),
+      peers,
       # Teachers that are no peers are fixed: no age in steps of this run.
-      ages={} if peers == () else _ages(sign),
-      rejected=_first(
-          _whole(sign, 'rejected'), _newest_count(records, 'exchange/rejected')
-      ),
-      host=_text(sign, 'host'),
-      pid=_whole(sign, 'pid'),
-      last_seen=max((t for t in times if t is not None), default=None),
-      done=done,
-      notes=(),
+      {} if peers == () else _ages(trees[-1]),
+      ask(run_directory.done_path(workdir, group_id).exists, False),
+      tuple(bad),
   )
-  return status._replace(notes=tuple(_notes(status, sign, run, bad)))
 
 
 def _attempt(read: Callable[[], T], missing: T, unreadable: list[str]) -> T:
@@ -189,141 +193,131 @@ def _attempt(read: Callable[[], T], missing: T, unreadable: list[str]) -> T:
     return missing
 
 
-def _peers(
-    sign: Mapping[str, Any], group_id: int, num_groups: int | None
-) -> tuple[int, ...] | None:
-  said = sign.get('peers')
-  if isinstance(said, list):
-    return tuple(peer for peer in said if isinstance(peer, int))
+def _sound(tree: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the entries that are of the kind their keys promise."""
+  if not isinstance(tree, dict):
+    return {}
+  found = {k: v for k, v in tree.items() if isinstance(v, kinds.get(k, ()))}
+  # Of texts a line.
+  return {
+      key: ' '.join(value.split()) if isinstance(value, str) else value
+      for key, value in found.items()
+  }
+
+
+def _peers(known: Mapping[str, Any], group_id: int) -> tuple[int, ...] | None:
+  if 'peers' in known:
+    return tuple(peer for peer in known['peers'] if isinstance(peer, int))
   # A run from before there were topologies: all the others.
-  if num_groups is None:
+  if 'num_groups' not in known:
     return None
-  return tuple(g for g in range(num_groups) if g != group_id)
+  return tuple(g for g in range(known['num_groups']) if g != group_id)
 
 
 def _ages(sign: Mapping[str, Any]) -> dict[int, Age] | None:
-  if not isinstance(sign.get('teachers'), list):
+  if 'teachers' not in sign:
     return None
+  teachers = [_sound(teacher, _TEACHER) for teacher in sign['teachers']]
   # Against the last sign of life, not against now: of a dead group it says
   # how it stood when it died.
-  step, time = _whole(sign, 'step'), _number(sign, 'time')
-  ages = {}
-  for teacher in _trees(sign, 'teachers'):
-    peer, at = _whole(teacher, 'peer'), _whole(teacher, 'step')
-    made = _number(teacher, 'time')
-    if None not in (step, time, peer, at, made):
-      ages[peer] = Age(step - at, time - made)
-  return ages
+  return {
+      found['peer']: Age(
+          sign['step'] - found['step'], sign['time'] - found['time']
+      )
+      for found in teachers
+      if len(found) == len(_TEACHER) and {'step', 'time'} <= sign.keys()
+  }
 
 
-def _notes(
-    status: Status,
-    sign: Mapping[str, Any],
-    run: Mapping[str, Any],
-    unreadable: Sequence[str],
-) -> Iterable[str]:
-  """Says what is wrong with a group."""
-  who = f'group {status.group_id}'
-  for why in unreadable:
+# --- What is wrong -----------------------------------------------------------
+
+
+def _notes(status: Status) -> Iterable[str]:
+  who, known = f'group {status.group_id}', status.known
+  for why in status.unreadable:
     yield f'{who}: cannot be read: {why}'
   absent = [p for p in status.peers or () if p not in (status.ages or ())]
   if status.ages is not None and absent and not status.done:
     ids = ', '.join(map(str, absent))
     if status.ages:
       yield f'{who} goes without the teacher(s) {ids}'
-    elif _should_be_taught(status, run):
+    elif _should_be_taught(known):
       yield f'{who} trains alone: of its peers ({ids}) none teaches'
-  for trouble in _trees(sign, 'troubles'):
-    doing = _text(trouble, 'doing') or 'something'
-    reason = _text(trouble, 'reason') or 'for no reason given'
-    count = _whole(trouble, 'count') or 1
+  troubles = (_sound(x, _TROUBLE) for x in known.get('troubles', ()))
+  for trouble in filter(None, troubles):
+    doing = trouble.get('doing') or 'something'
+    reason = trouble.get('reason') or 'for no reason given'
+    count = trouble.get('count') or 1
     times = 'once' if count == 1 else f'{count} times'
-    begun = _number(trouble, 'since')
-    if begun and status.last_seen is not None:
-      times = f'since {number(status.last_seen - begun, "time")}, {times}'
+    if trouble.get('since') and status.seen is not None:
+      lasts = number(status.seen - trouble['since'], 'time')
+      times = f'since {lasts}, {times}'
     yield f'{who}: {doing} fails {times}: {reason}'
-  if _text(sign, 'last_rejection'):
-    yield f'{who}: last rejection: {_text(sign, "last_rejection")}'
+  if known.get('last_rejection'):
+    yield f'{who}: last rejection: {known["last_rejection"]}'
 
 
-def _should_be_taught(status: Status, run: Mapping[str, Any]) -> bool:
+def _should_be_taught(known: Mapping[str, Any]) -> bool:
   # Without run.json, which the first update writes, nothing is known of
   # burn-in; and who has not made that update has not fetched either.
-  burn_in = _whole(run, 'burn_in_steps')
-  past = None not in (status.step, burn_in) and status.step > burn_in
-  return past and status.phase != 'compiling'
+  step, burn_in = known.get('step'), known.get('burn_in_steps')
+  past = None not in (step, burn_in) and step > burn_in
+  return past and known.get('phase') != 'compiling'
 
 
-# --- Values of the right kind, or None ---------------------------------------
+def _processes(groups: Sequence[Status]) -> list[str]:
+  """Says where processes run, a line per host; of finished groups none does."""
+  hosts: dict[str, list[str]] = {}
+  for group in groups:
+    if not group.done and 'pid' in group.known:
+      entry = f'{group.known["pid"]} (group {group.group_id})'
+      hosts.setdefault(group.known.get('host') or '?', []).append(entry)
+  return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]
 
 
-def _number(tree: Mapping[str, Any], key: str) -> float | None:
-  value = tree.get(key)
-  return value if isinstance(value, int | float) else None
-
-
-def _whole(tree: Mapping[str, Any], key: str) -> int | None:
-  value = tree.get(key)
-  return value if isinstance(value, int) else None
-
-
-def _text(tree: Mapping[str, Any], key: str) -> str:
-  """Returns a text in one line; '' for anything else."""
-  value = tree.get(key)
-  return ' '.join(value.split()) if isinstance(value, str) else ''
-
-
-def _trees(tree: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-  value = tree.get(key)
-  entries = value if isinstance(value, list) else []
-  return [entry for entry in entries if isinstance(entry, dict)]
-
-
-def _newest(records: Sequence[dict[str, Any]], key: str) -> float | None:
-  found = (_number(r, key) for r in reversed(records) if key in r)
-  return next(found, None)
-
-
-def _newest_count(records: Sequence[dict[str, Any]], key: str) -> int | None:
-  value = _newest(records, key)
-  # NaN and infinities are no counts.
-  return int(value) if value is not None and abs(value) < 1e15 else None
-
-
-def _first(*values: int | None) -> int | None:
-  return next((v for v in values if v is not None), None)
+def _note(sentence: str, style: str = 'yellow') -> Text:
+  """Returns it in lines that fit; paths in it stay whole."""
+  lines = textwrap.fill(
+      sentence,
+      _WIDTH,
+      subsequent_indent='    ',
+      break_long_words=False,
+      break_on_hyphens=False,
+  )
+  return Text(lines, style)
 
 
 # --- Showing -----------------------------------------------------------------
 
 
 def _row(status: Status, now: float, silent_after: float) -> list[str | Text]:
-  seen = status.last_seen
+  get, seen = status.known.get, status.seen
   silent = not status.done and seen is not None and now - seen > silent_after
-  speed = status.steps_per_sec
-  known = speed is not None and math.isfinite(speed)
-  rejected = None if status.peers == () else status.rejected
+  speed = get('steps_per_sec', math.nan)
+  published, checkpoint = status.saved
   return [
       str(status.group_id),
-      f'{number(status.step, "d")}/{number(status.num_steps, "d")}',
-      status.phase,
-      number(speed if known else None, '.1f'),
-      '-' if status.done or silent else _eta(status),
-      number(status.eval_loss, '.3f'),
-      number(status.published, 'd'),
+      f'{number(get("step"), "d")}/{number(get("num_steps"), "d")}',
+      'done' if status.done else get('phase') or '?',
+      number(speed if math.isfinite(speed) else None, '.1f'),
+      '-' if status.done or silent else _eta(status.known),
+      number(get('eval_loss'), '.3f'),
+      number(published, 'd'),
       _teachers(status),
       _staleness(status),
-      number(rejected, 'd'),
-      number(status.checkpoint, 'd'),
+      number(None if status.peers == () else get('rejected'), 'd'),
+      number(checkpoint, 'd'),
       _sign_of_life(status, now, silent),
   ]
 
 
-def _eta(status: Status) -> str:
-  if None in (status.step, status.num_steps) or not status.steps_per_sec:
+def _eta(known: Mapping[str, Any]) -> str:
+  if not {'step', 'num_steps'} <= known.keys() or not known.get(
+      'steps_per_sec'
+  ):
     return '-'
-  left = status.num_steps - status.step
-  return number(left / status.steps_per_sec, 'time')
+  left = known['num_steps'] - known['step']
+  return number(left / known['steps_per_sec'], 'time')
 
 
 def _teachers(status: Status) -> str:
@@ -346,9 +340,9 @@ def _span(values: Sequence[float], form: str) -> str:
 
 
 def _sign_of_life(status: Status, now: float, silent: bool) -> Text:
-  if status.last_seen is None:
+  if status.seen is None:
     return Text('DONE' if status.done else 'none yet')
-  age = f'{number(now - status.last_seen, "time")} ago'
+  age = f'{number(now - status.seen, "time")} ago'
   if status.done:
     return Text(f'DONE {age}', 'green')
   return Text(f'SILENT {age}', 'bold red') if silent else Text(age)
@@ -390,25 +384,3 @@ def _cell(group: Status, peer: int, show: Callable[[Age], str]) -> str:
   if peer in group.ages:
     return show(group.ages[peer])
   return 'absent' if peer in (group.peers or ()) else '.'
-
-
-def _note(sentence: str, style: str = 'yellow') -> Text:
-  """Returns it in lines that fit; paths in it stay whole."""
-  lines = textwrap.fill(
-      sentence,
-      _WIDTH,
-      subsequent_indent='    ',
-      break_long_words=False,
-      break_on_hyphens=False,
-  )
-  return Text(lines, style)
-
-
-def _processes(groups: Sequence[Status]) -> list[str]:
-  """Says where processes run, a line per host; of finished groups none does."""
-  hosts: dict[str, list[str]] = {}
-  for group in groups:
-    if not group.done and group.pid is not None:
-      entry = f'{group.pid} (group {group.group_id})'
-      hosts.setdefault(group.host or '?', []).append(entry)
-  return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]

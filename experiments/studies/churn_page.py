@@ -4,7 +4,6 @@ Files: a page as Markdown and HTML, churn.png, churn.csv (a row per split, arm
 and figure) and churn.json (with the figures of every retrain and pair).
 """
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 from experiments import cli
-from experiments.churn_study import results, run_files
-from experiments.churn_study.results import ENSEMBLE, Repeat, Retrains, Row
 from experiments.reports import pages
 from experiments.reports.pages import (
     Block,
@@ -28,8 +25,15 @@ from experiments.reports.pages import (
     Paragraph,
     Table,
 )
-from experiments.studies import formatting, study_page, verdicts
+from experiments.studies import (
+    churn_results,
+    retrains,
+    study_page,
+    verdicts,
+    words,
+)
 from experiments.studies.analysis import Effect
+from experiments.studies.churn_results import Repeat, Retrains, Row
 from experiments.studies.declaration import (
     MEASURES,
     Comparison,
@@ -49,19 +53,6 @@ FIGURES = {
 }
 _OF_PAIRS = ('churn', 'relative', 'disagreement')
 
-DEFINITIONS = (
-    'Mean absolute difference between retrains: |p - q| of the positive class'
-    ' on the same examples, meaned over examples and over pairs of retrains;'
-    ' total variation for more than two classes.',
-    'Relative difference: 2 |p - q| / (p + q), of the positive class, or of the'
-    ' label for more than two classes. Disagreement: the share of examples'
-    ' whose most probable classes differ.',
-    'Intervals are for the mean over retrains of the same kind: the standard'
-    ' error of a bootstrap that resamples retrains, not pairs, with the'
-    " quantile of Student's t; seeded.",
-)
-
-
 # --- A study -----------------------------------------------------------------
 
 
@@ -69,49 +60,41 @@ def report(
     workdir: files.PathLike,
     output: files.PathLike | None = None,
     note: str = '',
+    study: Study | None = None,
 ) -> None:
-  """Prints Table 1 of a study and writes its page, `churn.html`.
+  """Prints Table 1 of the retrains in a workdir, and writes their page.
+
+  Args:
+    workdir: Of the study.
+    output: Directory; default: report/ in the workdir.
+    note: A sentence for the page.
+    study: A declaration, whose comparisons are judged; its page is `page`.
 
   Raises:
     ValueError: After all that, if a deterministic control failed.
   """
-  found = results.load_study(workdir)
-  cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
-  _tell(table_1(found.table, _split_of(found), short=True))
-  for line in (_summary(found), _choice(found)):
-    cli.tell(line)
+  found = churn_results.load_study(workdir)
   directory = epath.Path(output or epath.Path(workdir) / 'report')
-  blocks = _blocks(found, workdir, note)
-  page = pages.write(directory, 'churn', 'Prediction churn', blocks)
+  blocks = _blocks(found, note)
+  if study is None:
+    cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
+    cli.tell(f'\n{_text(table_1(found.table, _split_of(found), short=True))}\n')
+    for line in (_summary(found), _choice(found)):
+      cli.tell(line)
+    page = pages.write(directory, 'churn', 'Prediction churn', blocks)
+    cli.tell(f'report: {os.fspath(page)}')
+  else:
+    said = judge(study, found.rows['test'])
+    cli.tell(f'\n{_text(table_1(found.table, short=True))}\n')
+    for line in said:
+      cli.tell(line)
+    head = [Paragraph(study.question), Paragraph(study_page.claim(study))]
+    blocks = [*head, Heading('Verdict'), Bullets(said), *blocks]
+    pages.write(directory, 'page', study.title, blocks)
+    cli.tell(f'page: {os.fspath(directory / "page.md")}')
   _write_study(directory, found)
-  cli.tell(f'report: {os.fspath(page)}')
-  _raise_failures(found)
-
-
-def report_comparisons(
-    study: Study, workdir: files.PathLike, output: files.PathLike, note: str
-) -> epath.Path:
-  """Prints the verdicts of a declared study, too, and writes `page.md`.
-
-  Raises:
-    ValueError: After all that, if a deterministic control failed.
-  """
-  found = results.load_study(workdir)
-  said = judge(study, found.rows['test'])
-  _tell(table_1(found.table, short=True))
-  for line in said:
-    cli.tell(line)
-  blocks = [
-      Paragraph(study.question),
-      Paragraph(study_page.claim(study)),
-      Heading('Verdict'),
-      Bullets(said),
-      *_blocks(found, workdir, note),
-  ]
-  pages.write(output, 'page', study.title, blocks)
-  _write_study(epath.Path(output), found)
-  _raise_failures(found)
-  return epath.Path(output) / 'page.md'
+  for failure in _failures(found):
+    raise ValueError(f'the deterministic control failed: {failure}')
 
 
 def judge(study: Study, rows: Sequence[Row]) -> list[str]:
@@ -126,7 +109,7 @@ def judge(study: Study, rows: Sequence[Row]) -> list[str]:
 
 def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
   """Compares churn by a ratio, over pairs; log loss by a difference."""
-  retrains = min(ours.retrains, theirs.retrains)
+  count = min(ours.retrains, theirs.retrains)
   figures = [row.figures[comparison.measure] for row in (ours, theirs)]
   if comparison.measure != 'churn':
     return _difference(*figures)
@@ -142,41 +125,37 @@ def _effect(comparison: Comparison, ours: Row, theirs: Row) -> Effect:
       low=1 + change.low,
       high=1 + change.high,
       # One ratio, of so many retrains: they have none of their own.
-      values=(1 + change.mean,) * retrains,
+      values=(1 + change.mean,) * count,
   )
   return Effect(True, (), (), ratio, *(f.mean for f in figures))
 
 
 def _difference(ours: Estimate, theirs: Estimate) -> Effect:
   """Compares retrain by retrain: those of one number share their seeds."""
-  retrains = min(len(ours.values), len(theirs.values))
-  a, b = (np.array(f.values[:retrains]) for f in (ours, theirs))
+  count = min(len(ours.values), len(theirs.values))
+  a, b = (np.array(f.values[:count]) for f in (ours, theirs))
   difference = statistics.mean_over_retrains(a - b)
   return Effect(False, (), (), difference, a.mean(), b.mean())
 
 
-def _blocks(found: Retrains, workdir, note: str) -> list[Block]:
+def _blocks(found: Retrains, note: str) -> list[Block]:
   """Returns all of the page, in order."""
   from experiments.studies import study_plots  # Needs matplotlib.
 
   split = _split_of(found)
   plot = study_plots.churn(found.rows['test'], found.chosen, split.strip())
   controls = [
-      Paragraph(
-          'Which seed makes the churn: retrains that share the order of the'
-          ' data or the parameters at the start, beside as many that share'
-          ' neither.'
-      ),
+      Paragraph(words.paragraph('controls')),
       Table(table_1(found.controls, split)),
   ]
   return [
       *(Paragraph(x) for x in (found.settings['headline'], note) if x),
-      *(Paragraph(f'FAILED: {x}') for x in failures(found)),
+      *(Paragraph(f'FAILED: {x}') for x in _failures(found)),
       Paragraph(_summary(found)),
       Paragraph(_choice(found)),
       Heading('Table 1'),
       Table(table_1(found.table, split)),
-      Bullets(_notes(found)),
+      Bullets(words.paragraphs('notes', size=found.settings['num_groups'])),
       Heading('95 % intervals'),
       Table(interval_table(found.table)),
       Heading(plot.title),
@@ -188,18 +167,10 @@ def _blocks(found: Retrains, workdir, note: str) -> list[Block]:
       *(controls if found.controls else []),
       Heading('Settings'),
       Table(_settings_table(found), names=2),
-      *_configurations(workdir, found),
+      *(Code(text, name) for name, text in found.configurations.items()),
       Heading('How to make it again'),
       Code(found.settings['command']),
   ]
-
-
-def _configurations(workdir, found: Retrains) -> list[Block]:
-  paths = [
-      epath.Path(workdir) / (f'config_{name}.gin' if name else 'config.gin')
-      for name in found.settings['configurations']
-  ]
-  return [Code(p.read_text(), p.name) for p in paths if p.exists()]
 
 
 def _write_study(directory: epath.Path, found: Retrains) -> None:
@@ -216,11 +187,6 @@ def _write_study(directory: epath.Path, found: Retrains) -> None:
       ],
   }
   _write_data(directory, found.rows, tree)
-
-
-def _raise_failures(found: Retrains) -> None:
-  for said in failures(found):
-    raise ValueError(f'the deterministic control failed: {said}')
 
 
 # --- Files of other people's models ------------------------------------------
@@ -256,7 +222,7 @@ def report_files(
     return
   blocks = [
       Table(table_1(rows)),
-      Bullets([said, *DEFINITIONS]),
+      Bullets([said, *words.paragraphs('definitions')]),
       Heading('95 % intervals'),
       Table(interval_table(rows)),
       Heading('Pairs'),
@@ -284,27 +250,13 @@ def _text(frame: pd.DataFrame) -> str:
   return pages.to_text(list(frame), frame.to_numpy().tolist())
 
 
-def _tell(frame: pd.DataFrame) -> None:
-  cli.tell(f'\n{_text(frame)}\n')
-
-
 def _cell(row: Row, key: str, *, spread: bool) -> str:
   """Returns `0.4480 ± 0.0001`, or `0.4480 [0.4478, 0.4482]`."""
   if key not in row.figures:
     return '-'
-  return formatting.estimate(
+  return words.estimate(
       row.figures[key], FIGURES[key].form, spread=spread, interval=not spread
   )
-
-
-def _percent(found: Estimate | None) -> str:
-  """Returns `-38 % [-41, -35]`."""
-  if found is None or not math.isfinite(found.mean):
-    return '-'
-  text = f'{100 * found.mean:+.0f} %'
-  if math.isnan(found.low):
-    return text
-  return f'{text} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]'
 
 
 def _present(rows: Iterable[Row]) -> list[str]:
@@ -330,7 +282,7 @@ def table_1(
       title = title if key in _OF_PAIRS else prefix + title
       line[title] = _cell(row, key, spread=True)
       if key == 'churn' and compared:
-        line['change [95 %]'] = _percent(row.change)
+        line['change [95 %]'] = words.percent(row.change)
     lines.append(line)
   return pd.DataFrame(lines)
 
@@ -360,7 +312,7 @@ def _weight_table(found: Retrains) -> pd.DataFrame:
     line = [title + (' (chosen)' if arm == found.chosen else '')]
     for row in of_splits:
       line += [_cell(row, key, spread=True) for key in ('log_loss', 'churn')]
-      line += [_percent(row.change)]
+      line += [words.percent(row.change)]
     lines.append(line)
   return pd.DataFrame(lines, columns=columns)
 
@@ -420,7 +372,7 @@ def _settings_table(found: Retrains) -> pd.DataFrame:
       'seeds of the order of data': each('data_seed', ''),
       'trainings': str(len(records)),
       'cores of a training': each('cores', ','),
-      'device': s['platform'],
+      'device': s['device'],
       'first start to last end, minutes': f'{took / 60:.1f}',
       'minutes of all trainings added': f'{trained / 60:.1f}',
       'jax': each('jax', ''),
@@ -439,77 +391,39 @@ def _split_of(found: Retrains) -> str:
 def _summary(found: Retrains) -> str:
   """Returns the result in a sentence or two."""
   rows = {row.arm: row for row in found.table}
-  single, ensemble = rows[run_files.SINGLE], rows[ENSEMBLE]
-  best = rows.get(found.chosen)
-  if best is None:
-    return (
-        f'Churn of the {ensemble.title}, against the single model:'
-        f' {_percent(ensemble.change)}.'
-    )
-  loss = lambda row: row.figures['log_loss']
-  worse = loss(best).mean > loss(ensemble).mean
-  apart = 'arms of different size'
-  if best.retrains == ensemble.retrains:
-    difference = _difference(loss(best), loss(ensemble)).estimate
-    apart = f'difference {formatting.estimate(difference, ".4f")}'
-  return (
-      f'Churn of the model {best.title}, against the single model:'
-      f' {_percent(best.change)}; of the {ensemble.title}:'
-      f' {_percent(ensemble.change)}. Its {_split_of(found)}log loss is'
-      f' {loss(best).mean:.4f}, {"worse" if worse else "no worse"} than the'
-      f' {loss(ensemble).mean:.4f} of the {ensemble.title} ({apart}); the'
-      f' single model has {loss(single).mean:.4f}.'
+  ensemble, best = rows[retrains.ENSEMBLE], rows.get(found.chosen)
+  difference = None
+  if best and best.retrains == ensemble.retrains:
+    losses = [row.figures['log_loss'] for row in (best, ensemble)]
+    difference = _difference(*losses).estimate
+  return words.paragraph(
+      'churn_summary',
+      single=rows[retrains.SINGLE],
+      ensemble=ensemble,
+      best=best,
+      difference=difference,
+      split=_split_of(found),
   )
 
 
 def _choice(found: Retrains) -> str:
   """Says how the weight was chosen."""
-  said = 'No codistilled arm was trained.'
-  if found.chosen is not None:
-    weight = run_files.weight_of(found.chosen)
-    said = (
-        f'Distill weight {weight:g} was chosen on validation: {found.reason}.'
-    )
-  if not found.settings['has_test_split']:
-    said += ' The task has no test split: the table is of validation.'
-  elif found.chosen is not None:
-    said += ' The table is of the same retrains, on other examples.'
-  return said
+  return words.paragraph(
+      'choice',
+      weight=found.chosen and retrains.weight_of(found.chosen),
+      reason=found.reason,
+      has_test_split=found.settings['has_test_split'],
+  )
 
 
-def _notes(found: Retrains) -> list[str]:
-  size = found.settings['num_groups']
-  return [
-      '± is half of maximum minus minimum, over retrains or over pairs of them'
-      ' (Anil et al. 2018).',
-      'Retrains differ in the seed of the parameters and in that of the order'
-      f' of the data. An ensemble is the mean probability of {size} single'
-      ' models, and no model is in two ensembles; of a codistilled run one copy'
-      ' is compared, that of group 0, with those of other runs.',
-      'Change: of the mean absolute difference, against the single model.'
-      ' Retrains of one number share their seeds and are resampled together.',
-      *DEFINITIONS,
-  ]
-
-
-def failures(found: Retrains) -> list[str]:
+def _failures(found: Retrains) -> list[str]:
   """Says what is wrong with the deterministic controls."""
+  platform = found.settings['platform']
   return [
-      f'{r.arm} 0, trained twice with the same seeds, gave'
-      f' {r.different:,} of {r.total:,} predictions that differ, by up to'
-      f' {r.largest:.3g}; the churn of the arms is not due to their seeds alone'
-      + _hint(found, r)
-      for r in found.repeats
-      if r.different
+      words.paragraph('failure', repeat=repeat, platform=platform)
+      for repeat in found.repeats
+      if repeat.different
   ]
-
-
-def _hint(found: Retrains, repeat: Repeat) -> str:
-  if not repeat.same_cores:
-    return ' (one run had more cores than the other: do not change --jobs)'
-  if found.settings['platform'] != 'cpu':
-    return ' (try XLA_FLAGS=--xla_gpu_deterministic_ops=true)'
-  return ''
 
 
 # --- For programs ------------------------------------------------------------

@@ -1,22 +1,11 @@
 """Bytes that a worker or group receives per update, by pattern.
 
-A pure function of what is exchanged, see `FORMULAS`; nothing is measured here.
-Gradients are as many bytes as parameters. A ring passes each of W parts on
-2 (W - 1) times, W - 1 to add up and W - 1 to hand round (Patarasuk & Yuan
-2009). An update of a server is the work of one worker, whatever W.
+A pure function of what is exchanged, see 'formulas' in `words.jinja`; nothing
+is measured here. Gradients are as many bytes as parameters. A ring passes each
+of W parts on 2 (W - 1) times, W - 1 to add up and W - 1 to hand round
+(Patarasuk & Yuan 2009). An update of a server is the work of one worker.
 """
 
-# For pages.
-FORMULAS = (
-    'Bytes received per update, with b bytes of parameters and W workers:'
-    ' all-reduce in a ring 2 (W - 1) / W b; codistillation with P peers and an'
-    ' exchange every n updates P b / n, and the all-reduce within the group;'
-    ' local SGD and DiLoCo with an outer step every H updates'
-    ' 2 (W - 1) / (W H) b; a parameter server 2 b, the gradient that it'
-    ' receives and the parameters that its worker pulls.',
-    'Bytes are those of one worker of a synchronous group, or of the link of a'
-    ' server. Parameters and gradients count with the bytes of a publication.',
-)
 PATTERNS = ('none', 'all_reduce', 'exchange', 'outer', 'server')
 
 
@@ -29,7 +18,7 @@ def bytes_per_update(
     peers: int = 1,
     outer_every: int = 1,
 ) -> float:
-  """Bytes received per update, averaged over an interval.
+  """Returns bytes received per update, averaged over an interval.
 
   Args:
     pattern: One of `PATTERNS`.
@@ -57,7 +46,7 @@ def bytes_per_update(
 
 
 def all_reduce_bytes(parameter_bytes: float, workers: int) -> float:
-  """What each worker of a ring receives in one all-reduce."""
+  """Returns what each worker of a ring receives in one all-reduce."""
   return 2.0 * (workers - 1) / workers * parameter_bytes
 
 

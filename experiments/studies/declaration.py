@@ -1,8 +1,8 @@
 """What a study is: arms, scales, and what is compared; data, no code.
 
-A study is declared in `catalogue/`, trained by `worker`, read back by
-`results`, and turned into figures, plots and a page by the modules beside
-them. Nothing here imports jax.
+A study is declared in `catalogue/`, planned by `plan` and trained by `worker`;
+`load` reads it back, `analysis` and `verdicts` turn it into numbers and words,
+`study_page` into a page. Nothing here imports jax.
 """
 
 from collections.abc import Mapping
@@ -94,6 +94,11 @@ class Arm(NamedTuple):
       asynchronous SGD.
     communication: Pattern of bytes, a name in `communication`: 'none',
       'all_reduce', 'exchange', 'outer' or 'server'.
+    seeds: Of its runs; None: as many as the scale says, from 0.
+    fixed: What all its runs have of seed 0: 'parameters', the 'order' of data,
+      or '', nothing.
+    weight: Distill weight in the end, in place of that of the configuration,
+      whose burn-in and ramp stay; None: that of the configuration.
     x: Where the arm stands on the axis of the study, if that has one.
     series: Which line of the plot against that axis it belongs to.
   """
@@ -110,6 +115,9 @@ class Arm(NamedTuple):
   times: int = 1
   batch_workers: int | None = None
   communication: str = 'none'
+  seeds: tuple[int, ...] | None = None
+  fixed: str = ''
+  weight: float | None = None
   x: float | None = None
   series: str = ''
 
@@ -173,9 +181,11 @@ class Study(NamedTuple):
     baseline: The arm whose best loss is the target.
     comparisons: What the verdict is about; the first is the main one.
     scales: By name.
+    predictions: Whether its runs leave what they predict in the end, on the
+      validation and the test split; see `retrains`.
     x_label: Of the axis on which arms stand; '' for none.
     x_log: Whether that axis is logarithmic.
-    views: Further figures of this study, names in `views`; such as 'latency'.
+    views: Further figures of this study, names in `study_page.VIEWS`.
     notes: Paragraphs for the page: what the result depends on.
   """
 
@@ -188,6 +198,7 @@ class Study(NamedTuple):
   baseline: str
   comparisons: tuple[Comparison, ...]
   scales: Mapping[str, Scale]
+  predictions: bool = False
   x_label: str = ''
   x_log: bool = False
   views: tuple[str, ...] = ()

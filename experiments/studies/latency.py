@@ -17,7 +17,7 @@ Shape suffixes: K measured numbers of workers, N values of a sample.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -194,58 +194,3 @@ def fit_steps(workers_K: Sequence[float], steps_K: Sequence[float]) -> Fit:
   )
   floor = math.exp(rest_K(found.x).mean())
   return Fit(floor, math.exp(found.x), float(error(found.x)))
-
-
-# --- One group or two --------------------------------------------------------
-
-
-class Crossover(NamedTuple):
-  """One group of 2 W workers against two codistilling groups of W.
-
-  Attributes:
-    workers_K: W, of each of the two groups.
-    one_K: Time to the target of one group of 2 W.
-    two_K: Time of two groups of W.
-    first: The smallest W from which on two groups are faster; None if they are
-      not at the largest W.
-  """
-
-  workers_K: tuple[int, ...]
-  one_K: tuple[float, ...]
-  two_K: tuple[float, ...]
-  first: int | None
-
-  @property
-  def gain(self) -> float:
-    """Time of one group over that of two, at the largest W."""
-    return self.one_K[-1] / self.two_K[-1]
-
-
-def crossover(
-    steps: Callable[[int], float],
-    ratio: float,
-    compute: float,
-    latency: Latency,
-    smallest: int = 1,
-) -> Crossover:
-  """Finds where a second group beats doubling the first.
-
-  Args:
-    steps: Workers -> steps to the target of one group.
-    ratio: Steps of each of two codistilling groups over those of one of the
-      same number of workers.
-    compute: Cost of an update with teachers over that of one without.
-    latency: What is assumed.
-    smallest: The least W.
-  """
-  workers = [smallest]
-  while 4 * workers[-1] <= latency.most_workers:
-    workers.append(2 * workers[-1])
-  one = [steps(2 * w) * step_time(latency, 2 * w) for w in workers]
-  two = [ratio * steps(w) * step_time(latency, w, compute) for w in workers]
-  first = None
-  for w, alone, pair in reversed(list(zip(workers, one, two))):
-    if pair >= alone:
-      break
-    first = w
-  return Crossover(tuple(workers), tuple(one), tuple(two), first)

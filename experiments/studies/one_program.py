@@ -28,7 +28,8 @@ from codistill_jax.base import (
     Variables,
     cast_floats,
 )
-from codistill_jax.exchange.protocol import (
+from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.plan import (
     NoExchange,
     Plan,
     check_finite,
@@ -58,10 +59,9 @@ def possible(experiment: Experiment, num_groups: int) -> bool:
   peers they have.
   """
   peers = {
-      experiment_lib.num_teachers(experiment, g, num_groups)
-      for g in range(num_groups)
+      experiment.exchange.num_teachers(g, num_groups) for g in range(num_groups)
   }
-  return experiment.exchange == 'checkpoints' and len(peers) == 1
+  return isinstance(experiment.exchange, Checkpoints) and len(peers) == 1
 
 
 def make_places(
@@ -87,7 +87,7 @@ def make_places(
           shared_batch=False,
       )
   )
-  exchanges = exchanges_of(update, experiments[0].plan, num_groups)
+  exchanges = exchanges_of(update, experiments[0].exchange, num_groups)
   members = list(map(Place, update.seats, exchanges))
   places = [
       members[first : first + num_groups]

@@ -9,6 +9,7 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +22,19 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
+from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli, devices, driver, lockstep
-from experiments.job import Job
-from experiments.stopping import Rescue, StopRequest
-from experiments.studies import one_program
+from experiments import cli
+from experiments.cli import StopRequest
+from experiments.running import devices, driver, lockstep
+from experiments.running.job import Job
+from experiments.studies import one_program, predictions
 from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations
+from experiments.studies.configurations import Configurations, shared_by_seeds
 from experiments.studies.declaration import Arm
-from experiments.studies.plan import Plan, PlannedRun
+from experiments.studies.plan import PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 
@@ -53,7 +57,6 @@ class _Run(NamedTuple):
   planned: PlannedRun
   jobs: Sequence[Job]
   exchanges: Sequence[Any]
-  ensemble: '_Ensemble | _NoEnsemble'
 
 
 class Trainer:
@@ -118,6 +121,7 @@ class Trainer:
   ) -> list[_Run]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
+    num_groups = self._plan.arm(run.arm).num_groups
     compiled = self._compile(run, experiment)
     # The same optimiser, model and step: nothing is compiled again.
     experiment = dataclasses.replace(experiment, optimizer=compiled.optimizer)
@@ -125,33 +129,46 @@ class Trainer:
         run,
         experiment,
         compiled.model,
-        compiled.train_steps,
+        # A seat for each group, or one step for whatever many there are.
+        (list(compiled.train_steps) * num_groups)[:num_groups],
         latch,
         shared_stream=compiled.stream,
     )
-    lockstep.keep_common_checkpoints(made.jobs)
-    start = driver.new_state(made.jobs[0])
-    start.efficiency.close()
-    exchanges = lockstep.exchanges_of(made.jobs, start)
+    exchange = experiment.exchange
+    if self._plan.study.predictions and isinstance(exchange, Checkpoints):
+      # Short runs that exchange often: none of it on disk is worth the time.
+      can_resume = functools.partial(one_program.can_resume, exchange)
+      lockstep.keep_common_checkpoints(made.jobs, can_resume)
+      exchanges = memory_exchanges(len(made.jobs), plan=exchange)
+    else:
+      lockstep.keep_common_checkpoints(made.jobs)
+      start = driver.new_state(made.jobs[0])
+      start.efficiency.close()
+      exchanges = exchange.join_all(
+          made.jobs[0], start.state.variables, start.examples
+      )
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
-    """The step of a run, or that of the one before if only seeds differ."""
+    """Makes the step of a run, or keeps it if only seeds differ."""
     # Under this configuration, even if it is thrown away: what makes no model
     # would have dead bindings.
     model = gin_utils.call(experiment_lib.make_model, experiment)
-    key = run.arm, self._configurations.rate(run)
+    arm = self._plan.arm(run.arm)
+    # The number of groups matters where these are one program alone.
+    groups = arm.num_groups if experiment.exchange.one_program else 0
+    key = shared_by_seeds(), groups
     compiled = self._compiled
     # Groups of one program keep a state of their own in their step.
     if (
         compiled is None
         or key != compiled.key
-        or experiment.exchange == 'predictions'
+        or experiment.exchange.one_program
     ):
       # One program at a time is enough of memory.
       compiled = self._compiled = None
       steps, stream = lockstep.train_steps_of(
-          experiment, model, self._plan.arm(run.arm).num_groups, self._replicas
+          experiment, model, arm.num_groups, self._replicas
       )
       compiled = _Compiled(key, experiment.optimizer, model, steps, stream)
       self._compiled = compiled
@@ -192,7 +209,7 @@ class Trainer:
     ]
     lockstep.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
-        lambda step: one_program.can_resume(first.plan, step),
+        lambda step: one_program.can_resume(first.exchange, step),
     )
     return made
 
@@ -208,7 +225,13 @@ class Trainer:
     """Returns a run without its exchanges."""
     arm = self._plan.arm(run.arm)
     directory = plan_lib.run_dir(self._configurations.workdir, run)
-    ensemble = _ensemble_of(self._plan, arm, model, experiment, directory)
+    if arm.num_groups > 1 and any(
+        other.ensemble_of == arm.name for other in self._plan.declared
+    ):
+      path = plan_lib.ensemble_path(directory)
+      kwargs['evaluated'] = _ensemble_of(
+          model, experiment, path, arm.num_groups
+      )
     jobs = [
         Job(
             experiment=experiment,
@@ -218,14 +241,12 @@ class Trainer:
             group_id=group_id,
             num_groups=arm.num_groups,
             stop=latch,
-            rescue=self._stop.rescue or Rescue(),
             arm=arm.name,
-            evaluated=ensemble,
             **kwargs,
         )
         for group_id, train_step in enumerate(train_steps)
     ]
-    return _Run(run, jobs, (), ensemble)
+    return _Run(run, jobs, ())
 
   def _rounds(
       self,
@@ -237,14 +258,21 @@ class Trainer:
   ) -> Iterator[None]:
     """Steps all groups of a run until they are done or one diverges."""
     experiment = run.jobs[0].experiment
-    counted = _Steps(say, experiment.num_steps, together)
     diverged_at = None
+    steps = dict.fromkeys(range(len(run.jobs)), 0)
+
+    def counted(group_id: int, group: Iterator[int]) -> Iterator[int]:
+      of = f'{experiment.num_steps:,}{", all seeds" if together > 1 else ""}'
+      for step in group:
+        steps[group_id] = step
+        say(f'step {step:,} of {of}')
+        yield step
+
     with contextlib.ExitStack() as stack:
-      stack.callback(run.ensemble.close)
       groups = [
           stack.enter_context(
               contextlib.closing(
-                  driver.train(job, _given(exchange), _writer_of(job))
+                  driver.train(job, lambda _, x=exchange: x, _writer_of(job))
               )
           )
           for job, exchange in zip(run.jobs, run.exchanges)
@@ -260,14 +288,24 @@ class Trainer:
             run.jobs[0].configuration()  # Kept, as of the first round.
           yield
       except FloatingPointError:
-        diverged_at = counted.failed_at
+        diverged_at = min(steps.values()) + 1  # Who did not get through it.
         for job in run.jobs if together > 1 else ():
           job.train_step.leave()
+    job = run.jobs[0]
+    if self._plan.study.predictions:
+      if diverged_at is not None:
+        raise FloatingPointError(
+            f'{run.planned.name} diverged at step {diverged_at}; lower the'
+            ' learning rate or the distill weight'
+        )
+      predictions.leave(
+          self._configurations.workdir, job.workdir, experiment, job.model
+      )
     outcome = _describe(
         run.planned,
         self._plan.arm(run.planned.arm),
         experiment,
-        run.jobs[0].workdir,
+        job.workdir,
         rate=self._configurations.rate(run.planned),
         diverged_at=diverged_at,
         began=began,
@@ -287,9 +325,9 @@ def _describe(
     began: float,
     together: int,
 ) -> Outcome:
-  """What outcome.json says of a run that has just ended."""
+  """Returns what outcome.json says of a run that has just ended."""
   num_peers = [
-      experiment_lib.num_teachers(experiment, g, arm.num_groups)
+      experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
   ]
   row = experiment_lib.first_row(experiment, arm.num_groups)
@@ -299,8 +337,9 @@ def _describe(
       'rate': rate,
       'seed': experiment.seed,
       'data_seed': experiment.data_seed,
+      'num_groups': arm.num_groups,
       'num_steps': experiment.num_steps,
-      'exchange_every': experiment.exchange_every,
+      'exchange_every': experiment.exchange.every,
       'burn_in_steps': next(
           filter(experiment.distill_weight, range(experiment.num_steps)),
           experiment.num_steps,
@@ -314,11 +353,19 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
+      'cores': _own_cores(),
   }
 
 
+def _own_cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def _last_loss(directory: files.PathLike, num_groups: int) -> float:
-  """Validation loss at the end: the mean over groups and last evaluations."""
+  """Returns the mean validation loss of groups and last evaluations."""
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
@@ -329,12 +376,8 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   return float(np.mean(found)) if found else float('nan')
 
 
-def _given(exchange: Any) -> Callable[[Variables], Any]:
-  return lambda variables: exchange
-
-
 def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
-  """JSON lines alone."""
+  """Makes a writer of JSON lines alone."""
 
   def make(start: int) -> writers.Writer:
     path = run_directory.metrics_path(job.workdir, job.group_id)
@@ -344,86 +387,28 @@ def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
   return make
 
 
-class _Steps:
-  """How far the groups of a run are; and a sign of life now and then."""
-
-  def __init__(self, say: Callable[[str], None], num_steps: int, together: int):
-    self._say = say
-    self._of = f'of {num_steps:,}{", all seeds" if together > 1 else ""}'
-    self._steps: dict[int, int] = {}
-
-  @property
-  def failed_at(self) -> int:
-    """The step of the group that did not get through it."""
-    return min(self._steps.values(), default=0) + 1
-
-  def __call__(self, group_id: int, steps: Iterator[int]) -> Iterator[int]:
-    self._steps[group_id] = 0
-    for step in steps:
-      self._steps[group_id] = step
-      self._say(f'step {step:,} {self._of}')
-      yield step
-
-
-class _Ensemble:
-  """Evaluates the mean prediction of all groups whenever all are evaluated.
+def _ensemble_of(
+    model: base.Model,
+    experiment: Experiment,
+    path: files.PathLike,
+    num_groups: int,
+) -> Callable[[int, int, Variables], None]:
+  """Returns what evaluates the mean prediction of all groups.
 
   The groups are stepped in turn, so what the first ones have given is intact
   when the last one comes.
   """
+  given: dict[int, Variables] = {}
 
-  def __init__(
-      self,
-      model: base.Model,
-      experiment: Experiment,
-      path: files.PathLike,
-      num_groups: int,
-  ):
-    self._model = model
-    self._experiment = experiment
-    self._path = path
-    self._num_groups = num_groups
-    self._given: dict[int, Variables] = {}
-    self._writer: writers.Writer | None = None
-
-  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
-    self._given[group_id] = variables
-    if len(self._given) < self._num_groups:
+  def evaluated(group_id: int, step: int, variables: Variables) -> None:
+    given[group_id] = variables
+    if len(given) < num_groups:
       return
-    members = [self._given.pop(g) for g in range(self._num_groups)]
-    task = self._experiment.task
-    found = evaluate.compare(
-        self._model, members, task.eval_batches(self._experiment.eval_batch)
-    )
-    if self._writer is None:
-      self._writer = writers.JsonlWriter(self._path, resume_step=step - 1)
-    self._writer.write(step, found.ensemble)
+    members = [given.pop(g) for g in range(num_groups)]
+    batches = experiment.task.eval_batches(experiment.eval_batch)
+    found = evaluate.compare(model, members, batches)
+    writer = writers.JsonlWriter(path, resume_step=step - 1)
+    with contextlib.closing(writer):
+      writer.write(step, found.ensemble)
 
-  def close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-
-
-class _NoEnsemble:
-  """Of a run that nobody asks for one."""
-
-  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
-    del group_id, step, variables
-
-  def close(self) -> None:
-    pass
-
-
-def _ensemble_of(
-    plan: Plan,
-    arm: Arm,
-    model: base.Model,
-    experiment: Experiment,
-    directory: files.PathLike,
-) -> _Ensemble | _NoEnsemble:
-  """What an arm's ensemble is made of, if the study has one."""
-  wanted = any(other.ensemble_of == arm.name for other in plan.declared)
-  if arm.num_groups < 2 or not wanted:
-    return _NoEnsemble()
-  path = plan_lib.ensemble_path(directory)
-  return _Ensemble(model, experiment, path, arm.num_groups)
+  return evaluated

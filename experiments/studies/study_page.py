@@ -5,7 +5,7 @@ curves.csv (a row per evaluation).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +24,10 @@ from experiments.reports.pages import (
 )
 from experiments.studies import (
     analysis,
-    communication,
-    formatting,
     results,
     verdicts,
     wall_time,
+    words,
 )
 from experiments.studies.analysis import (
     DIVERGED,
@@ -39,16 +38,19 @@ from experiments.studies.analysis import (
     Outcome,
 )
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.formatting import count, sentence_start
 from experiments.studies.latency import Latency
-from experiments.studies.results import Band, Run, Setting
+from experiments.studies.results import Band, Run
 from experiments.studies.verdicts import Verdict
+from experiments.studies.words import count, sentence_start
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',
 # 'staleness' and every other study with `x_label` measures against it;
 # 'speed-accuracy' accuracy beside loss, among the curves.
 VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
+
+# What all runs have in common, see `load`.
+Settings = Mapping[str, Any]
 
 
 class Summary(NamedTuple):
@@ -69,7 +71,7 @@ class Summary(NamedTuple):
 
 def write(
     study: Study,
-    setting: Setting,
+    settings: Settings,
     runs: Sequence[Run],
     output: files.PathLike,
     *,
@@ -79,7 +81,7 @@ def write(
 
   Args:
     study: Its declaration.
-    setting: What all runs have in common.
+    settings: What all runs have in common, see `load`.
     runs: Of all arms and seeds, those for tuning among them; in any order.
     output: Directory; what lies there under the same names is replaced.
     latency: What is assumed of workers and network, for the view 'latency'.
@@ -91,7 +93,7 @@ def write(
   judged = tuple(verdicts.judge(found, c) for c in study.comparisons)
   said = (*(v.sentence for v in judged), *_divergences(found))
   directory = epath.Path(output)
-  made = _blocks(found, setting, said, latency or Latency())
+  made = _blocks(found, settings, said, latency or Latency())
   pages.write(directory, 'page', study.title, made)
   for name, frame in (('study', _study_csv(found)), ('curves', _curves(found))):
     text = frame.to_csv(index=False, lineterminator='\n')
@@ -102,7 +104,7 @@ def write(
 
 
 def _blocks(
-    found: Analysis, setting: Setting, said: Sequence[str], latency: Latency
+    found: Analysis, settings: Settings, said: Sequence[str], latency: Latency
 ) -> list[Block]:
   """Returns all of the page, in order."""
   from experiments.studies import study_plots  # Needs matplotlib.
@@ -114,41 +116,43 @@ def _blocks(
           f'No view {name!r} for {study.name}; there are {", ".join(VIEWS)}.'
       )
   seeds = 'Steps to the target, seed by seed'
-  drawn = [*study_plots.curves(found, setting), study_plots.against_axis(found)]
+  baseline = _title(study, study.baseline)
+  rules = words.paragraphs('rules', window=found.window, baseline=baseline)
+  example = settings['example']
+  drawn = [*study_plots.curves(found, example), study_plots.against_axis(found)]
   return [
       Paragraph(study.question),
       Paragraph(claim(study)),
-      Paragraph(_settings(study, setting)),
+      Paragraph(_settings(study, settings)),
       *([Heading('Verdict'), Bullets(said)] if said else []),
       Heading('Arms'),
-      Table(arms_table(found, setting)),
-      Paragraph(_targets(found, setting)),
+      Table(arms_table(found, settings)),
+      Paragraph(
+          words.paragraph('targets', targets=found.targets, example=example)
+      ),
       *([Heading(seeds), Table(_seeds_table(found))] if found.trained else []),
       *(b for plot in drawn if plot for b in (Heading(plot.title), plot)),
-      *(_bytes(found, setting) if 'bytes' in views else []),
+      *(_bytes(found, settings) if 'bytes' in views else []),
       *(
-          wall_time_blocks(found, setting, latency)
+          wall_time_blocks(found, settings, latency)
           if 'latency' in views
           else []
       ),
-      *_rates(found, setting),
+      *_rates(found, settings),
       Heading('Rules'),
-      Bullets([*_rules(found), *verdicts.RULES]),
+      Bullets([*rules, *words.paragraphs('verdict_rules')]),
       *(
           [Heading('Notes'), *map(Paragraph, study.notes)]
           if study.notes
           else []
       ),
       Heading('How to make it again'),
-      Code(setting.command),
-      Paragraph(
-          f'All runs together took {setting.minutes:,.1f} minutes on'
-          f' {_machine(setting)}.'
-      ),
+      Code(settings['command']),
+      Paragraph(words.paragraph('minutes', s=settings)),
   ]
 
 
-# --- Settings and rules ------------------------------------------------------
+# --- Settings and runs ------------------------------------------------------
 
 
 def claim(study: Study) -> str:
@@ -157,71 +161,19 @@ def claim(study: Study) -> str:
   return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
 
 
-def _settings(study: Study, s: Setting) -> str:
+def _settings(study: Study, settings: Settings) -> str:
   """Returns what all arms have in common, in one line."""
-  rows = f' rows of {s.rows}' if s.rows else f' {s.example}s'
   groups = sorted({arm.num_groups for arm in study.arms})
-  ends = ' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]])))
-  baseline = _title(study, study.baseline)
-  parts = (
-      f'data set: {s.data}',
-      f'G = {ends} (each arm in the table), R = {s.replicas}',
-      f'group batch {s.group_batch:,}{rows} for {baseline}',
-      f'{count(s.seeds, "seed")} of each arm',
-      f'{s.num_steps:,} steps of each group'
-      f' ({s.num_steps * s.examples:,} {s.example}s for {baseline})',
-      f'exchange every {s.exchange_every:,}',
-      f'model: {s.model.rstrip(".")}, {s.model_parameters:,} parameters',
-      f'scale {s.scale}, {_machine(s)}',
+  return words.paragraph(
+      'settings',
+      s=settings,
+      groups=' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]]))),
+      baseline=_title(study, study.baseline),
   )
-  return sentence_start('; '.join(parts)) + '.'
-
-
-def _machine(setting: Setting) -> str:
-  """Returns its cores only, or the kind of its accelerator."""
-  if setting.cores:
-    return count(setting.cores, 'CPU core')
-  return f'one {setting.device}'
 
 
 def _title(study: Study, name: str) -> str:
   return next((a.title for a in study.arms if a.name == name), name)
-
-
-def _targets(found: Analysis, setting: Setting) -> str:
-  if not found.targets:
-    return 'There is no target: no run of the baseline ended well.'
-  values = ', '.join(
-      f'{value:.4f} (seed {seed})' for seed, value in found.targets.items()
-  )
-  return f'Target, nats per {setting.example}: {values}.'
-
-
-def _rules(found: Analysis) -> list[str]:
-  """Says how numbers were made from runs."""
-  smoothing = (
-      f'a trailing mean over {found.window} evaluations, fewer at the start'
-      if found.window > 1
-      else 'none, since there are fewer than 12 evaluations'
-  )
-  title = _title(found.study, found.study.baseline)
-  return [
-      f'Validation loss is the mean over the groups of a run. Smoothing, the'
-      f' same for all arms: {smoothing}.',
-      f'The target of a seed is the best smoothed validation loss of {title} of'
-      ' the same seed. Steps to it are those of the first evaluation at or'
-      ' under it, without interpolation, counted for each group; compute is of'
-      ' all groups and teachers. An arm that does not reach it in every seed'
-      ' has no mean. An arm as good as the baseline has no fixed number: the'
-      ' best of a flat and noisy curve may be early or late.',
-      'Loss at the end is that of the last evaluation, not smoothed; the best'
-      ' loss is the smallest smoothed one.',
-      '± is half of maximum minus minimum over seeds; brackets are 95 %'
-      ' intervals of the mean.',
-      'A run that diverged (a loss or gradient that is not finite, or a loss'
-      ' that went up to twice that of the start for good) is left out'
-      ' of means, ratios and curves, and named above.',
-  ]
 
 
 def _divergences(found: Analysis) -> list[str]:
@@ -244,13 +196,13 @@ def _divergences(found: Analysis) -> list[str]:
 # --- Tables ------------------------------------------------------------------
 
 
-def arms_table(found: Analysis, setting: Setting) -> pd.DataFrame:
+def arms_table(found: Analysis, settings: Settings) -> pd.DataFrame:
   """Returns all arms by all measures, with intervals."""
   return pd.DataFrame(
       {
           'arm': arm.title,
           'G': str(arm.num_groups),
-          f'{setting.example}s per update of a group': _batch(found, arm),
+          f'{settings["example"]}s per update of a group': _batch(found, arm),
           'seeds': str(len(found.runs[arm.name])),
           'learning rate': _used_rates(found.runs[arm.name]),
           **_cells(found, arm, _measures(found)),
@@ -309,9 +261,7 @@ def _cell(cell: Cell, form: str, interval: bool) -> str:
   if diverged == seeds:
     return 'diverged' if seeds else 'not trained'
   if cell.estimate is not None:
-    text = formatting.estimate(
-        cell.estimate, form, spread=True, interval=interval
-    )
+    text = words.estimate(cell.estimate, form, spread=True, interval=interval)
     left = seeds - diverged
     return f'{text} ({left} of {seeds} seeds)' if diverged else text
   if not cell.count(NOT_REACHED):
@@ -343,24 +293,21 @@ def _outcome(found: Outcome) -> str:
 # --- Learning rates ----------------------------------------------------------
 
 
-def _rates(found: Analysis, setting: Setting) -> list[Block]:
-  said = sentence_start(setting.selection).rstrip('.') + '.'
+def _rates(found: Analysis, settings: Settings) -> list[Block]:
+  tuned = any(found.tuning.values())
   heading = Heading('Learning rates')
-  if not any(found.tuning.values()):
-    return [heading, Paragraph(said)] if said != '.' else []
+  said = Paragraph(words.paragraph('rates', s=settings, tuned=tuned))
+  if not tuned:
+    return [heading, said]
   table = pd.DataFrame(
       {
           'arm': arm.title,
-          **{f'{r:g}': _tried(found, arm, r) for r in setting.rates},
-          'chosen': _chosen(found, arm, setting),
+          **{f'{r:g}': _tried(found, arm, r) for r in settings['rates']},
+          'chosen': _chosen(found, arm, settings),
       }
       for arm in found.study.arms
   )
-  explained = (
-      ' Each cell is the best smoothed and the last validation loss of one run'
-      ' of its own seed, which is reported nowhere else.'
-  )
-  return [heading, Table(table), Paragraph(said + explained)]
+  return [heading, Table(table), said]
 
 
 def _used_rates(runs: Sequence[Run]) -> str:
@@ -380,12 +327,14 @@ def _tried(found: Analysis, arm: Arm, rate: float) -> str:
   return ', '.join(cells) or '-'
 
 
-def _chosen(found: Analysis, arm: Arm, setting: Setting) -> str:
+def _chosen(found: Analysis, arm: Arm, settings: Settings) -> str:
   runs = found.runs[arm.name]
   used, source = _used_rates(runs), arm.tuned_as or arm.ensemble_of
   if source:
     return f'{used}, that of {_title(found.study, source)}'
-  ends = [f(setting.rates) for f in (min, max) if len(setting.rates) > 1]
+  ends = [
+      f(settings['rates']) for f in (min, max) if len(settings['rates']) > 1
+  ]
   at_the_edge = any(math.isclose(r.rate, end) for r in runs for end in ends)
   if found.tuning[arm.name] and at_the_edge:
     return f'{used}, at the edge of the grid'
@@ -395,22 +344,18 @@ def _chosen(found: Analysis, arm: Arm, setting: Setting) -> str:
 # --- Views -------------------------------------------------------------------
 
 
-def _bytes(found: Analysis, setting: Setting) -> list[Block]:
+def _bytes(found: Analysis, settings: Settings) -> list[Block]:
   from experiments.studies import study_plots
 
-  plot = study_plots.against_bytes(found, setting)
+  plot = study_plots.against_bytes(found, settings['example'])
   if plot is None:
     return []
   return [
       Heading(plot.title),
       plot,
       Table(_bytes_table(found)),
-      Paragraph(
-          'Smoothed validation loss, mean over seeds, at the last evaluation'
-          ' within so many bytes; each column is what one of the arms has'
-          ' received in all. A dash: more than that by the first evaluation.'
-      ),
-      Bullets(communication.FORMULAS),
+      Paragraph(words.paragraph('equal_bytes')),
+      Bullets(words.paragraphs('formulas')),
   ]
 
 
@@ -444,26 +389,25 @@ def _within(band: Band | None, budget: float) -> str:
 
 
 def wall_time_blocks(
-    found: Analysis, setting: Setting, latency: Latency
+    found: Analysis, settings: Settings, latency: Latency
 ) -> list[Block]:
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
   from experiments.studies import study_plots
 
-  measured = wall_time.measure(found)
-  model = wall_time.fitted(measured, latency)
-  heading = Heading('Wall time, on paper')
-  if model is None:
-    return [heading, Paragraph(wall_time.too_few(measured))]
-  made = [
-      heading,
-      Paragraph(wall_time.summary(model)),
-      study_plots.wall_time(model),
-      Table(wall_time.times_table(model), names=0),
+  model = wall_time.measure(found, latency)
+  said = [
+      Heading('Wall time, on paper'),
+      Paragraph(words.paragraph('wall_time', model=model)),
   ]
-  if measured.at:
+  if model.fit is None:
+    return said
+  table = Table(wall_time.times_table(model), names=0)
+  made = [*said, study_plots.wall_time(model), table]
+  if model.at:
     made.append(Paragraph('The same for shorter and longer tails:'))
     made.append(Table(wall_time.tails_table(model), names=0))
-  assumptions = wall_time.assumptions(model, setting.bytes_of_model)
+  received = pages.number(settings['bytes_of_model'], 'bytes')
+  assumptions = words.paragraphs('assumptions', model=model, received=received)
   return [*made, Bullets(assumptions)]
 
 

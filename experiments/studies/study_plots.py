@@ -17,14 +17,13 @@ from matplotlib.ticker import (
 )
 
 from codistill_jax.statistics import Estimate
-from experiments.churn_study import run_files
-from experiments.churn_study.results import ENSEMBLE, Row
 from experiments.reports import plots
 from experiments.reports.pages import Plot
-from experiments.studies import analysis, results
+from experiments.studies import analysis, results, retrains, words
 from experiments.studies.analysis import Analysis
+from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band, Setting
+from experiments.studies.results import Band
 from experiments.studies.wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
@@ -90,43 +89,29 @@ def _legend(found: Analysis, styles: Mapping[str, dict]) -> list[Line2D]:
 # --- Curves ------------------------------------------------------------------
 
 
-def curves(found: Analysis, setting: Setting) -> list[Plot]:
+def curves(found: Analysis, example: str) -> list[Plot]:
   """Draws validation loss, and for 'speed-accuracy' validation accuracy."""
   if not any(analysis.band(found, a.name, 'steps') for a in found.study.arms):
     return []
   runs = [run for runs in found.runs.values() for run in runs]
-  made = [_loss(found, setting)]
+  made = [_loss(found, example)]
   if 'speed-accuracy' in found.study.views and any(
       len(run.accuracy_N) for run in runs
   ):
-    caption = (
-        'The same runs by validation accuracy, left at equal steps of each'
-        ' group, right at equal compute. Lines are means over seeds, bands'
-        ' their range, smoothed as the losses are.'
-    )
+    caption = words.paragraph('accuracy_caption')
     title = 'Validation accuracy'
     made.append(_two_axes(found, 'accuracy', title.lower(), title, caption))
   return made
 
 
-def _loss(found: Analysis, setting: Setting) -> Plot:
-  smoothed = (
-      f'trailing means over {found.window} evaluations, as the rule sees them'
-      if found.window > 1
-      else 'not smoothed'
+def _loss(found: Analysis, example: str) -> Plot:
+  runs = [run for runs in found.runs.values() for run in runs]
+  caption = words.paragraph(
+      'loss_caption',
+      window=found.window,
+      teachers=any(run.prior_steps for run in runs),
   )
-  caption = (
-      'Left at equal steps of each group, right at equal compute: FLOPs of all'
-      ' groups, with those of teachers before and during training. Lines are'
-      f' means over seeds, bands their range; {smoothed}. The dotted level is'
-      ' the target, its mean over seeds. A cross at the top marks the step at'
-      ' which a run diverged. The axis of losses does not start at zero, and'
-      ' the start of the runs lies above the frame, as do arms that end far'
-      ' above the others.'
-  )
-  if any(run.prior_steps for runs in found.runs.values() for run in runs):
-    caption += ' Steps of teachers that were trained before are not drawn left.'
-  label = f'validation loss (nats per {setting.example})'
+  label = f'validation loss (nats per {example})'
   return _two_axes(found, 'loss', label, 'Validation loss', caption)
 
 
@@ -210,7 +195,7 @@ def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
 # --- Bytes -------------------------------------------------------------------
 
 
-def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
+def against_bytes(found: Analysis, example: str) -> Plot | None:
   """Draws loss against bytes received; None if no arm has received any."""
   bands = {a.name: _received(found, a.name) for a in found.study.arms}
   if not any(band is not None for band in bands.values()):
@@ -225,7 +210,7 @@ def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
     ax.xaxis.set_major_locator(LogLocator(subs=_ticks(bands.values())))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(EngFormatter(unit='B', sep=' '))
-    ax.set_ylabel(f'validation loss (nats per {setting.example})')
+    ax.set_ylabel(f'validation loss (nats per {example})')
     _zoom(ax, found, 'loss')
     extra = _draw_target([ax], found)
     silent = []
@@ -235,15 +220,7 @@ def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
         ax.axhline(band.mean_N[-1], lw=1.2, alpha=0.7, **styles[arm.name])
         silent.append(arm.title)
     plots.legend_below(figure, [*_legend(found, styles), *extra])
-    caption = (
-        'Bytes by the formulas below, not measured on a network; the axis is'
-        ' logarithmic. Lines are means over seeds, bands their range.'
-    )
-    if silent:
-      caption += (
-          ' Levels are arms that receive nothing, at their loss at the end:'
-          f' {", ".join(silent)}.'
-      )
+    caption = words.paragraph('bytes_caption', silent=silent)
     title = 'Validation loss at equal bytes'
     return plots.save(figure, 'loss_bytes', title, caption)
 
@@ -311,16 +288,9 @@ def against_axis(found: Analysis) -> Plot | None:
           ax.axhline(estimate.mean, zorder=1, **style)
       legend.append(Line2D([], [], label=arm.title, **style))
     plots.legend_below(figure, legend)
-    caption = (
-        'Means over seeds, bars 95 % intervals (a bar is missing for fewer than'
-        ' three seeds). An open triangle is an arm that did not reach the'
-        ' target in every seed, at the largest value seen; its mean is not'
-        ' known.'
+    caption = words.paragraph(
+        'axis_caption', several=len(series) > 1, others=others
     )
-    if len(series) > 1:
-      caption += ' Points of several lines are set apart a little.'
-    if others:
-      caption += ' Dotted levels are arms that do not stand on the axis.'
     return plots.save(figure, 'against_x', f'Against {label}', caption)
 
 
@@ -397,60 +367,46 @@ def _finish_panel(ax: Axes, found: Analysis, measure: str) -> None:
 
 # --- Wall time ---------------------------------------------------------------
 
-_ONE = {'color': plots.ONE, 'lw': 1.6}
-_TWO = {'color': plots.TWO, 'lw': 1.6}
+_ONE = {'color': plots.ONE, 'lw': 1.6, 'ms': 5}
+_TWO = {'color': plots.TWO, 'lw': 1.6, 'ms': 5}
 _PAPER = {'ls': plots.DASHES[1]}
 
 
 def wall_time(model: WallTime) -> Plot:
   """Draws steps and time to the target over workers; dashed on paper."""
-  measured, fit, crossing = model.measured, model.fit, model.crossover()
-  workers = model.doublings()
+  fit, crossover, workers = model.fit, model.crossover(), model.doublings()
   halves = [w // 2 for w in workers if w % 2 == 0]
-  two_steps = lambda w: measured.ratio * fit.steps(w)
-  points = (list(measured.one), 'o', _ONE), (
-      [2 * w for w in measured.two],
-      's',
-      _TWO,
-  )
-  walls = (
-      [s * model.update(w) for w, s in measured.one.items()],
-      [s * model.taught_update(w) for w, s in measured.two.items()],
-  )
+  # What each side shows of one group of W, and of each of two.
+  sides = {
+      'Steps to target': ('steps to target', lambda s, w: s, lambda s, w: s),
+      'Wall time to target': (
+          'time (median steps of a worker)',
+          lambda s, w: s * model.update(w),
+          lambda s, w: s * model.taught_update(w),
+      ),
+  }
   with plots.style():
-    figure, (left, right) = plots.figure_of(2, x_label='workers in all')
-    left.set_title('Steps to target')
-    left.set_ylabel('steps to target')
-    right.set_title('Wall time to target')
-    right.set_ylabel('time (median steps of a worker)')
-    left.plot(workers, [fit.steps(w) for w in workers], **_ONE, **_PAPER)
-    times = [fit.steps(w) * model.update(w) for w in workers]
-    right.plot(workers, times, **_ONE, **_PAPER)
-    if measured.at:
-      left.plot(workers, [two_steps(w / 2) for w in workers], **_TWO, **_PAPER)
-      times = [two_steps(w) * model.taught_update(w) for w in halves]
-      right.plot([2 * w for w in halves], times, **_TWO, **_PAPER)
-    steps = (list(measured.one.values()), list(measured.two.values()))
-    for ax, values in ((left, steps), (right, walls)):
-      for (x, marker, style), y in zip(points, values):
-        ax.plot(x, y, marker=marker, ms=5, **style)
+    figure, axes = plots.figure_of(2, x_label='workers in all')
+    for ax, (title, (label, one, two)) in zip(axes, sides.items()):
+      ax.set_title(title)
+      ax.set_ylabel(label)
+      curve = [one(fit.steps(w), w) for w in workers]
+      ax.plot(workers, curve, **_ONE, **_PAPER)
+      points = [one(s, w) for w, s in model.one.items()]
+      ax.plot(list(model.one), points, marker='o', label='one group', **_ONE)
+      if model.two:
+        x, points = zip(*((2 * w, two(s, w)) for w, s in model.two.items()))
+        ax.plot(x, points, marker='s', label='two groups', **_TWO)
+      if model.at:
+        curve = [two(model.ratio * fit.steps(w), w) for w in halves]
+        ax.plot([2 * w for w in halves], curve, **_TWO, **_PAPER)
       _log_axes(ax)
-    handles = [Line2D([], [], label='one group', marker='o', ms=5, **_ONE)]
-    if measured.two:
-      two = Line2D([], [], label='two groups', marker='s', ms=5, **_TWO)
-      handles.append(two)
-    handles.append(plots.line(plots.GREY, 'on paper', **_PAPER))
-    if crossing is not None and crossing.first is not None:
-      right.axvline(2 * crossing.first, **_TARGET)
+    ax.plot([], [], color=plots.GREY, label='on paper', **_PAPER)
+    if crossover:
       label = 'two groups faster from here'
-      handles.append(Line2D([], [], label=label, **_TARGET))
-    plots.legend_below(figure, handles)
-    caption = (
-        'Left: steps to the target of each group, as measured (points) and by'
-        ' the fit (dashed). Right: the same steps times the expected time of an'
-        ' update, by the assumptions below; dashed is on paper. Both axes are'
-        ' logarithmic; workers are those of all groups together.'
-    )
+      ax.axvline(2 * crossover, label=label, **_TARGET)
+    plots.legend_below(figure, ax.get_legend_handles_labels()[0])
+    caption = words.paragraph('latency_caption')
     return plots.save(figure, 'latency', 'Wall time, on paper', caption)
 
 
@@ -467,17 +423,17 @@ def _log_axes(ax: Axes) -> None:
 # --- Churn -------------------------------------------------------------------
 
 _CODISTILLED = plots.TWO
-_MARKERS_OF_CHURN = {run_files.SINGLE: 's', ENSEMBLE: 'D'}
+_MARKERS_OF_CHURN = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
 
 
 def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws log loss against churn, arms of several weights as one line."""
-  weights = {r.arm: run_files.weight_of(r.arm) for r in rows}
+  weights = {r.arm: retrains.weight_of(r.arm) for r in rows}
   weighted = [r for r in rows if weights[r.arm] is not None]
   others = [r for r in rows if r not in weighted]
   colours = {r.arm: _CODISTILLED for r in weighted} | {
-      run_files.SINGLE: plots.ONE,
-      ENSEMBLE: plots.PALETTE[0],
+      retrains.SINGLE: plots.ONE,
+      retrains.ENSEMBLE: plots.PALETTE[0],
   }
   own = [r.arm for r in others if r.arm not in colours]
   colours |= {
@@ -506,18 +462,10 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
     highest = np.nanmax([[f.mean, f.high] for f in found])
     ax.set_ylim(0, 1.08 * highest or 1.0)
     ax.margins(x=0.12)
-    caption = (
-        f'Both on the {split} split; lower and further left is better. Points'
-        ' are means over retrains and over pairs of them, bars their 95 %'
-        ' intervals; the axis of log loss does not start at zero.'
-    )
+    caption = words.paragraph('churn_caption', split=split, weighted=weighted)
     if weighted:
       label = f'{weighted[0].title.partition(",")[0]}, by distill weight'
       handles.append(plots.line(_CODISTILLED, label, marker='o', lw=1.2))
-      caption += (
-          ' Numbers are distill weights; the ring is the one chosen on'
-          ' validation.'
-      )
     plots.legend_below(figure, handles)
     return plots.save(figure, 'churn', 'Log loss against churn', caption)
 

@@ -1,10 +1,13 @@
-"""A comparison in words, by `RULES` that do not know what we hoped for."""
+"""A comparison in words, by rules that do not know what we hoped for.
+
+The rules stand where pages have them from, 'verdict_rules' in `words.jinja`.
+"""
 
 import math
 from typing import NamedTuple
 
 from codistill_jax.statistics import Estimate
-from experiments.studies import analysis, formatting
+from experiments.studies import analysis, words
 from experiments.studies.analysis import (
     DIVERGED,
     MEASURED,
@@ -14,41 +17,13 @@ from experiments.studies.analysis import (
     Outcome,
 )
 from experiments.studies.declaration import MEASURES, Comparison, Study
-from experiments.studies.formatting import count, sentence_start
+from experiments.studies.words import count, sentence_start
 
 AS = 'as in the paper'
 TOWARDS = "in the paper's direction, but the interval includes no effect"
 NONE = 'no difference seen'
 OPPOSITE = 'opposite to the paper'
 CANNOT = 'cannot be said'
-
-# For pages.
-RULES = (
-    'An effect is the mean over seeds of the ratio (steps, compute; geometric'
-    ' mean) or the difference (losses, accuracy) of one arm to another of the'
-    ' same seed, with its 95 % interval.',
-    "'As in the paper': the whole interval lies on the side that the paper"
-    ' leads us to expect; about the direction, not the size. "In the paper\'s'
-    ' direction, but the interval includes no effect": the mean does, the'
-    " interval does not. 'No difference seen': the interval includes no effect,"
-    " and the mean does not lie on that side. 'Opposite to the paper': the"
-    ' whole interval lies on the other side.',
-    "Where the same is expected: 'as in the paper' if the whole interval lies"
-    " within 10 % (losses: 1 %) of no effect, 'no difference seen' if it is"
-    " wider but includes no effect, else 'opposite to the paper'.",
-    'Steps and compute to a target are known to one evaluation: arms whose'
-    " means are no further apart than that have 'no difference seen', whatever"
-    ' the interval; and so have arms that should be the same if it is more than'
-    ' 10 %.',
-    "'Cannot be said': fewer than three seeds, a target that some seeds reach"
-    ' and others do not, or a measure that these runs do not have. If in all of'
-    ' at least three seeds one arm reaches the target and the other does not,'
-    ' though it went on for as long, the direction is known without a ratio;'
-    ' and so it is if all seeds of one arm diverged and none of the other.',
-    'Intervals are for the mean over seeds: the standard error of a bootstrap'
-    " of seeds, with the quantile of Student's t; seeded. Three seeds know"
-    ' their own spread badly, so their intervals are wide.',
-)
 
 _EXPECT = ('less', 'more', 'equal')
 _LEAST_SEEDS = 3
@@ -104,15 +79,15 @@ def judge(found: Analysis, comparison: Comparison) -> Verdict:
 
 def of_effect(study: Study, comparison: Comparison, effect: Effect) -> Verdict:
   """Applies the rules to numbers."""
-  words = _words(effect, comparison.expect)
-  sentence = _sentence(study, comparison, effect, words)
-  return Verdict(comparison, words, effect, sentence)
+  verdict = _verdict(effect, comparison.expect)
+  sentence = _sentence(study, comparison, effect, verdict)
+  return Verdict(comparison, verdict, effect, sentence)
 
 
 # --- Rules -------------------------------------------------------------------
 
 
-def _words(effect: Effect, expect: str) -> str:
+def _verdict(effect: Effect, expect: str) -> str:
   if len(effect.ours) >= _LEAST_SEEDS and effect.one_side_diverged:
     return AS if expect == effect.one_side_diverged else OPPOSITE
   if effect.estimate is None:
@@ -195,7 +170,7 @@ def _reason(pairs: list[tuple[Outcome, Outcome]]) -> str:
 
 
 def _sentence(
-    study: Study, compared: Comparison, effect: Effect, words: str
+    study: Study, compared: Comparison, effect: Effect, verdict: str
 ) -> str:
   titles = {arm.name: arm.title for arm in study.arms}
   against = titles[compared.against]
@@ -203,7 +178,7 @@ def _sentence(
   if compared.paper.startswith(NOT_OF_THE_PAPER):
     paper = f'{sentence_start(compared.paper)}.'
     for of_paper, ours in _OURS.items():
-      words = words.replace(of_paper, ours)
+      verdict = verdict.replace(of_paper, ours)
   said = (
       _reached(effect, against)
       if effect.estimate is None
@@ -211,7 +186,7 @@ def _sentence(
   )
   return (
       f'{sentence_start(titles[compared.arm])} against {against},'
-      f' {MEASURES[compared.measure].title}: {said}: {words}. {paper}'
+      f' {MEASURES[compared.measure].title}: {said}: {verdict}. {paper}'
   )
 
 
@@ -224,13 +199,13 @@ def _numbers(effect: Effect, measure: str) -> str:
     apart = ', one evaluation apart or less' if effect.within_resolution else ''
     return f'{_times(found)}{apart} ({seeds})'
   sign = '+' if found.mean > 0 else ''
-  text = sign + formatting.estimate(found, MEASURES[measure].form)
+  text = sign + words.estimate(found, MEASURES[measure].form)
   points = ', in points,' if measure == 'final_accuracy' else ''
   return f'a difference{points} of {text} ({seeds})'
 
 
 def _times(found: Estimate) -> str:
-  text = f'a ratio of {formatting.estimate(found, ".3g")}'
+  text = f'a ratio of {words.estimate(found, ".3g")}'
   if found.mean < 0.995:
     return f'{text}, {1 / found.mean:.2f} times less'
   if found.mean > 1.005:

@@ -1,6 +1,7 @@
 """Table 1: do retrains of a codistilled model differ less?"""
 
-from experiments.studies.declaration import Arm, Comparison, Scale, Study
+from experiments.studies import retrains
+from experiments.studies.declaration import Comparison, Scale, Study
 
 STUDY = Study(
     name='churn',
@@ -16,12 +17,8 @@ STUDY = Study(
         ' two-way codistilled DNN 0.4458 and 0.019 [C]: 35 % less churn [B], at'
         ' the quality of the ensemble and the serving cost of one model.'
     ),
-    arms=(
-        Arm('single', 'single model'),
-        Arm('ensemble', 'ensemble of two', ensemble_of='single'),
-        Arm('codistilled_1', 'two-way codistilled, weight 1', num_groups=2),
-        Arm('codistilled_2', 'two-way codistilled, weight 2', num_groups=2),
-    ),
+    arms=retrains.arms(weights=(1, 2)),
+    predictions=True,
     baseline='single',
     comparisons=(
         Comparison(
@@ -66,7 +63,7 @@ STUDY = Study(
     scales={
         'smoke': Scale(
             ('gin_configs/tasks/flights_dnn.gin',),
-            ('STEPS=6', 'Experiment.exchange_every=2'),
+            ('STEPS=6', 'Checkpoints.every=2'),
             seeds=2,
         ),
         'cpu': Scale(('gin_configs/tasks/flights_dnn.gin',), seeds=5),

@@ -8,7 +8,7 @@ def _four(name: str, title: str, topology: str) -> Arm:
   return Arm(
       name,
       title,
-      bindings=(f'Experiment.topology={topology}',),
+      bindings=(f'Checkpoints.topology={topology}',),
       num_groups=4,
       workers=1,
       communication='exchange',

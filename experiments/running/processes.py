@@ -1,0 +1,401 @@
+"""Processes that are started, supervised, asked to leave, and left by none.
+
+A supervisor must outlive what it watches: a full disk, a log that cannot be
+written and a half-written file cost it a line on the terminal, no more.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from codistill_jax import run_directory, writers
+from experiments import cli
+
+_PATIENCE = 4  # So much more often may fail what may pass.
+_TAIL_BYTES = 1 << 14
+_LONGEST_LINE = 1000
+
+
+class Pace(NamedTuple):
+  """Time limits of a supervisor, in seconds.
+
+  Attributes:
+    poll: Between two looks at the processes.
+    grace: For groups to save and leave when they are asked to.
+    first_delay: Before a group is started again; twice as long each time.
+    longest_delay: The most of that.
+  """
+
+  poll: float = 0.2
+  grace: float = 60.0
+  first_delay: float = 1.0
+  longest_delay: float = 60.0
+
+
+PACE = Pace()
+
+
+def popen(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
+  """Starts a process that a terminal does not reach, and that ends with us."""
+  return subprocess.Popen(
+      command,
+      stdin=subprocess.DEVNULL,
+      # Not in the foreground group of the terminal: Ctrl-C reaches this
+      # process alone, which then asks each process once.
+      start_new_session=True,
+      preexec_fn=_die_with_parent,
+      **kwargs,
+  )
+
+
+def ask_to_leave(process: subprocess.Popen) -> None:
+  """Asks by SIGTERM, which a second time would mean: at once."""
+  if process.poll() is None:
+    process.send_signal(signal.SIGTERM)
+    # One that somebody has stopped would not hear of it.
+    process.send_signal(signal.SIGCONT)
+
+
+def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
+  """Returns once it has ended, after about so many seconds at most."""
+  try:
+    process.wait(seconds)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
+
+
+def call(
+    command: Sequence[str],
+    stop: cli.StopRequest,
+    *,
+    capture: bool = False,
+    patience: float = 5.0,
+) -> subprocess.CompletedProcess[str]:
+  """Runs a command that has nothing to save, to its end.
+
+  Args:
+    command: Program and arguments.
+    stop: Once true, the command is asked to leave.
+    capture: Whether to keep its output; else it goes where ours goes.
+    patience: Seconds that it has for that before it is killed.
+
+  Raises:
+    Stopped: If asked to stop before it ended well.
+  """
+  pipe = subprocess.PIPE if capture else None
+  process = popen(
+      command, stdout=pipe, stderr=pipe, text=True, errors='replace'
+  )
+  with process, contextlib.ExitStack() as stack:
+    stack.callback(wait_or_kill, process, patience)
+    stack.callback(ask_to_leave, process)
+    out = err = None
+    while process.returncode is None and not stop():
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        out, err = process.communicate(timeout=PACE.poll)
+    # It may have heard of the signal as well.
+    if process.returncode != 0 and stop():
+      raise cli.Stopped(cli.STOPPED, stop.signal_number)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _find_prctl() -> Callable[[int, int], int] | None:
+  return ctypes.CDLL(None).prctl if sys.platform == 'linux' else None
+
+
+_PRCTL = _find_prctl()  # Not between fork and exec.
+
+
+def _die_with_parent() -> None:
+  """A group must not go on training when nobody watches it any more.
+
+  At once: one that saves first would meet its successor.
+  """
+  if _PRCTL is not None:
+    set_parent_death_signal = 1
+    _PRCTL(set_parent_death_signal, signal.SIGKILL)
+
+
+class Group:
+  """The process of one group, started again when it dies.
+
+  Attributes:
+    group_id: The group.
+    command: Of its process.
+    workdir: The run directory.
+    log: The file that its process writes what it says to.
+    pace: Its time limits.
+    done: Whether the process has ended well.
+    restarts: How often it was started again.
+  """
+
+  def __init__(
+      self,
+      workdir: str,
+      group_id: int,
+      command: Sequence[str],
+      environment: dict[str, str],
+      pace: Pace = PACE,
+  ):
+    """Starts nothing yet: see `poll`.
+
+    Args:
+      workdir: The run directory; the log and the checkpoints are in it.
+      group_id: The group.
+      command: Of its process.
+      environment: Variables that its process has besides our own.
+      pace: Time limits.
+    """
+    self.group_id = group_id
+    self.command = list(command)
+    self.workdir = workdir
+    self.log = run_directory.group_dir(workdir, group_id) / 'log.txt'
+    self.pace = pace
+    self.done = False
+    self.restarts = 0
+    self._environment = environment
+    self._process: subprocess.Popen | None = None
+    self._ended: int | None = None  # The exit status of the one before.
+    self._begun = False
+    self._deaths = 0  # Since the last progress.
+    self._checkpoint = -1  # The newest step at the last death.
+    self._start_at = 0.0
+    self._asked_to_stop = False
+    self._log_trouble = ''
+    self._log_start = 0  # Of what the process says that was started last.
+
+  @property
+  def pid(self) -> int | None:
+    """Its process, or None while none runs."""
+    return self._process.pid if self.running else None
+
+  @property
+  def running(self) -> bool:
+    return self._process is not None and self._process.poll() is None
+
+  @property
+  def exit_status(self) -> int | None:
+    """Of the last process that ended, below 0 by a signal; or None."""
+    status = None if self._process is None else self._process.poll()
+    return self._ended if status is None else status
+
+  def poll(self, max_restarts: int) -> None:
+    """Starts the process if it should run; looks whether it has ended.
+
+    Args:
+      max_restarts: How often it may die without a new resume checkpoint; and
+        four times as often where the reason may pass (status 75).
+
+    Raises:
+      ValueError: If it ended with a clear error, or dies again and again.
+    """
+    if self.done or time.monotonic() < self._start_at:
+      return
+    if self._process is None:
+      try:
+        self._start()
+      except OSError as e:  # No memory, no process id.
+        self._count_death(f'could not be started: {e}', max_restarts)
+      return
+    status = self._process.poll()
+    if status is None:
+      return
+    self._process, self._ended = None, status
+    if status == 0:
+      self.done = True
+    elif status == cli.CLEAR_ERROR:
+      raise ValueError(f'group {self.group_id}: {self._last_line()}')
+    elif status < 0:
+      self._count_death(f'signal {-status}', max_restarts)
+    elif status == cli.MAY_PASS:
+      # A disk may be full for longer than the first tries take.
+      self._count_death(f'exit status {status}', _PATIENCE * max_restarts)
+    else:
+      self._count_death(f'exit status {status}', max_restarts)
+
+  def ask_to_stop(self) -> None:
+    """Asks the process to save and leave; once, for a second time kills."""
+    if self.running and not self._asked_to_stop:
+      self._asked_to_stop = True
+      ask_to_leave(self._process)
+
+  def end(self, seconds: float) -> None:
+    """Asks the process to save and leave; kills it if it has not by then."""
+    self.ask_to_stop()
+    if self._process is not None:
+      wait_or_kill(self._process, seconds)
+
+  def _start(self) -> None:
+    environment = {
+        **os.environ,
+        **self._environment,
+        # A report says how to make the run again: not group by group.
+        cli.COMMAND_VARIABLE: cli.own_command(),
+    }
+    with self._open_log() as log:
+      self._process = popen(
+          self.command, env=environment, stdout=log, stderr=log
+      )
+    self.restarts += self._begun
+    self._begun = True
+    self._asked_to_stop = False
+
+  def _open_log(self) -> BinaryIO:
+    """Opens the log; or, if that fails, a file that swallows all."""
+    try:
+      self.log.parent.mkdir(parents=True, exist_ok=True)
+      log = self.log.open('ab')
+    except OSError as e:
+      if not self._log_trouble:
+        cli.tell(
+            f'group {self.group_id}: {self.log} cannot be written ({e}); it'
+            ' runs without a log',
+            error=True,
+        )
+      self._log_trouble = f'nothing is known, as its log was not writable: {e}'
+      return open(os.devnull, 'wb')
+    self._log_trouble, self._log_start = '', log.tell()
+    return log
+
+  def _count_death(self, how: str, max_restarts: int) -> None:
+    newest = self._newest_checkpoint()
+    if newest is not None:
+      if newest > self._checkpoint:
+        self._deaths = 0
+      self._checkpoint = newest
+    self._deaths += 1
+    if self._deaths > max_restarts:
+      raise ValueError(
+          f'group {self.group_id} died {self._deaths} times without a new'
+          f' resume checkpoint (last: {how}, "{self._last_line()}"); see'
+          f' {self.log}'
+      )
+    pace = self.pace
+    delay = min(pace.first_delay * 2 ** (self._deaths - 1), pace.longest_delay)
+    self._start_at = time.monotonic() + delay
+    # Whoever was killed had no time to say why.
+    why = '' if how.startswith('signal') else f', "{self._last_line()}"'
+    cli.tell(
+        f'group {self.group_id} died ({how}{why}); starting it again in'
+        f' {delay:g} s from step {max(self._checkpoint, 0)}',
+        error=True,
+    )
+
+  def _newest_checkpoint(self) -> int | None:
+    """Returns the step of the newest resume checkpoint to be seen, or None."""
+    with contextlib.suppress(OSError):
+      saved = run_directory.newest_saved(
+          run_directory.checkpoints_dir(self.workdir, self.group_id)
+      )
+      return saved and saved.step
+    return None
+
+  def _last_line(self) -> str:
+    if self._log_trouble:
+      return self._log_trouble
+    try:
+      with self.log.open('rb') as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - _TAIL_BYTES, self._log_start))
+        tail = f.read().decode(errors='replace')
+    except OSError as e:
+      return f'its log cannot be read: {e}'
+    lines = tail.strip().splitlines()
+    return lines[-1][:_LONGEST_LINE] if lines else 'it said nothing'
+
+
+def supervise(
+    groups: Sequence[Group],
+    stop: cli.StopRequest,
+    max_restarts: int,
+) -> None:
+  """Runs all groups to their end, showing progress; leaves none behind.
+
+  Raises:
+    ValueError: If a group ended with a clear error, or dies again and again.
+    Stopped: If asked to stop.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.callback(end_all, groups)
+    progress = [stack.enter_context(Progress(group)) for group in groups]
+    while not all(group.done for group in groups):
+      # First: who stops all processes at once stops the groups as well, and
+      # they have not died.
+      if stop():
+        cli.tell('stopping: the groups save and leave', error=True)
+        raise cli.Stopped(cli.STOPPED, stop.signal_number)
+      for group in groups:
+        group.poll(max_restarts)
+      for one in progress:
+        one.update()
+      time.sleep(groups[0].pace.poll)
+    for one in progress:
+      one.update()
+
+
+def end_all(groups: Sequence[Group]) -> None:
+  """Asks all groups to save and leave, together; returns once none runs."""
+  start = time.monotonic()
+  for group in groups:
+    group.ask_to_stop()
+  for group in groups:
+    group.end(max(start + group.pace.grace - time.monotonic(), 0.0))
+
+
+class Progress:
+  """Shows what a group adds to its metrics, from now on."""
+
+  def __init__(self, group: Group):
+    self._group = group
+    self._path = run_directory.metrics_path(group.workdir, group.group_id)
+    self._writer: writers.Writer | None = None
+    self._shown = self._size()  # What was there before is not news.
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    if self._writer is not None:
+      self._writer.close()
+
+  def update(self) -> None:
+    """Shows the lines that are complete and were not shown."""
+    # A restart takes back what came after the checkpoint.
+    self._shown = min(self._shown, self._size())
+    with contextlib.suppress(OSError, ValueError):
+      with self._path.open('rb') as f:
+        f.seek(self._shown)
+        lines = f.read().splitlines(keepends=True)
+      for line in lines:
+        if not line.endswith(b'\n'):
+          break
+        record = run_directory.parse_record(line)
+        if record is not None and not self._show(dict(record)):
+          break
+        self._shown += len(line)
+
+  def _size(self) -> int:
+    try:
+      return self._path.stat().length
+    except OSError:
+      return 0
+
+  def _show(self, record: dict[str, Any]) -> bool:
+    """Shows a record; returns false while the run's length is not known."""
+    step = record.pop('step')
+    record.pop('time', None)
+    if self._writer is None:
+      num_steps = run_directory.read_run(self._group.workdir).get('num_steps')
+      if not isinstance(num_steps, int):
+        return False
+      self._writer = writers.ProgressWriter(
+          num_steps, resume_step=step, name=f'group {self._group.group_id}'
+      )
+    self._writer.write(step, record)
+    return True

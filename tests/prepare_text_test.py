@@ -1,0 +1,334 @@
+"""Text is prepared: nothing is lost, and every document decodes."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from prepared import contents, run_text, texts, write_corpus
+from wet_files import packed, wet, write_wet
+
+from codistill_jax.data import order, prepare_text, shards, sources
+from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = pathlib.Path(
+    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
+)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp('corpus') / 'a', texts(120))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+  """What a power failure would lose; a process that is killed loses nothing."""
+  monkeypatch.setattr(os, 'fsync', lambda handle: None)
+
+
+def documents_in(output, split):
+  """Every document of a split, as tokens, read without `TokenData`."""
+  meta = json.loads((output / 'meta.json').read_text())
+  documents = []
+  for i, shard in enumerate(meta['splits'][split]['shards']):
+    if shard['documents']:
+      tokens = np.load(output / split / f'{i:05d}.tokens.npy')
+      offsets = np.load(output / split / f'{i:05d}.offsets.npy')
+      documents += np.split(tokens, offsets[1:-1])
+  return documents
+
+
+def test_every_document_is_there_once_and_decodes(tmp_path, corpus):
+  meta, _ = run_text(tmp_path, corpus)
+  tokenizer = Tokenizer((tmp_path / 'tokenizer.model').read_bytes())
+  assert tokenizer.vocab_size == 320
+  for split in shards.SPLITS:
+    expected = [
+        text
+        for text in texts(120)
+        if order.in_validation(text, 0.2, 0) == (split == 'validation')
+    ]
+    documents = documents_in(tmp_path, split)
+    assert [tokenizer.decode(d) for d in documents] == expected
+    for document in documents:
+      assert document.dtype == np.uint16
+      assert document[0] == START_ID and document[-1] == END_ID
+      assert (document[1:-1] > END_ID).all()
+    sizes = meta['splits'][split]
+    assert sizes['documents'] == len(expected) > 0
+    assert sizes['words'] == sum(len(text.split()) for text in expected)
+    assert sizes['bytes'] == sum(len(text.encode()) for text in expected)
+    assert sizes['tokens'] == sum(map(len, documents))
+    assert len(sizes['shards']) > 3
+    data = shards.open_tokens(tmp_path, split)
+    assert len(data) == len(expected) and data.num_tokens == sizes['tokens']
+  assert meta['rejects'] == {'bad_json': 2, 'empty': 1, 'no_text': 1}
+  assert meta == json.loads((tmp_path / 'meta.json').read_text())
+  assert meta['tokenizer_sha256'] == tokenizer.sha256
+
+
+def test_shard_size_moves_no_document(tmp_path, corpus):
+  for name, size in (('small', 300), ('large', 10**6)):
+    run_text(tmp_path / name, corpus, shard_tokens=size)
+  for split in shards.SPLITS:
+    small = documents_in(tmp_path / 'small', split)
+    large = documents_in(tmp_path / 'large', split)
+    assert len(small) == len(large)
+    for one, other in zip(small, large):
+      np.testing.assert_array_equal(one, other)
+
+
+def test_max_documents_is_the_beginning(tmp_path):
+  source = write_corpus(tmp_path / 'all', texts(120), damaged=False)
+  head = write_corpus(tmp_path / 'head', texts(50), damaged=False)
+  meta, _ = run_text(tmp_path / 'a', source, max_documents=50)
+  run_text(tmp_path / 'b', head)
+  a, b = contents(tmp_path / 'a'), contents(tmp_path / 'b')
+  del a['meta.json'], b['meta.json']
+  assert a == b
+  assert sum(split['documents'] for split in meta['splits'].values()) == 50
+
+
+def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
+  run_text(tmp_path / 'a', corpus)
+  train = [t for t in texts(120) if not order.in_validation(t, 0.2, 0)]
+  source = write_corpus(tmp_path / 'train', train)
+  run_text(tmp_path / 'b', source, validation_fraction=0)
+  models = [(tmp_path / n / 'tokenizer.model').read_bytes() for n in 'ab']
+  assert models[0] == models[1]
+  # Fewer bytes train another one.
+  run_text(tmp_path / 'c', corpus, tokenizer_bytes=3000)
+  assert (tmp_path / 'c' / 'tokenizer.model').read_bytes() != models[0]
+
+
+def test_given_tokenizer_is_used(tmp_path, corpus):
+  first, _ = run_text(tmp_path / 'a', corpus)
+  other = write_corpus(tmp_path / 'other', texts(60, seed=1))
+  model = tmp_path / 'a' / 'tokenizer.model'
+  second, _ = run_text(tmp_path / 'b', other, tokenizer=model, vocab_size=None)
+  assert second['tokenizer_sha256'] == first['tokenizer_sha256']
+  assert second['vocab_size'] == 320
+  with pytest.raises(ValueError, match='320 word pieces, not vocab_size=330'):
+    run_text(tmp_path / 'c', other, tokenizer=model, vocab_size=330)
+  (tmp_path / 'garbage').write_bytes(b'garbage')
+  with pytest.raises(ValueError, match='Cannot use the tokenizer'):
+    run_text(tmp_path / 'c', other, tokenizer=tmp_path / 'garbage')
+  assert not (tmp_path / 'c').exists()
+
+
+def test_a_swapped_tokenizer_is_noticed_and_a_missing_one_made_again(
+    tmp_path, corpus
+):
+  output, finished = tmp_path / 'data', tmp_path / 'whole'
+  run_text(finished, corpus)
+  # Killed where all is done but `meta.json`: no text falls into a split.
+  with pytest.raises(ValueError, match='0 into the validation split'):
+    run_text(output, corpus, validation_fraction=1e-9)
+  options = {'validation_fraction': 1e-9}
+  model = (output / 'tokenizer.model').read_bytes()
+  shutil.copy(finished / 'tokenizer.model', output)
+  with pytest.raises(ValueError, match='not the one that the preparation'):
+    run_text(output, corpus, **options)
+  (output / 'tokenizer.model').unlink()
+  with pytest.raises(ValueError, match='0 into the validation split'):
+    run_text(output, corpus, **options)
+  assert (output / 'tokenizer.model').read_bytes() == model
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_what_lies_behind_max_documents_is_no_error(
+    tmp_path, monkeypatch, number
+):
+  """However far ahead is read."""
+  corpus = write_corpus(tmp_path / 'corpus', texts(3000))
+  opened = sources.open_source
+
+  def failing(*arguments, **options):
+    source = opened(*arguments, **options)
+
+    def raw():
+      for n, record in enumerate(source.raw()):
+        if n == 2000:
+          raise OSError('the network is gone')
+        yield record
+
+    return source._replace(raw=raw)
+
+  monkeypatch.setattr(sources, 'open_source', failing)
+  options = {'workers': number, 'shard_tokens': 10**5, 'tokenizer_bytes': 1000}
+  meta, _ = run_text(tmp_path / 'b', corpus, max_documents=900, **options)
+  assert meta['records'] == 904
+  with pytest.raises(OSError, match='the network is gone'):
+    run_text(tmp_path / 'c', corpus, **options)
+
+
+def test_failed_start_leaves_no_settings_behind(tmp_path, corpus):
+  with pytest.raises(ValueError, match='at most'):
+    run_text(tmp_path, corpus, vocab_size=5000)
+  assert list(tmp_path.iterdir()) == []
+  run_text(tmp_path, corpus)
+
+
+def test_empty_splits_are_explained(tmp_path, corpus):
+  source = write_corpus(tmp_path / 'a', texts(60), damaged=False)
+  with pytest.raises(ValueError, match='0 into the validation split'):
+    run_text(tmp_path / 'data', source, validation_fraction=1e-9)
+  meta, _ = run_text(tmp_path / 'none', source, validation_fraction=0)
+  assert meta['splits']['validation']['documents'] == 0
+  with pytest.raises(ValueError, match=r'validation split of .* is empty'):
+    shards.open_tokens(tmp_path / 'none', 'validation')
+
+
+def test_source_without_documents_says_what_was_rejected(tmp_path):
+  (tmp_path / 'a').write_text('no json\n{}\nnor this\n')
+  with pytest.raises(ValueError, match='2 bad_json, 1 no_text'):
+    run_text(tmp_path / 'data', f'jsonl:{tmp_path}/a')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'validation_fraction': 1.0}, r'in \[0, 1\); got 1.0'),
+        ({'validation_fraction': float('nan')}, 'got nan'),
+        ({'vocab_size': 0}, 'vocab_size must be 1 or more; got 0'),
+        ({'max_documents': 0}, 'max_documents must be 1'),
+        ({'shard_tokens': 0}, 'shard_tokens must be 1'),
+        ({'max_document_bytes': 0}, 'max_document_bytes must be 1'),
+        ({'filters': ['french']}, "no filter 'french'"),
+        ({'paragraph_unit': 'word'}, 'one of line, record'),
+        ({'paragraphs': 'none.csv'}, 'no file'),
+        ({'paragraphs_sha256': 'ab'}, 'no list of paragraphs'),
+    ],
+)
+def test_bad_arguments(tmp_path, corpus, changes, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    run_text(tmp_path / 'data', corpus, **changes)
+  assert not (tmp_path / 'data').exists()
+
+
+def test_every_shard_has_its_checksum(tmp_path, corpus):
+  meta, _ = run_text(tmp_path, corpus)
+  for split in shards.SPLITS:
+    for i, shard in enumerate(meta['splits'][split]['shards']):
+      for kind in ('tokens', 'offsets'):
+        content = (tmp_path / split / f'{i:05d}.{kind}.npy').read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        assert shard[f'{kind}_sha256'] == digest
+
+
+def test_filters_are_counted_and_part_of_the_settings(tmp_path):
+  long = ['lines of text that are long enough ' * 9, 'also long ' * 30]
+  documents = [f'{n} menu\n{n} {long[n % 2]}' for n in range(60)]
+  source = write_corpus(tmp_path / 'a', [*documents, 'short', 'x', 'y'])
+  meta, _ = run_text(tmp_path / 'data', source, filters=['long_paragraphs'])
+  full = 'long_paragraphs:min_characters=200,min_words=0'
+  assert meta['config']['filters'] == [full]
+  assert meta['rejects']['short'] == 3 and meta['records'] == 67
+  tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
+  for split in shards.SPLITS:
+    for document in documents_in(tmp_path / 'data', split):
+      assert 'menu' not in tokenizer.decode(document)
+  run_text(tmp_path / 'data', source, filters=[full])
+  assert 'of 67: 3 bad_json' not in prepare_text.summary(meta)
+  assert 'rejected records of 67: 2 bad_json' in prepare_text.summary(meta)
+
+
+def write_paragraph_list(path, name, ids):
+  deltas = np.diff([0, *ids])
+  cell = ' '.join(map(str, deltas))
+  path.write_text(f'file name,encoded_paragraph_list\n{name},{cell}\n')
+  return str(path)
+
+
+def test_wet_files_and_their_listed_paragraphs(tmp_path):
+  pytest.importorskip('fastwarc')
+  pages = [f'menu {n}\n{text}\nfooter' for n, text in enumerate(texts(80))]
+  lines = [line for page in pages for line in page.split('\n') if line.strip()]
+  path = write_wet(tmp_path / 'a.wet.gz', *pages)
+  wanted = [i for i, line in enumerate(lines) if ':' in line]
+  assert len(wanted) == 80 and len(lines) == 240
+  listed = write_paragraph_list(tmp_path / 'list.csv', path.name, wanted)
+  meta, _ = run_text(tmp_path / 'data', f'wet:{path}', paragraphs=listed)
+  tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
+  found = [
+      tokenizer.decode(document)
+      for split in shards.SPLITS
+      for document in documents_in(tmp_path / 'data', split)
+  ]
+  assert sorted(found) == sorted(lines[i].strip() for i in wanted)
+  digest = hashlib.sha256((tmp_path / 'list.csv').read_bytes()).hexdigest()
+  assert meta['config']['paragraph_ids'] == digest
+  with pytest.raises(ValueError, match='prepared with paragraph_ids='):
+    run_text(tmp_path / 'data', f'wet:{path}')
+  with pytest.raises(ValueError, match='SHA-256'):
+    run_text(
+        tmp_path / 'other',
+        f'wet:{path}',
+        paragraphs=listed,
+        paragraphs_sha256='0' * 64,
+    )
+  assert not (tmp_path / 'other').exists()
+
+
+def test_damage_is_counted_and_never_fatal(tmp_path):
+  pytest.importorskip('fastwarc')
+  parts = packed(wet(*texts(60), b'\xff', b' ', 'z' * 5000))
+  parts[3] = parts[3][:40]
+  last = packed(wet('cut short'))[1][:-20]
+  (tmp_path / 'a.wet.gz').write_bytes(b''.join(parts) + last)
+  meta, _ = run_text(
+      tmp_path / 'data',
+      f'wet:{tmp_path}/a.wet.gz',
+      max_document_bytes=4999,
+      workers=2,
+  )
+  assert meta['rejects'] == {
+      'damaged_record': 2,
+      'empty': 1,
+      'not_utf8': 1,
+      'too_long': 1,
+  }
+  assert meta['records'] == 64
+  documents = sum(split['documents'] for split in meta['splits'].values())
+  assert documents == 59
+
+
+class TestRealFiles:
+  """Samples of public corpora, which are no part of the project."""
+
+  @pytest.fixture(autouse=True)
+  def there(self):
+    if not SHARED.is_dir():
+      pytest.skip(f'there is no {SHARED}')
+
+  def test_a_wet_file(self, tmp_path):
+    source = f'wet:{SHARED}/wet/whirlwind.warc.wet.gz'
+    meta, _ = run_text(tmp_path, source, vocab_size=600, validation_fraction=0)
+    assert meta['splits']['train']['documents'] == 1
+    assert meta['rejects'] == {}
+
+  def test_c4(self, tmp_path):
+    source = f'jsonl:{SHARED}/c4-samples/c4_demo.jsonl'
+    meta, _ = run_text(tmp_path, source, vocab_size=800, tokenizer_bytes=10**5)
+    assert sum(s['documents'] for s in meta['splits'].values()) == 300
+    assert meta['rejects'] == {}
+
+  def test_common_crawl_with_filters(self, tmp_path):
+    pytest.importorskip('py3langid')
+    source = f'jsonl:{SHARED}/commoncrawl-dolma-2019-30/CC-MAIN*.gz'
+    meta, _ = run_text(
+        tmp_path,
+        source,
+        vocab_size=1000,
+        tokenizer_bytes=10**5,
+        filters=['long_paragraphs', 'english'],
+    )
+    rejects, documents = meta['rejects'], meta['splits']['train']['documents']
+    assert rejects['empty'] == 27 and meta['records'] == 697
+    assert rejects['short'] > 100 and rejects['not_english'] > 100
+    assert documents > 50

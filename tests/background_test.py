@@ -202,12 +202,25 @@ def test_pauses_become_longer(disk, writer):
 
 
 def test_who_waits_for_the_end_ends_a_long_pause(disk, writer):
-  one = writer(Patience(retry=0.05, longest_retry=100 * PATIENCE))
+  now = Troubles()
+  one = writer(Patience(retry=10 * PATIENCE), troubles=now)
   disk.error = OSError()
   one.put(1, None)
-  until(lambda: len(disk.tried) == 4)
+  until(lambda: now.now)
   disk.error = None
-  assert one.wait(PATIENCE)
+  assert one.wait(failing=PATIENCE)
+
+
+def test_and_it_is_tried_more_often(disk, writer):
+  one = writer(Patience(retry=0.01, longest_retry=10 * PATIENCE))
+  disk.error = OSError()
+  one.put(1, None)
+  waits = threading.Thread(target=one.wait, args=(PATIENCE,), daemon=True)
+  waits.start()
+  until(lambda: len(disk.tried) > 20)  # With pauses twice as long: never.
+  disk.error = None
+  waits.join(PATIENCE)
+  assert one.saved == 1
 
 
 @pytest.mark.parametrize('room, kept', [(1, [7]), (2, [6, 7]), (None, None)])

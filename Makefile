@@ -14,17 +14,24 @@ SCALE ?= cpu
 JOBS ?= 2
 RUN = .venv/bin/python -m
 
+INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
+
 .PHONY: demo churn study test bench lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
-.venv/ready: requirements.txt setup.py
+.venv/demo: requirements.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	$(INSTALL) '.[demo]'
 	touch $@
 
-demo: .venv/ready
+# And what tests and lint need: TensorFlow, for one, which nothing else does.
+.venv/test: .venv/demo
+	$(INSTALL) '.[test]'
+	touch $@
+
+demo: .venv/demo
 	$(RUN) experiments.prepare_data --source=bible \
 	    --vocab_size=2048 --output=data/bible
 	$(RUN) experiments.train_local --workdir=$(DEMO)/codistillation \
@@ -36,27 +43,27 @@ demo: .venv/ready
 	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
 
-churn: .venv/ready
+churn: .venv/demo
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \
 	    --gin_file=gin_configs/tasks/flights_dnn.gin \
 	    --retrains=5 --weights=1,1.5,2,3,6
 
-study: .venv/ready
+study: .venv/demo
 	$(RUN) experiments.prepare_data --source=bible \
 	    --vocab_size=1024 --output=data/study
 	$(RUN) experiments.reproduce --study=$(STUDY) --scale=$(SCALE) \
 	    --jobs=$(JOBS)
 
-lint: .venv/ready
+lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyink --check --quiet .
 
 test: lint
-	$(RUN) pytest
+	$(RUN) pytest -n 2
 
 # PyTorch, which nothing else needs.
-.venv/bench: .venv/ready
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+.venv/bench: .venv/demo
+	$(INSTALL) '.[bench]'
 	touch $@
 
 bench: .venv/bench

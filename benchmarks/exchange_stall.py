@@ -275,8 +275,8 @@ def _network(millions: int):
 
 def _exchange(arm: str, root: str, variables, train_step):
   from codistill_jax.exchange import publications
-  from codistill_jax.exchange.checkpoint_exchange import CheckpointExchange
   from codistill_jax.exchange.plan import NoExchange, Plan
+  from codistill_jax.exchange.store_exchange import CheckpointExchange
   from codistill_jax.exchange.teaching import merge_teachers
 
   if arm == 'off':
@@ -300,8 +300,11 @@ def _exchange(arm: str, root: str, variables, train_step):
     def fetch(self, step):
       if self._plan.due(step):
         _show(root, step)
-        if arm == 'synchronous':
-          self._fetching.fetch_now(lambda: time.sleep(0.001))
+        newest = publications.published_steps(root, 1)[-1]
+        held = lambda: -1 if self.in_use[0] is None else self.in_use[0].step
+        while arm == 'synchronous' and held() < newest:
+          super().fetch(step)
+          time.sleep(0.001)
       return super().fetch(step)
 
     def publish_if_due(self, step, variables, metrics=None):

@@ -75,7 +75,7 @@ def _in_turn(case: Any) -> Callable[[], Any]:
 
   from benchmarks import cases
   from codistill_jax import base, replicas
-  from codistill_jax.exchange.memory_exchange import memory_exchanges
+  from codistill_jax.exchange.store_exchange import memory_exchanges
 
   step = replicas.PmapStep(
       cases.train_step(case, axis_name=base.REPLICA_AXIS), jax.devices()[:1]

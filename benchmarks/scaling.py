@@ -100,7 +100,7 @@ class Rounds:
 
     from benchmarks import cases
     from codistill_jax import replicas
-    from codistill_jax.exchange.memory_exchange import memory_exchanges
+    from codistill_jax.exchange.store_exchange import memory_exchanges
     from codistill_jax.group import run_group
 
     case = self._case

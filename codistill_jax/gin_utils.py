@@ -20,7 +20,8 @@ _GIN_FILE = flags.DEFINE_multi_string(
     'gin_file',
     [],
     'Gin config file; repeatable, later files override earlier ones. Relative'
-    ' to the working directory or to the root of the project.',
+    ' to the working directory, or else to the root of the project; its own'
+    ' gin_configs/ are found wherever it is installed.',
 )
 _GIN = flags.DEFINE_multi_string(
     'gin',
@@ -30,7 +31,9 @@ _GIN = flags.DEFINE_multi_string(
 )
 
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_HERE = pathlib.Path(__file__).resolve().parent
+# What gin files are relative to: the package where it is installed, or a clone.
+_ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
 _BASE = _ROOT / 'gin_configs' / 'base.gin'
 
 # What older configurations bind, and the binding that took its place. Of those

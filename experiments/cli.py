@@ -11,6 +11,7 @@
 import contextlib
 import errno
 import os
+import runpy
 import select
 import shlex
 import signal
@@ -84,7 +85,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def status_of(
     main: Callable[[Sequence[str]], None], argv: Sequence[str]
 ) -> int:
-  """Runs `main`; prints what went wrong; returns the exit status."""
+  """Runs `main`; prints what went wrong; returns the exit status.
+
+  Whoever had the signals before, has them again.
+  """
   try:
     if len(argv) > 1:
       raise ValueError(
@@ -96,6 +100,9 @@ def status_of(
     return 128 + signal.SIGINT
   except Exception as e:
     return say(e)
+  finally:
+    while _installed:
+      _installed[-1].uninstall()
   return 0
 
 
@@ -147,10 +154,21 @@ def _settle_output() -> None:
       os.dup2(nowhere, stream.fileno())
 
 
+def console() -> None:
+  """Starts the binary that the console script `codistill-<binary>` names."""
+  name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
+  runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
+
+
+def module_of(binary: str) -> str:
+  """Returns the module of a binary, for `python -m`, here or installed."""
+  return f'{__package__}.{binary}'
+
+
 def own_command() -> str:
   """Returns the command of this process, as a user would type it."""
   name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-  return shlex.join(['python', '-m', f'experiments.{name}', *sys.argv[1:]])
+  return shlex.join(['python', '-m', module_of(name), *sys.argv[1:]])
 
 
 class StopRequest:
@@ -195,7 +213,7 @@ class StopRequest:
     return True
 
   def install(self) -> 'StopRequest':
-    """Takes over both signals; in the main thread only."""
+    """Takes over both signals, until `main` ends; in the main thread only."""
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
@@ -206,10 +224,13 @@ class StopRequest:
     threading.Thread(
         target=self._listen, args=(receiver,), name='stopping', daemon=True
     ).start()
+    _installed.append(self)
     return self
 
   def uninstall(self) -> None:
     """Gives the signals back to whoever had them; ends the thread."""
+    if self in _installed:
+      _installed.remove(self)
     while self._undo:
       self._undo.pop()()
 
@@ -255,6 +276,9 @@ class StopRequest:
       line, status = self._line, 128 + self.signal_number
     tell(line, error=True)
     os._exit(status)
+
+
+_installed: list[StopRequest] = []
 
 
 def _next_signal(pipe: BinaryIO, seconds: float | None = None) -> int | None:

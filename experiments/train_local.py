@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _evaluate_and_report(stop: cli.StopRequest) -> None:
   for binary in ('evaluate', 'report'):
-    command = [sys.executable, '-m', f'experiments.{binary}']
+    command = [sys.executable, '-m', cli.module_of(binary)]
     command.append(f'--workdir={_WORKDIR.value}')
     status = processes.call(command, stop).returncode
     if status:
@@ -94,7 +94,7 @@ def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
   return [
       sys.executable,
       '-m',
-      'experiments.train_group',
+      cli.module_of('train_group'),
       f'--workdir={workdir}',
       f'--group_id={group_id}',
       f'--num_groups={_NUM_GROUPS.value}',

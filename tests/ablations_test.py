@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import all_groups
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses, run_directory
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
-from experiments.running import driver, lockstep, watch
-from experiments.running.job import Job
+from experiments.running import lockstep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
@@ -165,34 +165,10 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
       log_every=1,
       eval_batch=2,
   )
-  gin_utils.parse([])
   steps, stream = lockstep.train_steps_of(experiment, toy.RECURRENT, 2, 1)
-  jobs = [
-      Job(
-          experiment=experiment,
-          model=toy.RECURRENT,
-          train_step=steps[group_id],
-          workdir=str(tmp_path / 'run'),
-          group_id=group_id,
-          num_groups=2,
-          shared_stream=stream,
-      )
-      for group_id in (0, 1)
-  ]
-  start = driver.new_state(jobs[0])
-  exchanges = experiment.exchange.join_all(
-      jobs[0], start.state.variables, start.examples
+  all_groups.train(
+      experiment, toy.RECURRENT, steps, tmp_path / 'run', stream=stream
   )
-  groups = [
-      driver.train(
-          job,
-          lambda variables, exchange=exchange: exchange,
-          watch.group_writer(job, progress=False),
-      )
-      for job, exchange in zip(jobs, exchanges)
-  ]
-  while groups:
-    groups = [group for group in groups if next(group, None) is not None]
   for group_id in (0, 1):
     path = run_directory.metrics_path(tmp_path / 'run', group_id)
     records = [

@@ -57,14 +57,9 @@ def stream_of(method, make, rows=None, num_steps=UPDATES):
 
 def train(method, model, tx, stream, updates=range(UPDATES), state=None):
   """States and metrics after each update."""
-  step = jax.jit(method.make_train_step(model, tx, num_steps=UPDATES))
+  step = method.make_train_step(model, tx, num_steps=UPDATES)
   state = start(method, model, tx) if state is None else state
-  states, metrics = [], []
-  for n in updates:
-    state, found = step(state, stream.batch(n), None, 0.0)
-    states.append(base.host_copy(state))
-    metrics.append(jax.device_get(found))
-  return states, metrics
+  return toy.trained(step, state, stream, updates)
 
 
 # A second, plain computation of the same, which shares nothing but the model.
@@ -159,13 +154,16 @@ def test_one_worker_is_synchronous_sgd():
     states, metrics = train(
         method, model, toy.ADAM, stream_of(method, make), range(4)
     )
-    step = jax.jit(step_lib.make_train_step(model, toy.ADAM))
     state = toy.start(model, toy.ADAM, num_peers=0)
-    state = state.replace(carry=model.init_carry(ROWS))
+    expected, plain = toy.trained(
+        step_lib.make_train_step(model, toy.ADAM),
+        state.replace(carry=model.init_carry(ROWS)),
+        make(ROWS),
+        range(4),
+    )
     for n in range(4):
-      state, expected = step(state, make(ROWS).batch(n), None, 0.0)
-      assert metrics[n].items() >= jax.device_get(expected).items()
-      toy.assert_same(states[n].variables, base.host_copy(state.variables))
+      assert metrics[n].items() >= plain[n].items()
+      toy.assert_same(states[n].variables, expected[n].variables)
 
 
 def test_staleness_in_round_robin_is_one_less_than_the_workers():

@@ -202,12 +202,25 @@ def test_pauses_become_longer(disk, writer):
 
 
 def test_who_waits_for_the_end_ends_a_long_pause(disk, writer):
-  one = writer(Patience(retry=0.05, longest_retry=100 * PATIENCE))
+  now = Troubles()
+  one = writer(Patience(retry=10 * PATIENCE), troubles=now)
   disk.error = OSError()
   one.put(1, None)
-  until(lambda: len(disk.tried) == 4)
+  until(lambda: now.now)
   disk.error = None
-  assert one.wait(PATIENCE)
+  assert one.wait(failing=PATIENCE)
+
+
+def test_and_it_is_tried_more_often(disk, writer):
+  one = writer(Patience(retry=0.01, longest_retry=10 * PATIENCE))
+  disk.error = OSError()
+  one.put(1, None)
+  waits = threading.Thread(target=one.wait, args=(PATIENCE,), daemon=True)
+  waits.start()
+  until(lambda: len(disk.tried) > 20)  # With pauses twice as long: never.
+  disk.error = None
+  waits.join(PATIENCE)
+  assert one.saved == 1
 
 
 @pytest.mark.parametrize('room, kept', [(1, [7]), (2, [6, 7]), (None, None)])
@@ -271,7 +284,15 @@ def test_one_that_hangs_after_it_failed_counts_as_failing(disk, writer):
 # --- Another error -----------------------------------------------------------
 
 
-@pytest.mark.parametrize('call', ['put', 'wait', 'raise_failure'])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda one: one.put(3, None),
+        lambda one: one.wait(),
+        lambda one: one.raise_failure(),
+    ],
+    ids=['put', 'wait', 'raise_failure'],
+)
 def test_an_error_that_is_none_of_the_disk_comes_to_light_once(
     disk, writer, call
 ):
@@ -283,11 +304,7 @@ def test_an_error_that_is_none_of_the_disk_comes_to_light_once(
   one.put(2, None)
   disk.open.set()
   with pytest.raises(ValueError, match='a mistake'):
-    while True:
-      if call == 'put':
-        one.put(3, None)
-      else:
-        getattr(one, call)()
+    until(lambda: call(one))
   assert disk.tried == [1]
   one.raise_failure()
 

@@ -250,6 +250,17 @@ print(stop(), stop.signal_number)
   assert script.end() == (0, 'True 15\n')
 
 
+def test_signals_are_given_back_when_a_main_function_ends():
+  before = [signal.getsignal(n) for n in cli.SIGNALS]
+
+  def main(argv):
+    cli.StopRequest('stopped').install()
+    raise ValueError('wrong')
+
+  assert cli.status_of(main, ['binary']) == 1
+  assert [signal.getsignal(n) for n in cli.SIGNALS] == before
+
+
 def test_a_poll_right_after_the_signal_sees_it_and_uninstall_gives_it_back():
   before = [signal.getsignal(n) for n in cli.SIGNALS]
   stop = cli.StopRequest().install()

@@ -34,27 +34,24 @@ LINEAR = linear_model()
 
 def train(method, model, tx, updates, *, stream=None, teachers=None):
   """States and metrics after each update."""
-  stream = stream or toy.Clusters(ROWS)
-  step = jax.jit(method.make_train_step(model, tx, num_steps=99))
   plain = toy.start(model, tx, num_peers=1 if teachers else 0)
-  state = base.host_copy(method.init_state(tx, plain))
-  states, metrics = [], []
-  for n in range(updates):
-    state, found = step(state, stream.batch(n), teachers, 1.0)
-    states.append(base.host_copy(state))
-    metrics.append(jax.device_get(found))
-  return states, metrics
+  return toy.trained(
+      method.make_train_step(model, tx, num_steps=99),
+      base.host_copy(method.init_state(tx, plain)),
+      stream or toy.Clusters(ROWS),
+      range(updates),
+      teachers,
+      1.0,
+  )
 
 
 def train_plainly(model, tx, updates, *, stream=None):
-  stream = stream or toy.Clusters(ROWS)
-  step = jax.jit(step_lib.make_train_step(model, tx))
-  state, states, metrics = toy.start(model, tx, num_peers=0), [], []
-  for n in range(updates):
-    state, found = step(state, stream.batch(n), None, 0.0)
-    states.append(base.host_copy(state))
-    metrics.append(jax.device_get(found))
-  return states, metrics
+  return toy.trained(
+      step_lib.make_train_step(model, tx),
+      toy.start(model, tx, num_peers=0),
+      stream or toy.Clusters(ROWS),
+      range(updates),
+  )
 
 
 # The same in numpy, from the formulas.

@@ -1,131 +1,141 @@
 """The exchange when a disk is full, slow, torn or hangs: nothing is lost."""
 
+import concurrent.futures
+import dataclasses
 import errno
-import json
+import logging
+import math
 import threading
 import time
-import types
 import weakref
 
-import checkpoint_exchange_test
 import numpy as np
 import pytest
-from checkpoint_exchange_test import (
+from exchange_kit import (
+    HASTY,
     IDENTITY,
     Disk,
+    Gate,
     fetch_until,
+    kept,
     publish,
+    publish_all,
+    restarts_at,
+    shown,
     steps_in_use,
     variables_of,
 )
+from exchange_kit import join as join
 from waits import PATIENCE, until
 
 from codistill_jax.base import ALONE, Agreement, cast_floats
-from codistill_jax.exchange import (
-    checkpoint_exchange,
-    fetching,
-    publications,
-    publisher,
-)
-from codistill_jax.exchange.fetching import Waiting
-from codistill_jax.exchange.memory_exchange import Mirror, memory_exchanges
-from codistill_jax.exchange.plan import Interrupted
+from codistill_jax.exchange import fetching, publications
+from codistill_jax.exchange.plan import Interrupted, Waiting
+from codistill_jax.exchange.store_exchange import memory_exchanges
+from codistill_jax.exchange.stores import Mirror
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Troubles
-
-join = checkpoint_exchange_test.join
 
 WAIT = {'max_staleness_steps': 20, 'staleness_policy': 'wait'}
 # Not `ALONE`: the way of a group of several processes.
 OF_ONE = Agreement(True, lambda x: x, lambda x: x)
+
+both_modes = pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+
+
+def hasty(**limits):
+  return dataclasses.replace(HASTY, **limits)
 
 
 def refuse(*args, **kwargs):
   raise OSError(errno.EIO, 'bad sector')
 
 
-def restarts_at(root, group_id, step):
-  """As a reader says that it has a resume checkpoint."""
-  directory = root / f'group_{group_id}'
-  directory.mkdir(exist_ok=True)
-  (directory / publisher.RESTART_FILE).write_text(json.dumps({'step': step}))
+# --- Writing -----------------------------------------------------------------
 
 
-def marks(root, name, text):
-  """As a process of group 1 says what it reads."""
-  directory = root / 'group_1'
-  directory.mkdir(exist_ok=True)
-  (directory / name).write_text(text)
+@both_modes
+def test_what_a_full_disk_refuses_is_tried_again_and_said_once(
+    join, tmp_path, monkeypatch, caplog, mode
+):
+  disk = Disk(monkeypatch, refusals=3)
+  exchange = join(mode=mode)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    assert exchange.publish_if_due(10, variables_of(1))  # Training goes on.
+    exchange.flush()
+  assert disk.tried == [10] * 4
+  assert kept(tmp_path) == [10]
+  assert caplog.text.count('publishing fails') == 1
+  assert caplog.text.count('publishing works again') == 1
+  assert exchange.metrics(10)['exchange/publish_failures'] == 3
 
 
-def reads(step):
-  return json.dumps({'nonce': 'a', 'steps': {'0': step}})
+def test_what_a_library_raises_of_a_disk_is_tried_again(
+    join, tmp_path, monkeypatch
+):
+  original, errors = publications.write, [RuntimeError('no room for a chunk')]
+
+  def write(*args):
+    if errors:
+      raise errors.pop()
+    return original(*args)
+
+  monkeypatch.setattr(publications, 'write', write)
+  publish_all(join(), 10)
+  assert kept(tmp_path) == [10]
 
 
-def publish_one_by_one(exchange, *steps):
-  for step in steps:
-    assert exchange.publish_if_due(step, variables_of(step))
-    assert exchange._publisher.flush(PATIENCE)
+def test_a_newer_publication_replaces_one_that_the_disk_refuses(
+    join, tmp_path, monkeypatch
+):
+  disk = Disk(monkeypatch)
+  exchange = join()
+  for n in (10, 20, 30):
+    exchange.publish_if_due(n, variables_of(n))
+    until(lambda n=n: n in disk.tried)
+  assert disk.tried == sorted(disk.tried)  # The old one is not tried again.
+  disk.left = 0
+  exchange.flush()
+  assert kept(tmp_path) == [30]
 
 
-class Gate:
-  """Holds calls of a function of `publications` up until it is opened."""
-
-  def __init__(self, monkeypatch, name, held=lambda *args: True):
-    self.entered = threading.Event()
-    self._opened = threading.Event()
-    self._held = held
-    self._call = getattr(publications, name)
-    monkeypatch.setattr(publications, name, self)
-
-  def __call__(self, *args, **kwargs):
-    if self._held(*args):
-      self.entered.set()
-      assert self._opened.wait(PATIENCE)
-    return self._call(*args, **kwargs)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    self._opened.set()
+def test_lockstep_holds_training_up_rather_than_fill_the_memory(
+    join, tmp_path, monkeypatch
+):
+  disk = Disk(monkeypatch)
+  stop = threading.Event()
+  exchange = join(mode='lockstep', waiting=Waiting(PATIENCE, stop.is_set))
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    training = pool.submit(
+        lambda: [
+            exchange.publish_if_due(n, variables_of(n)) for n in (10, 20, 30)
+        ]
+    )
+    with pytest.raises(TimeoutError):
+      training.result(0.2)  # One is written, one waits, one is held up.
+    stop.set()  # But not a stop.
+    assert training.result(PATIENCE) == [True] * 3
+  disk.left = 0
+  exchange.flush()
+  assert kept(tmp_path) == [10, 20, 30]
 
 
-class Living:
-  """How many of some variables are in memory."""
-
-  def __init__(self):
-    self._seen = []
-
-  def add(self, variables):
-    self._seen.append(weakref.ref(variables.params['w']))
-
-  @property
-  def number(self):
-    return sum(one() is not None for one in self._seen)
-
-
-# --- Pruning -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
-@pytest.mark.parametrize('broken', ['completed_steps', 'delete_unless'])
+@both_modes
 def test_an_error_while_pruning_does_not_end_training_and_is_said(
-    join, tmp_path, monkeypatch, mode, broken
+    join, tmp_path, monkeypatch, mode
 ):
   troubles = Troubles()
   restarts_at(tmp_path, 1, 90)
   exchange = join(mode=mode, keep=1, troubles=troubles)
   with monkeypatch.context() as patch:
-    pruning = types.SimpleNamespace(**vars(checkpoints) | {broken: refuse})
-    patch.setattr(publisher, 'checkpoints', pruning)
-    publish_one_by_one(exchange, 10, 20, 30)
+    patch.setattr(checkpoints, 'delete_unless', refuse)
+    publish_all(exchange, 10, 20, 30)
     (trouble,) = troubles.now
     assert trouble.doing == 'deleting old publications'
     assert 'bad sector' in trouble.reason
-  assert publications.published_steps(tmp_path, 0) == [10, 20, 30]
-  publish_one_by_one(exchange, 40)
-  assert publications.published_steps(tmp_path, 0) == [40]
+  assert kept(tmp_path) == [10, 20, 30]
+  publish_all(exchange, 40)
+  assert kept(tmp_path) == [40]
   assert troubles.now == ()
 
 
@@ -135,8 +145,7 @@ def test_in_lockstep_pruning_frees_a_full_disk_between_tries(
   disk = Disk(monkeypatch, refusals=0)
 
   def write(root, publication, variables):
-    room = len(publications.published_steps(root, 0)) < 3
-    disk.left = 0 if room else 1
+    disk.left = int(len(kept(root)) >= 3)
     return disk(root, publication, variables)
 
   monkeypatch.setattr(publications, 'write', write)
@@ -144,120 +153,171 @@ def test_in_lockstep_pruning_frees_a_full_disk_between_tries(
   for step in (10, 20, 30, 40):
     exchange.publish_if_due(step, variables_of(step))
   until(lambda: disk.tried.count(40) > 1)
-  assert publications.published_steps(tmp_path, 0) == [10, 20, 30]
+  assert kept(tmp_path) == [10, 20, 30]
   restarts_at(tmp_path, 1, 40)  # The reader needs nothing before it any more.
-  assert exchange._publisher.flush(PATIENCE)
-  assert publications.published_steps(tmp_path, 0) == [40]
-
-
-def test_a_torn_mark_of_one_process_does_not_drop_those_of_the_others(
-    join, tmp_path
-):
-  marks(tmp_path, 'reading.json', '{"nonce"')
-  marks(tmp_path, 'process_1_reading.json', reads(10))
-  marks(tmp_path, 'process_2_reading.json', '[3]')
-  marks(tmp_path, 'process_3_reading.json', reads(20))
-  exchange = join(keep=1)
-  publish_one_by_one(exchange, 10, 20, 30, 40)
-  assert publications.published_steps(tmp_path, 0) == [10, 20, 40]
-
-
-def test_a_mark_that_is_torn_counts_as_it_was_before(join, tmp_path):
-  exchange = join(keep=1)
-  for step, text in (
-      (10, reads(10)),
-      (20, reads(10)),
-      (30, '{"nonce"'),
-  ):
-    marks(tmp_path, 'reading.json', text)
-    publish_one_by_one(exchange, step)
-  assert publications.published_steps(tmp_path, 0) == [10, 30]
-  marks(tmp_path, 'reading.json', '{"nonce": "b", "steps": {}}')
-  publish_one_by_one(exchange, 40)
-  assert publications.published_steps(tmp_path, 0) == [40]
+  exchange.flush()
+  assert kept(tmp_path) == [40]
 
 
 # --- Before a resume checkpoint ----------------------------------------------
 
 
+def test_in_lockstep_a_checkpoint_waits_for_the_publications_before_it(
+    join, monkeypatch
+):
+  """After a kill nobody makes them again, and peers will ask for them."""
+  disk = Disk(monkeypatch)
+  exchange = join(mode='lockstep', patience=hasty(settle=0.05))
+  exchange.settle(9)
+  exchange.publish_if_due(10, variables_of(1))
+  exchange.settle(9)  # Of an earlier step: it does not wait.
+  with pytest.raises(TimeoutError, match='of group 0 up to step 10 are not'):
+    exchange.settle(10)
+  disk.left = 0
+  exchange.flush()
+  exchange.settle(10)
+
+
+def test_in_freshest_no_checkpoint_waits_for_a_publication(join, monkeypatch):
+  disk = Disk(monkeypatch)
+  exchange = join()
+  exchange.publish_if_due(10, variables_of(1))
+  exchange.settle(10)
+  disk.left = 0
+
+
 def test_a_checkpoint_does_not_wait_for_publications_after_it(
     join, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(checkpoint_exchange, '_SETTLE_SECONDS', PATIENCE)
-  exchange = join(mode='lockstep')
+  exchange = join(mode='lockstep', patience=hasty(settle=PATIENCE))
   after = lambda root, publication, variables: publication.step > 10
   with Gate(monkeypatch, 'write', after) as gate:
     for step in (10, 20, 30):  # One more is always on its way.
       exchange.publish_if_due(step, variables_of(step))
-    exchange.settle(10)
-    assert publications.published_steps(tmp_path, 0) == [10]
+    for step in (10, 19):
+      exchange.settle(step)
+      assert kept(tmp_path) == [10]
     assert gate.entered.wait(PATIENCE)
-    exchange.settle(19)
-    monkeypatch.setattr(checkpoint_exchange, '_SETTLE_SECONDS', 0.05)
-    with pytest.raises(TimeoutError, match='up to step 20 are not complete'):
-      exchange.settle(20)
 
 
-def of_memory(root):
-  mirror = Mirror(root, variables_of(0), IDENTITY)
-  return memory_exchanges(2, every=1, mirror=mirror)[0]
+# --- A dictionary that a disk mirrors ----------------------------------------
 
 
-def test_in_memory_a_checkpoint_writes_what_the_disk_has_refused(
+def mirrored(root, every=1, staleness=0, settle=0.05, **kwargs):
+  from codistill_jax.exchange.kinds import Checkpoints
+
+  return memory_exchanges(
+      2,
+      plan=Checkpoints(every, 'lockstep', staleness),
+      mirror=Mirror(root, variables_of(0), IDENTITY),
+      patience=hasty(settle=settle),
+      **kwargs,
+  )
+
+
+def test_a_full_disk_holds_up_the_mirror_and_not_the_training(
     tmp_path, monkeypatch
 ):
-  exchange = of_memory(tmp_path)
-  with monkeypatch.context() as patch:
-    patch.setattr(publications, 'write', refuse)
-    for step in (1, 2):
-      exchange.publish_if_due(step, variables_of(step))
-    with pytest.raises(OSError, match='2 publications of group 0'):
-      exchange.settle(2)
-  exchange.settle(2)  # Nobody publishes any more, as after a stop.
-  assert publications.published_steps(tmp_path, 0) == [1, 2]
+  troubles = Troubles()
+  disk = Disk(monkeypatch)
+  ours, theirs = mirrored(tmp_path, troubles=troubles)
+  for step in range(1, 42):
+    assert theirs.publish_if_due(step, variables_of(step))
+    assert shown(ours.fetch(step)) == [step]
+  assert kept(tmp_path, 1) == []
+  assert [t.doing for t in troubles.now] == ['publishing']
+  with pytest.raises(OSError, match='up to step 41 are not complete'):
+    theirs.settle(41)  # So no checkpoint is made that would need them.
+  disk.left = 0
+  theirs.flush()
+  theirs.settle(41)
+  # The next checkpoint needs its own; a restart makes the others again.
+  assert kept(tmp_path, 1) == [40, 41]
+  for exchange in (ours, theirs):
+    exchange.close()
 
 
-def test_in_memory_what_no_restart_needs_does_not_wait_for_the_disk(
+def test_a_checkpoint_that_needs_what_was_given_up_is_not_made(
     tmp_path, monkeypatch
 ):
-  exchange = of_memory(tmp_path)
-  with monkeypatch.context() as patch:
-    patch.setattr(publications, 'write', refuse)
-    for step in range(1, 42):
+  """A disk was full for so long that a state outlived its publications."""
+  disk = Disk(monkeypatch)
+  ours, theirs = mirrored(tmp_path, staleness=1)
+  for step in range(1, 21):
+    ours.publish_if_due(step, variables_of(step))
+  disk.left = 0
+  ours.flush()
+  for step, there in ((10, False), (16, False), (20, True)):
+    if there:
+      ours.settle(step)
+    else:
+      with pytest.raises(OSError, match=f'up to step {step} are not complete'):
+        ours.settle(step)
+  for exchange in (ours, theirs):
+    exchange.close()
+
+
+def test_a_mirror_keeps_what_a_restart_may_ask_for(tmp_path):
+  exchanges = mirrored(tmp_path, every=5, staleness=5, settle=PATIENCE)
+  for step in range(5, 61, 5):
+    for exchange in exchanges:
       exchange.publish_if_due(step, variables_of(step))
-    waiting = [publication.step for publication, _ in exchange._unwritten]
-    # The next checkpoint needs its own; a restart makes the others again.
-    assert waiting == [40, 41]
-  exchange.settle(41)
-  assert publications.published_steps(tmp_path, 0) == [40, 41]
+      exchange.flush()
+    if step == 40:
+      assert kept(tmp_path) == list(range(5, 41, 5))
+      for exchange in exchanges:
+        exchange.checkpointed(20)
+  # 15 is the oldest that a restart from 20 asks for.
+  assert kept(tmp_path) == list(range(15, 61, 5))
+  for exchange in exchanges:
+    exchange.close()
+
+
+def test_a_restart_refuses_peers_of_another_task(tmp_path):
+  publish(tmp_path, 1, 1)
+  mirror = Mirror(tmp_path, variables_of(0), {'task': 'other'})
+  ours, theirs = memory_exchanges(2, every=1, mirror=mirror)
+  with pytest.raises(checkpoints.MismatchError, match='task=toy'):
+    ours.restore(1, [None])
+  for exchange in (ours, theirs):
+    exchange.close()
 
 
 # --- Closing -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+def test_closing_gives_a_full_disk_up_after_a_while(join, monkeypatch):
+  Disk(monkeypatch)
+  patience = hasty(failing=0.1)
+  exchange = join(group_id=1, patience=patience)
+  exchange.publish_if_due(10, variables_of(1))
+  exchange.close()  # The run is over; nobody waits for it.
+  exchange = join(mode='lockstep', patience=patience)
+  exchange.publish_if_due(10, variables_of(1))
+  with pytest.raises(TimeoutError, match=r'could not publish .*No space left'):
+    exchange.close()
+
+
+@both_modes
 def test_closing_waits_for_a_write_that_is_only_slow(
     join, tmp_path, monkeypatch, mode
 ):
-  monkeypatch.setattr(publisher, '_CLOSE_SECONDS', 0.05)
-  exchange = join(mode=mode)
+  exchange = join(mode=mode, patience=hasty(failing=0.05))
   with Gate(monkeypatch, 'write') as gate:
     exchange.publish_if_due(10, variables_of(1))
-    opens = threading.Timer(0.4, gate.__exit__)
+    opens = threading.Timer(0.4, gate.open)
     opens.start()
     exchange.close()
     opens.join()
-  assert publications.published_steps(tmp_path, 0) == [10]
+  assert kept(tmp_path) == [10]
   assert leases.peek(tmp_path / 'group_0') is None
 
 
-@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+@both_modes
 def test_the_lease_is_kept_while_a_write_hangs(
     join, tmp_path, monkeypatch, mode
 ):
-  monkeypatch.setattr(publisher, '_CLOSE_SECONDS', 0.05)
-  monkeypatch.setattr(publisher, '_SLOW_SECONDS', 0.05)
-  exchange = join(mode=mode)
+  exchange = join(mode=mode, patience=hasty(failing=0.05, slow=0.05, join=0.05))
   with Gate(monkeypatch, 'write') as gate:
     exchange.publish_if_due(10, variables_of(1))
     assert gate.entered.wait(PATIENCE)
@@ -267,23 +327,28 @@ def test_the_lease_is_kept_while_a_write_hangs(
     else:
       exchange.close()
     assert leases.peek(tmp_path / 'group_0') is not None
-  until(lambda: exchange._publisher.finished)
-  exchange.close()
-  assert leases.peek(tmp_path / 'group_0') is None
+
+  def released():
+    exchange.close()
+    return leases.peek(tmp_path / 'group_0') is None
+
+  until(released)
 
 
-@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+@both_modes
 def test_closing_does_not_sleep_on_after_a_failure(
     join, tmp_path, monkeypatch, mode
 ):
-  Disk(monkeypatch, refusals=1)
-  monkeypatch.setattr(publisher, '_CLOSE_SECONDS', PATIENCE)
-  monkeypatch.setattr(publisher, '_FIRST_RETRY_SECONDS', 10 * PATIENCE)
-  exchange = join(mode=mode)
+  disk = Disk(monkeypatch, refusals=2)
+  # Without anybody who waits the second try would be the last for an hour.
+  exchange = join(
+      mode=mode,
+      patience=hasty(retry=0.2, longest_retry=3600.0, failing=PATIENCE),
+  )
   exchange.publish_if_due(10, variables_of(1))
-  until(lambda: exchange._publisher._failing)
-  exchange.close()  # One that slept on would give up.
-  assert publications.published_steps(tmp_path, 0) == [10]
+  until(lambda: len(disk.tried) == 1)
+  exchange.close()
+  assert kept(tmp_path) == [10]
 
 
 def test_an_exchange_that_could_not_be_made_holds_no_lease(
@@ -304,64 +369,59 @@ def test_freshest_needs_the_memory_of_two_copies_however_often_it_publishes(
     join, tmp_path, monkeypatch
 ):
   """Of the one that is written, and of the newest; which are never the same."""
-  copies = []  # Alive, so that no two of them have one address by chance.
-  original = publisher.host_copy
+  copies, original = {}, publications.write
 
-  def host_copy(variables, into):
-    copies.append(original(variables, into=into).params['w'])
-    return variables.replace(params={'w': copies[-1]})
+  def write(root, publication, variables):
+    copies[publication.step] = variables.params['w']
+    return original(root, publication, variables)
 
-  monkeypatch.setattr(publisher, 'host_copy', host_copy)
+  monkeypatch.setattr(publications, 'write', write)
   exchange = join()
   with Gate(monkeypatch, 'write') as gate:
     exchange.publish_if_due(10, variables_of(1))
     assert gate.entered.wait(PATIENCE)
     for step in (20, 30, 40, 50):
       exchange.publish_if_due(step, variables_of(step))
-    written, *waiting = copies
-    assert all(x is waiting[0] for x in waiting)
-    assert waiting[0] is not written
   exchange.flush()
   exchange.publish_if_due(60, variables_of(60))
   exchange.flush()
-  assert copies[-1] is waiting[0]
-  assert publications.published_steps(tmp_path, 0) == [10, 50, 60]
+  assert copies.keys() == {10, 50, 60}
+  assert copies[50] is not copies[10]
+  # The memory of one that is written serves another.
+  assert copies[60] is copies[50] or copies[60] is copies[10]
   for step, value in ((10, 1.0), (50, 50.0), (60, 60.0)):
     _, found = publications.read(tmp_path, 0, step, like=variables_of(0))
     np.testing.assert_array_equal(found.params['w'], value)
 
 
 def test_the_host_holds_a_few_peers_at_a_time(join, tmp_path, monkeypatch):
-  living, at_once = Living(), []
+  seen, at_once = [], []
   original = publications.read
 
   def read(*args, **kwargs):
     publication, variables = original(*args, **kwargs)
-    living.add(variables)
-    at_once.append(living.number)
+    seen.append(weakref.ref(variables.params['w']))
+    at_once.append(sum(one() is not None for one in seen))
     return publication, variables
 
-  num_groups = 2 * fetching._AT_ONCE + 2
+  num_groups = 2 * fetching.AT_ONCE + 2
   for peer in range(1, num_groups):
     publish(tmp_path, peer, 10, value=peer)
   monkeypatch.setattr(publications, 'read', read)
   exchange = join(num_groups=num_groups)
-  teachers = fetch_until(exchange, 10, (10,) * (num_groups - 1))
-  assert teachers.variables.params['w'][:, 0].tolist() == [
-      float(peer) for peer in range(1, num_groups)
-  ]
+  teachers = fetch_until(exchange, 10, *[10] * (num_groups - 1))
+  assert shown(teachers) == list(map(float, range(1, num_groups)))
   assert len(at_once) == num_groups - 1
-  assert max(at_once) == fetching._AT_ONCE
+  assert max(at_once) == fetching.AT_ONCE
 
 
 def test_a_cast_copies_only_where_the_dtype_differs():
   variables = variables_of(1)
-  variables.model_state['n'] = np.int32([3])
   same = cast_floats(variables, 'float32')
   assert np.shares_memory(same.params['w'], variables.params['w'])
   other = cast_floats(variables, 'bfloat16')
   assert other.params['w'].dtype == 'bfloat16'
-  assert np.shares_memory(other.model_state['n'], variables.model_state['n'])
+  assert other.model_state['n'] is variables.model_state['n']
 
 
 # --- Reading -----------------------------------------------------------------
@@ -374,7 +434,7 @@ def test_a_wait_ends_by_a_stop_and_by_its_limit_though_a_read_hangs(
   publish(tmp_path, 1, 100)
   with Gate(monkeypatch, 'read') as gate:
     for group_id, waiting, error in (
-        (0, Waiting(600.0, gate.entered.is_set), Interrupted),
+        (0, Waiting(math.inf, gate.entered.is_set), Interrupted),
         (2, Waiting(0.1), TimeoutError),
     ):
       exchange = join(group_id, 3, waiting=waiting, agreement=agreement, **WAIT)
@@ -388,50 +448,43 @@ def test_a_read_that_hangs_does_not_stop_publishing(
     join, tmp_path, monkeypatch
 ):
   publish(tmp_path, 1, 10)
-  exchange = join()
-  exchange._turns._seconds = 0.1
-  with Gate(monkeypatch, 'read') as gate:
-    exchange.fetch(10)
-    assert gate.entered.wait(PATIENCE)
-    publish_one_by_one(exchange, 10, 20)
-    assert publications.published_steps(tmp_path, 0) == [10, 20]
+  exchange = join(patience=hasty(turn=0.1))
+  peer = lambda root, group_id, *_: group_id == 1
+  with Gate(monkeypatch, 'read', peer) as gate:
+    while not gate.entered.is_set():
+      exchange.fetch(10)
+    publish_all(exchange, 10, 20)
+    assert kept(tmp_path) == [10, 20]
 
 
 @pytest.mark.parametrize('policy', ['wait', 'fail'])
 def test_who_needs_a_teacher_now_ends_the_pause_between_two_looks(
     join, tmp_path, monkeypatch, policy
 ):
-  monkeypatch.setattr(fetching, '_POLL_SECONDS', PATIENCE)
-  monkeypatch.setattr(Waiting, 'go_on', lambda *args: time.sleep(0.01))
   looked = threading.Event()
-  exchange = join(**WAIT | {'staleness_policy': policy})
-  original = exchange._fetcher.read_newest
+  original = publications.published_steps
 
-  def read_newest(*args):
+  def published_steps(*args):
     found = original(*args)
     looked.set()
     return found
 
-  monkeypatch.setattr(exchange._fetcher, 'read_newest', read_newest)
-  assert exchange.fetch(0) is None
-  assert looked.wait(PATIENCE)
-  time.sleep(0.1)  # It sleeps now.
+  # It sleeps for hours after its first look.
+  patience = hasty(poll=PATIENCE, longest_poll=PATIENCE)
+  exchange = join(
+      waiting=Waiting(PATIENCE),
+      patience=patience,
+      **WAIT | {'staleness_policy': policy},
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(publications, 'published_steps', published_steps)
+    assert exchange.fetch(0) is None
+    assert looked.wait(PATIENCE)
   publish(tmp_path, 1, 10)
   start = time.monotonic()
   assert exchange.fetch(21) is not None
   assert time.monotonic() - start < PATIENCE / 2
   assert steps_in_use(exchange) == (10,)
-
-
-def test_a_peer_that_is_found_does_not_postpone_another(join, tmp_path):
-  exchange = join(num_groups=3, every=1000)
-  publish(tmp_path, 1, 1000)
-  fetch_until(exchange, 1000, (1000, None))
-  publish(tmp_path, 2, 1000)  # A moment later.
-  fetch_until(exchange, 1001, (1000, 1000))
-  publish(tmp_path, 1, 2000)
-  publish(tmp_path, 2, 2000)
-  fetch_until(exchange, 2000, (2000, 2000))
 
 
 @pytest.mark.parametrize('agreement', [ALONE, OF_ONE])

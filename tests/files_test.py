@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 
 import pytest
 from etils import epath
@@ -98,19 +97,6 @@ def test_writers_at_the_same_time_share_no_temporary_file(
   assert len(set(replaced)) == 2
   assert path.read_bytes() == b'first'
   assert os.listdir(tmp_path) == ['a']
-
-
-def test_an_object_is_written_in_place_and_never_renamed(tmp_path, monkeypatch):
-  # An object store: a path that looks remote, over a local directory.
-  monkeypatch.setattr(files, 'is_remote', lambda path: True)
-
-  def refuse(*args):
-    pytest.fail('renamed')
-
-  monkeypatch.setattr(pathlib.Path, 'replace', refuse)
-  monkeypatch.setattr(type(epath.Path(tmp_path)), 'replace', refuse)
-  files.write_bytes(tmp_path / 'a', b'data')
-  assert (tmp_path / 'a').read_bytes() == b'data'
 
 
 def test_buckets_are_remote_and_disks_are_not(tmp_path):

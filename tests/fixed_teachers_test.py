@@ -1,9 +1,9 @@
 """Offline distillation: the student learns from runs that have ended."""
 
 import pathlib
-import signal
 
 import algorithm1
+import all_groups
 import jax
 import numpy as np
 import optax
@@ -12,7 +12,7 @@ import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, run_directory
+from codistill_jax import run_directory
 from codistill_jax import step as step_lib
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.exchange.fixed_teachers import FixedExchange
@@ -22,8 +22,6 @@ from codistill_jax.schedules import distill_weight
 from codistill_jax.storage.checkpoints import MismatchError
 from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
-from experiments.running import driver, lockstep, watch
-from experiments.running.job import Job
 
 TX = optax.sgd(0.5)
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
@@ -296,55 +294,9 @@ def taught(tmp_path_factory):
   return experiment, step
 
 
-def jobs_of(taught, workdir, stop):
-  gin_utils.parse([])
+def train(taught, workdir, stop_after=None):
   experiment, step = taught
-  return [
-      Job(
-          experiment=experiment,
-          model=MODEL,
-          train_step=step,
-          workdir=str(workdir),
-          group_id=group_id,
-          num_groups=2,
-          stop=stop,
-      )
-      for group_id in (0, 1)
-  ]
-
-
-class StopAt:
-  """Asked to stop from the n-th round on."""
-
-  signal_number = signal.SIGTERM
-
-  def __init__(self, rounds=100):
-    self._rounds = rounds
-
-  def __call__(self):
-    return self._rounds < 0
-
-  def update(self):
-    self._rounds -= 1
-
-
-def train(taught, workdir, latch):
-  jobs = jobs_of(taught, workdir, latch)
-  start = driver.new_state(jobs[0])
-  exchanges = taught[0].exchange.join_all(
-      jobs[0], start.state.variables, start.examples
-  )
-  lockstep.train_in_turn(
-      [
-          driver.train(
-              job,
-              lambda variables, exchange=exchange: exchange,
-              watch.group_writer(job, progress=False),
-          )
-          for job, exchange in zip(jobs, exchanges)
-      ],
-      latch,
-  )
+  all_groups.train(experiment, MODEL, [step] * 2, workdir, stop_after)
 
 
 def last_arrays(workdir, group_id):
@@ -354,7 +306,7 @@ def last_arrays(workdir, group_id):
 @pytest.fixture(scope='module')
 def finished(taught, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('students') / 'run'
-  train(taught, workdir, StopAt())
+  train(taught, workdir)
   return workdir
 
 
@@ -363,9 +315,9 @@ def test_a_student_that_was_stopped_ends_with_the_same_bits(
 ):
   workdir = tmp_path / 'run'
   with pytest.raises(cli.Stopped):
-    train(taught, workdir, StopAt(5))
+    train(taught, workdir, 5)
   assert tiny_run.saved_arrays(workdir, 0)[0] < 8
-  train(taught, workdir, StopAt())
+  train(taught, workdir)
   for group_id in (0, 1):
     tiny_run.assert_same_bits(
         last_arrays(workdir, group_id), last_arrays(finished, group_id)
@@ -390,7 +342,7 @@ def test_a_run_says_what_its_teachers_cost(taught, finished):
 
 def test_a_student_does_not_go_on_with_other_teachers(taught):
   exchange = taught[0].exchange.join(
-      jobs_of(taught, 'run', StopAt())[0],
+      all_groups.jobs_of(taught[0], MODEL, taught[1:], 'run')[0],
       jax.eval_shape(MODEL.init, jax.random.PRNGKey(0), toy.Tokens(4).batch(0)),
   )
   exchange.restore(4, [20, 21])

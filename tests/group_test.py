@@ -13,8 +13,8 @@ import toy
 from waits import PATIENCE, until
 
 from codistill_jax.base import host_copy
-from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.plan import NoExchange, Plan
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.group import prefetch, run_group
 from codistill_jax.replicas import PmapStep
 from codistill_jax.schedules import distill_weight

@@ -173,17 +173,6 @@ def test_a_process_that_is_gone_is_replaced_at_once(tmp_path, acquire, clock):
   assert clock.now - start < 5
 
 
-def test_a_process_id_that_was_given_away_is_not_the_holder(tmp_path, acquire):
-  """They come again, soon in containers; start times do not."""
-  forge_here(tmp_path, started=1)
-  acquire(ttl_seconds=600.0).check()
-
-
-def test_what_an_earlier_process_of_our_id_left_is_free(tmp_path, acquire):
-  forge_here(tmp_path, pid=os.getpid())
-  acquire(ttl_seconds=600.0).check()
-
-
 def test_a_process_is_known_by_ticks_since_the_boot():
   """As all versions wrote it; the time of day may be set meanwhile."""
   text = pathlib.Path('/proc/self/stat').read_text()
@@ -360,9 +349,9 @@ def test_of_eight_threads_one_wins(tmp_path, start):
       assert leases.peek(place).nonce == won[0].holder.nonce
 
 
-def test_of_eight_processes_one_wins_the_lease_of_a_dead_one(tmp_path, hold):
+def test_of_four_processes_one_wins_the_lease_of_a_dead_one(tmp_path, hold):
   forge_here(tmp_path, started=1)
-  processes = [hold(tmp_path, settle_seconds=1.0) for _ in range(8)]
+  processes = [hold(tmp_path, settle_seconds=1.0) for _ in range(4)]
   said = [process.stdout.readline() for process in processes]
   winners = [p.pid for p, line in zip(processes, said) if line == 'got\n']
   assert len(winners) == 1
@@ -540,24 +529,13 @@ def test_a_damaged_file_is_watched_then_replaced(
   assert clock.now - start >= 4.0
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        {'pid': 'x'},
-        {'pid': 0},
-        {'pid': -1},
-        {'pid': 1 << 40},
-        {'nonce': None},
-        {'beat': 'x'},
-        {'since': '?'},
-        {'ttl_seconds': 1e9},
-        {'ttl_seconds': -1.0},
-        {'machine': 3},
-    ],
-)
-def test_fields_of_no_sense_are_damage(tmp_path, change):
-  forge(tmp_path, **change)
-  assert leases.peek(tmp_path) is None
+def test_fields_of_no_sense_are_damage(tmp_path):
+  changes = [('pid', x) for x in ('x', 0, -1, 1 << 40)]
+  changes += [('nonce', None), ('beat', 'x'), ('since', '?'), ('machine', 3)]
+  changes += [('ttl_seconds', x) for x in (1e9, -1.0)]
+  for key, value in changes:
+    forge(tmp_path, **{key: value})
+    assert leases.peek(tmp_path) is None, (key, value)
 
 
 def test_a_damaged_file_that_is_mended_has_a_holder(tmp_path, acquire, clock):
@@ -582,14 +560,6 @@ def test_a_later_version_may_add_fields(tmp_path):
   holder = forge(tmp_path)
   files.write_json(lease_file(tmp_path), {**holder._asdict(), 'mood': 'fine'})
   assert leases.peek(tmp_path) == holder
-
-
-def test_a_disk_that_cannot_be_written_is_an_error_that_names_it(
-    tmp_path, acquire
-):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='file'):
-    acquire(tmp_path / 'file' / 'group_0')
 
 
 @pytest.mark.parametrize('ttl', [0.0, -1.0, 601.0])

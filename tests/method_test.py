@@ -15,8 +15,8 @@ from codistill_jax import exchange as exchange_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.baselines.diloco import Diloco
-from codistill_jax.exchange.memory_exchange import memory_exchanges
 from codistill_jax.exchange.plan import NoExchange
+from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.storage.resume import ResumeCheckpoints
 from experiments import cli
 from experiments.running import driver, watch

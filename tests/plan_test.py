@@ -2,7 +2,6 @@
 
 import types
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,42 +110,6 @@ def test_a_plan_knows_peers_and_readers():
   ]
 
 
-def variables(value):
-  params = {'w': np.full((2, 3), value, np.float32)}
-  return Variables(params, {'calls': np.array(value, np.int32)})
-
-
-def test_teachers_are_stacked_in_the_order_of_peers():
-  teachers = plan_lib.stack_teachers([variables(n) for n in (3, 1, 2)])
-  np.testing.assert_array_equal(teachers.present_P, [1, 1, 1])
-  assert teachers.present_P.dtype == np.float32
-  assert teachers.variables.params['w'].shape == (3, 2, 3)
-  np.testing.assert_array_equal(
-      teachers.variables.params['w'][:, 0, 0], [3, 1, 2]
-  )
-  np.testing.assert_array_equal(
-      teachers.variables.model_state['calls'], [3, 1, 2]
-  )
-
-
-def test_an_absent_peer_keeps_its_slot_and_holds_finite_values():
-  # The length P is fixed: a peer that comes or goes does not recompile.
-  everyone = plan_lib.stack_teachers([variables(n) for n in (1, 2, 3)])
-  teachers = plan_lib.stack_teachers([None, variables(2), None])
-  np.testing.assert_array_equal(teachers.present_P, [0, 1, 0])
-  np.testing.assert_array_equal(teachers.variables.params['w'][1], 2.0)
-  shapes = lambda t: [(x.shape, x.dtype) for x in _leaves(t)]
-  assert shapes(teachers) == shapes(everyone)
-  assert all(np.all(np.isfinite(x)) for x in _leaves(teachers))
-  assert plan_lib.stack_teachers([None, None]) is None
-  assert plan_lib.stack_teachers([]) is None
-
-
-def _leaves(teachers):
-  found = teachers.variables
-  return [found.params['w'], found.model_state['calls'], teachers.present_P]
-
-
 def test_staleness_is_measured_over_the_peers_that_are_present(monkeypatch):
   now = 1e9
   monkeypatch.setattr(plan_lib, 'time', types.SimpleNamespace(time=lambda: now))
@@ -171,7 +134,7 @@ def test_staleness_is_measured_over_the_peers_that_are_present(monkeypatch):
 
 def test_a_group_without_an_exchange_has_no_peers_and_publishes_nothing():
   nothing = plan_lib.NoExchange()
-  assert nothing.publish_if_due(50, variables(1)) is False
+  assert nothing.publish_if_due(50, Variables({})) is False
   assert nothing.fetch(50) is None
   assert nothing.restore(50, ()) is None and nothing.checkpointed(50) is None
   assert not nothing.due(50) and nothing.metrics(50) == {}

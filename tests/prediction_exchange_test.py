@@ -1,8 +1,8 @@
 """A run that exchanges predictions, with all that surrounds its loop."""
 
 import functools
-import signal
 
+import all_groups
 import jax
 import numpy as np
 import optax
@@ -11,13 +11,12 @@ import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, one_program, run_directory
+from codistill_jax import one_program, run_directory
 from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import checkpoints
 from experiments import cli
-from experiments.running import driver, lockstep, watch
-from experiments.running.job import Job
+from experiments.running import lockstep
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -50,61 +49,14 @@ def population():
   return experiment_lib.make_population(EXPERIMENT, MODEL, G, devices)
 
 
-class Request:
-  """Asked to stop before a certain round of updates."""
-
-  def __init__(self, rounds=None):
-    self._rounds = rounds
-
-  @property
-  def signal_number(self):
-    if self._rounds is None:
-      return None
-    self._rounds -= 1
-    return signal.SIGTERM if self._rounds < 0 else None
-
-  def __call__(self):
-    return True
-
-
 def train(workdir, stop_after=None):
-  """Trains all groups as `train_lockstep` does."""
-  gin_utils.parse([])
-  latch = lockstep.Latch(Request(stop_after))
   kind = EXPERIMENT.exchange
   mix_GG = mixing_matrix([kind.peers_of(g, G) for g in range(G)])
   update = one_program.JointUpdate(population(), mix_GG, kind.top_k)
   stream = one_program.SharedStream(
       experiment_lib.train_stream(EXPERIMENT, 0, G)
   )
-  jobs = [
-      Job(
-          experiment=EXPERIMENT,
-          model=MODEL,
-          train_step=update.seats[g],
-          workdir=str(workdir),
-          group_id=g,
-          num_groups=G,
-          stop=latch,
-          shared_stream=stream,
-      )
-      for g in range(G)
-  ]
-  lockstep.keep_common_checkpoints(jobs)
-  start = driver.new_state(jobs[0])
-  exchanges = EXPERIMENT.exchange.join_all(
-      jobs[0], start.state.variables, start.examples
-  )
-  groups = [
-      driver.train(
-          job,
-          lambda variables, exchange=exchange: exchange,
-          watch.group_writer(job, progress=False),
-      )
-      for job, exchange in zip(jobs, exchanges)
-  ]
-  lockstep.train_in_turn(groups, latch)
-  return update
+  all_groups.train(EXPERIMENT, MODEL, update.seats, workdir, stop_after, stream)
 
 
 @pytest.fixture(scope='module')

@@ -1,9 +1,11 @@
 """Synthetic studies: runs whose losses are a formula, nothing is trained."""
 
+from typing import Any
+
 import numpy as np
 
 from experiments.studies.declaration import Arm, Comparison, Scale, Study
-from experiments.studies.results import Run, Setting
+from experiments.studies.results import Run
 
 STEPS_N = np.arange(50, 1001, 50)
 COMMAND = 'python -m experiments.reproduce --study=toy --scale=smoke'
@@ -38,13 +40,14 @@ def study(*arms: Arm, comparisons=(), **kwargs) -> Study:
   )
 
 
-def setting(**kwargs) -> Setting:
-  values = {
+def settings(**kwargs) -> dict[str, Any]:
+  """What `outcomes` gives of a study."""
+  return {
       'data': 'made-up tokens',
+      'scale': 'smoke',
       'example': 'token',
-      'rows': '32 tokens',
+      'examples_per_row': 32,
       'group_batch': 16,
-      'examples': 512,
       'num_steps': 1000,
       'exchange_every': 25,
       'replicas': 1,
@@ -52,15 +55,15 @@ def setting(**kwargs) -> Setting:
       'model': 'LSTM 256',
       'bytes_of_model': 493_824,
       'cores': 2,
+      'platform': 'cpu',
       'device': 'cpu',
       'command': COMMAND,
-      'scale': 'smoke',
       'seeds': 3,
       'rates': (0.001, 0.002),
-      'selection': 'the rate with the least loss at the end',
+      'runs': 9,
+      'done': 9,
       'minutes': 12.5,
-  }
-  return Setting(**(values | kwargs))
+  } | kwargs
 
 
 def run(

@@ -84,3 +84,18 @@ def test_what_is_shown_changes_only_with_who_is_present(teaching):
   assert teaching.too_old(36) == [1, 2]
   # A clock that goes back, as for a restart: they are there again.
   assert teaching.show(20).present_P.tolist() == [1, 1]
+
+
+def test_of_what_was_prepared_some_may_be_left_out(teaching):
+  """As of a group of which one process could not read a peer."""
+  take(teaching, _1=10, _2=10)
+  found = {
+      peer: (Publication(peer, 20, 0.0), variables(20 + peer))
+      for peer in (1, 2)
+  }
+  swap = teaching.prepare(found)
+  teaching.take(teaching.restrict(swap, {2}))
+  assert teaching.held_steps == {1: 10, 2: 20}
+  assert values(teaching.show(20)) == [10, 22]
+  assert teaching.restrict(swap, set()) is None
+  assert teaching.restrict(None, set()) is None

@@ -10,7 +10,14 @@ import numpy as np
 import optax
 
 from codistill_jax import step as step_lib
-from codistill_jax.base import Model, Task, Teachers, Updates, Variables
+from codistill_jax.base import (
+    Model,
+    Task,
+    Teachers,
+    Updates,
+    Variables,
+    host_copy,
+)
 from codistill_jax.models.linen import from_linen
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
@@ -216,6 +223,16 @@ def replicated(model, tx=SGD, number=4):
   step = step_lib.make_train_step(model, tx, axis_name=REPLICA_AXIS)
   # From the last device backwards: nothing may lean on the default order.
   return PmapStep(step, jax.devices()[::-1][:number])
+
+
+def trained(step, state, stream, updates, teachers=None, distill_weight=0.0):
+  """States and metrics, in numpy, after each of some updates."""
+  step, states, metrics = jax.jit(step), [], []
+  for n in updates:
+    state, found = step(state, stream.batch(n), teachers, distill_weight)
+    states.append(host_copy(state))
+    metrics.append(jax.device_get(found))
+  return states, metrics
 
 
 _replicated = functools.cache(replicated)

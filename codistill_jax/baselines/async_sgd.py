@@ -75,7 +75,7 @@ def worker_turns(
     seed: int = 0,
     ramp_up_steps: int = 0,
 ) -> Turns:
-  """The turns of the first updates; of more of them, these are the first.
+  """Returns the turns of the first updates; of more, these are the first.
 
   In each round every worker that has joined has one turn.
 
@@ -221,7 +221,7 @@ class AsynchronousSgd:
       )
 
   def turns(self, num_steps: int) -> Turns:
-    """Whose turn each update of a run is."""
+    """Returns whose turn each update of a run is."""
     return worker_turns(
         self.workers, num_steps, self.order, self.seed, self.ramp_up_steps
     )
@@ -232,7 +232,7 @@ class AsynchronousSgd:
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
   ) -> TrainState:
-    """All workers have pulled the first parameters; carries (B, W, ...)."""
+    """Pulls the first parameters for all workers; carries (B, W, ...)."""
     del tx
     return state.replace(
         opt_state=AsyncState(
@@ -254,7 +254,7 @@ class AsynchronousSgd:
       num_steps: int,
       rows: slice | None,
   ) -> Stream:
-    """Each worker reads rows of its own of a stream of W x B rows.
+    """Makes a stream of W x B rows, of which each worker reads its own.
 
     So the n-th batch of worker w are rows w B to (w + 1) B of batch n of that
     stream, and a document of a language model stays with its worker.
@@ -284,7 +284,7 @@ class AsynchronousSgd:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """One update of the server, with the gradient of one worker."""
+    """Makes one update of the server, with the gradient of one worker."""
     turns = self.turns(num_steps)
     gradient_step = step.make_train_step(model, _KEEP_GRADIENT, **kwargs)
 
@@ -333,7 +333,7 @@ def _put(tree: PyTree, part: PyTree, index: Array, axis: int) -> PyTree:
 
 
 def _join(state: TrainState, joining: Array) -> TrainState:
-  """The worker that joins pulls what the server has; -1: nobody joins."""
+  """Pulls what the server has for the worker that joins; -1: nobody joins."""
   held, index = state.opt_state, jnp.maximum(joining, 0)
   here = joining >= 0
   part = jax.tree.map(
@@ -348,7 +348,7 @@ def _join(state: TrainState, joining: Array) -> TrainState:
 
 
 def _as_seen_by(worker: Array, state: TrainState) -> TrainState:
-  """The state of one worker: its parameters, and the carries of its rows."""
+  """Returns the state of a worker: its parameters, the carries of its rows."""
   return state.replace(
       variables=Variables(
           _take(state.opt_state.pulled, worker, 0), state.variables.model_state
@@ -366,7 +366,7 @@ def _serve(
     answer: TrainState,
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
-  """The server applies a worker's gradient; then the worker pulls."""
+  """Applies a worker's gradient to the server; then the worker pulls."""
   held, params = state.opt_state, state.variables.params
   updates, server = tx.update(answer.opt_state, held.server, params)
   params = optax.apply_updates(params, updates)

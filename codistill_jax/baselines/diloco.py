@@ -117,7 +117,7 @@ class Diloco:
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
   ) -> TrainState:
-    """All workers begin with the same variables; carries stay (B, ...)."""
+    """Gives all workers the same variables; carries stay (B, ...)."""
     del tx
     params = state.variables.params
     return state.replace(
@@ -149,7 +149,7 @@ class Diloco:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """One update of all workers, and the outer step where it is due."""
+    """Makes one update of all workers, and the outer step where it is due."""
     del num_steps
     inner_step = step.make_train_step(model, tx, **kwargs)
     outer = self._outer()
@@ -199,7 +199,7 @@ def _is_number(x: Any) -> bool:
 def _outer_step(
     outer: optax.GradientTransformation, held: LocalState
 ) -> tuple[Variables, LocalState]:
-  """The new outer variables, with which all workers go on."""
+  """Returns the new outer variables, with which all workers go on."""
   mean = _mean(held.workers)
   grads = jax.tree.map(jnp.subtract, held.begun, mean.params)
   updates, outer_state = outer.update(grads, held.outer, held.begun)
@@ -216,7 +216,7 @@ def _outer_step(
 
 
 def _mean(variables_M: Variables) -> Variables:
-  """Of parameters and statistics; counters are the same in all workers."""
+  """Returns the mean; counters are the same in all workers."""
   return jax.tree.map(
       lambda x: (
           _mean_of(x) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
@@ -232,7 +232,7 @@ def _mean_of(x_M: Array | Sequence[Array]) -> jax.Array:
 
 
 def _spread(params_M: PyTree) -> jax.Array:
-  """Root mean square distance from the mean, over the workers."""
+  """Returns the root mean square distance from the mean, over the workers."""
 
   def squares(x_M: Array) -> jax.Array:
     mean = _mean_of(x_M)
@@ -242,7 +242,7 @@ def _spread(params_M: PyTree) -> jax.Array:
 
 
 def _split_state(state: TrainState, workers: int) -> TrainState:
-  """The state of each worker, along a leading axis."""
+  """Returns the state of each worker, along a leading axis."""
   held = state.opt_state
   # The first as it is: a single worker draws what plain training draws.
   rngs = [state.rng] + [
@@ -259,7 +259,7 @@ def _split_state(state: TrainState, workers: int) -> TrainState:
 
 
 def _split_rows(tree: PyTree, workers: int, axis: int = 0) -> PyTree:
-  """(B, ...) -> (M, B / M, ...), or (P, B, ...) -> (M, P, B / M, ...).
+  """Reshapes (B, ...) to (M, B / M, ...), or (P, B, ...) to (M, P, B / M, ...).
 
   Row by row to the workers in turn: as long as each has equally many rows of
   each replica, it has the same ones on any number of replicas.
@@ -279,7 +279,7 @@ def _split_rows(tree: PyTree, workers: int, axis: int = 0) -> PyTree:
 
 
 def _merge_rows(tree_M: PyTree, axis: int) -> PyTree:
-  """The inverse of `_split_rows`."""
+  """Undoes `_split_rows`."""
 
   def merge(x: Array) -> Array:
     x = jnp.moveaxis(x, 0, axis + 1)
@@ -294,7 +294,7 @@ def _map_workers(
     workers_M: TrainState,
     batch_M: Batch,
 ) -> tuple[TrainState, Metrics]:
-  """`each` of every worker."""
+  """Applies `each` to every worker."""
   first = jax.tree.map(lambda x: x[0], (workers_M, batch_M))
   if len(workers_M.step) == 1:
     # Not as a batch of one, whose products may round otherwise.

@@ -44,7 +44,7 @@ class Method(Protocol):
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """The step; `kwargs` are those of `step.make_train_step`."""
+    """Makes the step; `kwargs` are those of `step.make_train_step`."""
 
   def train_stream(
       self,
@@ -54,7 +54,7 @@ class Method(Protocol):
       num_steps: int,
       rows: slice | None,
   ) -> Stream:
-    """The batches of a group, by step; rows as in `base.Task.train_stream`.
+    """Makes the stream of a group; rows as in `base.Task.train_stream`.
 
     Args:
       make: `make(group_batch=, rows=)` gives the task's stream of the group.
@@ -114,5 +114,5 @@ def check_workers(name: str, workers: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames=('count', 'axis'))
 def copies(tree: PyTree, count: int, axis: int = 0) -> PyTree:
-  """So many copies of each leaf, along a new axis."""
+  """Stacks so many copies of each leaf along a new axis."""
   return jax.tree.map(lambda x: jnp.stack([x] * count, axis), tree)

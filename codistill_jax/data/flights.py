@@ -152,7 +152,7 @@ def _minutes(clock):
 
 
 def _raw(column) -> np.ndarray:
-  """Raw categories of a column of anything."""
+  """Returns raw categories of a column of anything."""
   import pandas as pd
 
   codes, values = pd.factorize(column)

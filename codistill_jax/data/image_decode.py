@@ -1,24 +1,12 @@
 """JPEG and other image files to arrays, on several cores.
 
-Why Pillow in a pool of threads. Processor time for a random part of a 500 x 375
-JPEG of 87 kB, to 224 x 224, on the 2-core machine this was written on
-(`benchmarks/input.py` measures the whole pipeline anywhere):
-
-* Pillow: 1.2 ms to decode and 0.7 ms to resize, without the interpreter's lock;
-  what needs the lock takes some 0.1 ms, so that many threads fit into a
-  process. It reads every format, resizes with antialiasing, and decodes large
-  JPEG files at a half, a quarter or an eighth of their size.
-* OpenCV: 1.1 ms and 0.5 ms with its area filter (0.1 ms with the bilinear one,
-  which does not antialias). A wheel of 60 MB for a fifth less time.
-* simplejpeg decodes in 0.9 ms, but JPEG alone, and something else must resize.
-* tf.data: 1.4 ms (as much wall time with one thread as with two, on a busy
-  machine), decoding nothing but the part and without antialiasing. It takes 5 s
-  and 860 MB to import in the trainer, and cannot give batch n without having
-  made those before.
-* grain has random access (`dataset[i]`), but loads in parallel only behind an
-  iterator with a state of its own, where the contract here is `batch(step)`.
-  Its shuffling and batching are a few lines of numpy here, and slower: of
-  images of 32 x 32 in memory it makes 230 batches of 128 a second, unaugmented.
+By Pillow in a pool of threads: a random part of a 500 x 375 JPEG, to 224 x 224,
+takes 1.9 ms of a core, 0.1 ms of them with the interpreter's lock. It reads
+every format, resizes with antialiasing, and decodes large JPEG files at a half,
+a quarter or an eighth of their size. OpenCV would save a fifth for a wheel of
+60 MB; tf.data and grain cannot give batch n without having made those before,
+or load in parallel only behind an iterator with a state of its own, where the
+contract here is `batch(step)`. (`benchmarks/input.py` measures it anywhere.)
 
 Shape suffixes: B images, H height, W width, C channels, K draws.
 """

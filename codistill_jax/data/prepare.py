@@ -149,7 +149,7 @@ def _finished(
     output: pathlib.Path, recipe: Recipe, report: Callable[[str], None]
 ) -> dict[str, Any]:
   meta = prepared_files.read_meta(output, recipe.kind)
-  _check_config(output, recipe.config, meta['config'])
+  _check_config(output, recipe.config, meta.get('config', {}))
   try:
     source = recipe.open_source()
   except (ValueError, OSError):

@@ -1,64 +1,172 @@
-"""When a group reads, and when it swaps teachers: three ways, one interface.
+"""When a group reads publications, and when it swaps teachers.
 
-`BesideTraining`: freshest, in a group of one process; a thread looks, the loop
-swaps a reference. `Together`: freshest, in a group of several processes; the
-primary chooses, a thread of each reads, all swap at one step. `Lockstep`: waits
-for the publication of exactly one step.
+`Freshest` takes whatever is newest: a thread looks and reads beside training,
+the loop swaps a reference. `Lockstep` waits for the publication of exactly one
+step. A group of several processes does the same by an `Agreement`: the primary
+chooses, every process reads, all swap at one step.
 """
 
 import concurrent.futures
-import dataclasses
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from absl import logging
 
-from codistill_jax.base import Agreement
-from codistill_jax.exchange.fetcher import Fetcher
-from codistill_jax.exchange.plan import Interrupted, Plan
-from codistill_jax.exchange.teaching import Slot, Swap, Teaching
-from codistill_jax.storage.background import Turns, Worker
+from codistill_jax.base import ALONE, Agreement, cast_floats
+from codistill_jax.exchange.plan import Plan, StaleError, Waiting
+from codistill_jax.exchange.publications import Slot
+from codistill_jax.exchange.stores import Store
+from codistill_jax.exchange.teaching import Swap, Teaching
+from codistill_jax.storage import checkpoints
+from codistill_jax.storage.background import Patience, Troubles, Worker
 
-_POLL_SECONDS = 0.05
-_SLOWEST_POLL_SECONDS = 5.0
-# On NFS a publication may become visible after a later one of the same peer.
-_SETTLE_SECONDS = 60.0
-_CLOSE_SECONDS = 10.0  # For a read under way.
-_AT_ONCE = 4  # Peers whose variables the host holds at a time.
+AT_ONCE = 4  # Peers whose variables the host holds at a time.
 _ABSENT = -1  # In place of a step, where processes agree on steps.
+_LONGEST_REASON = 400  # Characters; tensorstore tells its whole state.
+_OVER = object()
 
 
-@dataclasses.dataclass(frozen=True)
-class Waiting:
-  """How long others are waited for.
+class Reader:
+  """Reads publications of peers; what is bad is named, counted, not used.
+
+  It is looked at again only if its writer has made it again.
 
   Attributes:
-    timeout_seconds: How long a fetch waits for a peer before it raises
-      TimeoutError; and how long a publication is kept that somebody reads.
-    interrupted: Polled while waiting; true gives the wait up.
+    rejected: How many publications were bad.
+    last_rejection: Which one was the last, and why; '' if there is none.
   """
 
-  timeout_seconds: float = 600.0
-  interrupted: Callable[[], bool] = lambda: False
+  def __init__(self, store: Store, teacher_dtype: str, troubles: Troubles):
+    self.rejected = 0
+    self.last_rejection = ''
+    self._store = store
+    self._dtype = teacher_dtype
+    self._troubles = troubles
+    # Of step n of a peer: when that which was bad had been made.
+    self._bad: dict[tuple[int, int], float | None] = {}
 
-  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
-    """Sleeps a little, in a wait that has begun at `start` (monotonic).
+  def newest(self, peer: int, after: int | None) -> int | None:
+    """Returns the newest step beyond `after` that is not known to be bad."""
+    for step in reversed(self._steps(peer)):
+      if after is not None and step <= after:
+        return None
+      if not self.is_bad(peer, step):
+        return step
+    return None
+
+  def is_bad(self, peer: int, step: int) -> bool:
+    """Returns whether that one was rejected and is still the same one."""
+    key = (peer, step)
+    return key in self._bad and self._bad[key] == self._store.made(peer, step)
+
+  def read(self, steps: Mapping[int, int]) -> dict[int, Slot]:
+    """Reads step `steps[peer]` of each peer; leaves out what cannot be used."""
+    found = {}
+    for peer, step in steps.items():
+      made = self._store.made(peer, step)
+      try:
+        slot = self._read(peer, step)
+      except checkpoints.MismatchError as e:
+        self._reject(peer, step, made, e)
+      else:
+        if slot is not None:
+          found[peer] = slot
+    return found
+
+  def read_if_there(self, peer: int, step: int) -> Slot | None:
+    """Reads one; None if it is not there yet, or cannot be used.
 
     Raises:
-      Interrupted, TimeoutError: With `why`.
+      checkpoints.MismatchError: If the peer trains something else.
     """
-    late = time.monotonic() - start > self.timeout_seconds
-    # Together: a process that went on alone would wait for the others.
-    go_on, in_time = agreement.all_true(
-        np.array([not self.interrupted(), not late])
+    if step not in self._steps(peer) or self.is_bad(peer, step):
+      return None
+    with self._store.reading({peer: step}):
+      return self._read(peer, step)
+
+  def _steps(self, peer: int) -> Sequence[int]:
+    try:
+      return self._store.steps(peer)
+    except OSError as e:
+      self._troubles.failed('reading publications', e)
+      return ()
+
+  def _read(self, peer: int, step: int) -> Slot | None:
+    doing = 'reading publications'
+    made = self._store.made(peer, step)  # It may be made again meanwhile.
+    try:
+      publication, variables = self._store.read(peer, step)
+    except checkpoints.MissingError:
+      return None  # The peer is faster than this reader: there is a newer one.
+    except checkpoints.DamagedError as e:
+      self._reject(peer, step, made, e)
+      return None
+    except OSError as e:  # The file system, not the peer: it may pass.
+      self._troubles.failed(doing, e)
+      return None
+    self._troubles.worked(doing)
+    return publication, cast_floats(variables, self._dtype)
+
+  def _reject(
+      self, peer: int, step: int, made: float | None, error: Exception
+  ) -> None:
+    self._bad[peer, step] = made
+    self.rejected += 1
+    self.last_rejection = textwrap.shorten(str(error), _LONGEST_REASON)
+    logging.warning(
+        'Rejected publication %d of group %d: %s',
+        step,
+        peer,
+        self.last_rejection,
     )
-    if not go_on:
-      raise Interrupted(f'stopped while waiting: {why}')
-    if not in_time:
-      raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
-    time.sleep(_POLL_SECONDS)
+
+
+class Inline:
+  """Runs what is submitted at once: the worker of a store that is at hand."""
+
+  def submit(
+      self, function: Callable[..., Any], *args: Any
+  ) -> concurrent.futures.Future:
+    future = concurrent.futures.Future()
+    try:
+      future.set_result(function(*args))
+    except BaseException as e:  # Raised by `result`.
+      future.set_exception(e)
+    return future
+
+  def close(self, seconds: float) -> bool:
+    del seconds
+    return True
+
+
+class Means(NamedTuple):
+  """Parts that both ways of fetching work with.
+
+  Attributes:
+    teaching: What is held, and swapped.
+    reader: Of publications.
+    store: Where they are.
+    plan: When to fetch what.
+    agreement: How the processes of this group decide together.
+    waiting: How long peers are waited for.
+    patience: Time limits.
+  """
+
+  teaching: Teaching
+  reader: Reader
+  store: Store
+  plan: Plan
+  agreement: Agreement
+  waiting: Waiting
+  patience: Patience
+
+  def worker(self) -> Worker | Inline:
+    """Returns what reads beside training, if there is something to wait for."""
+    return Inline() if self.store.at_hand else Worker('fetch')
 
 
 class Fetching(Protocol):
@@ -67,13 +175,6 @@ class Fetching(Protocol):
   def fetch(self, step: int) -> None:
     """Takes what there is for the update after `step`."""
 
-  def fetch_now(self, go_on: Callable[[], None]) -> None:
-    """Looks for something newer, and takes it.
-
-    Args:
-      go_on: Called again and again while that takes; raises to give it up.
-    """
-
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Takes what was in use, by peer; the newest where that is gone."""
 
@@ -81,252 +182,215 @@ class Fetching(Protocol):
     """Ends the thread."""
 
 
-class BesideTraining:
-  """Freshest: never waits, never holds the loop up."""
-
-  def __init__(
-      self, teaching: Teaching, fetcher: Fetcher, plan: Plan, turns: Turns
-  ):
-    self._turns = turns
-    self._teaching = teaching
-    self._fetcher = fetcher
-    self._plan = plan
-    self._worker = Worker('fetch')
-    self._hurry = threading.Event()  # Ends the pause between two looks.
-    self._looking: concurrent.futures.Future | None = None
-    # The peers of whom something newer is looked for.
-    self._wanted = set(teaching.peers)
-    self._poll_seconds = _POLL_SECONDS
-
-  def fetch(self, step: int) -> None:
-    if self._plan.due(step):
-      self._wanted = set(self._teaching.peers)
-    if self._looking is not None and self._looking.done():
-      self._take_what_was_found()
-    if self._wanted and self._looking is None:
-      self._looking = self._worker.submit(self._look, sorted(self._wanted))
-
-  def fetch_now(self, go_on: Callable[[], None]) -> None:
-    # The look under way may have begun too early.
-    for _ in range(1 if self._looking is None else 2):
-      if self._looking is None:
-        peers = list(self._teaching.peers)
-        self._looking = self._worker.submit(self._look, peers)
-      self._hurry.set()
-      try:
-        while not self._looking.done():
-          go_on()
-      finally:
-        self._hurry.clear()
-      self._take_what_was_found()
-
-  def restore(self, steps: Mapping[int, int | None]) -> None:
-    wanted = {peer: step for peer, step in steps.items() if step is not None}
-    swap = self._teaching.prepare(self._fetcher.read(wanted))
-    self._teaching.take(swap)
-    held = self._teaching.held_steps
-    gone = [peer for peer in wanted if held[peer] is None]
-    self._teaching.take(self._read_newest(gone))
-
-  def close(self) -> None:
-    self._hurry.set()
-    self._worker.close(_CLOSE_SECONDS)
-
-  def _take_what_was_found(self) -> None:
-    looking, self._looking = self._looking, None
-    swap = looking.result()
-    if swap is not None:
-      before = self._teaching.held
-      self._teaching.take(swap)
-      self._wanted -= {
-          peer
-          for peer, old, new in zip(self._teaching.peers, before, swap.held)
-          if old != new
-      }
-
-  def _look(self, peers: Sequence[int]) -> Swap | None:
-    """In the thread: something newer and sound of each, onto the devices."""
-    with self._turns.turn():
-      swap = self._read_newest(peers)
-    if swap is None:
-      # The loop asks again at once; a peer that is done or dead never answers.
-      self._hurry.wait(self._poll_seconds)
-      self._poll_seconds = min(2 * self._poll_seconds, _SLOWEST_POLL_SECONDS)
-    else:
-      self._poll_seconds = _POLL_SECONDS
-    return swap
-
-  def _read_newest(self, peers: Sequence[int]) -> Swap | None:
-    """A few at a time: the host need not hold the variables of all peers."""
-    held, swap = self._teaching.held_steps, None
-    for start in range(0, len(peers), _AT_ONCE):
-      some = peers[start : start + _AT_ONCE]
-      found = self._fetcher.read_newest(some, held)
-      swap = self._teaching.prepare(found, swap)
-      del found
-    return swap
-
-
 class _Read(NamedTuple):
-  """What one process of a group has read, and the teachers with it."""
+  """Whose publications one process has read, and the teachers with them."""
 
-  found: Mapping[int, Slot]
+  found: frozenset[int]
   swap: Swap | None
 
 
-class Together:
-  """Freshest, in a group of several processes.
+class Freshest:
+  """Takes what is newest; waits for nothing but by the policy of the plan.
 
-  They meet at exchange steps, and after 1, 2, 4, 8, ... steps more: few
-  meetings, and a publication waits for one at most as long as it took to read.
+  The processes of a group meet at exchange steps, and after 1, 2, 4, 8, ...
+  steps more: few meetings, and a publication waits for one at most as long as
+  it took to read.
   """
 
-  def __init__(
-      self,
-      teaching: Teaching,
-      fetcher: Fetcher,
-      plan: Plan,
-      agreement: Agreement,
-  ):
-    self._teaching = teaching
-    self._fetcher = fetcher
-    self._plan = plan
-    self._agreement = agreement
-    self._worker = Worker('fetch')
-    self._reading: concurrent.futures.Future | None = None
-    self._due = True
+  def __init__(self, group_id: int, means: Means):
+    self._group_id = group_id
+    self._means = means
+    self._teaching = means.teaching
+    self._worker = means.worker()
+    self._poll_seconds = means.patience.poll
+    self._hurry = threading.Event()  # Ends the pause between two looks.
+    # The peers of whom something newer is looked for.
+    self._wanted = set(means.teaching.peers)
+    self._bringing: Iterator[concurrent.futures.Future] | None = None
 
   def fetch(self, step: int) -> None:
-    since = step % self._plan.every
-    if since & (since - 1):
-      return  # Neither 0 nor a power of two.
-    self._due = self._due or self._plan.due(step)
-    # A process that has failed counts as done, and fails when it takes.
-    if self._reading is not None and self._all(self._reading.done()):
-      self._take_what_was_read()
-    if self._reading is None and self._due:
-      steps = self._choose(self._newest_steps())
-      if steps:
-        self._reading = self._worker.submit(self._read, steps)
-
-  def fetch_now(self, go_on: Callable[[], None]) -> None:
-    if self._reading is None:
-      steps = self._choose(self._newest_steps())
-      if not steps:
-        return
-      self._reading = self._worker.submit(self._read, steps)
-    while not self._all(self._reading.done()):
-      go_on()
-    self._take_what_was_read()
+    if self._meets(step):
+      if self._means.plan.due(step):
+        self._wanted = set(self._teaching.peers)
+      if self._bringing is None and self._wanted:
+        self._bringing = self._bring(self._wanted)
+      if self._bringing and next(self._bringing, _OVER) is _OVER:
+        self._bringing = None
+    policy = self._means.plan.staleness_policy
+    if policy != 'drop' and self._teaching.too_old(step):
+      self._wait_for_younger(step)
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
-    self._read_and_take(list(steps.values()))
+    used = {peer: step for peer, step in steps.items() if step is not None}
+    if not used:
+      return
+    self._take(self._read(self._choose(used)))
     held = self._teaching.held_steps
-    self._read_and_take(
-        [
-            None
-            if used is None or held[peer] is not None
-            else self._fetcher.newest(peer, None)
-            for peer, used in steps.items()
-        ]
-    )
+    self._finish(self._bring([peer for peer in used if held[peer] is None]))
 
   def close(self) -> None:
-    self._worker.close(_CLOSE_SECONDS)
+    self._hurry.set()
+    self._worker.close(self._means.patience.read)
+
+  def _meets(self, step: int) -> bool:
+    since = step % self._means.plan.every
+    # Alone a process meets at every step; else at 0 and at powers of two.
+    return self._means.agreement is ALONE or not since & (since - 1)
+
+  def _bring(self, peers: Sequence[int]) -> Iterator[concurrent.futures.Future]:
+    """Looks, reads and takes; yields what it waits for, again and again."""
+    while peers:
+      look = self._worker.submit(self._look, sorted(peers))
+      while not self._all(look.done()):
+        yield look
+      steps = self._choose(look.result())
+      if not steps:
+        return
+      read = self._worker.submit(self._read, steps)
+      while not self._all(read.done()):
+        # A process that has failed counts as done, and fails when it takes.
+        yield read
+      taken = self._take(read.result())
+      self._wanted -= taken
+      peers = steps.keys() - taken  # What was bad: there may be one before it.
+
+  def _look(self, peers: Sequence[int]) -> dict[int, int]:
+    """Returns the newest of each peer; in the thread, of the primary."""
+    held = self._teaching.held_steps
+    found = {}
+    if self._means.agreement.is_primary:
+      for peer in peers:
+        step = self._means.reader.newest(peer, held[peer])
+        if step is not None:
+          found[peer] = step
+    patience = self._means.patience
+    quiet = self._means.store.at_hand or not self._means.agreement.is_primary
+    if found or quiet:
+      self._poll_seconds = patience.poll
+    else:
+      # The loop asks again at once; a peer that is done or dead never answers.
+      self._hurry.wait(self._poll_seconds)
+      self._poll_seconds = min(2 * self._poll_seconds, patience.longest_poll)
+    return found
 
   def _read(self, steps: Mapping[int, int]) -> _Read:
-    """In the thread of each process."""
-    found = self._fetcher.read(steps)
-    return _Read(found, self._teaching.prepare(found))
+    """Reads onto the devices, a few peers at a time; in the thread."""
+    found, swap, peers = set(), None, list(steps)
+    store, reader = self._means.store, self._means.reader
+    with store.turn(), store.reading(steps):
+      for first in range(0, len(peers), AT_ONCE):
+        some = {p: steps[p] for p in peers[first : first + AT_ONCE]}
+        slots = reader.read(some)
+        swap = self._teaching.prepare(slots, swap)
+        found |= slots.keys()
+        del slots
+    return _Read(frozenset(found), swap)
 
-  def _read_and_take(self, steps: Sequence[int | None]) -> None:
-    chosen = self._choose(steps)
-    if chosen:
-      self._take(self._read(chosen))
+  def _take(self, read: _Read) -> frozenset[int]:
+    """Takes what every process could read; returns whose that was."""
+    peers = self._teaching.peers
+    here = np.array([peer in read.found for peer in peers])
+    everywhere = self._means.agreement.all_true(here)
+    agreed = frozenset(p for p, there in zip(peers, everywhere) if there)
+    swap = read.swap
+    if agreed != read.found:
+      swap = self._teaching.restrict(swap, agreed)
+    self._teaching.take(swap)
+    return agreed
 
-  def _take_what_was_read(self) -> None:
-    reading, self._reading = self._reading, None
-    self._due = not self._take(reading.result())
-
-  def _take(self, read: _Read) -> bool:
-    """Takes what every process could read; says whether it was anything."""
-    teaching = self._teaching
-    here = np.array([peer in read.found for peer in teaching.peers])
-    everywhere = dict(zip(teaching.peers, self._agreement.all_true(here)))
-    agreed = {peer: x for peer, x in read.found.items() if everywhere[peer]}
-    if len(agreed) == len(read.found):
-      teaching.take(read.swap)  # On the devices already.
-    else:
-      teaching.take(teaching.prepare(agreed))
-    return bool(agreed)
-
-  def _newest_steps(self) -> list[int | None]:
-    held = self._teaching.held_steps
-    if not self._agreement.is_primary:
-      return [None] * len(held)  # The primary chooses.
-    return [self._fetcher.newest(peer, step) for peer, step in held.items()]
-
-  def _choose(self, steps: Sequence[int | None]) -> dict[int, int]:
-    """The primary's choice, by peer; the same in all processes."""
-    wanted = np.array([_ABSENT if s is None else s for s in steps], np.int32)
-    chosen = np.asarray(self._agreement.choose(wanted))
-    return {
-        peer: int(step)
-        for peer, step in zip(self._teaching.peers, chosen)
-        if step != _ABSENT
-    }
+  def _choose(self, steps: Mapping[int, int]) -> dict[int, int]:
+    """Returns the primary's choice, by peer; the same in all processes."""
+    peers = self._teaching.peers
+    wanted = np.array([steps.get(p, _ABSENT) for p in peers], np.int32)
+    chosen = np.asarray(self._means.agreement.choose(wanted))
+    return {p: int(s) for p, s in zip(peers, chosen) if s != _ABSENT}
 
   def _all(self, here: bool) -> bool:
-    return bool(self._agreement.all_true(np.array(here)))
+    return bool(self._means.agreement.all_true(np.array(here)))
+
+  def _finish(
+      self,
+      bringing: Iterator[concurrent.futures.Future],
+      go_on: Callable[[], None] = lambda: None,
+  ) -> None:
+    """Goes through a `_bring` at once, in the foreground."""
+    self._hurry.set()
+    try:
+      for future in bringing:
+        go_on()
+        concurrent.futures.wait([future], self._means.patience.poll)
+    finally:
+      self._hurry.clear()
+
+  def _wait_for_younger(self, step: int) -> None:
+    """Looks again, in the foreground: once, or until a time limit."""
+    start, means = time.monotonic(), self._means
+
+    def go_on() -> None:
+      means.waiting.go_on(start, self._stale(step), means.agreement)
+
+    while True:
+      # The look under way may have begun too early.
+      if self._bringing is not None:
+        self._finish(self._bringing, go_on)
+        self._bringing = None
+      self._finish(self._bring(self._teaching.peers), go_on)
+      if not self._teaching.too_old(step):
+        return
+      if means.plan.staleness_policy == 'fail':
+        raise StaleError(
+            f'{self._stale(step)}; see whether these groups run, or set'
+            ' staleness_policy to drop or wait'
+        )
+      go_on()
+      means.store.wait(means.patience.poll)
+
+  def _stale(self, step: int) -> str:
+    held = self._teaching.held_steps
+    ages = ', '.join(
+        f'group {peer} by {step - (held[peer] or 0)} steps'
+        for peer in self._teaching.too_old(step)
+    )
+    return (
+        f'teachers of group {self._group_id} are stale at step {step}: {ages},'
+        f' and max_staleness_steps={self._means.plan.max_staleness_steps}'
+    )
 
 
 class Lockstep:
   """Takes the publications of exactly the step asked for, and waits."""
 
-  def __init__(
-      self,
-      teaching: Teaching,
-      fetcher: Fetcher,
-      plan: Plan,
-      agreement: Agreement,
-      waiting: Waiting,
-  ):
-    self._teaching = teaching
-    self._fetcher = fetcher
-    self._plan = plan
-    self._agreement = agreement
-    self._waiting = waiting
-    self._worker = Worker('fetch')
+  def __init__(self, means: Means):
+    self._means = means
+    self._worker = means.worker()
     self._asked: int | None = None
     self._ahead: tuple[int, concurrent.futures.Future] | None = None
 
   def fetch(self, step: int) -> None:
-    asked = self._plan.asked(step)
+    teaching, plan = self._means.teaching, self._means.plan
+    asked = plan.asked(step)
     if asked == self._asked:
       return
     found = self._read_before(asked)
-    for peer in self._teaching.peers:
+    for peer in teaching.peers:
       found[peer] = self._read_when_there(peer, asked, found.get(peer))
     self._asked = asked
-    self._teaching.take(self._teaching.prepare(found))
-    if self._plan.staleness:
+    teaching.take(teaching.prepare(found))
+    if plan.staleness:
       # The next one is published already, or soon; well before it is needed.
-      step = asked + self._plan.every
-      self._ahead = (step, self._worker.submit(self._read_ahead, step))
-
-  def fetch_now(self, go_on: Callable[[], None]) -> None:
-    """There is nothing newer than what was asked for."""
+      ahead = asked + plan.every
+      self._ahead = (ahead, self._worker.submit(self._read_ahead, ahead))
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
-    """Nothing: what is in use follows from the step alone."""
+    """Does nothing: what is in use follows from the step alone."""
 
   def close(self) -> None:
-    self._worker.close(_CLOSE_SECONDS)
+    self._worker.close(self._means.patience.read)
 
   def _read_ahead(self, step: int) -> dict[int, Slot]:
     found = {}
-    for peer in self._teaching.peers:
-      slot = self._fetcher.read_if_there(peer, step)
+    for peer in self._means.teaching.peers:
+      slot = self._means.reader.read_if_there(peer, step)
       if slot is not None:
         found[peer] = slot
     return found
@@ -338,37 +402,38 @@ class Lockstep:
     return ahead[1].result()
 
   def _read_when_there(self, peer: int, step: int, slot: Slot | None) -> Slot:
+    means, reader = self._means, self._means.reader
     start = time.monotonic()
     overtaken = None  # Since when a later publication is there.
+    limit = min(means.patience.out_of_order, means.waiting.timeout_seconds)
     while True:
-      slot = slot or self._fetcher.read_if_there(peer, step)
-      if self._agreement.all_true(np.array(slot is not None)):
+      slot = slot or reader.read_if_there(peer, step)
+      if means.agreement.all_true(np.array(slot is not None)):
         return slot
-      newest = self._fetcher.newest(peer, None)
+      newest = reader.newest(peer, None)
       now = time.monotonic()
-      if newest is None or newest < step or self._fetcher.is_bad(peer, step):
+      if newest is None or newest < step or reader.is_bad(peer, step):
         overtaken = None
       elif overtaken is None:
         overtaken = now
-      elif now - overtaken > min(
-          _SETTLE_SECONDS, self._waiting.timeout_seconds
-      ):
+      elif now - overtaken > limit:
         raise FileNotFoundError(
             f'group {peer} has published step {newest} but not, or no longer,'
             f' step {step}, which lockstep asks for; all groups need the same'
             ' every, and publications must not be deleted by hand'
         )
-      self._waiting.go_on(start, self._why(peer, step, newest), self._agreement)
+      means.waiting.go_on(start, self._why(peer, step, newest), means.agreement)
+      means.store.wait(means.patience.poll)
 
   def _why(self, peer: int, step: int, newest: int | None) -> str:
-    if self._fetcher.is_bad(peer, step):
+    if self._means.reader.is_bad(peer, step):
       return (
           f'publication {step} of group {peer} is damaged'
-          f' ({self._fetcher.last_rejection}); started again from before that'
-          ' step, the group makes it again'
+          f' ({self._means.reader.last_rejection}); started again from before'
+          ' that step, the group makes it again'
       )
     return (
         f'group {peer} has not published step {step}; its newest is'
-        f' {"none" if newest is None else f"step {newest}"}. Is it running,'
-        f' with the same workdir ({self._fetcher.root})?'
+        f' {"none" if newest is None else f"step {newest}"}.'
+        f' {self._means.store.advice}'
     )

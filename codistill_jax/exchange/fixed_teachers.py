@@ -18,9 +18,10 @@ from flax import serialization
 from codistill_jax import run_directory
 from codistill_jax.base import Teachers, Variables, cast_floats
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import NoExchange, stack_teachers
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import checkpoints, files
+from codistill_jax.exchange.teaching import merge_teachers
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.checkpoints import Leaf, Record
 
 # Where a resume checkpoint holds what `Model.apply` needs.
@@ -51,7 +52,7 @@ class Source(NamedTuple):
 def find(
     teacher_runs: Sequence[epath.PathLike], step: int | None = None
 ) -> tuple[Source, ...]:
-  """All groups of the runs, in order; looks at names only.
+  """Returns all groups of the runs, in order; looks at names only.
 
   Args:
     teacher_runs: Run directories.
@@ -69,7 +70,7 @@ def find(
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
-  """The groups of a run, all of which have reached their last step."""
+  """Returns the groups of a run, if all have reached their last step."""
   there = run_directory.list_groups(workdir) if workdir.is_dir() else []
   if not there:
     raise ValueError(
@@ -108,7 +109,7 @@ def load(
     identity: Mapping[str, str],
     dtype: str = 'float32',
 ) -> Teachers:
-  """The teachers, verified, as numpy arrays.
+  """Reads and verifies the teachers, as numpy arrays.
 
   Args:
     sources: From `find`.
@@ -129,7 +130,9 @@ def load(
   found = [
       cast_floats(_read(source, like, identity), dtype) for source in sources
   ]
-  return stack_teachers(found)
+  return merge_teachers(
+      None, dict(enumerate(found)), present=[True] * len(found)
+  )
 
 
 def _read(
@@ -161,43 +164,13 @@ def _read(
 
 
 def _leaves_of(record: Record) -> list[Leaf]:
-  """The leaves of the variables, by their paths below."""
+  """Returns the leaves of the variables, by their paths below."""
   prefix = f'{_VARIABLES}/'
   return [
       dataclasses.replace(leaf, path=leaf.path.removeprefix(prefix))
       for leaf in record.leaves
       if leaf.path.startswith(prefix)
   ]
-
-
-def leave(
-    workdir: epath.PathLike,
-    group_id: int,
-    step: int,
-    variables: Variables,
-    identity: Mapping[str, str],
-) -> None:
-  """Leaves what `find` and `load` read, for a group that has ended elsewhere.
-
-  For runs that were trained without a run directory, as a population is: a
-  checkpoint that nobody can resume from, and DONE.
-
-  Args:
-    workdir: The run directory.
-    group_id: The group.
-    step: Updates done.
-    variables: What it has learnt; numpy.
-    identity: Of its task.
-
-  Raises:
-    OSError: If the file system refuses.
-  """
-  workdir = checkpoints.absolute(workdir)
-  tree = {_VARIABLES: serialization.to_state_dict(variables)}
-  facts = {'teacher_steps': [], 'identity': dict(identity)}
-  directory = run_directory.checkpoints_dir(workdir, group_id)
-  checkpoints.save(directory, step, tree, facts)
-  files.write_bytes(run_directory.done_path(workdir, group_id), b'')
 
 
 class FixedExchange(NoExchange):
@@ -228,12 +201,12 @@ class FixedExchange(NoExchange):
     )
 
   def fetch(self, step: int) -> Teachers:
-    """The same teachers at every step."""
+    """Returns the same teachers at every step."""
     del step
     return self._teachers
 
   def metrics(self, step: int) -> dict[str, float]:
-    """How many there are. Of an age in steps of this run they have none."""
+    """Returns how many there are; they have no age in steps of this run."""
     del step
     return {'exchange/peers_present': float(len(self._sources))}
 

@@ -21,13 +21,13 @@ Shape suffix: P peers.
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from codistill_jax.base import (
+    Agreement,
     Metrics,
     PeerPredictions,
     Teachers,
@@ -53,6 +53,8 @@ class StaleError(ValueError):
 class Exchange(Protocol):
   """How one group gives its variables to its peers and gets theirs.
 
+  What derives from it does nothing where it says nothing.
+
   Attributes:
     peers: The ids of the peers, in the order of the teachers' axis P.
     in_use: Per peer, the publication that its teacher is, or None for a peer
@@ -67,7 +69,7 @@ class Exchange(Protocol):
   last_rejection: str
 
   def due(self, step: int) -> bool:
-    """Whether this process publishes at `step`."""
+    """Returns whether this process publishes at `step`."""
 
   def publish_if_due(
       self, step: int, variables: Variables, metrics: Metrics | None = None
@@ -85,7 +87,7 @@ class Exchange(Protocol):
     """
 
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
-    """The teachers of the update that follows `step`; None if there are none.
+    """Returns the teachers of the update after `step`; None without any.
 
     Returns the same object until a teacher changes.
 
@@ -97,7 +99,7 @@ class Exchange(Protocol):
     """
 
   def metrics(self, step: int) -> dict[str, float]:
-    """All `exchange/*` values of the update after `step`; after its fetch."""
+    """Returns the `exchange/*` values of the update after `step`."""
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
@@ -121,7 +123,7 @@ class Exchange(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """When publications are made and which one is asked for.
+  """Schedule of an exchange: when it publishes, and what it asks for.
 
   Attributes:
     every: Steps between exchanges.
@@ -203,46 +205,62 @@ class Plan:
       )
 
   def peers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
-    """The groups that `group_id` learns from."""
+    """Returns the groups that `group_id` learns from."""
     return peers_of(group_id, num_groups, self.topology, self.topology_seed)
 
   def readers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
-    """The groups that learn from `group_id`."""
+    """Returns the groups that learn from `group_id`."""
     return readers_of(group_id, num_groups, self.topology, self.topology_seed)
 
   def too_old(self, step: int, published: Publication | None) -> bool:
-    """Whether a teacher is past its limit in the update after `step`."""
+    """Returns whether a teacher is past its limit after `step`."""
     if self.max_staleness_steps is None:
       return False
     born = 0 if published is None else published.step
     return step - born > self.max_staleness_steps
 
   def due(self, step: int) -> bool:
-    """Whether `step` is an exchange step. Nothing is trained at step 0."""
+    """Returns whether `step` is an exchange step; 0 is none."""
     return step > 0 and step % self.every == 0
 
   def asked(self, step: int) -> int | None:
-    """In lockstep: the publication in use for the update after `step`."""
+    """Returns which publication lockstep uses in the update after `step`."""
     asked = step - step % self.every - self.staleness
     return asked if asked > 0 else None
 
   def keep_from(self, step: int) -> int:
-    """In lockstep: the oldest publication needed by a run from `step` on."""
+    """Returns the oldest one that lockstep needs from `step` on."""
     return max(self.asked(step) or 0, 0)
 
 
-def stack_teachers(slots: Sequence[Variables | None]) -> Teachers | None:
-  """`Teachers` of the present peers; None if no peer is present."""
-  present = [slot for slot in slots if slot is not None]
-  if not present:
-    return None
-  # An absent peer's slot holds a copy of another one: finite whatever the
-  # model does with it, and not counted.
-  filled = [present[0] if slot is None else slot for slot in slots]
-  return Teachers(
-      variables=jax.tree.map(lambda *xs: np.stack(xs), *filled),
-      present_P=np.array([slot is not None for slot in slots], np.float32),
-  )
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+  """Time limits for peers.
+
+  Attributes:
+    timeout_seconds: How long a fetch waits for a peer before it raises
+      TimeoutError; and how long a publication is kept that somebody reads.
+    interrupted: Polled while waiting; true gives the wait up.
+  """
+
+  timeout_seconds: float = 600.0
+  interrupted: Callable[[], bool] = lambda: False
+
+  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
+    """Checks a wait that has begun at `start` (monotonic).
+
+    Raises:
+      Interrupted, TimeoutError: With `why`.
+    """
+    late = time.monotonic() - start >= self.timeout_seconds
+    # Together: a process that went on alone would wait for the others.
+    go_on, in_time = agreement.all_true(
+        np.array([not self.interrupted(), not late])
+    )
+    if not go_on:
+      raise Interrupted(f'stopped while waiting: {why}')
+    if not in_time:
+      raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
 
 
 def staleness_metrics(
@@ -285,42 +303,24 @@ def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
       )
 
 
-class NoExchange:
-  """A group without peers that publishes nothing."""
+class NoExchange(Exchange):
+  """The exchange of a group without peers, which publishes nothing."""
 
-  peers: tuple[int, ...] = ()
-  in_use: tuple[Publication | None, ...] = ()
+  peers = ()
+  in_use = ()
   rejected = 0
   last_rejection = ''
 
   def due(self, step: int) -> bool:
-    del step
     return False
 
   def publish_if_due(
       self, step: int, variables: Variables, metrics: Metrics | None = None
   ) -> bool:
-    del step, variables, metrics
     return False
 
   def metrics(self, step: int) -> dict[str, float]:
-    del step
     return {}
-
-  def fetch(self, step: int) -> None:
-    del step
-
-  def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
-    del step, teacher_steps
-
-  def settle(self, step: int) -> None:
-    del step
-
-  def checkpointed(self, step: int) -> None:
-    del step
-
-  def close(self) -> None:
-    pass
 
 
 def check_topology(topology: Topology) -> None:
@@ -349,7 +349,7 @@ def check_topology(topology: Topology) -> None:
 def peers_of(
     group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
 ) -> tuple[int, ...]:
-  """The groups that `group_id` learns from, ascending.
+  """Returns the groups that `group_id` learns from, ascending.
 
   Raises:
     ValueError: For a `group_id` out of range, or a topology that does not suit
@@ -382,7 +382,7 @@ def peers_of(
 def readers_of(
     group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
 ) -> tuple[int, ...]:
-  """The groups that learn from `group_id`, ascending."""
+  """Returns the groups that learn from `group_id`, ascending."""
   return tuple(
       g
       for g in range(num_groups)

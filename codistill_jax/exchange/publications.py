@@ -45,13 +45,16 @@ class Publication:
   num_bytes: int = 0
 
 
+Slot = tuple[Publication, Variables]
+
+
 def group_directory(root: epath.PathLike, group_id: int) -> epath.Path:
-  """Where a group publishes."""
+  """Returns where a group publishes."""
   return epath.Path(root) / f'group_{group_id}'
 
 
 def published_steps(root: epath.PathLike, group_id: int) -> list[int]:
-  """Completed publications of one group, ascending; [] if there are none."""
+  """Returns the completed publications of one group, ascending."""
   return checkpoints.completed_steps(group_directory(root, group_id))
 
 
@@ -71,13 +74,8 @@ def write(
     FloatingPointError: If the variables are not finite; nothing is written.
     OSError: If the file system refuses.
   """
+  check_finite(publication, variables)
   tree = _as_dict(variables)
-  for path, x in checkpoints.flatten(tree):
-    if not is_finite(x):
-      raise FloatingPointError(
-          f'group {publication.group_id} does not publish step'
-          f' {publication.step}: {path} is not finite'
-      )
   there = _sound_one(root, publication, variables)
   if there is not None:
     return there
@@ -92,10 +90,20 @@ def write(
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
 
 
+def check_finite(publication: Publication, variables: Variables) -> None:
+  """Raises FloatingPointError if no peer should learn from the variables."""
+  for path, x in checkpoints.flatten(_as_dict(variables)):
+    if not is_finite(x):
+      raise FloatingPointError(
+          f'group {publication.group_id} does not publish step'
+          f' {publication.step}: {path} is not finite'
+      )
+
+
 def _sound_one(
     root: epath.PathLike, publication: Publication, variables: Variables
 ) -> Publication | None:
-  """What is published of that step already, if a peer would take it."""
+  """Returns what is there of that step, if a peer would take it."""
   if publication.step not in published_steps(root, publication.group_id):
     return None
   try:
@@ -119,7 +127,7 @@ def read(
     like: Variables,
     identity: Mapping[str, str] | None = None,
     dtype: str | None = None,
-) -> tuple[Publication, Variables]:
+) -> Slot:
   """Reads and verifies one publication.
 
   Args:
@@ -190,7 +198,7 @@ def _is_count(value: Any) -> bool:
 
 
 def is_finite(x: np.ndarray) -> bool:
-  """Whether all floats of an array are finite."""
+  """Returns whether all floats of an array are finite."""
   if not jnp.issubdtype(x.dtype, np.floating):
     return True
   with np.errstate(invalid='ignore', over='ignore'):

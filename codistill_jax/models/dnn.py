@@ -34,7 +34,7 @@ MAX_EMBEDDING = 64
 
 
 def embedding_width(table_size: int, maximum: int = MAX_EMBEDDING) -> int:
-  """6 * table_size ** (1/4), rounded up, and at most `maximum`.
+  """Returns 6 * table_size ** (1/4), rounded up, and at most `maximum`.
 
   The rule of Wang et al. 2017 (Deep & Cross Network, section 3), capped, since
   they leave the widest of Criteo's tables at hundreds of values.
@@ -51,7 +51,7 @@ def click_model(
     embedding: int | None = None,
     dtype: str = 'float32',
 ) -> base.Model:
-  """The feed-forward click model; the defaults are the paper's size.
+  """Makes the feed-forward click model; the defaults are the paper's size.
 
   A batch has `inputs`: a dict of `integers` float32 (B, I) and `categories`
   int32 (B, K), each below the size of its table. Outputs are logits (B,) of the

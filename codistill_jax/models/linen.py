@@ -31,7 +31,7 @@ def from_linen(
     init_carry: Callable[[int], base.PyTree] | None = None,
     rng_names: Sequence[str] = ('dropout',),
 ) -> base.Model:
-  """Pure functions of a flax.linen module.
+  """Makes a model of a flax.linen module.
 
   Args:
     module: As the head of this file says.

@@ -35,7 +35,7 @@ def language_model(
     dropout: float = 0.0,
     dtype: str = 'float32',
 ) -> base.Model:
-  """The LSTM language model; the defaults are the paper's size.
+  """Makes the LSTM language model; the defaults are the paper's size.
 
   A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
   within it, `resets` (B, T): True where the state of a row becomes 0 before

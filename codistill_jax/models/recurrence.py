@@ -41,8 +41,8 @@ class Norms(NamedTuple):
   shift_D: Array
 
 
-def _times(x_BK, kernel_KM, kernel_MK):
-  """x times a kernel that is given both ways round.
+def times(x_BK: Array, kernel_KM: Array, kernel_MK: Array) -> jax.Array:
+  """Multiplies x by a kernel that is given both ways round.
 
   XLA's product on CPU first copies its right side into blocks. For a few rows
   that takes as long as to multiply, unless the kernel is the left side.
@@ -63,7 +63,7 @@ def _times_by_columns(x_BK, kernel_KM, kernel_MK):
 
 
 def _transposed(kernel_DF):
-  """Once for all tokens, not in the product of each."""
+  """Transposes once for all tokens, not in the product of each."""
   return jax.lax.optimization_barrier(kernel_DF.T)
 
 
@@ -88,7 +88,7 @@ unit_size.defvjp(_unit_size_fwd, _unit_size_bwd)
 
 
 def row(vector: Array, ndim: int) -> jax.Array:
-  """The vector as the last of `ndim` axes."""
+  """Reshapes a vector to the last of `ndim` axes."""
   return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
@@ -100,7 +100,7 @@ def run(
     resets_TB: Array | None,
     state: State,
 ) -> tuple[jax.Array, State]:
-  """All outputs of a layer, in the dtype of its kernel, and its last state.
+  """Runs a layer: all outputs, in the dtype of its kernel, and the last state.
 
   Args:
     kernel_DF: W_h. With `norms` each row has mean 0, so that W_h h has.
@@ -124,7 +124,7 @@ def run(
 
 
 def _scan(step, state, xs, reverse=False):
-  """`lax.scan` over tokens.
+  """Scans over tokens.
 
   On an accelerator a turn of the loop costs as much as a small token: several
   tokens a turn, as many as do not yet take long to compile. On CPU they gain
@@ -140,9 +140,9 @@ def _reset(x, resets):
 
 
 def _recurrent(h_BD, kernels, norms):
-  """W_h h, with `norms` divided by its size, and what it was divided by."""
+  """Returns W_h h, with `norms` over its size, and that size."""
   kernel_DF, kernel_FD = kernels
-  product_BF = _times(h_BD.astype(kernel_DF.dtype), kernel_DF, kernel_FD)
+  product_BF = times(h_BD.astype(kernel_DF.dtype), kernel_DF, kernel_FD)
   if norms is None:
     return product_BF, None
   unit_BF, (_, scale_B1) = _unit_size_fwd(product_BF)
@@ -156,7 +156,7 @@ def _update(state, product_BF, inputs_BF, norms):
 
 
 def _gates(product_BF, inputs_BF, norms):
-  """The values that enter the gates f, i, g and o; each (B, D)."""
+  """Returns the values that enter the gates f, i, g and o; each (B, D)."""
   if norms is not None:
     product_BF = product_BF * row(norms.gates_F, 2)
   gates_BF = product_BF + inputs_BF.astype(jnp.float32)
@@ -170,7 +170,7 @@ def _new_cell(gates, c_BD):
 
 
 def _shown(c_BD, norms):
-  """What of the cell reaches the output gate."""
+  """Returns what of the cell reaches the output gate."""
   if norms is None:
     return c_BD
   return _normal(c_BD) * row(norms.cell_D, 2) + row(norms.shift_D, 2)
@@ -223,7 +223,7 @@ def _run_bwd(residuals, d):
       d_unit_BF = d_gates_BF * row(norms.gates_F, 2)
       (d_product_BF,) = _unit_size_bwd((product_BF, scale_B1), d_unit_BF)
     d_product_BF = d_product_BF.astype(kernel_DF.dtype)
-    d_h = _times(d_product_BF, kernel_FD, kernel_DF)
+    d_h = times(d_product_BF, kernel_FD, kernel_DF)
     d_state = tuple(_reset(x, resets_B) for x in (d_c, d_h))
     if norms is None:
       return d_state, (d_gates_BF, None, None)
@@ -252,7 +252,7 @@ def _run_bwd(residuals, d):
 
 
 def _before(first, x_T, resets_TB):
-  """What there was before each token, from what there is after it."""
+  """Shifts what there is after each token to what there was before it."""
   x_T = jnp.concatenate([first[None].astype(x_T.dtype), x_T[:-1]])
   return _reset(x_T, resets_TB)
 
@@ -269,7 +269,7 @@ run.defvjp(_run_fwd, _run_bwd)
 
 @jax.custom_vjp
 def dot(x_NE: Array, kernel_EF: Array) -> jax.Array:
-  """Product in the dtype of the kernel, summed up in float32.
+  """Multiplies in the dtype of the kernel, summed up in float32.
 
   So are the products of its gradient: those of float32 with bfloat16 that jax
   would make run at the speed of float32. And what is transposed for them is x,
@@ -293,14 +293,14 @@ dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 def kernel_gradient(x_NE: Array, d_NF: Array) -> jax.Array:
-  """The gradient (E, F) of a kernel, in the dtype of that of its product."""
+  """Returns the gradient (E, F) of a kernel, in the dtype of its product's."""
   return contract(x_NE.astype(d_NF.dtype), d_NF, 0, 0).astype(d_NF.dtype)
 
 
 def dense(
     x: Array, kernel_EF: Array, dimension_numbers: Any, **unused: Any
 ) -> jax.Array:
-  """`dot` in the form that `flax.linen.Dense(dot_general=)` asks for."""
+  """Multiplies as `dot`, in the form of `flax.linen.Dense(dot_general=)`."""
   del dimension_numbers, unused  # Always the last axis of x, and defaults.
   x_NE = x.reshape(-1, x.shape[-1])
   return dot(x_NE, kernel_EF).reshape(*x.shape[:-1], -1).astype(x.dtype)

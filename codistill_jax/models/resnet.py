@@ -37,7 +37,7 @@ def resnet50(
     batch_norm: str = 'replica',
     dtype: str = 'float32',
 ) -> base.Model:
-  """ResNet-50 v1.5 with the start of Goyal et al. 2017, section 5.1.
+  """Makes ResNet-50 v1.5 with the start of Goyal et al. 2017, section 5.1.
 
   The last scale of each block starts at 0, so that a block starts as its
   shortcut, and the head at N(0, 0.01^2).
@@ -74,7 +74,7 @@ def resnet20(
     batch_norm: str = 'replica',
     dtype: str = 'float32',
 ) -> base.Model:
-  """ResNet-20 for small images, 32 x 32 in He et al. 2016a.
+  """Makes ResNet-20 for small images, 32 x 32 in He et al. 2016a.
 
   Arguments, inputs, outputs and errors as in `resnet50`.
   """

@@ -50,7 +50,7 @@ def language_model(
     dropout: float = 0.0,
     dtype: str = 'float32',
 ) -> base.Model:
-  """A transformer language model, in place of `lstm.language_model`.
+  """Makes a transformer language model, in place of `lstm.language_model`.
 
   A batch has `inputs` (B, T) integers below `vocab_size` and, if documents end
   within it, `resets` (B, T): True where a document begins. The outputs are
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
   dtype: Any
 
   def init_carry(self, batch_size: int) -> Memory | tuple[()]:
-    """A memory in which nothing is live; () if the model has none."""
+    """Returns a memory in which nothing is live; () if the model has none."""
     if not self.memory:
       return ()
     shape = (batch_size, self.memory)
@@ -174,7 +174,7 @@ class LanguageModel(nn.Module):
     return self.param('head_kernel', nn.initializers.lecun_normal(), shape)
 
   def _remember(self, read, document_BS):
-    """The carry after the window: the last M of what each layer read."""
+    """Returns the carry after the window: the last M that each layer read."""
     if not self.memory:
       return ()
     keep = lambda x: x[:, -self.memory :]
@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
 
 
 def _documents(resets_BT, live_BM):
-  """A number for each of the S tokens, the same within a document.
+  """Numbers the S tokens by document.
 
   The window goes on with document 0, that of the live part of the memory.
   """
@@ -196,7 +196,7 @@ def _documents(resets_BT, live_BM):
 
 
 def _visible(document_BS, window):
-  """Whether a token of the window may look at one of S: bool (B, T, S)."""
+  """Returns whether a token of the window may look at one of S: (B, T, S)."""
   length = document_BS.shape[1]
   earlier_TS = np.tri(window, length, length - window, dtype=bool)
   document_BT = document_BS[:, length - window :]

@@ -250,7 +250,7 @@ class BackgroundWriter:
 
     Args:
       failing: Seconds to wait for a write that has failed; `patience.failing`
-        by default. It is tried more often meanwhile.
+        by default. It is tried at once, and more often meanwhile.
       slow: Seconds to wait for one that has not.
       up_to: Only for steps up to this one.
 
@@ -390,9 +390,11 @@ class BackgroundWriter:
 
   def _pause(self, seconds: float) -> bool:
     """Waits before another try; false if there is to be none."""
-    start = time.monotonic()
+    start, hurried = time.monotonic(), self._hurried
     while not self._full() and not self._abandoned:
-      if self._hurried:  # Somebody waits for it.
+      if self._hurried > hurried:  # Somebody has begun to wait for it.
+        return True
+      if self._hurried:
         seconds = min(seconds, self._patience.retry)
       left = start + seconds - time.monotonic()
       if left <= 0:

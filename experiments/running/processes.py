@@ -134,7 +134,6 @@ class Group:
     pace: Its time limits.
     done: Whether the process has ended well.
     restarts: How often it was started again.
-    exit_status: Of the last process that ended, below 0 by a signal; or None.
   """
 
   def __init__(
@@ -161,9 +160,9 @@ class Group:
     self.pace = pace
     self.done = False
     self.restarts = 0
-    self.exit_status: int | None = None
     self._environment = environment
     self._process: subprocess.Popen | None = None
+    self._ended: int | None = None  # The exit status of the one before.
     self._begun = False
     self._deaths = 0  # Since the last progress.
     self._checkpoint = -1  # The newest step at the last death.
@@ -180,6 +179,12 @@ class Group:
   @property
   def running(self) -> bool:
     return self._process is not None and self._process.poll() is None
+
+  @property
+  def exit_status(self) -> int | None:
+    """Of the last process that ended, below 0 by a signal; or None."""
+    status = None if self._process is None else self._process.poll()
+    return self._ended if status is None else status
 
   def poll(self, max_restarts: int) -> None:
     """Starts the process if it should run; looks whether it has ended.
@@ -202,7 +207,7 @@ class Group:
     status = self._process.poll()
     if status is None:
       return
-    self._process, self.exit_status = None, status
+    self._process, self._ended = None, status
     if status == 0:
       self.done = True
     elif status == cli.CLEAR_ERROR:
@@ -226,7 +231,6 @@ class Group:
     self.ask_to_stop()
     if self._process is not None:
       wait_or_kill(self._process, seconds)
-      self.exit_status = self._process.returncode
 
   def _start(self) -> None:
     environment = {

@@ -1,8 +1,8 @@
 """What a study is: arms, scales, and what is compared; data, no code.
 
-A study is declared in `catalogue/`, trained by `worker`, read back by
-`results`, and turned into figures, plots and a page by the modules beside
-them. Nothing here imports jax.
+A study is declared in `catalogue/`, planned by `plan` and trained by `worker`;
+`outcomes` reads it back, `analysis` and `verdicts` turn it into numbers and
+words, `study_page` into a page. Nothing here imports jax.
 """
 
 from collections.abc import Mapping
@@ -185,7 +185,7 @@ class Study(NamedTuple):
       validation and the test split; see `retrains`.
     x_label: Of the axis on which arms stand; '' for none.
     x_log: Whether that axis is logarithmic.
-    views: Further figures of this study, names in `views`; such as 'latency'.
+    views: Further figures of this study, names in `study_page.VIEWS`.
     notes: Paragraphs for the page: what the result depends on.
   """
 

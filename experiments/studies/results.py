@@ -51,52 +51,6 @@ class Run(NamedTuple):
   seconds: float = float('nan')
 
 
-class Setting(NamedTuple):
-  """What all runs of a study have in common, for the head of its page.
-
-  Attributes:
-    data: The data set, in words.
-    example: What an example is: 'token', 'image', 'click'.
-    rows: What a row of the group batch is: '32 tokens', or '' for an example.
-    group_batch: Rows per update of one group.
-    examples: In them.
-    num_steps: Updates of each group.
-    exchange_every: Steps between exchanges.
-    replicas: R.
-    model_parameters: Parameters of one model.
-    model: It, in words or as configured.
-    bytes_of_model: Of one publication.
-    cores: CPU cores of the machine; or 0 if it has an accelerator.
-    device: Its kind.
-    command: What was typed.
-    scale: A name in `declaration.SCALES`.
-    seeds: Seeds of each arm.
-    rates: The grid of learning rates.
-    selection: How the rates were chosen, in words.
-    minutes: Of all runs, added up.
-  """
-
-  data: str
-  example: str
-  rows: str
-  group_batch: int
-  examples: int
-  num_steps: int
-  exchange_every: int
-  replicas: int
-  model_parameters: int
-  model: str
-  bytes_of_model: int
-  cores: int
-  device: str
-  command: str
-  scale: str
-  seeds: int
-  rates: tuple[float, ...]
-  selection: str
-  minutes: float
-
-
 # --- Curves ------------------------------------------------------------------
 
 

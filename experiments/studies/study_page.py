@@ -5,7 +5,7 @@ curves.csv (a row per evaluation).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ from experiments.studies.analysis import (
 )
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.latency import Latency
-from experiments.studies.results import Band, Run, Setting
+from experiments.studies.results import Band, Run
 from experiments.studies.verdicts import Verdict
 from experiments.studies.words import count, sentence_start
 
@@ -48,6 +48,9 @@ from experiments.studies.words import count, sentence_start
 # 'staleness' and every other study with `x_label` measures against it;
 # 'speed-accuracy' accuracy beside loss, among the curves.
 VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
+
+# What all runs have in common, see `outcomes`.
+Settings = Mapping[str, Any]
 
 
 class Summary(NamedTuple):
@@ -68,7 +71,7 @@ class Summary(NamedTuple):
 
 def write(
     study: Study,
-    setting: Setting,
+    settings: Settings,
     runs: Sequence[Run],
     output: files.PathLike,
     *,
@@ -78,7 +81,7 @@ def write(
 
   Args:
     study: Its declaration.
-    setting: What all runs have in common.
+    settings: What all runs have in common, see `outcomes`.
     runs: Of all arms and seeds, those for tuning among them; in any order.
     output: Directory; what lies there under the same names is replaced.
     latency: What is assumed of workers and network, for the view 'latency'.
@@ -90,7 +93,7 @@ def write(
   judged = tuple(verdicts.judge(found, c) for c in study.comparisons)
   said = (*(v.sentence for v in judged), *_divergences(found))
   directory = epath.Path(output)
-  made = _blocks(found, setting, said, latency or Latency())
+  made = _blocks(found, settings, said, latency or Latency())
   pages.write(directory, 'page', study.title, made)
   for name, frame in (('study', _study_csv(found)), ('curves', _curves(found))):
     text = frame.to_csv(index=False, lineterminator='\n')
@@ -101,7 +104,7 @@ def write(
 
 
 def _blocks(
-    found: Analysis, setting: Setting, said: Sequence[str], latency: Latency
+    found: Analysis, settings: Settings, said: Sequence[str], latency: Latency
 ) -> list[Block]:
   """Returns all of the page, in order."""
   from experiments.studies import study_plots  # Needs matplotlib.
@@ -115,28 +118,27 @@ def _blocks(
   seeds = 'Steps to the target, seed by seed'
   baseline = _title(study, study.baseline)
   rules = words.paragraphs('rules', window=found.window, baseline=baseline)
-  drawn = [*study_plots.curves(found, setting), study_plots.against_axis(found)]
+  example = settings['example']
+  drawn = [*study_plots.curves(found, example), study_plots.against_axis(found)]
   return [
       Paragraph(study.question),
       Paragraph(claim(study)),
-      Paragraph(_settings(study, setting)),
+      Paragraph(_settings(study, settings)),
       *([Heading('Verdict'), Bullets(said)] if said else []),
       Heading('Arms'),
-      Table(arms_table(found, setting)),
+      Table(arms_table(found, settings)),
       Paragraph(
-          words.paragraph(
-              'targets', targets=found.targets, example=setting.example
-          )
+          words.paragraph('targets', targets=found.targets, example=example)
       ),
       *([Heading(seeds), Table(_seeds_table(found))] if found.trained else []),
       *(b for plot in drawn if plot for b in (Heading(plot.title), plot)),
-      *(_bytes(found, setting) if 'bytes' in views else []),
+      *(_bytes(found, settings) if 'bytes' in views else []),
       *(
-          wall_time_blocks(found, setting, latency)
+          wall_time_blocks(found, settings, latency)
           if 'latency' in views
           else []
       ),
-      *_rates(found, setting),
+      *_rates(found, settings),
       Heading('Rules'),
       Bullets([*rules, *words.paragraphs('verdict_rules')]),
       *(
@@ -145,11 +147,8 @@ def _blocks(
           else []
       ),
       Heading('How to make it again'),
-      Code(setting.command),
-      Paragraph(
-          f'All runs together took {setting.minutes:,.1f} minutes on'
-          f' {_machine(setting)}.'
-      ),
+      Code(settings['command']),
+      Paragraph(words.paragraph('minutes', s=settings)),
   ]
 
 
@@ -162,23 +161,15 @@ def claim(study: Study) -> str:
   return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
 
 
-def _settings(study: Study, setting: Setting) -> str:
+def _settings(study: Study, settings: Settings) -> str:
   """Returns what all arms have in common, in one line."""
   groups = sorted({arm.num_groups for arm in study.arms})
   return words.paragraph(
       'settings',
-      s=setting,
+      s=settings,
       groups=' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]]))),
       baseline=_title(study, study.baseline),
-      machine=_machine(setting),
   )
-
-
-def _machine(setting: Setting) -> str:
-  """Returns its cores only, or the kind of its accelerator."""
-  if setting.cores:
-    return count(setting.cores, 'CPU core')
-  return f'one {setting.device}'
 
 
 def _title(study: Study, name: str) -> str:
@@ -205,13 +196,13 @@ def _divergences(found: Analysis) -> list[str]:
 # --- Tables ------------------------------------------------------------------
 
 
-def arms_table(found: Analysis, setting: Setting) -> pd.DataFrame:
+def arms_table(found: Analysis, settings: Settings) -> pd.DataFrame:
   """Returns all arms by all measures, with intervals."""
   return pd.DataFrame(
       {
           'arm': arm.title,
           'G': str(arm.num_groups),
-          f'{setting.example}s per update of a group': _batch(found, arm),
+          f'{settings["example"]}s per update of a group': _batch(found, arm),
           'seeds': str(len(found.runs[arm.name])),
           'learning rate': _used_rates(found.runs[arm.name]),
           **_cells(found, arm, _measures(found)),
@@ -302,24 +293,21 @@ def _outcome(found: Outcome) -> str:
 # --- Learning rates ----------------------------------------------------------
 
 
-def _rates(found: Analysis, setting: Setting) -> list[Block]:
-  said = sentence_start(setting.selection).rstrip('.') + '.'
+def _rates(found: Analysis, settings: Settings) -> list[Block]:
+  tuned = any(found.tuning.values())
   heading = Heading('Learning rates')
-  if not any(found.tuning.values()):
-    return [heading, Paragraph(said)] if said != '.' else []
+  said = Paragraph(words.paragraph('rates', s=settings, tuned=tuned))
+  if not tuned:
+    return [heading, said]
   table = pd.DataFrame(
       {
           'arm': arm.title,
-          **{f'{r:g}': _tried(found, arm, r) for r in setting.rates},
-          'chosen': _chosen(found, arm, setting),
+          **{f'{r:g}': _tried(found, arm, r) for r in settings['rates']},
+          'chosen': _chosen(found, arm, settings),
       }
       for arm in found.study.arms
   )
-  return [
-      heading,
-      Table(table),
-      Paragraph(f'{said} {words.paragraph("rates")}'),
-  ]
+  return [heading, Table(table), said]
 
 
 def _used_rates(runs: Sequence[Run]) -> str:
@@ -339,12 +327,14 @@ def _tried(found: Analysis, arm: Arm, rate: float) -> str:
   return ', '.join(cells) or '-'
 
 
-def _chosen(found: Analysis, arm: Arm, setting: Setting) -> str:
+def _chosen(found: Analysis, arm: Arm, settings: Settings) -> str:
   runs = found.runs[arm.name]
   used, source = _used_rates(runs), arm.tuned_as or arm.ensemble_of
   if source:
     return f'{used}, that of {_title(found.study, source)}'
-  ends = [f(setting.rates) for f in (min, max) if len(setting.rates) > 1]
+  ends = [
+      f(settings['rates']) for f in (min, max) if len(settings['rates']) > 1
+  ]
   at_the_edge = any(math.isclose(r.rate, end) for r in runs for end in ends)
   if found.tuning[arm.name] and at_the_edge:
     return f'{used}, at the edge of the grid'
@@ -354,10 +344,10 @@ def _chosen(found: Analysis, arm: Arm, setting: Setting) -> str:
 # --- Views -------------------------------------------------------------------
 
 
-def _bytes(found: Analysis, setting: Setting) -> list[Block]:
+def _bytes(found: Analysis, settings: Settings) -> list[Block]:
   from experiments.studies import study_plots
 
-  plot = study_plots.against_bytes(found, setting)
+  plot = study_plots.against_bytes(found, settings['example'])
   if plot is None:
     return []
   return [
@@ -399,7 +389,7 @@ def _within(band: Band | None, budget: float) -> str:
 
 
 def wall_time_blocks(
-    found: Analysis, setting: Setting, latency: Latency
+    found: Analysis, settings: Settings, latency: Latency
 ) -> list[Block]:
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
   from experiments.studies import study_plots
@@ -416,7 +406,7 @@ def wall_time_blocks(
   if model.at:
     made.append(Paragraph('The same for shorter and longer tails:'))
     made.append(Table(wall_time.tails_table(model), names=0))
-  received = pages.number(setting.bytes_of_model, 'bytes')
+  received = pages.number(settings['bytes_of_model'], 'bytes')
   assumptions = words.paragraphs('assumptions', model=model, received=received)
   return [*made, Bullets(assumptions)]
 

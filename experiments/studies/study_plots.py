@@ -23,7 +23,7 @@ from experiments.studies import analysis, results, retrains, words
 from experiments.studies.analysis import Analysis
 from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band, Setting
+from experiments.studies.results import Band
 from experiments.studies.wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
@@ -89,12 +89,12 @@ def _legend(found: Analysis, styles: Mapping[str, dict]) -> list[Line2D]:
 # --- Curves ------------------------------------------------------------------
 
 
-def curves(found: Analysis, setting: Setting) -> list[Plot]:
+def curves(found: Analysis, example: str) -> list[Plot]:
   """Draws validation loss, and for 'speed-accuracy' validation accuracy."""
   if not any(analysis.band(found, a.name, 'steps') for a in found.study.arms):
     return []
   runs = [run for runs in found.runs.values() for run in runs]
-  made = [_loss(found, setting)]
+  made = [_loss(found, example)]
   if 'speed-accuracy' in found.study.views and any(
       len(run.accuracy_N) for run in runs
   ):
@@ -104,14 +104,14 @@ def curves(found: Analysis, setting: Setting) -> list[Plot]:
   return made
 
 
-def _loss(found: Analysis, setting: Setting) -> Plot:
+def _loss(found: Analysis, example: str) -> Plot:
   runs = [run for runs in found.runs.values() for run in runs]
   caption = words.paragraph(
       'loss_caption',
       window=found.window,
       teachers=any(run.prior_steps for run in runs),
   )
-  label = f'validation loss (nats per {setting.example})'
+  label = f'validation loss (nats per {example})'
   return _two_axes(found, 'loss', label, 'Validation loss', caption)
 
 
@@ -195,7 +195,7 @@ def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
 # --- Bytes -------------------------------------------------------------------
 
 
-def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
+def against_bytes(found: Analysis, example: str) -> Plot | None:
   """Draws loss against bytes received; None if no arm has received any."""
   bands = {a.name: _received(found, a.name) for a in found.study.arms}
   if not any(band is not None for band in bands.values()):
@@ -210,7 +210,7 @@ def against_bytes(found: Analysis, setting: Setting) -> Plot | None:
     ax.xaxis.set_major_locator(LogLocator(subs=_ticks(bands.values())))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(EngFormatter(unit='B', sep=' '))
-    ax.set_ylabel(f'validation loss (nats per {setting.example})')
+    ax.set_ylabel(f'validation loss (nats per {example})')
     _zoom(ax, found, 'loss')
     extra = _draw_target([ax], found)
     silent = []

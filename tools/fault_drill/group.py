@@ -1,4 +1,4 @@
-"""`train_group` with faults to order, for `fault_drill`.
+"""Trains a group as `train_group` does, with faults to order.
 
 Obeys a control file: slow file operations, a read-only disk, a wrong clock, a
 pace. Reports what it publishes, uses, saves and resumes from, by datagrams,
@@ -27,9 +27,9 @@ from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
 from codistill_jax.storage import background, checkpoints, resume
 from experiments import cli, train_group
-from experiments.drill_faults import CONTROL_VARIABLE
-from experiments.drill_ledger import SOCKET_VARIABLE
 from experiments.running import driver
+from tools.fault_drill.faults import CONTROL_VARIABLE
+from tools.fault_drill.ledger import SOCKET_VARIABLE
 
 _POLL_SECONDS = 0.1
 _WRITING = set('wax+')

@@ -17,13 +17,20 @@ from experiments.studies import communication
 from experiments.studies import plan as plan_lib
 from experiments.studies.declaration import Arm
 from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.results import Run, Setting
+from experiments.studies.results import Run
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
 
-def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
-  """The runs of a study that are done, and what they have in common.
+def load(
+    workdir: files.PathLike, plan: Plan
+) -> tuple[dict[str, Any], list[Run]]:
+  """Reads the runs that are done, and what they have in common.
+
+  Returns:
+    What study.json says (see `configurations`), with `bytes_of_model` (of one
+    publication), `seeds` and `rates` of the plan, how many of its `runs` are
+    `done`, and `minutes` of all of them; and the runs.
 
   Raises:
     FileNotFoundError: If there is no study, or nothing of it is done.
@@ -34,6 +41,7 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
         f'{os.fspath(workdir)} holds no study; train it first, without'
         ' --report_only'
     )
+  plan_lib.check_known(workdir, settings)
   for key, ours in (('study', plan.study.name), ('scale', plan.scale_name)):
     if settings[key] != ours:
       raise ValueError(
@@ -68,7 +76,7 @@ def load(workdir: files.PathLike, plan: Plan) -> tuple[Setting, list[Run]]:
 def _check_rates(
     workdir: files.PathLike, runs: Mapping[PlannedRun, Run]
 ) -> None:
-  """More rates may have changed the choice between the runs of an arm."""
+  """Raises ValueError if more rates have changed the choice of an arm."""
   of_arm: dict[str, set[float]] = {}
   for planned, run in runs.items():
     if not planned.tuning and math.isfinite(run.rate):
@@ -119,7 +127,7 @@ def _read_run(
 def _diverged_at(
     outcome: Mapping[str, Any], groups: Sequence[records.Group]
 ) -> int | None:
-  """Where loss or gradient were not finite, or the loss went up for good."""
+  """Returns the step at which loss or gradient were lost for good."""
   if outcome['diverged_at'] is not None:
     return outcome['diverged_at']
   for group in groups:
@@ -144,7 +152,7 @@ def _groups(directory: files.PathLike, arm: Arm) -> list[records.Group]:
 
 
 def _flops(group: records.Group, steps_N: np.ndarray) -> np.ndarray:
-  """FLOPs until each evaluation, from those on record of the steps before."""
+  """Adds up FLOPs until each evaluation, from those on record."""
   curve = group.curve('perf/model_flops_per_step')
   if curve.empty:
     return np.full(len(steps_N), np.nan)
@@ -158,7 +166,7 @@ def _bytes(
     settings: Mapping[str, Any],
     steps_N: np.ndarray,
 ) -> np.ndarray:
-  """What a worker or group has received until each evaluation."""
+  """Returns bytes that a worker or group has received at evaluations."""
   size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
   if arm.communication != 'exchange':
     return steps_N * communication.bytes_per_update(
@@ -182,7 +190,7 @@ def _with_teachers(
     planned: PlannedRun,
     runs: Mapping[PlannedRun, Run],
 ) -> Run:
-  """With what its teachers have cost before it began."""
+  """Adds what its teachers have cost before a run began."""
   if not plan.arm(planned.arm).taught_by:
     return run
   teachers = runs.get(plan.teachers(planned))
@@ -198,7 +206,7 @@ def _with_teachers(
 def _ensemble(
     workdir: files.PathLike, arm: Arm, planned: PlannedRun, run: Run
 ) -> Run | None:
-  """What the groups of a run would do together; None if nobody looked."""
+  """Returns what the groups do together; None if nobody looked."""
   path = plan_lib.ensemble_path(plan_lib.run_dir(workdir, planned))
   if not path.exists():
     return None
@@ -218,49 +226,17 @@ def _ensemble(
 
 def _setting(
     settings: Mapping[str, Any], plan: Plan, seconds: float, done: int
-) -> Setting:
-  on_cpu = settings['platform'] == 'cpu'
-  per_row = settings['examples_per_row']
-  example = settings['example']
-  rates = plan.scale.rates
-  return Setting(
-      data=settings['data'],
-      example=example,
-      rows=f'{per_row} {example}s' if per_row > 1 else '',
-      group_batch=settings['group_batch'],
-      examples=settings['group_batch'] * per_row,
-      num_steps=settings['num_steps'],
-      exchange_every=settings['exchange_every'],
-      replicas=settings['replicas'],
-      model_parameters=settings['model_parameters'],
-      model=settings['model'],
-      bytes_of_model=_BYTES[settings['publish_dtype']]
-      * settings['model_parameters'],
-      cores=settings['cores'] if on_cpu else 0,
-      device=settings['device'],
-      command=settings['command'],
-      scale=plan.scale_name,
-      seeds=plan.scale.seeds,
-      rates=rates,
-      selection=_selection(rates) + _unfinished(done, len(plan.runs())),
-      minutes=seconds / 60,
-  )
-
-
-def _selection(rates: Sequence[float]) -> str:
-  if len(rates) > 1:
-    return (
-        'For each arm, the rate of the grid with the lowest validation loss at'
-        ' the end (mean of the last three evaluations, over groups) of a run'
-        ' with one further seed, of which nothing else is reported.'
-    )
-  return 'The same learning rate in all arms; nothing was tuned.'
-
-
-def _unfinished(done: int, planned: int) -> str:
-  if done == planned:
-    return ''
-  return f' So far {done} of {planned} runs are done.'
+) -> dict[str, Any]:
+  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  return {
+      **settings,
+      'bytes_of_model': size,
+      'seeds': plan.scale.seeds,
+      'rates': plan.scale.rates,
+      'runs': len(plan.runs()),
+      'done': done,
+      'minutes': seconds / 60,
+  }
 
 
 def _number(value: float | None) -> float:

@@ -1,0 +1,288 @@
+"""The exchange of publications through a store: a directory, or memory.
+
+Publishing holds the loop for a device-to-host copy, fetching for the swap of a
+reference; lockstep waits by definition. In lockstep trajectories are the same
+bits, whatever the store.
+
+Shape suffix: P peers.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from etils import epath
+
+from codistill_jax.base import (
+    ALONE,
+    Agreement,
+    Array,
+    Metrics,
+    Teachers,
+    Variables,
+    host_copy,
+)
+from codistill_jax.exchange.fetching import (
+    Fetching,
+    Freshest,
+    Lockstep,
+    Means,
+    Reader,
+)
+from codistill_jax.exchange.plan import (
+    Plan,
+    Waiting,
+    check_finite,
+    peers_of,
+    staleness_metrics,
+)
+from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.stores import (
+    Board,
+    DirectoryStore,
+    MemoryStore,
+    Mirror,
+    MirroredStore,
+    Store,
+)
+from codistill_jax.exchange.teaching import Teaching
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    Patience,
+    Troubles,
+)
+
+
+class StoreExchange:
+  """The exchange of one group in one run; see `Exchange`."""
+
+  def __init__(
+      self,
+      store: Store,
+      group_id: int,
+      num_groups: int,
+      *,
+      plan: Plan,
+      identity: Mapping[str, str],
+      waiting: Waiting,
+      agreement: Agreement = ALONE,
+      put: Callable[[Array], Array] = lambda array: array,
+      troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    self.peers = plan.peers_of(group_id, num_groups)
+    self._store = store
+    self._group_id = group_id
+    self._plan = plan
+    self._identity = dict(identity)
+    self._speaks = agreement.is_primary and plan.mode == 'freshest'
+    self._reader = Reader(store, plan.teacher_dtype, troubles or Troubles())
+    self._teaching = Teaching(group_id, self.peers, plan, put)
+    means = Means(
+        self._teaching, self._reader, store, plan, agreement, waiting, patience
+    )
+    self._fetching: Fetching = (
+        Lockstep(means)
+        if plan.mode == 'lockstep'
+        else Freshest(group_id, means)
+    )
+
+  @property
+  def in_use(self) -> tuple[Publication | None, ...]:
+    return self._teaching.in_use
+
+  @property
+  def rejected(self) -> int:
+    return self._reader.rejected
+
+  @property
+  def last_rejection(self) -> str:
+    return self._reader.last_rejection
+
+  def due(self, step: int) -> bool:
+    return self._store.writes and self._plan.due(step)
+
+  def publish_if_due(
+      self, step: int, variables: Variables, metrics: Metrics | None = None
+  ) -> bool:
+    if not self.due(step):
+      return False
+    check_finite(self._group_id, step, metrics)
+    publication = Publication(self._group_id, step, time.time(), self._identity)
+    copy = host_copy(variables, into=self._store.spare())
+    self._store.write(publication, copy)
+    return True
+
+  def fetch(self, step: int) -> Teachers | None:
+    if not self.peers:
+      return None
+    self._fetching.fetch(step)
+    shown = self._teaching.show(step)
+    if self._speaks:
+      self._teaching.say_if_alone(step)
+    return shown
+
+  def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
+    self._store.restore(self.peers, self._plan.keep_from(step), step)
+    self._fetching.restore(dict(zip(self.peers, teacher_steps)))
+    self._teaching.show(step)
+
+  def settle(self, step: int) -> None:
+    self._store.settle(step)
+
+  def checkpointed(self, step: int) -> None:
+    self._store.checkpointed(step)
+
+  def metrics(self, step: int) -> dict[str, float]:
+    metrics = staleness_metrics(step, self.in_use)
+    metrics['exchange/rejected'] = float(self.rejected)
+    return metrics | self._store.metrics()
+
+  def flush(self) -> None:
+    """Waits until everything published is written; raises what that raised."""
+    self._store.flush()
+
+  def close(self) -> None:
+    """Waits for publications under way; raises what the last one raised."""
+    try:
+      self._fetching.close()
+    finally:
+      self._store.close()
+
+
+class CheckpointExchange(StoreExchange):
+  """Through a directory that all groups see, a group in each process.
+
+  For one run: another run gets another root, and another exchange.
+  """
+
+  def __init__(
+      self,
+      root: epath.PathLike,
+      group_id: int,
+      num_groups: int,
+      *,
+      like: Variables,
+      plan: Plan | None = None,
+      identity: Mapping[str, str] | None = None,
+      keep: int = 5,
+      waiting: Waiting | None = None,
+      agreement: Agreement = ALONE,
+      process: int = 0,
+      put: Callable[[Array], Array] = lambda array: array,
+      troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    """Joins the exchange.
+
+    Args:
+      root: The directory that all groups see: a local disk, NFS, a bucket.
+      group_id: This group.
+      num_groups: G.
+      like: This group's variables, or their shapes; what peers must match.
+      plan: Interval, mode, dtypes, topology; the same for all groups.
+      identity: What peers must share besides shapes (tokenizer hash, ...).
+      keep: Publications to keep at least; besides, every one that a peer is
+        reading, and in lockstep every one that a restart of any reader may
+        still ask for.
+      waiting: Time limits for peers.
+      agreement: How the processes of this group decide together.
+      process: Which of them this is.
+      put: Puts one array on the devices; called in the background.
+      troubles: Is told what the file system refuses.
+      patience: Time limits for the file system.
+
+    Raises:
+      leases.HeldError: If another process publishes for this group.
+    """
+    plan, waiting = plan or Plan(), waiting or Waiting()
+    troubles = troubles or Troubles(f'group {group_id}: ')
+    store = DirectoryStore(
+        root,
+        group_id,
+        num_groups,
+        like=like,
+        plan=plan,
+        identity=identity or {},
+        keep=keep,
+        writes=agreement.is_primary,
+        process=process,
+        waiting=waiting,
+        troubles=troubles,
+        patience=patience,
+    )
+    super().__init__(
+        store,
+        group_id,
+        num_groups,
+        plan=plan,
+        identity=identity or {},
+        waiting=waiting,
+        agreement=agreement,
+        put=put,
+        troubles=troubles,
+        patience=patience,
+    )
+
+
+def memory_exchanges(
+    num_groups: int,
+    *,
+    plan: Plan | None = None,
+    every: int = 50,
+    mode: str = 'lockstep',
+    timeout_seconds: float = 0.0,
+    mirror: Mirror | None = None,
+    troubles: Troubles | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
+) -> list[StoreExchange]:
+  """Returns one exchange for each group of this process, through memory.
+
+  Args:
+    num_groups: G.
+    plan: Interval, mode, staleness, topology and dtypes; replaces `every` and
+      `mode`. Without it each group has the G - 1 others as peers.
+    every: Steps between exchanges.
+    mode: 'lockstep' or 'freshest'.
+    timeout_seconds: How long a fetch that must wait does so, for groups that
+      run in threads; 0 suits groups that are stepped in turn.
+    mirror: Also keep publications on disk; None, in memory only.
+    troubles: Is told what the disk of the mirror refuses.
+    patience: Time limits for that disk.
+  """
+  peers_of(0, num_groups)  # Raises if there are too few groups.
+  plan = plan or Plan(every=every, mode=mode)
+  # While one group is at an exchange, another can be `staleness` before or
+  # behind it, and then asks for what is `staleness` older still.
+  keep = 2 * (plan.staleness // plan.every) + 2
+  board = Board(num_groups, keep)
+
+  def store_of(group_id: int) -> Store:
+    memory = MemoryStore(board, plan)
+    if mirror is None:
+      return memory
+    directory = DirectoryStore(
+        mirror.root,
+        group_id,
+        num_groups,
+        like=mirror.like,
+        plan=plan,
+        identity=mirror.identity,
+        mirrored=keep,
+        troubles=troubles,
+        patience=patience,
+    )
+    return MirroredStore(memory, directory)
+
+  return [
+      StoreExchange(
+          store_of(group_id),
+          group_id,
+          num_groups,
+          plan=plan,
+          identity=mirror.identity if mirror else {},
+          waiting=Waiting(timeout_seconds),
+          troubles=troubles,
+          patience=patience,
+      )
+      for group_id in range(num_groups)
+  ]

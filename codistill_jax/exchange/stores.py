@@ -1,0 +1,556 @@
+"""Stores of publications: a directory, a dictionary, or both.
+
+A store knows where publications are, how long they are kept, and what a reader
+may rely on; `fetching` knows which of them a group wants. All groups of a run
+see the same publications; each has a store of its own, which writes for it.
+"""
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+from etils import epath
+
+from codistill_jax.base import Variables, cast_floats
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.plan import Plan, Waiting
+from codistill_jax.exchange.publications import Publication, Slot
+from codistill_jax.storage import checkpoints, files, leases
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    BackgroundWriter,
+    Patience,
+    Troubles,
+    Turns,
+)
+
+RESTART_FILE = 'restart_step.json'
+READING_FILE = 'reading.json'
+_FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
+
+
+class Store(Protocol):
+  """Where the publications of all groups are, for one of them.
+
+  What derives from it does nothing where it says nothing.
+
+  Attributes:
+    writes: Whether this process publishes.
+    at_hand: Whether reading takes no time; then it needs no thread.
+    advice: What to do where a publication does not come.
+  """
+
+  writes: bool
+  at_hand: bool
+  advice: str
+
+  def steps(self, group_id: int) -> list[int]:
+    """Returns the steps that a group has published, ascending."""
+
+  def read(self, group_id: int, step: int) -> Slot:
+    """Reads one publication, in the dtype in which it is.
+
+    Raises:
+      checkpoints.MissingError: If it is not there, or no longer.
+      checkpoints.DamagedError: If it cannot be trusted.
+      checkpoints.MismatchError: If the peer trains something else.
+      OSError: If the file system refuses to give it.
+    """
+
+  def write(self, publication: Publication, variables: Variables) -> None:
+    """Takes one publication, and its numpy arrays for good.
+
+    Raises:
+      What writing before has raised, unless the file system only refused.
+    """
+
+  def spare(self) -> Variables | None:
+    """Returns arrays whose memory the next publication may take, if any."""
+
+  def made(self, group_id: int, step: int) -> float | None:
+    """Returns when a publication was made; another one has another time."""
+
+  def reading(
+      self, steps: Mapping[int, int]
+  ) -> contextlib.AbstractContextManager[None]:
+    """Keeps what is read inside, by group, from being deleted."""
+
+  def turn(self) -> contextlib.AbstractContextManager[None]:
+    """Lets one thread at a time hold copies of variables."""
+
+  def wait(self, seconds: float) -> None:
+    """Waits for something to change, but no longer than that."""
+
+  def restore(self, groups: Sequence[int], first: int, last: int) -> None:
+    """Brings back what a run needs that goes on from step `last`."""
+
+  def settle(self, step: int) -> None:
+    """Raises OSError unless a restart from `step` will find what it needs."""
+
+  def checkpointed(self, step: int) -> None:
+    """Tells that a restart would begin at `step` or later."""
+
+  def flush(self) -> None:
+    """Waits until all is written; raises what that raised."""
+
+  def metrics(self) -> dict[str, float]:
+    """Returns the `exchange/*` values of what was published."""
+
+  def close(self) -> None:
+    """Finishes what is under way."""
+
+
+# --- A dictionary ------------------------------------------------------------
+
+
+class Board:
+  """The publications of all groups of a process; safe from any thread."""
+
+  def __init__(self, num_groups: int, keep: int):
+    self.keep = keep
+    self.changed = threading.Condition()
+    self.shelves: list[dict[int, Slot]] = [{} for _ in range(num_groups)]
+
+  def put(self, publication: Publication, variables: Variables) -> None:
+    """Adds a publication; the oldest goes where there are too many."""
+    with self.changed:
+      shelf = self.shelves[publication.group_id]
+      shelf[publication.step] = (publication, variables)
+      for step in sorted(shelf)[: -self.keep]:
+        del shelf[step]
+      self.changed.notify_all()
+
+
+class MemoryStore(Store):
+  """A dictionary that all groups of one process share."""
+
+  writes = True
+  at_hand = True
+  advice = (
+      'Step all groups in turn, or run them in threads with a timeout_seconds'
+  )
+  reading = staticmethod(contextlib.nullcontext)
+  turn = staticmethod(contextlib.nullcontext)
+
+  def __init__(self, board: Board, plan: Plan):
+    self._board = board
+    self._plan = plan
+    self._num_bytes = 0
+
+  def steps(self, group_id: int) -> list[int]:
+    with self._board.changed:
+      return sorted(self._board.shelves[group_id])
+
+  def read(self, group_id: int, step: int) -> Slot:
+    with self._board.changed:
+      slot = self._board.shelves[group_id].get(step)
+    if slot is None:
+      raise checkpoints.MissingError(
+          f'there is no publication {step} of group {group_id}'
+      )
+    return slot
+
+  def write(self, publication: Publication, variables: Variables) -> None:
+    variables = cast_floats(variables, self._plan.publish_dtype)
+    publications.check_finite(publication, variables)
+    self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(variables))
+    self._board.put(publication, variables)
+
+  def add(self, slot: Slot) -> None:
+    """Adds what was published in an earlier life of the run."""
+    self._board.put(*slot)
+
+  def wait(self, seconds: float) -> None:
+    with self._board.changed:
+      self._board.changed.wait(seconds)
+
+  def metrics(self) -> dict[str, float]:
+    if not self._num_bytes:
+      return {}
+    return {'exchange/publication_bytes': float(self._num_bytes)}
+
+
+# --- A directory -------------------------------------------------------------
+
+
+class DirectoryStore(Store):
+  """Orbax checkpoints under `root/group_<id>/<step>/`, for one group.
+
+  A thread serialises, uploads and prunes: at most one publication is being
+  written. What the file system refuses is tried again, and training goes on.
+
+      <root>/group_<id>/restart_step.json  where a restart may begin
+      <root>/group_<id>/reading.json       what is being read at this moment
+  """
+
+  at_hand = False
+
+  def __init__(
+      self,
+      root: epath.PathLike,
+      group_id: int,
+      num_groups: int,
+      *,
+      like: Variables,
+      plan: Plan,
+      identity: Mapping[str, str],
+      keep: int = 5,
+      mirrored: int = 0,
+      writes: bool = True,
+      process: int = 0,
+      waiting: Waiting | None = None,
+      troubles: Troubles | None = None,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    """Clears up after a killed writer of this group.
+
+    Args are those of `CheckpointExchange`, but:
+      mirrored: If it mirrors a dictionary: how many may wait to be written.
+      writes: Whether this process publishes.
+    """
+    plan.peers_of(group_id, num_groups)  # Raises before anything is written.
+    waiting = waiting or Waiting()
+    self.root = checkpoints.absolute(root)
+    self.writes = writes
+    self.advice = f'Is it running, with the same workdir ({self.root})?'
+    self._group_id = group_id
+    self._directory = publications.group_directory(self.root, group_id)
+    self._like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like
+    )
+    self._plan = plan
+    self._identity = dict(identity)
+    self._keep = keep
+    self._troubles = troubles or Troubles(f'group {group_id}: ')
+    self._patience = patience
+    prefix = f'process_{process}_' if process else ''
+    self._mark = self._directory / f'{prefix}{READING_FILE}'
+    self._readers = plan.readers_of(group_id, num_groups)
+    self._marks = _ReadingMarks(
+        self.root, self._readers, waiting.timeout_seconds
+    )
+    self._restart_step: int | None = None
+    self._newest: Publication | None = None  # Complete, made by this process.
+    self._failures = 0
+    self._unwritten: set[int] = set()
+    self._spare: Variables | None = None
+    # Beside training there is one copy of variables at a time, on its way out
+    # or in.
+    self.turn = Turns(patience).turn
+    # In lockstep peers wait for every one, so a disk that is slower than the
+    # interval holds training up; else only the newest one counts.
+    self._all_needed = plan.mode == 'lockstep' and not mirrored
+    self._lease: leases.Lease | None = None
+    if writes and not mirrored:
+      self._lease = leases.acquire(
+          self._directory,
+          f'publishing for group {group_id} in',
+          interrupted=waiting.interrupted,
+          patience=patience,
+      )
+    try:
+      if writes:
+        checkpoints.delete_torn(self._directory)
+    except BaseException:
+      self._release()
+      raise
+    self._writer = BackgroundWriter(
+        self._write,
+        'publishing',
+        self._troubles,
+        room=None if self._all_needed else mirrored or 1,
+        patience=patience,
+        interrupted=waiting.interrupted,
+    )
+
+  # --- Reading ---
+
+  def steps(self, group_id: int) -> list[int]:
+    return publications.published_steps(self.root, group_id)
+
+  def read(self, group_id: int, step: int) -> Slot:
+    return publications.read(
+        self.root, group_id, step, like=self._like, identity=self._identity
+    )
+
+  def made(self, group_id: int, step: int) -> float | None:
+    directory = publications.group_directory(self.root, group_id)
+    return checkpoints.completed_at(directory, step)
+
+  @contextlib.contextmanager
+  def reading(self, steps: Mapping[int, int]) -> Iterator[None]:
+    """Marks what is read inside, so that its writer does not delete it."""
+    try:
+      self._set_mark(steps)
+      yield
+    finally:
+      self._set_mark({})
+
+  def wait(self, seconds: float) -> None:
+    time.sleep(seconds)
+
+  def _set_mark(self, steps: Mapping[int, int]) -> None:
+    doing = 'marking what is being read'
+    mark = {
+        'nonce': secrets.token_hex(8),
+        'steps': {str(peer): step for peer, step in steps.items()},
+    }
+    try:
+      files.write_json(self._mark, mark)
+    except OSError as e:
+      # Without it a writer may be faster than this reader; which then reads
+      # something newer.
+      self._troubles.failed(doing, e)
+    else:
+      self._troubles.worked(doing)
+
+  # --- Writing ---
+
+  def write(self, publication: Publication, variables: Variables) -> None:
+    if self._plan.mode == 'lockstep':
+      self._unwritten.add(publication.step)
+    self._writer.put(publication.step, (publication, variables))
+
+  def spare(self) -> Variables | None:
+    # Nobody needs what the next one is newer than; it goes before the copy.
+    waiting = self._writer.withdraw()
+    if waiting is not None:
+      return waiting[1]
+    spare, self._spare = self._spare, None
+    return spare
+
+  def flush(self) -> None:
+    self._writer.wait(failing=_FOREVER, slow=_FOREVER)
+
+  def settle(self, step: int) -> None:
+    """Raises OSError unless publications up to `step` are complete.
+
+    A group that restarts there makes none of them again, and in lockstep peers
+    will ask for those.
+    """
+    if self._plan.mode == 'freshest':
+      return
+    limit = self._patience.settle
+    self._writer.wait(failing=limit, slow=limit, up_to=step)
+    first = self._plan.keep_from(step)
+    if any(first <= s <= step for s in self._unwritten.copy()):
+      raise TimeoutError(
+          f'publications of group {self._group_id} up to step {step} are not'
+          ' complete yet'
+      )
+
+  def checkpointed(self, step: int) -> None:
+    """Tells the writers of other groups where this one may restart."""
+    if not self.writes or step == self._restart_step:
+      return
+    doing = 'saying where a restart may begin'
+    try:
+      files.write_json(self._directory / RESTART_FILE, {'step': step})
+    except OSError as e:
+      self._troubles.failed(doing, e)  # Peers keep more than is needed.
+      return
+    self._troubles.worked(doing)
+    self._restart_step = step
+
+  def metrics(self) -> dict[str, float]:
+    if not self.writes:
+      return {}
+    found = {'exchange/publish_failures': float(self._failures)}
+    if self._newest is not None:
+      found['exchange/publication_bytes'] = float(self._newest.num_bytes)
+    return found
+
+  def close(self) -> None:
+    """Waits for what is under way, within limits; raises what it raised.
+
+    Raises:
+      OSError: In lockstep, if a publication could not be written: peers wait
+        for it. Otherwise it is only said.
+    """
+    try:
+      # What is only slow is waited for longer, if not for ever.
+      self._writer.wait(slow=self._patience.slow)
+    finally:
+      unwritten = self._writer.give_up()
+      self._writer.close()
+      # A write that hangs keeps it: nobody else may write meanwhile.
+      if self._writer.finished:
+        self._release()
+    if unwritten is not None and self._all_needed:
+      reason = f': {unwritten.error}' if unwritten.error else ''
+      raise TimeoutError(
+          f'group {self._group_id} could not publish to {self._directory}'
+          f' in time{reason}'
+      )
+
+  def _release(self) -> None:
+    if self._lease is not None:
+      self._lease.release()
+
+  # --- In the thread ---
+
+  def _write(self, step: int, item: Slot) -> None:
+    publication, variables = item
+    try:
+      with self.turn():
+        if self._lease is not None:
+          self._lease.check()
+        self._newest = publications.write(
+            self.root,
+            publication,
+            cast_floats(variables, self._plan.publish_dtype),
+        )
+    except (FloatingPointError, leases.LostError):
+      raise
+    except Exception as e:  # Whatever a library makes of a disk that fails.
+      self._failures += 1
+      # The file system may be full of publications that readers have left.
+      self._prune()
+      if isinstance(e, OSError):
+        raise
+      raise OSError(f'{type(e).__name__}: {e}') from e
+    self._unwritten.discard(step)
+    self._spare = variables
+    self._prune()
+
+  def _prune(self) -> None:
+    doing = 'deleting old publications'
+    try:
+      self._delete_old()
+    except OSError as e:
+      self._troubles.failed(doing, e)
+    else:
+      self._troubles.worked(doing)
+
+  def _delete_old(self) -> None:
+    steps = self.steps(self._group_id)
+    old = steps[: -self._keep]
+    if self._plan.mode == 'lockstep' and self._readers:
+      needed = min(map(self._needed_by, self._readers))
+      old = [step for step in old if step < needed]
+    read_now = lambda: self._marks.read_now(self._group_id)
+    read = read_now()
+    for step in old:
+      # A reader sets its mark and then looks whether the step is there; the
+      # step is taken away and then the marks are looked at. So one of the two
+      # sees the other.
+      if step not in read:
+        checkpoints.delete_unless(
+            self._directory, step, lambda step=step: step in read_now()
+        )
+
+  def _needed_by(self, reader: int) -> int:
+    """Returns the oldest publication that a reader may ask for again."""
+    path = publications.group_directory(self.root, reader) / RESTART_FILE
+    try:
+      return self._plan.keep_from(int(json.loads(path.read_text())['step']))
+    except (OSError, ValueError, KeyError, TypeError):
+      return 0  # It would start from the beginning, for all that is known.
+
+
+class _ReadingMarks:
+  """The marks by which readers say what they are reading."""
+
+  def __init__(
+      self, root: epath.Path, readers: Sequence[int], limit_seconds: float
+  ):
+    self._root = root
+    self._readers = tuple(readers)
+    self._limit = limit_seconds
+    # By our own clock; those of other hosts may be wrong.
+    self._seen: dict[tuple[str, str], float] = {}
+    self._last: dict[str, dict] = {}
+
+  def read_now(self, group_id: int) -> set[int]:
+    """Returns the steps of `group_id` that are read, within the limit."""
+    steps, now, seen = set(), time.monotonic(), {}
+    for path, mark in self._all_marks():
+      key = (str(path), str(mark.get('nonce')))
+      seen[key] = self._seen.get(key, now)
+      step = mark.get('steps', {}).get(str(group_id))
+      if type(step) is int and now - seen[key] <= self._limit:
+        steps.add(step)
+    self._seen = seen
+    return steps
+
+  def _all_marks(self) -> list[tuple[epath.Path, dict]]:
+    found = []
+    for reader in self._readers:
+      directory = publications.group_directory(self._root, reader)
+      # One for each process of the reader.
+      for name in files.names(directory):
+        if name.endswith(READING_FILE):
+          mark = self._mark(directory / name)
+          if isinstance(mark.get('steps'), dict):
+            found.append((directory / name, mark))
+    return found
+
+  def _mark(self, path: epath.Path) -> dict:
+    # Torn, as it is being replaced, or unreadable: as it was before.
+    with contextlib.suppress(OSError, ValueError):
+      self._last[str(path)] = files.read_json(path) or {}
+    return self._last.get(str(path), {})
+
+
+# --- Both --------------------------------------------------------------------
+
+
+class Mirror(NamedTuple):
+  """Where publications are kept besides memory, so that a run can resume.
+
+  Attributes:
+    root: The directory of the exchange, as of `CheckpointExchange`.
+    like: Variables of the model, or their shapes.
+    identity: What all groups share.
+  """
+
+  root: epath.PathLike
+  like: Variables
+  identity: Mapping[str, str]
+
+
+class MirroredStore:
+  """A dictionary, and a directory from which a run can resume.
+
+  Training needs the first alone: a full disk holds it up only where a resume
+  checkpoint would need what is not on it.
+  """
+
+  writes = True
+  at_hand = True
+  advice = MemoryStore.advice
+
+  def __init__(self, memory: MemoryStore, directory: DirectoryStore):
+    self._memory = memory
+    self._directory = directory
+    self.steps = memory.steps
+    self.read = memory.read
+    self.made = memory.made
+    self.reading = memory.reading
+    self.turn = memory.turn
+    self.wait = memory.wait
+    self.spare = memory.spare
+    self.metrics = memory.metrics
+    self.settle = directory.settle
+    self.checkpointed = directory.checkpointed
+    self.flush = directory.flush
+    self.close = directory.close
+
+  def write(self, publication: Publication, variables: Variables) -> None:
+    self._memory.write(publication, variables)
+    self._directory.write(publication, variables)
+
+  def restore(self, groups: Sequence[int], first: int, last: int) -> None:
+    """Reads what the groups had published from step `first` to `last`.
+
+    Later ones, of a life that was killed, will be made again.
+    """
+    for group_id in groups:
+      for step in self._directory.steps(group_id):
+        if first <= step <= last:
+          self._memory.add(self._directory.read(group_id, step))

@@ -1,0 +1,1 @@
+"""A run under faults; see `__main__`."""

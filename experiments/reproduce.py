@@ -212,17 +212,23 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_page, outcomes, study_page
+  from experiments.studies import (
+      churn_page,
+      churn_results,
+      outcomes,
+      study_page,
+  )
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
-    churn_page.report(workdir, output, _NOTE.value, plan.study)
+    found = churn_results.load_study(workdir)
+    churn_page.report(found, output, _NOTE.value, plan.study)
     return
-  setting, runs = outcomes.load(workdir, plan)
+  settings, runs = outcomes.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
-  summary = study_page.write(study, setting, runs, output, latency=_latency())
+  summary = study_page.write(study, settings, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:
     cli.tell(line)

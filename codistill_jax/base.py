@@ -74,7 +74,7 @@ def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def two_class_logits(logits: Array) -> jax.Array:
-  """The logits (..., 2) of two classes that predict as a sigmoid (...) does."""
+  """Returns logits (..., 2) of two classes that predict as a sigmoid does."""
   logits = jnp.asarray(logits, jnp.float32)
   return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
 
@@ -196,7 +196,7 @@ class Stream(Protocol):
   """A deterministic source of batches."""
 
   def batch(self, step: int) -> dict[str, Array]:
-    """The batch of update `step`: the same arrays for the same step, always."""
+    """Returns the batch of update `step`: for one step the same, always."""
 
 
 class Task(NamedTuple):

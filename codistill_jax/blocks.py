@@ -89,7 +89,7 @@ def summed(
   lanes = lanes or _LANES[_platform()]
 
   def cut(x: Array, axis: int = 0) -> jax.Array:
-    """The axes of examples, from `axis` on, -> (blocks, examples of one)."""
+    """Returns the axes of examples, from `axis` on, as (blocks, examples)."""
     before, after = x.shape[:axis], x.shape[axis + len(lead) :]
     x = jnp.reshape(x, (*before, size, *after))
     fill = [(0, 0)] * x.ndim

@@ -94,7 +94,7 @@ class Experiment:
 
   @property
   def distillation(self) -> Callable[..., jax.Array]:
-    """The distillation loss of a step."""
+    """Returns the distillation loss of a step."""
     return losses.towards(
         self.distill_target,
         losses.distill_loss(self.distill_loss, self.task.output),
@@ -102,7 +102,7 @@ class Experiment:
 
 
 def method_of(experiment: Experiment) -> Method:
-  """How a group updates."""
+  """Returns how a group updates."""
   return experiment.method or SynchronousSgd()
 
 
@@ -123,13 +123,13 @@ def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
 
 
 def make_model(experiment: Experiment) -> Model:
-  """The model of every group."""
+  """Returns the model of every group."""
   task = experiment.task
   return experiment.model(task.num_classes, **task.model_arguments)
 
 
 def make_teacher_model(experiment: Experiment) -> Model | None:
-  """The model in the dtype of the teachers; None if that is no cheaper."""
+  """Returns the model in the dtype of teachers; None if no cheaper."""
   takes = inspect.signature(experiment.model).parameters
   dtype = experiment.exchange.teacher_dtype
   if dtype == 'float32' or 'dtype' not in takes:
@@ -144,7 +144,7 @@ def train_stream(
     num_groups: int,
     rows: slice | None = None,
 ) -> Stream:
-  """The training batches of one group; see `Task.train_stream`."""
+  """Returns the training batches of one group; see `Task.train_stream`."""
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
   return method_of(experiment).train_stream(
       functools.partial(
@@ -160,7 +160,7 @@ def train_stream(
 
 
 def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
-  """The batches of the 'validation' or 'test' split, in order.
+  """Returns the batches of the 'validation' or 'test' split, in order.
 
   Raises:
     ValueError: If there is no such split.
@@ -175,7 +175,7 @@ def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
 
 
 def first_row(experiment: Experiment, num_groups: int) -> Batch:
-  """The first row of group 0's first batch, for its shapes.
+  """Returns the first row of group 0's first batch, for its shapes.
 
   The whole batch may be many gigabytes, and take a minute to decode.
   """
@@ -190,7 +190,7 @@ def init_state(
     *,
     num_peers: int,
 ) -> TrainState:
-  """The state of a group before its first update."""
+  """Returns the state of a group before its first update."""
   state = step.init_state(
       model,
       experiment.optimizer,
@@ -203,7 +203,7 @@ def init_state(
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
-  """The evaluation step of the task; jit it."""
+  """Returns the evaluation step of the task; jit it."""
   return step.make_eval_step(
       model, task_loss=losses.task_loss_of(experiment.task.output)
   )
@@ -212,7 +212,7 @@ def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
 def make_replicated_step(
     experiment: Experiment, model: Model, devices=None
 ) -> replicas.PmapStep:
-  """The train step on all replicas of a group (or on `devices`)."""
+  """Returns the train step on all replicas of a group (or `devices`)."""
   return replicas.PmapStep(_train_step(experiment, model), devices)
 
 
@@ -224,7 +224,7 @@ def make_population(
     num_replicas: int = 1,
     shared_batch: bool = True,
 ) -> one_program.Population:
-  """The train step of all groups as one program; see `Population`."""
+  """Returns the train step of all groups as one program."""
   return one_program.Population(
       _train_step(experiment, model),
       num_groups,

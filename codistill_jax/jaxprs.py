@@ -59,7 +59,7 @@ def flops(
     *args: PyTree,
     axis_sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Flops:
-  """The FLOPs of a call with arguments of these shapes.
+  """Returns the FLOPs of a call with arguments of these shapes.
 
   A scan counts as often as it runs, a condition as its dearest branch, and the
   body of a `shard_map` or `pmap` once for each device.
@@ -75,19 +75,19 @@ def flops(
 
 
 def flops_of_jaxpr(jaxpr: Jaxpr) -> Flops:
-  """The FLOPs of a trace; see `flops`."""
+  """Returns the FLOPs of a trace; see `flops`."""
   return sum((_of_equation(e) for e in jaxpr.eqns), _NONE)
 
 
 def has_convolution(function: Callable[..., Any], *args: PyTree) -> bool:
-  """Whether a convolution occurs in a function of such arguments."""
+  """Returns whether a convolution occurs in a function of such arguments."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
   found = equations(jax.make_jaxpr(function)(*shapes).jaxpr)
   return any(e.primitive.name == 'conv_general_dilated' for e in found)
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[Any]:
-  """The equations of a trace and of all that it calls, each once."""
+  """Returns the equations of a trace and of all that it calls, each once."""
   for equation in jaxpr.eqns:
     yield equation
     for inner in jaxprs_in_params(equation.params):
@@ -197,7 +197,7 @@ PEAKS: Mapping[str, Mapping[str, float]] = {
 def least_seconds(
     flops_by_dtype: Mapping[str, float], device_kind: str
 ) -> float:
-  """The least time in which one device could do that; NaN if unknown."""
+  """Returns the seconds that one device needs at least; NaN if unknown."""
   fitting = [kind for kind in PEAKS if _names(kind, device_kind)]
   peaks = PEAKS[max(fitting, key=len)] if fitting else {}
   return sum(

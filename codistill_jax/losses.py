@@ -192,7 +192,7 @@ class Formula(NamedTuple):
 
 
 def formula_of(loss: Callable[..., jax.Array]) -> Formula:
-  """The formula of one of the distillation losses of this module.
+  """Returns the formula of one of the distillation losses of this module.
 
   Raises:
     ValueError: If `loss` is none of them.
@@ -346,7 +346,7 @@ _TASK_LOSSES = {'softmax': task_loss, 'sigmoid': sigmoid_task_loss}
 
 
 def task_loss_of(output: str) -> Callable[..., jax.Array]:
-  """The task loss of a kind of output, 'softmax' or 'sigmoid'.
+  """Returns the task loss of a kind of output, 'softmax' or 'sigmoid'.
 
   Raises:
     ValueError: If it is neither.
@@ -362,7 +362,7 @@ def task_loss_of(output: str) -> Callable[..., jax.Array]:
 def distill_loss(
     name: str, output: str = 'softmax'
 ) -> Callable[..., jax.Array]:
-  """The distillation loss of that name, for a kind of output.
+  """Returns the distillation loss of that name, for a kind of output.
 
   For a sigmoid output a loss over classes is that of the two classes which the
   output stands for; `cross_entropy` is `sigmoid_cross_entropy` then.
@@ -520,7 +520,7 @@ def _check_distribution(distribution, num_classes):
 def training_loss(
     task: base.Task, label_smoothing: float, smoothing_distribution: str
 ) -> Callable[[base.Array, base.Array], jax.Array]:
-  """The task loss with a share of each target given to a distribution.
+  """Returns the task loss with a share of each target given to a distribution.
 
   (1 - s) phi(y, q) + s phi(u, q), with the share s (Szegedy et al. 2016, who
   have a uniform u; the unigram u of Anil et al. 2018 is how often each label
@@ -607,7 +607,7 @@ def _checked_frequencies(
 def towards(
     target: str, distill_loss: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-  """A distillation loss towards the peers' mean prediction, or each of theirs.
+  """Returns a distillation loss towards the peers' mean, or towards each.
 
   With 'each' it is the mean over the peers that are present of the loss towards
   that peer alone: psi averaged over peers, where algorithm 1 of Anil et al.

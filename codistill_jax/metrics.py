@@ -26,7 +26,7 @@ class Metric(Protocol):
   """A metric in the making: a pytree of sums over examples."""
 
   def number(self) -> float:
-    """What the sums come to; NaN if nothing was counted."""
+    """Returns what the sums come to; NaN if nothing was counted."""
 
 
 class Mean(NamedTuple):
@@ -37,16 +37,16 @@ class Mean(NamedTuple):
 
   @property
   def value(self) -> jax.Array:
-    """The mean; NaN if nothing was counted."""
+    """Returns the mean; NaN if nothing was counted."""
     return jnp.divide(self.total, self.count)
 
   def number(self) -> float:
-    """The mean; NaN if nothing was counted."""
+    """Returns the mean; NaN if nothing was counted."""
     return _ratio(self.total, self.count)
 
 
 def merge(a: base.PyTree, b: base.PyTree) -> base.PyTree:
-  """The sum of two pytrees of metrics: those of both batches together."""
+  """Returns the sum of two pytrees of metrics: those of both batches."""
   return jax.tree.map(jnp.add, a, b)
 
 
@@ -146,7 +146,7 @@ def relative_difference(
 def quality(
     logits: base.Array, labels: base.Array, weights: base.Array | None = None
 ) -> dict[str, Metric]:
-  """The metrics of one model's predictions besides the loss, by key.
+  """Returns the metrics of one model's predictions besides the loss, by key.
 
   'eval/accuracy'; and of a sigmoid output, whose logits have the shape of the
   labels, 'eval/auc', 'eval/calibration' and 'eval/calibration_error'.
@@ -234,14 +234,14 @@ class Auc(NamedTuple):
   negatives: base.Array
 
   def number(self) -> float:
-    """The area; NaN without examples of both labels."""
+    """Returns the area; NaN without examples of both labels."""
     positives, negatives = self._float64()
     below = np.cumsum(negatives) - negatives
     won = np.sum(positives * (below + 0.5 * negatives))
     return _ratio(won, positives.sum() * negatives.sum())
 
   def error_bound(self) -> float:
-    """By how much `number` may differ from the area of the exact scores."""
+    """Returns the most by which `number` differs from the exact area."""
     positives, negatives = self._float64()
     together = np.sum(positives * negatives)
     return _ratio(0.5 * together, positives.sum() * negatives.sum())
@@ -264,7 +264,7 @@ class Calibration(NamedTuple):
   observed: base.Array
 
   def number(self) -> float:
-    """The ratio; NaN without positives."""
+    """Returns the ratio; NaN without positives."""
     return _ratio(self.predicted, self.observed)
 
 
@@ -285,7 +285,7 @@ class CalibrationError(NamedTuple):
   count: base.Array
 
   def number(self) -> float:
-    """The error, in [0, 1]; NaN if nothing was counted."""
+    """Returns the error, in [0, 1]; NaN if nothing was counted."""
     difference = np.subtract(self.predicted, self.observed, dtype=float)
     return _ratio(np.sum(np.abs(difference)), self.count)
 

@@ -137,7 +137,7 @@ class Population:
     return state, metrics
 
   def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
-    """The `teachers` of all groups, on the devices.
+    """Returns the `teachers` of all groups, on the devices.
 
     Args:
       mix_GG: Rows of `peer_predictions.mixing_matrix`.
@@ -183,11 +183,11 @@ class Population:
     return TrainState(**parts)
 
   def collect(self, state: TrainState, group_id: int) -> TrainState:
-    """One group's state as numpy copies; `place` takes it back."""
+    """Returns one group's state as numpy copies; `place` takes it back."""
     return jax.tree.map(lambda x: _read(x, group_id), state)
 
   def variables(self, state: TrainState, group_id: int) -> Variables:
-    """One group's variables, on one of its devices."""
+    """Returns one group's variables, on one of its devices."""
     parts, places = [], []
     leaves, treedef = jax.tree.flatten(state.variables)
     for x in leaves:
@@ -299,7 +299,7 @@ class GroupState:
     return self._update.population.variables(self._stacked, self._group_id)
 
   def collect(self) -> TrainState:
-    """The whole state, as numpy copies."""
+    """Returns the whole state, as numpy copies."""
     return self._update.population.collect(self._stacked, self._group_id)
 
 
@@ -441,7 +441,7 @@ class JointUpdate:
     self._waiting.discard(group_id)
 
   def register(self, group_id: int, state: TrainState) -> GroupState:
-    """A group begins with this state; a run may begin again."""
+    """Registers the state that a group begins with; a run may begin again."""
     self._state = None
     self._waiting = set()
     self._begun[group_id] = state

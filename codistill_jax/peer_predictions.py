@@ -32,7 +32,7 @@ _TINY = np.finfo(np.float32).tiny
 
 
 def mixing_matrix(peers: Sequence[Sequence[int]]) -> np.ndarray:
-  """How much each group counts for each: float32 (G, G), rows learn.
+  """Returns how much each group counts for each: float32 (G, G), rows learn.
 
   Args:
     peers: For each group the ids of those it learns from.
@@ -45,7 +45,7 @@ def mixing_matrix(peers: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def bytes_per_example(num_classes: int, top_k: int | None, output: str) -> int:
-  """What one prediction takes on its way to one peer, in bytes.
+  """Returns what one prediction takes on its way to one peer, in bytes.
 
   A probability is 4 bytes, as is the index of a class, and the rest. Between
   groups of one device nothing moves.
@@ -90,7 +90,7 @@ def peer_loss(
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = False,
 ) -> jax.Array:
-  """A distillation loss against what the peers predict of the same examples.
+  """Returns a distillation loss against the peers' predictions of the batch.
 
   To be called by every group of the axis `peers.axis_name` alike.
 
@@ -169,7 +169,7 @@ def _mix(values_G: jax.Array, peers: PeerPredictions) -> jax.Array:
 
 
 def gather(values: Array, axis_name: str | tuple[str, ...]) -> jax.Array:
-  """The `values` (...) of all groups of an axis, (G, ...), detached.
+  """Returns the `values` (...) of all groups of an axis, (G, ...), detached.
 
   What is not a number counts as 0: a group that has diverged ends its own run,
   and not those of groups that have nothing to do with it.
@@ -201,7 +201,7 @@ class Sent(NamedTuple):
 
 
 def largest(probabilities: jax.Array, top_k: int) -> Sent:
-  """The `top_k` largest of probabilities (..., C), and the rest."""
+  """Returns the `top_k` largest of probabilities (..., C), and the rest."""
   values_K, classes_K = jax.lax.top_k(probabilities, top_k)
   if top_k == probabilities.shape[-1]:
     return Sent(values_K, classes_K, jnp.zeros(values_K.shape[:-1]))

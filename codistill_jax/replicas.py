@@ -62,7 +62,7 @@ def start_processes(
 
 
 def agreement() -> Agreement:
-  """How the processes of this group decide together; after start-up."""
+  """Returns how the processes of this group decide together; after start-up."""
   if jax.process_count() == 1:
     return ALONE
   return Agreement(
@@ -73,7 +73,7 @@ def agreement() -> Agreement:
 
 
 def process_rows(group_batch: int) -> slice | None:
-  """The rows of the group batch that this process loads (None: all)."""
+  """Returns the rows of the group batch that this process loads (None: all)."""
   processes = jax.process_count()
   if processes == 1:
     return None
@@ -216,7 +216,7 @@ class PmapStep:
     return self._put(teachers, self._replicated)
 
   def collect(self, state: TrainState) -> TrainState:
-    """The whole group's state as numpy copies; the inverse of `place`.
+    """Returns the whole group's state as numpy copies; the inverse of `place`.
 
     In a group of several processes all of them must call it.
     """

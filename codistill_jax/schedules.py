@@ -19,7 +19,7 @@ Schedule = Callable[[base.Array], base.Array]
 
 
 def constant(learning_rate: float, warmup_steps: int = 0) -> Schedule:
-  """A constant rate, after a linear rise from 0 over `warmup_steps`."""
+  """Returns a constant rate, after a linear rise from 0 over `warmup_steps`."""
   _check_not_negative('learning_rate', learning_rate)
   return _after_warmup(
       optax.constant_schedule(learning_rate), learning_rate, warmup_steps
@@ -32,7 +32,7 @@ def warmup_cosine(
     warmup_steps: int = 0,
     end_fraction: float = 0.0,
 ) -> Schedule:
-  """A linear rise from 0, then half a cosine down.
+  """Returns a linear rise from 0, then half a cosine down.
 
   Args:
     learning_rate: The rate at `warmup_steps`, the highest.
@@ -65,7 +65,7 @@ def step_decay(
     factor: float = 0.1,
     warmup_steps: int = 0,
 ) -> Schedule:
-  """A rate that is multiplied by `factor` from each boundary on.
+  """Returns a rate that is multiplied by `factor` from each boundary on.
 
   With a warm-up this is the recipe of Goyal et al. 2017.
 
@@ -105,7 +105,7 @@ def linear_scaling(
     boundary_epochs: Sequence[float] = (30, 60, 80),
     factor: float = 0.1,
 ) -> Schedule:
-  """The rate of Goyal et al. 2017 for ImageNet, in epochs, as a `step_decay`.
+  """Returns the rate of Goyal et al. 2017 for ImageNet, a `step_decay`.
 
   The highest rate is base_rate * group_batch / base_batch (the linear scaling
   rule). The warm-up begins at 0, theirs at `base_rate`.
@@ -145,7 +145,7 @@ def linear_scaling(
 def distill_weight(
     weight: float = 1.0, burn_in_steps: int = 0, ramp_steps: int = 0
 ) -> Callable[[base.Array], base.Array]:
-  """The factor of the distillation loss as a function of the step.
+  """Returns the factor of the distillation loss as a function of the step.
 
   0 for the first `burn_in_steps` updates, then `weight`: a hard switch, as in
   Anil et al. 2018. With `ramp_steps`, that many updates in between rise

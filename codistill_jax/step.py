@@ -61,7 +61,7 @@ def init_state(
     num_peers: int = 0,
     group_batch: int | None = None,
 ) -> TrainState:
-  """The state before the first update.
+  """Returns the state before the first update.
 
   Args:
     model: The model of every group.
@@ -320,7 +320,7 @@ def make_eval_step(
 
 
 def example_weights(batch: Batch) -> jax.Array:
-  """The batch's weights, or 1 for each example; float32, shaped as labels."""
+  """Returns the batch's weights, or 1 for each example: float32, as labels."""
   if 'weights' in batch:
     return jnp.asarray(batch['weights'], jnp.float32)
   return jnp.ones(np.shape(batch['labels']), jnp.float32)

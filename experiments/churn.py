@@ -23,6 +23,7 @@ from codistill_jax import gin_utils
 from codistill_jax.storage import files
 from experiments import cli
 from experiments.studies import (
+    churn_results,
     plan,
     prediction_files,
     retrains,
@@ -159,7 +160,8 @@ def main(argv: Sequence[str]) -> None:
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
   from experiments.studies import churn_page  # To train needs no tables.
 
-  churn_page.report(workdir, _OUTPUT.value, _NOTE.value)
+  output = _OUTPUT.value or os.path.join(workdir, 'report')
+  churn_page.report(churn_results.load_study(workdir), output, _NOTE.value)
 
 
 def _compare_files() -> None:

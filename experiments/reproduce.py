@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _plan() -> plan_lib.Plan:
-  """From the flags.
+  """Returns the plan of the study that the flags name.
 
   Raises:
     ValueError: If they do not fit.
@@ -171,7 +171,7 @@ def _check_churn(plan: plan_lib.Plan) -> None:
 
 
 def _latency() -> Latency:
-  """From the flags."""
+  """Returns what the flags say of step times and all-reduces."""
   steps = LogNormal(1.0, _TAIL.value)
   if _TAIL.value < 1:
     raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
@@ -212,17 +212,23 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import churn_page, load, study_page
+  from experiments.studies import (
+      churn_page,
+      churn_results,
+      outcomes,
+      study_page,
+  )
 
   output = _OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
-    churn_page.report(workdir, output, _NOTE.value, plan.study)
+    found = churn_results.load_study(workdir)
+    churn_page.report(found, output, _NOTE.value, plan.study)
     return
-  setting, runs = load.load(workdir, plan)
+  settings, runs = outcomes.load(workdir, plan)
   study = plan.study
   if _NOTE.value:
     study = study._replace(notes=(_NOTE.value, *study.notes))
-  summary = study_page.write(study, setting, runs, output, latency=_latency())
+  summary = study_page.write(study, settings, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:
     cli.tell(line)

@@ -202,12 +202,25 @@ def test_pauses_become_longer(disk, writer):
 
 
 def test_who_waits_for_the_end_ends_a_long_pause(disk, writer):
-  one = writer(Patience(retry=0.05, longest_retry=100 * PATIENCE))
+  now = Troubles()
+  one = writer(Patience(retry=10 * PATIENCE), troubles=now)
   disk.error = OSError()
   one.put(1, None)
-  until(lambda: len(disk.tried) == 4)
+  until(lambda: now.now)
   disk.error = None
-  assert one.wait(PATIENCE)
+  assert one.wait(failing=PATIENCE)
+
+
+def test_and_it_is_tried_more_often(disk, writer):
+  one = writer(Patience(retry=0.01, longest_retry=10 * PATIENCE))
+  disk.error = OSError()
+  one.put(1, None)
+  waits = threading.Thread(target=one.wait, args=(PATIENCE,), daemon=True)
+  waits.start()
+  until(lambda: len(disk.tried) > 20)  # With pauses twice as long: never.
+  disk.error = None
+  waits.join(PATIENCE)
+  assert one.saved == 1
 
 
 @pytest.mark.parametrize('room, kept', [(1, [7]), (2, [6, 7]), (None, None)])
@@ -357,6 +370,19 @@ def test_its_end_is_said_once_and_the_next_row_again(said):
   ]
   assert 'after 2 failures' in said()[1]
   assert troubles.now == () and troubles.failures == 4
+
+
+def test_a_block_notes_how_it_ended_and_an_error_of_the_disk_ends_only_it():
+  troubles, done = Troubles(), []
+  for error in (OSError('full'), None):
+    with troubles.noted('publishing'):
+      if error:
+        raise error
+      done.append(1)
+    assert bool(troubles.now) is bool(error)
+  assert done == [1] and troubles.failures == 1
+  with pytest.raises(ValueError), troubles.noted('publishing'):
+    raise ValueError
 
 
 def test_troubles_are_apart_and_ordered_by_age():

@@ -14,7 +14,14 @@ _drift = itertools.count()
 batches_left = 10**9
 
 
-def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
+def task(
+    output='sigmoid',
+    seed=0,
+    test_split=True,
+    drifts=False,
+    data=0,
+    bad_seed=None,
+):
   """Points of two noisy half-spaces.
 
   Args:
@@ -23,6 +30,7 @@ def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
     test_split: Whether there is one.
     drifts: Whether batches change with every call: nothing is deterministic.
     data: Seed of the data themselves.
+    bad_seed: Where it is that of the order, training diverges at step 4.
   """
   rng = np.random.default_rng(data)
   inputs = rng.normal(size=(TRAIN + 2 * EVAL, FEATURES)).astype(np.float32)
@@ -33,7 +41,13 @@ def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
   test = part(TRAIN + EVAL, TRAIN + 2 * EVAL)
   return base.Task(
       train_stream=lambda group_id, num_groups, group_batch, rows, seed=seed: (
-          _Stream(part(0, TRAIN), (seed, group_id), group_batch, drifts)
+          _Stream(
+              part(0, TRAIN),
+              (seed, group_id),
+              group_batch,
+              drifts,
+              seed == bad_seed,
+          )
       ),
       eval_batches=lambda size: _batches(*validation, size),
       test_batches=(lambda size: _batches(*test, size)) if test_split else None,
@@ -47,9 +61,9 @@ def task(output='sigmoid', seed=0, test_split=True, drifts=False, data=0):
 
 class _Stream:
 
-  def __init__(self, data, key, size, drifts):
+  def __init__(self, data, key, size, drifts, bad):
     self._data, self._key, self._size = data, key, size
-    self._drifts = drifts
+    self._drifts, self._bad = drifts, bad
 
   def batch(self, step):
     global batches_left
@@ -61,6 +75,8 @@ class _Stream:
     inputs, labels = (x[rows] for x in self._data)
     if self._drifts:
       inputs = inputs + np.float32(1e-3 * next(_drift))
+    if self._bad and step >= 3:
+      inputs = np.full_like(inputs, np.nan)
     return {'inputs': inputs, 'labels': labels}
 
 

@@ -202,20 +202,22 @@ def test_in_bfloat16_errors_are_those_of_a_plain_scan(layer_norm):
   assert (errors(ours) / errors(plain)).max() < 2.5
 
 
-def test_a_product_by_columns_is_the_same(monkeypatch):
-  by_rows, plain = both(layer_norm=True)
-  used = []
-
-  def watched(*args, by_columns=recurrence._times_by_columns):
-    used.append(len(args[0]))
-    return by_columns(*args)
-
-  monkeypatch.setattr(recurrence, '_LARGE_KERNEL', 1)
-  monkeypatch.setattr(recurrence, '_times_by_columns', watched)
-  by_columns, _ = both(layer_norm=True)
-  assert used and set(used) == {B}
-  assert_close(by_columns, by_rows)
-  assert_close(by_columns, plain)
+@pytest.mark.parametrize(
+    'rows, units, by_columns', [(3, 768, True), (33, 768, False), (3, 8, False)]
+)
+def test_few_rows_times_a_large_kernel_are_multiplied_by_columns(
+    rows, units, by_columns
+):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  x, kernel = normal(rows, units), normal(units, 4 * units)
+  args = x, kernel, np.ascontiguousarray(kernel.T)
+  np.testing.assert_allclose(
+      recurrence.times(*args), x @ kernel, rtol=1e-3, atol=1e-3
+  )
+  traced = jaxprs.equations(jax.make_jaxpr(recurrence.times)(*args).jaxpr)
+  barriers = [e for e in traced if e.primitive.name == 'optimization_barrier']
+  assert bool(barriers) == by_columns
 
 
 @pytest.mark.parametrize('differentiated', [False, True])

@@ -83,6 +83,20 @@ def test_a_line_keeps_its_split_however_many_lines_a_shard_has(tmp_path):
       np.testing.assert_array_equal(found[0][name], found[1][name])
 
 
+@pytest.mark.parametrize('split', ['time', 'hash'])
+def test_a_line_keeps_its_split_whichever_others_are_bad(tmp_path, split):
+  texts = write_lines(tmp_path / 'a.txt', LINES)
+  found = []
+  for bad in ('x', 'x' * 5000):  # Held and parsed, or neither.
+    texts[5] = bad
+    (tmp_path / 'a.txt').write_text('\n'.join(texts))
+    output = tmp_path / f'data{len(bad)}'
+    prepare(output, tmp_path / 'a.txt', split=split)
+    found.append(rows_of(output))
+  for name in criteo.SPLITS:
+    np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
 def test_damage_is_counted_and_not_fatal(prepared):
   _, meta = prepared
   assert meta['rejects'] == {'damaged_file': 1, 'wrong_columns': 3}

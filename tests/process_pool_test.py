@@ -114,7 +114,11 @@ PARENT = """
 import os, sys, time
 from codistill_jax.data.process_pool import process_map
 def work(n):
-  open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()
+  mine = f'{sys.argv[1]}/{os.getpid()}'
+  open(mine, 'w').close()
+  while not os.path.exists(mine + '.go'):
+    time.sleep(0.01)
+  open(mine + '.alive', 'w').close()
   time.sleep(1000)
 if __name__ == '__main__':
   with process_map(2) as process:
@@ -125,20 +129,22 @@ if __name__ == '__main__':
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
 def test_workers_do_not_outlive_their_parent(tmp_path, how, python):
   """Nor do they hear of signals that are meant for it."""
-  (tmp_path / 'pids').mkdir()
+  folder = tmp_path / 'pids'
+  folder.mkdir()
   script = tmp_path / 'parent.py'
   script.write_text(PARENT)
   with subprocess.Popen(
-      [python, script, tmp_path / 'pids'],
+      [python, script, folder],
       env=os.environ | {'PYTHONPATH': str(ROOT)},
       start_new_session=True,
   ) as process:
-    until(lambda: len(list((tmp_path / 'pids').iterdir())) == 2)
-    pids = [int(path.name) for path in (tmp_path / 'pids').iterdir()]
+    until(lambda: len(list(folder.iterdir())) == 2)
+    pids = [int(path.name) for path in folder.iterdir()]
     for pid in pids:
       os.kill(pid, signal.SIGTERM)
       os.kill(pid, signal.SIGINT)
-      os.kill(pid, 0)
+      (folder / f'{pid}.go').touch()
+    until(lambda: all((folder / f'{pid}.alive').exists() for pid in pids))
     process.send_signal(how)
     assert process.wait(PATIENCE) == -how
   until(lambda: all(is_gone(pid) for pid in pids))

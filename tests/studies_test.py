@@ -3,8 +3,8 @@
 import csv
 import json
 import pathlib
-import shutil
 
+import churn_toy
 import pytest
 import tiny_run
 from run_cases import run as run_binary
@@ -15,6 +15,7 @@ from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.declaration import MEASURES, SCALES
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = list(STUDIES)
 LANGUAGE = [
@@ -98,10 +99,12 @@ def test_arms_are_trained_with_what_they_stand_on():
   study = STUDIES['offline_distillation']
   plan = plan_lib.make_plan(study, 'smoke', arms=['student'])
   assert [arm.name for arm in plan.arms] == ['baseline', 'teachers', 'student']
-  student = next(run for run in plan.runs() if run.arm == 'student')
-  teachers = plan.teachers(student)
-  assert (teachers.arm, teachers.seed) == ('teachers', student.seed)
-  assert teachers in plan.needed(student)
+  students = [run for run in plan.runs() if run.arm == 'student']
+  assert [run.seed for run in students] == [0, 1]
+  for student in students:
+    teachers = plan.teachers(student)
+    assert (teachers.arm, teachers.seed) == ('teachers', student.seed)
+    assert teachers in plan.needed(student)
   with pytest.raises(ValueError, match=r"no arm 'pupil'; it has baseline"):
     plan_lib.make_plan(study, 'smoke', arms=['pupil'])
 
@@ -142,123 +145,56 @@ def seeds_of(name):
   return 2 if name in two else 1
 
 
-def arguments(places, name, workdir=None):
-  made = [
-      f'--study={name}',
-      '--scale=smoke',
-      f'--workdir={workdir or places / name}',
-  ]
+def arguments(places, name, workdir):
+  made = [f'--study={name}', '--scale=smoke', f'--workdir={places / workdir}']
   if name in LANGUAGE:
     data = f"text.language_model_task.data_dir='{places / 'data'}'"
     return [*made, f'--gin={data}']
   return [*made, f'--gin_file={places / "toy.gin"}']
 
 
-class Finished(dict):
-  """Exit status and output of each study, and of a few commands after them."""
+@pytest.fixture(scope='module')
+def reproduce_once(places):
+  """Exit status and output of a study and flags; run when it is first asked."""
+  known = {}
 
-  def __init__(self, places):
-    self._places = places
+  def reproduce_once(study, *flags, workdir=None):
+    key = study, flags, workdir
+    if key not in known:
+      made = arguments(places, study, workdir or study)
+      known[key] = run_binary(reproduce, [*made, *flags])
+    return known[key]
 
-  def __missing__(self, name):
-    self[name] = run_binary(reproduce, self._arguments(name))
-    return self[name]
-
-  def _arguments(self, name):
-    places = self._places
-    if name in NAMES:
-      return [*arguments(places, name), f'--seeds={seeds_of(name)}']
-    again = arguments(places, 'topology')
-    if name in AGAIN:
-      assert self['topology'][0] == 0
-      return [*again, *AGAIN[name]]
-    return {
-        'more seeds': lambda: [
-            *again,
-            '--seeds=3',
-            '--arms=two',
-            f'--output={places / "more"}',
-        ],
-        'nothing to report': lambda: [
-            *arguments(places, 'topology', places / 'nothing'),
-            '--report_only',
-        ],
-        'dead binding': lambda: [
-            *arguments(places, 'topology', places / 'dead'),
-            '--gin=UNUSED=1',
-        ],
-        'diverges': lambda: [
-            *arguments(places, 'offline_distillation', places / 'diverges'),
-            '--rates=1e30',
-            '--seeds=1',
-        ],
-        'one program': lambda: [
-            *arguments(places, 'data_partition', places / 'together'),
-            '--one_program=yes',
-        ],
-        'one program diverges': lambda: [
-            *arguments(places, 'data_partition', places / 'together_diverges'),
-            '--one_program=yes',
-            '--rates=1e30',
-            '--arms=same',
-        ],
-        **{case: lambda x=x: x for case, x in ALONE.items()},
-    }[name]()
-
-
-# After the study topology.
-AGAIN = {
-    'again': [],
-    'another': ['--gin=lstm.language_model.units=5'],
-    'no arm': ['--arms=nine'],
-    'own seed': ['--gin=Experiment.seed=7'],
-    'own rate': ['--gin=RATE=0.5'],
-    'another scale': ['--scale=cpu', '--report_only'],
-    'no rate': ['--rates=fast'],
-    'no latency': ['--all_reduce=1'],
-    'no times': ['--step_times=no-such-file'],
-}
-ALONE = {
-    'no study': ['--scale=smoke'],
-    'rows of images': [
-        '--study=image_codistillation',
-        '--scale=smoke',
-        '--worker_rows=4',
-    ],
-    'rates of churn': ['--study=churn', '--scale=smoke', '--rates=1,2'],
-    'no scale': ['--study=topology', '--scale=cpu', '--seeds=0'],
-    'list': ['--list'],
-}
+  return reproduce_once
 
 
 @pytest.fixture(scope='module')
-def finished(places):
-  return Finished(places)
+def finished(reproduce_once, places):
+  """The directory of a study that is done."""
+
+  def finished(name):
+    status, output = reproduce_once(name, f'--seeds={seeds_of(name)}')
+    assert status == 0, output
+    return places / name
+
+  return finished
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_study_writes_its_page(finished, places, name):
-  status, output = finished[name]
-  assert status == 0, output
-  page = (places / name / 'report' / 'page.md').read_text()
+def test_a_study_writes_its_page(finished, name):
+  report = finished(name) / 'report'
+  page = (report / 'page.md').read_text()
   plan = plan_lib.make_plan(STUDIES[name], 'smoke')
   assert plan.study.question in page
   assert '## Verdict' in page and plan.study.source in page
-  for arm in plan.arms:
-    # A churn study shows the chosen weight of several.
-    assert arm.title in page or name == 'churn'
   assert '## How to make it again' in page
-  images = [x for x in (places / name / 'report').iterdir() if '.png' in x.name]
+  images = [x for x in report.iterdir() if '.png' in x.name]
   assert images and all(x.name in page for x in images)
-
-
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'churn'])
-def test_all_runs_of_a_study_are_in_its_table(finished, places, name):
-  assert finished[name][0] == 0
-  with (places / name / 'report' / 'curves.csv').open() as f:
-    rows = list(csv.DictReader(f))
-  plan = plan_lib.make_plan(STUDIES[name], 'smoke')
-  found = {(row['arm'], int(row['seed'])) for row in rows}
+  if name == 'churn':  # It shows the chosen weight of several.
+    return
+  assert all(arm.title in page for arm in plan.arms)
+  with (report / 'curves.csv').open() as f:
+    found = {(row['arm'], int(row['seed'])) for row in csv.DictReader(f)}
   assert found == {
       (arm.name, seed) for arm in plan.arms for seed in range(seeds_of(name))
   }
@@ -271,100 +207,108 @@ def outcomes(workdir):
   }
 
 
-def test_seeds_differ_and_arms_of_one_seed_agree_on_the_order(finished, places):
-  assert finished['topology'][0] == 0
-  found = outcomes(places / 'topology')
+def test_seeds_differ_and_arms_of_one_seed_agree_on_the_order(finished):
+  workdir = finished('topology')
+  found = outcomes(workdir)
   losses = [outcome['loss'] for outcome in found.values()]
   assert len(set(losses)) == len(losses)
   for path, outcome in found.items():
     assert outcome['data_seed'] == outcome['seed'] == outcome['run']['seed']
-    config = (places / 'topology/runs' / path / 'config.gin').read_text()
+    config = (workdir / 'runs' / path / 'config.gin').read_text()
     assert f'Experiment.data_seed = {outcome["seed"]}' in config
-
-
-def test_peers_are_those_of_the_topology(finished, places):
-  assert finished['topology'][0] == 0
-  found = outcomes(places / 'topology')
   peers = {path.parts[0]: outcome['peers'] for path, outcome in found.items()}
   expected = {'baseline': 0, 'two': 1, 'all': 3, 'ring': 1, 'pairs': 1}
   assert peers == expected
 
 
-def test_a_student_is_taught_by_the_run_of_its_own_seed(finished, places):
-  status, output = finished['offline_distillation']
-  assert status == 0, output
-  workdir = places / 'offline_distillation'
+def test_a_student_is_taught_by_the_run_of_its_own_seed(finished):
+  workdir = finished('offline_distillation')
   for seed in (0, 1):
     run = run_directory.read_run(workdir / f'runs/student/seed_{seed}')
-    text = json.dumps(run)
-    assert f'runs/teachers/seed_{seed}' in text
+    assert f'runs/teachers/seed_{seed}' in json.dumps(run)
   with (workdir / 'report' / 'study.csv').open() as f:
-    rows = list(csv.DictReader(f))
-  assert any(row['measure'] == 'total_steps_to_target' for row in rows)
+    measures = {row['measure'] for row in csv.DictReader(f)}
+  assert 'total_steps_to_target' in measures
 
 
-def test_an_ensemble_is_better_than_its_members_on_average(finished, places):
-  assert finished['lm_codistillation'][0] == 0
-  workdir = places / 'lm_codistillation/runs/alone/seed_0'
-  ensemble = run_directory.read_metrics(workdir / 'ensemble.jsonl').records
-  groups = [
-      {
-          r['step']: r['eval/loss']
-          for r in run_directory.read_metrics(
-              run_directory.metrics_path(workdir, g)
-          ).records
-          if 'eval/loss' in r
-      }
-      for g in (0, 1)
-  ]
-  assert [r['step'] for r in ensemble] == list(groups[0])
-  for record in ensemble:
-    mean = sum(group[record['step']] for group in groups) / 2
-    assert record['eval/loss'] < mean  # Jensen's inequality.
+def losses_of(path):
+  records = run_directory.read_metrics(path).records
+  return {r['step']: r['eval/loss'] for r in records if 'eval/loss' in r}
 
 
-def test_a_study_that_is_done_is_not_trained_again(finished):
-  status, output = finished['again']
+def test_an_ensemble_is_better_than_its_members_on_average(finished):
+  workdir = finished('lm_codistillation') / 'runs/alone/seed_0'
+  ensemble = losses_of(plan_lib.ensemble_path(workdir))
+  groups = [losses_of(run_directory.metrics_path(workdir, g)) for g in (0, 1)]
+  assert ensemble.keys() == groups[0].keys()
+  for step, loss in ensemble.items():
+    assert loss < sum(g[step] for g in groups) / 2  # Jensen's inequality.
+
+
+def test_a_study_that_is_done_is_not_trained_again_but_for_more_seeds(
+    finished, reproduce_once, places
+):
+  finished('topology')
+  status, output = reproduce_once('topology')
   assert status == 0, output
   assert 'runs done' not in output and 'page:' in output
-
-
-def test_more_seeds_are_added_to_those_that_are_there(finished, places):
-  assert finished['topology'][0] == 0
-  status, output = finished['more seeds']
+  status, output = reproduce_once(
+      'topology', '--seeds=3', '--arms=two', f'--output={places / "more"}'
+  )
   assert status == 0, output
   assert 'two, seed 2: done' in output and 'two, seed 1' not in output
   assert '3 seeds of each arm' in (places / 'more' / 'page.md').read_text()
 
 
-@pytest.mark.parametrize(
-    'case, words',
-    [
-        ('another', 'holds another study'),
-        ('no study', 'give --study, one of'),
-        ('own seed', 'the study sets seed of each run; change it by --seeds'),
-        ('own rate', 'the study sets RATE of each run; change it by --rates'),
-        ('another scale', "with scale 'smoke', not 'cpu'; give --scale=smoke"),
-        ('rows of images', 'the group batch is that of the configuration'),
-        ('rates of churn', '--rates would act nowhere in the study churn'),
-        ('no arm', "no arm 'nine'; it has baseline"),
-        ('no rate', 'is no learning rate'),
-        ('no latency', '--all_reduce=1; expected two numbers'),
-        ('no times', '--step_times=no-such-file: No such file'),
-        ('no scale', '--seeds=0; set it to 1 or more'),
-        ('nothing to report', 'holds no study; train it first'),
-        ('dead binding', 'acts nowhere'),
+# After the study topology.
+MISTAKES = {
+    'holds another study': ['--gin=lstm.language_model.units=5'],
+    "no arm 'nine'; it has baseline": ['--arms=nine'],
+    'sets seed of each run; change it by --seeds': ['--gin=Experiment.seed=7'],
+    'sets RATE of each run; change it by --rates': ['--gin=RATE=0.5'],
+    "with scale 'smoke', not 'cpu'; give --scale=smoke": [
+        '--scale=cpu',
+        '--report_only',
     ],
-)
-def test_mistakes_are_said_in_a_line(finished, case, words):
-  status, output = finished[case]
+    'is no learning rate': ['--rates=fast'],
+    '--all_reduce=1; expected two numbers': ['--all_reduce=1'],
+    '--step_times=none: No such file': ['--step_times=none'],
+    '--seeds=0; set it to 1 or more': ['--seeds=0'],
+    'holds no study; train it first': ['--report_only', '--workdir={new}'],
+    'acts nowhere': ['--gin=UNUSED=1', '--workdir={new}'],
+    'the group batch is that of the configuration': [
+        '--study=image_codistillation',
+        '--worker_rows=4',
+    ],
+    '--rates would act nowhere in the study churn': [
+        '--study=churn',
+        '--rates=1,2',
+    ],
+}
+
+
+@pytest.mark.parametrize('words', MISTAKES)
+def test_mistakes_are_said_in_a_line(finished, reproduce_once, tmp_path, words):
+  finished('topology')
+  flags = [flag.format(new=tmp_path) for flag in MISTAKES[words]]
+  status, output = reproduce_once('topology', *flags)
   assert status == 1
   assert words in output and 'Traceback' not in output
   assert len([x for x in output.splitlines() if x.startswith('error')]) == 1
 
 
-def test_a_study_reports_that_its_arms_diverge(finished, places):
-  status, output = finished['diverges']
+def test_the_list_names_all_studies():
+  status, output = run_binary(reproduce, ['--list'])
+  assert status == 0
+  assert all(f'{name}: ' in output for name in NAMES)
+  status, output = run_binary(reproduce, ['--scale=smoke'])
+  assert status == 1 and 'give --study, one of' in output
+
+
+def test_a_study_reports_that_its_arms_diverge(reproduce_once, places):
+  status, output = reproduce_once(
+      'offline_distillation', '--rates=1e30', '--seeds=1', workdir='diverges'
+  )
   assert status == 0, output
   assert 'student, seed 0: diverged' in output
   found = outcomes(places / 'diverges')
@@ -376,20 +320,18 @@ def test_a_study_reports_that_its_arms_diverge(finished, places):
   assert 'Two teachers alone diverged at step' in page
 
 
-def test_the_list_names_all_studies(finished):
-  status, output = finished['list']
-  assert status == 0
-  assert all(f'{name}: ' in output for name in NAMES)
+# --- One program -------------------------------------------------------------
 
 
-def test_one_program_finds_what_groups_in_turn_find(finished, places):
-  for name in ('data_partition', 'one program'):
-    status, output = finished[name]
-    assert status == 0, output
-  assert 'of 8, all seeds' in output or 'seed 1: done' in output
-  apart, together = (
-      outcomes(places / name) for name in ('data_partition', 'together')
+def test_one_program_finds_what_groups_in_turn_find(
+    finished, reproduce_once, places
+):
+  ours, theirs = finished('data_partition'), places / 'together'
+  status, output = reproduce_once(
+      'data_partition', '--one_program=yes', workdir='together'
   )
+  assert status == 0, output
+  apart, together = outcomes(ours), outcomes(theirs)
   assert apart.keys() == together.keys()
   for path, outcome in apart.items():
     other = together[path]
@@ -397,30 +339,24 @@ def test_one_program_finds_what_groups_in_turn_find(finished, places):
     for key in ('peers', 'examples_per_step', 'rate', 'seed', 'diverged_at'):
       assert outcome[key] == other[key]
     assert (outcome['together'], other['together']) == (1, 2)
-    ours, theirs = (
-        places / name / 'runs' / path for name in ('data_partition', 'together')
-    )
-    assert (ours / 'config.gin').read_text() == (
-        theirs / 'config.gin'
-    ).read_text()
-    check_same_records(ours, theirs)
-  # Of other seeds: neither the configuration nor the records are one's own.
-  runs = [places / 'together/runs/disjoint' / f'seed_{k}' for k in (0, 1)]
-  assert len({(path / 'config.gin').read_text() for path in runs}) == 2
+    check_same_run(ours / 'runs' / path, theirs / 'runs' / path)
 
 
-def check_same_records(ours, theirs):
-  found = [run_directory.read_run(path) for path in (ours, theirs)]
-  assert found[0] | {'command': ''} == found[1] | {'command': ''}
-  for group_id in range(found[0]['num_groups']):
-    expected, records = (
+def check_same_run(ours, theirs):
+  expected, found = map(run_directory.read_run, (ours, theirs))
+  assert found | {'command': ''} == expected | {'command': ''}
+  # Of other seeds it would be another.
+  configs = [(path / 'config.gin').read_text() for path in (ours, theirs)]
+  assert configs[0] == configs[1]
+  for group_id in range(found['num_groups']):
+    before, records = (
         run_directory.read_metrics(
             run_directory.metrics_path(path, group_id)
         ).records
         for path in (ours, theirs)
     )
-    assert len(records) == len(expected)
-    for record, other in zip(records, expected):
+    assert len(records) == len(before)
+    for record, other in zip(records, before):
       # What nobody reads is not published in one program.
       assert record.keys() ^ other.keys() <= {'exchange/publication_bytes'}
       for key in (
@@ -433,13 +369,48 @@ def check_same_records(ours, theirs):
         assert record.get(key, 0.0) == pytest.approx(value, rel=2e-5)
 
 
-def test_a_seed_of_one_program_that_diverges_is_done(finished, places):
-  status, output = finished['one program diverges']
+def test_a_seed_of_one_program_that_diverges_holds_up_no_other(
+    reproduce_once, places
+):
+  status, output = reproduce_once(
+      'image_codistillation',
+      '--one_program=yes',
+      '--seeds=2',
+      '--arms=codistillation',
+      '--gin=churn_toy.task.bad_seed=1',
+      workdir='one_diverges',
+  )
   assert status == 0, output
-  found = outcomes(places / 'together_diverges')
-  assert {path.parts[0] for path in found} == {'baseline', 'same'}
-  assert all(1 <= o['diverged_at'] <= 4 for o in found.values())
+  found = {str(k): o for k, o in outcomes(places / 'one_diverges').items()}
   assert all(o['together'] == 2 for o in found.values())
+  # At the exchange after it, by groups that have one.
+  assert {k: o['diverged_at'] for k, o in found.items()} == {
+      'baseline/seed_0': None,
+      'baseline/seed_1': 4,
+      'codistillation/seed_0': None,
+      'codistillation/seed_1': 4,
+  }
+  assert found['codistillation/seed_0']['loss'] > 0
+
+
+def test_one_program_goes_on_where_all_seeds_have_a_checkpoint(
+    reproduce_once, places, monkeypatch
+):
+  flags = '--one_program=yes', '--seeds=2', '--gin=STEPS=12', '--arms=baseline'
+  name, steps = 'image_codistillation', 12
+  whole = reproduce_once(name, *flags, workdir='whole')
+  assert whole[0] == 0, whole[1]
+  # Killed after step 8, of which there is a checkpoint; it reads a few rows
+  # more than those of its updates.
+  monkeypatch.setattr(churn_toy, 'batches_left', 2 * 8 + 4)
+  killed = arguments(places, name, 'killed')
+  assert run_binary(reproduce, [*killed, *flags])[0] == 130
+  assert not outcomes(places / 'killed')
+  monkeypatch.setattr(churn_toy, 'batches_left', 2 * (steps - 8) + 8)
+  status, output = run_binary(reproduce, [*killed, *flags])
+  assert status == 0, output
+  curves = [places / x / 'report' / 'curves.csv' for x in ('whole', 'killed')]
+  assert curves[0].read_text() == curves[1].read_text()
 
 
 # --- Killed in the middle ----------------------------------------------------
@@ -448,19 +419,15 @@ def test_a_seed_of_one_program_that_diverges_is_done(finished, places):
 def test_a_study_that_is_stopped_goes_on_to_the_same_page(
     launch, places, finished
 ):
-  assert finished['data_partition'][0] == 0
-  workdir = places / 'stopped'
-  process = launch('reproduce', *arguments(places, 'data_partition', workdir))
+  expected, workdir = finished('data_partition'), places / 'stopped'
+  flags = arguments(places, 'data_partition', 'stopped')
+  process = launch('reproduce', *flags)
   first = workdir / 'runs/baseline/seed_0/outcome.json'
   tiny_run.until(first.exists, process=process)
   process.send(15)
   output = process.wait(128 + 15)
   assert 'stopped' in output and 'Traceback' not in output
-  assert len(outcomes(workdir)) < len(outcomes(places / 'data_partition'))
-  launch('reproduce', *arguments(places, 'data_partition', workdir)).wait()
-  expected, found = (
-      (path / 'report' / 'curves.csv').read_text()
-      for path in (places / 'data_partition', workdir)
-  )
-  assert found == expected
-  shutil.rmtree(workdir)
+  assert len(outcomes(workdir)) < len(outcomes(expected))
+  launch('reproduce', *flags).wait()
+  curves = [x / 'report' / 'curves.csv' for x in (expected, workdir)]
+  assert curves[0].read_text() == curves[1].read_text()

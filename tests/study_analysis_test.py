@@ -114,41 +114,7 @@ def test_a_baseline_that_diverged_gives_no_target():
   assert states == ['no target', 'measured', 'measured']
 
 
-def test_an_arm_that_always_diverges_has_more():
-  found = analyse(toy.runs(), toy.runs('two', diverged_at=60))
-  assert judge(found).words == verdicts.OPPOSITE
-  assert judge(found, expect='more').words == verdicts.AS
-  assert judge(found, 'baseline', 'two').words == verdicts.AS
-  assert 'diverged in 3 of 3 seeds' in judge(found).sentence
-
-
-def test_divergence_of_one_arm_here_and_the_other_there_says_nothing():
-  one = [toy.run(diverged_at=60), *toy.runs()[1:]]
-  two = [toy.run('two'), *toy.runs('two', diverged_at=60)[1:]]
-  assert judge(analyse(one, two), measure='final_loss').words == (
-      'cannot be said (in every seed one of the two diverged)'
-  )
-
-
 # --- Effects -----------------------------------------------------------------
-
-
-def test_equal_arms_have_ratio_one_and_no_difference():
-  found = analyse(toy.runs(), toy.runs('two'))
-  for measure in ('steps_to_target', 'total_steps_to_target'):
-    got = judge(found, measure=measure)
-    assert got.effect.estimate[:1] + got.effect.estimate[2:4] == (1, 1, 1)
-    assert got.words == verdicts.NONE
-  assert judge(found, measure='final_loss').words == verdicts.NONE
-  assert judge(found, expect='equal').words == verdicts.AS
-
-
-def test_a_shift_of_the_loss_is_found_exactly_whatever_the_seeds_differ_by():
-  found = analyse(toy.runs(noise=0.1), toy.runs('two', noise=0.1, shift=-0.05))
-  got = judge(found, measure='final_loss')
-  assert got.effect.estimate.mean == pytest.approx(-0.05)
-  assert got.effect.estimate.high == pytest.approx(-0.05)
-  assert got.words == verdicts.AS
 
 
 def test_neither_all_losses_shifted_nor_the_order_of_runs_changes_steps():
@@ -167,6 +133,12 @@ def test_a_ratio_is_ours_over_theirs_and_its_reverse_one_over_it():
   assert there.mean < 1 < back.mean
   assert there.mean * back.mean == pytest.approx(1)
   assert there.low * back.high == pytest.approx(1)
+
+
+def test_what_the_seeds_differ_by_is_in_no_difference():
+  found = analyse(toy.runs(noise=0.1), toy.runs('two', noise=0.1, shift=-0.05))
+  got = judge(found, measure='final_loss').effect.estimate
+  assert (got.low, got.mean, got.high) == pytest.approx((-0.05,) * 3)
 
 
 def test_only_seeds_that_both_arms_have_are_compared():
@@ -216,11 +188,72 @@ def test_the_words_follow_the_interval(values, expect, words):
   assert 'half the steps [B]' in got.sentence
 
 
-@pytest.mark.parametrize('seeds', [1, 2])
-def test_fewer_than_three_seeds_say_nothing(seeds):
-  got = judge(differences([-0.5] * seeds), measure='final_loss')
-  assert got.words.startswith('cannot be said')
-  assert '-0.5' in got.sentence  # The number is there all the same.
+BASE, TWO = toy.runs(), toy.runs('two')
+DIVERGED = toy.runs('two', diverged_at=60)
+NEVER = toy.runs('two', shift=0.5)
+STOPPED = toy.runs('two', shift=0.5, steps_N=toy.STEPS_N[:10])
+FIRST_OF_BASE = [toy.run(diverged_at=60), *BASE[1:]]
+
+
+@pytest.mark.parametrize(
+    'base, two, measure, expected, said',
+    [
+        (BASE, TWO, 'steps_to_target', verdicts.NONE, 'a ratio of 1 [1, 1]'),
+        (BASE, TWO, 'final_loss', verdicts.NONE, '0.0000 [0.0000, 0.0000]'),
+        (BASE, DIVERGED, 'steps_to_target', 'more', 'diverged in 3 of 3 seeds'),
+        (
+            FIRST_OF_BASE,
+            [TWO[0], *DIVERGED[1:]],
+            'final_loss',
+            'cannot be said (in every seed one of the two diverged)',
+            'no number',
+        ),
+        # At its end, and when it was stopped before the other got there.
+        (BASE, NEVER, 'steps_to_target', 'more', 'reached in 0 of 3 seeds'),
+        (
+            BASE,
+            STOPPED,
+            'steps_to_target',
+            'cannot be said (the target was not reached in all seeds)',
+            'by the baseline in 3; no ratio',
+        ),
+        (
+            BASE,
+            TWO,
+            'churn',
+            'cannot be said (these runs do not measure it)',
+            'no number',
+        ),
+        (
+            BASE,
+            [],
+            'final_loss',
+            'cannot be said (no seed in which both arms were trained)',
+            'no number',
+        ),
+        (
+            BASE[:2],
+            TWO[:2],
+            'final_loss',
+            'cannot be said (2 seeds of both arms: an interval needs 3)',
+            '0.0000 (2 seeds)',  # The number is there all the same.
+        ),
+    ],
+)
+def test_what_can_be_said(base, two, measure, expected, said):
+  """The same from both sides, and whatever was expected."""
+  found = analyse(base, two)
+  assert said in judge(found, measure=measure).sentence
+  for ours, theirs, side in (
+      ('two', 'baseline', 'more'),
+      ('baseline', 'two', 'less'),
+  ):
+    for expect in ('more', 'less'):
+      got = judge(found, ours, theirs, measure=measure, expect=expect).words
+      if expected == 'more':
+        assert got == (verdicts.AS if expect == side else verdicts.OPPOSITE)
+      else:
+        assert got == expected
 
 
 def test_what_lies_within_one_evaluation_is_no_difference():
@@ -235,33 +268,11 @@ def test_what_lies_within_one_evaluation_is_no_difference():
   assert judge(same, expect='equal').words == verdicts.NONE
 
 
-def test_an_arm_that_never_gets_there_has_more():
-  found = analyse(toy.runs(), toy.runs('two', shift=0.5))
-  got = judge(found)
-  assert got.words == verdicts.OPPOSITE
-  assert 'reached in 0 of 3 seeds, by the baseline in 3' in got.sentence
-  assert judge(found, 'baseline', 'two').words == verdicts.AS
-
-
-def test_an_arm_that_was_stopped_early_says_nothing():
-  short = toy.runs('two', shift=0.5, steps_N=toy.STEPS_N[:10])
-  found = analyse(toy.runs(), short)
-  for arms in (('two', 'baseline'), ('baseline', 'two')):
-    assert judge(found, *arms).words.startswith('cannot be said')
-
-
 def test_what_the_paper_did_not_compare_is_not_said_to_be_in_it():
   found = analyse(toy.runs(), toy.runs('two', speed=2))
   said = judge(found, paper='not in the paper: a guess').sentence
   assert said.endswith(': as expected. Not in the paper: a guess.')
   assert 'as in the paper' in judge(found).sentence
-
-
-def test_churn_is_no_number_of_these_runs():
-  found = analyse(toy.runs(), toy.runs('two'))
-  assert judge(found, measure='churn').words == (
-      'cannot be said (these runs do not measure it)'
-  )
 
 
 # --- Errors ------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 import textwrap
 
+import golden_page
 import numpy as np
 import pytest
 import study_toy as toy
@@ -70,43 +71,9 @@ def written(tmp_path_factory):
   )
 
 
-def test_the_page_has_every_arm_the_seeds_and_the_command(written):
-  output, _, study, _ = written
-  for name in ('page.md', 'page.html'):
-    page = (output / name).read_text()
-    for arm in study.arms:
-      assert arm.title in page
-    for said in (
-        study.question,
-        toy.COMMAND,
-        'made-up tokens',
-        'G = 1 to 2',
-        'R = 1',
-        'group batch 16 rows of 32 tokens for the baseline',
-        'tokens per update of a group',
-        '3 seeds of each arm',
-        '1,000 steps of each group',
-        'exchange every 25',
-        '123,456 parameters',
-        '2 CPU cores',
-        'It depends on the formula.',
-        '12.5 minutes',
-        'The async diverged at step 230 in 1 of 3 seeds',
-        'not reached in 1,000',
-        'not trained',
-    ):
-      assert said in page, said
-  assert 'Half the steps \\[B].' in (output / 'page.md').read_text()
-
-
-def test_the_batch_of_each_group_is_in_the_table(written):
-  _, _, study, runs = written
-  found = analysis.analyse(study, runs)
-  table = study_page.arms_table(found, toy.settings()).set_index('arm')
-  batches = table['tokens per update of a group']
-  # Each of two groups has its own; the pair is made of single runs.
-  assert batches['the baseline'] == batches['the two'] == '16'
-  assert batches['the absent'] == '-'
+def test_the_page_as_a_whole(written):
+  """Arms, seeds, settings, what diverged, what was tuned; rules and command."""
+  golden_page.check((written[0] / 'page.md').read_text(), 'study.md')
 
 
 def test_the_summary_says_what_the_page_says(written):
@@ -119,15 +86,6 @@ def test_the_summary_says_what_the_page_says(written):
     assert line in page
   assert len(summary.table.splitlines()) == 1 + len(study.arms)
   assert summary.page == output / 'page.md'
-
-
-def test_tuning_is_shown_with_what_was_chosen(written):
-  page = (written[0] / 'page.md').read_text()
-  _, _, table = page.partition('## Learning rates')
-  (row,) = [x for x in table.splitlines() if x.startswith('| the baseline |')]
-  assert '| diverged |' in row and row.endswith('at the edge of the grid |')
-  assert '0.002, that of the baseline' in table  # The ensemble's.
-  assert 'the lowest validation loss at the end' in table
 
 
 def test_every_plot_that_the_page_shows_is_there(written):
@@ -303,12 +261,9 @@ def test_what_the_latency_model_is_given_comes_from_the_runs():
 def test_the_page_says_where_a_second_group_pays(tmp_path):
   study, runs = scaling(views=('latency',))
   summary = study_page.write(study, toy.settings(), runs, tmp_path)
-  page = summary.page.read_text()
-  assert 'two groups of W are faster than one group of 2 W from W = ' in page
-  assert 'Assumed: log-normal' in page
-  assert '| 4,096 |' in page and '(fit)' in page
-  assert (tmp_path / 'latency.png').read_bytes().startswith(PNG)
-  assert (tmp_path / 'against_x.png').read_bytes().startswith(PNG)
+  golden_page.check(summary.page.read_text(), 'wall_time.md')
+  for name in ('latency', 'against_x'):
+    assert (tmp_path / f'{name}.png').read_bytes().startswith(PNG)
 
 
 def said_of_wall_time(study, runs, assumed=None):

@@ -41,7 +41,7 @@ def study(*arms: Arm, comparisons=(), **kwargs) -> Study:
 
 
 def settings(**kwargs) -> dict[str, Any]:
-  """What `load` gives of a study."""
+  """What `outcomes` gives of a study."""
   return {
       'data': 'made-up tokens',
       'scale': 'smoke',

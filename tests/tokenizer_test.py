@@ -2,7 +2,6 @@
 
 import io
 import pathlib
-import pickle
 import random
 import subprocess
 
@@ -62,15 +61,6 @@ def test_decode_inverts_encode(tokenizer, text):
   # No text, whatever it looks like, contains a special piece.
   assert (pieces > tokenizer_lib.END_ID).all()
   assert (pieces < tokenizer.vocab_size).all()
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(TEXTS, max_size=9))
-def test_batch_equals_one_by_one(tokenizer, texts):
-  batch = tokenizer.encode_batch(texts)
-  assert len(batch) == len(texts)
-  for text, pieces in zip(texts, batch):
-    np.testing.assert_array_equal(pieces, tokenizer.encode(text))
 
 
 def whole(tokenizer, text):
@@ -135,16 +125,8 @@ def test_tensorflow_text_gives_the_same_pieces(
 ):
   escaped = [tokenizer_lib.escape(text).encode() for text in texts]
   expected = graph_tokenizer.tokenize(escaped).to_list()
-  found = [pieces.tolist() for pieces in tokenizer.encode_batch(texts)]
+  found = [tokenizer.encode(text).tolist() for text in texts]
   assert found == expected
-
-
-def test_a_pickled_tokenizer_is_the_same(tokenizer):
-  again = pickle.loads(pickle.dumps(tokenizer))
-  assert again.sha256 == tokenizer.sha256
-  np.testing.assert_array_equal(
-      again.encode('the and'), tokenizer.encode('the and')
-  )
 
 
 def test_words_of_the_corpus_are_single_pieces_wherever_they_stand(tokenizer):

@@ -71,7 +71,7 @@ FILTERS = {'english': english, 'long_paragraphs': long_paragraphs}
 
 
 def parse(spec: str) -> Filter:
-  """The filter that `spec` names; can be pickled.
+  """Returns the filter that `spec` names; can be pickled.
 
   Raises:
     ValueError: If there is no such filter or parameter, or a value is not of
@@ -108,7 +108,7 @@ _TYPES = {int: 'a whole number', float: 'a number'}
 
 
 def help_text(name: str) -> str:
-  """'name (parameter=default, ...)'."""
+  """Returns 'name (parameter=default, ...)'."""
   settings = ', '.join(f'{k}={v}' for k, v in _defaults(name).items())
   return f'{name} ({settings})'
 
@@ -120,7 +120,7 @@ def full_spec(parsed: Filter) -> str:
 
 
 def apply(filters: Sequence[Filter], record: Record) -> Record:
-  """A record after all filters, up to the first that rejects it."""
+  """Applies all filters to a record, up to the first that rejects it."""
   for one in filters:
     if isinstance(record, Reject):
       break

@@ -42,7 +42,7 @@ _MAX_DIGITS = 15
 
 
 def paragraphs(content: bytes, unit: str) -> list[bytes]:
-  """The paragraphs of one page, in the order in which they are numbered.
+  """Splits a page into paragraphs, in the order in which they are numbered.
 
   The released README does not say what a paragraph is. The choice here:
   paragraphs are numbered from 0 through the whole WET file, over its records
@@ -64,7 +64,7 @@ def paragraphs(content: bytes, unit: str) -> list[bytes]:
 
 
 def decode_deltas(text: str) -> np.ndarray:
-  """The IDs of one `encoded_paragraph_list`: running sums, int64.
+  """Decodes the IDs of one `encoded_paragraph_list`: running sums, int64.
 
   Raises:
     ValueError: If it is no list of whole numbers, or an ID is below 0.
@@ -84,7 +84,7 @@ def decode_deltas(text: str) -> np.ndarray:
 def select(
     records: Iterator[bytes | Reject], ids: np.ndarray, unit: str
 ) -> Iterator[bytes | Reject]:
-  """Of each page of one file, its listed paragraphs, one a line.
+  """Selects from each page of one file its listed paragraphs, one a line.
 
   After damage the numbers of the paragraphs are unknown, so the rest of the
   file is left out.
@@ -135,7 +135,7 @@ class ParagraphList:
     self._paths = paths
 
   def entries(self, files: Sequence[epath.Path]) -> list[list[bytes] | None]:
-    """The lists of some WET files, for `ids_of`; None for one not listed.
+    """Reads the lists of some WET files, for `ids_of`; None for one not listed.
 
     One pass over the whole list (minutes for the released one), of which one
     line and the compressed lists of `files` are held in memory.
@@ -175,7 +175,7 @@ class ParagraphList:
 
 
 def ids_of(entry: Sequence[bytes], name: str) -> np.ndarray:
-  """The IDs of an entry, int64, rising.
+  """Decodes the IDs of an entry, int64, rising.
 
   Args:
     entry: See `ParagraphList.entries`.
@@ -230,7 +230,7 @@ def open_list(spec: str, sha256: str | None = None) -> ParagraphList:
 def _csv_files(
     path: epath.Path, raw: IO[bytes]
 ) -> Iterator[tuple[str, IO[bytes]]]:
-  """The CSV files of a tar, or the one that the file is; as streams."""
+  """Opens the CSV files of a tar, or the one that the file is; as streams."""
   if '.tar' in path.suffixes:
     # A stream ('|'): nothing is extracted, nothing is sought.
     with tarfile.open(fileobj=raw, mode='r|*') as tar:
@@ -243,7 +243,7 @@ def _csv_files(
 
 
 def _rows(name: str, f: IO[bytes]) -> Iterator[tuple[str, str]]:
-  """(file name, encoded list) of each line; the heading may be missing."""
+  """Reads (file name, encoded list) of each line; a heading is optional."""
   columns = (0, 1)
   for number, row in enumerate(_csv_rows(f), 1):
     if number == 1 and set(_COLUMNS) <= {cell.strip().lower() for cell in row}:
@@ -284,14 +284,14 @@ def _csv_rows(f: IO[bytes]) -> Iterator[list[str]]:
 
 
 def _bare(name: str) -> str:
-  """Without what compression adds to a name."""
+  """Removes what compression adds to a name."""
   return name.removesuffix('.gz')
 
 
 def _entry_of(
     path: epath.Path, found: dict[str, list[bytes]]
 ) -> list[bytes] | None:
-  """The entry for a file: that with most of its last folders in common.
+  """Finds the entry for a file: most of its last folders in common.
 
   Lists may name whole paths in the bucket of Common Crawl, or base names only,
   and files may lie anywhere here.
@@ -311,7 +311,7 @@ def _entry_of(
 
 
 def _common_end(a: str, b: str) -> int:
-  """How many parts of two paths agree, from their ends."""
+  """Counts the parts in which two paths agree, from their ends."""
   pairs = zip(reversed(_bare(a).split('/')), reversed(_bare(b).split('/')))
   count = 0
   for one, other in pairs:

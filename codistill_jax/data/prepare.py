@@ -149,7 +149,7 @@ def _finished(
     output: pathlib.Path, recipe: Recipe, report: Callable[[str], None]
 ) -> dict[str, Any]:
   meta = prepared_files.read_meta(output, recipe.kind)
-  _check_config(output, recipe.config, meta['config'])
+  _check_config(output, recipe.config, meta.get('config', {}))
   try:
     source = recipe.open_source()
   except (ValueError, OSError):
@@ -183,7 +183,8 @@ def _begin(
     settings = prepared_files.read_json(path, recipe.kind)
     _check_config(output, recipe.config, settings['config'])
     _check_source(output, source, settings['source_fingerprint'])
-    report(f'Continuing in {output}.')
+    done = len(list((output / PIECES).glob('*.json')))
+    report(f'Continuing in {output}: {done} pieces are done.')
     if _files_are_there(output, settings['files']):
       return settings
   else:

@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
   @property
   def remedy(self) -> str:
-    """What to do about data that cannot be used, for errors."""
+    """Says what to do about data that cannot be used, for errors."""
     return f'delete the directory and run {self.binary} again.'
 
 

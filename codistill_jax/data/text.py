@@ -21,7 +21,7 @@ from codistill_jax.data.tokenizer import END_ID, START_ID
 
 
 def _lm_batch(tokens: np.ndarray, label_valid: np.ndarray) -> base.Batch:
-  """A batch from B x (T + 1) tokens.
+  """Makes a batch of B x (T + 1) tokens.
 
   Nobody can foresee the next document, so the step from `</s>` to `<s>` is
   not a prediction: such a label has weight 0.
@@ -141,7 +141,7 @@ class TokenStream:
     return _read_in_order(self._data, documents)
 
   def batch(self, step: int) -> base.Batch:
-    """The batch of update `step` (from 0): see `base.Stream`.
+    """Makes the batch of update `step` (from 0): see `base.Stream`.
 
     Returns:
       'inputs' and 'labels' int32 (B, T); 'weights' float32 (B, T), 0 where the
@@ -209,7 +209,7 @@ class EvalBatches(Sequence):
     return self._length
 
   def __getitem__(self, index: int) -> base.Batch:
-    """One batch, as `TokenStream.batch`; padding has weight 0."""
+    """Makes one batch, as `TokenStream.batch`; padding has weight 0."""
     if not -self._length <= index < self._length:
       raise IndexError(f'Batch {index} of {self._length}.')
     first = self._starts + (index % self._length) * self._unroll
@@ -238,7 +238,7 @@ def language_model_task(
     seed: int = 0,
     max_eval_batches: int | None = None,
 ) -> base.Task:
-  """The task of predicting the next word piece of prepared text.
+  """Makes the task of predicting the next word piece of prepared text.
 
   Args:
     data_dir: What `prepare_data` wrote.

@@ -27,7 +27,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -68,8 +68,8 @@ def escape(text: str) -> str:
 
 
 def unescape(text: str) -> str:
-  """The inverse of `escape`; a lone escape character, as a model may write
-  it, is left alone."""
+  """Inverts `escape`; a lone escape character, as a model may write it, is
+  left alone."""
   text = text.removeprefix(' ').replace('\n ', '\n')
   return re.sub(
       f'{_ESCAPE}[{_ESCAPE}_]', lambda match: _UNESCAPED[match[0]], text
@@ -123,25 +123,19 @@ class Tokenizer:
           ' or unknown characters). Train one with prepare_data.'
       )
 
-  def __reduce__(self):
-    return Tokenizer, (self.model,)
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """The word pieces of each text, int32, without `<s>` and `</s>`.
+  def encode(self, text: str) -> np.ndarray:
+    """Encodes a text: word pieces, int32, without `<s>` and `</s>`.
 
     Raises:
-      ValueError: If a text cannot be written in UTF-8 (lone surrogates).
+      ValueError: If it cannot be written in UTF-8 (lone surrogates).
     """
-    return [self._encode(escape(text)) for text in texts]
-
-  def _encode(self, escaped: str) -> np.ndarray:
     # To bytes here: sentencepiece would say something else of surrogates.
-    parts = _parts(escaped.encode('utf-8'), self._part_bytes)
+    parts = _parts(escape(text).encode('utf-8'), self._part_bytes)
     found = [self._pieces.encode(part, out_type='numpy') for part in parts]
     return np.concatenate(found, dtype=np.int32)
 
   def tensorflow_tokenizer(self):
-    """A `tensorflow_text.SentencepieceTokenizer` with the same model.
+    """Makes a `tensorflow_text.SentencepieceTokenizer` with the same model.
 
     For graphs that tokenise by themselves. What it is given must have been
     escaped: `tokenize(escape(text))` gives the pieces of `encode(text)`.
@@ -167,12 +161,8 @@ class Tokenizer:
         model=self.model, out_type=tf.int32
     )
 
-  def encode(self, text: str) -> np.ndarray:
-    """The word pieces of one text, int32, without `<s>` and `</s>`."""
-    return self.encode_batch([text])[0]
-
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of word pieces; `<s>` and `</s>` are left out.
+    """Decodes word pieces to their text; `<s>` and `</s>` are left out.
 
     Pieces that a model sampled may be no valid UTF-8: such bytes come out as
     U+FFFD.

@@ -39,7 +39,7 @@ class _DamageError(Exception):
 
 
 def wet_records(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
-  """The content of each record but `warcinfo`, or why there is none.
+  """Reads the content of each record but `warcinfo`, or why there is none.
 
   Args:
     path: A WET file; whether it is compressed is seen from its first bytes.
@@ -115,7 +115,7 @@ def _content(record, limit: int, position: int) -> bytes | Reject:
 
 
 def _ends_within_member(f: IO[bytes], position: int) -> bool:
-  """Whether a gzip file is cut short, seen from its last record that is whole.
+  """Returns whether a gzip file is cut short behind its last whole record.
 
   FastWARC takes what ends within the head of a record for the end of the file.
   """
@@ -139,7 +139,7 @@ def _ends_within_member(f: IO[bytes], position: int) -> bool:
 
 
 def _find(f: IO[bytes], mark: bytes, start: int) -> int | None:
-  """Where a member or a record begins, at `start` or after it."""
+  """Finds where a member or a record begins, at `start` or after it."""
   begins = 1 if mark.startswith(b'\n') else 0
   at = max(0, start - begins)
   f.seek(at)

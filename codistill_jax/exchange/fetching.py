@@ -144,7 +144,7 @@ class Inline:
 
 
 class Means(NamedTuple):
-  """What both ways of fetching work with.
+  """Parts that both ways of fetching work with.
 
   Attributes:
     teaching: What is held, and swapped.
@@ -255,7 +255,7 @@ class Freshest:
       peers = steps.keys() - taken  # What was bad: there may be one before it.
 
   def _look(self, peers: Sequence[int]) -> dict[int, int]:
-    """In the thread: the newest of each peer; the primary's counts."""
+    """Returns the newest of each peer; in the thread, of the primary."""
     held = self._teaching.held_steps
     found = {}
     if self._means.agreement.is_primary:
@@ -274,7 +274,7 @@ class Freshest:
     return found
 
   def _read(self, steps: Mapping[int, int]) -> _Read:
-    """In the thread: onto the devices, a few peers at a time."""
+    """Reads onto the devices, a few peers at a time; in the thread."""
     found, swap, peers = set(), None, list(steps)
     store, reader = self._means.store, self._means.reader
     with store.turn(), store.reading(steps):

@@ -52,7 +52,7 @@ class Source(NamedTuple):
 def find(
     teacher_runs: Sequence[epath.PathLike], step: int | None = None
 ) -> tuple[Source, ...]:
-  """All groups of the runs, in order; looks at names only.
+  """Returns all groups of the runs, in order; looks at names only.
 
   Args:
     teacher_runs: Run directories.
@@ -70,7 +70,7 @@ def find(
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
-  """The groups of a run, all of which have reached their last step."""
+  """Returns the groups of a run, if all have reached their last step."""
   there = run_directory.list_groups(workdir) if workdir.is_dir() else []
   if not there:
     raise ValueError(
@@ -109,7 +109,7 @@ def load(
     identity: Mapping[str, str],
     dtype: str = 'float32',
 ) -> Teachers:
-  """The teachers, verified, as numpy arrays.
+  """Reads and verifies the teachers, as numpy arrays.
 
   Args:
     sources: From `find`.
@@ -164,7 +164,7 @@ def _read(
 
 
 def _leaves_of(record: Record) -> list[Leaf]:
-  """The leaves of the variables, by their paths below."""
+  """Returns the leaves of the variables, by their paths below."""
   prefix = f'{_VARIABLES}/'
   return [
       dataclasses.replace(leaf, path=leaf.path.removeprefix(prefix))
@@ -201,12 +201,12 @@ class FixedExchange(NoExchange):
     )
 
   def fetch(self, step: int) -> Teachers:
-    """The same teachers at every step."""
+    """Returns the same teachers at every step."""
     del step
     return self._teachers
 
   def metrics(self, step: int) -> dict[str, float]:
-    """How many there are. Of an age in steps of this run they have none."""
+    """Returns how many there are; they have no age in steps of this run."""
     del step
     return {'exchange/peers_present': float(len(self._sources))}
 

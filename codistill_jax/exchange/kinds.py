@@ -63,16 +63,18 @@ class Kind(Protocol):
 
   every: int | None
   teacher_dtype: str
-  one_program: bool
+  one_program: bool = False
 
   def num_teachers(self, group_id: int, num_groups: int) -> int:
     """Returns P, the models that a group runs beside its own."""
 
   def due(self, step: int) -> bool:
     """Returns whether publications of `step` are exchanged."""
+    return False
 
   def in_lockstep(self) -> 'Kind':
     """Returns this kind as a function of the seeds alone."""
+    return self
 
   def describe(self) -> dict[str, Any]:
     """Returns what run.json says of it; see `run_directory.write_run`."""
@@ -101,7 +103,7 @@ class Kind(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoints(Plan):
+class Checkpoints(Plan, Kind):
   """Parameters, as checkpoints, now and then; see `Plan`.
 
   Attributes:
@@ -110,8 +112,6 @@ class Checkpoints(Plan):
   """
 
   timeout_seconds: float = 600.0
-
-  one_program: ClassVar[bool] = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -130,9 +130,6 @@ class Checkpoints(Plan):
 
   def describe(self) -> dict[str, Any]:
     return {'exchange_every': self.every, 'mode': self.mode}
-
-  def check(self, experiment: Any) -> None:
-    del experiment  # Suits any.
 
   def join(self, member: Member, like: Variables) -> Exchange:
     return CheckpointExchange(
@@ -162,7 +159,7 @@ class Checkpoints(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class Predictions:
+class Predictions(Kind):
   """Predictions of the same batch in every step; no second forward pass.
 
   All groups are one program (`train_lockstep`) and read one stream.
@@ -192,13 +189,6 @@ class Predictions:
   def num_teachers(self, group_id: int, num_groups: int) -> int:
     self.peers_of(group_id, num_groups)  # Raises if there are too few groups.
     return 0  # The peers run themselves.
-
-  def due(self, step: int) -> bool:
-    del step
-    return False
-
-  def in_lockstep(self) -> 'Predictions':
-    return self
 
   def describe(self) -> dict[str, Any]:
     return {'exchange_every': 1, 'mode': 'predictions'}
@@ -252,7 +242,7 @@ class Predictions:
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedTeachers:
+class FixedTeachers(Kind):
   """Nothing: all groups learn from the groups of runs that have ended.
 
   Attributes:
@@ -266,7 +256,6 @@ class FixedTeachers:
   teacher_dtype: str = 'float32'
 
   every: ClassVar[None] = None
-  one_program: ClassVar[bool] = False
 
   def __post_init__(self):
     runs, step = self.runs, self.step
@@ -306,13 +295,6 @@ class FixedTeachers:
     """
     return fixed_teachers.find(self.runs, self.step)
 
-  def due(self, step: int) -> bool:
-    del step
-    return False
-
-  def in_lockstep(self) -> 'FixedTeachers':
-    return self
-
   def describe(self) -> dict[str, Any]:
     """Returns also what was spent on the teachers before the first step."""
     sources = self.sources()
@@ -330,9 +312,6 @@ class FixedTeachers:
         ],
         'prior_steps': sum(source.step for source in sources) + sum(before),
     }
-
-  def check(self, experiment: Any) -> None:
-    del experiment  # Suits any.
 
   def join(self, member: Member, like: Variables) -> Exchange:
     sources = self.sources()

@@ -69,7 +69,7 @@ class Exchange(Protocol):
   last_rejection: str
 
   def due(self, step: int) -> bool:
-    """Whether this process publishes at `step`."""
+    """Returns whether this process publishes at `step`."""
 
   def publish_if_due(
       self, step: int, variables: Variables, metrics: Metrics | None = None
@@ -87,7 +87,7 @@ class Exchange(Protocol):
     """
 
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
-    """The teachers of the update that follows `step`; None if there are none.
+    """Returns the teachers of the update after `step`; None without any.
 
     Returns the same object until a teacher changes.
 
@@ -99,7 +99,7 @@ class Exchange(Protocol):
     """
 
   def metrics(self, step: int) -> dict[str, float]:
-    """All `exchange/*` values of the update after `step`; after its fetch."""
+    """Returns the `exchange/*` values of the update after `step`."""
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
@@ -123,7 +123,7 @@ class Exchange(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """When publications are made and which one is asked for.
+  """Schedule of an exchange: when it publishes, and what it asks for.
 
   Attributes:
     every: Steps between exchanges.
@@ -205,37 +205,37 @@ class Plan:
       )
 
   def peers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
-    """The groups that `group_id` learns from."""
+    """Returns the groups that `group_id` learns from."""
     return peers_of(group_id, num_groups, self.topology, self.topology_seed)
 
   def readers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
-    """The groups that learn from `group_id`."""
+    """Returns the groups that learn from `group_id`."""
     return readers_of(group_id, num_groups, self.topology, self.topology_seed)
 
   def too_old(self, step: int, published: Publication | None) -> bool:
-    """Whether a teacher is past its limit in the update after `step`."""
+    """Returns whether a teacher is past its limit after `step`."""
     if self.max_staleness_steps is None:
       return False
     born = 0 if published is None else published.step
     return step - born > self.max_staleness_steps
 
   def due(self, step: int) -> bool:
-    """Whether `step` is an exchange step. Nothing is trained at step 0."""
+    """Returns whether `step` is an exchange step; 0 is none."""
     return step > 0 and step % self.every == 0
 
   def asked(self, step: int) -> int | None:
-    """In lockstep: the publication in use for the update after `step`."""
+    """Returns which publication lockstep uses in the update after `step`."""
     asked = step - step % self.every - self.staleness
     return asked if asked > 0 else None
 
   def keep_from(self, step: int) -> int:
-    """In lockstep: the oldest publication needed by a run from `step` on."""
+    """Returns the oldest one that lockstep needs from `step` on."""
     return max(self.asked(step) or 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Waiting:
-  """How long others are waited for.
+  """Time limits for peers.
 
   Attributes:
     timeout_seconds: How long a fetch waits for a peer before it raises
@@ -349,7 +349,7 @@ def check_topology(topology: Topology) -> None:
 def peers_of(
     group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
 ) -> tuple[int, ...]:
-  """The groups that `group_id` learns from, ascending.
+  """Returns the groups that `group_id` learns from, ascending.
 
   Raises:
     ValueError: For a `group_id` out of range, or a topology that does not suit
@@ -382,7 +382,7 @@ def peers_of(
 def readers_of(
     group_id: int, num_groups: int, topology: Topology = 'all', seed: int = 0
 ) -> tuple[int, ...]:
-  """The groups that learn from `group_id`, ascending."""
+  """Returns the groups that learn from `group_id`, ascending."""
   return tuple(
       g
       for g in range(num_groups)

@@ -109,7 +109,7 @@ class Store(Protocol):
 
 
 class Board:
-  """What all groups of one process have published; safe from any thread."""
+  """The publications of all groups of a process; safe from any thread."""
 
   def __init__(self, num_groups: int, keep: int):
     self.keep = keep
@@ -207,25 +207,11 @@ class DirectoryStore(Store):
       troubles: Troubles | None = None,
       patience: Patience = DEFAULT_PATIENCE,
   ):
-    """Clears up after a killed writer of this group; see `CheckpointExchange`.
+    """Clears up after a killed writer of this group.
 
-    Args:
-      root: The directory that all groups see.
-      group_id: This group.
-      num_groups: G.
-      like: Its variables, or their shapes; what peers must match.
-      plan: Who reads what, and the dtype of publications.
-      identity: What peers must share besides shapes.
-      keep: Publications to keep at least.
+    Args are those of `CheckpointExchange`, but:
       mirrored: If it mirrors a dictionary: how many may wait to be written.
       writes: Whether this process publishes.
-      process: Which process of the group this is.
-      waiting: For how long somebody reads, and when to give the disk up.
-      troubles: Where a disk that fails is noted.
-      patience: Time limits.
-
-    Raises:
-      leases.HeldError: If another process publishes for this group.
     """
     plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     waiting = waiting or Waiting()
@@ -298,7 +284,7 @@ class DirectoryStore(Store):
 
   @contextlib.contextmanager
   def reading(self, steps: Mapping[int, int]) -> Iterator[None]:
-    """Says what is read inside, so that its writer does not delete it."""
+    """Marks what is read inside, so that its writer does not delete it."""
     try:
       self._set_mark(steps)
       yield
@@ -309,19 +295,14 @@ class DirectoryStore(Store):
     time.sleep(seconds)
 
   def _set_mark(self, steps: Mapping[int, int]) -> None:
-    doing = 'marking what is being read'
     mark = {
         'nonce': secrets.token_hex(8),
         'steps': {str(peer): step for peer, step in steps.items()},
     }
-    try:
+    # Without it a writer may be faster than this reader; which then reads
+    # something newer.
+    with self._troubles.noted('marking what is being read'):
       files.write_json(self._mark, mark)
-    except OSError as e:
-      # Without it a writer may be faster than this reader; which then reads
-      # something newer.
-      self._troubles.failed(doing, e)
-    else:
-      self._troubles.worked(doing)
 
   # --- Writing ---
 
@@ -362,14 +343,10 @@ class DirectoryStore(Store):
     """Tells the writers of other groups where this one may restart."""
     if not self.writes or step == self._restart_step:
       return
-    doing = 'saying where a restart may begin'
-    try:
+    # While that fails, peers keep more than is needed.
+    with self._troubles.noted('saying where a restart may begin'):
       files.write_json(self._directory / RESTART_FILE, {'step': step})
-    except OSError as e:
-      self._troubles.failed(doing, e)  # Peers keep more than is needed.
-      return
-    self._troubles.worked(doing)
-    self._restart_step = step
+      self._restart_step = step
 
   def metrics(self) -> dict[str, float]:
     if not self.writes:
@@ -433,13 +410,8 @@ class DirectoryStore(Store):
     self._prune()
 
   def _prune(self) -> None:
-    doing = 'deleting old publications'
-    try:
+    with self._troubles.noted('deleting old publications'):
       self._delete_old()
-    except OSError as e:
-      self._troubles.failed(doing, e)
-    else:
-      self._troubles.worked(doing)
 
   def _delete_old(self) -> None:
     steps = self.steps(self._group_id)
@@ -468,7 +440,7 @@ class DirectoryStore(Store):
 
 
 class _ReadingMarks:
-  """What readers are reading at this moment, by the marks they set."""
+  """The marks by which readers say what they are reading."""
 
   def __init__(
       self, root: epath.Path, readers: Sequence[int], limit_seconds: float
@@ -481,7 +453,7 @@ class _ReadingMarks:
     self._last: dict[str, dict] = {}
 
   def read_now(self, group_id: int) -> set[int]:
-    """The steps of `group_id` that a reader within its time limit reads."""
+    """Returns the steps of `group_id` that are read, within the limit."""
     steps, now, seen = set(), time.monotonic(), {}
     for path, mark in self._all_marks():
       key = (str(path), str(mark.get('nonce')))

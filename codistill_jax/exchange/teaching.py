@@ -18,7 +18,7 @@ Put = Callable[[Array], Array]
 
 
 class Swap(NamedTuple):
-  """All that changes when a teacher does.
+  """The state that changes when a teacher does.
 
   Attributes:
     held: Per peer, the publication that its teacher is, or None.
@@ -30,7 +30,7 @@ class Swap(NamedTuple):
 
 
 class Teaching:
-  """What is held of each peer, and what is shown to the training step.
+  """Teachers held of each peer, and those shown to the training step.
 
   Attributes:
     peers: The ids of the peers.
@@ -58,7 +58,9 @@ class Teaching:
     self._plan = plan
     self._put = put
     self._teachers: Teachers | None = None
-    self._alone = _AloneNotice(group_id, peers, plan.every)
+    self._group_id = group_id
+    self._alone = False  # As was said.
+    self._patient_until: int | None = None
 
   @property
   def held_steps(self) -> dict[int, int | None]:
@@ -112,7 +114,7 @@ class Teaching:
       self.shown = None  # Of what was held before.
 
   def too_old(self, step: int) -> list[int]:
-    """The peers whose teachers are past their limit after `step`."""
+    """Returns the peers whose teachers are past their limit at `step`."""
     return [
         peer
         for peer, p in zip(self.peers, self.held)
@@ -120,7 +122,7 @@ class Teaching:
     ]
 
   def show(self, step: int) -> Teachers | None:
-    """The teachers of the update after `step`, without those too old."""
+    """Returns the teachers of the update after `step` that are not too old."""
     in_use = tuple(
         None if self._plan.too_old(step, p) else p for p in self.held
     )
@@ -139,47 +141,29 @@ class Teaching:
     return self.shown
 
   def say_if_alone(self, step: int) -> None:
-    """Says once that no peer is present, and once that one is again."""
-    self._alone.look(step, self.in_use)
-
-
-class _AloneNotice:
-  """Says once that a group trains alone, and once that it no longer does."""
-
-  def __init__(self, group_id: int, peers: Sequence[int], every: int):
-    self._who = f'group {group_id}'
-    self._peers = ', '.join(map(str, peers))
-    self._every = every
-    self._first: int | None = None  # Step of the first look.
-    self._had_teachers = False
-    self._said = False
-
-  def look(self, step: int, in_use: Sequence[Publication | None]) -> None:
-    if self._first is None:
-      self._first = step
-    if any(in_use):
-      if self._said:
-        present = ', '.join(str(p.group_id) for p in in_use if p is not None)
+    """Logs once that no peer is present, and once that one is again."""
+    present = ', '.join(str(p.group_id) for p in self.in_use if p is not None)
+    if self._patient_until is None:
+      # At the start nobody has published yet; that is nothing to speak of.
+      self._patient_until = step + 2 * self._plan.every
+    if present:
+      if self._alone:
         logging.warning(
-            '%s has teachers again at step %d: those of group %s',
-            self._who,
+            'group %d has teachers again at step %d: those of group %s',
+            self._group_id,
             step,
             present,
         )
-      self._had_teachers, self._said = True, False
-    elif not self._said and (
-        # At the start nobody has published yet; that is nothing to speak of.
-        self._had_teachers
-        or step >= self._first + 2 * self._every
-    ):
-      self._said = True
+      self._alone, self._patient_until = False, step
+    elif not self._alone and step >= self._patient_until:
+      self._alone = True
       logging.warning(
-          '%s trains alone from step %d on: there is no publication of its'
-          ' peers (group %s) that is young enough; it takes them back when they'
-          ' publish',
-          self._who,
+          'group %d trains alone from step %d on: there is no publication of'
+          ' its peers (group %s) that is young enough; it takes them back when'
+          ' they publish',
+          self._group_id,
           step,
-          self._peers,
+          ', '.join(map(str, self.peers)),
       )
 
 
@@ -221,7 +205,7 @@ def merge_teachers(
 
 
 def _slot(array: Array, slot: int) -> np.ndarray:
-  """One slot on the host."""
+  """Returns one slot, on the host."""
   if isinstance(array, jax.Array):
     # Of one device: the processes of a group need not meet. Indexed there:
     # jax remembers the host copy of an array as long as that lives.

@@ -41,7 +41,7 @@ class Norms(NamedTuple):
   shift_D: Array
 
 
-def _times(x_BK, kernel_KM, kernel_MK):
+def times(x_BK: Array, kernel_KM: Array, kernel_MK: Array) -> jax.Array:
   """Multiplies x by a kernel that is given both ways round.
 
   XLA's product on CPU first copies its right side into blocks. For a few rows
@@ -142,7 +142,7 @@ def _reset(x, resets):
 def _recurrent(h_BD, kernels, norms):
   """Returns W_h h, with `norms` over its size, and that size."""
   kernel_DF, kernel_FD = kernels
-  product_BF = _times(h_BD.astype(kernel_DF.dtype), kernel_DF, kernel_FD)
+  product_BF = times(h_BD.astype(kernel_DF.dtype), kernel_DF, kernel_FD)
   if norms is None:
     return product_BF, None
   unit_BF, (_, scale_B1) = _unit_size_fwd(product_BF)
@@ -223,7 +223,7 @@ def _run_bwd(residuals, d):
       d_unit_BF = d_gates_BF * row(norms.gates_F, 2)
       (d_product_BF,) = _unit_size_bwd((product_BF, scale_B1), d_unit_BF)
     d_product_BF = d_product_BF.astype(kernel_DF.dtype)
-    d_h = _times(d_product_BF, kernel_FD, kernel_DF)
+    d_h = times(d_product_BF, kernel_FD, kernel_DF)
     d_state = tuple(_reset(x, resets_B) for x in (d_c, d_h))
     if norms is None:
       return d_state, (d_gates_BF, None, None)

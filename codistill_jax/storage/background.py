@@ -132,6 +132,16 @@ class Troubles:
           '%s%s works again, after %d failures', self._who, doing, before.count
       )
 
+  @contextlib.contextmanager
+  def noted(self, doing: str) -> Iterator[None]:
+    """Notes whether a block works, which an OSError ends and no more."""
+    try:
+      yield
+    except OSError as e:
+      self.failed(doing, e)
+    else:
+      self.worked(doing)
+
   @property
   def now(self) -> tuple[Trouble, ...]:
     """Returns what fails at this moment, the oldest first."""
@@ -250,7 +260,7 @@ class BackgroundWriter:
 
     Args:
       failing: Seconds to wait for a write that has failed; `patience.failing`
-        by default. It is tried more often meanwhile.
+        by default. It is tried at once, and more often meanwhile.
       slow: Seconds to wait for one that has not.
       up_to: Only for steps up to this one.
 
@@ -273,6 +283,10 @@ class BackgroundWriter:
         self._hurried -= 1
     self.raise_failure()
     return True
+
+  def finish(self, failing: float | None = None) -> Unwritten | None:
+    """Waits as `wait` does, then gives up what is not written, if anything."""
+    return None if self.wait(failing) else self.give_up()
 
   def give_up(self) -> Unwritten | None:
     """Drops what is not written; returns it, or None if there is nothing."""
@@ -390,9 +404,11 @@ class BackgroundWriter:
 
   def _pause(self, seconds: float) -> bool:
     """Waits before another try; false if there is to be none."""
-    start = time.monotonic()
+    start, hurried = time.monotonic(), self._hurried
     while not self._full() and not self._abandoned:
-      if self._hurried:  # Somebody waits for it.
+      if self._hurried > hurried:  # Somebody has begun to wait for it.
+        return True
+      if self._hurried:
         seconds = min(seconds, self._patience.retry)
       left = start + seconds - time.monotonic()
       if left <= 0:

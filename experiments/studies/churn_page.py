@@ -26,7 +26,6 @@ from experiments.reports.pages import (
     Table,
 )
 from experiments.studies import (
-    churn_results,
     retrains,
     study_page,
     verdicts,
@@ -57,24 +56,23 @@ _OF_PAIRS = ('churn', 'relative', 'disagreement')
 
 
 def report(
-    workdir: files.PathLike,
-    output: files.PathLike | None = None,
+    found: Retrains,
+    output: files.PathLike,
     note: str = '',
     study: Study | None = None,
 ) -> None:
-  """Prints Table 1 of the retrains in a workdir, and writes their page.
+  """Prints Table 1 of retrains, and writes their page.
 
   Args:
-    workdir: Of the study.
-    output: Directory; default: report/ in the workdir.
+    found: What they have left.
+    output: Directory.
     note: A sentence for the page.
     study: A declaration, whose comparisons are judged; its page is `page`.
 
   Raises:
     ValueError: After all that, if a deterministic control failed.
   """
-  found = churn_results.load_study(workdir)
-  directory = epath.Path(output or epath.Path(workdir) / 'report')
+  directory = epath.Path(output)
   blocks = _blocks(found, note)
   if study is None:
     cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')

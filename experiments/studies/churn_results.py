@@ -92,7 +92,7 @@ class Retrains(NamedTuple):
 
   @property
   def table(self) -> list[Row]:
-    """The test rows of Table 1: of all weights only the chosen one."""
+    """Returns the test rows of Table 1: only the chosen weight."""
     return [
         row
         for row in self.rows['test']

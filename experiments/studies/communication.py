@@ -18,7 +18,7 @@ def bytes_per_update(
     peers: int = 1,
     outer_every: int = 1,
 ) -> float:
-  """Bytes received per update, averaged over an interval.
+  """Returns bytes received per update, averaged over an interval.
 
   Args:
     pattern: One of `PATTERNS`.
@@ -46,7 +46,7 @@ def bytes_per_update(
 
 
 def all_reduce_bytes(parameter_bytes: float, workers: int) -> float:
-  """What each worker of a ring receives in one all-reduce."""
+  """Returns what each worker of a ring receives in one all-reduce."""
   return 2.0 * (workers - 1) / workers * parameter_bytes
 
 

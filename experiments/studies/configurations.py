@@ -89,7 +89,7 @@ class Configurations:
     )
 
   def rate(self, run: PlannedRun) -> float | None:
-    """The learning rate of a run; None for that of the configuration."""
+    """Returns the learning rate of a run; None: as the configuration has it."""
     plan, rates = self.plan, self.plan.scale.rates
     if run.rate is not None or not rates:
       return run.rate
@@ -112,7 +112,7 @@ def shared_by_seeds() -> list[str]:
 def read_tuning(
     workdir: files.PathLike, plan: Plan, arm: Arm
 ) -> dict[float, dict[str, Any]]:
-  """The outcomes of the tuning runs of an arm, as far as they are done."""
+  """Returns the outcomes of the tuning runs of an arm that are done."""
   found = {}
   for rate in plan.grid(arm):
     run = PlannedRun(arm.name, plan_lib.TUNING_SEED, rate, True)
@@ -232,7 +232,7 @@ def _fixed_of(
 def describe(
     configurations: Configurations, num_replicas: int
 ) -> dict[str, Any]:
-  """What study.json says."""
+  """Returns what study.json says."""
   plan, by_arm = configurations.plan, {}
   for arm in plan.trained:
     configurations.parse(_any_run(plan, arm))
@@ -278,7 +278,7 @@ def _is_rate(statement: str) -> bool:
 
 
 def _name_of(model: Any) -> str:
-  """Module and name of what makes the model."""
+  """Returns module and name of what makes the model."""
   return f'{model.__module__.split(".")[-1]}.{model.__name__}'
 
 

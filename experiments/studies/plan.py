@@ -38,7 +38,7 @@ class PlannedRun(NamedTuple):
 
   @property
   def name(self) -> str:
-    """For people."""
+    """Returns a name for people."""
     if self.tuning:
       return f'{self.arm}, rate {self.rate:g}'
     return f'{self.arm}, seed {self.seed}'
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
   @property
   def arms(self) -> tuple[Arm, ...]:
-    """Trained or derived, in order."""
+    """Returns all arms, trained or derived, in order."""
     return self.study.arms
 
   def arm(self, name: str) -> Arm:
@@ -74,25 +74,25 @@ class Plan(NamedTuple):
 
   @property
   def trained(self) -> list[Arm]:
-    """Those that are not made of the runs of another one."""
+    """Returns the arms that are not made of the runs of another one."""
     return [arm for arm in self.arms if not arm.ensemble_of]
 
   def group_batch(self, arm: Arm) -> int | None:
-    """Rows of an update of one group; None: as configured."""
+    """Returns rows of an update of one group; None: as configured."""
     workers = arm.batch_workers or arm.workers
     return workers * self.scale.worker_rows or None
 
   def grid(self, arm: Arm) -> tuple[float, ...]:
-    """The rates to choose from; empty: there is nothing to choose."""
+    """Returns the rates to choose from; empty: nothing is chosen."""
     rates = self.scale.rates
     return rates if len(rates) > 1 and not arm.tuned_as else ()
 
   def seeds(self, arm: Arm) -> Sequence[int]:
-    """Returns those of the runs of an arm that is trained."""
+    """Returns the seeds of the runs of an arm."""
     return range(self.scale.seeds) if arm.seeds is None else arm.seeds
 
   def runs(self) -> list[PlannedRun]:
-    """All of them; those that others need come before those."""
+    """Returns all runs; those that others need come before those."""
     found = []
     for arm in self.trained:  # Compiled once for all seeds.
       found += [
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
     return found
 
   def needed(self, run: PlannedRun) -> list[PlannedRun]:
-    """The runs that must be done before this one.
+    """Returns the runs that must be done before this one.
 
     The teachers of a tuning run are those of seed 0: what is reported of the
     arm is not tuned on them but for that seed.
@@ -123,7 +123,7 @@ class Plan(NamedTuple):
     return needed
 
   def teachers(self, run: PlannedRun) -> PlannedRun:
-    """The run whose groups teach in this one."""
+    """Returns the run whose groups teach in this one."""
     seed = 0 if run.tuning else run.seed
     return PlannedRun(self.arm(run.arm).taught_by, seed, None, False)
 
@@ -138,7 +138,7 @@ def make_plan(
     worker_rows: int | None = None,
     arms: Sequence[str] = (),
 ) -> Plan:
-  """The plan of a study, with what flags change.
+  """Makes the plan of a study, with what flags change.
 
   Args:
     study: The declaration.
@@ -184,7 +184,7 @@ def make_plan(
 
 
 def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:
-  """The arms of these names (empty: all), and those that they stand on."""
+  """Returns arms by name (empty: all), and those that they stand on."""
   by_name = {arm.name: arm for arm in study.arms}
   unknown = [name for name in names if name not in by_name]
   if unknown:
@@ -204,7 +204,7 @@ def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:
 
 
 def _in_order(arms: Sequence[Arm]) -> tuple[Arm, ...]:
-  """As declared; teachers must come before their students."""
+  """Checks that teachers are declared before their students."""
   names = [arm.name for arm in arms]
   for i, arm in enumerate(arms):
     if arm.taught_by and arm.taught_by not in names[:i]:
@@ -219,35 +219,35 @@ def _in_order(arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 
 def study_path(workdir: files.PathLike) -> epath.Path:
-  """What the study is, as JSON."""
+  """Returns the path of study.json: what the study is."""
   return epath.Path(workdir) / 'study.json'
 
 
 def run_dir(workdir: files.PathLike, run: PlannedRun) -> epath.Path:
-  """The run directory of one run."""
+  """Returns the run directory of one run."""
   last = f'tuning_{run.rate:g}' if run.tuning else f'seed_{run.seed}'
   return epath.Path(workdir) / 'runs' / run.arm / last
 
 
 def ensemble_path(run_directory: files.PathLike) -> epath.Path:
-  """Evaluations of the ensemble of a run's groups, a JSON object a line."""
+  """Returns the path of evaluations of the ensemble of a run's groups."""
   return epath.Path(run_directory) / 'ensemble.jsonl'
 
 
 def outcome_path(run_directory: files.PathLike) -> epath.Path:
-  """How a run has ended."""
+  """Returns the path of outcome.json: how a run has ended."""
   return epath.Path(run_directory) / 'outcome.json'
 
 
 def read_outcome(
     workdir: files.PathLike, run: PlannedRun
 ) -> dict[str, Any] | None:
-  """How a run has ended; None if it has not."""
+  """Reads how a run has ended; None if it has not."""
   return files.read_json(outcome_path(run_dir(workdir, run)))
 
 
 def choose_rate(outcomes: Mapping[float, Mapping[str, Any]]) -> float:
-  """The rate of the lowest validation loss at the end of its tuning run.
+  """Chooses the rate of the lowest validation loss at the end of tuning.
 
   Args:
     outcomes: Of the tuning runs of an arm, by rate. If all of them diverged,
@@ -264,7 +264,7 @@ def choose_rate(outcomes: Mapping[float, Mapping[str, Any]]) -> float:
 
 
 def begun_at(workdir: files.PathLike) -> float:
-  """When study.json was last written; 0 if it was not."""
+  """Returns when study.json was last written; 0 if it was not."""
   path = study_path(workdir)
   return path.stat().mtime if path.exists() else 0
 

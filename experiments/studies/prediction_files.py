@@ -103,7 +103,7 @@ def _pairs(
 
 
 def read(path: str, columns: Columns) -> Predictions:
-  """One file of predictions.
+  """Reads one file of predictions.
 
   Raises:
     ValueError: If it is of no known kind, a column is missing, ids repeat, or
@@ -146,7 +146,7 @@ def _unused(table, columns: Columns) -> dict[str, np.ndarray]:
 
 
 def read_labels(path: str, columns: Columns) -> tuple[np.ndarray, Any]:
-  """Labels (N,) and their ids (None without) of one file; errors as `read`."""
+  """Reads labels (N,) and their ids (or None); errors as `read`."""
   if _ending(path) == '.npy':
     _check_no_ids(path, columns)
     return _read_npy(path), None
@@ -165,7 +165,7 @@ def join(
     models: Sequence[Predictions],
     labels: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-  """The same examples of all models in one order, and their labels.
+  """Joins the same examples of all models, and their labels.
 
   Args:
     models: At least two.
@@ -240,12 +240,12 @@ def _check_same_examples(first: Predictions, other: Predictions) -> None:
 
 
 def _shuffled(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether these are the same values, each once, in different orders."""
+  """Returns whether these are the same values in different orders."""
   return not np.array_equal(a, b) and set(a.tolist()) == set(b.tolist())
 
 
 def _places(wanted, ids, name: str):
-  """Where the wanted ids are; all in order without ids."""
+  """Returns where the wanted ids are; all in order without ids."""
   if wanted is None or ids is None:
     return slice(None)
   place = {value: i for i, value in enumerate(ids.tolist())}
@@ -306,7 +306,7 @@ def _read_npy(path: str) -> np.ndarray:
 
 
 def _read_table(path: str):
-  """A pandas DataFrame."""
+  """Reads a pandas DataFrame."""
   try:
     import pandas as pd
   except ImportError as e:

@@ -81,7 +81,7 @@ def predict(
 
 
 def _batches(experiment: Experiment, split: str) -> Iterator[Batch]:
-  """The batches of a split; those of validation if there is no test split."""
+  """Returns the batches of a split; of validation if there is no test."""
   task = experiment.task
   there = split if split != 'test' or task.test_batches else 'validation'
   return experiment_lib.split_batches(task, there, experiment.eval_batch)

@@ -9,7 +9,6 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
+from codistill_jax.data import process_pool
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
@@ -34,7 +34,7 @@ from experiments.studies import one_program, predictions
 from experiments.studies import plan as plan_lib
 from experiments.studies.configurations import Configurations, shared_by_seeds
 from experiments.studies.declaration import Arm
-from experiments.studies.plan import Plan, PlannedRun
+from experiments.studies.plan import PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 
@@ -57,7 +57,6 @@ class _Run(NamedTuple):
   planned: PlannedRun
   jobs: Sequence[Job]
   exchanges: Sequence[Any]
-  ensemble: '_Ensemble | _NoEnsemble'
 
 
 class Trainer:
@@ -151,7 +150,7 @@ class Trainer:
     return [made._replace(exchanges=exchanges)]
 
   def _compile(self, run: PlannedRun, experiment: Experiment) -> _Compiled:
-    """The step of a run, or that of the one before if only seeds differ."""
+    """Makes the step of a run, or keeps it if only seeds differ."""
     # Under this configuration, even if it is thrown away: what makes no model
     # would have dead bindings.
     model = gin_utils.call(experiment_lib.make_model, experiment)
@@ -226,7 +225,13 @@ class Trainer:
     """Returns a run without its exchanges."""
     arm = self._plan.arm(run.arm)
     directory = plan_lib.run_dir(self._configurations.workdir, run)
-    ensemble = _ensemble_of(self._plan, arm, model, experiment, directory)
+    if arm.num_groups > 1 and any(
+        other.ensemble_of == arm.name for other in self._plan.declared
+    ):
+      path = plan_lib.ensemble_path(directory)
+      kwargs['evaluated'] = _ensemble_of(
+          model, experiment, path, arm.num_groups
+      )
     jobs = [
         Job(
             experiment=experiment,
@@ -237,12 +242,11 @@ class Trainer:
             num_groups=arm.num_groups,
             stop=latch,
             arm=arm.name,
-            evaluated=ensemble,
             **kwargs,
         )
         for group_id, train_step in enumerate(train_steps)
     ]
-    return _Run(run, jobs, (), ensemble)
+    return _Run(run, jobs, ())
 
   def _rounds(
       self,
@@ -254,14 +258,21 @@ class Trainer:
   ) -> Iterator[None]:
     """Steps all groups of a run until they are done or one diverges."""
     experiment = run.jobs[0].experiment
-    counted = _Steps(say, experiment.num_steps, together)
     diverged_at = None
+    steps = dict.fromkeys(range(len(run.jobs)), 0)
+
+    def counted(group_id: int, group: Iterator[int]) -> Iterator[int]:
+      of = f'{experiment.num_steps:,}{", all seeds" if together > 1 else ""}'
+      for step in group:
+        steps[group_id] = step
+        say(f'step {step:,} of {of}')
+        yield step
+
     with contextlib.ExitStack() as stack:
-      stack.callback(run.ensemble.close)
       groups = [
           stack.enter_context(
               contextlib.closing(
-                  driver.train(job, _given(exchange), _writer_of(job))
+                  driver.train(job, lambda _, x=exchange: x, _writer_of(job))
               )
           )
           for job, exchange in zip(run.jobs, run.exchanges)
@@ -277,7 +288,7 @@ class Trainer:
             run.jobs[0].configuration()  # Kept, as of the first round.
           yield
       except FloatingPointError:
-        diverged_at = counted.failed_at
+        diverged_at = min(steps.values()) + 1  # Who did not get through it.
         for job in run.jobs if together > 1 else ():
           job.train_step.leave()
     job = run.jobs[0]
@@ -314,7 +325,7 @@ def _describe(
     began: float,
     together: int,
 ) -> Outcome:
-  """What outcome.json says of a run that has just ended."""
+  """Returns what outcome.json says of a run that has just ended."""
   num_peers = [
       experiment.exchange.num_teachers(g, arm.num_groups)
       for g in range(arm.num_groups)
@@ -342,19 +353,12 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
-      'cores': _own_cores(),
+      'cores': process_pool.usable_cores(),
   }
 
 
-def _own_cores() -> int:
-  """Returns how many cores this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
 def _last_loss(directory: files.PathLike, num_groups: int) -> float:
-  """Validation loss at the end: the mean over groups and last evaluations."""
+  """Returns the mean validation loss of groups and last evaluations."""
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
@@ -365,12 +369,8 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   return float(np.mean(found)) if found else float('nan')
 
 
-def _given(exchange: Any) -> Callable[[Variables], Any]:
-  return lambda variables: exchange
-
-
 def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
-  """JSON lines alone."""
+  """Makes a writer of JSON lines alone."""
 
   def make(start: int) -> writers.Writer:
     path = run_directory.metrics_path(job.workdir, job.group_id)
@@ -380,86 +380,28 @@ def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
   return make
 
 
-class _Steps:
-  """How far the groups of a run are; and a sign of life now and then."""
-
-  def __init__(self, say: Callable[[str], None], num_steps: int, together: int):
-    self._say = say
-    self._of = f'of {num_steps:,}{", all seeds" if together > 1 else ""}'
-    self._steps: dict[int, int] = {}
-
-  @property
-  def failed_at(self) -> int:
-    """The step of the group that did not get through it."""
-    return min(self._steps.values(), default=0) + 1
-
-  def __call__(self, group_id: int, steps: Iterator[int]) -> Iterator[int]:
-    self._steps[group_id] = 0
-    for step in steps:
-      self._steps[group_id] = step
-      self._say(f'step {step:,} {self._of}')
-      yield step
-
-
-class _Ensemble:
-  """Evaluates the mean prediction of all groups whenever all are evaluated.
+def _ensemble_of(
+    model: base.Model,
+    experiment: Experiment,
+    path: files.PathLike,
+    num_groups: int,
+) -> Callable[[int, int, Variables], None]:
+  """Returns what evaluates the mean prediction of all groups.
 
   The groups are stepped in turn, so what the first ones have given is intact
   when the last one comes.
   """
+  given: dict[int, Variables] = {}
 
-  def __init__(
-      self,
-      model: base.Model,
-      experiment: Experiment,
-      path: files.PathLike,
-      num_groups: int,
-  ):
-    self._model = model
-    self._experiment = experiment
-    self._path = path
-    self._num_groups = num_groups
-    self._given: dict[int, Variables] = {}
-    self._writer: writers.Writer | None = None
-
-  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
-    self._given[group_id] = variables
-    if len(self._given) < self._num_groups:
+  def evaluated(group_id: int, step: int, variables: Variables) -> None:
+    given[group_id] = variables
+    if len(given) < num_groups:
       return
-    members = [self._given.pop(g) for g in range(self._num_groups)]
-    task = self._experiment.task
-    found = evaluate.compare(
-        self._model, members, task.eval_batches(self._experiment.eval_batch)
-    )
-    if self._writer is None:
-      self._writer = writers.JsonlWriter(self._path, resume_step=step - 1)
-    self._writer.write(step, found.ensemble)
+    members = [given.pop(g) for g in range(num_groups)]
+    batches = experiment.task.eval_batches(experiment.eval_batch)
+    found = evaluate.compare(model, members, batches)
+    writer = writers.JsonlWriter(path, resume_step=step - 1)
+    with contextlib.closing(writer):
+      writer.write(step, found.ensemble)
 
-  def close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-
-
-class _NoEnsemble:
-  """Of a run that nobody asks for one."""
-
-  def __call__(self, group_id: int, step: int, variables: Variables) -> None:
-    del group_id, step, variables
-
-  def close(self) -> None:
-    pass
-
-
-def _ensemble_of(
-    plan: Plan,
-    arm: Arm,
-    model: base.Model,
-    experiment: Experiment,
-    directory: files.PathLike,
-) -> _Ensemble | _NoEnsemble:
-  """What an arm's ensemble is made of, if the study has one."""
-  wanted = any(other.ensemble_of == arm.name for other in plan.declared)
-  if arm.num_groups < 2 or not wanted:
-    return _NoEnsemble()
-  path = plan_lib.ensemble_path(directory)
-  return _Ensemble(model, experiment, path, arm.num_groups)
+  return evaluated

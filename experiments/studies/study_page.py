@@ -49,7 +49,7 @@ from experiments.studies.words import count, sentence_start
 # 'speed-accuracy' accuracy beside loss, among the curves.
 VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
 
-# What all runs have in common, see `load`.
+# What all runs have in common, see `outcomes`.
 Settings = Mapping[str, Any]
 
 
@@ -81,7 +81,7 @@ def write(
 
   Args:
     study: Its declaration.
-    settings: What all runs have in common, see `load`.
+    settings: What all runs have in common, see `outcomes`.
     runs: Of all arms and seeds, those for tuning among them; in any order.
     output: Directory; what lies there under the same names is replaced.
     latency: What is assumed of workers and network, for the view 'latency'.

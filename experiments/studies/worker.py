@@ -90,7 +90,7 @@ class Worker:
   def _with(
       self, run: PlannedRun, left: Sequence[PlannedRun]
   ) -> list[PlannedRun]:
-    """The run, and those that can be trained in the same program."""
+    """Returns the run, and those that can be in the same program."""
     # Predictions of runs that were trained alike are the same to the bit.
     apart = self._plan.study.predictions
     if apart or not self._together or run.tuning or self._replicas > 1:
@@ -130,7 +130,7 @@ class Worker:
       self._trainer(runs, progress.say, self._finish)
 
   def _without_teachers(self, run: PlannedRun) -> bool:
-    """Whether the run that it would learn from came to nothing."""
+    """Returns whether the run that it would learn from diverged."""
     if not self._plan.arm(run.arm).taught_by:
       return False
     teachers = self._plan.teachers(run)
@@ -193,13 +193,13 @@ class Progress:
     self._next = time.monotonic() + _SAY_EVERY_SECONDS
 
   def say(self, what: str) -> None:
-    """A line, unless there was one a moment ago."""
+    """Prints a line, unless there was one a moment ago."""
     if time.monotonic() >= self._next:
       self._next = time.monotonic() + _SAY_EVERY_SECONDS
       cli.tell(self.line(what))
 
   def line(self, what: str) -> str:
-    """Where the study stands, by its files."""
+    """Returns where the study stands, by its files."""
     runs = self._plan.runs()
     outcomes = [plan_lib.read_outcome(self._workdir, run) for run in runs]
     done = [(r, o) for r, o in zip(runs, outcomes) if o]
@@ -212,6 +212,6 @@ class Progress:
     return f'{text}; about {left * pace / self._jobs / 60:.0f} min left'
 
   def _cost(self, run: PlannedRun) -> float:
-    """In trainings of one group alone."""
+    """Returns the cost in trainings of one group alone."""
     groups = self._plan.arm(run.arm).num_groups
     return 1.0 if groups == 1 else _TEACHER_COST * groups

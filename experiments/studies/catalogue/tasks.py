@@ -51,7 +51,7 @@ IMAGES = {
 def changed(
     scales: Mapping[str, Scale], **changes: Mapping[str, object]
 ) -> dict[str, Scale]:
-  """The scales, each with its own changes."""
+  """Returns the scales, each with its own changes."""
   return {
       name: scale._replace(**changes.get(name, {}))
       for name, scale in scales.items()
@@ -79,5 +79,5 @@ SHARED = "text.language_model_task.partition='shared'"
 
 
 def exchange_every(steps: int) -> str:
-  """A binding."""
+  """Returns a binding."""
   return f'Checkpoints.every={steps}'

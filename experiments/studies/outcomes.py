@@ -25,7 +25,7 @@ _BYTES = {'float32': 4, 'bfloat16': 2}
 def load(
     workdir: files.PathLike, plan: Plan
 ) -> tuple[dict[str, Any], list[Run]]:
-  """The runs of a study that are done, and what they have in common.
+  """Reads the runs that are done, and what they have in common.
 
   Returns:
     What study.json says (see `configurations`), with `bytes_of_model` (of one
@@ -41,6 +41,7 @@ def load(
         f'{os.fspath(workdir)} holds no study; train it first, without'
         ' --report_only'
     )
+  plan_lib.check_known(workdir, settings)
   for key, ours in (('study', plan.study.name), ('scale', plan.scale_name)):
     if settings[key] != ours:
       raise ValueError(
@@ -75,7 +76,7 @@ def load(
 def _check_rates(
     workdir: files.PathLike, runs: Mapping[PlannedRun, Run]
 ) -> None:
-  """More rates may have changed the choice between the runs of an arm."""
+  """Raises ValueError if more rates have changed the choice of an arm."""
   of_arm: dict[str, set[float]] = {}
   for planned, run in runs.items():
     if not planned.tuning and math.isfinite(run.rate):
@@ -126,7 +127,7 @@ def _read_run(
 def _diverged_at(
     outcome: Mapping[str, Any], groups: Sequence[records.Group]
 ) -> int | None:
-  """Where loss or gradient were not finite, or the loss went up for good."""
+  """Returns the step at which loss or gradient were lost for good."""
   if outcome['diverged_at'] is not None:
     return outcome['diverged_at']
   for group in groups:
@@ -151,7 +152,7 @@ def _groups(directory: files.PathLike, arm: Arm) -> list[records.Group]:
 
 
 def _flops(group: records.Group, steps_N: np.ndarray) -> np.ndarray:
-  """FLOPs until each evaluation, from those on record of the steps before."""
+  """Adds up FLOPs until each evaluation, from those on record."""
   curve = group.curve('perf/model_flops_per_step')
   if curve.empty:
     return np.full(len(steps_N), np.nan)
@@ -165,7 +166,7 @@ def _bytes(
     settings: Mapping[str, Any],
     steps_N: np.ndarray,
 ) -> np.ndarray:
-  """What a worker or group has received until each evaluation."""
+  """Returns bytes that a worker or group has received at evaluations."""
   size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
   if arm.communication != 'exchange':
     return steps_N * communication.bytes_per_update(
@@ -189,7 +190,7 @@ def _with_teachers(
     planned: PlannedRun,
     runs: Mapping[PlannedRun, Run],
 ) -> Run:
-  """With what its teachers have cost before it began."""
+  """Adds what its teachers have cost before a run began."""
   if not plan.arm(planned.arm).taught_by:
     return run
   teachers = runs.get(plan.teachers(planned))
@@ -205,7 +206,7 @@ def _with_teachers(
 def _ensemble(
     workdir: files.PathLike, arm: Arm, planned: PlannedRun, run: Run
 ) -> Run | None:
-  """What the groups of a run would do together; None if nobody looked."""
+  """Returns what the groups do together; None if nobody looked."""
   path = plan_lib.ensemble_path(plan_lib.run_dir(workdir, planned))
   if not path.exists():
     return None

@@ -124,7 +124,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
 
 
 def _is_whole(parsed: Any) -> bool:
-  """Returns whether a file, by its include of base.gin, binds a whole experiment.
+  """Returns whether a file, by including base.gin, binds a whole experiment.
 
   Before such a file an ablation would act nowhere, and as what it binds was in
   use until then, that would not be noticed as a dead binding.

@@ -6,12 +6,10 @@ import pathlib
 import signal
 
 import churn_toy
-import jax
 import numpy as np
 import pytest
 import tiny_run
 import toy
-from jax.experimental.compilation_cache import compilation_cache
 from run_cases import run
 
 from codistill_jax import statistics
@@ -25,6 +23,7 @@ from experiments.studies.churn_results import Row
 from experiments.studies.declaration import Scale
 from experiments.studies.plan import PlannedRun
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
 # Do toys churn?
@@ -49,25 +48,6 @@ experiment.Experiment.eval_batch = 64
 """
 WIDE = 'import churn_toy\nchurn_toy.model.hidden = 9\n'
 HEAD = 'from __gin__ import dynamic_registration\n'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Studies of one model load what another has compiled."""
-  cache = tmp_path_factory.getbasetemp() / 'compiled'
-  values = {
-      'jax_compilation_cache_dir': str(cache),
-      'jax_persistent_cache_min_compile_time_secs': 0.0,
-      'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: getattr(jax.config, name) for name in values}
-  for name, value in values.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')

@@ -46,6 +46,27 @@ def python():
   return sys.executable
 
 
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+  """Programs that a test has compiled are loaded by the next one."""
+  from jax.experimental.compilation_cache import compilation_cache
+
+  cache = tmp_path_factory.getbasetemp() / 'compiled'
+  values = {
+      'jax_compilation_cache_dir': str(cache),
+      'jax_persistent_cache_min_compile_time_secs': 0.0,
+      'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in values}
+  for name, value in values.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
   """A bucket; and nothing is left on the disk of this machine."""
@@ -61,3 +82,14 @@ def bucket(monkeypatch, tmp_path):
   with remote.bucket(monkeypatch) as made:
     yield made
   assert not list(tmp_path.rglob('*/*'))
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A directory where checkpoints may lie."""
+  from etils import epath
+
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  request.getfixturevalue('bucket')
+  return epath.Path('s3://bucket/run')

@@ -82,3 +82,14 @@ def bucket(monkeypatch, tmp_path):
   with remote.bucket(monkeypatch) as made:
     yield made
   assert not list(tmp_path.rglob('*/*'))
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A directory where checkpoints may lie."""
+  from etils import epath
+
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  request.getfixturevalue('bucket')
+  return epath.Path('s3://bucket/run')

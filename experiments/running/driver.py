@@ -4,7 +4,6 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,14 +28,12 @@ from codistill_jax.exchange.plan import (
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.background import DEFAULT_PATIENCE
+from codistill_jax.storage.background import BackgroundWriter
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import cli
 from experiments.cli import Stopped
 from experiments.running.job import Job, claim_workdir
 from experiments.running.watch import Efficiency, Watch
-
-_DONE_PAUSE_SECONDS = 1.0
 
 
 class Start(NamedTuple):
@@ -123,6 +120,7 @@ def train(
         identity=job.identity,
         troubles=job.troubles,
         check=before_saving,
+        patience=job.patience,
     )
     stack.push(_closing(checkpoints.close))
     resume = _restore(job, checkpoints, state)
@@ -326,19 +324,16 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
       run_directory.group_dir(job.workdir, job.group_id),
       'training in',
       interrupted=job.stop,
+      patience=job.patience,
   )
 
 
 def _claim(job: Job, result: StepResult) -> bool:
   """Claims the run directory; returns false if its disk fails."""
-  doing = 'writing run.json'
-  try:
+  with job.troubles.noted('writing run.json'):
     claim_workdir(job, result.state)
-  except OSError as e:
-    job.troubles.failed(doing, e)
-    return False
-  job.troubles.worked(doing)
-  return True
+    return True
+  return False
 
 
 def _write_done(job: Job) -> None:
@@ -348,20 +343,21 @@ def _write_done(job: Job) -> None:
     TimeoutError: If the disk fails for longer.
   """
   path = run_directory.done_path(job.workdir, job.group_id)
-  deadline = time.monotonic() + DEFAULT_PATIENCE.failing
-  while True:
-    try:
-      files.write_bytes(path, b'')
-      return
-    except OSError as e:
-      job.troubles.failed('writing DONE', e)
-      if time.monotonic() > deadline or job.stop():
-        raise TimeoutError(
-            f'{path} could not be written ({e}), though group'
-            f' {job.group_id} has reached its last step; see to the disk, and'
-            ' start the same command again'
-        ) from e
-    time.sleep(_DONE_PAUSE_SECONDS)
+  writer = BackgroundWriter(
+      lambda step, data: files.write_bytes(path, data),
+      'writing DONE',
+      job.troubles,
+      patience=job.patience,
+  )
+  writer.put(job.experiment.num_steps, b'')
+  unwritten = writer.finish(0.0 if job.stop() else None)
+  writer.close()
+  if unwritten is not None:
+    raise TimeoutError(
+        f'{path} could not be written ({unwritten.error}), though group'
+        f' {job.group_id} has reached its last step; see to the disk, and start'
+        ' the same command again'
+    ) from unwritten.error
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., bool]:

@@ -291,10 +291,9 @@ class Group:
   def _newest_checkpoint(self) -> int | None:
     """Returns the step of the newest resume checkpoint to be seen, or None."""
     with contextlib.suppress(OSError):
-      saved = run_directory.newest_saved(
+      return run_directory.newest_saved(
           run_directory.checkpoints_dir(self.workdir, self.group_id)
       )
-      return saved and saved.step
     return None
 
   def _last_line(self) -> str:

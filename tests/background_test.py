@@ -372,6 +372,19 @@ def test_its_end_is_said_once_and_the_next_row_again(said):
   assert troubles.now == () and troubles.failures == 4
 
 
+def test_a_block_notes_how_it_ended_and_an_error_of_the_disk_ends_only_it():
+  troubles, done = Troubles(), []
+  for error in (OSError('full'), None):
+    with troubles.noted('publishing'):
+      if error:
+        raise error
+      done.append(1)
+    assert bool(troubles.now) is bool(error)
+  assert done == [1] and troubles.failures == 1
+  with pytest.raises(ValueError), troubles.noted('publishing'):
+    raise ValueError
+
+
 def test_troubles_are_apart_and_ordered_by_age():
   troubles = Troubles()
   troubles.failed('publishing', OSError('a\nb'))

@@ -132,6 +132,16 @@ class Troubles:
           '%s%s works again, after %d failures', self._who, doing, before.count
       )
 
+  @contextlib.contextmanager
+  def noted(self, doing: str) -> Iterator[None]:
+    """Notes whether a block works, which an OSError ends and no more."""
+    try:
+      yield
+    except OSError as e:
+      self.failed(doing, e)
+    else:
+      self.worked(doing)
+
   @property
   def now(self) -> tuple[Trouble, ...]:
     """Returns what fails at this moment, the oldest first."""
@@ -273,6 +283,10 @@ class BackgroundWriter:
         self._hurried -= 1
     self.raise_failure()
     return True
+
+  def finish(self, failing: float | None = None) -> Unwritten | None:
+    """Waits as `wait` does, then gives up what is not written, if anything."""
+    return None if self.wait(failing) else self.give_up()
 
   def give_up(self) -> Unwritten | None:
     """Drops what is not written; returns it, or None if there is nothing."""

@@ -330,14 +330,10 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
 
 def _claim(job: Job, result: StepResult) -> bool:
   """Claims the run directory; returns false if its disk fails."""
-  doing = 'writing run.json'
-  try:
+  with job.troubles.noted('writing run.json'):
     claim_workdir(job, result.state)
-  except OSError as e:
-    job.troubles.failed(doing, e)
-    return False
-  job.troubles.worked(doing)
-  return True
+    return True
+  return False
 
 
 def _write_done(job: Job) -> None:
@@ -354,8 +350,7 @@ def _write_done(job: Job) -> None:
       patience=job.patience,
   )
   writer.put(job.experiment.num_steps, b'')
-  written = writer.wait(0.0 if job.stop() else None)
-  unwritten = None if written else writer.give_up()
+  unwritten = writer.finish(0.0 if job.stop() else None)
   writer.close()
   if unwritten is not None:
     raise TimeoutError(

@@ -39,7 +39,6 @@ from codistill_jax.step import EvalStep, make_eval_step
 from experiments.running.job import Job
 
 _STATUS_SECONDS = 2.0
-_STATUS = 'writing status.json'  # As a trouble.
 
 
 class Watch:
@@ -162,12 +161,8 @@ class Watch:
         'last_rejection': exchange.last_rejection,
         'troubles': [trouble._asdict() for trouble in job.troubles.now],
     }
-    try:
+    with job.troubles.noted('writing status.json'):
       run_directory.write_status(job.workdir, job.group_id, content)
-    except OSError as e:
-      job.troubles.failed(_STATUS, e)
-    else:
-      job.troubles.worked(_STATUS)
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()

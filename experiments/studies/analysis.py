@@ -1,4 +1,4 @@
-"""From the runs of a study to numbers: targets, outcomes, paired effects.
+"""From the runs of a study to numbers: targets, scores, paired effects.
 
 The rules, the same for all arms and said on every page by `study_page`:
 * Losses are smoothed by a trailing mean over k evaluations.
@@ -29,7 +29,7 @@ NO_TARGET = 'no target'
 ABSENT = 'not measured'
 
 
-class Outcome(NamedTuple):
+class Score(NamedTuple):
   """One run by one measure.
 
   Attributes:
@@ -53,17 +53,17 @@ class Cell(NamedTuple):
   """One arm by one measure.
 
   Attributes:
-    outcomes: By seed, in order.
+    scores: By seed, in order.
     estimate: Over the runs that did not diverge; None unless all those are
       measured.
   """
 
-  outcomes: tuple[Outcome, ...]
+  scores: tuple[Score, ...]
   estimate: Estimate | None
 
   def count(self, state: str) -> int:
     """Returns how many seeds are in a state."""
-    return sum(o.state == state for o in self.outcomes)
+    return sum(s.state == state for s in self.scores)
 
 
 class Effect(NamedTuple):
@@ -82,8 +82,8 @@ class Effect(NamedTuple):
   """
 
   ratio: bool
-  ours: tuple[Outcome, ...]
-  theirs: tuple[Outcome, ...]
+  ours: tuple[Score, ...]
+  theirs: tuple[Score, ...]
   estimate: Estimate | None
   mean: float = float('nan')
   baseline: float = float('nan')
@@ -98,7 +98,7 @@ class Effect(NamedTuple):
   def one_side_diverged(self) -> str:
     """'more' if all of ours diverged and none of theirs; 'less'; or ''."""
     ours, theirs = (
-        {o.state == DIVERGED for o in side} for side in (self.ours, self.theirs)
+        {s.state == DIVERGED for s in side} for side in (self.ours, self.theirs)
     )
     if (ours, theirs) == ({True}, {False}):
       return 'more'
@@ -196,17 +196,15 @@ def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
 
 def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
   """Returns one arm by one measure."""
-  outcomes = tuple(
-      outcome(analysis, run, measure) for run in analysis.runs[arm]
-  )
-  counted = [o for o in outcomes if o.state != DIVERGED]
+  scores = tuple(score(analysis, run, measure) for run in analysis.runs[arm])
+  counted = [s for s in scores if s.state != DIVERGED]
   estimate = None
-  if counted and all(o.state == MEASURED for o in counted):
-    estimate = statistics.mean_over_retrains([o.value for o in counted])
-  return Cell(outcomes, estimate)
+  if counted and all(s.state == MEASURED for s in counted):
+    estimate = statistics.mean_over_retrains([s.value for s in counted])
+  return Cell(scores, estimate)
 
 
-def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
+def score(analysis: Analysis, run: Run, measure: str) -> Score:
   """Returns one run by one measure.
 
   Raises:
@@ -217,7 +215,7 @@ def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
         f'No measure {measure!r}; there are {", ".join(MEASURES)}.'
     )
   if diverged_at(run) is not None:
-    return Outcome(run.seed, np.nan, DIVERGED)
+    return Score(run.seed, np.nan, DIVERGED)
   if MEASURES[measure].ratio:
     return _to_target(analysis, run, measure)
   values_N = {
@@ -228,18 +226,18 @@ def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
       measure, ()
   )  # Churn is no number of one run.
   if not len(values_N):
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   value = values_N.min() if measure == 'best_loss' else values_N[-1]
   state = ABSENT if np.isnan(value) else MEASURED
-  return Outcome(run.seed, float(value), state)
+  return Score(run.seed, float(value), state)
 
 
-def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
+def _to_target(analysis: Analysis, run: Run, measure: str) -> Score:
   target = analysis.targets.get(run.seed)
   if target is None:
-    return Outcome(run.seed, np.nan, NO_TARGET)
+    return Score(run.seed, np.nan, NO_TARGET)
   if not len(run.loss_N):
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   costs_N, prior = {
       'steps_to_target': (run.steps_N, 0.0),
       'total_steps_to_target': (run.steps_N, run.prior_steps),
@@ -248,13 +246,13 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
   costs_N = costs_N + prior
   reached = np.flatnonzero(smooth(run.loss_N, analysis.window) <= target)
   if not len(reached):
-    return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
+    return Score(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
   at = reached[0]
   value = float(costs_N[at])
   if np.isnan(value):  # Of FLOPs that are not on record.
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   before = float(costs_N[at - 1]) if at else prior
-  return Outcome(run.seed, value, MEASURED, resolution=value - before)
+  return Score(run.seed, value, MEASURED, resolution=value - before)
 
 
 # --- Effects -----------------------------------------------------------------
@@ -262,14 +260,14 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
 
 def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
   """Compares one arm with another over the seeds that both have."""
-  ours = {o.seed: o for o in cell(analysis, arm, measure).outcomes}
-  theirs = {o.seed: o for o in cell(analysis, against, measure).outcomes}
+  ours = {s.seed: s for s in cell(analysis, arm, measure).scores}
+  theirs = {s.seed: s for s in cell(analysis, against, measure).scores}
   seeds = sorted(ours.keys() & theirs.keys())
-  pairs = [(ours[s], theirs[s]) for s in seeds]
+  pairs = [(ours[seed], theirs[seed]) for seed in seeds]
   counted = [p for p in pairs if DIVERGED not in (p[0].state, p[1].state)]
   ratio = MEASURES[measure].ratio
   sides = (tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
-  if not counted or any(o.state != MEASURED for p in counted for o in p):
+  if not counted or any(s.state != MEASURED for p in counted for s in p):
     return Effect(ratio, *sides, None)
   values = np.array([[a.value, b.value] for a, b in counted])
   estimate = (
@@ -277,7 +275,7 @@ def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
       if ratio
       else statistics.mean_over_retrains(values[:, 0] - values[:, 1])
   )
-  resolution = max(o.resolution for p in counted for o in p)
+  resolution = max(s.resolution for p in counted for s in p)
   return Effect(ratio, *sides, estimate, *values.mean(0).tolist(), resolution)
 
 

@@ -308,7 +308,7 @@ def point(
   cell = analysis.cell(found, arm.name, measure)
   if cell.estimate is not None:
     return cell.estimate.mean, cell.estimate
-  seen = [x for o in cell.outcomes for x in (o.value, o.at_least)]
+  seen = [x for s in cell.scores for x in (s.value, s.at_least)]
   return max((x for x in seen if np.isfinite(x)), default=np.nan), None
 
 

@@ -25,7 +25,6 @@ from experiments import cli
 from experiments.studies import (
     churn_results,
     plan,
-    prediction_files,
     retrains,
     side_by_side,
 )
@@ -165,6 +164,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _compare_files() -> None:
+  from experiments.studies import churn_page, prediction_files
+
   columns = prediction_files.Columns(
       tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
   )
@@ -172,8 +173,6 @@ def _compare_files() -> None:
   rows, pairs, examples = prediction_files.compare(
       named, columns, _LABELS.value
   )
-  from experiments.studies import churn_page
-
   churn_page.report_files(
       rows,
       pairs=pairs,

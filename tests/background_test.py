@@ -11,9 +11,9 @@ from waits import PATIENCE, until
 
 from codistill_jax.storage.background import (
     BackgroundWriter,
+    Mutex,
     Patience,
     Troubles,
-    Turns,
 )
 
 # Tries again at once; gives up nothing by itself.
@@ -322,11 +322,11 @@ def test_an_error_of_what_was_given_up_is_dropped(disk, writer):
   one.raise_failure()
 
 
-def test_turns_are_taken_one_after_another_but_not_for_ever():
-  turns, inside = Turns(Patience(turn=0.05)), []
-  with turns.turn(), turns.turn():  # After a moment: the other one hangs.
+def test_a_mutex_is_held_by_one_after_another_but_not_for_ever():
+  mutex, inside = Mutex(Patience(turn=0.05)), []
+  with mutex.held(), mutex.held():  # After a moment: the other one hangs.
     inside.append(1)
-  with turns.turn():
+  with mutex.held():
     inside.append(2)
   assert inside == [1, 2]
 

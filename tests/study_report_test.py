@@ -127,7 +127,7 @@ def test_the_study_reads_back_as_analysed(written):
   found = analysis.analyse(study, runs)
   for row in rows:
     cell = analysis.cell(found, row['arm'], row['measure'])
-    assert int(row['seeds']) == len(cell.outcomes)
+    assert int(row['seeds']) == len(cell.scores)
     assert int(row['diverged']) == cell.count('diverged')
     if cell.estimate is None:
       assert row['mean'] == row['low'] == ''

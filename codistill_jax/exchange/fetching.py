@@ -22,7 +22,7 @@ from codistill_jax.exchange.publications import Slot
 from codistill_jax.exchange.stores import Store
 from codistill_jax.exchange.teaching import Swap, Teaching
 from codistill_jax.storage import checkpoints
-from codistill_jax.storage.background import Patience, Troubles, Worker
+from codistill_jax.storage.background import DaemonExecutor, Patience, Troubles
 
 AT_ONCE = 4  # Peers whose variables the host holds at a time.
 _ABSENT = -1  # In place of a step, where processes agree on steps.
@@ -164,9 +164,9 @@ class Means(NamedTuple):
   waiting: Waiting
   patience: Patience
 
-  def worker(self) -> Worker | Inline:
+  def worker(self) -> DaemonExecutor | Inline:
     """Returns what reads beside training, if there is something to wait for."""
-    return Inline() if self.store.at_hand else Worker('fetch')
+    return Inline() if self.store.at_hand else DaemonExecutor('fetch')
 
 
 class Fetching(Protocol):

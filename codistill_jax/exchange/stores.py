@@ -24,9 +24,9 @@ from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     BackgroundWriter,
+    Mutex,
     Patience,
     Troubles,
-    Turns,
 )
 
 RESTART_FILE = 'restart_step.json'
@@ -241,7 +241,7 @@ class DirectoryStore(Store):
     self._spare: Variables | None = None
     # Beside training there is one copy of variables at a time, on its way out
     # or in.
-    self.turn = Turns(patience).turn
+    self.turn = Mutex(patience).held
     # In lockstep peers wait for every one, so a disk that is slower than the
     # interval holds training up; else only the newest one counts.
     self._all_needed = plan.mode == 'lockstep' and not mirrored

@@ -73,6 +73,10 @@ class Patience:
 DEFAULT_PATIENCE = Patience()
 
 
+class Interrupted(RuntimeError):
+  """A wait was given up because the process was asked to stop."""
+
+
 class Trouble(NamedTuple):
   """A failure that lasts.
 
@@ -420,7 +424,7 @@ class BackgroundWriter:
 _Task = tuple[concurrent.futures.Future, Callable[..., Any], tuple]
 
 
-class Worker:
+class DaemonExecutor:
   """Runs what is submitted, in order, in a daemon thread."""
 
   def __init__(self, name: str):
@@ -455,15 +459,15 @@ class Worker:
       del task, future, function, args
 
 
-class Turns:
-  """Lets threads hold large copies one after another; unless one hangs."""
+class Mutex:
+  """Lets threads hold large copies one after another, unless one hangs."""
 
   def __init__(self, patience: Patience = DEFAULT_PATIENCE):
     self._lock = threading.Lock()
     self._seconds = patience.turn
 
   @contextlib.contextmanager
-  def turn(self) -> Iterator[None]:
+  def held(self) -> Iterator[None]:
     """Waits for the others, but not for ever: a dead disk must not halt all."""
     mine = self._lock.acquire(timeout=self._seconds)
     try:

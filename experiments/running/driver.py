@@ -22,13 +22,12 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import (
     Exchange,
-    Interrupted,
     check_finite,
 )
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.background import BackgroundWriter
+from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import cli
 from experiments.cli import Stopped
@@ -303,7 +302,7 @@ def _stopping_in_time(job: Job) -> Iterator[None]:
   """Ends the run as any stop does if a wait for a lease is given up."""
   try:
     yield
-  except leases.Interrupted:
+  except Interrupted:
     raise Stopped(cli.STOPPED, job.stop.signal_number) from None
 
 

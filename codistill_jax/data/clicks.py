@@ -25,7 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import criteo, examples, flights, order
+from codistill_jax.data import (
+    criteo,
+    examples,
+    flights,
+    order,
+    prepared_files,
+)
 
 CATEGORIES = ('hash', 'vocabulary')
 
@@ -165,18 +171,18 @@ def criteo_task(
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
       seed=seed,
-      labels=data['train'].labels,
+      labels=lambda: (rows[:, 0] for rows in data['train'].blocks()),
       max_eval_examples=max_eval_examples,
       example_name='click',
       description='Criteo',
   )
 
 
-def read_mapped(data: criteo.RowData, encoder: Encoder) -> Read:
+def read_mapped(data: prepared_files.Stack, encoder: Encoder) -> Read:
   """Returns the reader of rows on disk, which makes features of them."""
 
   def read(rows_B: np.ndarray) -> base.Batch:
-    found = data.gather(rows_B)
+    found = data.take(rows_B)
     integers = found[:, 1 : 1 + criteo.NUM_INTEGERS].view(np.int32)
     categories = found[:, 1 + criteo.NUM_INTEGERS :]
     return {

@@ -34,7 +34,6 @@ from etils import epath
 from codistill_jax.data import paragraph_ids as ids_lib
 from codistill_jax.data import records as records_lib
 from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
-from codistill_jax.data.wet import wet_records
 
 # Longer ones are no text that a language model should see (a dump of a data
 # base, one line of 100 MB), and would have to be held in memory.
@@ -45,7 +44,7 @@ _SPLITTERS = {
     'text': records_lib.text_blocks,
     'files': records_lib.whole_file,
     'jsonl': records_lib.json_lines,
-    'wet': wet_records,
+    'wet': records_lib.wet_pages,
 }
 
 # A file -> its raw records.

@@ -12,6 +12,15 @@ id are the same on every machine:
   the training split has less than `min_count` times, so also one that it never
   has; each of the others has an id of its own.
 
+Arguments of both:
+  categories: 'hash' or 'vocabulary'.
+  buckets: Of 'hash': ids of each column, or one number for all.
+  min_count: Of 'vocabulary'.
+  partition: 'shared' or 'disjoint': how groups divide the examples.
+  seed: Of the order of examples and of the partition.
+Both raise FileNotFoundError or ValueError where data, a package or an argument
+cannot be used.
+
 Shape suffixes: B examples of a batch, I dense columns, K categorical columns, N
 rows of a data set.
 """
@@ -72,17 +81,9 @@ def flights_task(
 
   Args:
     label: Which delay counts: 'either', 'departure' or 'arrival'.
-    categories: 'vocabulary' or 'hash'; see above.
-    min_count: Of 'vocabulary': rarer values share an id.
-    buckets: Of 'hash': ids of each column, or one number for all.
-    partition: 'shared' or 'disjoint': how groups divide the flights.
-    seed: Of the order of flights and of the partition.
     validation_fraction: Share of the validation split.
     test_fraction: Share of the test split.
-    split_seed: Of the choice of the splits.
-
-  Raises:
-    ValueError: If an argument is out of range or the package is missing.
+    split_seed: Of the choice of the splits. Others: as above.
   """
   data = flights.read_flights(label)
   size = len(data.labels_N)
@@ -134,16 +135,8 @@ def criteo_task(
 
   Args:
     data_dir: What `prepare_clicks` wrote.
-    categories: 'hash' or 'vocabulary'; see above.
-    buckets: Of 'hash': ids of each column, or one number for all.
-    min_count: Of 'vocabulary': values that the training split has less often
-      share an id.
-    partition: 'shared' or 'disjoint': how groups divide the rows.
-    seed: Of the order of rows and of the partition.
     max_eval_examples: Evaluate on the first so many rows of a split; None: all.
-
-  Raises:
-    FileNotFoundError, ValueError: If the data cannot be used.
+      Others: as above.
   """
   data = {s: criteo.open_rows(data_dir, s) for s in criteo.SPLITS}
   for name in ('train', 'validation'):
@@ -304,16 +297,8 @@ def make_encoder(
 ) -> Encoder:
   """Returns the encoder of a task.
 
-  Args:
-    categories: 'hash' or 'vocabulary'.
-    num_columns: K.
-    buckets: Of 'hash': for each column, or one number for all.
-    min_count: Of 'vocabulary'.
-    counts: The values of column k in the training split, and how often each
-      occurs; called for 'vocabulary' only.
-
-  Raises:
-    ValueError: If an argument is out of range.
+  `counts(k)` gives the values of column k in the training split, and how often
+  each occurs; it is called for 'vocabulary' only. Others: as above.
   """
   if categories == 'hash':
     if isinstance(buckets, int):

@@ -70,14 +70,9 @@ def prepare_clicks(
     output: Directory of the data; made if missing.
     source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
     split: 'time' or 'hash'; see the head of this file.
-    validation_fraction: Share of the lines in the validation split.
-    test_fraction: Share of the lines in the test split.
-    seed: Of the split by hash.
-    max_lines: Stop after so many lines of the source; None: all.
-    shard_lines: Lines of a shard, all splits together.
-    source_checksums: See `prepare.run`.
-    workers: See `prepare.run`.
-    report: Takes a line about what goes on.
+    source_checksums: --checksums.
+    report: Takes a line about what goes on. All others: as the flags of the
+      same names of `experiments.prepare_clicks`.
 
   Returns, raises: As `prepare.run`.
   """

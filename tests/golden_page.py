@@ -10,7 +10,7 @@ import re
 import pytest
 
 HOME = pathlib.Path(__file__).parent / 'golden'
-_NUMBER = re.compile(r'\d[\d,]*(?:\.\d+)?(?:e-?\d+)?')
+_NUMBER = re.compile(r'(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?')
 
 
 def check(page: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """Pages that are looked at as a whole: words are exact, numbers nearly so.
 
-`GOLDEN_WRITE=1 python -m pytest tests/study_report_test.py` writes them anew.
+`GOLDEN_WRITE=1 python -m pytest tests/study_page_test.py` writes them anew.
 """
 
 import os

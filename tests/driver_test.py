@@ -640,6 +640,8 @@ def test_processes_of_a_group_stop_at_one_record(make_job):
   agreement = base.Agreement(True, lambda x: x, all_true)
   with pytest.raises(cli.Stopped, match='saved at step 6'):
     run(make_job(agreement=agreement))
+  # An evaluation is due there, which the others would wait for.
+  assert not [r for r in records_of(make_job()) if 'eval/loss' in r]
   assert asked == [True] * 4  # At the end they meet, before any leaves.
 
 

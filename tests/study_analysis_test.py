@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.studies import analysis, results, verdicts
-from experiments.studies.results import Run
+from experiments.studies import analysis, verdicts
+from experiments.studies.analysis import Run
 
 
 def analyse(*groups_of_runs, **kwargs):
@@ -55,7 +55,7 @@ def test_each_seed_has_its_own_target():
 
 
 def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
-  got = results.smooth(np.array([6.0, 4, 2, 0]), 3)
+  got = analysis.smooth(np.array([6.0, 4, 2, 0]), 3)
   np.testing.assert_allclose(got, [6, 5, 4, 2])
   spike_N = np.full(20, 4.0)
   spike_N[10] = 1.0  # A lucky evaluation is no target.
@@ -104,7 +104,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_means(arm):
 
 
 def test_a_loss_that_is_not_finite_is_divergence_too():
-  assert results.diverged_at(by_hand('two', [5, np.nan, 4])) == 20
+  assert analysis.diverged_at(by_hand('two', [5, np.nan, 4])) == 20
 
 
 def test_a_baseline_that_diverged_gives_no_target():

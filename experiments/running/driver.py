@@ -1,4 +1,4 @@
-"""Everything around the loop of one group: resume, log, evaluate, save, stop.
+"""The training driver of one group: resumes, logs, evaluates, saves, stops.
 
 Shared by the binaries that train. `run_group` writes nothing; this does.
 """
@@ -36,7 +36,7 @@ from experiments.running.watch import Efficiency, Watch
 
 
 class Start(NamedTuple):
-  """What a group begins with.
+  """The start of a group.
 
   Attributes:
     state: Before the first update, in numpy.
@@ -279,7 +279,7 @@ class _Keeper:
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:
-  """All processes of a group stop at the same step, or they would hang."""
+  """Returns whether to stop: all processes at one step, or they would hang."""
   asked = job.stop()
   if job.agreement is ALONE:
     return asked
@@ -299,7 +299,7 @@ def _stopped(job: Job, step: int) -> Stopped:
 
 @contextlib.contextmanager
 def _stopping_in_time(job: Job) -> Iterator[None]:
-  """A wait for a lease that is given up ends the run as any stop does."""
+  """Ends the run as any stop does if a wait for a lease is given up."""
   try:
     yield
   except Interrupted:
@@ -307,7 +307,7 @@ def _stopping_in_time(job: Job) -> Iterator[None]:
 
 
 class _NoLease:
-  """Of a process that writes nothing."""
+  """The lease of a process that writes nothing."""
 
   def check(self) -> None:
     pass
@@ -390,7 +390,7 @@ def _restore(
 def _evaluate_what_was_missed(
     job: Job, watch: Watch, state: TrainState
 ) -> bool:
-  """A run that was stopped where an evaluation was due makes up for it.
+  """Evaluates if the run was stopped where an evaluation was due.
 
   Returns:
     False if it was stopped again meanwhile.

@@ -10,6 +10,7 @@ The rules, the same for all arms and said on every page by `study_page`:
 Shape suffix: N evaluations of a run.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,16 +18,55 @@ import numpy as np
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from experiments.studies import results
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band, Run, diverged_at, smooth
 
-# Of one run by one measure.
+# Of a run by a measure.
 MEASURED = 'measured'
 NOT_REACHED = 'not reached'
 DIVERGED = 'diverged'
 NO_TARGET = 'no target'
 ABSENT = 'not measured'
+
+_WINDOW = 3  # Evaluations that a loss is averaged over, ...
+_FEW = 12  # ... unless the baseline has fewer than these.
+
+
+class Run(NamedTuple):
+  """One training of one arm, or what an ensemble of its groups would do.
+
+  Attributes:
+    arm: Its name.
+    seed: Its seed; runs of one seed in different arms see the same data order.
+    rate: Learning rate.
+    tuning: Whether it was only there to choose the rate.
+    steps_N: Updates done at each evaluation, of each group.
+    loss_N: Validation loss in nats, the mean over groups.
+    accuracy_N: Validation accuracy; empty for a task without it.
+    examples_per_step: Of all groups together.
+    flops_N: FLOPs spent until each evaluation, by all groups, with teachers.
+    bytes_N: Bytes that one worker or group has received until then.
+    prior_steps: Steps that had to be done before the first one: of teachers
+      that were trained before, all of them together.
+    prior_flops: Their FLOPs.
+    diverged_at: The step at which loss or gradient were no longer finite; the
+      run ends there. None if that did not happen.
+    seconds: Wall time of the training, on the machine that it ran on.
+  """
+
+  arm: str
+  seed: int
+  rate: float
+  tuning: bool
+  steps_N: np.ndarray
+  loss_N: np.ndarray
+  accuracy_N: np.ndarray
+  examples_per_step: float
+  flops_N: np.ndarray
+  bytes_N: np.ndarray
+  prior_steps: float = 0.0
+  prior_flops: float = 0.0
+  diverged_at: int | None = None
+  seconds: float = float('nan')
 
 
 class Score(NamedTuple):
@@ -145,7 +185,7 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
   baseline = final.get(study.baseline, ())
-  window = results.window_of(baseline)
+  window = _window_of(baseline)
   targets = {
       run.seed: float(smooth(run.loss_N, window).min())
       for run in baseline
@@ -186,12 +226,72 @@ def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
   }
 
 
+# --- Curves ------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+  """A curve over seeds: mean and range at the evaluations that all have."""
+
+  x_N: np.ndarray
+  mean_N: np.ndarray
+  low_N: np.ndarray
+  high_N: np.ndarray
+
+
+def _window_of(baseline: Sequence[Run]) -> int:
+  """Returns k: 3, or 1 where the baseline has fewer than 12 evaluations."""
+  counts = [len(r.loss_N) for r in baseline if diverged_at(r) is None]
+  return _WINDOW if counts and min(counts) >= _FEW else 1
+
+
+def smooth(values_N: np.ndarray, window: int) -> np.ndarray:
+  """Returns trailing means over `window` evaluations, fewer at the start."""
+  values_N = np.asarray(values_N, np.float64)
+  starts = [max(0, i - window + 1) for i in range(len(values_N))]
+  return np.array([values_N[s : i + 1].mean() for i, s in enumerate(starts)])
+
+
+def diverged_at(run: Run) -> int | None:
+  """Returns the step of divergence, also if only an evaluation shows it."""
+  if run.diverged_at is not None:
+    return run.diverged_at
+  bad = np.flatnonzero(~np.isfinite(run.loss_N))
+  return int(run.steps_N[bad[0]]) if len(bad) else None
+
+
 def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
-  """Returns a smoothed curve of an arm over seeds; see `results.band`."""
-  return results.band(analysis.runs[arm], analysis.window, x, y)
+  """Returns a smoothed curve of an arm over the seeds that did not diverge.
+
+  Args:
+    analysis: The runs.
+    arm: Its name.
+    x: 'steps', 'flops' (with those of the teachers before) or 'bytes'.
+    y: 'loss' or 'accuracy'.
+
+  Returns:
+    None if no run has such values, or they share no evaluation.
+  """
+  runs = [
+      run
+      for run in analysis.runs[arm]
+      if diverged_at(run) is None and len(getattr(run, f'{y}_N'))
+  ]
+  if not runs:
+    return None
+  steps = functools.reduce(np.intersect1d, [r.steps_N for r in runs])
+  if not len(steps):
+    return None
+  at = [np.searchsorted(r.steps_N, steps) for r in runs]
+  ys = [
+      smooth(getattr(r, f'{y}_N'), analysis.window)[i] for r, i in zip(runs, at)
+  ]
+  before = [r.prior_flops if x == 'flops' else 0.0 for r in runs]
+  xs = [getattr(r, f'{x}_N')[i] + b for r, i, b in zip(runs, at, before)]
+  mean, low, high = (f(ys, axis=0) for f in (np.mean, np.min, np.max))
+  return Band(np.mean(xs, axis=0), mean, low, high)
 
 
-# --- Outcomes ----------------------------------------------------------------
+# --- Scores ------------------------------------------------------------------
 
 
 def cell(analysis: Analysis, arm: str, measure: str) -> Cell:

@@ -24,7 +24,6 @@ from experiments.reports.pages import (
 )
 from experiments.studies import (
     analysis,
-    results,
     verdicts,
     wall_time,
     words,
@@ -34,12 +33,13 @@ from experiments.studies.analysis import (
     MEASURED,
     NOT_REACHED,
     Analysis,
+    Band,
     Cell,
+    Run,
     Score,
 )
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.latency import Latency
-from experiments.studies.results import Band, Run
 from experiments.studies.verdicts import Verdict
 from experiments.studies.words import count, sentence_start
 
@@ -181,7 +181,7 @@ def _divergences(found: Analysis) -> list[str]:
   lines = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
-    at = [results.diverged_at(run) for run in runs]
+    at = [analysis.diverged_at(run) for run in runs]
     steps = [f'{step:,}' for step in at if step is not None]
     if steps:
       rest = '; its means are of the others' if len(steps) < len(runs) else ''

@@ -19,11 +19,10 @@ from matplotlib.ticker import (
 from codistill_jax.statistics import Estimate
 from experiments.reports import plots
 from experiments.reports.pages import Plot
-from experiments.studies import analysis, results, retrains, words
-from experiments.studies.analysis import Analysis
+from experiments.studies import analysis, retrains, words
+from experiments.studies.analysis import Analysis, Band
 from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band
 from experiments.studies.wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
@@ -187,7 +186,7 @@ def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
   at_the_top = ax.get_xaxis_transform()
   for name, runs in found.runs.items():
     style = {'color': styles[name]['color'], 'ms': 6, 'mew': 1.6}
-    for step in map(results.diverged_at, runs):
+    for step in map(analysis.diverged_at, runs):
       if step is not None:
         ax.plot([step], [0.97], 'x', transform=at_the_top, **style)
 

@@ -4,6 +4,8 @@ The flags must be in the environment before jax is imported, by this process
 and by the processes that tests start.
 """
 
+import ctypes
+import gc
 import os
 import sys
 import tempfile
@@ -24,6 +26,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import hypothesis
 import jax
+import psutil
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -38,6 +41,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile('suite')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def memory_is_given_back():
+  """What a module compiled and freed would add up to gigabytes."""
+  yield
+  gc.collect()
+  if psutil.Process().memory_info().rss > 700e6:
+    jax.clear_caches()
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope='session')

@@ -17,10 +17,10 @@ import toy
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange.kinds import Checkpoints
-from codistill_jax.exchange.plan import Interrupted, NoExchange
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases
-from codistill_jax.storage.background import Patience
+from codistill_jax.storage.background import Interrupted, Patience
 from experiments import cli
 from experiments.running import devices, driver, watch
 from experiments.running import job as job_lib
@@ -514,7 +514,7 @@ def test_a_lost_lease_ends_the_run_without_saving(make_job, lease):
 def test_a_stop_while_waiting_for_a_lease(make_job, monkeypatch):
   def acquire(*unused, interrupted, **others):
     assert interrupted()
-    raise leases.Interrupted()
+    raise Interrupted()
 
   monkeypatch.setattr(leases, 'acquire', acquire)
   with pytest.raises(cli.Stopped) as e:
@@ -640,6 +640,8 @@ def test_processes_of_a_group_stop_at_one_record(make_job):
   agreement = base.Agreement(True, lambda x: x, all_true)
   with pytest.raises(cli.Stopped, match='saved at step 6'):
     run(make_job(agreement=agreement))
+  # An evaluation is due there, which the others would wait for.
+  assert not [r for r in records_of(make_job()) if 'eval/loss' in r]
   assert asked == [True] * 4  # At the end they meet, before any leaves.
 
 

@@ -23,13 +23,14 @@ from exchange_kit import join as join
 from exchange_kit import publish as publish_in
 from waits import PATIENCE
 
-from codistill_jax.exchange.plan import Interrupted, StaleError, Waiting
+from codistill_jax.exchange.plan import StaleError, Waiting
 from codistill_jax.exchange.store_exchange import (
     CheckpointExchange,
     memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.group import run_group
+from codistill_jax.storage.background import Interrupted
 
 STORES = ('memory', 'directory')
 MODES = ('freshest', 'lockstep')

@@ -1,4 +1,4 @@
-"""Everything around the loop of one group: resume, log, evaluate, save, stop.
+"""The training driver of one group: resumes, logs, evaluates, saves, stops.
 
 Shared by the binaries that train. `run_group` writes nothing; this does.
 """
@@ -22,13 +22,12 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import (
     Exchange,
-    Interrupted,
     check_finite,
 )
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.background import BackgroundWriter
+from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import cli
 from experiments.cli import Stopped
@@ -37,7 +36,7 @@ from experiments.running.watch import Efficiency, Watch
 
 
 class Start(NamedTuple):
-  """What a group begins with.
+  """The start of a group.
 
   Attributes:
     state: Before the first update, in numpy.
@@ -280,7 +279,7 @@ class _Keeper:
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:
-  """All processes of a group stop at the same step, or they would hang."""
+  """Returns whether to stop: all processes at one step, or they would hang."""
   asked = job.stop()
   if job.agreement is ALONE:
     return asked
@@ -300,15 +299,15 @@ def _stopped(job: Job, step: int) -> Stopped:
 
 @contextlib.contextmanager
 def _stopping_in_time(job: Job) -> Iterator[None]:
-  """A wait for a lease that is given up ends the run as any stop does."""
+  """Ends the run as any stop does if a wait for a lease is given up."""
   try:
     yield
-  except leases.Interrupted:
+  except Interrupted:
     raise Stopped(cli.STOPPED, job.stop.signal_number) from None
 
 
 class _NoLease:
-  """Of a process that writes nothing."""
+  """The lease of a process that writes nothing."""
 
   def check(self) -> None:
     pass
@@ -330,14 +329,10 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
 
 def _claim(job: Job, result: StepResult) -> bool:
   """Claims the run directory; returns false if its disk fails."""
-  doing = 'writing run.json'
-  try:
+  with job.troubles.noted('writing run.json'):
     claim_workdir(job, result.state)
-  except OSError as e:
-    job.troubles.failed(doing, e)
-    return False
-  job.troubles.worked(doing)
-  return True
+    return True
+  return False
 
 
 def _write_done(job: Job) -> None:
@@ -354,8 +349,7 @@ def _write_done(job: Job) -> None:
       patience=job.patience,
   )
   writer.put(job.experiment.num_steps, b'')
-  written = writer.wait(0.0 if job.stop() else None)
-  unwritten = None if written else writer.give_up()
+  unwritten = writer.finish(0.0 if job.stop() else None)
   writer.close()
   if unwritten is not None:
     raise TimeoutError(
@@ -396,7 +390,7 @@ def _restore(
 def _evaluate_what_was_missed(
     job: Job, watch: Watch, state: TrainState
 ) -> bool:
-  """A run that was stopped where an evaluation was due makes up for it.
+  """Evaluates if the run was stopped where an evaluation was due.
 
   Returns:
     False if it was stopped again meanwhile.

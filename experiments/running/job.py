@@ -1,4 +1,4 @@
-"""One group of one run: its configuration, and what run.json says of it."""
+"""Jobs: one group of one run, its configuration and its run.json."""
 
 import dataclasses
 import os

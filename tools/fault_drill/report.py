@@ -1,4 +1,4 @@
-"""What a drill came to: as JSON, and as text."""
+"""The result of a drill, as JSON and as text."""
 
 import collections
 import statistics

@@ -155,8 +155,14 @@ UNKNOWN = {'rate': float('nan'), 'flops_N': np.full(20, np.nan)}
             'cannot be said (these runs do not measure it)',
             'no number: cannot be said',
         ),
+        (
+            [toy.run(tuning=True, rate=r) for r in (0.001, 0.002)],
+            'steps_to_target',
+            'cannot be said (no seed',
+            'not trained',
+        ),
     ],
-    ids=['one evaluation', 'all diverged', 'no FLOPs on record'],
+    ids=['one evaluation', 'all diverged', 'no FLOPs on record', 'tuning only'],
 )
 def test_a_study_with_little_to_say_has_a_page(
     tmp_path, runs, measure, words, said

@@ -172,6 +172,11 @@ class Analysis(NamedTuple):
     """The arms that have runs."""
     return [arm for arm in self.study.arms if self.runs[arm.name]]
 
+  @property
+  def all_runs(self) -> list[Run]:
+    """Those of all arms."""
+    return [run for runs in self.runs.values() for run in runs]
+
 
 def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   """Sorts runs and finds the targets.

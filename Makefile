@@ -59,7 +59,7 @@ lint: .venv/test
 	.venv/bin/pyink --check --quiet .
 
 test: lint
-	$(RUN) pytest -n 2
+	$(RUN) pytest -n 2 --dist loadfile
 
 # PyTorch, which nothing else needs.
 .venv/bench: .venv/demo

@@ -78,12 +78,12 @@ def parse_flags() -> None:
 
 
 def flag_values() -> tuple[list[str], list[str]]:
-  """The files and bindings given by flags, for `parse`."""
+  """Returns the files and bindings given by flags, for `parse`."""
   return list(_GIN_FILE.value), list(_GIN.value)
 
 
 def flag_arguments() -> list[str]:
-  """The gin flags of this process, to start another one alike."""
+  """Returns the gin flags of this process, to start another one alike."""
   return [f'--gin_file={f}' for f in _GIN_FILE.value] + [
       f'--gin={b}' for b in _GIN.value
   ]
@@ -124,7 +124,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
 
 
 def _is_whole(parsed: Any) -> bool:
-  """Whether a file, by an include of base.gin, binds a whole experiment.
+  """Returns whether a file, by including base.gin, binds a whole experiment.
 
   Before such a file an ablation would act nowhere, and as what it binds was in
   use until then, that would not be noticed as a dead binding.
@@ -136,7 +136,7 @@ def _is_whole(parsed: Any) -> bool:
 def _bound_by(
     bindings: Sequence[str],
 ) -> Iterator[config_parser.BindingStatement]:
-  """The statements of the configuration that `--gin` makes."""
+  """Yields the statements of the configuration that `--gin` makes."""
   typed = [s for binding in bindings for s in _bindings(binding)]
   for statement in _bindings(gin.config_str()):
     for s in typed:
@@ -156,7 +156,7 @@ def _find(file: str) -> pathlib.Path:
 
 
 def headline(file: str) -> str:
-  """What a gin file says it is for: the comment that it opens with."""
+  """Returns the comment that a gin file opens with: what it is for."""
   lines = itertools.takewhile(
       lambda line: line.startswith('#'),
       _find(file).read_text().splitlines(),
@@ -230,12 +230,12 @@ def _one_line_errors(where: str) -> Iterator[None]:
 
 
 def configuration() -> list[str]:
-  """The bindings made, one normalised statement each, for comparison."""
+  """Returns the bindings, one normalised statement each, for comparison."""
   return sorted(_text(s) for s in _bindings(gin.config_str()))
 
 
 class Configuration(NamedTuple):
-  """What a process is configured to do.
+  """The configuration of a run.
 
   Attributes:
     bindings: As of `configuration`.
@@ -252,7 +252,7 @@ def current() -> Configuration:
 
 
 def operative_configuration() -> str:
-  """All parameters in force, defaults included; complete after a first step."""
+  """Returns all parameters in force, with defaults; complete after a step."""
   return gin.operative_config_str()
 
 
@@ -303,7 +303,7 @@ def _no_longer_referenced(
 def _references(
     statements: Iterable[config_parser.BindingStatement],
 ) -> set[str]:
-  """Selectors, without scopes, of the @references in the values."""
+  """Returns selectors, without scopes, of the @references in the values."""
   found = set()
   for statement in statements:
     references = re.findall(r'@([\w./]+)', str(statement.value))

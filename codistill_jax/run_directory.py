@@ -35,6 +35,7 @@ from etils import epath
 from codistill_jax.storage.files import (
     PathLike,
     decode_numbers,
+    names,
     read_json,
     write_json,
 )
@@ -128,29 +129,14 @@ def list_groups(workdir: PathLike) -> list[int]:
 
 
 def _numbered(directory: epath.Path, pattern: str) -> list[int]:
-  try:
-    names = [entry.name for entry in directory.iterdir()]
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-  return [int(m[1]) for m in (re.fullmatch(pattern, n) for n in names) if m]
+  found = (re.fullmatch(pattern, name) for name in names(directory))
+  return [int(match[1]) for match in found if match]
 
 
 # --- Checkpoints and publications, without orbax -----------------------------
 
 
-class SavedStep(NamedTuple):
-  """A finished checkpoint or publication.
-
-  Attributes:
-    step: The step it was saved at.
-    time: When it was finished, Unix seconds.
-  """
-
-  step: int
-  time: float
-
-
-def newest_saved(directory: PathLike) -> SavedStep | None:
+def newest_saved(directory: PathLike) -> int | None:
   """Returns the newest finished step under a directory of steps, or None.
 
   A step counts once `commit_success.txt` is in it, which orbax writes last; a
@@ -159,10 +145,10 @@ def newest_saved(directory: PathLike) -> SavedStep | None:
   directory = epath.Path(directory)
   for step in sorted(_numbered(directory, r'(\d+)'), reverse=True):
     try:
-      stat = (directory / str(step) / 'commit_success.txt').stat()
+      (directory / str(step) / 'commit_success.txt').stat()
     except (FileNotFoundError, NotADirectoryError):
       continue
-    return SavedStep(step, float(stat.mtime))
+    return step
   return None
 
 

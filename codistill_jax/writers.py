@@ -141,8 +141,7 @@ class _Appender:
     Raises:
       TimeoutError: If pieces are left that could not be written.
     """
-    written = self._writer.wait(2 * self._patience.retry)
-    unwritten = None if written else self._writer.give_up()
+    unwritten = self._writer.finish(2 * self._patience.retry)
     self._writer.close()
     if self._writer.finished:  # Or it hangs in a write, and so would closing.
       self._drop_file()

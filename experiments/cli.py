@@ -1,4 +1,4 @@
-"""What all binaries share: exit statuses, one-line errors, the request to stop.
+"""Command-line binaries: exit statuses, one-line errors, the request to stop.
 
   0  done
   1  a clear error on the last line; the same command would fail again

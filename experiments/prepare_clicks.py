@@ -5,7 +5,7 @@ r"""Prepares clicks: lines of Criteo's format -> rows on disk.
 
 The format is that of Kaggle's Display Advertising Challenge: a label, 13
 integers and 26 categories, separated by tabs, plain or gzip. Streaming: 45.8 M
-rows need about 0.8 GB of memory for each worker. Lines that do not fit are
+rows need about 1 GB of memory for each worker. Lines that do not fit are
 counted by reason and left out. Killed at any moment, the same command
 continues; when all is done it says so. The files do not depend on --workers.
 """
@@ -76,7 +76,7 @@ _CHECKSUMS = flags.DEFINE_string(
 _WORKERS = flags.DEFINE_integer(
     'workers',
     None,
-    'Processes that parse lines, about 0.8 GB each; with 1 it is done without'
+    'Processes that parse lines, about 1 GB each; with 1 it is done without'
     ' others. The result does not depend on it. Default: one for each core that'
     ' this process may use, at most 4, as reading is done by one.',
     lower_bound=1,

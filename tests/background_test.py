@@ -11,9 +11,10 @@ from waits import PATIENCE, until
 
 from codistill_jax.storage.background import (
     BackgroundWriter,
+    Mutex,
     Patience,
     Troubles,
-    Turns,
+    submit,
 )
 
 # Tries again at once; gives up nothing by itself.
@@ -322,11 +323,25 @@ def test_an_error_of_what_was_given_up_is_dropped(disk, writer):
   one.raise_failure()
 
 
-def test_turns_are_taken_one_after_another_but_not_for_ever():
-  turns, inside = Turns(Patience(turn=0.05)), []
-  with turns.turn(), turns.turn():  # After a moment: the other one hangs.
+@pytest.mark.parametrize('inline', [False, True])
+def test_what_is_submitted_is_a_future(inline):
+  def act(x):
+    if x < 0:
+      raise ValueError('negative')
+    return threading.current_thread(), x
+
+  thread, x = submit(act, 3, inline=inline).result(PATIENCE)
+  assert x == 3 and (thread is threading.current_thread()) == inline
+  assert inline or thread.daemon  # A hang must not hold up an exit.
+  with pytest.raises(ValueError, match='negative'):
+    submit(act, -3, inline=inline).result(PATIENCE)
+
+
+def test_a_mutex_is_held_by_one_after_another_but_not_for_ever():
+  mutex, inside = Mutex(Patience(turn=0.05)), []
+  with mutex.held(), mutex.held():  # After a moment: the other one hangs.
     inside.append(1)
-  with turns.turn():
+  with mutex.held():
     inside.append(2)
   assert inside == [1, 2]
 
@@ -370,6 +385,19 @@ def test_its_end_is_said_once_and_the_next_row_again(said):
   ]
   assert 'after 2 failures' in said()[1]
   assert troubles.now == () and troubles.failures == 4
+
+
+def test_a_block_notes_how_it_ended_and_an_error_of_the_disk_ends_only_it():
+  troubles, done = Troubles(), []
+  for error in (OSError('full'), None):
+    with troubles.noted('publishing'):
+      if error:
+        raise error
+      done.append(1)
+    assert bool(troubles.now) is bool(error)
+  assert done == [1] and troubles.failures == 1
+  with pytest.raises(ValueError), troubles.noted('publishing'):
+    raise ValueError
 
 
 def test_troubles_are_apart_and_ordered_by_age():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from etils import epath
+from remote import files_of
 from waits import PATIENCE
 
 from codistill_jax.storage import checkpoints, files
@@ -69,27 +69,6 @@ def saved(tmp_path_factory):
 def copy(saved, tmp_path):
   shutil.copytree(saved, tmp_path / 'copy')
   return tmp_path / 'copy'
-
-
-@pytest.fixture(params=['disk', 'bucket'])
-def place(request, tmp_path):
-  """Where checkpoints may lie."""
-  if request.param == 'disk':
-    return epath.Path(tmp_path)
-  request.getfixturevalue('bucket')
-  return epath.Path('s3://bucket/run/exchange')
-
-
-def files_of(directory):
-  """The files below a directory, by their path below it."""
-  found = {}
-  for name in files.names(directory):
-    path = epath.Path(directory) / name
-    if path.is_dir():
-      found |= {f'{name}/{x}': p for x, p in files_of(path).items()}
-    else:
-      found[name] = path
-  return found
 
 
 @pytest.fixture

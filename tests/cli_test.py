@@ -92,15 +92,30 @@ def test_a_log_on_a_full_disk_does_not_change_the_status(error, status):
   assert done.returncode == status
 
 
-@pytest.mark.parametrize(
-    'binary, flags, words',
-    [
-        ('train_group', ['--workdir=x', '--sede=3'], "flag 'sede'"),
-        ('train_local', ['--workdir=x', '--num_groups=two'], '--num_groups'),
-        ('evaluate', [], '--workdir'),
-    ],
-)
-def test_a_wrong_flag_is_status_1_without_a_traceback(binary, flags, words):
+# A flag that none has, a value of another kind, one out of range, one that is
+# missing, one of no use: each binary has one of them.
+BAD_FLAGS = {
+    'churn': (['--prediction=a.csv'], "flag 'prediction'"),
+    'evaluate': ([], '--workdir'),
+    'prepare_clicks': (['--output=x'], '--source is missing'),
+    'prepare_data': (['--output=x', '--vocab_size=many'], '--vocab_size'),
+    'report': ([], '--workdir'),
+    'reproduce': (['--study=nonsense'], '--study'),
+    'status': (['--workdir=x', '--every=soon'], "flag 'every'"),
+    'train_group': (['--workdir=x', '--group_id=2'], 'group_id=2'),
+    'train_local': (['--workdir=x', '--cpu_replicas=0'], '--cpu_replicas'),
+    'train_lockstep': (['--workdir=x', 'seed=3'], "unexpected argument 'seed="),
+}
+
+
+def test_every_binary_has_a_bad_flag():
+  found = (tiny_run.ROOT / 'experiments').glob('*.py')
+  assert {p.stem for p in found} - {'__init__', 'cli'} == set(BAD_FLAGS)
+
+
+@pytest.mark.parametrize('binary', BAD_FLAGS)
+def test_a_bad_flag_is_status_1_without_a_traceback(binary):
+  flags, words = BAD_FLAGS[binary]
   done = subprocess.run(
       [sys.executable, '-m', f'experiments.{binary}', *flags],
       cwd=tiny_run.ROOT,

@@ -4,6 +4,8 @@ The flags must be in the environment before jax is imported, by this process
 and by the processes that tests start.
 """
 
+import ctypes
+import gc
 import os
 import sys
 import tempfile
@@ -24,6 +26,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import hypothesis
 import jax
+import psutil
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -40,10 +43,42 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('suite')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def memory_is_given_back():
+  """What a module compiled and freed would add up to gigabytes."""
+  yield
+  gc.collect()
+  if psutil.Process().memory_info().rss > 700e6:
+    jax.clear_caches()
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(scope='session')
 def python():
   """The interpreter that subprocess tests start."""
   return sys.executable
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+  """Programs that a test has compiled are loaded by the next one."""
+  from jax.experimental.compilation_cache import compilation_cache
+
+  cache = tmp_path_factory.getbasetemp() / 'compiled'
+  values = {
+      'jax_compilation_cache_dir': str(cache),
+      'jax_persistent_cache_min_compile_time_secs': 0.0,
+      'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in values}
+  for name, value in values.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -61,3 +96,14 @@ def bucket(monkeypatch, tmp_path):
   with remote.bucket(monkeypatch) as made:
     yield made
   assert not list(tmp_path.rglob('*/*'))
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A directory where checkpoints may lie."""
+  from etils import epath
+
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  request.getfixturevalue('bucket')
+  return epath.Path('s3://bucket/run')

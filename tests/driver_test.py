@@ -17,10 +17,10 @@ import toy
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.exchange.kinds import Checkpoints
-from codistill_jax.exchange.plan import Interrupted, NoExchange
+from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.storage import checkpoints, files, leases, resume
-from codistill_jax.storage.background import Patience
+from codistill_jax.storage import checkpoints, files, leases
+from codistill_jax.storage.background import Interrupted, Patience
 from experiments import cli
 from experiments.running import devices, driver, watch
 from experiments.running import job as job_lib
@@ -89,9 +89,19 @@ def lease(request, monkeypatch):
   return lease
 
 
+QUICK = Patience(retry=0.01)
+
+
 @pytest.fixture
 def make_job(train_step, tmp_path):
-  def make(name='run', *, stop=None, agreement=base.ALONE, **kwargs):
+  def make(
+      name='run',
+      *,
+      stop=None,
+      agreement=base.ALONE,
+      patience=QUICK,
+      **kwargs,
+  ):
     return job_lib.Job(
         experiment=make_experiment(**kwargs),
         model=MODEL,
@@ -101,6 +111,7 @@ def make_job(train_step, tmp_path):
         num_groups=1,
         stop=stop or cli.StopRequest(),
         agreement=agreement,
+        patience=patience,
     )
 
   gin_utils.parse([])
@@ -414,11 +425,10 @@ def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):
 
 def test_a_disk_that_stays_full_ends_the_run_in_the_end(make_job, monkeypatch):
   failing_saves(monkeypatch, {8, 12})
-  monkeypatch.setattr(resume.ResumeCheckpoints.wait, '__defaults__', (0.2,))
   exchange = Recorder()
   steps = []
   with pytest.raises(TimeoutError, match='no space left') as e:
-    run(make_job(), exchange, steps)
+    run(make_job(patience=Patience(failing=0.2)), exchange, steps)
   assert 'goes on from step 4' in str(e.value)
   assert steps[-1] == STEPS  # Training itself went on.
   assert set(exchange.told) <= {4} and exchange.closed
@@ -428,9 +438,9 @@ def test_a_disk_that_stays_full_ends_the_run_in_the_end(make_job, monkeypatch):
 
 def test_a_stop_on_a_full_disk_says_what_is_lost(make_job, monkeypatch):
   failing_saves(monkeypatch, {6})
-  monkeypatch.setattr(resume.ResumeCheckpoints.wait, '__defaults__', (0.2,))
+  job = make_job(stop=StopAt(5), patience=Patience(failing=0.2))
   with pytest.raises(TimeoutError, match=r'step 6 .* goes on from step 4'):
-    run(make_job(stop=StopAt(5)))
+    run(job)
 
 
 def test_signs_of_life_may_fail(make_job, monkeypatch):
@@ -478,16 +488,14 @@ def test_done_is_tried_again(make_job, monkeypatch):
     original(path, data)
 
   monkeypatch.setattr(files, 'write_bytes', write)
-  monkeypatch.setattr(driver, '_DONE_PAUSE_SECONDS', 0.0)
   job = make_job()
   run(job)
   assert run_directory.done_path(job.workdir, 0).exists()
 
   run_directory.done_path(job.workdir, 0).unlink()
   tries.clear()
-  monkeypatch.setattr(driver, 'DEFAULT_PATIENCE', Patience(failing=-1.0))
   with pytest.raises(TimeoutError, match='reached its last step'):
-    run(job)
+    run(make_job(patience=Patience(retry=60.0, failing=0.0)))
 
 
 def test_a_lost_lease_ends_the_run_without_saving(make_job, lease):
@@ -504,9 +512,9 @@ def test_a_lost_lease_ends_the_run_without_saving(make_job, lease):
 
 
 def test_a_stop_while_waiting_for_a_lease(make_job, monkeypatch):
-  def acquire(*unused, interrupted):
+  def acquire(*unused, interrupted, **others):
     assert interrupted()
-    raise leases.Interrupted()
+    raise Interrupted()
 
   monkeypatch.setattr(leases, 'acquire', acquire)
   with pytest.raises(cli.Stopped) as e:
@@ -632,6 +640,8 @@ def test_processes_of_a_group_stop_at_one_record(make_job):
   agreement = base.Agreement(True, lambda x: x, all_true)
   with pytest.raises(cli.Stopped, match='saved at step 6'):
     run(make_job(agreement=agreement))
+  # An evaluation is due there, which the others would wait for.
+  assert not [r for r in records_of(make_job()) if 'eval/loss' in r]
   assert asked == [True] * 4  # At the end they meet, before any leaves.
 
 

@@ -30,11 +30,11 @@ from waits import PATIENCE, until
 
 from codistill_jax.base import ALONE, Agreement, cast_floats
 from codistill_jax.exchange import fetching, publications
-from codistill_jax.exchange.plan import Interrupted, Waiting
+from codistill_jax.exchange.plan import Waiting
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.storage import checkpoints, leases
-from codistill_jax.storage.background import Troubles
+from codistill_jax.storage.background import Interrupted, Troubles
 
 WAIT = {'max_staleness_steps': 20, 'staleness_policy': 'wait'}
 # Not `ALONE`: the way of a group of several processes.

@@ -23,13 +23,14 @@ from exchange_kit import join as join
 from exchange_kit import publish as publish_in
 from waits import PATIENCE
 
-from codistill_jax.exchange.plan import Interrupted, StaleError, Waiting
+from codistill_jax.exchange.plan import StaleError, Waiting
 from codistill_jax.exchange.store_exchange import (
     CheckpointExchange,
     memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.group import run_group
+from codistill_jax.storage.background import Interrupted
 
 STORES = ('memory', 'directory')
 MODES = ('freshest', 'lockstep')
@@ -365,18 +366,23 @@ def starts():
   return [toy.start(MODEL, TX, g) for g in (0, 1)]
 
 
-def trajectory(exchanges, states=None, *, num_steps, order=(0, 1)):
+def run(step, group_id, exchange, *, num_steps, state=None):
+  return run_group(
+      step,
+      state or starts()[group_id],
+      toy.Tokens(8, group_id=group_id),
+      num_steps=num_steps,
+      exchange=exchange,
+  )
+
+
+def trajectory(
+    exchanges, states=(None, None), *, num_steps, order=(0, 1), replicas=4
+):
   """By step, the collected states of both groups, stepped in turn."""
-  states = states or starts()
-  step = toy.on_replicas(MODEL, TX, 4)
+  step = toy.on_replicas(MODEL, TX, replicas)
   groups = {
-      g: run_group(
-          step,
-          states[g],
-          toy.Tokens(8, group_id=g),
-          num_steps=num_steps,
-          exchange=exchanges[g],
-      )
+      g: run(step, g, exchanges[g], num_steps=num_steps, state=states[g])
       for g in order
   }
   found = {}
@@ -426,35 +432,17 @@ def test_a_directory_gives_the_bits_of_memory(made, staleness):
 
 def test_groups_in_threads_end_like_groups_in_turn(made):
   # One device: collectives of two programs must not interleave.
+  turns = trajectory(in_lockstep(made, 'memory'), num_steps=17, replicas=1)
   step = toy.on_replicas(MODEL, TX, 1)
 
   def last_of(g, exchange):
-    results = run_group(
-        step,
-        starts()[g],
-        toy.Tokens(8, group_id=g),
-        num_steps=17,
-        exchange=exchange,
-    )
-    return step.collect([*results][-1].state)
+    *_, last = run(step, g, exchange, num_steps=17)
+    return step.collect(last.state)
 
   exchanges = in_lockstep(made, 'memory')
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     ends = [pool.submit(last_of, g, e) for g, e in enumerate(exchanges)]
-    found = [end.result(PATIENCE) for end in ends]
-  turns = in_lockstep(made, 'memory')
-  groups = [
-      run_group(
-          step,
-          starts()[g],
-          toy.Tokens(8, group_id=g),
-          num_steps=17,
-          exchange=exchange,
-      )
-      for g, exchange in enumerate(turns)
-  ]
-  *_, last = zip(*groups)
-  toy.assert_same(found, [step.collect(result.state) for result in last])
+    toy.assert_same([end.result(PATIENCE) for end in ends], turns[17])
 
 
 def test_from_an_exchange_step_a_run_goes_on_without_a_mirror(made):

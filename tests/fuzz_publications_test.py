@@ -5,6 +5,7 @@ The damage is drawn from a seed: bits of disks, hands of people, faulty writers.
 
 import collections
 import dataclasses
+import functools
 import shutil
 
 import jax.numpy as jnp
@@ -67,19 +68,54 @@ def some_file(group, rng, step=STEP):
   return files[rng.integers(len(files))]
 
 
-def truncate(group, rng):
-  path = some_file(group, rng)
-  data = path.read_bytes()
-  path.write_bytes(data[: rng.integers(len(data) + 1)])
+def edits(change):
+  """A damage: `change(data, rng)` gives another content of some file."""
+
+  @functools.wraps(change)
+  def damage(group, rng):
+    path = some_file(group, rng)
+    path.write_bytes(change(bytearray(path.read_bytes()), rng))
+
+  return damage
 
 
-def extend(group, rng):
-  with some_file(group, rng).open('ab') as f:
-    f.write(rng.bytes(int(rng.integers(1, 5000))))
+@edits
+def truncate(data, rng):
+  return data[: rng.integers(len(data) + 1)]
 
 
-def empty(group, rng):
-  some_file(group, rng).write_bytes(b'')
+@edits
+def extend(data, rng):
+  return data + rng.bytes(int(rng.integers(1, 5000)))
+
+
+@edits
+def empty(data, rng):
+  del data, rng
+  return b''
+
+
+@edits
+def flip_bits(data, rng):
+  for place in rng.integers(8 * len(data), size=rng.integers(1, 4)):
+    data[place // 8] ^= 1 << (place % 8)
+  return data
+
+
+@edits
+def overwrite_bytes(data, rng):
+  start, length = rng.integers(len(data)), rng.integers(1, 65)
+  noise = rng.bytes(int(length))[: len(data) - start]
+  data[start : start + len(noise)] = noise
+  return data
+
+
+@edits
+def zero_a_page(data, rng):
+  """As a disk that lost power does."""
+  start = int(rng.integers(len(data)))
+  data[start:] = bytes(len(data) - start)
+  return data
 
 
 def delete(group, rng):
@@ -91,14 +127,6 @@ def delete_directory(group, rng):
   shutil.rmtree(sorted(directories)[rng.integers(len(directories))])
 
 
-def flip_bits(group, rng):
-  path = some_file(group, rng)
-  data = bytearray(path.read_bytes())
-  for place in rng.integers(8 * len(data), size=rng.integers(1, 4)):
-    data[place // 8] ^= 1 << (place % 8)
-  path.write_bytes(bytes(data))
-
-
 def alter_a_digit_of_the_record(group, rng):
   """Still JSON, and well formed."""
   path = directory_of(group) / 'record.json'
@@ -108,24 +136,6 @@ def alter_a_digit_of_the_record(group, rng):
   digits = [i for i in range(end) if chr(data[i]).isdecimal()]
   place = digits[rng.integers(len(digits))]
   data[place] = ord('0') + (data[place] - ord('0') + rng.integers(1, 10)) % 10
-  path.write_bytes(bytes(data))
-
-
-def overwrite_bytes(group, rng):
-  path = some_file(group, rng)
-  data = bytearray(path.read_bytes())
-  start, length = rng.integers(len(data)), rng.integers(1, 65)
-  noise = rng.bytes(int(length))[: len(data) - start]
-  data[start : start + len(noise)] = noise
-  path.write_bytes(bytes(data))
-
-
-def zero_a_page(group, rng):
-  """As a disk that lost power does."""
-  path = some_file(group, rng)
-  data = bytearray(path.read_bytes())
-  start = int(rng.integers(len(data)))
-  data[start:] = bytes(len(data) - start)
   path.write_bytes(bytes(data))
 
 

@@ -17,7 +17,7 @@ import tiny_run
 from waits import PATIENCE, Clock, until
 
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.background import Patience
+from codistill_jax.storage.background import Interrupted, Patience
 
 TTL = 1.0
 # Of newcomers that meet, one that is slower than this starts over.
@@ -27,7 +27,7 @@ MEETING = Patience(lease_settle=0.5)
 HOLD = """
 import sys, time
 from codistill_jax.storage import leases
-from codistill_jax.storage.background import Patience
+from codistill_jax.storage.background import Interrupted, Patience
 try:
   lease = leases.acquire(
       sys.argv[1],
@@ -302,14 +302,14 @@ def test_waiting_can_be_interrupted(tmp_path, acquire, clock):
   asked = []
   clock.later(0.3, lambda: asked.append(1))
   start = clock.now
-  with pytest.raises(leases.Interrupted):
+  with pytest.raises(Interrupted):
     acquire(ttl_seconds=60.0, interrupted=lambda: bool(asked))
   assert clock.now - start < 1
   assert leases.peek(tmp_path).host == 'far'
 
 
 def test_interrupted_on_the_last_yards_it_leaves_nothing(tmp_path, acquire):
-  with pytest.raises(leases.Interrupted):
+  with pytest.raises(Interrupted):
     acquire(interrupted=lambda: True)
   assert not lease_file(tmp_path).exists()
 
@@ -551,7 +551,7 @@ def test_damage_that_changes_is_a_sign_of_life(tmp_path, acquire, clock):
   lease_file(tmp_path).write_bytes(b'')
   clock.every(1.0, lambda n: lease_file(tmp_path).write_bytes(b'%d' % n))
   start = clock.now
-  with pytest.raises(leases.Interrupted):
+  with pytest.raises(Interrupted):
     acquire(ttl_seconds=8.0, interrupted=lambda: clock.now - start > 24.0)
   assert json.loads(lease_file(tmp_path).read_bytes()) > 20
 

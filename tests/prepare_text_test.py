@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 
 import numpy as np
@@ -13,11 +12,6 @@ from wet_files import packed, wet, write_wet
 
 from codistill_jax.data import order, prepare_text, shards, sources
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
-
-ROOT = pathlib.Path(__file__).parent.parent
-SHARED = pathlib.Path(
-    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
-)
 
 
 @pytest.fixture(scope='module')
@@ -211,16 +205,6 @@ def test_bad_arguments(tmp_path, corpus, changes, message):
   assert not (tmp_path / 'data').exists()
 
 
-def test_every_shard_has_its_checksum(tmp_path, corpus):
-  meta, _ = run_text(tmp_path, corpus)
-  for split in shards.SPLITS:
-    for i, shard in enumerate(meta['splits'][split]['shards']):
-      for kind in ('tokens', 'offsets'):
-        content = (tmp_path / split / f'{i:05d}.{kind}.npy').read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        assert shard[f'{kind}_sha256'] == digest
-
-
 def test_filters_are_counted_and_part_of_the_settings(tmp_path):
   long = ['lines of text that are long enough ' * 9, 'also long ' * 30]
   documents = [f'{n} menu\n{n} {long[n % 2]}' for n in range(60)]
@@ -296,39 +280,3 @@ def test_damage_is_counted_and_never_fatal(tmp_path):
   assert meta['records'] == 64
   documents = sum(split['documents'] for split in meta['splits'].values())
   assert documents == 59
-
-
-class TestRealFiles:
-  """Samples of public corpora, which are no part of the project."""
-
-  @pytest.fixture(autouse=True)
-  def there(self):
-    if not SHARED.is_dir():
-      pytest.skip(f'there is no {SHARED}')
-
-  def test_a_wet_file(self, tmp_path):
-    source = f'wet:{SHARED}/wet/whirlwind.warc.wet.gz'
-    meta, _ = run_text(tmp_path, source, vocab_size=600, validation_fraction=0)
-    assert meta['splits']['train']['documents'] == 1
-    assert meta['rejects'] == {}
-
-  def test_c4(self, tmp_path):
-    source = f'jsonl:{SHARED}/c4-samples/c4_demo.jsonl'
-    meta, _ = run_text(tmp_path, source, vocab_size=800, tokenizer_bytes=10**5)
-    assert sum(s['documents'] for s in meta['splits'].values()) == 300
-    assert meta['rejects'] == {}
-
-  def test_common_crawl_with_filters(self, tmp_path):
-    pytest.importorskip('py3langid')
-    source = f'jsonl:{SHARED}/commoncrawl-dolma-2019-30/CC-MAIN*.gz'
-    meta, _ = run_text(
-        tmp_path,
-        source,
-        vocab_size=1000,
-        tokenizer_bytes=10**5,
-        filters=['long_paragraphs', 'english'],
-    )
-    rejects, documents = meta['rejects'], meta['splits']['train']['documents']
-    assert rejects['empty'] == 27 and meta['records'] == 697
-    assert rejects['short'] > 100 and rejects['not_english'] > 100
-    assert documents > 50

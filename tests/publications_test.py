@@ -240,28 +240,19 @@ def publish_unchecked(root, variables, **facts):
   checkpoints.save(publications.group_directory(root, 1), 20, tree, facts)
 
 
-BAD = [
-    *([(x, np.float32) for x in (np.nan, np.inf, -np.inf)]),
-    *([(x, jnp.bfloat16) for x in (np.nan, np.inf, -np.inf)]),
-]
-
-
-@pytest.mark.parametrize('bad, dtype', BAD)
-def test_numbers_that_are_not_finite_are_not_published(tmp_path, bad, dtype):
+@pytest.mark.parametrize('bad', [[np.nan], [np.inf], [-np.inf, np.inf]])
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_numbers_that_are_not_finite_are_neither_sent_nor_taken(
+    tmp_path, bad, dtype
+):
   variables = variables_of(dtype=dtype)
-  variables.params['b'][2] = bad
+  variables.params['b'][: len(bad)] = bad
   with pytest.raises(FloatingPointError) as e:
     publish(tmp_path, variables)
   assert str(e.value) == (
       'group 1 does not publish step 20: params/b is not finite'
   )
   assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('bad, dtype', BAD)
-def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
-  variables = variables_of(dtype=dtype)
-  variables.params['b'][2] = bad
   publish_unchecked(tmp_path, variables)
   with pytest.raises(
       checkpoints.DamagedError, match=r'params/b .*is not finite'
@@ -269,19 +260,13 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, bad, dtype):
     read(tmp_path)
 
 
-def test_opposite_infinities_do_not_hide_each_other(tmp_path):
-  variables = variables_of()
-  variables.params['b'][:2] = np.inf, -np.inf
-  publish_unchecked(tmp_path, variables)
-  with pytest.raises(checkpoints.DamagedError, match='not finite'):
-    read(tmp_path)
-
-
-def test_finite_float64_may_add_up_to_infinity(tmp_path):
-  bare = Variables({'w': np.full(4, np.finfo(np.float64).max)})
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_the_largest_finite_numbers_are_accepted(tmp_path, dtype):
+  # Of float64 the sum is infinite.
+  bare = Variables({'w': np.full(4, np.finfo(dtype).max)})
   publish(tmp_path, bare)
   _, variables = read(tmp_path, like=bare)
-  assert np.isfinite(variables.params['w']).all()
+  np.testing.assert_array_equal(variables.params['w'], bare.params['w'])
 
 
 @pytest.mark.parametrize(
@@ -315,13 +300,6 @@ def test_metadata_that_is_missing_is_rejected(tmp_path):
   checkpoints.save(directory, 20, {'params': {'w': np.ones(2)}}, {'step': 20})
   with pytest.raises(checkpoints.DamagedError, match='expected group_id, step'):
     read(tmp_path)
-
-
-def test_the_largest_finite_numbers_are_accepted(tmp_path):
-  huge = np.finfo(np.float32).max
-  publish(tmp_path, variables_of(huge))
-  _, variables = read(tmp_path)
-  assert variables.params['a']['kernel'][0, 0] == huge
 
 
 @pytest.mark.parametrize('there', ['group_1/30', 'group_2/20'])

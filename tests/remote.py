@@ -10,8 +10,11 @@ import io
 from typing import ClassVar
 
 import fsspec
+from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from codistill_jax.storage import files
 
 
 class Bucket(MemoryFileSystem):
@@ -72,6 +75,18 @@ class _Upload(io.BytesIO):
     if not self.closed:
       self._bucket.pipe_file(self._path, self.getvalue())
     super().close()
+
+
+def files_of(directory):
+  """The files below a directory on any backend, by their path below it."""
+  found = {}
+  for name in files.names(directory):
+    path = epath.Path(directory) / name
+    if path.is_dir():
+      found |= {f'{name}/{x}': p for x, p in files_of(path).items()}
+    else:
+      found[name] = path
+  return found
 
 
 @contextlib.contextmanager

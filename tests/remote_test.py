@@ -1,39 +1,16 @@
-"""Everything that groups exchange and resume from may live in a bucket."""
+"""What groups exchange may live in a bucket."""
 
 import numpy as np
-import pytest
 
-from codistill_jax.base import TrainState, Variables
+from codistill_jax.base import Variables
 from codistill_jax.exchange import publications
 from codistill_jax.exchange.plan import Plan, Waiting
 from codistill_jax.exchange.publications import Publication
 from codistill_jax.exchange.store_exchange import CheckpointExchange
-from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Patience
-from codistill_jax.storage.resume import ResumeCheckpoints
 
 ROOT = 's3://bucket/run/exchange'
 IDENTITY = {'task': 'toy'}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-  monkeypatch.setitem(
-      leases.acquire.__kwdefaults__,
-      'patience',
-      Patience(remote_lease_settle=0.05),
-  )
-
-
-def assert_same(a, b):
-  for (path, x), (_, y) in zip(
-      checkpoints.flatten(a), checkpoints.flatten(b), strict=True
-  ):
-    assert (x.shape, x.dtype) == (y.shape, y.dtype), path
-    assert x.tobytes() == y.tobytes(), path
-
-
-# --- The exchange ------------------------------------------------------------
 
 
 def variables_of(value):
@@ -52,6 +29,7 @@ def join(group_id, **plan):
       identity=IDENTITY,
       keep=2,
       waiting=Waiting(20.0),
+      patience=Patience(remote_lease_settle=0.05),
   )
 
 
@@ -107,38 +85,3 @@ def test_a_damaged_publication_is_named_and_not_used(bucket):
     assert exchange.rejected == 1 and 'group_1/20' in exchange.last_rejection
   finally:
     exchange.close()
-
-
-# --- Resume ------------------------------------------------------------------
-
-
-def state_of(step):
-  return TrainState(
-      step=np.array(step, np.int32),
-      variables=variables_of(step),
-      opt_state={'m': np.full(3, step, np.float32)},
-      carry={},
-      teacher_carry={},
-      rng=np.array([1, 2], np.uint32),
-  )
-
-
-def test_a_group_resumes_from_a_bucket(bucket):
-  directory = 's3://bucket/run/checkpoints'
-  checkpoints = ResumeCheckpoints(directory, identity=IDENTITY, keep=2)
-  for step in (10, 20, 30):
-    checkpoints.save(state_of(step), [step - 1])
-    checkpoints.wait()
-  checkpoints.close()
-  again = ResumeCheckpoints(directory, identity=IDENTITY)
-  assert again.steps() == [20, 30]
-  resume = again.restore(state_of(0))
-  assert_same(resume.state, state_of(30))
-  assert resume.teacher_steps == (29,)
-  # A damaged one is passed over, and is then out of the way.
-  start = '/bucket/run/checkpoints/30/arrays/'
-  for path in [x for x in bucket.store if x.startswith(start)]:
-    bucket.pipe_file(path, b'')
-  again = ResumeCheckpoints(directory, identity=IDENTITY)
-  assert_same(again.restore(state_of(0)).state, state_of(20))
-  assert again.steps() == [20]

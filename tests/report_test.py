@@ -87,15 +87,9 @@ def make_exchange(
     workdir, num_groups: int, *, steps: int = 100, every: int = 5
 ):
   """A run with all that an exchange records; peer p is 10 p steps stale."""
-  run_directory.write_run(
-      workdir,
-      {
-          'arm': 'codistillation',
-          'num_groups': num_groups,
-          'burn_in_steps': 20,
-          'exchange_every': 10,
-      },
-  )
+  facts = {'arm': 'codistillation', 'num_groups': num_groups}
+  facts |= {'burn_in_steps': 20, 'exchange_every': 10}
+  run_directory.write_run(workdir, facts)
   for group_id in range(num_groups):
     peers = [p for p in range(num_groups) if p != group_id]
     made = []
@@ -663,27 +657,28 @@ def test_markdown_escapes_what_would_break_a_table_or_a_fence():
   )
 
 
-@pytest.mark.parametrize(
-    'record',
-    [
-        {'loss/task': 1.0},
-        {'eval/loss': 1.0},
-        {'loss/task': math.nan, 'eval/loss': math.inf},
-        {'perf/steps_per_sec': math.nan},
-        {'exchange/staleness_steps': 3.0, 'exchange/stall_ms': math.nan},
-        {'exchange/staleness_steps_group_1': 3.0, REJECTED: 1.0},
-        {
-            'exchange/staleness_steps_group_2': -3.0,
-            'exchange/staleness_steps_group_3': math.nan,
-            'exchange/staleness_steps_group_4': 0.0,
-            'exchange/publication_bytes': math.inf,
-            'exchange/peers_present': math.nan,
-        },
-        {},
-    ],
+LONELY = (
+    {'loss/task': 1.0},
+    {'eval/loss': 1.0},
+    {'loss/task': math.nan, 'eval/loss': math.inf},
+    {'perf/steps_per_sec': math.nan},
+    {'exchange/staleness_steps': 3.0, 'exchange/stall_ms': math.nan},
+    {'exchange/staleness_steps_group_1': 3.0, REJECTED: 1.0},
+    {
+        'exchange/staleness_steps_group_2': -3.0,
+        'exchange/staleness_steps_group_3': math.nan,
+        'exchange/staleness_steps_group_4': 0.0,
+        'exchange/publication_bytes': math.inf,
+        'exchange/peers_present': math.nan,
+    },
+    {},
 )
-@pytest.mark.parametrize('step', [0, 7])
-def test_one_lonely_record_makes_a_report(tmp_path, record, step):
+
+
+@pytest.mark.parametrize(
+    'step, record', [(7, LONELY[6]), *((0, r) for r in LONELY)]
+)
+def test_one_lonely_record_makes_a_report(tmp_path, step, record):
   for group_id in (0, 1):
     write_records(tmp_path, group_id, [(step, record)])
   arms = records.load_arms([str(tmp_path)])
@@ -724,13 +719,12 @@ def test_bad_input_is_one_line_and_status_1(tmp_path, python):
   assert line.startswith('error: ') and 'has recorded no metrics' in line
 
 
-@pytest.mark.parametrize('package', ['matplotlib', 'pandas', 'jinja2'])
-def test_a_missing_extra_is_one_line_and_help_does_without(
-    two, python, package
-):
-  done = _run(python, f'--workdir={two}', missing=package)
-  assert done.returncode == 1
-  (line,) = done.stderr.splitlines()
-  assert package in line and "pip install 'codistill_jax[report]'" in line
-  told = _run(python, '--help', missing=package)
+def test_a_missing_extra_is_one_line_and_help_does_without(two, python):
+  packages = ('matplotlib', 'pandas', 'jinja2')
+  for package in packages:
+    done = _run(python, f'--workdir={two}', missing=package)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert package in line and "pip install 'codistill_jax[report]'" in line
+  told = _run(python, '--help', missing=' '.join(packages))
   assert '--workdir' in told.stdout and 'missing' not in told.stderr

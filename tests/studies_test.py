@@ -15,6 +15,7 @@ from experiments.studies import plan as plan_lib
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.declaration import MEASURES, SCALES
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = list(STUDIES)
 LANGUAGE = [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.studies import analysis, results, verdicts
-from experiments.studies.results import Run
+from experiments.studies import analysis, verdicts
+from experiments.studies.analysis import Run
 
 
 def analyse(*groups_of_runs, **kwargs):
@@ -40,7 +40,7 @@ def test_steps_are_those_of_the_first_evaluation_at_or_under_the_target():
       [by_hand('two', [4, 3, 3.5, 2], groups=2)],
   )
   assert found.targets == {0: 3.0}
-  (base,), (ours,) = (cell(found, arm).outcomes for arm in ('baseline', 'two'))
+  (base,), (ours,) = (cell(found, arm).scores for arm in ('baseline', 'two'))
   # At the target counts; in between evaluations nothing does.
   assert (base.value, ours.value, ours.resolution) == (30, 20, 10)
 
@@ -50,12 +50,12 @@ def test_each_seed_has_its_own_target():
       [by_hand('baseline', [5, 4], 0), by_hand('baseline', [5, 2], 1)],
       [by_hand('two', [4, 3], 0), by_hand('two', [4, 3], 1)],
   )
-  states = [o.state for o in cell(found, 'two').outcomes]
+  states = [o.state for o in cell(found, 'two').scores]
   assert states == ['measured', 'not reached']
 
 
 def test_smoothing_is_a_trailing_mean_of_all_arms_alike():
-  got = results.smooth(np.array([6.0, 4, 2, 0]), 3)
+  got = analysis.smooth(np.array([6.0, 4, 2, 0]), 3)
   np.testing.assert_allclose(got, [6, 5, 4, 2])
   spike_N = np.full(20, 4.0)
   spike_N[10] = 1.0  # A lucky evaluation is no target.
@@ -71,7 +71,7 @@ def test_a_target_that_one_seed_does_not_reach_leaves_no_mean():
   ours = cell(found, 'two')
   assert ours.estimate is None
   assert (ours.count('measured'), ours.count('not reached')) == (2, 1)
-  assert ours.outcomes[2].at_least == 1000
+  assert ours.scores[2].at_least == 1000
   assert judge(found).words.startswith('cannot be said')
 
 
@@ -104,13 +104,13 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_means(arm):
 
 
 def test_a_loss_that_is_not_finite_is_divergence_too():
-  assert results.diverged_at(by_hand('two', [5, np.nan, 4])) == 20
+  assert analysis.diverged_at(by_hand('two', [5, np.nan, 4])) == 20
 
 
 def test_a_baseline_that_diverged_gives_no_target():
   baseline = [toy.run(diverged_at=100), *toy.runs(seeds=3)[1:]]
   found = analyse(baseline, toy.runs('two', speed=2))
-  states = [o.state for o in cell(found, 'two').outcomes]
+  states = [o.state for o in cell(found, 'two').scores]
   assert states == ['no target', 'measured', 'measured']
 
 

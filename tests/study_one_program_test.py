@@ -63,11 +63,49 @@ def experiments_of(model=toy.TWO_LAYERS, **kwargs):
   return [dataclasses.replace(first, seed=s, data_seed=s) for s in SEEDS]
 
 
-def start_of(run, model, group_id, num_groups):
+def generators(members, num_steps=STEPS, starts=None):
+  """The loop of each member: by seed and group."""
+  num_groups = 1 + max(group_id for _, group_id in members)
+  starts = starts or {
+      member: start_of(run, member[1], num_groups)
+      for member, (run, *_) in members.items()
+  }
+  return {
+      member: run_group(
+          step,
+          starts[member],
+          stream,
+          num_steps=num_steps,
+          exchange=exchange,
+          distill_weight=run.distill_weight,
+      )
+      for member, (run, step, stream, exchange) in members.items()
+  }
+
+
+def trained(members, num_steps=STEPS, starts=None):
+  """What all members are in the end, and the metrics of each update."""
+  groups = generators(members, num_steps, starts)
+  metrics, states = {}, {}
+  for results in zip(*groups.values()):
+    for member, result in zip(groups, results):
+      found = {k: float(v) for k, v in result.metrics.items()}
+      metrics[*member, result.step] = found
+      if result.step == num_steps:
+        states[member] = members[member][1].collect(result.state)
+  return states, metrics
+
+
+@functools.cache
+def model_of(make):
+  return make(toy.CLASSES)
+
+
+def start_of(run, group_id, num_groups):
   return base.host_copy(
       experiment_lib.init_state(
           run,
-          model,
+          model_of(run.model),
           jax.random.fold_in(jax.random.PRNGKey(run.seed), group_id),
           experiment_lib.first_row(run, num_groups),
           num_peers=run.exchange.num_teachers(group_id, num_groups),
@@ -75,54 +113,11 @@ def start_of(run, model, group_id, num_groups):
   )
 
 
-def trained(members, until=STEPS, starts=None):
-  """Results of all members in turn: what each has learnt, and its metrics.
-
-  Args:
-    members: By seed and group: experiment, step, stream and exchange.
-    until: The last step.
-    starts: States to go on from.
-  """
-  starts = starts or {}
-  groups = {
-      member: run_group(
-          step,
-          starts.get(member)
-          or start_of(run, step_model(run), member[1], num_groups_of(members)),
-          stream,
-          num_steps=until,
-          exchange=exchange,
-          distill_weight=run.distill_weight,
-      )
-      for member, (run, step, stream, exchange) in members.items()
-  }
-  metrics, states = {}, {}
-  for results in zip(*groups.values()):
-    for member, result in zip(groups, results):
-      found = {k: float(v) for k, v in result.metrics.items()}
-      metrics[*member, result.step] = found
-      if result.step == until:
-        states[member] = members[member][1].collect(result.state)
-  return states, metrics
-
-
-def num_groups_of(members):
-  return 1 + max(group_id for _, group_id in members)
-
-
-@functools.cache
-def _model_of(make):
-  return make(toy.CLASSES)
-
-
-def step_model(run):
-  return _model_of(run.model)
-
-
 def together(experiments, num_groups=2, devices=None):
+  """Experiment, seat, stream and exchange of each member of one program."""
   places, stream = one_program.make_places(
       experiments,
-      step_model(experiments[0]),
+      model_of(experiments[0].model),
       num_groups,
       devices or jax.devices()[:1],
   )
@@ -134,8 +129,10 @@ def together(experiments, num_groups=2, devices=None):
 
 
 def in_turn(experiments, num_groups=2):
+  """The same of groups that are no program."""
+  first = experiments[0]
   step = experiment_lib.make_replicated_step(
-      experiments[0], step_model(experiments[0]), jax.devices()[:1]
+      first, model_of(first.model), jax.devices()[:1]
   )
   return {
       (run.seed, g): (
@@ -154,6 +151,14 @@ def in_turn(experiments, num_groups=2):
 @functools.cache
 def plain():
   return trained(together(experiments_of()))
+
+
+def assert_same_variables(found, expected):
+  assert found.keys() == expected.keys()
+  for member in expected:
+    toy.assert_same(
+        found[member].variables, expected[member].variables, **CLOSE
+    )
 
 
 CASES = {
@@ -186,11 +191,7 @@ def test_one_program_makes_the_updates_that_are_made_in_turn(name):
   found, records = (
       plain() if name == 'fresh' else trained(together(experiments, num_groups))
   )
-  assert found.keys() == expected.keys()
-  for member in expected:
-    toy.assert_same(
-        found[member].variables, expected[member].variables, **CLOSE
-    )
+  assert_same_variables(found, expected)
   assert records.keys() == metrics.keys()
   for at, values in metrics.items():
     if num_groups == 1:  # Nobody reads it: here it is not published.
@@ -209,13 +210,11 @@ def test_it_compiles_the_step_twice_and_all_else_once():
       experiments_of(exchange=Checkpoints(2, 'lockstep', 4)),
       devices=jax.devices()[3:],
   )
-  starts = {
-      m: start_of(run, step_model(run), m[1], 2)
-      for m, (run, *_) in members.items()
-  }
+  groups = generators(members)
   with toy.compilations() as names:
     # Not where another test might have compiled some of it.
-    trained(members, starts=starts)
+    for _ in zip(*groups.values()):
+      pass
   assert sorted(n for n in names if n != 'jit(_rows)') == [
       'jit(_copied)',
       'jit(_gathered)',
@@ -227,10 +226,7 @@ def test_it_compiles_the_step_twice_and_all_else_once():
 def test_members_may_be_spread_over_devices():
   expected, _ = plain()
   found, _ = trained(together(experiments_of(), devices=jax.devices()[:2]))
-  for member in expected:
-    toy.assert_same(
-        found[member].variables, expected[member].variables, **CLOSE
-    )
+  assert_same_variables(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -262,39 +258,22 @@ def test_it_goes_on_where_no_publication_from_before_is_asked_for(
   assert usable == asked == steps
 
 
-class Spoilt:
-  """A stream with an infinite input in one batch."""
-
-  def __init__(self, stream, at):
-    self._stream, self._at = stream, at
+class Spoilt(toy.Clusters):
+  """Its seventh batch makes training diverge."""
 
   def batch(self, step):
-    batch = self._stream.batch(step)
-    if step == self._at:
-      batch['inputs'] = np.full_like(batch['inputs'], np.nan)
-      batch['weights'] = np.ones_like(batch['weights'])
-    return batch
+    batch = super().batch(step)
+    return batch | {'inputs': batch['inputs'] + (np.nan if step == 6 else 0)}
 
 
 def test_a_seed_that_leaves_its_seats_holds_up_no_other():
   def stream(group_id, group_batch, seed, **_):
-    healthy = clusters(group_id, group_batch, seed)
-    return Spoilt(healthy, 6) if (group_id, seed) == (1, 3) else healthy
+    kind = Spoilt if (group_id, seed) == (1, 3) else toy.Clusters
+    return kind(group_batch, seed, group_id, weights=True)
 
   expected, _ = plain()
   members = together(experiments_of(task=TASK._replace(train_stream=stream)))
-  groups = {
-      member: run_group(
-          seat,
-          start_of(run, step_model(run), member[1], 2),
-          batches,
-          num_steps=STEPS,
-          exchange=exchange,
-          distill_weight=run.distill_weight,
-      )
-      for member, (run, seat, batches, exchange) in members.items()
-  }
-  failed = {}
+  groups, failed = generators(members), {}
   for step in range(1, STEPS + 1):
     for member in [m for m in groups if m not in failed]:
       try:

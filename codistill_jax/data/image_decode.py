@@ -13,7 +13,6 @@ Shape suffixes: B images, H height, W width, C channels, K draws.
 
 import concurrent.futures
 import io
-import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from codistill_jax import base
-from codistill_jax.data import augment
+from codistill_jax.data import augment, process_pool
 
 _NAMED = 20  # Damaged images that are named in the log; the others are counted.
 
@@ -81,7 +80,7 @@ class EncodedImages:
     self._encoded, self._name, self._labels = encoded, name, labels
     self._size, self._resize = size, resize
     self._mean, self._std = mean, std
-    self._workers = workers or _cores()
+    self._workers = workers or process_pool.usable_cores()
     self._max_damaged = max(1, int(max_damaged * len(labels)))
     self._lock = threading.Lock()
     # Threads start when they are needed.
@@ -159,12 +158,6 @@ class EncodedImages:
           said,
           '; others will not be named' if count == _NAMED else '',
       )
-
-
-def _cores() -> int:
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def decode_part(

@@ -183,7 +183,8 @@ def _begin(
     settings = prepared_files.read_json(path, recipe.kind)
     _check_config(output, recipe.config, settings['config'])
     _check_source(output, source, settings['source_fingerprint'])
-    report(f'Continuing in {output}.')
+    done = len(list((output / PIECES).glob('*.json')))
+    report(f'Continuing in {output}: {done} pieces are done.')
     if _files_are_there(output, settings['files']):
       return settings
   else:

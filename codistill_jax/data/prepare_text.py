@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -142,9 +142,9 @@ def prepare_text(
     return functools.partial(
         _write_shards,
         pathlib.Path(output),
-        _Reader(source.decode, parsed),
+        functools.partial(_read, source.decode, parsed),
         known['tokenizer_sha256'],
-        _Splitter(validation_fraction, seed),
+        config,
     )
 
   recipe = prepare.Recipe(
@@ -202,28 +202,19 @@ def _open_list(
 # --- before the first piece --------------------------------------------------
 
 
-class _Reader(NamedTuple):
-  """Decodes and filters raw records."""
-
-  decode: Callable[[Any], Record]
-  filters: Sequence[filters_lib.Filter]
-
-  def __call__(self, raw: Raw) -> Record:
-    return filters_lib.apply(self.filters, sources.decoded(self.decode, raw))
-
-  def batch(self, batch: Sequence[Raw]) -> list[Record]:
-    return list(map(self, batch))
+def _read(
+    decode: Callable[[Any], Record],
+    filters: Sequence[filters_lib.Filter],
+    raw: Raw,
+) -> Record:
+  """Decodes and filters a raw record."""
+  return filters_lib.apply(filters, sources.decoded(decode, raw))
 
 
-class _Splitter(NamedTuple):
-  """Tells the split of a document."""
-
-  validation_fraction: float
-  seed: int
-
-  def __call__(self, text: str) -> str:
-    inside = order.in_validation(text, *self)
-    return 'validation' if inside else 'train'
+def _read_batch(
+    read: Callable[[Raw], Record], batch: Sequence[Raw]
+) -> list[Record]:
+  return list(map(read, batch))
 
 
 def _start(
@@ -239,7 +230,8 @@ def _start(
   def read(stop: int | None) -> Iterator[Record]:
     raw = itertools.islice(source.raw(), stop)
     batches = records.cut(raw, _BATCH_RECORDS, _BATCH_BYTES)
-    read_batch = _Reader(source.decode, filters).batch
+    read_one = functools.partial(_read, source.decode, filters)
+    read_batch = functools.partial(_read_batch, read_one)
     return itertools.chain.from_iterable(process(read_batch, batches))
 
   stop = _records_of(config['max_documents'], read)
@@ -284,17 +276,21 @@ def _train(
   return tokenizer_lib.train(texts, config['vocab_size'])
 
 
+def _is_validation(text: str, config: dict[str, Any]) -> bool:
+  fraction, seed = config['validation_fraction'], config['seed']
+  return order.in_validation(text, fraction, seed)
+
+
 def _training_texts(
     config: dict[str, Any],
     read: Iterable[Record],
     rejects: collections.Counter,
 ) -> Iterator[str]:
-  split_of = _Splitter(config['validation_fraction'], config['seed'])
   remaining = config['tokenizer_bytes']
   for record in read:
     if isinstance(record, Reject):
       rejects[record.reason] += 1
-    elif split_of(record) == 'train':
+    elif not _is_validation(record, config):
       yield record
       remaining -= len(record.encode('utf-8'))
       if remaining <= 0:
@@ -315,9 +311,9 @@ def _cut(
 
 def _write_shards(
     output: pathlib.Path,
-    read: _Reader,
+    read: Callable[[Raw], Record],
     tokenizer_sha256: str,
-    split_of: _Splitter,
+    config: dict[str, Any],
     number: int,
     piece: Sequence[Raw],
 ) -> dict[str, Any]:
@@ -331,7 +327,7 @@ def _write_shards(
     if isinstance(record, Reject):
       rejects[record.reason] += 1
       continue
-    split = split_of(record)
+    split = 'validation' if _is_validation(record, config) else 'train'
     tokens = [[START_ID], tokenizer.encode(record), [END_ID]]
     documents[split].append(np.concatenate(tokens).astype(dtype))
     sizes[split]['words'] += len(record.split())

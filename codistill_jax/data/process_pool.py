@@ -54,7 +54,7 @@ def process_map(workers: int) -> Iterator[Map]:
       workers, multiprocessing.get_context('spawn'), _end_with_parent
   ) as pool:
     try:
-      yield functools.partial(_map, pool, workers + 2)
+      yield functools.partial(_map, pool, workers + 1)
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
 

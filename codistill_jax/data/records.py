@@ -41,6 +41,7 @@ Record = str | Reject  # A document, or why there is none.
 Raw = bytes | str | Reject  # A record before it is decoded.
 
 TOO_LONG = Reject('too_long')
+DAMAGED_FILE = Reject('damaged_file')
 
 _BOM = b'\xef\xbb\xbf'
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
@@ -96,7 +97,7 @@ def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
           _skip_line(f)
         yield TOO_LONG
     except _DAMAGE:
-      yield Reject('damaged_file')
+      yield DAMAGED_FILE
 
 
 def _decompressed(path: epath.Path, raw: IO[bytes]) -> IO[bytes]:
@@ -122,42 +123,22 @@ def json_lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
 
 def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   """Reads what blank lines separate; without the last end of line."""
-  block = _Block(limit)
-  for line in lines(path, limit):
-    if line == Reject('damaged_file'):
-      yield line  # And not the block that it cuts short.
-      return
-    if line == TOO_LONG or line.strip():
-      block.add(line)
-    elif block:
-      yield block.pop()
-  if block:
-    yield block.pop()
-
-
-class _Block:
-  """Lines of a document that still grows, as long as it may."""
-
-  def __init__(self, limit: int):
-    self._limit = limit
-    self._lines: list[bytes] = []
-    self._size = 0
-
-  def __bool__(self) -> bool:
-    return self._size > 0
-
-  def add(self, line: bytes | Reject) -> None:
-    self._size += self._limit + 1 if line == TOO_LONG else len(line)
-    if self._size > self._limit:
-      self._lines.clear()
-    else:
-      self._lines.append(line)
-
-  def pop(self) -> bytes | Reject:
-    too_long, text = self._size > self._limit, b''.join(self._lines)
-    self._lines.clear()
-    self._size = 0
-    return TOO_LONG if too_long else text.rstrip(b'\r\n')
+  is_blank = lambda line: isinstance(line, bytes) and not line.strip()
+  for blank, block in itertools.groupby(lines(path, limit), is_blank):
+    if blank:
+      continue
+    kept, size = [], 0
+    for line in block:
+      if line == DAMAGED_FILE:
+        yield line  # And not the block that it cuts short.
+        return
+      size += limit + 1 if line == TOO_LONG else len(line)
+      if size <= limit:
+        kept.append(line)
+      else:
+        kept.clear()
+    text = b''.join(kept).rstrip(b'\r\n')
+    yield TOO_LONG if size > limit else text
 
 
 def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
@@ -171,7 +152,7 @@ def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
         pieces.append(piece)
         size += len(piece)
     except _DAMAGE:
-      yield Reject('damaged_file')
+      yield DAMAGED_FILE
       return
   text = b''.join(pieces)
   yield TOO_LONG if len(text) > limit else text

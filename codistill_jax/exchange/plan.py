@@ -34,16 +34,13 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.storage.background import Interrupted
 
 Topology = str | Sequence[Sequence[int]]
 
 MODES = ('freshest', 'lockstep')
 POLICIES = ('drop', 'wait', 'fail')
 DTYPES = ('float32', 'bfloat16')
-
-
-class Interrupted(RuntimeError):
-  """A wait was given up because the process was asked to stop."""
 
 
 class StaleError(ValueError):

@@ -24,9 +24,9 @@ from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     BackgroundWriter,
+    Mutex,
     Patience,
     Troubles,
-    Turns,
 )
 
 RESTART_FILE = 'restart_step.json'
@@ -241,7 +241,7 @@ class DirectoryStore(Store):
     self._spare: Variables | None = None
     # Beside training there is one copy of variables at a time, on its way out
     # or in.
-    self.turn = Turns(patience).turn
+    self.turn = Mutex(patience).held
     # In lockstep peers wait for every one, so a disk that is slower than the
     # interval holds training up; else only the newest one counts.
     self._all_needed = plan.mode == 'lockstep' and not mirrored
@@ -295,19 +295,14 @@ class DirectoryStore(Store):
     time.sleep(seconds)
 
   def _set_mark(self, steps: Mapping[int, int]) -> None:
-    doing = 'marking what is being read'
     mark = {
         'nonce': secrets.token_hex(8),
         'steps': {str(peer): step for peer, step in steps.items()},
     }
-    try:
+    # Without it a writer may be faster than this reader; which then reads
+    # something newer.
+    with self._troubles.noted('marking what is being read'):
       files.write_json(self._mark, mark)
-    except OSError as e:
-      # Without it a writer may be faster than this reader; which then reads
-      # something newer.
-      self._troubles.failed(doing, e)
-    else:
-      self._troubles.worked(doing)
 
   # --- Writing ---
 
@@ -348,14 +343,10 @@ class DirectoryStore(Store):
     """Tells the writers of other groups where this one may restart."""
     if not self.writes or step == self._restart_step:
       return
-    doing = 'saying where a restart may begin'
-    try:
+    # While that fails, peers keep more than is needed.
+    with self._troubles.noted('saying where a restart may begin'):
       files.write_json(self._directory / RESTART_FILE, {'step': step})
-    except OSError as e:
-      self._troubles.failed(doing, e)  # Peers keep more than is needed.
-      return
-    self._troubles.worked(doing)
-    self._restart_step = step
+      self._restart_step = step
 
   def metrics(self) -> dict[str, float]:
     if not self.writes:
@@ -419,13 +410,8 @@ class DirectoryStore(Store):
     self._prune()
 
   def _prune(self) -> None:
-    doing = 'deleting old publications'
-    try:
+    with self._troubles.noted('deleting old publications'):
       self._delete_old()
-    except OSError as e:
-      self._troubles.failed(doing, e)
-    else:
-      self._troubles.worked(doing)
 
   def _delete_old(self) -> None:
     steps = self.steps(self._group_id)

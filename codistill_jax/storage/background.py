@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +70,10 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
+
+
+class Interrupted(RuntimeError):
+  """A wait was given up because the process was asked to stop."""
 
 
 class Trouble(NamedTuple):
@@ -131,6 +134,16 @@ class Troubles:
       logging.warning(
           '%s%s works again, after %d failures', self._who, doing, before.count
       )
+
+  @contextlib.contextmanager
+  def noted(self, doing: str) -> Iterator[None]:
+    """Notes whether a block works, which an OSError ends and no more."""
+    try:
+      yield
+    except OSError as e:
+      self.failed(doing, e)
+    else:
+      self.worked(doing)
 
   @property
   def now(self) -> tuple[Trouble, ...]:
@@ -274,6 +287,10 @@ class BackgroundWriter:
     self.raise_failure()
     return True
 
+  def finish(self, failing: float | None = None) -> Unwritten | None:
+    """Waits as `wait` does, then gives up what is not written, if anything."""
+    return None if self.wait(failing) else self.give_up()
+
   def give_up(self) -> Unwritten | None:
     """Drops what is not written; returns it, or None if there is nothing."""
     with self._changed:
@@ -403,53 +420,34 @@ class BackgroundWriter:
     return False
 
 
-_Task = tuple[concurrent.futures.Future, Callable[..., Any], tuple]
+def submit(
+    function: Callable[..., Any], *args: Any, inline: bool = False
+) -> concurrent.futures.Future:
+  """Runs `function(*args)` in a thread, or at once; returns its future."""
+  future = concurrent.futures.Future()
+
+  def run() -> None:
+    try:
+      future.set_result(function(*args))
+    except BaseException as e:  # Raised by `result`.
+      future.set_exception(e)
+
+  if inline:
+    run()
+  else:
+    threading.Thread(target=run, name=function.__name__, daemon=True).start()
+  return future
 
 
-class Worker:
-  """Runs what is submitted, in order, in a daemon thread."""
-
-  def __init__(self, name: str):
-    self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-    self._thread.start()
-
-  def submit(
-      self, function: Callable[..., Any], *args: Any
-  ) -> concurrent.futures.Future:
-    """Returns `function(*args)` as a future."""
-    future = concurrent.futures.Future()
-    self._tasks.put((future, function, args))
-    return future
-
-  def close(self, seconds: float) -> bool:
-    """Lets what was submitted end; false if that takes longer."""
-    self._tasks.put(None)
-    self._thread.join(seconds)
-    return not self._thread.is_alive()
-
-  def _run(self) -> None:
-    while (task := self._tasks.get()) is not None:
-      future, function, args = task
-      if not future.set_running_or_notify_cancel():
-        continue
-      try:
-        future.set_result(function(*args))
-      except BaseException as e:  # Raised by `result`.
-        future.set_exception(e)
-      # Or the last arguments and results would live until the next task.
-      del task, future, function, args
-
-
-class Turns:
-  """Lets threads hold large copies one after another; unless one hangs."""
+class Mutex:
+  """Lets threads hold large copies one after another, unless one hangs."""
 
   def __init__(self, patience: Patience = DEFAULT_PATIENCE):
     self._lock = threading.Lock()
     self._seconds = patience.turn
 
   @contextlib.contextmanager
-  def turn(self) -> Iterator[None]:
+  def held(self) -> Iterator[None]:
     """Waits for the others, but not for ever: a dead disk must not halt all."""
     mine = self._lock.acquire(timeout=self._seconds)
     try:

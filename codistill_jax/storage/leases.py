@@ -35,7 +35,11 @@ from absl import logging
 from etils import epath
 
 from codistill_jax.storage import files
-from codistill_jax.storage.background import DEFAULT_PATIENCE, Patience
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    Interrupted,
+    Patience,
+)
 
 _BEATS_PER_TTL = 5
 _LONGEST_TTL = 600.0
@@ -47,10 +51,6 @@ class HeldError(ValueError):
 
 class LostError(ValueError):
   """Another has taken the lease over."""
-
-
-class Interrupted(Exception):
-  """The process was asked to stop while it waited for a lease."""
 
 
 class Holder(NamedTuple):

@@ -20,8 +20,6 @@ from codistill_jax.storage.background import (
     Troubles,
 )
 
-_LISTING = 'listing resume checkpoints'
-
 
 class Resume(NamedTuple):
   """State that a run goes on from.
@@ -120,8 +118,7 @@ class ResumeCheckpoints:
       What a save raised, unless it was an OSError.
     """
     seconds = self._patience.failing if seconds is None else seconds
-    saved = self._writer.wait(seconds)
-    unwritten = None if saved else self._writer.give_up()
+    unwritten = self._writer.finish(seconds)
     if unwritten is not None:
       raise TimeoutError(
           f'the resume checkpoint of step {unwritten.steps[-1]} could not be'
@@ -197,14 +194,10 @@ class ResumeCheckpoints:
 
   def _prune(self) -> None:
     """Deletes all but the newest; a failure must not look like one to save."""
-    try:
+    with self._troubles.noted('listing resume checkpoints'):
       steps = self.steps()
-    except OSError as e:
-      self._troubles.failed(_LISTING, e)
-      return
-    self._troubles.worked(_LISTING)
-    checkpoints.delete(self._directory, steps[: -self._keep])
-    self._oldest = steps[-self._keep :][0]
+      checkpoints.delete(self._directory, steps[: -self._keep])
+      self._oldest = steps[-self._keep :][0]
 
   def read(self, step: int, like: TrainState) -> Resume:
     """Reads one checkpoint; raises as `restore`, or `DamagedError`."""

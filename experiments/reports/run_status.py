@@ -175,7 +175,7 @@ def read_group(workdir: str, group_id: int, run: Mapping[str, Any]) -> Status:
       group_id,
       known,
       max(times, default=None),
-      tuple(found and found.step for found in saved),
+      tuple(saved),
       peers,
       # Teachers that are no peers are fixed: no age in steps of this run.
       {} if peers == () else _ages(trees[-1]),

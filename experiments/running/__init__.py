@@ -1,1 +1,1 @@
-"""What trains groups: a job, the loop around it, its records, its processes."""
+"""Training: a job, the driver of its loop, its records, its processes."""

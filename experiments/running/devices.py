@@ -1,4 +1,4 @@
-"""Which devices a group uses, and how groups share those of one machine."""
+"""Devices: those of a group, and the share of each group of a machine."""
 
 import glob
 import os

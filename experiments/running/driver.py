@@ -1,10 +1,9 @@
-"""Everything around the loop of one group: resume, log, evaluate, save, stop.
+"""The training driver of one group: resumes, logs, evaluates, saves, stops.
 
 Shared by the binaries that train. `run_group` writes nothing; this does.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,24 +22,21 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import ALONE, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import (
     Exchange,
-    Interrupted,
     check_finite,
 )
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
-from codistill_jax.storage.background import DEFAULT_PATIENCE
+from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from experiments import cli
 from experiments.cli import Stopped
 from experiments.running.job import Job, claim_workdir
 from experiments.running.watch import Efficiency, Watch
 
-_DONE_PAUSE_SECONDS = 1.0
-
 
 class Start(NamedTuple):
-  """What a group begins with.
+  """The start of a group.
 
   Attributes:
     state: Before the first update, in numpy.
@@ -123,6 +119,7 @@ def train(
         identity=job.identity,
         troubles=job.troubles,
         check=before_saving,
+        patience=job.patience,
     )
     stack.push(_closing(checkpoints.close))
     resume = _restore(job, checkpoints, state)
@@ -282,7 +279,7 @@ class _Keeper:
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:
-  """All processes of a group stop at the same step, or they would hang."""
+  """Returns whether to stop: all processes at one step, or they would hang."""
   asked = job.stop()
   if job.agreement is ALONE:
     return asked
@@ -302,15 +299,15 @@ def _stopped(job: Job, step: int) -> Stopped:
 
 @contextlib.contextmanager
 def _stopping_in_time(job: Job) -> Iterator[None]:
-  """A wait for a lease that is given up ends the run as any stop does."""
+  """Ends the run as any stop does if a wait for a lease is given up."""
   try:
     yield
-  except leases.Interrupted:
+  except Interrupted:
     raise Stopped(cli.STOPPED, job.stop.signal_number) from None
 
 
 class _NoLease:
-  """Of a process that writes nothing."""
+  """The lease of a process that writes nothing."""
 
   def check(self) -> None:
     pass
@@ -326,19 +323,16 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
       run_directory.group_dir(job.workdir, job.group_id),
       'training in',
       interrupted=job.stop,
+      patience=job.patience,
   )
 
 
 def _claim(job: Job, result: StepResult) -> bool:
   """Claims the run directory; returns false if its disk fails."""
-  doing = 'writing run.json'
-  try:
+  with job.troubles.noted('writing run.json'):
     claim_workdir(job, result.state)
-  except OSError as e:
-    job.troubles.failed(doing, e)
-    return False
-  job.troubles.worked(doing)
-  return True
+    return True
+  return False
 
 
 def _write_done(job: Job) -> None:
@@ -348,20 +342,21 @@ def _write_done(job: Job) -> None:
     TimeoutError: If the disk fails for longer.
   """
   path = run_directory.done_path(job.workdir, job.group_id)
-  deadline = time.monotonic() + DEFAULT_PATIENCE.failing
-  while True:
-    try:
-      files.write_bytes(path, b'')
-      return
-    except OSError as e:
-      job.troubles.failed('writing DONE', e)
-      if time.monotonic() > deadline or job.stop():
-        raise TimeoutError(
-            f'{path} could not be written ({e}), though group'
-            f' {job.group_id} has reached its last step; see to the disk, and'
-            ' start the same command again'
-        ) from e
-    time.sleep(_DONE_PAUSE_SECONDS)
+  writer = BackgroundWriter(
+      lambda step, data: files.write_bytes(path, data),
+      'writing DONE',
+      job.troubles,
+      patience=job.patience,
+  )
+  writer.put(job.experiment.num_steps, b'')
+  unwritten = writer.finish(0.0 if job.stop() else None)
+  writer.close()
+  if unwritten is not None:
+    raise TimeoutError(
+        f'{path} could not be written ({unwritten.error}), though group'
+        f' {job.group_id} has reached its last step; see to the disk, and start'
+        ' the same command again'
+    ) from unwritten.error
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., bool]:
@@ -395,7 +390,7 @@ def _restore(
 def _evaluate_what_was_missed(
     job: Job, watch: Watch, state: TrainState
 ) -> bool:
-  """A run that was stopped where an evaluation was due makes up for it.
+  """Evaluates if the run was stopped where an evaluation was due.
 
   Returns:
     False if it was stopped again meanwhile.

@@ -1,4 +1,4 @@
-"""One group of one run: its configuration, and what run.json says of it."""
+"""Jobs: one group of one run, its configuration and its run.json."""
 
 import dataclasses
 import os
@@ -18,7 +18,11 @@ from codistill_jax.base import (
 )
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from codistill_jax.storage.background import Troubles
+from codistill_jax.storage.background import (
+    DEFAULT_PATIENCE,
+    Patience,
+    Troubles,
+)
 from experiments import cli
 
 
@@ -41,6 +45,7 @@ class Job:
     stop: True once the process was asked to stop; it also knows what would be
       lost.
     troubles: What this group cannot do at the moment, such as saving.
+    patience: How long a disk is waited for.
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
@@ -59,6 +64,7 @@ class Job:
   agreement: Agreement = ALONE
   stop: cli.StopRequest = dataclasses.field(default_factory=cli.StopRequest)
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
+  patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current

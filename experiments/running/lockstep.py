@@ -1,4 +1,4 @@
-"""All groups of a run in one process: what makes and steps them in turn."""
+"""Groups of one process: made, stepped in turn, resumed together."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def train_steps_of(
     num_groups: int,
     num_replicas: int,
 ) -> tuple[Sequence[PmapStep | one_program.Seat], Stream | None]:
-  """What updates each group; and the stream of all, if they update together."""
+  """Makes the update of each group; and one stream, if they update together."""
   chosen = devices.chosen_devices(num_replicas)
   kind = experiment.exchange
   if not kind.one_program:
@@ -67,7 +67,7 @@ class Latch:
     return self._request.signal_number
 
   def update(self) -> None:
-    """To be called before each round."""
+    """Asks; to be called before each round."""
     self._stop = self.signal_number is not None
 
 

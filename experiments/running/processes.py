@@ -1,4 +1,4 @@
-"""Processes that are started, supervised, asked to leave, and left by none.
+"""Child processes: started, supervised with restarts and back-off, ended.
 
 A supervisor must outlive what it watches: a full disk, a log that cannot be
 written and a half-written file cost it a line on the terminal, no more.
@@ -114,7 +114,7 @@ _PRCTL = _find_prctl()  # Not between fork and exec.
 
 
 def _die_with_parent() -> None:
-  """A group must not go on training when nobody watches it any more.
+  """Lets the kernel kill this process with its parent, which watches it.
 
   At once: one that saves first would meet its successor.
   """
@@ -182,7 +182,7 @@ class Group:
 
   @property
   def exit_status(self) -> int | None:
-    """Of the last process that ended, below 0 by a signal; or None."""
+    """The status of the last process that ended, below 0 by a signal."""
     status = None if self._process is None else self._process.poll()
     return self._ended if status is None else status
 
@@ -291,10 +291,9 @@ class Group:
   def _newest_checkpoint(self) -> int | None:
     """Returns the step of the newest resume checkpoint to be seen, or None."""
     with contextlib.suppress(OSError):
-      saved = run_directory.newest_saved(
+      return run_directory.newest_saved(
           run_directory.checkpoints_dir(self.workdir, self.group_id)
       )
-      return saved and saved.step
     return None
 
   def _last_line(self) -> str:

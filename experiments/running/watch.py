@@ -1,4 +1,4 @@
-"""Records and signs of life: what a run says of itself while it trains.
+"""Metrics records and heartbeats of a run in training; its FLOP utilisation.
 
 Shape suffixes: B rows of the group batch, P teachers.
 """
@@ -39,7 +39,6 @@ from codistill_jax.step import EvalStep, make_eval_step
 from experiments.running.job import Job
 
 _STATUS_SECONDS = 2.0
-_STATUS = 'writing status.json'  # As a trouble.
 
 
 class Watch:
@@ -162,12 +161,8 @@ class Watch:
         'last_rejection': exchange.last_rejection,
         'troubles': [trouble._asdict() for trouble in job.troubles.now],
     }
-    try:
+    with job.troubles.noted('writing status.json'):
       run_directory.write_status(job.workdir, job.group_id, content)
-    except OSError as e:
-      job.troubles.failed(_STATUS, e)
-    else:
-      job.troubles.worked(_STATUS)
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()
@@ -181,14 +176,14 @@ def _eval_step(output: str, model: Model) -> EvalStep:
 
 
 def _taught(metrics: Metrics) -> bool:
-  """Whether an update had teachers."""
+  """Returns whether an update had teachers."""
   return bool(metrics['distill/weight'])
 
 
 def group_writer(
     job: Job, *, progress: bool
 ) -> Callable[[int], writers.Writer]:
-  """JSON lines and TensorBoard events always; progress if asked."""
+  """Makes writers of JSON lines, TensorBoard events and, if asked, progress."""
 
   def make(start: int) -> writers.Writer:
     directory = run_directory.group_dir(job.workdir, job.group_id)
@@ -244,12 +239,12 @@ class Efficiency:
     self._counter = concurrent.futures.ThreadPoolExecutor(1, 'count-flops')
 
   def seen(self, taught: bool) -> None:
-    """A step has run, with teachers or without; starts to count it."""
+    """Starts to count the FLOPs of a step that has run, taught or not."""
     for form in {False, taught} - self._counts.keys():
       self._counts[form] = self._counter.submit(self._count, form)
 
   def metrics(self, taught: Sequence[bool], seconds: float) -> dict[str, float]:
-    """Of the whole group, over steps that took so long together.
+    """Returns throughput of the whole group over some steps.
 
     Args:
       taught: For each of them, whether it had teachers; `seen` before.

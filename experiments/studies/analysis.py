@@ -1,4 +1,4 @@
-"""From the runs of a study to numbers: targets, outcomes, paired effects.
+"""From the runs of a study to numbers: targets, scores, paired effects.
 
 The rules, the same for all arms and said on every page by `study_page`:
 * Losses are smoothed by a trailing mean over k evaluations.
@@ -10,6 +10,7 @@ The rules, the same for all arms and said on every page by `study_page`:
 Shape suffix: N evaluations of a run.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,19 +18,58 @@ import numpy as np
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from experiments.studies import results
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band, Run, diverged_at, smooth
 
-# Of one run by one measure.
+# Of a run by a measure.
 MEASURED = 'measured'
 NOT_REACHED = 'not reached'
 DIVERGED = 'diverged'
 NO_TARGET = 'no target'
 ABSENT = 'not measured'
 
+_WINDOW = 3  # Evaluations that a loss is averaged over, ...
+_FEW = 12  # ... unless the baseline has fewer than these.
 
-class Outcome(NamedTuple):
+
+class Run(NamedTuple):
+  """One training of one arm, or what an ensemble of its groups would do.
+
+  Attributes:
+    arm: Its name.
+    seed: Its seed; runs of one seed in different arms see the same data order.
+    rate: Learning rate.
+    tuning: Whether it was only there to choose the rate.
+    steps_N: Updates done at each evaluation, of each group.
+    loss_N: Validation loss in nats, the mean over groups.
+    accuracy_N: Validation accuracy; empty for a task without it.
+    examples_per_step: Of all groups together.
+    flops_N: FLOPs spent until each evaluation, by all groups, with teachers.
+    bytes_N: Bytes that one worker or group has received until then.
+    prior_steps: Steps that had to be done before the first one: of teachers
+      that were trained before, all of them together.
+    prior_flops: Their FLOPs.
+    diverged_at: The step at which loss or gradient were no longer finite; the
+      run ends there. None if that did not happen.
+    seconds: Wall time of the training, on the machine that it ran on.
+  """
+
+  arm: str
+  seed: int
+  rate: float
+  tuning: bool
+  steps_N: np.ndarray
+  loss_N: np.ndarray
+  accuracy_N: np.ndarray
+  examples_per_step: float
+  flops_N: np.ndarray
+  bytes_N: np.ndarray
+  prior_steps: float = 0.0
+  prior_flops: float = 0.0
+  diverged_at: int | None = None
+  seconds: float = float('nan')
+
+
+class Score(NamedTuple):
   """One run by one measure.
 
   Attributes:
@@ -53,17 +93,17 @@ class Cell(NamedTuple):
   """One arm by one measure.
 
   Attributes:
-    outcomes: By seed, in order.
+    scores: By seed, in order.
     estimate: Over the runs that did not diverge; None unless all those are
       measured.
   """
 
-  outcomes: tuple[Outcome, ...]
+  scores: tuple[Score, ...]
   estimate: Estimate | None
 
   def count(self, state: str) -> int:
     """Returns how many seeds are in a state."""
-    return sum(o.state == state for o in self.outcomes)
+    return sum(s.state == state for s in self.scores)
 
 
 class Effect(NamedTuple):
@@ -82,8 +122,8 @@ class Effect(NamedTuple):
   """
 
   ratio: bool
-  ours: tuple[Outcome, ...]
-  theirs: tuple[Outcome, ...]
+  ours: tuple[Score, ...]
+  theirs: tuple[Score, ...]
   estimate: Estimate | None
   mean: float = float('nan')
   baseline: float = float('nan')
@@ -98,7 +138,7 @@ class Effect(NamedTuple):
   def one_side_diverged(self) -> str:
     """'more' if all of ours diverged and none of theirs; 'less'; or ''."""
     ours, theirs = (
-        {o.state == DIVERGED for o in side} for side in (self.ours, self.theirs)
+        {s.state == DIVERGED for s in side} for side in (self.ours, self.theirs)
     )
     if (ours, theirs) == ({True}, {False}):
       return 'more'
@@ -132,6 +172,11 @@ class Analysis(NamedTuple):
     """The arms that have runs."""
     return [arm for arm in self.study.arms if self.runs[arm.name]]
 
+  @property
+  def all_runs(self) -> list[Run]:
+    """Those of all arms."""
+    return [run for runs in self.runs.values() for run in runs]
+
 
 def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   """Sorts runs and finds the targets.
@@ -145,7 +190,7 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
   baseline = final.get(study.baseline, ())
-  window = results.window_of(baseline)
+  window = _window_of(baseline)
   targets = {
       run.seed: float(smooth(run.loss_N, window).min())
       for run in baseline
@@ -186,27 +231,85 @@ def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
   }
 
 
+# --- Curves ------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+  """A curve over seeds: mean and range at the evaluations that all have."""
+
+  x_N: np.ndarray
+  mean_N: np.ndarray
+  low_N: np.ndarray
+  high_N: np.ndarray
+
+
+def _window_of(baseline: Sequence[Run]) -> int:
+  """Returns k: 3, or 1 where the baseline has fewer than 12 evaluations."""
+  counts = [len(r.loss_N) for r in baseline if diverged_at(r) is None]
+  return _WINDOW if counts and min(counts) >= _FEW else 1
+
+
+def smooth(values_N: np.ndarray, window: int) -> np.ndarray:
+  """Returns trailing means over `window` evaluations, fewer at the start."""
+  values_N = np.asarray(values_N, np.float64)
+  starts = [max(0, i - window + 1) for i in range(len(values_N))]
+  return np.array([values_N[s : i + 1].mean() for i, s in enumerate(starts)])
+
+
+def diverged_at(run: Run) -> int | None:
+  """Returns the step of divergence, also if only an evaluation shows it."""
+  if run.diverged_at is not None:
+    return run.diverged_at
+  bad = np.flatnonzero(~np.isfinite(run.loss_N))
+  return int(run.steps_N[bad[0]]) if len(bad) else None
+
+
 def band(analysis: Analysis, arm: str, x: str, y: str = 'loss') -> Band | None:
-  """Returns a smoothed curve of an arm over seeds; see `results.band`."""
-  return results.band(analysis.runs[arm], analysis.window, x, y)
+  """Returns a smoothed curve of an arm over the seeds that did not diverge.
+
+  Args:
+    analysis: The runs.
+    arm: Its name.
+    x: 'steps', 'flops' (with those of the teachers before) or 'bytes'.
+    y: 'loss' or 'accuracy'.
+
+  Returns:
+    None if no run has such values, or they share no evaluation.
+  """
+  runs = [
+      run
+      for run in analysis.runs[arm]
+      if diverged_at(run) is None and len(getattr(run, f'{y}_N'))
+  ]
+  if not runs:
+    return None
+  steps = functools.reduce(np.intersect1d, [r.steps_N for r in runs])
+  if not len(steps):
+    return None
+  at = [np.searchsorted(r.steps_N, steps) for r in runs]
+  ys = [
+      smooth(getattr(r, f'{y}_N'), analysis.window)[i] for r, i in zip(runs, at)
+  ]
+  before = [r.prior_flops if x == 'flops' else 0.0 for r in runs]
+  xs = [getattr(r, f'{x}_N')[i] + b for r, i, b in zip(runs, at, before)]
+  mean, low, high = (f(ys, axis=0) for f in (np.mean, np.min, np.max))
+  return Band(np.mean(xs, axis=0), mean, low, high)
 
 
-# --- Outcomes ----------------------------------------------------------------
+# --- Scores ------------------------------------------------------------------
 
 
 def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
   """Returns one arm by one measure."""
-  outcomes = tuple(
-      outcome(analysis, run, measure) for run in analysis.runs[arm]
-  )
-  counted = [o for o in outcomes if o.state != DIVERGED]
+  scores = tuple(score(analysis, run, measure) for run in analysis.runs[arm])
+  counted = [s for s in scores if s.state != DIVERGED]
   estimate = None
-  if counted and all(o.state == MEASURED for o in counted):
-    estimate = statistics.mean_over_retrains([o.value for o in counted])
-  return Cell(outcomes, estimate)
+  if counted and all(s.state == MEASURED for s in counted):
+    estimate = statistics.mean_over_retrains([s.value for s in counted])
+  return Cell(scores, estimate)
 
 
-def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
+def score(analysis: Analysis, run: Run, measure: str) -> Score:
   """Returns one run by one measure.
 
   Raises:
@@ -217,7 +320,7 @@ def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
         f'No measure {measure!r}; there are {", ".join(MEASURES)}.'
     )
   if diverged_at(run) is not None:
-    return Outcome(run.seed, np.nan, DIVERGED)
+    return Score(run.seed, np.nan, DIVERGED)
   if MEASURES[measure].ratio:
     return _to_target(analysis, run, measure)
   values_N = {
@@ -228,18 +331,18 @@ def outcome(analysis: Analysis, run: Run, measure: str) -> Outcome:
       measure, ()
   )  # Churn is no number of one run.
   if not len(values_N):
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   value = values_N.min() if measure == 'best_loss' else values_N[-1]
   state = ABSENT if np.isnan(value) else MEASURED
-  return Outcome(run.seed, float(value), state)
+  return Score(run.seed, float(value), state)
 
 
-def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
+def _to_target(analysis: Analysis, run: Run, measure: str) -> Score:
   target = analysis.targets.get(run.seed)
   if target is None:
-    return Outcome(run.seed, np.nan, NO_TARGET)
+    return Score(run.seed, np.nan, NO_TARGET)
   if not len(run.loss_N):
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   costs_N, prior = {
       'steps_to_target': (run.steps_N, 0.0),
       'total_steps_to_target': (run.steps_N, run.prior_steps),
@@ -248,13 +351,13 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
   costs_N = costs_N + prior
   reached = np.flatnonzero(smooth(run.loss_N, analysis.window) <= target)
   if not len(reached):
-    return Outcome(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
+    return Score(run.seed, np.nan, NOT_REACHED, float(costs_N[-1]))
   at = reached[0]
   value = float(costs_N[at])
   if np.isnan(value):  # Of FLOPs that are not on record.
-    return Outcome(run.seed, np.nan, ABSENT)
+    return Score(run.seed, np.nan, ABSENT)
   before = float(costs_N[at - 1]) if at else prior
-  return Outcome(run.seed, value, MEASURED, resolution=value - before)
+  return Score(run.seed, value, MEASURED, resolution=value - before)
 
 
 # --- Effects -----------------------------------------------------------------
@@ -262,14 +365,14 @@ def _to_target(analysis: Analysis, run: Run, measure: str) -> Outcome:
 
 def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
   """Compares one arm with another over the seeds that both have."""
-  ours = {o.seed: o for o in cell(analysis, arm, measure).outcomes}
-  theirs = {o.seed: o for o in cell(analysis, against, measure).outcomes}
+  ours = {s.seed: s for s in cell(analysis, arm, measure).scores}
+  theirs = {s.seed: s for s in cell(analysis, against, measure).scores}
   seeds = sorted(ours.keys() & theirs.keys())
-  pairs = [(ours[s], theirs[s]) for s in seeds]
+  pairs = [(ours[seed], theirs[seed]) for seed in seeds]
   counted = [p for p in pairs if DIVERGED not in (p[0].state, p[1].state)]
   ratio = MEASURES[measure].ratio
   sides = (tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
-  if not counted or any(o.state != MEASURED for p in counted for o in p):
+  if not counted or any(s.state != MEASURED for p in counted for s in p):
     return Effect(ratio, *sides, None)
   values = np.array([[a.value, b.value] for a, b in counted])
   estimate = (
@@ -277,7 +380,7 @@ def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
       if ratio
       else statistics.mean_over_retrains(values[:, 0] - values[:, 1])
   )
-  resolution = max(o.resolution for p in counted for o in p)
+  resolution = max(s.resolution for p in counted for s in p)
   return Effect(ratio, *sides, estimate, *values.mean(0).tolist(), resolution)
 
 

@@ -15,9 +15,9 @@ from codistill_jax.storage import files
 from experiments.reports import records
 from experiments.studies import communication
 from experiments.studies import plan as plan_lib
+from experiments.studies.analysis import Run
 from experiments.studies.declaration import Arm
 from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.results import Run
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -168,20 +168,20 @@ def _bytes(
 ) -> np.ndarray:
   """Returns bytes that a worker or group has received at evaluations."""
   size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  within_N = steps_N * communication.bytes_per_update(
+      arm.communication,
+      size,
+      workers=arm.workers,
+      outer_every=outcome.get('outer_every', 1),
+  )
   if arm.communication != 'exchange':
-    return steps_N * communication.bytes_per_update(
-        arm.communication,
-        size,
-        workers=arm.workers,
-        outer_every=outcome.get('outer_every', 1),
-    )
+    return within_N
   every, burn_in = outcome['exchange_every'], outcome['burn_in_steps']
   # Publications are fetched after burn-in, and none is made at step 0.
   first = max(burn_in // every, 1)
   fetches_N = np.maximum((steps_N - 1) // every - first + 1, 0)
   fetches_N = np.where(steps_N > burn_in, fetches_N, 0)
-  within = communication.all_reduce_bytes(size, arm.workers)
-  return steps_N * within + fetches_N * outcome['peers'] * size
+  return within_N + fetches_N * outcome['peers'] * size
 
 
 def _with_teachers(

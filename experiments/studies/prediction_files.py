@@ -1,7 +1,5 @@
 """Reads predictions of anybody's models: `.npy`, `.csv`, `.parquet`.
 
-Tables are read by pandas, which loads when one is read.
-
 Shape suffixes: N examples, C classes.
 """
 
@@ -9,9 +7,10 @@ import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from codistill_jax import statistics
 from experiments.studies.churn_results import Row, summarise
@@ -39,16 +38,16 @@ class Predictions(NamedTuple):
   Attributes:
     name: The file, as it was given.
     probs: (N,) or (N, C).
-    ids: (N,), each once; None if there are none.
+    ids: (N,), each once; a range for files that agree row by row.
     labels: (N,) integers; None if there are none.
     unused: Other columns that tell examples apart, unless there are ids.
   """
 
   name: str
   probs: np.ndarray
-  ids: np.ndarray | None
+  ids: pd.Index
   labels: np.ndarray | None
-  unused: Mapping[str, np.ndarray]
+  unused: Mapping[str, pd.Series]
 
 
 def compare(
@@ -113,7 +112,7 @@ def read(path: str, columns: Columns) -> Predictions:
   if _ending(path) == '.npy':
     _check_no_ids(path, columns)
     probs = statistics.check_probabilities(_read_npy(path), path)
-    return Predictions(path, probs, None, None, {})
+    return Predictions(path, probs, pd.RangeIndex(len(probs)), None, {})
   table = _read_table(path)
   picked = [_column(table, c, path) for c in columns.predictions]
   probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
@@ -136,22 +135,23 @@ def read(path: str, columns: Columns) -> Predictions:
   )
 
 
-def _unused(table, columns: Columns) -> dict[str, np.ndarray]:
+def _unused(table: pd.DataFrame, columns: Columns) -> dict[str, pd.Series]:
   read = {*columns.predictions, columns.label}
   return {
-      name: table[name].to_numpy()
-      for name in table.columns
-      if name not in read and table[name].is_unique
+      name: values
+      for name, values in table.items()
+      if name not in read and values.is_unique
   }
 
 
-def read_labels(path: str, columns: Columns) -> tuple[np.ndarray, Any]:
-  """Reads labels (N,) and their ids (or None); errors as `read`."""
+def read_labels(path: str, columns: Columns) -> pd.Series:
+  """Reads labels (N,) by id; errors as `read`."""
   if _ending(path) == '.npy':
     _check_no_ids(path, columns)
-    return _read_npy(path), None
+    return pd.Series(_read_npy(path))
   table = _read_table(path)
-  return _column(table, columns.label, path), _ids(table, columns.id, path)
+  values = _column(table, columns.label, path)
+  return pd.Series(values, _ids(table, columns.id, path))
 
 
 def _check_no_ids(path: str, columns: Columns) -> None:
@@ -162,15 +162,14 @@ def _check_no_ids(path: str, columns: Columns) -> None:
 
 
 def join(
-    models: Sequence[Predictions],
-    labels: tuple[np.ndarray, np.ndarray | None] | None = None,
+    models: Sequence[Predictions], labels: pd.Series | None = None
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
   """Joins the same examples of all models, and their labels.
 
   Args:
     models: At least two.
-    labels: Of a file of their own, and their ids; None: those that the
-      predictions bring along.
+    labels: Of a file of their own; None: those that the predictions bring
+      along.
 
   Returns:
     Arrays (N,) or (N, C), and labels (N,) or None. With ids, the examples and
@@ -182,20 +181,20 @@ def join(
   first = models[0]
   for other in models[1:]:
     _check_same_examples(first, other)
-  arrays = [first.probs]
-  arrays += [m.probs[_places(first.ids, m.ids, m.name)] for m in models[1:]]
+  places = [_places(first.ids, m.ids, m.name) for m in models]
+  arrays = [m.probs[place] for m, place in zip(models, places)]
   if labels is not None:
-    values, ids = labels
-    if ids is None and len(values) != len(first.probs):
+    by_row = isinstance(labels.index, pd.RangeIndex)
+    if by_row and len(labels) != len(first.probs):
       raise ValueError(
-          f'{len(first.probs):,} predictions, but {len(values):,} labels; give'
+          f'{len(first.probs):,} predictions, but {len(labels):,} labels; give'
           ' one for each, or --id_column'
       )
-    wanted = None if ids is None else first.ids
-    return arrays, values[_places(wanted, ids, 'labels')]
+    values = labels.to_numpy()
+    return arrays, values[_places(first.ids, labels.index, 'labels')]
   found = [
-      (m.name, m.labels[_places(first.ids, m.ids, m.name)])
-      for m in models
+      (m.name, m.labels[place])
+      for m, place in zip(models, places)
       if m.labels is not None
   ]
   for other in found[1:]:
@@ -207,10 +206,9 @@ def _check_same_labels(name_a, labels_a, name_b, labels_b, ids) -> None:
   wrong = np.flatnonzero(labels_a != labels_b)
   if wrong.size:
     row = int(wrong[0])
-    where = f'row {row:,}' if ids is None else f'id {ids[row]!r}'
-    remedy = (
-        'to join them, give --id_column' if ids is None else 'give --labels'
-    )
+    where, remedy = f'id {ids.tolist()[row]!r}', 'give --labels'
+    if isinstance(ids, pd.RangeIndex):
+      where, remedy = f'row {row:,}', 'to join them, give --id_column'
     raise ValueError(
         f'{name_a} and {name_b} have other labels for {wrong.size:,} of'
         f' {len(labels_a):,} examples, the first {where}: {labels_a[row]} and'
@@ -239,39 +237,37 @@ def _check_same_examples(first: Predictions, other: Predictions) -> None:
       )
 
 
-def _shuffled(a: np.ndarray, b: np.ndarray) -> bool:
+def _shuffled(a: pd.Series, b: pd.Series) -> bool:
   """Returns whether these are the same values in different orders."""
   return not np.array_equal(a, b) and set(a.tolist()) == set(b.tolist())
 
 
-def _places(wanted, ids, name: str):
-  """Returns where the wanted ids are; all in order without ids."""
-  if wanted is None or ids is None:
-    return slice(None)
-  place = {value: i for i, value in enumerate(ids.tolist())}
-  missing = [x for x in wanted.tolist() if x not in place]
+def _places(wanted: pd.Index, ids: pd.Index, name: str) -> np.ndarray:
+  """Returns where the wanted ids are."""
+  places = ids.get_indexer(wanted)
+  missing = wanted[places < 0].tolist()
   if missing:
     raise ValueError(
         f'{name} lacks {len(missing):,} of {len(wanted):,} ids, such as'
         f' {missing[0]!r}'
     )
-  return np.array([place[x] for x in wanted.tolist()])
+  return places
 
 
-def _ids(table, column: str, path: str) -> np.ndarray | None:
+def _ids(table: pd.DataFrame, column: str, path: str) -> pd.Index:
   if not column:
-    return None
-  ids = _column(table, column, path)
-  again = table[column].duplicated()
-  if again.any():
+    return pd.RangeIndex(len(table))
+  ids = pd.Index(_column(table, column, path))
+  again = ids[ids.duplicated()].tolist()
+  if again:
     raise ValueError(
-        f'{path}: {int(again.sum()):,} duplicate ids, such as'
-        f' {ids.tolist()[int(np.argmax(again))]!r}; give each example once'
+        f'{path}: {len(again):,} duplicate ids, such as {again[0]!r}; give each'
+        ' example once'
     )
   return ids
 
 
-def _column(table, column: str, path: str) -> np.ndarray:
+def _column(table: pd.DataFrame, column: str, path: str) -> np.ndarray:
   if column not in table:
     raise ValueError(
         f'{path} has no column {column!r}; it has'
@@ -305,15 +301,7 @@ def _read_npy(path: str) -> np.ndarray:
     raise ValueError(f'{path} is no array of numbers: {e}') from e
 
 
-def _read_table(path: str):
-  """Reads a pandas DataFrame."""
-  try:
-    import pandas as pd
-  except ImportError as e:
-    raise ValueError(
-        f'{path}: tables are read by pandas; pip install'
-        ' "codistill_jax[report]"'
-    ) from e
+def _read_table(path: str) -> pd.DataFrame:
   ending = _ending(path)
   try:
     if ending == '.parquet':

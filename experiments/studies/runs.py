@@ -9,7 +9,6 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
+from codistill_jax.data import process_pool
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
@@ -353,15 +353,8 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
-      'cores': _own_cores(),
+      'cores': process_pool.usable_cores(),
   }
-
-
-def _own_cores() -> int:
-  """Returns how many cores this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _last_loss(directory: files.PathLike, num_groups: int) -> float:

@@ -24,7 +24,6 @@ from experiments.reports.pages import (
 )
 from experiments.studies import (
     analysis,
-    results,
     verdicts,
     wall_time,
     words,
@@ -34,12 +33,13 @@ from experiments.studies.analysis import (
     MEASURED,
     NOT_REACHED,
     Analysis,
+    Band,
     Cell,
-    Outcome,
+    Run,
+    Score,
 )
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.latency import Latency
-from experiments.studies.results import Band, Run
 from experiments.studies.verdicts import Verdict
 from experiments.studies.words import count, sentence_start
 
@@ -181,7 +181,7 @@ def _divergences(found: Analysis) -> list[str]:
   lines = []
   for arm in found.study.arms:
     runs = found.runs[arm.name]
-    at = [results.diverged_at(run) for run in runs]
+    at = [analysis.diverged_at(run) for run in runs]
     steps = [f'{step:,}' for step in at if step is not None]
     if steps:
       rest = '; its means are of the others' if len(steps) < len(runs) else ''
@@ -226,10 +226,9 @@ def _short_table(found: Analysis) -> pd.DataFrame:
 
 def _measures(found: Analysis) -> list[str]:
   """Returns those of the runs; with teachers' steps where there are any."""
-  runs = [run for runs in found.runs.values() for run in runs]
   has = {
-      'total_steps_to_target': any(run.prior_steps for run in runs),
-      'final_accuracy': any(len(run.accuracy_N) for run in runs),
+      'total_steps_to_target': any(r.prior_steps for r in found.all_runs),
+      'final_accuracy': any(len(r.accuracy_N) for r in found.all_runs),
       'churn': False,
       'log_loss': False,
   }
@@ -257,7 +256,7 @@ def _cells(
 
 
 def _cell(cell: Cell, form: str, interval: bool) -> str:
-  seeds, diverged = len(cell.outcomes), cell.count(DIVERGED)
+  seeds, diverged = len(cell.scores), cell.count(DIVERGED)
   if diverged == seeds:
     return 'diverged' if seeds else 'not trained'
   if cell.estimate is not None:
@@ -272,17 +271,17 @@ def _cell(cell: Cell, form: str, interval: bool) -> str:
 
 def _seeds_table(found: Analysis) -> pd.DataFrame:
   """Returns steps to the target of every run, and what was not reached."""
-  seeds = sorted({r.seed for runs in found.runs.values() for r in runs})
+  seeds = sorted({run.seed for run in found.all_runs})
   rows = []
   for arm in found.study.arms:
-    outcomes = analysis.cell(found, arm.name, 'steps_to_target').outcomes
-    of_seed = {o.seed: _outcome(o) for o in outcomes}
+    scores = analysis.cell(found, arm.name, 'steps_to_target').scores
+    of_seed = {s.seed: _score(s) for s in scores}
     row = {f'seed {seed}': of_seed.get(seed, '-') for seed in seeds}
     rows.append({'arm': arm.title} | row)
   return pd.DataFrame(rows)
 
 
-def _outcome(found: Outcome) -> str:
+def _score(found: Score) -> str:
   if found.state == MEASURED:
     return f'{found.value:,.0f}'
   if found.state == NOT_REACHED:
@@ -320,8 +319,8 @@ def _tried(found: Analysis, arm: Arm, rate: float) -> str:
   cells = []
   for run in found.tuning[arm.name]:
     if np.isclose(run.rate, rate):
-      best = analysis.outcome(found, run, 'best_loss')
-      last = analysis.outcome(found, run, 'final_loss')
+      best = analysis.score(found, run, 'best_loss')
+      last = analysis.score(found, run, 'final_loss')
       losses = f'{best.value:.4f} / {last.value:.4f}'
       cells.append(losses if best.state == MEASURED else best.state)
   return ', '.join(cells) or '-'
@@ -421,11 +420,11 @@ def _study_csv(found: Analysis) -> pd.DataFrame:
     for measure in MEASURES:
       cell = analysis.cell(found, arm.name, measure)
       numbers = cell.estimate or (np.nan,) * 4
-      values = [f'{o.seed}:{_exact(o.value)}' for o in cell.outcomes]
+      values = [f'{s.seed}:{_exact(s.value)}' for s in cell.scores]
       row: dict[str, Any] = {'arm': arm.name, 'measure': measure}
       row |= zip(('mean', 'half_range', 'low', 'high'), map(_exact, numbers))
       row |= {
-          'seeds': len(cell.outcomes),
+          'seeds': len(cell.scores),
           'measured': cell.count(MEASURED),
           'not_reached': cell.count(NOT_REACHED),
           'diverged': cell.count(DIVERGED),
@@ -437,21 +436,16 @@ def _study_csv(found: Analysis) -> pd.DataFrame:
 
 def _curves(found: Analysis) -> pd.DataFrame:
   """Returns a row per evaluation of every run that is reported; raw."""
-  frames = []
-  for runs in found.runs.values():
-    for run in runs:
-      columns = {
-          'step': run.steps_N,
-          'flops': run.flops_N,
-          'bytes': run.bytes_N,
-          'loss': run.loss_N,
-          'accuracy': run.accuracy_N if len(run.accuracy_N) else np.nan,
-      }
-      frame = pd.DataFrame(columns, dtype=object).map(_exact)
-      frame.insert(0, 'arm', run.arm)
-      frame.insert(1, 'seed', run.seed)
-      frames.append(frame)
-  return pd.concat(frames, ignore_index=True)
+  rows = []
+  for run in found.all_runs:
+    accuracy_N = run.accuracy_N
+    if not len(accuracy_N):
+      accuracy_N = np.full(len(run.steps_N), np.nan)
+    columns = (run.steps_N, run.flops_N, run.bytes_N, run.loss_N, accuracy_N)
+    for values in zip(*columns, strict=True):
+      rows.append([run.arm, run.seed, *map(_exact, values)])
+  header = ['arm', 'seed', 'step', 'flops', 'bytes', 'loss', 'accuracy']
+  return pd.DataFrame(rows, columns=header)
 
 
 def _exact(value: float) -> str:

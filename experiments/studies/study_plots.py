@@ -19,11 +19,10 @@ from matplotlib.ticker import (
 from codistill_jax.statistics import Estimate
 from experiments.reports import plots
 from experiments.reports.pages import Plot
-from experiments.studies import analysis, results, retrains, words
-from experiments.studies.analysis import Analysis
+from experiments.studies import analysis, retrains, words
+from experiments.studies.analysis import Analysis, Band
 from experiments.studies.churn_results import Row
 from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.results import Band
 from experiments.studies.wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
@@ -93,26 +92,18 @@ def curves(found: Analysis, example: str) -> list[Plot]:
   """Draws validation loss, and for 'speed-accuracy' validation accuracy."""
   if not any(analysis.band(found, a.name, 'steps') for a in found.study.arms):
     return []
-  runs = [run for runs in found.runs.values() for run in runs]
-  made = [_loss(found, example)]
-  if 'speed-accuracy' in found.study.views and any(
-      len(run.accuracy_N) for run in runs
-  ):
-    caption = words.paragraph('accuracy_caption')
-    title = 'Validation accuracy'
-    made.append(_two_axes(found, 'accuracy', title.lower(), title, caption))
-  return made
-
-
-def _loss(found: Analysis, example: str) -> Plot:
-  runs = [run for runs in found.runs.values() for run in runs]
-  caption = words.paragraph(
-      'loss_caption',
-      window=found.window,
-      teachers=any(run.prior_steps for run in runs),
-  )
   label = f'validation loss (nats per {example})'
-  return _two_axes(found, 'loss', label, 'Validation loss', caption)
+  teachers = any(run.prior_steps for run in found.all_runs)
+  caption = words.paragraph(
+      'loss_caption', window=found.window, teachers=teachers
+  )
+  made = [_two_axes(found, 'loss', label, 'Validation loss', caption)]
+  accurate = any(len(run.accuracy_N) for run in found.all_runs)
+  if accurate and 'speed-accuracy' in found.study.views:
+    label, caption = 'validation accuracy', words.paragraph('accuracy_caption')
+    title = 'Validation accuracy'
+    made.append(_two_axes(found, 'accuracy', label, title, caption))
+  return made
 
 
 def _two_axes(
@@ -187,7 +178,7 @@ def _mark_divergence(ax: Axes, found: Analysis, styles: dict) -> None:
   at_the_top = ax.get_xaxis_transform()
   for name, runs in found.runs.items():
     style = {'color': styles[name]['color'], 'ms': 6, 'mew': 1.6}
-    for step in map(results.diverged_at, runs):
+    for step in map(analysis.diverged_at, runs):
       if step is not None:
         ax.plot([step], [0.97], 'x', transform=at_the_top, **style)
 
@@ -308,7 +299,7 @@ def point(
   cell = analysis.cell(found, arm.name, measure)
   if cell.estimate is not None:
     return cell.estimate.mean, cell.estimate
-  seen = [x for o in cell.outcomes for x in (o.value, o.at_least)]
+  seen = [x for s in cell.scores for x in (s.value, s.at_least)]
   return max((x for x in seen if np.isfinite(x)), default=np.nan), None
 
 

@@ -14,7 +14,7 @@ from experiments.studies.analysis import (
     NOT_REACHED,
     Analysis,
     Effect,
-    Outcome,
+    Score,
 )
 from experiments.studies.declaration import MEASURES, Comparison, Study
 from experiments.studies.words import count, sentence_start
@@ -42,13 +42,11 @@ class Verdict(NamedTuple):
   """What came of a comparison.
 
   Attributes:
-    comparison: As declared.
     words: One of those above; `CANNOT` with its reason in brackets.
     effect: The numbers.
     sentence: Both, for the page.
   """
 
-  comparison: Comparison
   words: str
   effect: Effect
   sentence: str
@@ -81,7 +79,7 @@ def of_effect(study: Study, comparison: Comparison, effect: Effect) -> Verdict:
   """Applies the rules to numbers."""
   verdict = _verdict(effect, comparison.expect)
   sentence = _sentence(study, comparison, effect, verdict)
-  return Verdict(comparison, verdict, effect, sentence)
+  return Verdict(verdict, effect, sentence)
 
 
 # --- Rules -------------------------------------------------------------------
@@ -143,7 +141,7 @@ def _without_estimate(effect: Effect, expect: str) -> str:
   return f'{CANNOT} ({_reason(pairs)})'
 
 
-def _direction(a: Outcome, b: Outcome) -> str:
+def _direction(a: Score, b: Score) -> str:
   """Returns what is known of a pair of which one did not reach the target."""
   if a.state == MEASURED and a.value <= b.at_least:
     return 'less'
@@ -152,9 +150,9 @@ def _direction(a: Outcome, b: Outcome) -> str:
   return ''
 
 
-def _reason(pairs: list[tuple[Outcome, Outcome]]) -> str:
+def _reason(pairs: list[tuple[Score, Score]]) -> str:
   """Says why there is no estimate."""
-  states = {o.state for pair in pairs for o in pair}
+  states = {s.state for pair in pairs for s in pair}
   if all(DIVERGED in (a.state, b.state) for a, b in pairs):
     return 'in every seed one of the two diverged'
   if NOT_REACHED in states:
@@ -193,7 +191,7 @@ def _sentence(
 def _numbers(effect: Effect, measure: str) -> str:
   seeds, found = count(effect.pairs, 'seed'), effect.estimate
   left_out = len(effect.ours) - effect.pairs
-  if left_out > 0:  # Retrains of churn have no outcomes of their own.
+  if left_out > 0:  # Retrains of churn have no scores of their own.
     seeds += f', {left_out} left out for divergence'
   if effect.ratio:
     apart = ', one evaluation apart or less' if effect.within_resolution else ''
@@ -215,7 +213,7 @@ def _times(found: Estimate) -> str:
 
 def _reached(effect: Effect, against: str) -> str:
   sides = (effect.ours, effect.theirs)
-  counts = lambda state: [sum(o.state == state for o in s) for s in sides]
+  counts = lambda state: [sum(s.state == state for s in side) for side in sides]
   seeds = count(len(effect.ours), 'seed')
   if effect.one_side_diverged:
     whose = '' if effect.one_side_diverged == 'more' else f'{against} '

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.studies import analysis, latency, results
+from experiments.studies import analysis, latency
 from experiments.studies.analysis import Analysis
 from experiments.studies.declaration import Arm
 from experiments.studies.latency import Fit, Latency
@@ -118,7 +118,7 @@ def _steps(found: Analysis, arms: dict[int, Arm]) -> dict[int, float]:
 
 def _flops_per_update(found: Analysis, arm: Arm) -> float:
   """Returns those of one group; with teachers, burn-in averaged in."""
-  runs = [r for r in found.runs[arm.name] if results.diverged_at(r) is None]
+  runs = [r for r in found.runs[arm.name] if analysis.diverged_at(r) is None]
   rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
   return float(np.mean(rates)) / arm.num_groups
 

@@ -65,7 +65,7 @@ class Victim:
     return self.pid
 
   def publication(self, rng: np.random.Generator) -> pathlib.Path:
-    """The directory of one of its publications."""
+    """Returns the directory of one of its publications."""
     directory = run_directory.publications_dir(self.workdir, self.group_id)
     steps = checkpoints.completed_steps(directory)
     if not steps:
@@ -74,7 +74,7 @@ class Victim:
     return pathlib.Path(directory) / str(step)
 
   def file(self, rng: np.random.Generator) -> pathlib.Path:
-    """A file of a publication, not empty, and not the mark of completion."""
+    """Returns a file of a publication: not empty, not the completion mark."""
     try:
       files = sorted(
           p
@@ -96,19 +96,19 @@ class Victim:
 
 
 def kill(victim: Victim, rng: np.random.Generator) -> None:
-  """kill -9."""
+  """Kills the process: kill -9."""
   del rng
   os.kill(victim.running(), signal.SIGKILL)
 
 
 def terminate(victim: Victim, rng: np.random.Generator) -> None:
-  """A preemption: SIGTERM."""
+  """Preempts the process: SIGTERM."""
   del rng
   os.kill(victim.running(), signal.SIGTERM)
 
 
 def suspend(victim: Victim, rng: np.random.Generator) -> Undo:
-  """SIGSTOP, and SIGCONT some time later."""
+  """Suspends the process for a while: SIGSTOP, SIGCONT."""
   pid = victim.running()
   os.kill(pid, signal.SIGSTOP)
 
@@ -143,19 +143,19 @@ def delete(victim: Victim, rng: np.random.Generator) -> None:
 
 
 def slow_disk(victim: Victim, rng: np.random.Generator) -> Undo:
-  """Every file operation takes long."""
+  """Makes every file operation take long."""
   victim.wish(slow_seconds=float(rng.uniform(0.02, 0.3)))
   return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(slow_seconds=0.0)
 
 
 def read_only_disk(victim: Victim, rng: np.random.Generator) -> Undo:
-  """The run directory cannot be written to."""
+  """Makes the run directory read-only."""
   victim.wish(read_only=True)
   return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(read_only=False)
 
 
 def full_disk(victim: Victim, rng: np.random.Generator) -> Undo:
-  """No file of this process can grow; libraries in C++ feel it as well."""
+  """Lets no file of the process grow; libraries in C++ feel it as well."""
   pid = victim.running()
   soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
   resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -168,13 +168,13 @@ def full_disk(victim: Victim, rng: np.random.Generator) -> Undo:
 
 
 def skew_clock(victim: Victim, rng: np.random.Generator) -> Undo:
-  """The clock of this host is wrong by up to a day."""
+  """Sets the clock of the process wrong by up to a day."""
   victim.wish(clock_offset=float(rng.uniform(-86400.0, 86400.0)))
   return float(rng.uniform(5.0, 30.0)), lambda: victim.wish(clock_offset=0.0)
 
 
 def forge(victim: Victim, rng: np.random.Generator) -> Undo:
-  """The group publishes, well formed, what no peer may use."""
+  """Lets the group publish, well formed, what no peer may use."""
   victim.running()
   victim.wish(forge=True)
   return float(rng.uniform(8.0, 15.0)), lambda: victim.wish(forge=False)

@@ -36,7 +36,7 @@ _WRITING = set('wax+')
 
 
 class Control:
-  """What the drill wants of this process now; read again and again.
+  """The wishes of the drill, read again and again.
 
   Attributes:
     slow_seconds: How long each file operation in the run directory takes.
@@ -126,7 +126,7 @@ def break_disk(control: Control, root: str) -> None:
 
 
 def _absolute(path: Any, directory: int | None) -> str:
-  """Where a file operation goes; '' for what is no path."""
+  """Returns where a file operation goes; '' for what is no path."""
   if not isinstance(path, str | os.PathLike):
     return ''
   path = os.fspath(path)
@@ -178,7 +178,7 @@ def watch_exchange(report: Reporter, control: Control, group_id: int) -> None:
 def _forged(
     publication: publications.Publication, variables: Variables, how: str
 ) -> tuple[Any, dict[str, Any]]:
-  """The tree and the facts of a publication that no peer may use."""
+  """Returns tree and facts of a publication that no peer may use."""
   tree = {'params': variables.params, 'model_state': variables.model_state}
   leaves, structure = jax.tree.flatten(tree)
   group_id = publication.group_id

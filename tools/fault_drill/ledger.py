@@ -1,4 +1,4 @@
-"""What the groups of a drill reported, and which promises that breaks."""
+"""Books of a drill: what groups reported, and which promises that breaks."""
 
 import collections
 import contextlib
@@ -88,7 +88,7 @@ class Life:
 
 
 class Loss(NamedTuple):
-  """What one restart cost.
+  """The cost of one restart.
 
   Attributes:
     reached: The step that the process before had reached.

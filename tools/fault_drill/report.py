@@ -1,4 +1,4 @@
-"""What a drill came to: as JSON, and as text."""
+"""The result of a drill, as JSON and as text."""
 
 import collections
 import statistics
@@ -112,11 +112,11 @@ def _unfinished(
   directory = run_directory.publications_dir(group.workdir, group.group_id)
   newest = run_directory.newest_saved(directory)
   due = num_steps - num_steps % facts['exchange_every']
-  if newest is not None and newest.step == due:
+  if newest == due:
     return []
   return [
       f'the newest publication of group {group.group_id} is'
-      f' {newest and newest.step}, and not that of its last exchange, {due}'
+      f' {newest}, and not that of its last exchange, {due}'
   ]
 
 

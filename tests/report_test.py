@@ -20,7 +20,6 @@ from experiments.reports import (
     run_plots,
     run_report,
     run_tables,
-    run_text,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -254,7 +253,7 @@ def test_target_rule_is_the_first_evaluation_at_or_under():
 
 def test_running_mean_is_centred_and_passes_over_what_is_not_finite():
   curve = curve_of(enumerate([1, 2, math.nan, 4, 6, math.inf, 8]))
-  smooth = curves.running_mean(curve, 3)
+  smooth = curves.smooth(curve, 3)
   np.testing.assert_allclose(smooth, [1.5, 1.5, 3, 5, 5, 7, 8])
 
 
@@ -397,9 +396,9 @@ def test_staleness_counts_the_oldest_single_teacher():
       (2, {key: 4.0, f'{key}_group_1': 4.0}),
       (3, {f'{key}_group_1': math.nan}),
   )
-  assert run_tables.staleness(group, 'seconds') == (3.0, 4.0)
+  assert run_tables.staleness(group, 'seconds', '.1f') == '3.0 / 4.0'
   assert list(records.by_peer(group, 'seconds')) == [1, 12]
-  assert run_tables.staleness(group, 'steps') is None
+  assert run_tables.staleness(group, 'steps', '.0f') == '-'
 
 
 # --- Speed -------------------------------------------------------------------
@@ -463,7 +462,7 @@ def test_records_without_a_speed_do_not_count(tmp_path):
 
 
 def test_summary_states_the_rule_in_numbers(arms):
-  said = run_text.summary(arms)
+  said = run_report.summary(arms)
   assert 'baseline is 5.1000 nats per token, at step 100.' in said
   # 6.1 - s / 100 - 0.305 + 0.01 <= 5.1 from step 71 on; evaluated every 10.
   assert 'at or under that for the first time at step 80 (1.25 times' in said
@@ -474,7 +473,7 @@ def test_summary_states_the_rule_in_numbers(arms):
 
 def test_summary_says_when_the_baseline_is_not_reached(one, tmp_path):
   worse = make_run(tmp_path, 'codistillation', 2, offset=-1.0)
-  said = run_text.summary(records.load_arms([str(worse), one]))
+  said = run_report.summary(records.load_arms([str(worse), one]))
   assert 'does not reach that in 100 steps; its best is 6.1100' in said
 
 
@@ -482,17 +481,17 @@ def test_oddities_of_the_records_are_told(tmp_path):
   make_run(tmp_path, 'baseline', 1)
   with run_directory.metrics_path(tmp_path, 0).open('ab') as f:
     f.write(b'damaged\n{"step": 102, "loss/task": "NaN"}\n')
-  notes = '\n'.join(run_text.notes(records.load_arms([str(tmp_path)])))
+  notes = '\n'.join(run_report.notes(records.load_arms([str(tmp_path)])))
   assert 'baseline, group 0: 1 damaged line(s)' in notes
   said = 'loss/task is not finite in 1 record(s), the first at step 102'
   assert said in notes
 
 
 def test_commands_carry_no_path_of_this_machine(arms, monkeypatch):
-  outside = run_text.commands(arms)
+  outside = run_report.commands(arms)
   assert not any(os.sep + 'two' in c or 'tmp' in c for c in outside)
   monkeypatch.chdir(arms[0].workdir.parent)
-  train, _, again = run_text.commands(arms, 'out')
+  train, _, again = run_report.commands(arms, 'out')
   name = arms[0].workdir.name
   assert train == f'python -m experiments.train_local --workdir {name}'
   assert again.startswith(
@@ -617,7 +616,7 @@ def test_report_is_complete_and_html_needs_no_other_file(arms, tmp_path):
   links = re.findall(r'!\[[^]]*\]\(([^)]*)\)', markdown)
   assert links == [f'{name}.png' for name in made] and len(images) == 5
   assert {f for f in os.listdir(tmp_path / 'out') if '.png' in f} == {*links}
-  assert run_text.summary(arms) in markdown
+  assert run_report.summary(arms) in markdown
   assert 'Exchange health' in markdown
   # A single group exchanges nothing.
   alone = run_report.blocks(arms[1:])

@@ -9,7 +9,6 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -110,7 +109,7 @@ class Trainer:
       cli.tell(f'{run.name} begins again: its configuration was corrected')
       for path in epath.Path(directory).iterdir():
         # Not the directory itself, which is locked.
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.rmtree() if path.is_dir() else path.unlink()
     return experiment
 
   def _in_turn(

@@ -21,6 +21,8 @@ from experiments.reports.pages import (
     Heading,
     Paragraph,
     Table,
+    count,
+    sentence_start,
 )
 from experiments.studies import (
     analysis,
@@ -41,7 +43,6 @@ from experiments.studies.analysis import (
 from experiments.studies.declaration import MEASURES, Arm, Study
 from experiments.studies.latency import Latency
 from experiments.studies.verdicts import Verdict
-from experiments.studies.words import count, sentence_start
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from codistill_jax.statistics import Estimate
+from experiments.reports.pages import count, sentence_start
 from experiments.studies import analysis, words
 from experiments.studies.analysis import (
     DIVERGED,
@@ -17,7 +18,6 @@ from experiments.studies.analysis import (
     Score,
 )
 from experiments.studies.declaration import MEASURES, Comparison, Study
-from experiments.studies.words import count, sentence_start
 
 AS = 'as in the paper'
 TOWARDS = "in the paper's direction, but the interval includes no effect"

@@ -25,15 +25,16 @@ from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.running import devices, driver, lockstep
-from experiments.running.job import Job
-from experiments.studies import one_program, predictions
-from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations, shared_by_seeds
-from experiments.studies.declaration import Arm
-from experiments.studies.plan import PlannedRun
+
+from .. import cli
+from ..cli import StopRequest
+from ..running import devices, driver, lockstep
+from ..running.job import Job
+from . import one_program, predictions
+from . import plan as plan_lib
+from .configurations import Configurations, shared_by_seeds
+from .declaration import Arm
+from .plan import PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 

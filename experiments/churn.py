@@ -20,15 +20,16 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils
-from experiments import cli
-from experiments.studies import (
+
+from . import cli
+from .studies import (
     churn_results,
     plan,
     retrains,
     side_by_side,
 )
-from experiments.studies.catalogue import churn as catalogue
-from experiments.studies.declaration import Scale
+from .studies.catalogue import churn as catalogue
+from .studies.declaration import Scale
 
 flags.adopt_module_key_flags(gin_utils)
 flags.adopt_module_key_flags(side_by_side)
@@ -118,11 +119,11 @@ def main(argv: Sequence[str]) -> None:
   planned = _plan()
   workdir = side_by_side.absolute(side_by_side.WORKDIR.value)
   began = time.time()
-  side_by_side.train('experiments.churn', workdir, planned)
+  side_by_side.train(cli.module_of('churn'), workdir, planned)
   if side_by_side.WORKER.value:
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
-  from experiments.studies import churn_page  # To train needs no tables.
+  from .studies import churn_page  # To train needs no tables.
 
   output = side_by_side.OUTPUT.value or os.path.join(workdir, 'report')
   churn_page.report(
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _compare_files() -> None:
-  from experiments.studies import churn_page, prediction_files
+  from .studies import churn_page, prediction_files
 
   columns = prediction_files.Columns(
       tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax.data import criteo, prepare_clicks, process_pool
-from experiments import cli
+
+from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 

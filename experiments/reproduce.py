@@ -16,12 +16,13 @@ from typing import Any
 from absl import flags
 
 from codistill_jax import gin_utils
-from experiments import cli
-from experiments.studies import latency, retrains, side_by_side
-from experiments.studies import plan as plan_lib
-from experiments.studies.catalogue import STUDIES
-from experiments.studies.declaration import SCALES, Study
-from experiments.studies.latency import Latency, LogNormal
+
+from . import cli
+from .studies import latency, retrains, side_by_side
+from .studies import plan as plan_lib
+from .studies.catalogue import STUDIES
+from .studies.declaration import SCALES, Study
+from .studies.latency import Latency, LogNormal
 
 flags.adopt_module_key_flags(gin_utils)
 flags.adopt_module_key_flags(side_by_side)
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
   workdir = side_by_side.absolute(side_by_side.WORKDIR.value or default)
   if not _REPORT_ONLY.value:
     side_by_side.train(
-        'experiments.reproduce', workdir, plan, _ONE_PROGRAM.value
+        cli.module_of('reproduce'), workdir, plan, _ONE_PROGRAM.value
     )
   if not side_by_side.WORKER.value:
     _report(workdir, plan)
@@ -177,7 +178,7 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import (
+  from .studies import (
       churn_page,
       churn_results,
       outcomes,

@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reports import curves as curve_lib
-from experiments.reports import pages, plots, records
-from experiments.reports.pages import Plot
-from experiments.reports.records import Arm, Group
+from . import curves as curve_lib
+from . import pages, plots, records
+from .pages import Plot
+from .records import Arm, Group
 
 # The zoom on the later part of a run shows what follows this share of it.
 _LATER_PART = 0.4

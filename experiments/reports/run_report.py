@@ -13,10 +13,11 @@ from etils import epath
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from experiments.reports import pages, records, run_plots, run_tables
-from experiments.reports.pages import Block, Bullets, Code, Heading, Table
-from experiments.reports.records import Arm
-from experiments.reports.run_plots import words
+
+from . import pages, records, run_plots, run_tables
+from .pages import Block, Bullets, Code, Heading, Table
+from .records import Arm
+from .run_plots import words
 
 
 def write(

@@ -16,8 +16,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
-from experiments.reports import pages
-from experiments.reports.pages import number
+
+from . import pages
+from .pages import number
 
 # Enough for some 200 records: the newest evaluation is among them.
 _TAIL_BYTES = 65536

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.reports import pages, records
-from experiments.reports.pages import number
-from experiments.reports.records import Arm, Group
+from . import pages, records
+from .pages import number
+from .records import Arm, Group
 
 # What stands in a column, of a group.
 Cell = Callable[[Arm, Group], str]

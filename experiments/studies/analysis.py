@@ -18,7 +18,8 @@ import numpy as np
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from experiments.studies.declaration import MEASURES, Arm, Study
+
+from .declaration import MEASURES, Arm, Study
 
 # Of a run by a measure.
 MEASURED = 'measured'

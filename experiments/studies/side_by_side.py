@@ -10,11 +10,12 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.running import processes
-from experiments.studies import plan as plan_lib
-from experiments.studies.plan import Plan
+
+from .. import cli
+from ..cli import StopRequest
+from ..running import processes
+from . import plan as plan_lib
+from .plan import Plan
 
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the study: its runs, and what came of them.'
@@ -82,9 +83,9 @@ def train(
   # Not at the top: what only lists, or draws a page, needs no jax.
   import jax
 
-  from experiments.running import devices
-  from experiments.studies import configurations
-  from experiments.studies import worker as worker_lib
+  from ..running import devices
+  from . import configurations
+  from . import worker as worker_lib
 
   if replicas > 1:
     devices.use_replicas(replicas)

@@ -13,8 +13,9 @@ import pandas as pd
 from etils import epath
 
 from codistill_jax.storage import files
-from experiments.reports import pages
-from experiments.reports.pages import (
+
+from ..reports import pages
+from ..reports.pages import (
     Block,
     Bullets,
     Code,
@@ -24,13 +25,13 @@ from experiments.reports.pages import (
     count,
     sentence_start,
 )
-from experiments.studies import (
+from . import (
     analysis,
     verdicts,
     wall_time,
     words,
 )
-from experiments.studies.analysis import (
+from .analysis import (
     DIVERGED,
     MEASURED,
     NOT_REACHED,
@@ -40,9 +41,9 @@ from experiments.studies.analysis import (
     Run,
     Score,
 )
-from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.latency import Latency
-from experiments.studies.verdicts import Verdict
+from .declaration import MEASURES, Arm, Study
+from .latency import Latency
+from .verdicts import Verdict
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',
@@ -108,7 +109,7 @@ def _blocks(
     found: Analysis, settings: Settings, said: Sequence[str], latency: Latency
 ) -> list[Block]:
   """Returns all of the page, in order."""
-  from experiments.studies import study_plots  # Needs matplotlib.
+  from . import study_plots  # Needs matplotlib.
 
   study, views = found.study, found.study.views
   for name in views:
@@ -345,7 +346,7 @@ def _chosen(found: Analysis, arm: Arm, settings: Settings) -> str:
 
 
 def _bytes(found: Analysis, settings: Settings) -> list[Block]:
-  from experiments.studies import study_plots
+  from . import study_plots
 
   plot = study_plots.against_bytes(found, settings['example'])
   if plot is None:
@@ -392,7 +393,7 @@ def wall_time_blocks(
     found: Analysis, settings: Settings, latency: Latency
 ) -> list[Block]:
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
-  from experiments.studies import study_plots
+  from . import study_plots
 
   model = wall_time.measure(found, latency)
   said = [

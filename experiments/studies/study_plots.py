@@ -17,13 +17,14 @@ from matplotlib.ticker import (
 )
 
 from codistill_jax.statistics import Estimate
-from experiments.reports import plots
-from experiments.reports.pages import Plot
-from experiments.studies import analysis, retrains, words
-from experiments.studies.analysis import Analysis, Band
-from experiments.studies.churn_results import Row
-from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.wall_time import WallTime
+
+from ..reports import plots
+from ..reports.pages import Plot
+from . import analysis, retrains, words
+from .analysis import Analysis, Band
+from .churn_results import Row
+from .declaration import MEASURES, Arm, Study
+from .wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
 _MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X')

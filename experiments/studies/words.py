@@ -8,7 +8,8 @@ import pathlib
 from typing import Any
 
 from codistill_jax.statistics import Estimate
-from experiments.reports import pages
+
+from ..reports import pages
 
 
 def number(value: float, form: str) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 
 from codistill_jax.storage import files, leases
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.studies import one_program
-from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations
-from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.runs import Outcome, Trainer
+
+from .. import cli
+from ..cli import StopRequest
+from . import one_program
+from . import plan as plan_lib
+from .configurations import Configurations
+from .plan import Plan, PlannedRun
+from .runs import Outcome, Trainer
 
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0

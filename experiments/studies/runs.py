@@ -28,6 +28,7 @@ from codistill_jax.storage import files
 
 from .. import cli
 from ..cli import StopRequest
+from ..reports import records
 from ..running import devices, driver, lockstep
 from ..running.job import Job
 from . import one_program, predictions
@@ -362,10 +363,8 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
-    if path.exists():
-      records = run_directory.read_metrics(path).records
-      _, losses = run_directory.series(records, 'eval/loss')
-      found += losses[-LAST:]
+    losses = records.read_group(path, group_id).curve('eval/loss')
+    found += losses.tolist()[-LAST:]
   return float(np.mean(found)) if found else float('nan')
 
 

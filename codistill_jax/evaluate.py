@@ -38,18 +38,13 @@ class Comparison(NamedTuple):
   pairs: dict[tuple[int, int], dict[str, float]]
 
 
-def never() -> bool:
-  """Returns False: the `should_stop` of a pass that nothing stops."""
-  return False
-
-
 def evaluate(
     eval_step: Callable[..., tuple[dict[str, metrics.Metric], base.PyTree]],
     variables: base.Variables,
     batches: Iterable[base.Batch],
     carry: base.PyTree,
     *,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
   """Returns metrics of one set of variables over `batches`, in one pass.
 
@@ -82,9 +77,7 @@ def compare(
     model: base.Model,
     variables_list: Sequence[base.Variables],
     batches: Iterable[base.Batch],
-    *,
-    should_stop: Callable[[], bool] = never,
-) -> Comparison | None:
+) -> Comparison:
   """Compares sets of variables: each, their ensemble, and between them.
 
   The ensemble predicts the mean of the members' probabilities; its loss and
@@ -96,10 +89,6 @@ def compare(
     variables_list: N >= 1 sets of its variables.
     batches: Every batch once, in order, all with the same number of rows;
       padding has weight 0.
-    should_stop: Asked before every batch.
-
-  Returns:
-    A `Comparison`; None if `should_stop` said so.
 
   Raises:
     ValueError: If there is no batch, or nothing to compare.
@@ -115,11 +104,7 @@ def compare(
   carries = [model.init_carry(rows) for _ in variables_list]
   compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
-  sums = _sum_over(
-      step, itertools.chain([first], batches), carries, should_stop
-  )
-  if sums is None:
-    return None
+  sums = _sum_over(step, itertools.chain([first], batches), carries)
   return Comparison(
       members=[_values(member) for member in sums.members],
       ensemble=_values(sums.ensemble),
@@ -177,7 +162,7 @@ def _member(log_probs, *, labels, weights, sigmoid):
 
 
 def _mean_prediction(log_probs):
-  """Logarithm of the mean of probabilities."""
+  """Returns the logarithm of the mean of probabilities."""
   stacked = jnp.stack(log_probs)
   return jax.nn.logsumexp(stacked, axis=0) - np.log(len(log_probs))
 
@@ -197,8 +182,8 @@ def _differences(log_probs_a, log_probs_b, weights, sigmoid):
   return found
 
 
-def _sum_over(step, batches, carry, should_stop):
-  """Sums of `step(batch, carry) -> (sums, carry)`; None if stopped."""
+def _sum_over(step, batches, carry, should_stop=lambda: False):
+  """Returns sums of `step(batch, carry) -> (sums, carry)`; None if stopped."""
   sums, pending = None, []
   for batch in batches:
     if should_stop():
@@ -214,7 +199,7 @@ def _sum_over(step, batches, carry, should_stop):
 
 
 def _add(sums, pending):
-  """`sums` (None: nothing yet) plus what the device has, in float64."""
+  """Returns `sums` (or None), plus what the device has, in float64."""
   for found in jax.device_get(pending):
     found = jax.tree.map(np.float64, found)
     sums = found if sums is None else jax.tree.map(np.add, sums, found)

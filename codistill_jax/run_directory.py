@@ -292,20 +292,3 @@ def _read_tail(f: Any, tail_bytes: int | None) -> bytes:
   # One byte more, so that a line which starts exactly at the cut is kept.
   f.seek(size - tail_bytes - 1)
   return f.read().partition(b'\n')[2]
-
-
-def series(
-    records: Sequence[Mapping[str, Any]], key: str
-) -> tuple[list[int], list[float]]:
-  """Returns steps and values of one metric, by step, each step once.
-
-  Where a step stands in the file twice the later record holds, as it does for
-  the trainer that went back to a checkpoint.
-  """
-  values = {
-      r['step']: float(r[key])
-      for r in records
-      if isinstance(r.get(key), int | float)
-  }
-  steps = sorted(values)
-  return steps, [values[s] for s in steps]

@@ -4,9 +4,9 @@ Churn compares arrays of probabilities, of any framework. A sigmoid output is
 the probability of the positive class, (N,); a softmax output is (N, C). Both
 give the same numbers for the same two classes.
 
-Intervals have the standard error of a bootstrap and the quantile of Student's
-t. Retrains are resampled, not pairs: the K (K - 1) / 2 pairs of K retrains are
-not independent, and a retrain drawn twice makes no pair with itself.
+Intervals of a mean over retrains are Student's. The K (K - 1) / 2 pairs of K
+retrains are not independent, so that for means over pairs the retrains are
+resampled, not the pairs; a retrain drawn twice makes no pair with itself.
 
 Shape suffixes: K retrains, N examples, C classes, S resamples.
 """
@@ -294,15 +294,12 @@ def _of_pairs(matrix_KK: np.ndarray) -> np.ndarray:
 # --- Means and intervals -----------------------------------------------------
 
 
-def mean_over_retrains(
-    values_K: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES
-) -> Estimate:
+def mean_over_retrains(values_K: Sequence[float]) -> Estimate:
   """Estimates the mean over retrains, such as of their log losses."""
   values_K = np.asarray(values_K, np.float64)
   retrains = len(values_K)
-  counts_SK = _resample(retrains, seed, resamples, different=1)
-  deviation = _bootstrap_error(counts_SK @ values_K / retrains, retrains)
-  return _estimate(values_K, deviation, retrains)
+  deviation = values_K.std(ddof=1) if retrains > 1 else 0.0
+  return _estimate(values_K, deviation / np.sqrt(retrains), retrains)
 
 
 def mean_over_pairs(
@@ -348,7 +345,8 @@ def _estimate(values: np.ndarray, deviation: float, retrains: int) -> Estimate:
   """Returns mean and interval; `deviation` is that of the mean."""
   from scipy import special
 
-  # One retrain has no spread, and of two there is one pair only.
+  # Not `stats.t.interval`: that is NaN where all values are the same. One
+  # retrain has no spread, and of two there is one pair only.
   quantile = special.stdtrit(retrains - 1, 0.975) if retrains > 2 else np.nan
   mean, reach = values.mean(), quantile * deviation
   return Estimate(
@@ -370,10 +368,8 @@ def _bootstrap_error(resampled_S: np.ndarray, retrains: int) -> float:
 
 
 @functools.lru_cache(maxsize=16)  # Most arms have as many retrains.
-def _resample(
-    retrains: int, seed: int, resamples: int, different: int = 2
-) -> np.ndarray:
-  """Returns how often each is drawn, (S, K); at least so many of them."""
+def _resample(retrains: int, seed: int, resamples: int) -> np.ndarray:
+  """Returns how often each is drawn, (S, K); at least two of them."""
   rng = np.random.default_rng(seed)
   counts_SK = np.zeros((0, retrains), np.int64)
   while len(counts_SK) < resamples:
@@ -381,7 +377,7 @@ def _resample(
         retrains, np.full(retrains, 1 / retrains), size=resamples
     )
     # One retrain drawn K times has a mean, but no pair.
-    drawn_SK = drawn_SK[np.count_nonzero(drawn_SK, axis=1) >= different]
+    drawn_SK = drawn_SK[np.count_nonzero(drawn_SK, axis=1) > 1]
     counts_SK = np.concatenate([counts_SK, drawn_SK])[:resamples]
   return counts_SK
 

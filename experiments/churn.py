@@ -20,22 +20,20 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils
-from codistill_jax.storage import files
-from experiments import cli
-from experiments.studies import (
+
+from . import cli
+from .studies import (
     churn_results,
     plan,
     retrains,
     side_by_side,
 )
-from experiments.studies.catalogue import churn as catalogue
-from experiments.studies.declaration import Scale
+from .studies.catalogue import churn as catalogue
+from .studies.declaration import Scale
 
 flags.adopt_module_key_flags(gin_utils)
+flags.adopt_module_key_flags(side_by_side)
 
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the study: predictions and report.'
-)
 _RETRAINS = flags.DEFINE_integer(
     'retrains', 5, 'Independent retrains of each arm; at least 2.'
 )
@@ -57,29 +55,6 @@ _CONTROL_RETRAINS = flags.DEFINE_integer(
     'Retrains of the two controls with one seed fixed, that of the parameters'
     ' or that of the order of data; at least 2, or 0 for none.',
 )
-_REPLICAS = flags.DEFINE_integer(
-    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
-)
-_JOBS = flags.DEFINE_integer(
-    'jobs',
-    1,
-    'Processes that train runs side by side. With more than one, each has its'
-    ' share of the CPU cores for itself.',
-)
-_WORKER = flags.DEFINE_string(
-    'worker', '', 'Set by --jobs for each process: its number/their number.'
-)
-_NOTE = flags.DEFINE_string(
-    'note', '', 'A sentence for the head of the page, such as on the data.'
-)
-
-_OUTPUT = flags.DEFINE_string(
-    'output',
-    None,
-    'Directory for tables, page and plot; default: report/ in --workdir, or'
-    ' nowhere for files.',
-)
-
 # --- Files of anybody's models -----------------------------------------------
 
 _PREDICTIONS = flags.DEFINE_multi_string(
@@ -130,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
   del argv
   if _PREDICTIONS.value:
-    if _WORKDIR.value:
+    if side_by_side.WORKDIR.value:
       raise ValueError(
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
@@ -138,33 +113,26 @@ def main(argv: Sequence[str]) -> None:
     _refuse_flags_of('a study', _OF_STUDIES)
     _compare_files()
     return
-  if not _WORKDIR.value:
+  if not side_by_side.WORKDIR.value:
     raise ValueError('give --workdir to train a study, or --predictions')
   _refuse_flags_of('--predictions', _OF_FILES)
   planned = _plan()
-  workdir = _WORKDIR.value
-  if not files.is_remote(workdir):
-    workdir = os.path.abspath(workdir)
+  workdir = side_by_side.absolute(side_by_side.WORKDIR.value)
   began = time.time()
-  side_by_side.train(
-      'experiments.churn',
-      workdir,
-      planned,
-      jobs=_JOBS.value,
-      worker=_WORKER.value,
-      replicas=_REPLICAS.value,
-  )
-  if _WORKER.value:
+  side_by_side.train(cli.module_of('churn'), workdir, planned)
+  if side_by_side.WORKER.value:
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
-  from experiments.studies import churn_page  # To train needs no tables.
+  from .studies import churn_page  # To train needs no tables.
 
-  output = _OUTPUT.value or os.path.join(workdir, 'report')
-  churn_page.report(churn_results.load_study(workdir), output, _NOTE.value)
+  output = side_by_side.OUTPUT.value or os.path.join(workdir, 'report')
+  churn_page.report(
+      churn_results.load_study(workdir), output, side_by_side.NOTE.value
+  )
 
 
 def _compare_files() -> None:
-  from experiments.studies import churn_page, prediction_files
+  from .studies import churn_page, prediction_files
 
   columns = prediction_files.Columns(
       tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
@@ -179,7 +147,7 @@ def _compare_files() -> None:
       examples=examples,
       joined_by=columns.id,
       paths=[path for _, path in named],
-      output=_OUTPUT.value,
+      output=side_by_side.OUTPUT.value,
   )
 
 
@@ -208,15 +176,9 @@ def _plan() -> plan.Plan:
   Raises:
     ValueError: If they do not fit.
   """
-  for flag, least in (
-      (_RETRAINS, 2),
-      (_NUM_GROUPS, 2),
-      (_JOBS, 1),
-      (_CONTROL_RETRAINS, 0),
-      (_REPLICAS, 0),
-  ):
-    if flag.value < least:
-      raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  side_by_side.check_least(
+      (_RETRAINS, 2), (_NUM_GROUPS, 2), (_CONTROL_RETRAINS, 0)
+  )
   if _CONTROL_RETRAINS.value == 1:
     raise ValueError(
         '--control_retrains=1: the first is a single model, which is no'

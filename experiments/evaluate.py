@@ -24,8 +24,9 @@ from codistill_jax.base import Model, TrainState, Variables
 from codistill_jax.exchange import publications
 from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli
-from experiments.reports import pages
+
+from . import cli
+from .reports import pages
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 

@@ -20,7 +20,8 @@ from codistill_jax.data import (
     prepared_files,
     process_pool,
 )
-from experiments import cli
+
+from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 

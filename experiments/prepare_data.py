@@ -25,7 +25,8 @@ from codistill_jax.data import (
     shards,
     sources,
 )
-from experiments import cli
+
+from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
+from . import cli
 
 
 def define_flags() -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints the table, writes the report, prints where it is."""
   del argv
   # Here, so that --help needs neither pandas nor matplotlib.
-  from experiments.reports import records, run_report, run_tables
+  from .reports import records, run_report, run_tables
 
   output = flags.FLAGS.output
   arms = records.load_arms(flags.FLAGS.workdir or [], output)

@@ -16,15 +16,16 @@ from typing import Any
 from absl import flags
 
 from codistill_jax import gin_utils
-from codistill_jax.storage import files
-from experiments import cli
-from experiments.studies import latency, retrains, side_by_side
-from experiments.studies import plan as plan_lib
-from experiments.studies.catalogue import STUDIES
-from experiments.studies.declaration import SCALES, Study
-from experiments.studies.latency import Latency, LogNormal
+
+from . import cli
+from .studies import latency, retrains, side_by_side
+from .studies import plan as plan_lib
+from .studies.catalogue import STUDIES
+from .studies.declaration import SCALES, Study
+from .studies.latency import Latency, LogNormal
 
 flags.adopt_module_key_flags(gin_utils)
+flags.adopt_module_key_flags(side_by_side)
 
 _STUDY = flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
 _SCALE = flags.DEFINE_enum(
@@ -35,9 +36,6 @@ _SCALE = flags.DEFINE_enum(
     ' gpu (one accelerator), paper (a cluster).',
 )
 _LIST = flags.DEFINE_bool('list', False, 'Print the studies and stop.')
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the study; default: runs/<study>_<scale>.'
-)
 _SEEDS = flags.DEFINE_integer(
     'seeds', None, 'Seeds of each arm; default: as the scale says.'
 )
@@ -52,30 +50,12 @@ _RATES = flags.DEFINE_list(
 _ARMS = flags.DEFINE_list(
     'arms', [], 'Arms to train, with those that they need; default: all.'
 )
-_REPLICAS = flags.DEFINE_integer(
-    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
-)
-_JOBS = flags.DEFINE_integer(
-    'jobs',
-    1,
-    'Processes that train runs side by side. With more than one, each has its'
-    ' share of the CPU cores for itself.',
-)
 _ONE_PROGRAM = flags.DEFINE_enum(
     'one_program',
     'auto',
     ['auto', 'yes', 'no'],
     'Whether all seeds of an arm are trained as one program; auto: on an'
     ' accelerator, where that is faster.',
-)
-_WORKER = flags.DEFINE_string(
-    'worker', '', 'Set by --jobs for each process: its number/their number.'
-)
-_OUTPUT = flags.DEFINE_string(
-    'output', None, 'Directory of the page; default: report/ in --workdir.'
-)
-_NOTE = flags.DEFINE_string(
-    'note', '', 'A sentence for the page, such as on the data.'
 )
 _STEP_TIMES = flags.DEFINE_string(
     'step_times',
@@ -109,20 +89,13 @@ def main(argv: Sequence[str]) -> None:
   plan = _plan()
   _check_churn(plan)
   _latency()  # Raises now rather than after the training.
-  workdir = _WORKDIR.value or f'runs/{_STUDY.value}_{_SCALE.value}'
-  if not files.is_remote(workdir):
-    workdir = os.path.abspath(workdir)
+  default = f'runs/{_STUDY.value}_{_SCALE.value}'
+  workdir = side_by_side.absolute(side_by_side.WORKDIR.value or default)
   if not _REPORT_ONLY.value:
     side_by_side.train(
-        'experiments.reproduce',
-        workdir,
-        plan,
-        jobs=_JOBS.value,
-        worker=_WORKER.value,
-        replicas=_REPLICAS.value,
-        one_program=_ONE_PROGRAM.value,
+        cli.module_of('reproduce'), workdir, plan, _ONE_PROGRAM.value
     )
-  if not _WORKER.value:
+  if not side_by_side.WORKER.value:
     _report(workdir, plan)
 
 
@@ -136,14 +109,7 @@ def _plan() -> plan_lib.Plan:
     raise ValueError(
         f'give --study, one of {", ".join(sorted(STUDIES))}; --list tells more'
     )
-  for flag, least in (
-      (_SEEDS, 1),
-      (_WORKER_ROWS, 1),
-      (_JOBS, 1),
-      (_REPLICAS, 0),
-  ):
-    if flag.value is not None and flag.value < least:
-      raise ValueError(f'--{flag.name}={flag.value}; set it to {least} or more')
+  side_by_side.check_least((_SEEDS, 1), (_WORKER_ROWS, 1))
   return _make_plan(
       STUDIES[_STUDY.value],
       _SCALE.value,
@@ -212,22 +178,22 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.Plan) -> None:
-  from experiments.studies import (
+  from .studies import (
       churn_page,
       churn_results,
       outcomes,
       study_page,
   )
 
-  output = _OUTPUT.value or os.path.join(workdir, 'report')
+  output = side_by_side.OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
     found = churn_results.load_study(workdir)
-    churn_page.report(found, output, _NOTE.value, plan.study)
+    churn_page.report(found, output, side_by_side.NOTE.value, plan.study)
     return
   settings, runs = outcomes.load(workdir, plan)
   study = plan.study
-  if _NOTE.value:
-    study = study._replace(notes=(_NOTE.value, *study.notes))
+  if side_by_side.NOTE.value:
+    study = study._replace(notes=(side_by_side.NOTE.value, *study.notes))
   summary = study_page.write(study, settings, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
+from . import cli
 
 
 def define_flags() -> None:
@@ -49,7 +49,7 @@ def look(workdirs: Sequence[str]) -> bool:
   """Prints several run directories; returns whether all groups are done."""
   from rich.console import Console, Group
 
-  from experiments.reports import pages, run_status
+  from .reports import pages, run_status
 
   now, silent_after = time.time(), flags.FLAGS.silent_after
   looks = [run_status.look(w, now, silent_after) for w in workdirs]

@@ -22,10 +22,11 @@ from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
-from experiments import cli
-from experiments.running import devices, driver
-from experiments.running.job import Job, check_workdir, print_dry_run
-from experiments.running.watch import group_writer
+
+from . import cli
+from .running import devices, driver
+from .running.job import Job, check_workdir, print_dry_run
+from .running.watch import group_writer
 
 flags.adopt_module_key_flags(gin_utils)
 

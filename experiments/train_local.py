@@ -16,8 +16,9 @@ from absl import flags
 
 from codistill_jax import gin_utils
 from codistill_jax.exchange.plan import peers_of
-from experiments import cli
-from experiments.running import devices, processes
+
+from . import cli
+from .running import devices, processes
 
 flags.adopt_module_key_flags(gin_utils)
 

@@ -14,6 +14,7 @@ from codistill_jax.storage.background import (
     Mutex,
     Patience,
     Troubles,
+    submit,
 )
 
 # Tries again at once; gives up nothing by itself.
@@ -320,6 +321,20 @@ def test_an_error_of_what_was_given_up_is_dropped(disk, writer):
   one.close()
   until(lambda: one.finished)
   one.raise_failure()
+
+
+@pytest.mark.parametrize('inline', [False, True])
+def test_what_is_submitted_is_a_future(inline):
+  def act(x):
+    if x < 0:
+      raise ValueError('negative')
+    return threading.current_thread(), x
+
+  thread, x = submit(act, 3, inline=inline).result(PATIENCE)
+  assert x == 3 and (thread is threading.current_thread()) == inline
+  assert inline or thread.daemon  # A hang must not hold up an exit.
+  with pytest.raises(ValueError, match='negative'):
+    submit(act, -3, inline=inline).result(PATIENCE)
 
 
 def test_a_mutex_is_held_by_one_after_another_but_not_for_ever():

@@ -132,9 +132,13 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
   read = lambda arm, k, split: np.load(
       workdir / 'runs' / arm / f'seed_{k}' / f'group_0_{split}.npy'
   )
-  for split in ('validation', 'test'):
+  task = churn_toy.task()
+  batches = {'validation': task.eval_batches, 'test': task.test_batches}
+  for split, batches_of in batches.items():
     labels = np.load(workdir / f'labels_{split}.npy')
-    assert len(labels) == 150  # Without padding.
+    # Without padding: of the split, in its order.
+    expected = np.concatenate([batch['labels'] for batch in batches_of(50)])
+    np.testing.assert_array_equal(labels, expected)
     rows = {row['arm']: row for row in figures_of(workdir)[split]}
     for arm in ('single', 'codistilled_1', 'codistilled_4', 'wide'):
       models = [read(arm, k, split) for k in (0, 1)]
@@ -151,26 +155,6 @@ def test_figures_are_those_of_the_predictions_on_disk(finished):
     assert rows['ensemble']['figures']['churn']['mean'] == pytest.approx(
         statistics.churn(*means)
     )
-
-
-def test_each_split_is_its_own(finished):
-  """Chosen on the one, shown of the other."""
-  workdir, _ = finished
-  task = churn_toy.task()
-  for split, batches in (
-      ('validation', task.eval_batches(50)),
-      ('test', task.test_batches(50)),
-  ):
-    expected = np.concatenate([batch['labels'] for batch in batches])
-    np.testing.assert_array_equal(
-        np.load(workdir / f'labels_{split}.npy'), expected
-    )
-  assert not np.array_equal(
-      *(
-          retrains.read_predictions(workdir, 'single', 0, split)
-          for split in ('validation', 'test')
-      )
-  )
 
 
 def test_arms_retrains_and_groups_differ_and_the_controls_share_a_seed(
@@ -242,14 +226,20 @@ def test_a_run_that_was_not_done_begins_again_if_it_is_corrected(
   assert status == 1 and 'holds another study' in output
 
 
-def test_a_finished_study_is_reported_again_and_left_alone(
+def test_a_finished_study_is_left_alone_but_for_what_was_deleted(
     configuration, finished
 ):
   workdir, _ = finished
   before = tiny_run.snapshot(workdir / 'runs')
+  directory = workdir / 'runs' / 'fixed_init' / 'seed_1'
+  for name in ('group_0_test.npy', 'outcome.json'):
+    (directory / name).unlink()
   status, output = study(configuration, workdir)
-  assert status == 0 and 'runs done' not in output
-  assert tiny_run.snapshot(workdir / 'runs') == before
+  assert status == 0 and output.count('runs done') == 1
+  after = tiny_run.snapshot(workdir / 'runs')
+  assert {k for k in before if before[k] != after[k]} == {
+      'fixed_init/seed_1/outcome.json'  # When it was made.
+  }
 
 
 def test_nondeterminism_fails_the_control_loudly(configuration, tmp_path):
@@ -439,20 +429,28 @@ def test_a_weight_is_that_at_the_end_of_the_schedule(
   assert found == pytest.approx([0, 0, 0.6, 1])
 
 
-def write_outcome(workdir, arm, **values):
-  run = PlannedRun(arm, 0, None, False)
-  path = plan_lib.outcome_path(plan_lib.run_dir(workdir, run))
-  files.write_json(path, values)
+def claims(configuration, workdir, described, *, done=()):
+  """Claims a study where one is described that has come so far.
+
+  Args:
+    configuration: Directory of the gin files.
+    workdir: The study's.
+    described: What study.json says.
+    done: Outcomes by arm.
+  """
+  files.write_json(plan_lib.study_path(workdir), described)
+  for arm, outcome in dict(done).items():
+    run = PlannedRun(arm, 0, None, False)
+    path = plan_lib.outcome_path(plan_lib.run_dir(workdir, run))
+    files.write_json(path, outcome)
+  configurations.claim(configurations_of(configuration, workdir), 1)
+  return files.read_json(plan_lib.study_path(workdir))
 
 
 def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(
     configuration, tmp_path
 ):
-  claim = lambda workdir: configurations.claim(
-      configurations_of(configuration, workdir), 1
-  )
-  claim(tmp_path)
-  first = files.read_json(plan_lib.study_path(tmp_path))
+  first = claims(configuration, tmp_path / 'first', {})
   same = first['configurations']
   for key, value in {
       'configurations': same | {'single': ['a = 1', *same['single']]},
@@ -461,42 +459,29 @@ def test_a_study_is_of_one_configuration_data_set_and_kind_of_device(
       'data': '513 points',
       'platform': 'gpu',
   }.items():
-    path = plan_lib.study_path(tmp_path / key)
-    files.write_json(path, first | {key: value})
+    other, workdir = first | {key: value}, tmp_path / key
     # A mistake leaves nothing that would refuse the correction, ...
-    claim(tmp_path / key)
-    files.write_json(path, first | {key: value})
+    assert claims(configuration, workdir, other) == first
     # ... until a run is done.
-    write_outcome(tmp_path / key, 'single')
     with pytest.raises(ValueError, match='holds another study'):
-      claim(tmp_path / key)
-    files.write_json(path, first)
-    claim(tmp_path / key)
+      claims(configuration, workdir, other, done={'single': {}})
+    claims(configuration, workdir, first)
 
 
 def test_an_own_arm_can_be_corrected_until_one_of_its_runs_is_done(
     configuration, tmp_path
 ):
   """Its turn comes last, and only then are bindings found that act nowhere."""
-  claim = lambda: configurations.claim(
-      configurations_of(configuration, tmp_path), 1
-  )
-  claim()
-  path = plan_lib.study_path(tmp_path)
-  first = files.read_json(path)
+  first = claims(configuration, tmp_path, {})
   other = first['configurations'] | {'wide': ['z']}
-  files.write_json(path, first | {'configurations': other})
-  write_outcome(tmp_path, 'single')
-  claim()
-  assert files.read_json(path)['configurations'] == first['configurations']
-  files.write_json(path, first | {'configurations': other})
-  write_outcome(tmp_path, 'wide')
+  other = first | {'configurations': other}
+  single = {'single': {}}
+  assert claims(configuration, tmp_path, other, done=single) == first
   with pytest.raises(ValueError, match='it has wide: z, this one has wide: '):
-    claim()
-  files.write_json(path, first)
-  write_outcome(tmp_path, 'wide', num_groups=2)
+    claims(configuration, tmp_path, other, done={'wide': {}})
+  claims(configuration, tmp_path, first)
   with pytest.raises(ValueError, match=r'has groups of wide=2, .* wide=1'):
-    claim()
+    claims(configuration, tmp_path, first, done={'wide': {'num_groups': 2}})
 
 
 def test_what_earlier_versions_wrote_is_refused_in_a_line(
@@ -516,17 +501,6 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r'labels_test\.npy is damaged'):
       retrains.read_labels(tmp_path, 'test')
-
-
-def test_predictions_that_are_deleted_are_made_again(configuration, finished):
-  workdir, _ = finished
-  directory = workdir / 'runs' / 'fixed_init' / 'seed_1'
-  path = directory / 'group_0_test.npy'
-  kept = path.read_bytes()
-  path.unlink()
-  (directory / 'outcome.json').unlink()
-  assert study(configuration, workdir)[0] == 0
-  assert path.read_bytes() == kept
 
 
 def test_other_data_are_refused(finished):

@@ -178,11 +178,6 @@ def test_should_stop_is_asked_before_every_batch():
       step, variables, stream(), (), should_stop=should_stop
   )
   assert got is None and asked == [1, 2, 3]
-  asked.clear()
-  found = evaluate_lib.compare(
-      table_model(), [variables], stream(), should_stop=should_stop
-  )
-  assert found is None and len(asked) == 3
 
 
 def test_only_some_batches_are_under_way_on_the_device(monkeypatch):

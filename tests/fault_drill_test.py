@@ -18,7 +18,7 @@ from codistill_jax.storage import checkpoints, files
 from tools.fault_drill import faults, report
 from tools.fault_drill import ledger as ledger_lib
 from tools.fault_drill.drill import Drill
-from tools.fault_drill.ledger import HINDERED_SECONDS, Ledger, Loss
+from tools.fault_drill.ledger import SLOW_SAVE_SECONDS, Ledger, Loss
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -166,96 +166,73 @@ def live(ledger, start, step, *more, pid):
   tell(ledger, ('alive', 0), ('start', start), ('step', step), *more, pid=pid)
 
 
-def sentences(ledger, interval=20):
-  found = [loss.broken(interval) for loss in ledger.losses(0)]
-  return [sentence for sentence in found if sentence]
+SAVED = [('saving', 20), ('saved', 20)]
+MORE = 'more than the checkpoint interval of 20'
+NOT_SAVED = 'said that it had saved'
 
 
-def test_a_loss_is_what_was_reached_less_where_it_goes_on(ledger):
-  live(ledger, 0, 39, ('saving', 20), ('saved', 20), pid=1)
-  live(ledger, 20, 41, pid=2)
-  assert ledger.losses(0) == [Loss(39, 20, 0, False)]
-  assert not sentences(ledger)
-  assert ledger.step_of(0) == 41
+@pytest.mark.parametrize(
+    'reached,saves,fault,seconds,status,start,excused,broken',
+    [
+        (39, SAVED, '', 0, -9, 20, 0, ''),
+        (39, SAVED, '', 0, -9, 18, 0, MORE),
+        (19, [], '', 0, -9, 20, 0, 'having reached 19'),
+        # A save that is under way excuses what came after it, for a while.
+        (25, [('saving', 20)], '', 0, -9, 0, 5, ''),
+        (25, [('saving', 20)], '', 2 * SLOW_SAVE_SECONDS, -9, 0, 0, MORE),
+        # Saves that a disk refuses excuse all since the first.
+        (75, [*SAVED, ('saving', 40)], 'full_disk', 15, -9, 20, 35, ''),
+        (75, [*SAVED, ('saving', 40)], 'full_disk', 15, -9, 19, 35, MORE),
+        (75, [*SAVED, ('saving', 40)], 'full_disk', 99, -9, 20, 0, MORE),
+        (75, [*SAVED, ('saving', 40)], 'skew_clock', 15, -9, 20, 0, MORE),
+        # A save that overtook another is enough.
+        (
+            45,
+            [('saving', 20), ('saving', 40), ('saved', 40)],
+            '',
+            0,
+            -9,
+            40,
+            0,
+            '',
+        ),
+        # A stop that says it saved must have; one update may be under way.
+        (33, SAVED, '', 0, TERMINATED, 32, 0, ''),
+        (33, SAVED, '', 0, TERMINATED, 31, 0, NOT_SAVED),
+    ],
+)
+def test_a_restart_loses_what_was_not_saved_and_not_excused(
+    ledger,
+    monkeypatch,
+    reached,
+    saves,
+    fault,
+    seconds,
+    status,
+    start,
+    excused,
+    broken,
+):
+  clock = [100.0]
+  monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+  live(ledger, 0, reached, *saves, pid=1)
+  ledger.struck(1, fault)
+  clock[0] += seconds
+  ledger.ended(1, status)
+  live(ledger, start, start + 1, pid=2)
+  (loss,) = ledger.losses(0)
+  assert loss == Loss(reached, start, excused, status == TERMINATED)
+  assert broken in loss.broken(20) and bool(broken) == bool(loss.broken(20))
+  assert ledger.step_of(0) == start + 1
 
 
-def test_a_process_that_did_not_begin_changes_nothing(ledger):
-  live(ledger, 0, 39, pid=1)
-  tell(ledger, ('alive', 0), pid=2)
-  assert ledger.step_of(0) == 39
-  live(ledger, 20, 21, pid=3)
-  assert [loss.steps for loss in ledger.losses(0)] == [19]
-
-
-def test_one_that_dies_before_its_first_update_loses_nothing(ledger):
+def test_a_process_that_does_not_get_to_an_update_loses_nothing(ledger):
   live(ledger, 0, 25, pid=1)
-  tell(ledger, ('alive', 0), ('start', 20), pid=2)
-  live(ledger, 20, 21, pid=3)
+  tell(ledger, ('alive', 0), pid=2)
+  assert ledger.step_of(0) == 25
+  tell(ledger, ('alive', 0), ('start', 20), pid=3)
+  live(ledger, 20, 21, pid=4)
   assert [loss.steps for loss in ledger.losses(0)] == [5, 0]
-
-
-@pytest.mark.parametrize('start', [0, 18])
-def test_more_than_one_interval_lost_is_seen(ledger, start):
-  live(ledger, 0, 39, ('saving', 20), ('saved', 20), pid=1)
-  live(ledger, start, start + 1, pid=2)
-  assert 'more than the checkpoint interval of 20' in sentences(ledger)[0]
-
-
-def test_a_start_beyond_what_was_reached_is_seen(ledger):
-  live(ledger, 0, 19, pid=1)
-  live(ledger, 20, 21, pid=2)
-  assert 'having reached 19' in sentences(ledger)[0]
-
-
-def test_a_save_under_way_excuses_what_came_after_it(ledger, monkeypatch):
-  monkeypatch.setattr(time, 'monotonic', lambda: 100.0)
-  live(ledger, 0, 25, ('saving', 20), pid=1)
-  ledger.ended(1, -9)
-  live(ledger, 0, 1, pid=2)
-  assert ledger.losses(0) == [Loss(25, 0, 5, False)]
-  assert not sentences(ledger)
-
-
-def test_saves_that_a_disk_refuses_excuse_all_since_the_first(
-    ledger, monkeypatch
-):
-  monkeypatch.setattr(time, 'monotonic', lambda: 100.0)
-  live(ledger, 0, 75, ('saving', 20), ('saved', 20), pid=1)
-  tell(ledger, ('saving', 40), ('saving', 60), pid=1)
-  ledger.struck(1, 'read_only_disk')
-  ledger.ended(1, -9)
-  live(ledger, 20, 21, pid=2)
-  assert ledger.losses(0) == [Loss(75, 20, 35, False)]
-  assert not sentences(ledger)
-  # One step further back is one too many.
-  live(ledger, 19, 20, pid=3)
-  assert Loss(75, 19, 35, False).broken(20)
-
-
-def test_a_healthy_disk_is_no_excuse_for_a_save_that_does_not_end(
-    ledger, monkeypatch
-):
-  live(ledger, 0, 75, ('saving', 20), ('saving', 40), pid=1)
-  ledger.struck(1, 'skew_clock')
-  long_after = time.monotonic() + 2 * HINDERED_SECONDS
-  monkeypatch.setattr(time, 'monotonic', lambda: long_after)
-  ledger.ended(1, -9)
-  live(ledger, 0, 1, pid=2)
-  assert sentences(ledger)
-
-
-def test_a_save_that_overtook_another_is_enough(ledger):
-  live(ledger, 0, 45, ('saving', 20), ('saving', 40), ('saved', 40), pid=1)
-  live(ledger, 20, 21, pid=2)
-  assert ledger.losses(0)[0].excused == 0
-
-
-@pytest.mark.parametrize('start,broken', [(33, 0), (32, 0), (31, 1), (20, 1)])
-def test_a_stop_that_says_it_saved_must_have(ledger, start, broken):
-  live(ledger, 0, 33, ('saving', 20), ('saved', 20), pid=1)
-  ledger.ended(1, TERMINATED)
-  live(ledger, start, start + 1, pid=2)
-  assert len(sentences(ledger)) == broken
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Pages that are looked at as a whole: words are exact, numbers nearly so.
 
-`GOLDEN_WRITE=1 python -m pytest tests/study_report_test.py` writes them anew.
+`GOLDEN_WRITE=1 python -m pytest tests/study_page_test.py` writes them anew.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import pytest
 
 HOME = pathlib.Path(__file__).parent / 'golden'
-_NUMBER = re.compile(r'\d[\d,]*(?:\.\d+)?(?:e-?\d+)?')
+_NUMBER = re.compile(r'(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?')
 
 
 def check(page: str, name: str) -> None:

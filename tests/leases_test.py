@@ -223,37 +223,6 @@ def test_what_the_system_says_of_a_process(
   assert leases.is_alive(holder) is alive
 
 
-def test_containers_of_one_kernel_are_different_machines(
-    tmp_path, acquire, clock
-):
-  """Their process ids are not ours, though host and kernel are."""
-  own = leases.this_process('training in', TTL)
-  assert os.readlink('/proc/self/ns/pid') in own.machine.split()
-  forge(tmp_path, machine=own.machine + '0', pid=2**22 + 7, host=own.host)
-  start = clock.now
-  acquire()
-  assert clock.now - start >= TTL
-
-
-def test_where_machines_are_not_known_there_is_still_one_holder(
-    tmp_path, acquire, clock
-):
-  """Everything is watched, except one's own leases."""
-  first = acquire()
-  with pytest.raises(leases.HeldError, match=r'\(this one\)'):
-    acquire()
-  first.release()
-  forge(tmp_path, machine=None, started=None, pid=2**22 + 7)
-  start = clock.now
-  acquire().check()
-  assert clock.now - start >= TTL
-
-
-def test_directories_do_not_exclude_each_other(tmp_path, acquire):
-  acquire(tmp_path / 'a').check()
-  acquire(tmp_path / 'b').check()
-
-
 # --- Other machines ----------------------------------------------------------
 
 
@@ -267,25 +236,34 @@ def test_a_holder_elsewhere_lives_if_its_file_changes(
   assert leases.peek(tmp_path).nonce == holder.nonce  # It was left alone.
 
 
-@pytest.mark.parametrize('skew', [-1e9, 0.0, 1e9])
+CONTAINER = leases.this_process('', TTL).machine + '0'
+
+
+@pytest.mark.parametrize(
+    'holder, ttl, least',
+    [
+        *(({'since': time.time() + skew}, TTL, TTL) for skew in (-1e9, 0, 1e9)),
+        # Another configuration: it beats more seldom than we would.
+        ({'ttl_seconds': 15.0}, 2.0, 15.0),
+        # Process ids of a container are not ours, though host and kernel are.
+        ({'machine': CONTAINER, 'pid': 2**22 + 7}, TTL, TTL),
+        # Where machines are not known, everything is watched.
+        ({'machine': None, 'started': None, 'pid': 2**22 + 7}, TTL, TTL),
+    ],
+)
 def test_a_silent_holder_elsewhere_is_replaced_in_time(
-    tmp_path, acquire, clock, skew
+    tmp_path, acquire, clock, holder, ttl, least
 ):
-  forge(tmp_path, since=time.time() + skew)
+  forge(tmp_path, **holder)
   start = clock.now
-  lease = acquire()
-  assert TTL <= clock.now - start < 1.5 * TTL
+  lease = acquire(ttl_seconds=ttl)
+  assert least <= clock.now - start < 1.5 * least
   assert leases.peek(tmp_path) == lease.holder
 
 
-def test_a_holder_that_promised_less_is_given_its_own_time(
-    tmp_path, acquire, clock
-):
-  """Another configuration: it beats more seldom than we would."""
-  forge(tmp_path, ttl_seconds=15.0)
-  start = clock.now
-  acquire(ttl_seconds=2.0)
-  assert clock.now - start >= 15.0
+def test_containers_of_one_kernel_are_different_machines():
+  own = leases.this_process('training in', TTL)
+  assert os.readlink('/proc/self/ns/pid') in own.machine.split()
 
 
 def test_our_own_suspension_proves_nothing(tmp_path, acquire, clock):
@@ -295,6 +273,14 @@ def test_our_own_suspension_proves_nothing(tmp_path, acquire, clock):
   clock.later(1000.2, lambda: forge(tmp_path, beat=1))  # It has woken up too.
   with pytest.raises(leases.HeldError):
     acquire()
+
+
+def test_the_threads_of_one_process_exclude_each_other(tmp_path, acquire):
+  first = acquire()
+  with pytest.raises(leases.HeldError, match=r'\(this one\)'):
+    acquire()
+  first.release()
+  acquire().check()
 
 
 def test_waiting_can_be_interrupted(tmp_path, acquire, clock):
@@ -536,6 +522,9 @@ def test_fields_of_no_sense_are_damage(tmp_path):
   for key, value in changes:
     forge(tmp_path, **{key: value})
     assert leases.peek(tmp_path) is None, (key, value)
+  holder = forge(tmp_path)  # But a later version may add some.
+  files.write_json(lease_file(tmp_path), {**holder._asdict(), 'mood': 'fine'})
+  assert leases.peek(tmp_path) == holder
 
 
 def test_a_damaged_file_that_is_mended_has_a_holder(tmp_path, acquire, clock):
@@ -554,12 +543,6 @@ def test_damage_that_changes_is_a_sign_of_life(tmp_path, acquire, clock):
   with pytest.raises(Interrupted):
     acquire(ttl_seconds=8.0, interrupted=lambda: clock.now - start > 24.0)
   assert json.loads(lease_file(tmp_path).read_bytes()) > 20
-
-
-def test_a_later_version_may_add_fields(tmp_path):
-  holder = forge(tmp_path)
-  files.write_json(lease_file(tmp_path), {**holder._asdict(), 'mood': 'fine'})
-  assert leases.peek(tmp_path) == holder
 
 
 @pytest.mark.parametrize('ttl', [0.0, -1.0, 601.0])

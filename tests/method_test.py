@@ -67,7 +67,9 @@ class Request:
   """A request to stop, once `asked`."""
 
   signal_number = signal.SIGTERM
-  asked = False
+
+  def __init__(self):
+    self.asked, self.unsaved = False, {}
 
   def __call__(self):
     return self.asked

@@ -20,102 +20,90 @@ from experiments.reports import (
     run_plots,
     run_report,
     run_tables,
-    run_text,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REJECTED, FAILURES = records.REJECTED, records.FAILURES
 
 
-def write_records(workdir, group_id: int, steps_and_metrics, **kwargs) -> None:
+def write_records(workdir, group_id: int, steps_and_metrics) -> None:
   """Writes records as they are, as several processes in turn may."""
   path = run_directory.metrics_path(workdir, group_id)
-  writer = writers.JsonlWriter(path, **kwargs)
+  writer = writers.JsonlWriter(path, clock=lambda: 1_700_000_000.0)
   for step, metrics in steps_and_metrics:
     writer.write(step, metrics)
   writer.close()
 
 
 def make_run(
-    workdir, arm: str, num_groups: int, *, offset: float = 0.0, steps: int = 100
+    workdir,
+    num_groups: int,
+    arm='codistillation',
+    *,
+    offset=0.0,
+    steps=100,
+    drop=(),
 ):
-  """A small run: a record every 2 steps, an evaluation every 10.
+  """A small run: a record every 5 steps, an evaluation every 10.
 
-  Validation losses are 6 at step 10, then 0.1 less every 10 steps.
+  Validation losses are 6 at step 10, then 0.1 less every 10 steps. Peer p is
+  10 p steps stale; keys that start with one of `drop` are not recorded.
   """
-  run_directory.write_run(
-      workdir,
-      {
-          'arm': arm,
-          'num_groups': num_groups,
-          'group_batch': 64,
-          'burn_in_steps': 20,
-          'exchange_every': 10,
-          'example': 'token',
-          'command': f'python -m experiments.train_local --workdir {workdir}',
-          'configuration': ['not', 'a', 'setting'],
-      },
-  )
+  run = {
+      'arm': arm,
+      'num_groups': num_groups,
+      'group_batch': 64,
+      'burn_in_steps': 20,
+      'exchange_every': 10,
+      'example': 'token',
+      'command': f'python -m experiments.train_local --workdir {workdir}',
+      'configuration': ['not', 'a', 'setting'],
+  }
+  run_directory.write_run(workdir, run)
   run_directory.config_path(workdir).write_text('Lstm.units = 8  # <b>|`\n')
   for group_id in range(num_groups):
     made = []
-    for step in range(2, steps + 1, 2):
-      distilling = num_groups > 1 and step > 20
-      metrics = {
-          'loss/task': 6.0 - step / 100,
-          'distill/weight': float(distilling),
-          'perf/steps_per_sec': 4.0,
-      }
-      if num_groups > 1:
-        metrics['exchange/stall_ms'] = 2.0
-        metrics['loss/distill'] = 0.0
-        metrics['exchange/peers_present'] = float(distilling)
-      if distilling:
-        metrics['loss/distill'] = 6.0 - step / 100
-        metrics['exchange/staleness_steps'] = 5.0 + step % 10
-        metrics['exchange/staleness_steps_max'] = 6.0 + step % 10
-        metrics['exchange/staleness_seconds'] = 1.0
-      made.append((step, metrics))
+    for step in range(5, steps + 1, 5):
+      metrics = metrics_at(step, group_id, num_groups)
+      kept = {k: v for k, v in metrics.items() if not k.startswith(drop)}
+      made.append((step, kept))
       if step % 10 == 0:
         loss = 6.1 - step / 100 - offset + 0.02 * group_id
         made.append((step, {'eval/loss': loss, 'eval/accuracy': 0.25}))
-    write_records(workdir, group_id, made, clock=lambda: 1_700_000_000.0)
-  return workdir
-
-
-def make_exchange(
-    workdir, num_groups: int, *, steps: int = 100, every: int = 5
-):
-  """A run with all that an exchange records; peer p is 10 p steps stale."""
-  facts = {'arm': 'codistillation', 'num_groups': num_groups}
-  facts |= {'burn_in_steps': 20, 'exchange_every': 10}
-  run_directory.write_run(workdir, facts)
-  for group_id in range(num_groups):
-    peers = [p for p in range(num_groups) if p != group_id]
-    made = []
-    for step in range(every, steps + 1, every):
-      # The last group is away for a while.
-      present = [p for p in peers if p < num_groups - 1 or not 40 < step < 70]
-      present = present if step > 20 else []
-      metrics = {
-          'perf/steps_per_sec': 4.0,
-          'exchange/stall_ms': 2.0,
-          'exchange/peers_present': float(len(present)),
-          REJECTED: float(step > 50) * group_id,
-          FAILURES: 0.0,
-          'exchange/publication_bytes': 1_234_567.0,
-      }
-      if present:
-        ages = [10.0 * p for p in present]
-        metrics['exchange/staleness_steps'] = float(np.mean(ages))
-        metrics['exchange/staleness_steps_max'] = max(ages)
-        metrics['exchange/staleness_seconds'] = float(np.mean(ages)) / 4
-        for p, age in zip(present, ages):
-          metrics[f'exchange/staleness_steps_group_{p}'] = age
-          metrics[f'exchange/staleness_seconds_group_{p}'] = age / 4
-      made.append((step, metrics))
     write_records(workdir, group_id, made)
-  return records.load_arms([str(workdir)])
+  return str(workdir)
+
+
+def metrics_at(step: int, group_id: int, num_groups: int) -> dict[str, float]:
+  """What a group records; also of an exchange that it does not have."""
+  peers = [p for p in range(num_groups) if p != group_id]
+  # The last group is away for a while.
+  present = [p for p in peers if p < num_groups - 1 or not 40 < step < 70]
+  present = present if step > 20 else []
+  metrics = {
+      'loss/task': 6.0 - step / 100,
+      'loss/distill': 6.0 - step / 100 if step > 20 else 0.0,
+      'distill/weight': float(num_groups > 1 and step > 20),
+      'perf/steps_per_sec': 4.0,
+      'exchange/stall_ms': 2.0,
+      'exchange/peers_present': float(len(present)),
+      REJECTED: float(step > 50) * group_id,
+      FAILURES: 0.0,
+      'exchange/publication_bytes': 1_234_567.0,
+  }
+  if present:
+    ages = [10.0 * p for p in present]
+    metrics['exchange/staleness_steps'] = float(np.mean(ages))
+    metrics['exchange/staleness_steps_max'] = max(ages)
+    metrics['exchange/staleness_seconds'] = float(np.mean(ages)) / 4
+    for p, age in zip(present, ages):
+      metrics[f'exchange/staleness_steps_group_{p}'] = age
+      metrics[f'exchange/staleness_seconds_group_{p}'] = age / 4
+  return metrics
+
+
+def load_run(*args, **kwargs) -> list[records.Arm]:
+  return records.load_arms([make_run(*args, **kwargs)])
 
 
 def write_comparison(path) -> None:
@@ -142,14 +130,14 @@ def write_comparison(path) -> None:
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('two')
-  make_run(workdir, 'codistillation', 2, offset=0.305)
+  make_run(workdir, 2, offset=0.305)
   write_comparison(run_directory.comparison_path(workdir))
   return str(workdir)
 
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-  return str(make_run(tmp_path_factory.mktemp('one'), 'baseline', 1))
+  return make_run(tmp_path_factory.mktemp('one'), 1, 'baseline')
 
 
 @pytest.fixture(scope='module')
@@ -170,9 +158,9 @@ def curve_of(steps_and_values) -> pd.Series:
 
 def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
   assert lines_of(run_tables.results(arms)) == [
-      # Stall: 50 records of 2 ms, 10 exchanges, 100 steps at 4 per second.
-      'codistillation|group 0|100|4.5000|90.02|-|9.0 / 14|10.0 (0.4%)|-|-',
-      'codistillation|group 1|100|4.7000|109.95|-|9.0 / 14|10.0 (0.4%)|-|-',
+      # Stall: 20 records of 2 ms, 10 exchanges, 100 steps at 4 per second.
+      'codistillation|group 0|100|4.5000|90.02|-|10.0 / 10|4.0 (0.2%)|-|-',
+      'codistillation|group 1|100|4.7000|109.95|-|0.0 / 0|4.0 (0.2%)|-|-',
       'codistillation|ensemble|-|4.4000|81.45|-|-|-|20.00%|0.02',
       # Its final evaluation lies in the other arm's directory.
       'baseline|group 0|100|5.2500|190.57|-|-|-|-|-',
@@ -195,8 +183,7 @@ def test_comparison_of_another_directory_is_used_for_a_unique_arm_only(
 
 
 def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
-  long = make_run(tmp_path, 'an arm with a very long name indeed', 1)
-  more = [*arms, *records.load_arms([str(long)])]
+  more = [*arms, *load_run(tmp_path, 1, 'an arm with a very long name indeed')]
   lines = run_tables.results_text(more).splitlines()
   assert max(map(len, lines)) <= 110
   width = max(map(len, lines))
@@ -254,7 +241,7 @@ def test_target_rule_is_the_first_evaluation_at_or_under():
 
 def test_running_mean_is_centred_and_passes_over_what_is_not_finite():
   curve = curve_of(enumerate([1, 2, math.nan, 4, 6, math.inf, 8]))
-  smooth = curves.running_mean(curve, 3)
+  smooth = curves.smooth(curve, 3)
   np.testing.assert_allclose(smooth, [1.5, 1.5, 3, 5, 5, 7, 8])
 
 
@@ -271,7 +258,7 @@ def test_bins_hold_mean_and_range_and_gaps_stay_gaps():
 
 def test_distillation_loss_is_drawn_where_it_has_weight(arms):
   curve = records.distill_curve(arms[0].groups[0])
-  assert curve.index.tolist() == list(range(22, 101, 2))
+  assert curve.index.tolist() == list(range(25, 101, 5))
 
 
 def test_median_of_groups_holds_values_and_ends_with_each():
@@ -322,26 +309,32 @@ def group_of(*steps_and_metrics) -> records.Group:
   return records.Group(0, records.to_frame(made))
 
 
-def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path, arms):
+def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path):
   # 16 records after burn-in, 5 of them without group 3; its teachers are 10,
   # 20 and 30 steps old. 20 records of 2 ms, 100 steps at 4 per second.
   ages = ['18.4 / 30|4.6 / 7.5|2.7 / 3', '14.6 / 30|3.6 / 7.5|2.7 / 3']
   ages += ['10.7 / 30|2.7 / 7.5|2.7 / 3', '10.0 / 20|2.5 / 5.0|3.0 / 3']
-  assert lines_of(run_tables.health(make_exchange(tmp_path, 4))) == [
+  assert lines_of(run_tables.health(load_run(tmp_path / 'four', 4))) == [
       f'codistillation|group {g}|10|{age}|{g}|0|0.04 (0.2%)|1.23 MB|-'
       for g, age in enumerate(ages)
   ]
-  old = '|10|9.0 / 14|1.0 / 1.0|1.0 / 1|-|-|0.10 (0.4%)|-|-'
-  assert lines_of(run_tables.health(arms)) == [
-      f'codistillation|group {g}{old}' for g in (0, 1)
+  later = (REJECTED, FAILURES, 'exchange/publication', 'exchange/staleness_')
+  old = load_run(tmp_path / 'old', 2, drop=later)
+  assert lines_of(run_tables.health(old)) == [
+      'codistillation|group 0|10|-|-|0.7 / 1|-|-|0.04 (0.2%)|-|-',
+      'codistillation|group 1|10|-|-|1.0 / 1|-|-|0.04 (0.2%)|-|-',
   ]
 
 
 def test_a_group_that_is_alone_by_design_exchanges_nothing(tmp_path):
   # It records zeros, which would say too much.
-  arms = make_exchange(tmp_path, 1)
+  arms = load_run(tmp_path, 1)
   assert run_tables.health(arms) is None
-  assert [plot.name for plot in run_plots.make_plots(arms)] == ['speed']
+  assert list(captions_of(arms)) == [
+      'validation_loss',
+      'training_loss',
+      'speed',
+  ]
 
 
 @pytest.mark.parametrize(
@@ -397,9 +390,9 @@ def test_staleness_counts_the_oldest_single_teacher():
       (2, {key: 4.0, f'{key}_group_1': 4.0}),
       (3, {f'{key}_group_1': math.nan}),
   )
-  assert run_tables.staleness(group, 'seconds') == (3.0, 4.0)
+  assert run_tables.staleness(group, 'seconds', '.1f') == '3.0 / 4.0'
   assert list(records.by_peer(group, 'seconds')) == [1, 12]
-  assert run_tables.staleness(group, 'steps') is None
+  assert run_tables.staleness(group, 'steps', '.0f') == '-'
 
 
 # --- Speed -------------------------------------------------------------------
@@ -463,7 +456,7 @@ def test_records_without_a_speed_do_not_count(tmp_path):
 
 
 def test_summary_states_the_rule_in_numbers(arms):
-  said = run_text.summary(arms)
+  said = run_report.summary(arms)
   assert 'baseline is 5.1000 nats per token, at step 100.' in said
   # 6.1 - s / 100 - 0.305 + 0.01 <= 5.1 from step 71 on; evaluated every 10.
   assert 'at or under that for the first time at step 80 (1.25 times' in said
@@ -473,26 +466,26 @@ def test_summary_states_the_rule_in_numbers(arms):
 
 
 def test_summary_says_when_the_baseline_is_not_reached(one, tmp_path):
-  worse = make_run(tmp_path, 'codistillation', 2, offset=-1.0)
-  said = run_text.summary(records.load_arms([str(worse), one]))
+  worse = make_run(tmp_path, 2, offset=-1.0)
+  said = run_report.summary(records.load_arms([worse, one]))
   assert 'does not reach that in 100 steps; its best is 6.1100' in said
 
 
 def test_oddities_of_the_records_are_told(tmp_path):
-  make_run(tmp_path, 'baseline', 1)
+  make_run(tmp_path, 1, 'baseline')
   with run_directory.metrics_path(tmp_path, 0).open('ab') as f:
     f.write(b'damaged\n{"step": 102, "loss/task": "NaN"}\n')
-  notes = '\n'.join(run_text.notes(records.load_arms([str(tmp_path)])))
+  notes = '\n'.join(run_report.notes(records.load_arms([str(tmp_path)])))
   assert 'baseline, group 0: 1 damaged line(s)' in notes
   said = 'loss/task is not finite in 1 record(s), the first at step 102'
   assert said in notes
 
 
 def test_commands_carry_no_path_of_this_machine(arms, monkeypatch):
-  outside = run_text.commands(arms)
+  outside = run_report.commands(arms)
   assert not any(os.sep + 'two' in c or 'tmp' in c for c in outside)
   monkeypatch.chdir(arms[0].workdir.parent)
-  train, _, again = run_text.commands(arms, 'out')
+  train, _, again = run_report.commands(arms, 'out')
   name = arms[0].workdir.name
   assert train == f'python -m experiments.train_local --workdir {name}'
   assert again.startswith(
@@ -512,8 +505,8 @@ def test_settings_leave_out_what_is_for_programs(arms):
 
 
 def test_arms_are_named_by_label_run_or_directory(one, tmp_path):
-  other = make_run(tmp_path / 'seed1', 'baseline', 1)
-  arms = records.load_arms([f'mine={one}', one, str(other)])
+  other = make_run(tmp_path / 'seed1', 1, 'baseline')
+  arms = records.load_arms([f'mine={one}', one, other])
   directory = os.path.basename(one)
   names = ['mine', f'baseline ({directory})', 'baseline (seed1)']
   assert [arm.name for arm in arms] == names
@@ -543,12 +536,11 @@ def test_nothing_recorded_is_a_clear_error(tmp_path):
 def test_exchange_plots_of_few_and_many_groups_and_records(
     tmp_path, num_groups, steps
 ):
-  arms = make_exchange(tmp_path, num_groups, steps=steps)
-  expected = ['staleness'] if steps > 20 else []
+  arms = load_run(tmp_path, num_groups, steps=steps, drop=('loss', 'distill'))
+  expected = ['validation_loss', 'staleness'] if steps > 20 else []
   # With one peer it would say the same again.
   expected += ['staleness_by_peer'] * (num_groups > 2 and steps > 20)
-  names = [p.name for p in run_plots.make_plots(arms)]
-  assert names == [*expected, 'exchange', 'speed']
+  assert list(captions_of(arms)) == [*expected, 'exchange', 'speed']
 
 
 def captions_of(arms) -> dict[str, str]:
@@ -556,9 +548,9 @@ def captions_of(arms) -> dict[str, str]:
 
 
 def test_each_arm_has_its_own_plot_of_peers(tmp_path):
-  (four,) = make_exchange(tmp_path / 'a', 4)
-  (many,) = make_exchange(tmp_path / 'b', 6)
-  said = captions_of([four, many._replace(name='many')])
+  (four,) = load_run(tmp_path / 'a', 4)
+  (many,) = load_run(tmp_path / 'b', 6, 'many')
+  said = captions_of([four, many])
   # Four peers have a colour each, six have not.
   assert 'stalest' not in said['staleness_by_peer']
   assert 'stalest' in said['staleness_by_peer_2']
@@ -569,8 +561,8 @@ def test_each_arm_has_its_own_plot_of_peers(tmp_path):
 
 
 def test_no_rejection_is_said_and_not_drawn(tmp_path):
-  none = captions_of(make_exchange(tmp_path / 'a', 2, steps=50))['exchange']
-  some = captions_of(make_exchange(tmp_path / 'b', 2))['exchange']
+  none = captions_of(load_run(tmp_path / 'a', 2, steps=50))['exchange']
+  some = captions_of(load_run(tmp_path / 'b', 2))['exchange']
   assert 'No publication was rejected' in none and 'Rejected:' not in none
   assert 'No publication was rejected' not in some and 'Rejected:' in some
 
@@ -617,7 +609,7 @@ def test_report_is_complete_and_html_needs_no_other_file(arms, tmp_path):
   links = re.findall(r'!\[[^]]*\]\(([^)]*)\)', markdown)
   assert links == [f'{name}.png' for name in made] and len(images) == 5
   assert {f for f in os.listdir(tmp_path / 'out') if '.png' in f} == {*links}
-  assert run_text.summary(arms) in markdown
+  assert run_report.summary(arms) in markdown
   assert 'Exchange health' in markdown
   # A single group exchanges nothing.
   alone = run_report.blocks(arms[1:])
@@ -710,13 +702,6 @@ def test_the_binary_prints_the_table_and_the_path(two, one, python):
   assert (done.returncode, done.stderr) == (0, '')
   assert 'ensemble' in done.stdout
   assert done.stdout.endswith(f'report: {two}/report/report.html\n')
-
-
-def test_bad_input_is_one_line_and_status_1(tmp_path, python):
-  done = _run(python, f'--workdir={tmp_path}')
-  assert (done.returncode, done.stdout) == (1, '')
-  (line,) = done.stderr.splitlines()
-  assert line.startswith('error: ') and 'has recorded no metrics' in line
 
 
 def test_a_missing_extra_is_one_line_and_help_does_without(two, python):

@@ -82,18 +82,6 @@ def test_tail_gives_the_last_whole_lines_at_every_cut(tmp_path):
     assert log.damaged == 0
 
 
-def test_series_keeps_the_later_record_of_a_step_and_sorts():
-  records = [
-      {'step': 1, 'a': 1.0},
-      {'step': 3, 'a': 3.0, 'b': 0.0},
-      {'step': 2, 'a': 2.0},
-      {'step': 3, 'a': 30.0},
-  ]
-  assert run_directory.series(records, 'a') == ([1, 2, 3], [1.0, 2.0, 30.0])
-  assert run_directory.series(records, 'b') == ([3], [0.0])
-  assert run_directory.series(records, 'c') == ([], [])
-
-
 def test_absent_json_files_are_empty_and_damaged_ones_are_named(tmp_path):
   assert run_directory.read_run(tmp_path) == {}
   assert run_directory.read_comparison(tmp_path) == {}

@@ -193,7 +193,7 @@ def test_the_interval_of_a_mean_of_retrains_is_students(retrains):
   expected = stats.t.interval(
       0.95, retrains - 1, values.mean(), stats.sem(values)
   )
-  np.testing.assert_allclose([found.low, found.high], expected, rtol=0.05)
+  np.testing.assert_allclose([found.low, found.high], expected)
   same = statistics.mean_over_retrains([0.3] * retrains)
   assert (same.low, same.high) == pytest.approx((0.3, 0.3))
 

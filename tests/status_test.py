@@ -165,6 +165,8 @@ def test_a_group_that_says_little_gets_dashes(tmp_path, sign):
 def test_an_empty_directory_says_so(tmp_path):
   text, done = look(tmp_path)
   assert 'no group has started yet' in text and not done
+  with pytest.raises(FileNotFoundError, match='No run directory at'):
+    look(tmp_path / 'absent')
 
 
 # --- Below the table ---------------------------------------------------------
@@ -326,17 +328,3 @@ def test_the_binary_watches_until_all_is_done_and_survives_damage(
   done = run(python, f'--workdir={tmp_path}')
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.count('cannot be read') == 2
-
-
-@pytest.mark.parametrize(
-    'args, said',
-    [
-        (['--workdir=absent'], 'No run directory at absent'),
-        ([], 'pass --workdir'),
-    ],
-)
-def test_bad_input_is_one_line_and_status_1(python, args, said):
-  done = run(python, *args)
-  assert (done.returncode, done.stdout) == (1, '')
-  (line,) = done.stderr.splitlines()
-  assert line.startswith('error: ') and said in line

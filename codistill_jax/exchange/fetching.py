@@ -21,8 +21,8 @@ from codistill_jax.exchange.plan import Plan, StaleError, Waiting
 from codistill_jax.exchange.publications import Slot
 from codistill_jax.exchange.stores import Store
 from codistill_jax.exchange.teaching import Swap, Teaching
-from codistill_jax.storage import checkpoints
-from codistill_jax.storage.background import DaemonExecutor, Patience, Troubles
+from codistill_jax.storage import background, checkpoints
+from codistill_jax.storage.background import Patience, Troubles
 
 AT_ONCE = 4  # Peers whose variables the host holds at a time.
 _ABSENT = -1  # In place of a step, where processes agree on steps.
@@ -125,24 +125,6 @@ class Reader:
     )
 
 
-class Inline:
-  """Runs what is submitted at once: the worker of a store that is at hand."""
-
-  def submit(
-      self, function: Callable[..., Any], *args: Any
-  ) -> concurrent.futures.Future:
-    future = concurrent.futures.Future()
-    try:
-      future.set_result(function(*args))
-    except BaseException as e:  # Raised by `result`.
-      future.set_exception(e)
-    return future
-
-  def close(self, seconds: float) -> bool:
-    del seconds
-    return True
-
-
 class Means(NamedTuple):
   """Parts that both ways of fetching work with.
 
@@ -164,9 +146,11 @@ class Means(NamedTuple):
   waiting: Waiting
   patience: Patience
 
-  def worker(self) -> DaemonExecutor | Inline:
-    """Returns what reads beside training, if there is something to wait for."""
-    return Inline() if self.store.at_hand else DaemonExecutor('fetch')
+  def submit(
+      self, function: Callable[..., Any], *args: Any
+  ) -> concurrent.futures.Future:
+    """Runs beside training, if there is something to wait for."""
+    return background.submit(function, *args, inline=self.store.at_hand)
 
 
 class Fetching(Protocol):
@@ -201,7 +185,7 @@ class Freshest:
     self._group_id = group_id
     self._means = means
     self._teaching = means.teaching
-    self._worker = means.worker()
+    self._running: concurrent.futures.Future | None = None
     self._poll_seconds = means.patience.poll
     self._hurry = threading.Event()  # Ends the pause between two looks.
     # The peers of whom something newer is looked for.
@@ -230,7 +214,8 @@ class Freshest:
 
   def close(self) -> None:
     self._hurry.set()
-    self._worker.close(self._means.patience.read)
+    if self._running is not None:
+      concurrent.futures.wait([self._running], self._means.patience.read)
 
   def _meets(self, step: int) -> bool:
     since = step % self._means.plan.every
@@ -240,13 +225,13 @@ class Freshest:
   def _bring(self, peers: Sequence[int]) -> Iterator[concurrent.futures.Future]:
     """Looks, reads and takes; yields what it waits for, again and again."""
     while peers:
-      look = self._worker.submit(self._look, sorted(peers))
+      look = self._running = self._means.submit(self._look, sorted(peers))
       while not self._all(look.done()):
         yield look
       steps = self._choose(look.result())
       if not steps:
         return
-      read = self._worker.submit(self._read, steps)
+      read = self._running = self._means.submit(self._read, steps)
       while not self._all(read.done()):
         # A process that has failed counts as done, and fails when it takes.
         yield read
@@ -362,7 +347,6 @@ class Lockstep:
 
   def __init__(self, means: Means):
     self._means = means
-    self._worker = means.worker()
     self._asked: int | None = None
     self._ahead: tuple[int, concurrent.futures.Future] | None = None
 
@@ -379,13 +363,14 @@ class Lockstep:
     if plan.staleness:
       # The next one is published already, or soon; well before it is needed.
       ahead = asked + plan.every
-      self._ahead = (ahead, self._worker.submit(self._read_ahead, ahead))
+      self._ahead = (ahead, self._means.submit(self._read_ahead, ahead))
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Does nothing: what is in use follows from the step alone."""
 
   def close(self) -> None:
-    self._worker.close(self._means.patience.read)
+    if self._ahead is not None:
+      concurrent.futures.wait([self._ahead[1]], self._means.patience.read)
 
   def _read_ahead(self, step: int) -> dict[int, Slot]:
     found = {}

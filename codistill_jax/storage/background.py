@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -421,42 +420,23 @@ class BackgroundWriter:
     return False
 
 
-_Task = tuple[concurrent.futures.Future, Callable[..., Any], tuple]
+def submit(
+    function: Callable[..., Any], *args: Any, inline: bool = False
+) -> concurrent.futures.Future:
+  """Runs `function(*args)` in a thread, or at once; returns its future."""
+  future = concurrent.futures.Future()
 
+  def run() -> None:
+    try:
+      future.set_result(function(*args))
+    except BaseException as e:  # Raised by `result`.
+      future.set_exception(e)
 
-class DaemonExecutor:
-  """Runs what is submitted, in order, in a daemon thread."""
-
-  def __init__(self, name: str):
-    self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-    self._thread.start()
-
-  def submit(
-      self, function: Callable[..., Any], *args: Any
-  ) -> concurrent.futures.Future:
-    """Returns `function(*args)` as a future."""
-    future = concurrent.futures.Future()
-    self._tasks.put((future, function, args))
-    return future
-
-  def close(self, seconds: float) -> bool:
-    """Lets what was submitted end; false if that takes longer."""
-    self._tasks.put(None)
-    self._thread.join(seconds)
-    return not self._thread.is_alive()
-
-  def _run(self) -> None:
-    while (task := self._tasks.get()) is not None:
-      future, function, args = task
-      if not future.set_running_or_notify_cancel():
-        continue
-      try:
-        future.set_result(function(*args))
-      except BaseException as e:  # Raised by `result`.
-        future.set_exception(e)
-      # Or the last arguments and results would live until the next task.
-      del task, future, function, args
+  if inline:
+    run()
+  else:
+    threading.Thread(target=run, name=function.__name__, daemon=True).start()
+  return future
 
 
 class Mutex:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from experiments.reports.records import EMPTY, finite
+from .records import EMPTY, finite
 
 # Records are smoothed over this share of a run, at least one record.
 _SMOOTHING = 1 / 40
@@ -17,17 +17,22 @@ MAX_POINTS = 160
 _BINS = 40
 
 
-def running_mean(curve: pd.Series, window: int) -> pd.Series:
-  """Returns the centred mean over `window` records, narrower at the ends.
+def smooth(curve: pd.Series, window: int | None = None) -> pd.Series:
+  """Returns the centred running mean, narrower at the ends.
 
   Values that are not finite are left out of the means; where there are no
   others the mean is NaN.
+
+  Args:
+    curve: The curve.
+    window: Over how many records; by default a part of them all.
   """
   good = curve.where(np.isfinite(curve))
+  window = window or _window(curve)
   return good.rolling(window, center=True, min_periods=1).mean()
 
 
-def smoothing_window(curve: pd.Series) -> int:
+def _window(curve: pd.Series) -> int:
   """Returns how many records to smooth over: odd, 1 for short curves."""
   return int(len(curve) * _SMOOTHING) // 2 * 2 + 1
 
@@ -36,7 +41,7 @@ def window_in_steps(curve: pd.Series) -> int:
   """Returns how many steps a curve is smoothed over."""
   if len(curve) < 2:
     return 1
-  return smoothing_window(curve) * int(np.median(np.diff(curve.index)))
+  return _window(curve) * int(np.median(np.diff(curve.index)))
 
 
 def with_gaps(curve: pd.Series) -> pd.Series:

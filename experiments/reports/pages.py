@@ -10,8 +10,8 @@ import functools
 import io
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
 
@@ -130,17 +130,20 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def _render(template: str, title: str, blocks: Sequence[Block]) -> str:
   kinds = [(type(block).__name__, block) for block in blocks]
-  page = _environment().get_template(template)
+  page = _environment(_HERE).get_template(template)
   return page.render(title=title, blocks=kinds)
 
 
-@functools.lru_cache
-def _environment() -> 'jinja2.Environment':
+_HERE = pathlib.Path(__file__).parent
+
+
+@functools.cache
+def _environment(directory: pathlib.Path) -> 'jinja2.Environment':
   # Here, since `--help` and `status` do without.
   import jinja2
 
   environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+      loader=jinja2.FileSystemLoader(directory),
       # Markdown has filters of its own.
       autoescape=lambda name: 'html' in name,
       undefined=jinja2.StrictUndefined,
@@ -149,6 +152,8 @@ def _environment() -> 'jinja2.Environment':
       keep_trailing_newline=True,
   )
   environment.filters |= {'md': _escape_markdown, 'cell': _cell}
+  environment.filters |= {'number': number, 'count': count}
+  environment.filters |= {'sentence_start': sentence_start}
   return environment
 
 
@@ -160,6 +165,44 @@ def _escape_markdown(text: str) -> str:
 
 def _cell(text: str) -> str:
   return _escape_markdown(text).replace('|', '\\|').replace('\n', ' ')
+
+
+# --- Words -------------------------------------------------------------------
+
+
+def prose(
+    template: str, filters: Mapping[str, Callable] | None = None
+) -> Callable[..., list[str]]:
+  """Returns a writer of the paragraphs that a template of macros makes.
+
+  `write(macro, **values)` fills a macro in. Its paragraphs are apart by blank
+  lines, and their lines are joined. Nothing is escaped: a page does that.
+
+  Args:
+    template: The path of the template.
+    filters: What it may use besides `number`, `count` and `sentence_start`.
+  """
+  path = pathlib.Path(template)
+
+  def write(macro: str, **values: Any) -> list[str]:
+    environment = _environment(path.parent)
+    environment.filters |= filters or {}
+    macros = environment.get_template(path.name).module
+    text = getattr(macros, macro)(**values)
+    joined = (' '.join(paragraph.split()) for paragraph in text.split('\n\n'))
+    return [paragraph for paragraph in joined if paragraph]
+
+  return write
+
+
+def count(number: int, noun: str) -> str:
+  """Returns `1 seed`, `3 seeds`."""
+  return f'{number:,} {noun}{"" if number == 1 else "s"}'
+
+
+def sentence_start(text: str) -> str:
+  """Returns the text with a capital."""
+  return text[:1].upper() + text[1:]
 
 
 # --- Text --------------------------------------------------------------------

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reports.pages import Plot
+from .pages import Plot
 
 # The two arms that nearly every page has keep their colours on all pages.
 ONE, TWO = '#D55E00', '#0072B2'

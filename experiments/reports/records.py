@@ -255,6 +255,13 @@ def find_baseline(arms: Sequence[Arm]) -> Arm | None:
   return single[0] if len(single) == 1 and len(arms) > 1 else None
 
 
+def find_target(arms: Sequence[Arm]) -> tuple[Arm | None, float | None]:
+  """Returns the baseline and its best loss; (None, None) if it has none."""
+  baseline = find_baseline(arms)
+  found = baseline and best(validation_curve(baseline))
+  return (baseline, found[1]) if found else (None, None)
+
+
 def example_name(arms: Sequence[Arm]) -> str:
   """Returns what losses are counted per: 'token', 'image', ...; 'example'."""
   names = {arm.run.get('example') for arm in arms} - {None}

@@ -1,14 +1,23 @@
-"""The report of runs: what stands on its page, in order."""
+"""The report of runs: what stands on its page, in order; its words and numbers.
 
+What it says stands in `words.jinja`, made from the numbers alone.
+"""
+
+import os
+import shlex
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from etils import epath
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from experiments.reports import pages, run_plots, run_tables, run_text
-from experiments.reports.pages import Block, Bullets, Code, Heading, Table
-from experiments.reports.records import Arm
+
+from . import pages, records, run_plots, run_tables
+from .pages import Block, Bullets, Code, Heading, Table
+from .records import Arm
+from .run_plots import words
 
 
 def write(
@@ -33,19 +42,19 @@ def blocks(
 ) -> list[Block]:
   """Returns what stands in a report, in order."""
   made: list[Block] = [
-      pages.Paragraph(run_text.summary(arms)),
+      pages.Paragraph(summary(arms)),
       Heading('Results'),
       Table(run_tables.results(arms), names=2),
-      Bullets(run_text.notes(arms)),
+      Bullets(notes(arms)),
   ]
   for plot in run_plots.make_plots(arms):
     made += [Heading(plot.title), plot]
-  for title, frame, notes in (
-      ('Speed and arithmetic', run_tables.speed(arms), run_text.SPEED),
-      ('Exchange health', run_tables.health(arms), run_text.HEALTH),
+  for title, frame, about in (
+      ('Speed and arithmetic', run_tables.speed(arms), 'speed_notes'),
+      ('Exchange health', run_tables.health(arms), 'health_notes'),
   ):
     if frame is not None:
-      made += [Heading(title), Table(frame, names=2), Bullets(notes)]
+      made += [Heading(title), Table(frame, names=2), Bullets(words(about))]
   settings = run_tables.settings(arms)
   made += [Heading('Settings'), Table(settings, names=1 + len(arms))]
   made += [
@@ -53,5 +62,91 @@ def blocks(
       for arm in arms
       if arm.config
   ]
-  commands = '\n'.join(run_text.commands(arms, output))
-  return [*made, Heading('How to make it again'), Code(commands)]
+  again = '\n'.join(commands(arms, output))
+  return [*made, Heading('How to make it again'), Code(again)]
+
+
+# --- Words -------------------------------------------------------------------
+
+
+def summary(arms: Sequence[Arm]) -> str:
+  """Returns what the runs show, in a paragraph."""
+  baseline, target = records.find_target(arms)
+  curves = map(records.validation_curve, arms)
+  known = {arm.name: _known(arm, target) for arm in arms}
+  (said,) = words(
+      'summary',
+      arms=list(known.values()),
+      baseline=baseline and known[baseline.name],
+      spacing=max(
+          (np.diff(c.index).max() for c in curves if len(c) > 1), default=0
+      ),
+      example=records.example_name(arms),
+      one_batch=len({arm.run.get('group_batch') for arm in arms}) == 1
+      and len({len(arm.groups) for arm in arms}) > 1,
+  )
+  return said
+
+
+def _known(arm: Arm, target: float | None) -> dict[str, Any]:
+  """Returns what the summary needs to know of an arm."""
+  curve = records.validation_curve(arm)
+  singles = [m['eval/loss'] for m in arm.models.values() if 'eval/loss' in m]
+  return {
+      'name': arm.name,
+      'groups': len(arm.groups),
+      'example': records.example_name([arm]),
+      'best': records.best(curve),
+      'last_step': curve.index.max(),
+      'reached': (
+          None if target is None else records.first_at_or_under(curve, target)
+      ),
+      'ensemble': arm.ensemble.get('eval/loss'),
+      'single': np.mean(singles) if singles else None,
+      'disagreement': run_tables.pair_mean(arm, 'churn/disagreement'),
+  }
+
+
+def notes(arms: Sequence[Arm]) -> list[str]:
+  """Returns how to read the results, and what was odd in the records."""
+  odd = []
+  for arm in arms:
+    for group in arm.groups:
+      keys = ('loss/task', 'loss/distill', 'eval/loss')
+      curves = {key: group.curve(key) for key in keys}
+      bad = {k: list(c.index[~np.isfinite(c)]) for k, c in curves.items()}
+      who = f'{arm.name}, group {group.group_id}'
+      odd.append((who, group.damaged, bad))
+  return words('results_notes', odd=odd)
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+def commands(
+    arms: Sequence[Arm], output: files.PathLike | None = None
+) -> list[str]:
+  """Returns the commands that make the runs and the report again.
+
+  Paths under the working directory are relative; of others only the last part
+  is kept, since the rest means nothing on another machine.
+  """
+  lines = []
+  for arm in arms:
+    command = str(arm.run.get('command') or '')
+    for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
+      command = command.replace(path, _portable(path))
+    lines.append(command.replace(os.getcwd() + os.sep, ''))
+  report = ['python -m experiments.report']
+  for arm in arms:
+    label = f'{arm.name}={_portable(arm.workdir)}'
+    report.append(f'--workdir={shlex.quote(label)}')
+  if output is not None:
+    report.append(f'--output={shlex.quote(_portable(output))}')
+  return [*filter(None, dict.fromkeys(lines)), ' '.join(report)]
+
+
+def _portable(path: files.PathLike) -> str:
+  relative = os.path.relpath(os.path.abspath(os.fspath(path)))
+  outside = relative.startswith(os.pardir)
+  return epath.Path(path).name if outside else relative

@@ -16,26 +16,13 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
-from experiments.reports import pages
-from experiments.reports.pages import number
+
+from . import pages
+from .pages import number
 
 # Enough for some 200 records: the newest evaluation is among them.
 _TAIL_BYTES = 65536
 _WIDTH = 140
-_HEADER = (
-    'group',
-    'step',
-    'phase',
-    'steps/s',
-    'ETA',
-    'eval/loss',
-    'published',
-    'teachers',
-    'staleness',
-    'rejected',
-    'checkpoint',
-    'last seen',
-)
 
 T = TypeVar('T')
 
@@ -54,7 +41,10 @@ class Status(NamedTuple):
     group_id: The group.
     known: What it has said, by the keys of `_KINDS`; no others.
     seen: Time of the last sign of life, Unix seconds, if there was any.
-    saved: Steps of the newest publication and resume checkpoint, or None.
+    age: Seconds since then.
+    silent: Whether it should have been heard of since.
+    published: Step of the newest publication, or None.
+    saved: Step of the newest resume checkpoint, or None.
     peers: The groups that could teach this one, if that is known.
     ages: Of each teacher in use, by peer; None if there is no sign of life.
     done: Whether the group has reached its last step.
@@ -64,14 +54,17 @@ class Status(NamedTuple):
   group_id: int
   known: Mapping[str, Any]
   seen: float | None
-  saved: tuple[int | None, int | None]
-  peers: tuple[int, ...] | None
+  age: float | None
+  silent: bool
+  published: int | None
+  saved: int | None
+  peers: list[int] | None
   ages: Mapping[int, Age] | None
   done: bool
   unreadable: tuple[str, ...]
 
 
-# Values of another kind are left out.
+# Values of another kind are left out; of a list, too.
 _NUMBER = int | float
 _KINDS = {
     'step': int,
@@ -84,14 +77,12 @@ _KINDS = {
     'pid': int,
     'steps_per_sec': _NUMBER,
     'eval_loss': _NUMBER,
-    'peers': list,
-    'teachers': list,
+    'peers': [int],
+    'teachers': [{'peer': int, 'step': int, 'time': _NUMBER}],
     'rejected': int,
     'last_rejection': str,
-    'troubles': list,
+    'troubles': [{'doing': str, 'reason': str, 'since': _NUMBER, 'count': int}],
 }
-_TEACHER = {'peer': int, 'step': int, 'time': _NUMBER}
-_TROUBLE = {'doing': str, 'reason': str, 'since': _NUMBER, 'count': int}
 
 
 def look(
@@ -110,17 +101,18 @@ def look(
   bad: list[str] = []
   run = _attempt(lambda: run_directory.read_run(workdir), {}, bad)
   groups = [
-      read_group(workdir, i, run) for i in run_directory.list_groups(workdir)
+      read_group(workdir, i, run, now, silent_after)
+      for i in run_directory.list_groups(workdir)
   ]
   facts = [str(run[key]) for key in ('arm', 'mode', 'data') if run.get(key)]
   title = workdir + (f'  ({", ".join(facts)})' if facts else '')
   top = [Text(title, 'bold'), *(_note(f'cannot be read: {x}') for x in bad)]
   if not groups:
     return Stack(*top, Text('  no group has started yet')), False
-  rows = [_row(group, now, silent_after) for group in groups]
+  rows = [[show(group) for show in _COLUMNS.values()] for group in groups]
   notes = [note for group in groups for note in _notes(group)]
   parts = [
-      [pages.terminal_table(_HEADER, rows)],
+      [pages.terminal_table(list(_COLUMNS), rows)],
       [*map(_note, notes), *(_note(x, 'dim') for x in _processes(groups))],
       *_staleness_tables(groups),
   ]
@@ -134,19 +126,84 @@ def look(
 # --- Reading -----------------------------------------------------------------
 
 
-def read_group(workdir: str, group_id: int, run: Mapping[str, Any]) -> Status:
+def read_group(
+    workdir: str,
+    group_id: int,
+    run: Mapping[str, Any],
+    now: float,
+    silent_after: float,
+) -> Status:
   """Looks at one group; what status.json lacks comes from metrics.jsonl.
 
   Args:
     workdir: The run directory.
     group_id: The group.
     run: What run.json says, or {}.
+    now: Unix seconds.
+    silent_after: Seconds after which it is called silent.
   """
   bad: list[str] = []
-  ask = lambda read, missing: _attempt(read, missing, bad)
-  sign = ask(lambda: run_directory.read_status(workdir, group_id), None)
+  ask = lambda read, *args, missing=None: _attempt(
+      lambda: read(*args), missing, bad
+  )
+  sign = _sound(ask(run_directory.read_status, workdir, group_id), _KINDS)
   path = run_directory.metrics_path(workdir, group_id)
-  log = ask(lambda: run_directory.read_metrics(path, _TAIL_BYTES), None)
+  recorded = _recorded(ask(run_directory.read_metrics, path, _TAIL_BYTES))
+  known = recorded | _sound(run, _KINDS) | sign
+  times = [tree['time'] for tree in (recorded, sign) if 'time' in tree]
+  seen = max(times, default=None)
+  peers = known.get('peers')
+  if peers is None and 'num_groups' in known:
+    # A run from before there were topologies: all the others.
+    peers = [g for g in range(known['num_groups']) if g != group_id]
+  published, saved = (
+      ask(run_directory.newest_saved, directory(workdir, group_id))
+      for directory in (
+          run_directory.publications_dir,
+          run_directory.checkpoints_dir,
+      )
+  )
+  done_path = run_directory.done_path(workdir, group_id)
+  done = ask(done_path.exists, missing=False)
+  return Status(
+      group_id=group_id,
+      known=known,
+      seen=seen,
+      age=None if seen is None else now - seen,
+      silent=not done and seen is not None and now - seen > silent_after,
+      published=published,
+      saved=saved,
+      peers=peers,
+      # Teachers that are no peers are fixed: no age in steps of this run.
+      ages={} if peers == [] else _ages(sign),
+      done=done,
+      unreadable=tuple(bad),
+  )
+
+
+def _attempt(read: Callable[[], T], missing: T, unreadable: list[str]) -> T:
+  try:
+    return read()
+  except (ValueError, OSError) as e:
+    # Torn by a kill or by the object store, or refused by the file system.
+    unreadable.append(' '.join(str(e).split()))
+    return missing
+
+
+def _sound(value: Any, kind: Any) -> Any:
+  """Returns what is of the kind that its key promises, texts as a line."""
+  if isinstance(kind, dict):
+    items = value.items() if isinstance(value, dict) else ()
+    found = {k: _sound(v, kind[k]) for k, v in items if k in kind}
+    return {k: v for k, v in found.items() if v is not None}
+  if isinstance(kind, list) and isinstance(value, list):
+    return [v for x in value if (v := _sound(x, kind[0])) is not None]
+  if isinstance(kind, list) or not isinstance(value, kind):
+    return None
+  return ' '.join(value.split()) if isinstance(value, str) else value
+
+
+def _recorded(log: run_directory.MetricsLog | None) -> dict[str, Any]:
   newest: dict[str, Any] = {}
   for record in log.records if log else ():
     newest |= record
@@ -160,72 +217,20 @@ def read_group(workdir: str, group_id: int, run: Mapping[str, Any]) -> Status:
       'eval_loss': newest.get('eval/loss'),
       'rejected': rejected,
   }
-  trees = [_sound(tree, _KINDS) for tree in (recorded, run, sign or {})]
-  known = {key: value for tree in trees for key, value in tree.items()}
-  saved = [
-      ask(lambda d=directory: run_directory.newest_saved(d), None)
-      for directory in (
-          run_directory.publications_dir(workdir, group_id),
-          run_directory.checkpoints_dir(workdir, group_id),
-      )
-  ]
-  peers = _peers(known, group_id)
-  times = [tree['time'] for tree in trees if 'time' in tree]
-  return Status(
-      group_id,
-      known,
-      max(times, default=None),
-      tuple(saved),
-      peers,
-      # Teachers that are no peers are fixed: no age in steps of this run.
-      {} if peers == () else _ages(trees[-1]),
-      ask(run_directory.done_path(workdir, group_id).exists, False),
-      tuple(bad),
-  )
-
-
-def _attempt(read: Callable[[], T], missing: T, unreadable: list[str]) -> T:
-  try:
-    return read()
-  except (ValueError, OSError) as e:
-    # Torn by a kill or by the object store, or refused by the file system.
-    unreadable.append(' '.join(str(e).split()))
-    return missing
-
-
-def _sound(tree: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the entries that are of the kind their keys promise."""
-  if not isinstance(tree, dict):
-    return {}
-  found = {k: v for k, v in tree.items() if isinstance(v, kinds.get(k, ()))}
-  # Of texts a line.
-  return {
-      key: ' '.join(value.split()) if isinstance(value, str) else value
-      for key, value in found.items()
-  }
-
-
-def _peers(known: Mapping[str, Any], group_id: int) -> tuple[int, ...] | None:
-  if 'peers' in known:
-    return tuple(peer for peer in known['peers'] if isinstance(peer, int))
-  # A run from before there were topologies: all the others.
-  if 'num_groups' not in known:
-    return None
-  return tuple(g for g in range(known['num_groups']) if g != group_id)
+  return _sound(recorded, _KINDS)
 
 
 def _ages(sign: Mapping[str, Any]) -> dict[int, Age] | None:
   if 'teachers' not in sign:
     return None
-  teachers = [_sound(teacher, _TEACHER) for teacher in sign['teachers']]
   # Against the last sign of life, not against now: of a dead group it says
   # how it stood when it died.
   return {
       found['peer']: Age(
           sign['step'] - found['step'], sign['time'] - found['time']
       )
-      for found in teachers
-      if len(found) == len(_TEACHER) and {'step', 'time'} <= sign.keys()
+      for found in sign['teachers']
+      if len(found) == 3 and {'step', 'time'} <= sign.keys()
   }
 
 
@@ -243,8 +248,7 @@ def _notes(status: Status) -> Iterable[str]:
       yield f'{who} goes without the teacher(s) {ids}'
     elif _should_be_taught(known):
       yield f'{who} trains alone: of its peers ({ids}) none teaches'
-  troubles = (_sound(x, _TROUBLE) for x in known.get('troubles', ()))
-  for trouble in filter(None, troubles):
+  for trouble in filter(None, known.get('troubles', ())):
     doing = trouble.get('doing') or 'something'
     reason = trouble.get('reason') or 'for no reason given'
     count = trouble.get('count') or 1
@@ -290,31 +294,19 @@ def _note(sentence: str, style: str = 'yellow') -> Text:
 # --- Showing -----------------------------------------------------------------
 
 
-def _row(status: Status, now: float, silent_after: float) -> list[str | Text]:
-  get, seen = status.known.get, status.seen
-  silent = not status.done and seen is not None and now - seen > silent_after
-  speed = get('steps_per_sec', math.nan)
-  published, checkpoint = status.saved
-  return [
-      str(status.group_id),
-      f'{number(get("step"), "d")}/{number(get("num_steps"), "d")}',
-      'done' if status.done else get('phase') or '?',
-      number(speed if math.isfinite(speed) else None, '.1f'),
-      '-' if status.done or silent else _eta(status.known),
-      number(get('eval_loss'), '.3f'),
-      number(published, 'd'),
-      _teachers(status),
-      _staleness(status),
-      number(None if status.peers == () else get('rejected'), 'd'),
-      number(checkpoint, 'd'),
-      _sign_of_life(status, now, silent),
-  ]
+def _integer(value: int | None) -> str:
+  return number(value, 'd')
 
 
-def _eta(known: Mapping[str, Any]) -> str:
-  if not {'step', 'num_steps'} <= known.keys() or not known.get(
-      'steps_per_sec'
-  ):
+def _speed(status: Status) -> str:
+  speed = status.known.get('steps_per_sec', math.nan)
+  return number(speed if math.isfinite(speed) else None, '.1f')
+
+
+def _eta(status: Status) -> str:
+  known = status.known
+  named = {'step', 'num_steps'} <= known.keys()
+  if status.done or status.silent or not (named and known.get('steps_per_sec')):
     return '-'
   left = known['num_steps'] - known['step']
   return number(left / known['steps_per_sec'], 'time')
@@ -339,13 +331,34 @@ def _span(values: Sequence[float], form: str) -> str:
   return high if low == high else f'{low}..{high}'
 
 
-def _sign_of_life(status: Status, now: float, silent: bool) -> Text:
-  if status.seen is None:
+def _last_seen(status: Status) -> Text:
+  if status.age is None:
     return Text('DONE' if status.done else 'none yet')
-  age = f'{number(now - status.seen, "time")} ago'
+  age = f'{number(status.age, "time")} ago'
   if status.done:
     return Text(f'DONE {age}', 'green')
-  return Text(f'SILENT {age}', 'bold red') if silent else Text(age)
+  return Text(f'SILENT {age}', 'bold red') if status.silent else Text(age)
+
+
+_COLUMNS: dict[str, Callable[[Status], str | Text]] = {
+    'group': lambda s: str(s.group_id),
+    'step': lambda s: '/'.join(
+        _integer(s.known.get(key)) for key in ('step', 'num_steps')
+    ),
+    'phase': lambda s: 'done' if s.done else s.known.get('phase') or '?',
+    'steps/s': _speed,
+    'ETA': _eta,
+    'eval/loss': lambda s: number(s.known.get('eval_loss'), '.3f'),
+    'published': lambda s: _integer(s.published),
+    'teachers': _teachers,
+    'staleness': _staleness,
+    # Who has no peers rejects nothing.
+    'rejected': lambda s: _integer(
+        None if s.peers == [] else s.known.get('rejected')
+    ),
+    'checkpoint': lambda s: _integer(s.saved),
+    'last seen': _last_seen,
+}
 
 
 def _staleness_tables(

@@ -6,15 +6,46 @@ what is asked for here.
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.reports import pages, records
-from experiments.reports.pages import number
-from experiments.reports.records import Arm, Group
+from . import pages, records
+from .pages import number
+from .records import Arm, Group
+
+# What stands in a column, of a group.
+Cell = Callable[[Arm, Group], str]
+
+
+def _rows(arms: Iterable[Arm], cells: Mapping[str, Cell]) -> list[dict]:
+  """Returns a row per group, by the titles of the columns."""
+  return [
+      {
+          'arm': arm.name,
+          'model': f'group {group.group_id}',
+          **{title: cell(arm, group) for title, cell in cells.items()},
+      }
+      for arm in arms
+      for group in arm.groups
+  ]
+
+
+def _newest(curve: pd.Series, form: str) -> str:
+  curve = records.finite(curve)
+  return number(float(curve.iloc[-1]) if len(curve) else None, form)
+
+
+def _mean_and_most(mean: pd.Series, form: str, *more: pd.Series) -> str:
+  """Returns the mean of a curve, and the largest value of it and of others."""
+  mean = records.finite(mean)
+  if mean.empty:
+    return '-'
+  most = records.finite(pd.concat([mean, *more])).max()
+  return f'{mean.mean():.1f} / {most:{form}}'
+
 
 # --- Results -----------------------------------------------------------------
 
@@ -42,35 +73,28 @@ _SHORT = {
 
 def results(arms: Sequence[Arm]) -> pd.DataFrame:
   """Returns a row per group, and one per ensemble."""
-  keys = _quality_keys(arms)
+  shown = _shown_quality(arms)
+  cells: dict[str, Cell] = {
+      'steps': lambda _, group: str(group.last_step),
+      **{
+          title: lambda arm, group, key=key, form=form: number(
+              final_metrics(arm, group).get(key), form
+          )
+          for key, (title, form) in shown.items()
+      },
+      _STALENESS: lambda _, group: staleness(group, 'steps', '.0f'),
+      _STALL: _stall_per_exchange,
+  }
   rows = []
   for arm in arms:
-    for group in arm.groups:
-      rows.append(
-          {
-              'arm': arm.name,
-              'model': f'group {group.group_id}',
-              'steps': str(group.last_step),
-              **_quality(final_metrics(arm, group), keys),
-              _STALENESS: _mean_and_most(staleness(group, 'steps'), '.0f'),
-              _STALL: _stall_per_exchange(arm, group),
-          }
-      )
+    rows += _rows([arm], cells)
     if arm.ensemble or arm.pairs:
-      disagreement = pair_mean(arm, 'churn/disagreement')
-      churn = pair_mean(arm, 'churn/mean_abs')
-      rows.append(
-          {
-              'arm': arm.name,
-              'model': 'ensemble',
-              **_quality(_with_perplexity(arm.ensemble, arm), keys),
-              'disagreement': number(disagreement, '.2%'),
-              'churn': number(churn, '.2g'),
-          }
-      )
-  titles = [_QUALITY[key][0] for key in keys]
-  last = (_STALENESS, _STALL, 'disagreement', 'churn')
-  columns = ['arm', 'model', 'steps', *titles, *last]
+      metrics = _with_perplexity(arm.ensemble, arm)
+      row = {t: number(metrics.get(k), form) for k, (t, form) in shown.items()}
+      row['disagreement'] = number(pair_mean(arm, 'churn/disagreement'), '.2%')
+      row['churn'] = number(pair_mean(arm, 'churn/mean_abs'), '.2g')
+      rows.append({'arm': arm.name, 'model': 'ensemble', **row})
+  columns = ['arm', 'model', *cells, 'disagreement', 'churn']
   return pd.DataFrame(rows, columns=columns, dtype=object).fillna('-')
 
 
@@ -103,21 +127,13 @@ def _with_perplexity(metrics: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
   return {'eval/perplexity': math.exp(min(loss, 700.0)), **metrics}
 
 
-def _quality_keys(arms: Sequence[Arm]) -> list[str]:
+def _shown_quality(arms: Sequence[Arm]) -> dict[str, tuple[str, str]]:
   """Returns what is shown of a model: of a sigmoid output no perplexity."""
   found = {k for a in arms for g in a.groups for k in final_metrics(a, g)}
-  optional = {'eval/perplexity', 'eval/auc', 'eval/calibration'}
+  found |= {'eval/loss', 'eval/accuracy'}
   if 'eval/auc' not in found:
     found.add('eval/perplexity')
-  return [key for key in _QUALITY if key in found or key not in optional]
-
-
-def _quality(metrics: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
-  return {
-      title: number(metrics.get(key), form)
-      for key, (title, form) in _QUALITY.items()
-      if key in keys
-  }
+  return {key: shown for key, shown in _QUALITY.items() if key in found}
 
 
 def pair_mean(arm: Arm, key: str) -> float | None:
@@ -129,89 +145,47 @@ def pair_mean(arm: Arm, key: str) -> float | None:
 # --- Speed -------------------------------------------------------------------
 
 
+def _rate(key: str, form: str) -> Cell:
+  return lambda _, group: number(records.mean_rate(group, f'perf/{key}'), form)
+
+
+def _last(key: str, form: str) -> Cell:
+  return lambda _, group: _newest(group.curve(f'perf/{key}'), form)
+
+
+_SPEED: dict[str, Cell] = {
+    'steps/s': _rate('steps_per_sec', '.3g'),
+    'examples/s': _rate('examples_per_sec', ',.0f'),
+    'model FLOPs per step': _last('model_flops_per_step', 'SI'),
+    'model FLOP/s': _rate('model_flops_per_sec', 'SI'),
+    'teacher share': _last('teacher_share', '.1%'),
+    'utilisation': _last('utilisation', '.1%'),
+}
+
+
 def speed(arms: Sequence[Arm]) -> pd.DataFrame | None:
   """Returns a row per group; None if no run has recorded its rates."""
   if not any(len(c) for a in arms for c in a.curves('perf/examples_per_sec')):
     return None
-  rows = []
-  for arm in arms:
-    for group in arm.groups:
-      rate = lambda key, of=group: records.mean_rate(of, f'perf/{key}')
-      last = lambda key, of=group: _last(of.curve(f'perf/{key}'))
-      rows.append(
-          {
-              'arm': arm.name,
-              'model': f'group {group.group_id}',
-              'steps/s': number(rate('steps_per_sec'), '.3g'),
-              'examples/s': number(rate('examples_per_sec'), ',.0f'),
-              'model FLOPs per step': number(
-                  last('model_flops_per_step'), 'SI'
-              ),
-              'model FLOP/s': number(rate('model_flops_per_sec'), 'SI'),
-              'teacher share': number(last('teacher_share'), '.1%'),
-              'utilisation': number(last('utilisation'), '.1%'),
-          }
-      )
-  return pd.DataFrame(rows)
-
-
-def _last(curve: pd.Series) -> float | None:
-  return float(curve.iloc[-1]) if len(curve) else None
+  return pd.DataFrame(_rows(arms, _SPEED))
 
 
 # --- Exchange ----------------------------------------------------------------
 
 
-def health(arms: Sequence[Arm]) -> pd.DataFrame | None:
-  """Returns how the exchange of each group went; None if there was none."""
-  rows = [
-      {
-          'arm': arm.name,
-          'model': f'group {group.group_id}',
-          'exchanges': number(_exchanges(arm, group.last_step), ','),
-          _STALENESS: _mean_and_most(staleness(group, 'steps'), '.0f'),
-          'staleness, s: mean / max': _mean_and_most(
-              staleness(group, 'seconds'), '.1f'
-          ),
-          'peers present: mean / max': _mean_and_most(
-              _present(arm, group), '.0f'
-          ),
-          'rejected': _count(group, records.REJECTED),
-          'failed to publish': _count(group, records.FAILURES),
-          'stall, s (share)': _stall_in_all(group),
-          'publication': number(
-              _last(records.finite(group.curve('exchange/publication_bytes'))),
-              'bytes',
-          ),
-          'restarts seen': str(group.restarts or '-'),
-      }
-      for arm in records.exchanging(arms)
-      for group in arm.groups
-  ]
-  return pd.DataFrame(rows) if rows else None
-
-
-def staleness(group: Group, unit: str) -> tuple[float, float] | None:
+def staleness(group: Group, unit: str, form: str) -> str:
   """Returns mean and largest, over all records and all teachers."""
   key = f'exchange/staleness_{unit}'
-  mean = records.finite(group.curve(key))
-  if mean.empty:
-    return None
   # The largest of any single teacher; in old runs only the means are known.
-  single = records.by_peer(group, unit).values()
-  most = pd.concat([mean, group.curve(f'{key}_max'), *single])
-  return float(mean.mean()), float(records.finite(most).max())
+  most = [group.curve(f'{key}_max'), *records.by_peer(group, unit).values()]
+  return _mean_and_most(group.curve(key), form, *most)
 
 
-def _present(arm: Arm, group: Group) -> tuple[float, float] | None:
-  curve = records.finite(group.curve('exchange/peers_present'))
+def _peers_present(arm: Arm, group: Group) -> str:
+  curve = group.curve('exchange/peers_present')
   # In burn-in nobody is asked for.
-  curve = curve[curve.index > (arm.run.get('burn_in_steps') or 0)]
-  return None if curve.empty else (float(curve.mean()), float(curve.max()))
-
-
-def _mean_and_most(found: tuple[float, float] | None, form: str) -> str:
-  return '-' if found is None else f'{found[0]:.1f} / {found[1]:{form}}'
+  burn_in = arm.run.get('burn_in_steps') or 0
+  return _mean_and_most(curve[curve.index > burn_in], '.0f')
 
 
 def _exchanges(arm: Arm, steps: int) -> int | None:
@@ -220,9 +194,8 @@ def _exchanges(arm: Arm, steps: int) -> int | None:
   return steps // every if every else None
 
 
-def _count(group: Group, key: str) -> str:
-  count = _last(records.counted(group, key))
-  return number(count, ',.0f')
+def _count(key: str) -> Cell:
+  return lambda _, group: _newest(records.counted(group, key), ',.0f')
 
 
 def _stall_per_exchange(arm: Arm, group: Group) -> str:
@@ -235,7 +208,7 @@ def _stall_per_exchange(arm: Arm, group: Group) -> str:
   return number(each, '.1f') + _share(stall, group)
 
 
-def _stall_in_all(group: Group) -> str:
+def _stall_in_all(_: Arm, group: Group) -> str:
   stall = records.finite(group.curve('exchange/stall_ms'))
   if stall.empty:
     return '-'
@@ -244,8 +217,28 @@ def _stall_in_all(group: Group) -> str:
 
 def _share(stall_ms: pd.Series, group: Group) -> str:
   seconds = records.training_seconds(group)
-  share = float(stall_ms.sum()) / 1000.0 / seconds if seconds else None
-  return '' if share is None else f' ({share:.1%})'
+  return f' ({stall_ms.sum() / 1000.0 / seconds:.1%})' if seconds else ''
+
+
+_HEALTH: dict[str, Cell] = {
+    'exchanges': lambda a, g: number(_exchanges(a, g.last_step), ','),
+    _STALENESS: lambda _, g: staleness(g, 'steps', '.0f'),
+    'staleness, s: mean / max': lambda _, g: staleness(g, 'seconds', '.1f'),
+    'peers present: mean / max': _peers_present,
+    'rejected': _count(records.REJECTED),
+    'failed to publish': _count(records.FAILURES),
+    'stall, s (share)': _stall_in_all,
+    'publication': lambda _, g: _newest(
+        g.curve('exchange/publication_bytes'), 'bytes'
+    ),
+    'restarts seen': lambda _, g: str(g.restarts or '-'),
+}
+
+
+def health(arms: Sequence[Arm]) -> pd.DataFrame | None:
+  """Returns how the exchange of each group went; None if there was none."""
+  exchanging = records.exchanging(arms)
+  return pd.DataFrame(_rows(exchanging, _HEALTH)) if exchanging else None
 
 
 # --- Settings ----------------------------------------------------------------

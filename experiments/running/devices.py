@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments.cli import StopRequest
-from experiments.running import processes
+from ..cli import StopRequest
+from . import processes
 
 
 def use_replicas(count: int) -> None:

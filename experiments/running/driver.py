@@ -29,10 +29,11 @@ from codistill_jax.group import StepResult, run_group
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
-from experiments import cli
-from experiments.cli import Stopped
-from experiments.running.job import Job, claim_workdir
-from experiments.running.watch import Efficiency, Watch
+
+from .. import cli
+from ..cli import Stopped
+from .job import Job, claim_workdir
+from .watch import Efficiency, Watch
 
 
 class Start(NamedTuple):

@@ -23,7 +23,8 @@ from codistill_jax.storage.background import (
     Patience,
     Troubles,
 )
-from experiments import cli
+
+from .. import cli
 
 
 def _ignore(group_id: int, step: int, variables: Variables) -> None:

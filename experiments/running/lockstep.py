@@ -11,10 +11,11 @@ from codistill_jax.base import Model, Stream
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.replicas import PmapStep
 from codistill_jax.storage.resume import ResumeCheckpoints
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.running import devices
-from experiments.running.job import Job
+
+from .. import cli
+from ..cli import StopRequest
+from . import devices
+from .job import Job
 
 
 def train_steps_of(

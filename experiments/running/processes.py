@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from codistill_jax import run_directory, writers
-from experiments import cli
+
+from .. import cli
 
 _PATIENCE = 4  # So much more often may fail what may pass.
 _TAIL_BYTES = 1 << 14

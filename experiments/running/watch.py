@@ -36,7 +36,8 @@ from codistill_jax.base import (
 from codistill_jax.exchange.plan import Exchange, check_finite
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
-from experiments.running.job import Job
+
+from .job import Job
 
 _STATUS_SECONDS = 2.0
 

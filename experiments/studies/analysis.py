@@ -18,7 +18,8 @@ import numpy as np
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
-from experiments.studies.declaration import MEASURES, Arm, Study
+
+from .declaration import MEASURES, Arm, Study
 
 # Of a run by a measure.
 MEASURED = 'measured'
@@ -171,6 +172,11 @@ class Analysis(NamedTuple):
   def trained(self) -> list[Arm]:
     """The arms that have runs."""
     return [arm for arm in self.study.arms if self.runs[arm.name]]
+
+  @property
+  def all_runs(self) -> list[Run]:
+    """Those of all arms."""
+    return [run for runs in self.runs.values() for run in runs]
 
 
 def analyse(study: Study, runs: Iterable[Run]) -> Analysis:

@@ -15,9 +15,10 @@ from etils import epath
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.reports import pages
-from experiments.reports.pages import (
+
+from .. import cli
+from ..reports import pages
+from ..reports.pages import (
     Block,
     Bullets,
     Code,
@@ -25,15 +26,15 @@ from experiments.reports.pages import (
     Paragraph,
     Table,
 )
-from experiments.studies import (
+from . import (
     retrains,
     study_page,
     verdicts,
     words,
 )
-from experiments.studies.analysis import Effect
-from experiments.studies.churn_results import Repeat, Retrains, Row
-from experiments.studies.declaration import (
+from .analysis import Effect
+from .churn_results import Repeat, Retrains, Row
+from .declaration import (
     MEASURES,
     Comparison,
     Measure,
@@ -138,7 +139,7 @@ def _difference(ours: Estimate, theirs: Estimate) -> Effect:
 
 def _blocks(found: Retrains, note: str) -> list[Block]:
   """Returns all of the page, in order."""
-  from experiments.studies import study_plots  # Needs matplotlib.
+  from . import study_plots  # Needs matplotlib.
 
   split = _split_of(found)
   plot = study_plots.churn(found.rows['test'], found.chosen, split.strip())

@@ -12,10 +12,11 @@ import numpy as np
 from codistill_jax import run_directory, statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
-from experiments.studies import plan as plan_lib
-from experiments.studies import retrains
-from experiments.studies.plan import PlannedRun
-from experiments.studies.retrains import (
+
+from . import plan as plan_lib
+from . import retrains
+from .plan import PlannedRun
+from .retrains import (
     ENSEMBLE,
     FIXED_INIT,
     FIXED_ORDER,

@@ -13,10 +13,11 @@ from codistill_jax import gin_utils, run_directory
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.studies import plan as plan_lib
-from experiments.studies.declaration import Arm
-from experiments.studies.plan import Plan, PlannedRun
+
+from .. import cli
+from . import plan as plan_lib
+from .declaration import Arm
+from .plan import Plan, PlannedRun
 
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.studies import communication
+from . import communication
 
 _P99 = 0.99
 

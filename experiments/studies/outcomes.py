@@ -12,12 +12,13 @@ import numpy as np
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
-from experiments.reports import records
-from experiments.studies import communication
-from experiments.studies import plan as plan_lib
-from experiments.studies.analysis import Run
-from experiments.studies.declaration import Arm
-from experiments.studies.plan import Plan, PlannedRun
+
+from ..reports import records
+from . import communication
+from . import plan as plan_lib
+from .analysis import Run
+from .declaration import Arm
+from .plan import Plan, PlannedRun
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 

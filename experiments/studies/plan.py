@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codistill_jax.storage import files
-from experiments.studies.declaration import SCALES, Arm, Scale, Study
+
+from .declaration import SCALES, Arm, Scale, Study
 
 
 class PlannedRun(NamedTuple):

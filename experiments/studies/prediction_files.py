@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from codistill_jax import statistics
-from experiments.studies.churn_results import Row, summarise
+
+from .churn_results import Row, summarise
 
 _TABLES = ('.csv', '.tsv', '.parquet')
 

@@ -16,7 +16,8 @@ from codistill_jax.base import Batch, Model, Variables
 from codistill_jax.exchange import fixed_teachers
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments.studies import retrains
+
+from . import retrains
 
 # Of a study that keeps the predictions of dozens of models.
 _MOST_BYTES = 2**30

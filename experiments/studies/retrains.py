@@ -16,9 +16,10 @@ import numpy as np
 from etils import epath
 
 from codistill_jax.storage import files
-from experiments.studies import plan as plan_lib
-from experiments.studies.declaration import Arm
-from experiments.studies.plan import Plan, PlannedRun
+
+from . import plan as plan_lib
+from .declaration import Arm
+from .plan import Plan, PlannedRun
 
 SPLITS = ('validation', 'test')
 SINGLE, ENSEMBLE = 'single', 'ensemble'

@@ -9,7 +9,6 @@ one seed serves all others.
 import contextlib
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,15 +25,17 @@ from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.running import devices, driver, lockstep
-from experiments.running.job import Job
-from experiments.studies import one_program, predictions
-from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations, shared_by_seeds
-from experiments.studies.declaration import Arm
-from experiments.studies.plan import PlannedRun
+
+from .. import cli
+from ..cli import StopRequest
+from ..reports import records
+from ..running import devices, driver, lockstep
+from ..running.job import Job
+from . import one_program, predictions
+from . import plan as plan_lib
+from .configurations import Configurations, shared_by_seeds
+from .declaration import Arm
+from .plan import PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 
@@ -110,7 +111,7 @@ class Trainer:
       cli.tell(f'{run.name} begins again: its configuration was corrected')
       for path in epath.Path(directory).iterdir():
         # Not the directory itself, which is locked.
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.rmtree() if path.is_dir() else path.unlink()
     return experiment
 
   def _in_turn(
@@ -362,10 +363,8 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
-    if path.exists():
-      records = run_directory.read_metrics(path).records
-      _, losses = run_directory.series(records, 'eval/loss')
-      found += losses[-LAST:]
+    losses = records.read_group(path, group_id).curve('eval/loss')
+    found += losses.tolist()[-LAST:]
   return float(np.mean(found)) if found else float('nan')
 
 

@@ -6,23 +6,61 @@ import sys
 import time
 from collections.abc import Sequence
 
+from absl import flags
+
 from codistill_jax import gin_utils
 from codistill_jax.storage import files
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.running import processes
-from experiments.studies import plan as plan_lib
-from experiments.studies.plan import Plan
+
+from .. import cli
+from ..cli import StopRequest
+from ..running import processes
+from . import plan as plan_lib
+from .plan import Plan
+
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the study: its runs, and what came of them.'
+)
+OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Directory of tables, page and plots; default: report/ in --workdir, or'
+    ' nowhere if there is none.',
+)
+NOTE = flags.DEFINE_string(
+    'note', '', 'A sentence for the page, such as on the data.'
+)
+REPLICAS = flags.DEFINE_integer(
+    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
+)
+JOBS = flags.DEFINE_integer(
+    'jobs',
+    1,
+    'Processes that train runs side by side. With more than one, each has its'
+    ' share of the CPU cores for itself.',
+)
+WORKER = flags.DEFINE_string(
+    'worker', '', 'Set by --jobs for each process: its number/their number.'
+)
+
+
+def check_least(*least: tuple[flags.FlagHolder, int]) -> None:
+  """Raises ValueError if a flag that is given is less than its least."""
+  for flag, number in (*least, (JOBS, 1), (REPLICAS, 0)):
+    if flag.value is not None and flag.value < number:
+      raise ValueError(
+          f'--{flag.name}={flag.value}; set it to {number} or more'
+      )
+
+
+def absolute(workdir: str) -> str:
+  """Returns a directory wherever this process goes."""
+  return workdir if files.is_remote(workdir) else os.path.abspath(workdir)
 
 
 def train(
     module: str,
     workdir: files.PathLike,
     plan: Plan,
-    *,
-    jobs: int = 1,
-    worker: str = '',
-    replicas: int = 1,
     one_program: str = 'no',
 ) -> None:
   """Trains all runs that are not done; the same command again goes on.
@@ -31,25 +69,23 @@ def train(
     module: The binary, such as 'experiments.churn'.
     workdir: Of the study.
     plan: Of it.
-    jobs: Processes.
-    worker: Which of them this is, `<i>/<jobs>`; '' for the one that was typed.
-    replicas: Devices of a group; 0 for all.
     one_program: Of seeds, as of `--one_program`.
 
   Raises:
     Stopped: If asked to stop.
   """
-  if jobs > 1 and not worker:
+  jobs, replicas = JOBS.value, REPLICAS.value
+  if jobs > 1 and not WORKER.value:
     _run_side_by_side(module, workdir, jobs, StopRequest().install())
     return
-  jobs = _take_cores(worker)
+  jobs = _take_cores(WORKER.value)
   stop = StopRequest(cli.STOPPED).install()
   # Not at the top: what only lists, or draws a page, needs no jax.
   import jax
 
-  from experiments.running import devices
-  from experiments.studies import configurations
-  from experiments.studies import worker as worker_lib
+  from ..running import devices
+  from . import configurations
+  from . import worker as worker_lib
 
   if replicas > 1:
     devices.use_replicas(replicas)

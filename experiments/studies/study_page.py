@@ -13,22 +13,25 @@ import pandas as pd
 from etils import epath
 
 from codistill_jax.storage import files
-from experiments.reports import pages
-from experiments.reports.pages import (
+
+from ..reports import pages
+from ..reports.pages import (
     Block,
     Bullets,
     Code,
     Heading,
     Paragraph,
     Table,
+    count,
+    sentence_start,
 )
-from experiments.studies import (
+from . import (
     analysis,
     verdicts,
     wall_time,
     words,
 )
-from experiments.studies.analysis import (
+from .analysis import (
     DIVERGED,
     MEASURED,
     NOT_REACHED,
@@ -38,10 +41,9 @@ from experiments.studies.analysis import (
     Run,
     Score,
 )
-from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.latency import Latency
-from experiments.studies.verdicts import Verdict
-from experiments.studies.words import count, sentence_start
+from .declaration import MEASURES, Arm, Study
+from .latency import Latency
+from .verdicts import Verdict
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',
@@ -107,7 +109,7 @@ def _blocks(
     found: Analysis, settings: Settings, said: Sequence[str], latency: Latency
 ) -> list[Block]:
   """Returns all of the page, in order."""
-  from experiments.studies import study_plots  # Needs matplotlib.
+  from . import study_plots  # Needs matplotlib.
 
   study, views = found.study, found.study.views
   for name in views:
@@ -226,10 +228,9 @@ def _short_table(found: Analysis) -> pd.DataFrame:
 
 def _measures(found: Analysis) -> list[str]:
   """Returns those of the runs; with teachers' steps where there are any."""
-  runs = [run for runs in found.runs.values() for run in runs]
   has = {
-      'total_steps_to_target': any(run.prior_steps for run in runs),
-      'final_accuracy': any(len(run.accuracy_N) for run in runs),
+      'total_steps_to_target': any(r.prior_steps for r in found.all_runs),
+      'final_accuracy': any(len(r.accuracy_N) for r in found.all_runs),
       'churn': False,
       'log_loss': False,
   }
@@ -272,7 +273,7 @@ def _cell(cell: Cell, form: str, interval: bool) -> str:
 
 def _seeds_table(found: Analysis) -> pd.DataFrame:
   """Returns steps to the target of every run, and what was not reached."""
-  seeds = sorted({r.seed for runs in found.runs.values() for r in runs})
+  seeds = sorted({run.seed for run in found.all_runs})
   rows = []
   for arm in found.study.arms:
     scores = analysis.cell(found, arm.name, 'steps_to_target').scores
@@ -345,7 +346,7 @@ def _chosen(found: Analysis, arm: Arm, settings: Settings) -> str:
 
 
 def _bytes(found: Analysis, settings: Settings) -> list[Block]:
-  from experiments.studies import study_plots
+  from . import study_plots
 
   plot = study_plots.against_bytes(found, settings['example'])
   if plot is None:
@@ -392,7 +393,7 @@ def wall_time_blocks(
     found: Analysis, settings: Settings, latency: Latency
 ) -> list[Block]:
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
-  from experiments.studies import study_plots
+  from . import study_plots
 
   model = wall_time.measure(found, latency)
   said = [
@@ -437,21 +438,16 @@ def _study_csv(found: Analysis) -> pd.DataFrame:
 
 def _curves(found: Analysis) -> pd.DataFrame:
   """Returns a row per evaluation of every run that is reported; raw."""
-  frames = []
-  for runs in found.runs.values():
-    for run in runs:
-      columns = {
-          'step': run.steps_N,
-          'flops': run.flops_N,
-          'bytes': run.bytes_N,
-          'loss': run.loss_N,
-          'accuracy': run.accuracy_N if len(run.accuracy_N) else np.nan,
-      }
-      frame = pd.DataFrame(columns, dtype=object).map(_exact)
-      frame.insert(0, 'arm', run.arm)
-      frame.insert(1, 'seed', run.seed)
-      frames.append(frame)
-  return pd.concat(frames, ignore_index=True)
+  rows = []
+  for run in found.all_runs:
+    accuracy_N = run.accuracy_N
+    if not len(accuracy_N):
+      accuracy_N = np.full(len(run.steps_N), np.nan)
+    columns = (run.steps_N, run.flops_N, run.bytes_N, run.loss_N, accuracy_N)
+    for values in zip(*columns, strict=True):
+      rows.append([run.arm, run.seed, *map(_exact, values)])
+  header = ['arm', 'seed', 'step', 'flops', 'bytes', 'loss', 'accuracy']
+  return pd.DataFrame(rows, columns=header)
 
 
 def _exact(value: float) -> str:

@@ -17,13 +17,14 @@ from matplotlib.ticker import (
 )
 
 from codistill_jax.statistics import Estimate
-from experiments.reports import plots
-from experiments.reports.pages import Plot
-from experiments.studies import analysis, retrains, words
-from experiments.studies.analysis import Analysis, Band
-from experiments.studies.churn_results import Row
-from experiments.studies.declaration import MEASURES, Arm, Study
-from experiments.studies.wall_time import WallTime
+
+from ..reports import plots
+from ..reports.pages import Plot
+from . import analysis, retrains, words
+from .analysis import Analysis, Band
+from .churn_results import Row
+from .declaration import MEASURES, Arm, Study
+from .wall_time import WallTime
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
 _MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X')
@@ -92,26 +93,18 @@ def curves(found: Analysis, example: str) -> list[Plot]:
   """Draws validation loss, and for 'speed-accuracy' validation accuracy."""
   if not any(analysis.band(found, a.name, 'steps') for a in found.study.arms):
     return []
-  runs = [run for runs in found.runs.values() for run in runs]
-  made = [_loss(found, example)]
-  if 'speed-accuracy' in found.study.views and any(
-      len(run.accuracy_N) for run in runs
-  ):
-    caption = words.paragraph('accuracy_caption')
-    title = 'Validation accuracy'
-    made.append(_two_axes(found, 'accuracy', title.lower(), title, caption))
-  return made
-
-
-def _loss(found: Analysis, example: str) -> Plot:
-  runs = [run for runs in found.runs.values() for run in runs]
-  caption = words.paragraph(
-      'loss_caption',
-      window=found.window,
-      teachers=any(run.prior_steps for run in runs),
-  )
   label = f'validation loss (nats per {example})'
-  return _two_axes(found, 'loss', label, 'Validation loss', caption)
+  teachers = any(run.prior_steps for run in found.all_runs)
+  caption = words.paragraph(
+      'loss_caption', window=found.window, teachers=teachers
+  )
+  made = [_two_axes(found, 'loss', label, 'Validation loss', caption)]
+  accurate = any(len(run.accuracy_N) for run in found.all_runs)
+  if accurate and 'speed-accuracy' in found.study.views:
+    label, caption = 'validation accuracy', words.paragraph('accuracy_caption')
+    title = 'Validation accuracy'
+    made.append(_two_axes(found, 'accuracy', label, title, caption))
+  return made
 
 
 def _two_axes(

@@ -7,8 +7,10 @@ import math
 from typing import NamedTuple
 
 from codistill_jax.statistics import Estimate
-from experiments.studies import analysis, words
-from experiments.studies.analysis import (
+
+from ..reports.pages import count, sentence_start
+from . import analysis, words
+from .analysis import (
     DIVERGED,
     MEASURED,
     NOT_REACHED,
@@ -16,8 +18,7 @@ from experiments.studies.analysis import (
     Effect,
     Score,
 )
-from experiments.studies.declaration import MEASURES, Comparison, Study
-from experiments.studies.words import count, sentence_start
+from .declaration import MEASURES, Comparison, Study
 
 AS = 'as in the paper'
 TOWARDS = "in the paper's direction, but the interval includes no effect"

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.studies import analysis, latency
-from experiments.studies.analysis import Analysis
-from experiments.studies.declaration import Arm
-from experiments.studies.latency import Fit, Latency
+from . import analysis, latency
+from .analysis import Analysis
+from .declaration import Arm
+from .latency import Fit, Latency
 
 ONE, TWO = 'one group', 'two groups'
 # How much longer than the median one step in a hundred is.

@@ -3,25 +3,13 @@
 Nothing is escaped here; that is the matter of `reports.pages`.
 """
 
-import functools
 import math
 import pathlib
 from typing import Any
 
-import jinja2
-
 from codistill_jax.statistics import Estimate
-from experiments.reports import pages
 
-
-def count(number: int, noun: str) -> str:
-  """Returns `1 seed`, `3 seeds`."""
-  return f'{number:,} {noun}{"" if number == 1 else "s"}'
-
-
-def sentence_start(text: str) -> str:
-  """Returns the text with a capital."""
-  return text[:1].upper() + text[1:]
+from ..reports import pages
 
 
 def number(value: float, form: str) -> str:
@@ -57,34 +45,13 @@ def percent(found: Estimate | None) -> str:
   return f'{100 * found.mean:+.0f} %{ends if known else ""}'
 
 
-# --- Prose -------------------------------------------------------------------
-
-
-def paragraphs(macro: str, **values: Any) -> list[str]:
-  """Returns the paragraphs that a macro of `words.jinja` makes of values."""
-  text = getattr(_prose(), macro)(**values)
-  joined = (' '.join(paragraph.split()) for paragraph in text.split('\n\n'))
-  return [paragraph for paragraph in joined if paragraph]
+paragraphs = pages.prose(
+    pathlib.Path(__file__).with_name('words.jinja'),
+    {'number': number, 'estimate': estimate, 'percent': percent},
+)
 
 
 def paragraph(macro: str, **values: Any) -> str:
-  """Returns the one paragraph that a macro makes."""
+  """Returns the one paragraph that a macro of `words.jinja` makes of values."""
   (found,) = paragraphs(macro, **values)
   return found
-
-
-@functools.cache
-def _prose() -> Any:
-  environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-      undefined=jinja2.StrictUndefined,
-      trim_blocks=True,
-      lstrip_blocks=True,
-  )
-  environment.filters |= {
-      'number': number,
-      'estimate': estimate,
-      'percent': percent,
-      'count': count,
-  }
-  return environment.get_template('words.jinja').module

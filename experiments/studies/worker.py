@@ -5,6 +5,7 @@ directory.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import jax
 
 from codistill_jax.storage import files, leases
-from experiments import cli
-from experiments.cli import StopRequest
-from experiments.studies import one_program
-from experiments.studies import plan as plan_lib
-from experiments.studies.configurations import Configurations
-from experiments.studies.plan import Plan, PlannedRun
-from experiments.studies.runs import Outcome, Trainer
+
+from .. import cli
+from ..cli import StopRequest
+from . import one_program
+from . import plan as plan_lib
+from .configurations import Configurations
+from .plan import Plan, PlannedRun
+from .runs import Outcome, Trainer
 
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
@@ -26,36 +28,29 @@ _SAY_EVERY_SECONDS = 30.0
 _TEACHER_COST = 1.3
 
 
+@dataclasses.dataclass
 class Worker:
-  """Trains runs of one study in this process."""
+  """Trains runs of one study in this process.
 
-  def __init__(
-      self,
-      configurations: Configurations,
-      *,
-      stop: StopRequest,
-      replicas: int = 1,
-      jobs: int = 1,
-      together: bool = False,
-  ):
-    """Looks at nothing yet.
+  Attributes:
+    configurations: Of all runs.
+    stop: Whether to leave.
+    replicas: Devices of a group; 0 for all.
+    jobs: Processes that share the work, for the time that is left.
+    together: Whether all seeds of an arm are trained as one program, where
+      that can be.
+  """
 
-    Args:
-      configurations: Of all runs.
-      stop: Whether to leave.
-      replicas: Devices of a group; 0 for all.
-      jobs: Processes that share the work, for the time that is left.
-      together: Whether all seeds of an arm are trained as one program, where
-        that can be.
-    """
-    self._configurations = configurations
-    self._workdir = configurations.workdir
-    self._plan = configurations.plan
-    self._stop = stop
-    self._replicas = replicas
-    self._jobs = jobs
-    self._together = together
-    self._trainer = Trainer(configurations, replicas, stop)
+  configurations: Configurations
+  stop: StopRequest
+  replicas: int = 1
+  jobs: int = 1
+  together: bool = False
+
+  def __post_init__(self):
+    self._workdir = self.configurations.workdir
+    self._plan = self.configurations.plan
+    self._trainer = Trainer(self.configurations, self.replicas, self.stop)
 
   def train_all(self) -> None:
     """Trains until every run is done, by whatever process.
@@ -81,10 +76,10 @@ class Worker:
     return plan_lib.read_outcome(self._workdir, run) is not None
 
   def _leave_if_asked(self) -> None:
-    if self._stop():
+    if self.stop():
       raise cli.Stopped(
-          'stopped; the same command goes on from here',
-          self._stop.signal_number,
+          cli.STOPPED,
+          self.stop.signal_number,
       )
 
   def _with(
@@ -93,9 +88,9 @@ class Worker:
     """Returns the run, and those that can be in the same program."""
     # Predictions of runs that were trained alike are the same to the bit.
     apart = self._plan.study.predictions
-    if apart or not self._together or run.tuning or self._replicas > 1:
+    if apart or not self.together or run.tuning or self.replicas > 1:
       return [run]
-    experiment = self._configurations.configure(run)
+    experiment = self.configurations.configure(run)
     arm = self._plan.arm(run.arm)
     if not one_program.possible(experiment, arm.num_groups):
       return [run]
@@ -126,7 +121,7 @@ class Worker:
     if self._without_teachers(runs[0]):
       self._finish(runs[0], _never_begun(runs[0]))
     else:
-      progress = Progress(self._workdir, self._plan, runs[0], self._jobs)
+      progress = Progress(self._workdir, self._plan, runs[0], self.jobs)
       self._trainer(runs, progress.say, self._finish)
 
   def _without_teachers(self, run: PlannedRun) -> bool:
@@ -141,7 +136,7 @@ class Worker:
     """Writes outcome.json: the run is done."""
     directory = plan_lib.run_dir(self._workdir, run)
     files.write_json(plan_lib.outcome_path(directory), outcome)
-    progress = Progress(self._workdir, self._plan, run, self._jobs)
+    progress = Progress(self._workdir, self._plan, run, self.jobs)
     cli.tell(progress.line(_ending(outcome)))
 
 
@@ -189,7 +184,7 @@ class Progress:
     self._workdir = workdir
     self._plan = plan
     self._run = run
-    self._jobs = jobs
+    self.jobs = jobs
     self._next = time.monotonic() + _SAY_EVERY_SECONDS
 
   def say(self, what: str) -> None:
@@ -209,7 +204,7 @@ class Progress:
       return text
     took = sum(o['ended'] - o['began'] for _, o in done)
     pace = took / sum(self._cost(r) for r, _ in done)
-    return f'{text}; about {left * pace / self._jobs / 60:.0f} min left'
+    return f'{text}; about {left * pace / self.jobs / 60:.0f} min left'
 
   def _cost(self, run: PlannedRun) -> float:
     """Returns the cost in trainings of one group alone."""

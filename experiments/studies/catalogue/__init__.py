@@ -1,6 +1,6 @@
 """The studies by name; each a declaration in a file of its own."""
 
-from experiments.studies.catalogue import (
+from . import (
     async_sgd,
     churn,
     communication,

@@ -1,7 +1,7 @@
 """Asynchronous SGD: what stale gradients do as workers are added."""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 _WORKERS = (2, 4, 8, 32, 128)
 

@@ -1,7 +1,7 @@
 """Loss against bytes: what does it take to use more workers?"""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 _INTERVALS = (2, 10, 50, 200, 250)
 

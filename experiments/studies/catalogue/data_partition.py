@@ -1,7 +1,7 @@
 """Figure 2b: the same data for all groups, or disjoint parts?"""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 STUDY = Study(
     name='data_partition',

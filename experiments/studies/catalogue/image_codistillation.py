@@ -1,7 +1,7 @@
 """Figure 3: an image classifier."""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 STUDY = Study(
     name='image_codistillation',

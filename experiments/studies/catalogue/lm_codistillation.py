@@ -1,7 +1,7 @@
 """Figure 2a: does a second group learn faster than more workers would?"""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 STUDY = Study(
     name='lm_codistillation',

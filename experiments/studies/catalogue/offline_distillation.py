@@ -1,7 +1,7 @@
 """Two phases against one: what it costs to train the teachers first."""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 STUDY = Study(
     name='offline_distillation',

@@ -1,7 +1,7 @@
 """Figures 1a and 1b: where do more workers stop helping?"""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 _WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

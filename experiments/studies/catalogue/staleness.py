@@ -1,7 +1,7 @@
 """Figure 4: how often must groups exchange?"""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 _INTERVALS = (2, 4, 5, 10, 25, 50, 100, 250)
 

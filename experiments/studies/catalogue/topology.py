@@ -1,7 +1,7 @@
 """Who learns from whom, with four groups."""
 
-from experiments.studies.catalogue import tasks
-from experiments.studies.declaration import Arm, Comparison, Study
+from ..declaration import Arm, Comparison, Study
+from . import tasks
 
 
 def _four(name: str, title: str, topology: str) -> Arm:

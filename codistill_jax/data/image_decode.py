@@ -348,9 +348,9 @@ def read_hugging_face(
     # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
     # ValueError, StopIteration, pyarrow's. There is no common base class.
     raise OSError(
-        f'Cannot read split {split} of {name}: {one_line(e)}; check the'
-        ' name, the network and, for a gated data set, that you are logged in'
-        ' (hf auth login); or use images.image_folder_task.'
+        f'Cannot read split {split} of {name}: {one_line(e).rstrip(".")}. Check'
+        ' the name, the network and, for a gated data set, that you are logged'
+        ' in (hf auth login); or use images.image_folder_task.'
     ) from e
   where = f'{name}, split {split}'
   for key in (image_key, label_key):

@@ -171,18 +171,19 @@ def _cell(text: str) -> str:
 
 
 def prose(
-    template: str, filters: Mapping[str, Callable] | None = None
+    module: str, filters: Mapping[str, Callable] | None = None
 ) -> Callable[..., list[str]]:
-  """Returns a writer of the paragraphs that a template of macros makes.
+  """Returns a writer of the paragraphs of the template beside a module.
 
-  `write(macro, **values)` fills a macro in. Its paragraphs are apart by blank
-  lines, and their lines are joined. Nothing is escaped: a page does that.
+  `write(macro, **values)` fills in a macro of `<module>.jinja`. Paragraphs are
+  apart by blank lines, and the lines of each are joined. Nothing is escaped: a
+  page does that.
 
   Args:
-    template: The path of the template.
+    module: `__file__` of the module.
     filters: What it may use besides `number`, `count` and `sentence_start`.
   """
-  path = pathlib.Path(template)
+  path = pathlib.Path(module).with_suffix('.jinja')
 
   def write(macro: str, **values: Any) -> list[str]:
     environment = _environment(path.parent)

@@ -5,7 +5,6 @@ their median.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ _PEER_COLOUR = '#8A8A8A'
 # Bands of more groups than this would lie on each other as a fog.
 _MOST_BANDS = 2
 
-# What a run report says, by the macros of the template.
-words = pages.prose(pathlib.Path(__file__).with_name('words.jinja'))
+_write = pages.prose(__file__)
 
 
 class Entry(NamedTuple):
@@ -107,7 +105,7 @@ def _draw(
       'any_crowded': any(map(_is_crowded, arms)),
       'all_crowded': all(map(_is_crowded, arms)),
   }
-  return plots.save(figure, name, title, *words(name, f=facts))
+  return plots.save(figure, name, title, *_write(name, f=facts))
 
 
 def _entries(
@@ -282,7 +280,7 @@ def _draw_validation(arms: Sequence[Arm]) -> Plot | None:
   plots.legend_below(figure)
   name, title = 'validation_loss', 'Validation loss'
   said = {'later_part': _LATER_PART, 'baseline': baseline and baseline.name}
-  return plots.save(figure, name, title, *words(name, **said))
+  return plots.save(figure, name, title, *_write(name, **said))
 
 
 def _draw_validation_of(ax: Axes, arm: Arm) -> None:
@@ -358,7 +356,7 @@ def _draw_by_peer(arm: Arm, index: int) -> Plot | None:
   figure.supylabel('staleness (steps)', fontsize=9)
   plots.legend_below(figure)
   name, title = 'staleness_by_peer', f'Staleness by peer: {arm.name}'
-  said = words(name, arm=arm.name, few=few, binned=binning)
+  said = _write(name, arm=arm.name, few=few, binned=binning)
   return plots.save(
       figure, name + (f'_{index + 1}' * (index > 0)), title, *said
   )

@@ -201,18 +201,6 @@ def _draw_counts(ax: Axes, entries: Sequence[Entry]) -> None:
 # --- Panels ------------------------------------------------------------------
 
 
-def _stalled_seconds(group: Group) -> pd.Series:
-  return records.finite(group.curve('exchange/stall_ms')).cumsum() / 1000.0
-
-
-def _rejected(group: Group) -> pd.Series:
-  return records.counted(group, records.REJECTED)
-
-
-def _megabytes(group: Group) -> pd.Series:
-  return group.curve('exchange/publication_bytes') / 1e6
-
-
 _TRAINING = (
     Panel('Task loss', 'task loss ({unit})', 'loss/task', _draw_losses),
     Panel(
@@ -235,7 +223,7 @@ _EXCHANGE = (
     Panel(
         'Time the exchange held the loop',
         'stall, all so far (s)',
-        _stalled_seconds,
+        lambda g: records.finite(g.curve('exchange/stall_ms')).cumsum() / 1000,
         _draw_from_zero,
     ),
     Panel(
@@ -247,11 +235,16 @@ _EXCHANGE = (
     Panel(
         'Rejected publications',
         'rejected, all so far',
-        _rejected,
+        lambda g: records.counted(g, records.REJECTED),
         _draw_counts,
         zero=False,  # The caption says so; an empty panel says less.
     ),
-    Panel('Size of a publication', 'size (MB)', _megabytes, _draw_from_zero),
+    Panel(
+        'Size of a publication',
+        'size (MB)',
+        lambda g: g.curve('exchange/publication_bytes') / 1e6,
+        _draw_from_zero,
+    ),
 )
 _SPEED = (
     Panel(
@@ -378,13 +371,13 @@ def _draw_peers_of(
     title += f', stalest: {oldest}'
   ax.set_title(title)
   for peer, curve in curves.items():
-    style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     if few:
-      label = f'teacher: group {peer}'
-      style = {'color': few[peer], 'label': label, 'lw': 1.3}
+      style = {'color': few[peer], 'label': f'teacher: group {peer}', 'lw': 1.3}
     elif peer == oldest:
       label = 'the stalest peer on average'
       style = {'color': _OLDEST_COLOUR, 'label': label, 'lw': 1.5, 'zorder': 3}
+    else:
+      style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     ax.plot(curve, **style, **_marker(curve))
 
 

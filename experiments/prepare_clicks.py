@@ -14,7 +14,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax.data import criteo, prepare_clicks, process_pool
+from codistill_jax.data import (
+    criteo,
+    prepare_clicks,
+    prepared_files,
+    process_pool,
+)
 
 from . import cli
 
@@ -110,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
   )
   print(prepare_clicks.summary(meta))
   if _VERIFY.value:
-    files, size = criteo.verify(_OUTPUT.value)
+    files, size = prepared_files.verify(_OUTPUT.value, criteo.KIND)
     print(f'{files} files, {size:,} bytes: as they were written.')
 
 

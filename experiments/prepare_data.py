@@ -20,6 +20,7 @@ from codistill_jax.data import (
     filters,
     paragraph_ids,
     prepare_text,
+    prepared_files,
     process_pool,
     shards,
     sources,
@@ -190,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _verify() -> None:
-  files, size = shards.verify(_OUTPUT.value)
+  files, size = prepared_files.verify(_OUTPUT.value, shards.KIND)
   print(f'{files} files, {size:,} bytes: as they were written.')
 
 

@@ -169,11 +169,13 @@ class Script:
 
   def end_by_repeating(self, number):
     """As `end`, with one signal after another."""
-    found = None
-    while found is None:
+    for _ in range(100):
       self.send(number)
       found = self.end(0.4)
-    return found
+      if found is not None:
+        return found
+    self._process.kill()
+    pytest.fail('no signal ends it')
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ def decode(encoded, size=8, box_of=WHOLE):
 def images_of(files, count=None, **changes):
   arguments = {'size': 8, 'resize': 9, 'mean': (0, 0, 0), 'std': (1, 1, 1)}
   arguments |= {'workers': 2} | changes
-  return image_decode.EncodedImages(
+  data = image_decode.Encoded(
       lambda i: files[i],
       lambda i: f'file {i}',
       np.arange(count or len(files), dtype=np.int32) % 3,
-      **arguments,
+      ('a', 'b', 'c'),
   )
+  return image_decode.EncodedImages(data, **arguments)
 
 
 def deep_grey():
@@ -210,13 +211,3 @@ def test_only_the_first_damaged_images_are_named(caplog):
 def test_errors(changes, message):
   with pytest.raises(ValueError, match=message):
     images_of([GOOD], **changes)
-
-
-def test_decode_all_names_what_does_not_fit():
-  good = encode(plain(RED, (5, 4)))
-  found = image_decode.decode_all([good, good], (4, 5, 3))
-  np.testing.assert_array_equal(found, np.broadcast_to(RED, (2, 4, 5, 3)))
-  with pytest.raises(ValueError, match='image 1 of 2 cannot be decoded'):
-    image_decode.decode_all([good, b'x'], (4, 5, 3))
-  with pytest.raises(ValueError, match=r'image 0 of 2 has shape \(4, 5, 3\)'):
-    image_decode.decode_all([good, good], (5, 5, 3))

@@ -1,6 +1,7 @@
 """What is installed: the binaries and the gin files, outside of a clone."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -81,3 +82,12 @@ def test_a_console_script_is_named_after_its_binary(
   )
   status, output = run(installed, tmp_path, str(script))
   assert status == 1 and words in output and 'Traceback' not in output
+
+
+def test_the_binaries_do_not_ask_for_a_package_that_a_clone_alone_has():
+  asking = [
+      path.name
+      for path in (tiny_run.ROOT / 'experiments').rglob('*.py')
+      if re.search(r'^ *(from|import) experiments', path.read_text(), re.M)
+  ]
+  assert not asking  # Imports inside `experiments` are relative.

@@ -40,7 +40,7 @@ def rows_of(output):
   splits = {}
   for name in criteo.SPLITS:
     data = criteo.open_rows(output, name)
-    splits[name] = data.gather(np.arange(len(data)))
+    splits[name] = data.take(np.arange(len(data)))
   return splits
 
 
@@ -156,19 +156,19 @@ def test_damaged_data_are_refused_and_named(tmp_path):
   output = tmp_path / 'data'
   write_lines(tmp_path / 'a.txt', LINES)
   prepare(output, tmp_path / 'a.txt')
-  path = criteo.rows_path(output, 'train', 1)
+  path = output / criteo.rows_name('train', 1)
   data = bytearray(path.read_bytes())
   data[-5] ^= 1
   path.write_bytes(bytes(data))
   with pytest.raises(ValueError, match=r'00001\.rows\.npy is damaged'):
-    criteo.verify(output)
+    prepared_files.verify(output, criteo.KIND)
   path.write_bytes(bytes(data[:-5]))
   with pytest.raises(ValueError, match=r'00001\.rows\.npy'):
     clicks.criteo_task(output)
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r'00001\.rows\.npy is missing'):
     clicks.criteo_task(output)
-  counts = criteo.counts_path(output, 4)
+  counts = output / criteo.counts_name(4)
   counts.write_bytes(counts.read_bytes()[:-1])
   with pytest.raises(ValueError, match=r'C05\.u32'):
     criteo.open_counts(output, 4)

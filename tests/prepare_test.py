@@ -14,7 +14,7 @@ import prepared
 import pytest
 from prepared import contents
 
-from codistill_jax.data import criteo, prepare, shards
+from codistill_jax.data import criteo, prepare, prepared_files, shards
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ class Kind(typing.NamedTuple):
 
   run: Callable
   source: str
-  verify: Callable
+  kind: prepared_files.Kind
   settings: dict  # Others, each of which makes other data.
 
 
@@ -44,7 +44,7 @@ def kind(request, tmp_path_factory):
         'max_document_bytes': 10**6,
         'filters': ['long_paragraphs'],
     }
-    return Kind(prepared.run_text, source, shards.verify, others)
+    return Kind(prepared.run_text, source, shards.KIND, others)
   source = prepared.write_clicks(folder)
   others = {
       'split': 'hash',
@@ -54,7 +54,7 @@ def kind(request, tmp_path_factory):
       'shard_lines': 65,
       'max_lines': 100,
   }
-  return Kind(prepared.run_clicks, source, criteo.verify, others)
+  return Kind(prepared.run_clicks, source, criteo.KIND, others)
 
 
 @pytest.fixture(autouse=True)
@@ -280,17 +280,17 @@ def test_verify_compares_every_byte_of_every_file(tmp_path, kind):
   kind.run(tmp_path, kind.source)
   paths = [path for path in tmp_path.rglob('*.*') if path.name != 'meta.json']
   sizes = [path.stat().st_size for path in paths]
-  assert kind.verify(tmp_path) == (len(paths), sum(sizes))
+  assert prepared_files.verify(tmp_path, kind.kind) == (len(paths), sum(sizes))
   for path in paths:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
     with pytest.raises(ValueError, match=f'{path.name} is'):
-      kind.verify(tmp_path)
+      prepared_files.verify(tmp_path, kind.kind)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f'{path.name} is missing'):
-      kind.verify(tmp_path)
+      prepared_files.verify(tmp_path, kind.kind)
     path.write_bytes(content)
-  kind.verify(tmp_path)
+  prepared_files.verify(tmp_path, kind.kind)
 
 
 @pytest.mark.parametrize('changes', [{'seed': -1}, {'workers': 0}])

@@ -107,7 +107,7 @@ def test_a_shard_without_documents_has_no_files(tmp_path):
   data = shards.open_tokens(tmp_path, 'train')
   assert data.gather(np.arange(9)).tolist() == [1, 5, 2, 1, 6, 2, 1, 7, 2]
   assert not (tmp_path / 'train/00001.tokens.npy').exists()
-  assert shards.verify(tmp_path)[0] == 7
+  assert prepared_files.verify(tmp_path, shards.KIND)[0] == 7
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):

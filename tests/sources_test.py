@@ -344,7 +344,7 @@ class TestHuggingFace:
   def test_unreachable_is_one_line(self, folder, spec):
     source = sources.open_source(spec.format(folder))
     with pytest.raises(OSError, match='Cannot read hf:') as raised:
-      source.raw()
+      next(source.raw())
     assert '\n' not in str(raised.value)
 
   def test_failure_in_the_middle_is_one_line(self, folder):

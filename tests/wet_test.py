@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prepared import read_source
 from wet_files import INFO, packed, record, wet, write_wet
 
+from codistill_jax.data import records as records_lib
 from codistill_jax.data.records import Reject
 
 pytest.importorskip('fastwarc')
@@ -144,9 +145,7 @@ def test_a_gzip_file_cut_anywhere_says_so(tmp_path):
 
 @pytest.mark.parametrize('chunk', [8, 9, 64])
 def test_the_next_record_is_found_across_reads(tmp_path, monkeypatch, chunk):
-  from codistill_jax.data import wet as wet_lib
-
-  monkeypatch.setattr(wet_lib, '_CHUNK', chunk)
+  monkeypatch.setattr(records_lib, '_PIECE', chunk)
   for name in ('garbage', 'head.gz', 'length larger'):
     path = write(tmp_path / f'a-{name}', *damaged()[name])
     assert read(path) == [*PAGES[:2], DAMAGED, *PAGES[3:]]
@@ -188,8 +187,6 @@ def test_no_damage_is_fatal_and_numbers_are_stable(
 
 
 def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
-  from codistill_jax.data import wet as wet_lib
-
   path = write_wet(tmp_path / 'a.wet', *PAGES)
 
   failed = False
@@ -220,7 +217,7 @@ def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
       return Failing(path.open(mode))
 
   with pytest.raises(OSError, match='Input/output error'):
-    list(wet_lib.wet_records(Path(), 1000))
+    list(records_lib.wet_pages(Path(), 1000))
 
 
 def test_a_huge_page_is_skipped_in_bounded_memory(tmp_path):

@@ -12,6 +12,15 @@ id are the same on every machine:
   the training split has less than `min_count` times, so also one that it never
   has; each of the others has an id of its own.
 
+Arguments of both:
+  categories: 'hash' or 'vocabulary'.
+  buckets: Of 'hash': ids of each column, or one number for all.
+  min_count: Of 'vocabulary'.
+  partition: 'shared' or 'disjoint': how groups divide the examples.
+  seed: Of the order of examples and of the partition.
+Both raise FileNotFoundError or ValueError where data, a package or an argument
+cannot be used.
+
 Shape suffixes: B examples of a batch, I dense columns, K categorical columns, N
 rows of a data set.
 """
@@ -25,7 +34,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import criteo, examples, flights, order
+from codistill_jax.data import (
+    criteo,
+    examples,
+    flights,
+    order,
+    prepared_files,
+)
 
 CATEGORIES = ('hash', 'vocabulary')
 
@@ -66,17 +81,9 @@ def flights_task(
 
   Args:
     label: Which delay counts: 'either', 'departure' or 'arrival'.
-    categories: 'vocabulary' or 'hash'; see above.
-    min_count: Of 'vocabulary': rarer values share an id.
-    buckets: Of 'hash': ids of each column, or one number for all.
-    partition: 'shared' or 'disjoint': how groups divide the flights.
-    seed: Of the order of flights and of the partition.
     validation_fraction: Share of the validation split.
     test_fraction: Share of the test split.
-    split_seed: Of the choice of the splits.
-
-  Raises:
-    ValueError: If an argument is out of range or the package is missing.
+    split_seed: Of the choice of the splits. Others: as above.
   """
   data = flights.read_flights(label)
   size = len(data.labels_N)
@@ -128,16 +135,8 @@ def criteo_task(
 
   Args:
     data_dir: What `prepare_clicks` wrote.
-    categories: 'hash' or 'vocabulary'; see above.
-    buckets: Of 'hash': ids of each column, or one number for all.
-    min_count: Of 'vocabulary': values that the training split has less often
-      share an id.
-    partition: 'shared' or 'disjoint': how groups divide the rows.
-    seed: Of the order of rows and of the partition.
     max_eval_examples: Evaluate on the first so many rows of a split; None: all.
-
-  Raises:
-    FileNotFoundError, ValueError: If the data cannot be used.
+      Others: as above.
   """
   data = {s: criteo.open_rows(data_dir, s) for s in criteo.SPLITS}
   for name in ('train', 'validation'):
@@ -165,18 +164,18 @@ def criteo_task(
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
       seed=seed,
-      labels=data['train'].labels,
+      labels=lambda: (rows[:, 0] for rows in data['train'].blocks()),
       max_eval_examples=max_eval_examples,
       example_name='click',
       description='Criteo',
   )
 
 
-def read_mapped(data: criteo.RowData, encoder: Encoder) -> Read:
+def read_mapped(data: prepared_files.Stack, encoder: Encoder) -> Read:
   """Returns the reader of rows on disk, which makes features of them."""
 
   def read(rows_B: np.ndarray) -> base.Batch:
-    found = data.gather(rows_B)
+    found = data.take(rows_B)
     integers = found[:, 1 : 1 + criteo.NUM_INTEGERS].view(np.int32)
     categories = found[:, 1 + criteo.NUM_INTEGERS :]
     return {
@@ -298,16 +297,8 @@ def make_encoder(
 ) -> Encoder:
   """Returns the encoder of a task.
 
-  Args:
-    categories: 'hash' or 'vocabulary'.
-    num_columns: K.
-    buckets: Of 'hash': for each column, or one number for all.
-    min_count: Of 'vocabulary'.
-    counts: The values of column k in the training split, and how often each
-      occurs; called for 'vocabulary' only.
-
-  Raises:
-    ValueError: If an argument is out of range.
+  `counts(k)` gives the values of column k in the training split, and how often
+  each occurs; it is called for 'vocabulary' only. Others: as above.
   """
   if categories == 'hash':
     if isinstance(buckets, int):

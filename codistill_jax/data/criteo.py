@@ -25,7 +25,6 @@ Shape suffixes: N lines, F fields of some lines, I 13, K 26.
 
 import collections
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +43,6 @@ MISSING = 0
 MISSING_INTEGER = np.iinfo(np.int32).min
 
 SPLITS = ('train', 'validation', 'test')
-KIND = prepared_files.Kind(
-    'prepare_clicks',
-    1,
-    frozenset({'counts'}),
-    '--source=criteo:train.txt ',
-)
 
 # Why a line is left out, most telling first; 'not_utf8' before them all.
 REASONS = (
@@ -208,67 +201,51 @@ def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
 # --- rows on disk -----------------------------------------------------------
 
 
-def rows_path(data_dir: Path, split: str, shard: int) -> Path:
-  return data_dir / split / f'{shard:05d}.rows.npy'
+def rows_name(split: str, shard: int) -> str:
+  return f'{split}/{shard:05d}.rows.npy'
 
 
-def counts_path(data_dir: Path, column: int) -> Path:
-  return data_dir / 'counts' / f'C{column + 1:02d}.u32'
+def counts_name(column: int) -> str:
+  return f'counts/C{column + 1:02d}.u32'
 
 
-def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
-  """Reads `meta.json` of a finished data set.
-
-  Raises:
-    FileNotFoundError: If the data set is missing or not finished.
-    ValueError: If it cannot be used.
-  """
-  return prepared_files.read_meta(Path(data_dir), KIND)
-
-
-class RowData:
-  """All rows of one split, memory-mapped."""
-
-  def __init__(self, mapped: Sequence[np.ndarray]):
-    self._shards = list(mapped)
-    sizes = [len(shard) for shard in self._shards]
-    self._ends = np.cumsum(np.asarray(sizes, np.int64))
-
-  def __len__(self) -> int:
-    """Returns the number of rows."""
-    return int(self._ends[-1]) if len(self._ends) else 0
-
-  def gather(self, rows: np.ndarray) -> np.ndarray:
-    """Reads rows (B, 40), uint32, of the numbers `rows` (B,)."""
-    found = np.empty((len(rows), COLUMNS), np.uint32)
-    shard_of = np.searchsorted(self._ends, rows, side='right')
-    for i in np.unique(shard_of):
-      here = np.flatnonzero(shard_of == i)
-      shard = self._shards[i]
-      start = self._ends[i] - len(shard)
-      found[here] = shard.take(rows[here] - start, axis=0)
-    return found
-
-  def labels(self, most: int = 1 << 20) -> Iterator[np.ndarray]:
-    """Reads all labels in order, uint32, at most so many at a time."""
-    for shard in self._shards:
-      for start in range(0, len(shard), most):
-        yield shard[start : start + most, 0]
+def _files(meta: dict[str, Any]) -> dict[str, str]:
+  """Returns the SHA-256 of each file."""
+  rows = {
+      rows_name(split, i): shard['sha256']
+      for split in SPLITS
+      for i, shard in enumerate(meta['splits'][split]['shards'])
+      if shard['rows']
+  }
+  return rows | {
+      counts_name(i): count['sha256'] for i, count in enumerate(meta['counts'])
+  }
 
 
-def open_rows(data_dir: str | os.PathLike, split: str) -> RowData:
-  """Opens one split and checks that its files are as described.
+KIND = prepared_files.Kind(
+    'prepare_clicks',
+    1,
+    frozenset({'counts'}),
+    _files,
+    '--source=criteo:train.txt ',
+)
+
+
+def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
+  """Opens the rows of one split, uint32 (rows, 40), if they are as described.
 
   Raises:
     FileNotFoundError: If there is no finished data set, or a file is missing.
     ValueError: If a file is damaged.
   """
   data_dir = Path(data_dir)
-  described = read_meta(data_dir)['splits'][split]['shards']
-  return RowData(
+  described = prepared_files.read_meta(data_dir, KIND)['splits'][split][
+      'shards'
+  ]
+  return prepared_files.Stack(
       [
           prepared_files.open_array(
-              rows_path(data_dir, split, i),
+              data_dir / rows_name(split, i),
               (shard['rows'], COLUMNS),
               np.dtype(np.uint32),
               KIND,
@@ -288,8 +265,9 @@ def open_counts(
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  path = counts_path(Path(data_dir), column)
-  values = read_meta(data_dir)['counts'][column]['values']
+  data_dir = Path(data_dir)
+  path = data_dir / counts_name(column)
+  values = prepared_files.read_meta(data_dir, KIND)['counts'][column]['values']
   try:
     size = path.stat().st_size
   except FileNotFoundError as e:
@@ -302,26 +280,3 @@ def open_counts(
     return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
   pairs = np.memmap(path, '<u4', 'r', shape=(values, 2))
   return pairs[:, 0], pairs[:, 1]
-
-
-def verify(data_dir: str | os.PathLike) -> tuple[int, int]:
-  """Reads every file and compares it with its checksum.
-
-  Returns:
-    How many files there are, and their bytes.
-
-  Raises:
-    FileNotFoundError: If a file is missing.
-    ValueError: If a file has changed since it was written.
-  """
-  data_dir = Path(data_dir)
-  meta = read_meta(data_dir)
-  expected = {
-      rows_path(data_dir, split, i): shard['sha256']
-      for split in SPLITS
-      for i, shard in enumerate(meta['splits'][split]['shards'])
-      if shard['rows']
-  }
-  for column, described in enumerate(meta['counts']):
-    expected[counts_path(data_dir, column)] = described['sha256']
-  return len(expected), prepared_files.verify(expected, KIND)

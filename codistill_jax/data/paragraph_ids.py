@@ -27,9 +27,13 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from codistill_jax.data import checksums
-from codistill_jax.data.records import TOO_LONG, Reject, expand
-from codistill_jax.data.wet import DAMAGED
+from codistill_jax.data.records import (
+    DAMAGED_RECORD,
+    TOO_LONG,
+    Reject,
+    expand,
+)
+from codistill_jax.storage import files
 
 RELEASED_SHA256 = (
     '2694ae96685810d2a5c81f2dc9b3d2956d0543fa226ccbe9b26f0ffd81fa8292'
@@ -105,7 +109,7 @@ def select(
   for record in records:
     if isinstance(record, Reject):
       yield record
-      if record in (DAMAGED, TOO_LONG):
+      if record in (DAMAGED_RECORD, TOO_LONG):
         yield Reject('unnumbered')
         return
       continue
@@ -210,7 +214,7 @@ def open_list(spec: str, sha256: str | None = None) -> ParagraphList:
   is_tar = any('.tar' in path.suffixes for path in paths)
   if is_tar and sha256 is None:
     sha256 = RELEASED_SHA256
-  found = [checksums.sha256_of(path) for path in paths]
+  found = [files.digest(path).sha256 for path in paths]
   if sha256 not in (None, 'none'):
     if len(paths) > 1:
       raise ValueError(

@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from codistill_jax.data import checksums, prepared_files
+from codistill_jax.data import prepared_files
 from codistill_jax.data.prepared_files import META
 from codistill_jax.data.process_pool import Map, process_map
 from codistill_jax.data.records import Raw
 from codistill_jax.data.sources import Source
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 SETTINGS = 'settings.json'
 PIECES = 'pieces'
@@ -141,7 +141,7 @@ def _check_files(
         f'The source {source.spec} has no files of its own to compare with'
         f' {list_path}; leave the checksums out.'
     )
-  size = checksums.check_files(source.files, list_path)
+  size = prepared_files.check_source(source.files, list_path)
   report(f'{len(source.files)} source files, {size:,} bytes: checksums agree.')
 
 
@@ -219,7 +219,7 @@ def _files_are_there(output: pathlib.Path, sha256: Mapping[str, str]) -> bool:
   for name, expected in sha256.items():
     if not (output / name).exists():
       return False
-    found = checksums.sha256_of(output / name)
+    found = files.digest(output / name).sha256
     if found != expected:
       raise ValueError(
           f'The {name} in {output} is not the one that the preparation was'

@@ -70,14 +70,9 @@ def prepare_clicks(
     output: Directory of the data; made if missing.
     source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
     split: 'time' or 'hash'; see the head of this file.
-    validation_fraction: Share of the lines in the validation split.
-    test_fraction: Share of the lines in the test split.
-    seed: Of the split by hash.
-    max_lines: Stop after so many lines of the source; None: all.
-    shard_lines: Lines of a shard, all splits together.
-    source_checksums: See `prepare.run`.
-    workers: See `prepare.run`.
-    report: Takes a line about what goes on.
+    source_checksums: --checksums.
+    report: Takes a line about what goes on. All others: as the flags of the
+      same names of `experiments.prepare_clicks`.
 
   Returns, raises: As `prepare.run`.
   """
@@ -97,7 +92,7 @@ def prepare_clicks(
       config=config,
       open_source=functools.partial(open_source, source),
       start=functools.partial(_start, config, report),
-      cut=lambda source, lines: records.cut(lines, shard_lines),
+      cut=lambda source, lines: records.batched(lines, shard_lines),
       make=lambda source, known: functools.partial(
           _write_rows, output, config, known['total_lines']
       ),
@@ -195,7 +190,7 @@ def _write_rows(
     part = rows[split_N == i]
     splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
     if len(part):
-      path = criteo.rows_path(output, name, number)
+      path = output / criteo.rows_name(name, number)
       splits[name]['sha256'] = prepared_files.write_array(path, part)
       if name == 'train':
         _write_run(_run_path(output, number), part)
@@ -210,16 +205,19 @@ def _parse(
   places = [np.zeros(0, np.int64)]
   rejects = collections.Counter()
   for start in range(0, len(piece), _PARSED):
-    lines, lines_N = [], []
-    for place, line in enumerate(piece[start : start + _PARSED], start):
-      if isinstance(line, Reject):
-        rejects[line.reason] += 1
-      else:
-        lines.append(line if line.endswith(b'\n') else line + b'\n')
-        lines_N.append(place)
-    parsed = criteo.parse(b''.join(lines))
+    lines = piece[start : start + _PARSED]
+    bad = [line for line in lines if isinstance(line, Reject)]
+    lines_N = np.arange(start, start + len(lines))
+    if bad:
+      rejects.update(line.reason for line in bad)
+      good = [not isinstance(line, Reject) for line in lines]
+      lines, lines_N = list(itertools.compress(lines, good)), lines_N[good]
+    data = b''.join(lines)
+    if data.count(b'\n') < len(lines):  # The last one of a file has no end.
+      data = b''.join(line.removesuffix(b'\n') + b'\n' for line in lines)
+    parsed = criteo.parse(data)
     rows.append(parsed.rows)
-    places.append(np.asarray(lines_N, np.int64)[parsed.lines])
+    places.append(lines_N[parsed.lines])
     rejects += parsed.rejects
   return np.concatenate(rows), np.concatenate(places), rejects
 
@@ -260,7 +258,7 @@ def _merge(
     # Weights are float64, which counts exactly up to 2**53.
     counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
     total = np.stack([values, counts.astype(np.uint32)], axis=1)
-  path = criteo.counts_path(output, column)
+  path = output / criteo.counts_name(column)
   digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
   return {'values': len(total), 'sha256': digest}
 

@@ -68,25 +68,11 @@ def prepare_text(
   Args:
     output: Directory of the data; made if missing.
     source: See `sources.open_source`.
-    text_key: Key or column that holds the text.
-    vocab_size: Word pieces; None: 4096, or those of `tokenizer`.
-    tokenizer: A tokenizer.model to use; None: train one.
-    tokenizer_bytes: Train on the first so many bytes of the training split.
-    validation_fraction: Share of the documents in the validation split.
-    seed: Of the choice of validation documents.
-    max_documents: Stop after so many documents of the source; None: all.
-    shard_tokens: Tokens of a shard, about, if it is made of text of a usual
-      kind and no filter takes from it; shards of small sources are smaller.
-    filters: Of documents, in this order; see `filters`.
-    max_document_bytes: Skip longer documents, as 'too_long'.
-    paragraphs: Take these paragraphs of WET files only: a list of their IDs;
-      see `paragraph_ids`.
-    paragraphs_sha256: What that list should have; see
-      `paragraph_ids.open_list`.
-    paragraph_unit: See `paragraph_ids.paragraphs`.
-    source_checksums: See `prepare.run`.
-    workers: See `prepare.run`.
-    report: Takes a line about what goes on.
+    paragraphs: --paragraph_ids; paragraphs_sha256: --paragraph_ids_sha256.
+    filters: --filter, each of them.
+    source_checksums: --checksums.
+    report: Takes a line about what goes on. All others: as the flags of the
+      same names of `experiments.prepare_data`.
 
   Returns, raises: As `prepare.run`.
   """

@@ -5,19 +5,23 @@ several processes of a machine share the memory. Opening compares sizes and
 types only, which costs nothing; `verify` reads everything.
 """
 
+import concurrent.futures
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from codistill_jax.data import checksums
+from codistill_jax.storage import files
 
 META = 'meta.json'  # Written last: it makes a directory a data set.
+_LINE = re.compile(r'\\?([0-9a-fA-F]{64}) [ *](.+)')  # Of sha256sum.
 
 
 class Kind(NamedTuple):
@@ -27,12 +31,14 @@ class Kind(NamedTuple):
     binary: What makes it.
     version: Of its format.
     keys: That its `meta.json` has, beside those that all have.
+    files: The SHA-256 of every file, by its name, from `meta.json`.
     example: Flags with which to make it, for an error.
   """
 
   binary: str
   version: int
   keys: frozenset[str]
+  files: Callable[[dict[str, Any]], dict[str, str]]
   example: str = ''
 
   @property
@@ -79,11 +85,11 @@ def read_json(path: Path, kind: Kind) -> dict[str, Any]:
   """
   try:
     value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+      raise ValueError('not a JSON object')
+    return value
   except ValueError as e:
     raise ValueError(f'{path} is damaged ({e}); {kind.remedy}') from e
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} is damaged (not a JSON object); {kind.remedy}')
-  return value
 
 
 def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
@@ -138,22 +144,129 @@ def open_array(
   return np.asarray(array)
 
 
-def verify(expected: Mapping[Path, str], kind: Kind) -> int:
-  """Reads files and compares their SHA-256; returns how many bytes they have.
+class Stack:
+  """Arrays on disk, read as one along their first axis."""
+
+  def __init__(self, arrays: Sequence[np.ndarray]):
+    self._arrays = list(arrays)
+    self._ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if self._arrays else 0
+
+  def take(self, places: np.ndarray) -> np.ndarray:
+    """Reads what lies at some places; the result has their shape in front."""
+    flat, first = places.reshape(-1), self._arrays[0]
+    found = np.empty((len(flat), *first.shape[1:]), first.dtype)
+    array_of = np.searchsorted(self._ends, flat, side='right')
+    for i in np.unique(array_of):
+      here = np.flatnonzero(array_of == i)
+      start = self._ends[i] - len(self._arrays[i])
+      found[here] = self._arrays[i].take(flat[here] - start, axis=0)
+    return found.reshape(*places.shape, *first.shape[1:])
+
+  def blocks(self, most: int = 1 << 20) -> Iterator[np.ndarray]:
+    """Reads all in order, at most so many at a time."""
+    for array in self._arrays:
+      for start in range(0, len(array), most):
+        yield array[start : start + most]
+
+
+# --- checksums ----------------------------------------------------------------
+
+
+def verify(data_dir: str | os.PathLike, kind: Kind) -> tuple[int, int]:
+  """Reads every file of a data set and compares it with its SHA-256.
+
+  Returns:
+    How many files there are, and their bytes.
 
   Raises:
-    FileNotFoundError: If one is missing.
-    ValueError: If one has changed since it was written.
+    FileNotFoundError: If the data set or a file of it is missing.
+    ValueError: If a file has changed since it was written.
   """
-  size = 0
-  for path, digest in expected.items():
+  data_dir, size = Path(data_dir), 0
+  expected = kind.files(read_meta(data_dir, kind))
+  for name, sha256 in expected.items():
+    path = data_dir / name
     if not path.exists():
       raise FileNotFoundError(f'{path} is missing; {kind.remedy}')
-    found = checksums.sha256_of(path)
-    if found != digest:
+    found = files.digest(path)
+    if found.sha256 != sha256:
       raise ValueError(
-          f'{path} is damaged (SHA-256 {found[:12]}, expected {digest[:12]});'
-          f' {kind.remedy}'
+          f'{path} is damaged (SHA-256 {found.sha256[:12]}, expected'
+          f' {sha256[:12]}); {kind.remedy}'
       )
-    size += path.stat().st_size
+    size += found.size
+  return len(expected), size
+
+
+def check_source(paths: Sequence[epath.Path], list_path: str) -> int:
+  """Compares files with a list of `sha256sum`; reads each of them once.
+
+  Args:
+    paths: Each must be in the list: under the path that leads to it from the
+      list's folder, as `sha256sum` there would have written it, or under its
+      own path or name.
+    list_path: The list.
+
+  Returns:
+    How many bytes were read.
+
+  Raises:
+    FileNotFoundError: If there is no such list.
+    ValueError: If the list is malformed or contradicts itself; if a file is not
+      listed, or differs.
+  """
+  list_path = epath.Path(list_path).expanduser()
+  listed = _read_list(list_path)
+  expected = [_listed(path, listed, list_path) for path in paths]
+  size = 0
+  # Hashing leaves the interpreter free.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    found = pool.map(files.digest, paths)
+    for path, sha256, digest in zip(paths, expected, found):
+      if sha256 != digest.sha256:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise ValueError(
+            f'{path} has the SHA-256 {digest.sha256}, but {list_path} says'
+            f' {sha256}; load the file again.'
+        )
+      size += digest.size
   return size
+
+
+def _read_list(path: epath.Path) -> dict[str, str]:
+  """Reads a list that `sha256sum` wrote: file name -> SHA-256."""
+  found = {}
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if not line.strip() or line.startswith('#'):
+      continue
+    match = _LINE.fullmatch(line)
+    if not match:
+      raise ValueError(
+          f'{path}, line {number}: expected a SHA-256, two spaces and a file'
+          ' name, as sha256sum writes them.'
+      )
+    name, digest = match[2], match[1].lower()
+    if found.setdefault(name, digest) != digest:
+      raise ValueError(
+          f'{path}, line {number}: {name} has another SHA-256 in a line before;'
+          ' leave in the right one.'
+      )
+  return found
+
+
+def _listed(
+    path: epath.Path, listed: dict[str, str], list_path: epath.Path
+) -> str:
+  names = [str(path), path.name]
+  if path.is_relative_to(list_path.parent):
+    names.insert(0, str(path.relative_to(list_path.parent)))
+  for name in [*names, *(f'./{name}' for name in names)]:
+    if name in listed:
+      return listed[name]
+  raise ValueError(
+      f'{list_path} has no checksum of {path}; add it with sha256sum, or leave'
+      ' --checksums out.'
+  )

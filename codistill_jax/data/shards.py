@@ -23,8 +23,21 @@ from codistill_jax.data import prepared_files
 
 SPLITS = ('train', 'validation')
 TOKENIZER = 'tokenizer.model'
+
+
+def _files(meta: dict[str, Any]) -> dict[str, str]:
+  """Returns the SHA-256 of each file."""
+  found = {TOKENIZER: meta['tokenizer_sha256']}
+  for split in SPLITS:
+    for i, shard in enumerate(meta['splits'][split]['shards']):
+      if shard['documents']:
+        found[tokens_name(split, i)] = shard['tokens_sha256']
+        found[offsets_name(split, i)] = shard['offsets_sha256']
+  return found
+
+
 KIND = prepared_files.Kind(
-    'prepare_data', 1, frozenset({'vocab_size', 'tokenizer_sha256'})
+    'prepare_data', 1, frozenset({'vocab_size', 'tokenizer_sha256'}), _files
 )
 
 
@@ -33,12 +46,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
   return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def tokens_path(data_dir: Path, split: str, shard: int) -> Path:
-  return data_dir / split / f'{shard:05d}.tokens.npy'
+def tokens_name(split: str, shard: int) -> str:
+  return f'{split}/{shard:05d}.tokens.npy'
 
 
-def offsets_path(data_dir: Path, split: str, shard: int) -> Path:
-  return data_dir / split / f'{shard:05d}.offsets.npy'
+def offsets_name(split: str, shard: int) -> str:
+  return f'{split}/{shard:05d}.offsets.npy'
 
 
 def write_shard(
@@ -63,8 +76,8 @@ def write_shard(
   return {
       'documents': len(documents),
       'tokens': len(tokens),
-      'tokens_sha256': save(tokens_path(data_dir, split, shard), tokens),
-      'offsets_sha256': save(offsets_path(data_dir, split, shard), offsets),
+      'tokens_sha256': save(data_dir / tokens_name(split, shard), tokens),
+      'offsets_sha256': save(data_dir / offsets_name(split, shard), offsets),
   }
 
 
@@ -77,6 +90,7 @@ class TokenData:
     starts: int64 (documents,): place of each document's `<s>` among all tokens
       of the split.
     lengths: int64 (documents,): tokens of each document, with `<s>`, `</s>`.
+    num_tokens: Of all documents.
   """
 
   def __init__(
@@ -86,24 +100,17 @@ class TokenData:
       vocab_size: int,
       tokenizer_sha256: str,
   ):
-    self._shards = list(shards)
-    sizes = np.asarray([len(shard) for shard in shards], np.int64)
-    self._ends = np.cumsum(sizes)
-    bases = self._ends - sizes
+    self._tokens = prepared_files.Stack(shards)
     self.vocab_size = vocab_size
     self.tokenizer_sha256 = tokenizer_sha256
-    self.starts = np.concatenate(
-        [offset[:-1] + base for offset, base in zip(offsets, bases)]
-    )
     self.lengths = np.concatenate([np.diff(offset) for offset in offsets])
+    # Documents lie one after another, without a gap.
+    self.starts = np.cumsum(self.lengths) - self.lengths
+    self.num_tokens = len(self._tokens)
 
   def __len__(self) -> int:
     """Returns the number of documents."""
     return len(self.starts)
-
-  @property
-  def num_tokens(self) -> int:
-    return int(self._ends[-1])
 
   def gather(self, positions: np.ndarray) -> np.ndarray:
     """Reads the tokens at `positions` among all: int32 of the same shape.
@@ -111,19 +118,7 @@ class TokenData:
     Raises:
       ValueError: If a token is outside the vocabulary.
     """
-    tokens = np.empty(positions.shape, np.int32)
-    shard_of = np.searchsorted(self._ends, positions, side='right')
-    for i in np.unique(shard_of):
-      here = shard_of == i
-      base = self._ends[i] - len(self._shards[i])
-      tokens[here] = self._shards[i][positions[here] - base]
-    # Unseen, such a token would be clamped by the embedding's look-up.
-    if tokens.size and tokens.max() >= self.vocab_size:
-      raise ValueError(
-          f'The token files hold token {tokens.max()}, but the vocabulary has'
-          f' {self.vocab_size}; {KIND.remedy}'
-      )
-    return tokens
+    return self._checked(self._tokens.take(positions)).astype(np.int32)
 
   def count_tokens(self, most: int = 1 << 22) -> np.ndarray:
     """Counts each token of the split: int64 (V,).
@@ -134,16 +129,18 @@ class TokenData:
       ValueError: If a token is outside the vocabulary.
     """
     counts = np.zeros(self.vocab_size, np.int64)
-    for shard in self._shards:
-      for start in range(0, len(shard), most):
-        found = np.bincount(shard[start : start + most])
-        if len(found) > self.vocab_size:
-          raise ValueError(
-              f'The token files hold token {len(found) - 1}, but the vocabulary'
-              f' has {self.vocab_size}; {KIND.remedy}'
-          )
-        counts[: len(found)] += found
+    for block in self._tokens.blocks(most):
+      counts += np.bincount(self._checked(block), minlength=self.vocab_size)
     return counts
+
+  def _checked(self, tokens: np.ndarray) -> np.ndarray:
+    # Unseen, such a token would be clamped by the embedding's look-up.
+    if tokens.size and tokens.max() >= self.vocab_size:
+      raise ValueError(
+          f'The token files hold token {tokens.max()}, but the vocabulary has'
+          f' {self.vocab_size}; {KIND.remedy}'
+      )
+    return tokens
 
 
 def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
@@ -168,9 +165,9 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
     if not size:
       continue
     open_array = prepared_files.open_array
-    path = tokens_path(data_dir, split, i)
+    path = data_dir / tokens_name(split, i)
     tokens.append(open_array(path, (shard['tokens'],), dtype, KIND))
-    path = offsets_path(data_dir, split, i)
+    path = data_dir / offsets_name(split, i)
     offsets.append(open_array(path, (size + 1,), np.dtype(np.int64), KIND))
     lengths = np.diff(offsets[-1])
     if (
@@ -187,27 +184,6 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   return TokenData(
       tokens, offsets, meta['vocab_size'], meta['tokenizer_sha256']
   )
-
-
-def verify(data_dir: str | os.PathLike) -> tuple[int, int]:
-  """Reads all files of a data set and compares their SHA-256.
-
-  Returns:
-    How many files there are, and their bytes.
-
-  Raises:
-    FileNotFoundError: If the data set or a file of it is missing.
-    ValueError: If a file differs.
-  """
-  data_dir = Path(data_dir)
-  meta = read_meta(data_dir)
-  expected = {data_dir / TOKENIZER: meta['tokenizer_sha256']}
-  for split in SPLITS:
-    for i, shard in enumerate(meta['splits'][split]['shards']):
-      if shard['documents']:
-        expected[tokens_path(data_dir, split, i)] = shard['tokens_sha256']
-        expected[offsets_path(data_dir, split, i)] = shard['offsets_sha256']
-  return len(expected), prepared_files.verify(expected, KIND)
 
 
 def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from etils import epath
 from codistill_jax.data import paragraph_ids as ids_lib
 from codistill_jax.data import records as records_lib
 from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
-from codistill_jax.data.wet import wet_records
+from codistill_jax.storage import files
 
 # Longer ones are no text that a language model should see (a dump of a data
 # base, one line of 100 MB), and would have to be held in memory.
@@ -45,7 +45,7 @@ _SPLITTERS = {
     'text': records_lib.text_blocks,
     'files': records_lib.whole_file,
     'jsonl': records_lib.json_lines,
-    'wet': wet_records,
+    'wet': records_lib.wet_pages,
 }
 
 # A file -> its raw records.
@@ -234,73 +234,54 @@ def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
         f'Malformed source {spec!r}; expected hf:NAME[:CONFIG[:SPLIT]].'
     )
   config, split = [*options, '', ''][:2]
-
-  def raw() -> Iterator[Raw]:
-    rows = _open_rows(spec, name, config, split or 'train', text_key)
-    return _row_texts(spec, rows, text_key, limit)
-
+  raw = functools.partial(
+      _row_texts, spec, name, config or None, split or 'train', text_key, limit
+  )
   return Source(spec, '', raw, check_text)
 
 
-def _open_rows(
-    spec: str, name: str, config: str, split: str, text_key: str
-) -> Any:
-  """Opens the streaming data set; asks the hub unless `name` is a folder."""
+def _row_texts(
+    spec: str,
+    name: str,
+    config: str | None,
+    split: str,
+    text_key: str,
+    limit: int,
+) -> Iterator[Raw]:
   try:
     import datasets
   except ImportError as e:
     raise ValueError(
         f'The source {spec} needs the package datasets: pip install datasets.'
     ) from e
+  columns = None
   try:
-    rows = datasets.load_dataset(
-        name, config or None, split=split, streaming=True
-    )
+    rows = datasets.load_dataset(name, config, split=split, streaming=True)
     columns = rows.column_names
-  except Exception as e:
-    raise _unreadable(spec, e) from e
-  if columns is not None and text_key not in columns:
-    raise ValueError(
-        f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
-        ' one with --text_key.'
-    )
-  return rows
-
-
-def _row_texts(
-    spec: str, rows: Any, text_key: str, limit: int
-) -> Iterator[Raw]:
-  rows = iter(rows)
-  while True:
-    try:
-      row = next(rows, None)
-    except Exception as e:
-      raise _unreadable(spec, e) from e
-    if row is None:
+    if columns is None or text_key in columns:
+      for row in rows:
+        yield _row_text(row.get(text_key), limit)
       return
-    text = row.get(text_key)
-    if not isinstance(text, str):
-      yield Reject('no_text')
-    else:
-      yield TOO_LONG if _too_long(text, limit) else text
-
-
-def _too_long(text: str, limit: int) -> bool:
-  if 4 * len(text) <= limit:  # No character takes more bytes.
-    return False
-  return len(text) > limit or len(text.encode('utf-8', 'replace')) > limit
-
-
-def _unreadable(spec: str, error: Exception) -> OSError:
-  """Makes one kind of error of all that `datasets` raises.
-
-  Seen in datasets 5.2: ConnectionError, FileNotFoundError, ValueError,
-  StopIteration (a glob that matches nothing), errors of the HTTP client that
-  are no OSError, and pyarrow's for files that it cannot parse. There is no
-  common base class, hence `except Exception` around the two calls into it.
-  """
-  reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
-  return OSError(
-      f'Cannot read {spec}: {reason}. Check the name and the network; an'
-      ' interrupted preparation continues where it was.'
+  except Exception as e:
+    # Seen in datasets 5.2: ConnectionError, FileNotFoundError, ValueError,
+    # StopIteration (a glob that matches nothing), errors of the HTTP client
+    # that are no OSError, and pyarrow's for files that it cannot parse. There
+    # is no common base class.
+    raise OSError(
+        f'Cannot read {spec}: {files.one_line(e).rstrip(".")}. Check the name'
+        ' and the network; an interrupted preparation continues where it was.'
+    ) from e
+  raise ValueError(
+      f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
+      ' one with --text_key.'
   )
+
+
+def _row_text(text: Any, limit: int) -> Raw:
+  if not isinstance(text, str):
+    return Reject('no_text')
+  # No character takes more than 4 bytes.
+  fits = 4 * len(text) <= limit or (
+      len(text) <= limit and len(text.encode('utf-8', 'replace')) <= limit
+  )
+  return text if fits else TOO_LONG

@@ -4,20 +4,26 @@ Each of the B rows of a batch is a *lane*: it reads on where it stopped in the
 batch before, so that the model's recurrent state is carried on; where a
 document starts, the state is reset.
 
-Shape suffixes: B rows of a batch, D documents, T tokens (the unroll).
+Shape suffixes: B rows of a batch, D documents, T tokens (the unroll), V pieces.
 """
 
+import contextlib
 import functools
+import hashlib
 import heapq
+import io
 import os
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import label_counts, order, shards
+from codistill_jax.data import examples, order, shards
 from codistill_jax.data.tokenizer import END_ID, START_ID
+from codistill_jax.storage import files
 
 
 def _lm_batch(tokens: np.ndarray, label_valid: np.ndarray) -> base.Batch:
@@ -274,6 +280,49 @@ def language_model_task(
       ),
       partition=partition,
       label_frequencies=functools.cache(
-          lambda: label_counts.token_frequencies(data_dir, train)
+          lambda: token_frequencies(data_dir, train)
       ),
   )
+
+
+def token_frequencies(
+    data_dir: str | os.PathLike, data: shards.TokenData
+) -> np.ndarray:
+  """Returns the shares of word pieces among labels of all training documents.
+
+  `<s>` is none, see `_lm_batch`. The first to ask reads all tokens once, a
+  block at a time, and leaves the counts beside them, if it may write there.
+
+  Args:
+    data_dir: What `prepare_data` wrote.
+    data: Its training split.
+
+  Returns:
+    float64 (V,), of sum 1.
+
+  Raises:
+    OSError, ValueError: If the data cannot be used.
+  """
+  data_dir = Path(data_dir)
+  path = data_dir / 'train' / f'label_counts_{_key(data_dir)}.npy'
+  try:
+    counts_V = np.load(io.BytesIO(path.read_bytes()))
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    counts_V = data.count_tokens()  # There are none, or damaged ones.
+    counts_V[START_ID] = 0
+    buffer = io.BytesIO()
+    np.save(buffer, counts_V)
+    with contextlib.suppress(OSError):
+      # A disk that is full or may not be written: the next one counts.
+      files.write_bytes(path, buffer.getvalue())
+  return examples.shares(counts_V)
+
+
+def _key(data_dir: Path) -> str:
+  """Returns a key that is another one for other tokens, or other pieces."""
+  meta = shards.read_meta(data_dir)
+  known = [meta['tokenizer_sha256']]
+  for shard in meta['splits']['train']['shards']:
+    if shard['documents']:
+      known.append(shard['tokens_sha256'])
+  return hashlib.sha256('\n'.join(known).encode()).hexdigest()[:16]

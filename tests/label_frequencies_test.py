@@ -6,8 +6,9 @@ from token_files import write_data
 
 from codistill_jax.data import (
     criteo,
+    examples,
     images,
-    label_counts,
+    prepared_files,
     shards,
     text,
 )
@@ -142,17 +143,17 @@ def test_labels_of_clicks_are_read_piece_by_piece():
   rows = np.zeros((7, criteo.COLUMNS), np.uint32)
   rows[:, 0] = [1, 0, 0, 1, 0, 0, 1]
   rows[:, 1:] = 2**32 - 1
-  data = criteo.RowData([rows[:4], rows[4:]])
-  pieces = list(data.labels(3))
+  data = prepared_files.Stack([rows[:4], rows[4:]])
+  pieces = [block[:, 0] for block in data.blocks(3)]
   assert [piece.tolist() for piece in pieces] == [[1, 0, 0], [1], [0, 0, 1]]
   np.testing.assert_allclose(
-      label_counts.frequencies(pieces, 2), [4 / 7, 3 / 7]
+      examples.label_frequencies(pieces, 2), [4 / 7, 3 / 7]
   )
 
 
 def test_labels_that_are_no_classes_are_refused():
   pieces = [np.array([0, 1]), np.array([], int), np.array([-1])]
   with pytest.raises(ValueError, match=r'labels -1..-1 .* expected 0..1'):
-    label_counts.frequencies(pieces, 2)
+    examples.label_frequencies(pieces, 2)
   with pytest.raises(ValueError, match='no training labels'):
-    label_counts.frequencies([], 2)
+    examples.label_frequencies([], 2)

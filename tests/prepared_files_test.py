@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from codistill_jax.data import checksums
+from codistill_jax.data import prepared_files
 
 
 def digest(content):
@@ -35,7 +35,7 @@ def test_agreeing_files(tmp_path, files, name, mark):
   ]
   lines += ['', f'{"0" * 64}  of/another/file', '# a comment']
   (tmp_path / 'sums').write_text('\n'.join(lines))
-  assert checksums.check_files(files, str(tmp_path / 'sums')) == 4000
+  assert prepared_files.check_source(files, str(tmp_path / 'sums')) == 4000
 
 
 def test_what_sha256sum_writes(tmp_path, files):
@@ -44,7 +44,7 @@ def test_what_sha256sum_writes(tmp_path, files):
   with open(tmp_path / 'sums', 'w') as f:
     names = [path.relative_to(tmp_path) for path in files]
     subprocess.run(['sha256sum', *names], cwd=tmp_path, stdout=f, check=True)
-  assert checksums.check_files(files, str(tmp_path / 'sums')) == 4000
+  assert prepared_files.check_source(files, str(tmp_path / 'sums')) == 4000
 
 
 def test_a_file_that_differs_is_refused(tmp_path, files):
@@ -52,26 +52,26 @@ def test_a_file_that_differs_is_refused(tmp_path, files):
   (tmp_path / 'sums').write_text(''.join(lines))
   files[1].write_bytes(b'b d' * 1000)
   with pytest.raises(ValueError, match=r'b c has the SHA-256 .* says'):
-    checksums.check_files(files, str(tmp_path / 'sums'))
+    prepared_files.check_source(files, str(tmp_path / 'sums'))
 
 
 def test_a_file_that_is_not_listed_is_refused(tmp_path, files):
   (tmp_path / 'sums').write_text(f'{digest(b"")}  other\n')
   with pytest.raises(ValueError, match=r'has no checksum of .*data/a'):
-    checksums.check_files(files, str(tmp_path / 'sums'))
+    prepared_files.check_source(files, str(tmp_path / 'sums'))
 
 
 @pytest.mark.parametrize('line', ['abc  a', 'a', '0' * 64, '0' * 63 + '  a'])
 def test_a_malformed_list_is_refused(tmp_path, files, line):
   (tmp_path / 'sums').write_text(f'\n{line}\n')
   with pytest.raises(ValueError, match='line 2: expected a SHA-256'):
-    checksums.check_files(files, str(tmp_path / 'sums'))
+    prepared_files.check_source(files, str(tmp_path / 'sums'))
 
 
 def test_lines_that_contradict_each_other_are_refused(tmp_path, files):
   lines = [f'{digest(path.read_bytes())}  {path.name}' for path in files]
   (tmp_path / 'sums').write_text('\n'.join([*lines, lines[0]]))
-  assert checksums.check_files(files, str(tmp_path / 'sums')) == 4000
+  assert prepared_files.check_source(files, str(tmp_path / 'sums')) == 4000
   (tmp_path / 'sums').write_text('\n'.join([*lines, f'{"0" * 64}  a']))
   with pytest.raises(ValueError, match='line 3: a has another SHA-256'):
-    checksums.check_files(files, str(tmp_path / 'sums'))
+    prepared_files.check_source(files, str(tmp_path / 'sums'))

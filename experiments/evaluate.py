@@ -73,42 +73,29 @@ def main(argv: Sequence[str]) -> None:
   # What is found is written as a whole: there is nothing to save.
   cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _WORKDIR.value:
-    comparison = compare_run(
-        workdir,
-        source=_SOURCE.value,
-        step=_STEP.value,
-        eval_batch=_EVAL_BATCH.value,
-        split=_SPLIT.value,
-    )
-    print(describe(comparison))
+    comparison = compare(open_run(workdir))
     path = run_directory.comparison_path(workdir, _STEP.value, _SPLIT.value)
+    files.write_json(path, comparison)
+    print(describe(comparison))
     print(f'written to {path}\n')
 
 
-def compare_run(
-    workdir: str,
-    *,
-    source: str = CHECKPOINTS,
-    step: int | None = None,
-    eval_batch: int | None = None,
-    split: str = 'validation',
-) -> dict[str, Any]:
-  """Evaluates one run and writes its comparison.json; returns its content.
+def compare(run: Run) -> dict[str, Any]:
+  """Evaluates one run; returns the content of its comparison.json.
 
   Raises:
-    FileNotFoundError: If there is no such run, or no such checkpoint.
+    FileNotFoundError: If there is no such checkpoint.
     ValueError: If a checkpoint cannot be used.
   """
-  run = open_run(workdir)
-  found = [load(run, group, source, step) for group in run.groups]
-  rows = eval_batch or run.experiment.eval_batch
+  found = [load(run, g, _SOURCE.value, _STEP.value) for g in run.groups]
+  rows = _EVAL_BATCH.value or run.experiment.eval_batch
   result = evaluate_lib.compare(
       run.model,
       [variables for _, variables in found],
-      experiment_lib.split_batches(run.experiment.task, split, rows),
+      experiment_lib.split_batches(run.experiment.task, _SPLIT.value, rows),
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
-  comparison = {
+  return {
       'models': {
           name: {'step': at, **metrics}
           for name, (at, _), metrics in zip(names, found, result.members)
@@ -125,9 +112,6 @@ def compare_run(
           ]
       },
   }
-  path = run_directory.comparison_path(workdir, step, split)
-  files.write_json(path, comparison)
-  return comparison
 
 
 def open_run(workdir: str) -> Run:
@@ -206,23 +190,23 @@ _TITLES = {
 
 def describe(comparison: dict[str, Any]) -> str:
   """Returns the comparison as aligned text."""
-  models = comparison['models']
+  ensembles = comparison['ensembles'].items()
+  rows = comparison['models'] | {f'{k}/ensemble': v for k, v in ensembles}
   # A sigmoid output has no perplexity, others no AUC.
-  keys = [k for k in _TITLES if all(k in found for found in models.values())]
-  header = ['model', 'step', *(_TITLES[key] for key in keys)]
-  rows = []
-  for name, metrics in models.items():
-    rows.append([name, str(metrics['step']), *_cells(metrics, keys)])
-  for name, metrics in comparison['ensembles'].items():
-    rows.append([f'{name}/ensemble', '-', *_cells(metrics, keys)])
-  lines = [pages.to_text(header, rows)]
-  for pairs in comparison['pairs'].values():
-    lines.extend(_differences(pair) for pair in pairs)
-  return '\n'.join(lines)
-
-
-def _cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
-  return [f'{metrics[key]:.4f}' for key in keys]
+  keys = [k for k in _TITLES if all(k in metrics for metrics in rows.values())]
+  table = pages.to_text(
+      ['model', 'step', *(_TITLES[key] for key in keys)],
+      [
+          [
+              name,
+              str(found.get('step', '-')),
+              *(f'{found[k]:.4f}' for k in keys),
+          ]
+          for name, found in rows.items()
+      ],
+  )
+  pairs = (pair for found in comparison['pairs'].values() for pair in found)
+  return '\n'.join([table, *map(_differences, pairs)])
 
 
 def _differences(pair: dict[str, Any]) -> str:

@@ -35,19 +35,14 @@ def counting_model():
   return base.Model(None, apply, lambda n: jnp.zeros((n,)))
 
 
-def make_eval_step(model):
-  """As in step.py, for any model whose logits come with labels."""
+def evaluated(model, variables, batches, carry=(), **kwargs):
+  step = jax.jit(step_lib.make_eval_step(model))
+  return evaluate_lib.evaluate(step, variables, batches, carry, **kwargs)
 
-  def eval_step(variables, batch, carry):
-    outputs, updates = model.apply(variables, batch, carry, None, False)
-    args = base.logits_of(outputs), batch['labels'], batch.get('weights')
-    sums = {
-        'eval/loss': metrics.cross_entropy(*args),
-        'eval/accuracy': metrics.accuracy(*args),
-    }
-    return sums, updates.carry
 
-  return eval_step
+def compared(members):
+  members = [base.Variables(x) for x in members]
+  return evaluate_lib.compare(table_model(), members, batches(6))
 
 
 def data(rows=20, seed=0):
@@ -103,19 +98,17 @@ def assert_close(got, expected):
 @pytest.mark.parametrize('size', [1, 7, 20])
 def test_evaluate_equals_the_whole_set_at_once(size):
   table = tables()[0]
-  step = jax.jit(make_eval_step(table_model()))
-  got = evaluate_lib.evaluate(step, base.Variables(table), batches(size), ())
+  got = evaluated(table_model(), base.Variables(table), batches(size))
   assert_close(got, expected_metrics(softmax(table)))
 
 
 def test_padding_changes_nothing_even_where_it_is_not_a_number():
   table = np.concatenate([tables()[0], np.full((1, CLASSES), np.nan)])
-  step = jax.jit(make_eval_step(table_model()))
   padded = batches(8, junk=20)
   assert sum(b['weights'].size for b in padded) == 24
   variables = base.Variables(table.astype(np.float32))
   expected = expected_metrics(softmax(table[:20]))
-  assert_close(evaluate_lib.evaluate(step, variables, padded, ()), expected)
+  assert_close(evaluated(table_model(), variables, padded), expected)
   found = evaluate_lib.compare(table_model(), [variables] * 2, padded)
   assert_close(found.ensemble, expected)
   assert found.pairs[0, 1] == {
@@ -134,9 +127,8 @@ def test_sums_are_exact_beyond_what_float32_counts():
 
 def test_the_carry_goes_from_batch_to_batch():
   table = tables()[0]
-  step = jax.jit(make_eval_step(counting_model()))
   variables = base.Variables(table, {'rate': 1.0})
-  got = evaluate_lib.evaluate(step, variables, batches(5), jnp.zeros((5,)))
+  got = evaluated(counting_model(), variables, batches(5), jnp.zeros((5,)))
   scaled = table * (1 + np.arange(20) // 5)[:, None]
   assert_close(got, expected_metrics(softmax(scaled)))
   found = evaluate_lib.compare(
@@ -150,7 +142,7 @@ def test_the_carry_goes_from_batch_to_batch():
 
 def test_one_program_evaluates_all_batches_of_variables_on_a_device():
   """They come from a training step: a carry that did not would retrace it."""
-  step = jax.jit(make_eval_step(counting_model()))
+  step = jax.jit(step_lib.make_eval_step(counting_model()))
   variables = base.Variables(
       jnp.ones((20, CLASSES)), {'rate': jnp.float32(0.5)}
   )
@@ -172,11 +164,8 @@ def test_should_stop_is_asked_before_every_batch():
       served.append(batch)
       yield batch
 
-  step = jax.jit(make_eval_step(table_model()))
   variables = base.Variables(tables()[0])
-  got = evaluate_lib.evaluate(
-      step, variables, stream(), (), should_stop=should_stop
-  )
+  got = evaluated(table_model(), variables, stream(), should_stop=should_stop)
   assert got is None and asked == [1, 2, 3]
 
 
@@ -186,36 +175,31 @@ def test_only_some_batches_are_under_way_on_the_device(monkeypatch):
   monkeypatch.setattr(
       jax, 'device_get', lambda x: fetched.append(len(x)) or device_get(x)
   )
-  step = jax.jit(make_eval_step(table_model()))
   (table,) = tables(1, rows=100)
-  got = evaluate_lib.evaluate(
-      step, base.Variables(table), batches(1, rows=100), ()
-  )
+  many = batches(1, rows=100)
+  got = evaluated(table_model(), base.Variables(table), many)
   assert sum(fetched) == 100 and max(fetched) <= 50
   assert_close(got, expected_metrics(softmax(table)))
 
 
 def test_nothing_to_evaluate_is_an_error_and_no_weight_is_nan():
-  step = jax.jit(make_eval_step(table_model()))
   variables = base.Variables(tables()[0])
   with pytest.raises(ValueError, match='at least one batch'):
-    evaluate_lib.evaluate(step, variables, [], ())
+    evaluated(table_model(), variables, [])
   with pytest.raises(ValueError, match='at least one batch'):
     evaluate_lib.compare(table_model(), [variables], [])
   with pytest.raises(ValueError, match='one set of variables'):
     evaluate_lib.compare(table_model(), [], batches(4))
   (batch,) = batches(20)
   batch['weights'][:] = 0
-  got = evaluate_lib.evaluate(step, variables, [batch], ())
+  got = evaluated(table_model(), variables, [batch])
   assert np.isnan(list(got.values())).all()
 
 
 def test_the_ensemble_averages_probabilities():
   members = tables(3)
   probs = softmax(np.stack(members))
-  found = evaluate_lib.compare(
-      table_model(), [base.Variables(x) for x in members], batches(6)
-  )
+  found = compared(members)
   expected = [expected_metrics(p) for p in probs]
   for got, want in zip(found.members, expected, strict=True):
     assert_close(got, want)
@@ -232,9 +216,7 @@ def test_the_ensemble_averages_probabilities():
 def test_pairs_differ_as_their_probabilities_do():
   members = tables(3)
   probs = softmax(np.stack(members))
-  found = evaluate_lib.compare(
-      table_model(), [base.Variables(x) for x in members], batches(6)
-  )
+  found = compared(members)
   assert set(found.pairs) == {(0, 1), (0, 2), (1, 2)}
   for (a, b), got in found.pairs.items():
     differ = probs[a].argmax(-1) != probs[b].argmax(-1)

@@ -17,19 +17,14 @@ MAX_POINTS = 160
 _BINS = 40
 
 
-def smooth(curve: pd.Series, window: int | None = None) -> pd.Series:
+def smooth(curve: pd.Series) -> pd.Series:
   """Returns the centred running mean, narrower at the ends.
 
   Values that are not finite are left out of the means; where there are no
   others the mean is NaN.
-
-  Args:
-    curve: The curve.
-    window: Over how many records; by default a part of them all.
   """
   good = curve.where(np.isfinite(curve))
-  window = window or _window(curve)
-  return good.rolling(window, center=True, min_periods=1).mean()
+  return good.rolling(_window(curve), center=True, min_periods=1).mean()
 
 
 def _window(curve: pd.Series) -> int:

@@ -130,14 +130,10 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def _render(template: str, title: str, blocks: Sequence[Block]) -> str:
   kinds = [(type(block).__name__, block) for block in blocks]
-  page = _environment(_HERE).get_template(template)
+  page = _environment(pathlib.Path(__file__).parent).get_template(template)
   return page.render(title=title, blocks=kinds)
 
 
-_HERE = pathlib.Path(__file__).parent
-
-
-@functools.cache
 def _environment(directory: pathlib.Path) -> 'jinja2.Environment':
   # Here, since `--help` and `status` do without.
   import jinja2
@@ -171,24 +167,28 @@ def _cell(text: str) -> str:
 
 
 def prose(
-    template: str, filters: Mapping[str, Callable] | None = None
+    module: str, filters: Mapping[str, Callable] | None = None
 ) -> Callable[..., list[str]]:
-  """Returns a writer of the paragraphs that a template of macros makes.
+  """Returns a writer of the paragraphs of the template beside a module.
 
-  `write(macro, **values)` fills a macro in. Its paragraphs are apart by blank
-  lines, and their lines are joined. Nothing is escaped: a page does that.
+  `write(macro, **values)` fills in a macro of `<module>.jinja`. Paragraphs are
+  apart by blank lines, and the lines of each are joined. Nothing is escaped: a
+  page does that.
 
   Args:
-    template: The path of the template.
+    module: `__file__` of the module.
     filters: What it may use besides `number`, `count` and `sentence_start`.
   """
-  path = pathlib.Path(template)
+  path = pathlib.Path(module).with_suffix('.jinja')
 
-  def write(macro: str, **values: Any) -> list[str]:
+  @functools.cache
+  def macros() -> Any:
     environment = _environment(path.parent)
     environment.filters |= filters or {}
-    macros = environment.get_template(path.name).module
-    text = getattr(macros, macro)(**values)
+    return environment.get_template(path.name).module
+
+  def write(macro: str, **values: Any) -> list[str]:
+    text = getattr(macros(), macro)(**values)
     joined = (' '.join(paragraph.split()) for paragraph in text.split('\n\n'))
     return [paragraph for paragraph in joined if paragraph]
 

@@ -5,7 +5,6 @@ their median.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ _PEER_COLOUR = '#8A8A8A'
 # Bands of more groups than this would lie on each other as a fog.
 _MOST_BANDS = 2
 
-# What a run report says, by the macros of the template.
-words = pages.prose(pathlib.Path(__file__).with_name('words.jinja'))
+_write = pages.prose(__file__)
 
 
 class Entry(NamedTuple):
@@ -107,7 +105,7 @@ def _draw(
       'any_crowded': any(map(_is_crowded, arms)),
       'all_crowded': all(map(_is_crowded, arms)),
   }
-  return plots.save(figure, name, title, *words(name, f=facts))
+  return plots.save(figure, name, title, *_write(name, f=facts))
 
 
 def _entries(
@@ -203,18 +201,6 @@ def _draw_counts(ax: Axes, entries: Sequence[Entry]) -> None:
 # --- Panels ------------------------------------------------------------------
 
 
-def _stalled_seconds(group: Group) -> pd.Series:
-  return records.finite(group.curve('exchange/stall_ms')).cumsum() / 1000.0
-
-
-def _rejected(group: Group) -> pd.Series:
-  return records.counted(group, records.REJECTED)
-
-
-def _megabytes(group: Group) -> pd.Series:
-  return group.curve('exchange/publication_bytes') / 1e6
-
-
 _TRAINING = (
     Panel('Task loss', 'task loss ({unit})', 'loss/task', _draw_losses),
     Panel(
@@ -237,7 +223,7 @@ _EXCHANGE = (
     Panel(
         'Time the exchange held the loop',
         'stall, all so far (s)',
-        _stalled_seconds,
+        lambda g: records.finite(g.curve('exchange/stall_ms')).cumsum() / 1000,
         _draw_from_zero,
     ),
     Panel(
@@ -249,11 +235,16 @@ _EXCHANGE = (
     Panel(
         'Rejected publications',
         'rejected, all so far',
-        _rejected,
+        lambda g: records.counted(g, records.REJECTED),
         _draw_counts,
         zero=False,  # The caption says so; an empty panel says less.
     ),
-    Panel('Size of a publication', 'size (MB)', _megabytes, _draw_from_zero),
+    Panel(
+        'Size of a publication',
+        'size (MB)',
+        lambda g: g.curve('exchange/publication_bytes') / 1e6,
+        _draw_from_zero,
+    ),
 )
 _SPEED = (
     Panel(
@@ -282,7 +273,7 @@ def _draw_validation(arms: Sequence[Arm]) -> Plot | None:
   plots.legend_below(figure)
   name, title = 'validation_loss', 'Validation loss'
   said = {'later_part': _LATER_PART, 'baseline': baseline and baseline.name}
-  return plots.save(figure, name, title, *words(name, **said))
+  return plots.save(figure, name, title, *_write(name, **said))
 
 
 def _draw_validation_of(ax: Axes, arm: Arm) -> None:
@@ -358,7 +349,7 @@ def _draw_by_peer(arm: Arm, index: int) -> Plot | None:
   figure.supylabel('staleness (steps)', fontsize=9)
   plots.legend_below(figure)
   name, title = 'staleness_by_peer', f'Staleness by peer: {arm.name}'
-  said = words(name, arm=arm.name, few=few, binned=binning)
+  said = _write(name, arm=arm.name, few=few, binned=binning)
   return plots.save(
       figure, name + (f'_{index + 1}' * (index > 0)), title, *said
   )
@@ -380,13 +371,13 @@ def _draw_peers_of(
     title += f', stalest: {oldest}'
   ax.set_title(title)
   for peer, curve in curves.items():
-    style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     if few:
-      label = f'teacher: group {peer}'
-      style = {'color': few[peer], 'label': label, 'lw': 1.3}
+      style = {'color': few[peer], 'label': f'teacher: group {peer}', 'lw': 1.3}
     elif peer == oldest:
       label = 'the stalest peer on average'
       style = {'color': _OLDEST_COLOUR, 'label': label, 'lw': 1.5, 'zorder': 3}
+    else:
+      style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     ax.plot(curve, **style, **_marker(curve))
 
 

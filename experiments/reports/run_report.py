@@ -1,6 +1,6 @@
 """The report of runs: what stands on its page, in order; its words and numbers.
 
-What it says stands in `words.jinja`, made from the numbers alone.
+What it says stands in `run_report.jinja`, made from the numbers alone.
 """
 
 import os
@@ -17,7 +17,8 @@ from codistill_jax.storage import files
 from . import pages, records, run_plots, run_tables
 from .pages import Block, Bullets, Code, Heading, Table
 from .records import Arm
-from .run_plots import words
+
+_write = pages.prose(__file__)
 
 
 def write(
@@ -54,7 +55,7 @@ def blocks(
       ('Exchange health', run_tables.health(arms), 'health_notes'),
   ):
     if frame is not None:
-      made += [Heading(title), Table(frame, names=2), Bullets(words(about))]
+      made += [Heading(title), Table(frame, names=2), Bullets(_write(about))]
   settings = run_tables.settings(arms)
   made += [Heading('Settings'), Table(settings, names=1 + len(arms))]
   made += [
@@ -74,7 +75,7 @@ def summary(arms: Sequence[Arm]) -> str:
   baseline, target = records.find_target(arms)
   curves = map(records.validation_curve, arms)
   known = {arm.name: _known(arm, target) for arm in arms}
-  (said,) = words(
+  (said,) = _write(
       'summary',
       arms=list(known.values()),
       baseline=baseline and known[baseline.name],
@@ -117,7 +118,7 @@ def notes(arms: Sequence[Arm]) -> list[str]:
       bad = {k: list(c.index[~np.isfinite(c)]) for k, c in curves.items()}
       who = f'{arm.name}, group {group.group_id}'
       odd.append((who, group.damaged, bad))
-  return words('results_notes', odd=odd)
+  return _write('results_notes', odd=odd)
 
 
 # --- Commands ----------------------------------------------------------------

@@ -4,7 +4,6 @@ Nothing is escaped here; that is the matter of `reports.pages`.
 """
 
 import math
-import pathlib
 from typing import Any
 
 from codistill_jax.statistics import Estimate
@@ -46,8 +45,7 @@ def percent(found: Estimate | None) -> str:
 
 
 paragraphs = pages.prose(
-    pathlib.Path(__file__).with_name('words.jinja'),
-    {'number': number, 'estimate': estimate, 'percent': percent},
+    __file__, {'number': number, 'estimate': estimate, 'percent': percent}
 )
 
 

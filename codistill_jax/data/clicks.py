@@ -345,8 +345,12 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
 
   Frequent values have ids in their own order.
   """
-  import pandas as pd
-
+  try:
+    import pandas as pd
+  except ImportError as e:
+    raise ValueError(
+        "categories='vocabulary' needs the package pandas: pip install pandas."
+    ) from e
   kept = [
       np.ascontiguousarray(
           values[(n >= min_count) & (values != criteo.MISSING)]

@@ -49,7 +49,7 @@ _MAPPED['codistill_jax.gin_configs'] = 'gin_configs'
 
 setuptools.setup(
     name='codistill_jax',
-    version='0.1.0',
+    version='0.2.0',
     description='Codistillation in JAX and Flax: a research framework.',
     long_description=(_HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',

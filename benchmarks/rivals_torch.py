@@ -70,7 +70,7 @@ def _cell(inputs_BF, keep_B1, c, h, h_weight, h_scale, c_scale, c_shift):
 
 
 class LanguageModel(nn.Module):
-  """`codistill_jax.models.lstm.LanguageModel`."""
+  """`codistill_jax.models.lstm.LstmLanguageModel`."""
 
   def __init__(self, arrays: Arrays):
     super().__init__()

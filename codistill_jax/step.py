@@ -1,8 +1,8 @@
 """One update of one replica, and one evaluation step; pure functions.
 
 The only module that differentiates. What is static (model, optimiser, losses,
-axis name) is bound once, in a `Recipe`; arrays go in and come out, so jit, pmap
-and vmap are the caller's choice. Read `update`, then `objective`.
+axis name) is bound once, in a `StepConfig`; arrays go in and come out, so jit,
+pmap and vmap are the caller's choice. Read `update`, then `objective`.
 
 Shape suffixes: B examples of this replica, C classes, P peers. A language
 model has T tokens behind B; losses and weights then have shape (B, T).
@@ -107,7 +107,7 @@ def _init_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepConfig:
   """What is static in an update; see `make_train_step`."""
 
   model: Model
@@ -120,7 +120,7 @@ class Recipe:
   simulated_replicas: int
 
 
-class Teaching(NamedTuple):
+class TeacherSignal(NamedTuple):
   """What an update learns from besides its labels.
 
   Attributes:
@@ -176,7 +176,7 @@ def make_train_step(
     With `PeerPredictions` none is evaluated either: the soft target is what
     the other groups of the program predict in the same step.
   """
-  recipe = Recipe(
+  config = StepConfig(
       model,
       tx,
       task_loss,
@@ -186,11 +186,11 @@ def make_train_step(
       teacher_model or model,
       simulated_replicas,
   )
-  return functools.partial(update, recipe)
+  return functools.partial(update, config)
 
 
 def update(
-    recipe: Recipe,
+    config: StepConfig,
     state: TrainState,
     batch: Batch,
     teachers: Teachers | PeerPredictions | None,
@@ -199,7 +199,7 @@ def update(
   """Updates one replica: algorithm 1 of Anil et al. 2018, one step of it.
 
   Args:
-    recipe: What is static.
+    config: What is static.
     state: Before the update.
     batch: Rows of this replica, (B, ...).
     teachers: As `make_train_step` says.
@@ -209,13 +209,13 @@ def update(
     The state after it, and metrics over the whole group batch: `loss/task`,
     `loss/distill` (with teachers), `loss/total`, `optim/grad_norm`.
   """
-  axis_name, simulated = recipe.axis_name, recipe.simulated_replicas
+  axis_name, simulated = config.axis_name, config.simulated_replicas
   weights = example_weights(batch)
   count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
   distill_weight = jnp.asarray(distill_weight, jnp.float32)
-  microbatches.check_model(recipe.model, state, batch, axis_name, simulated)
+  microbatches.check_model(config.model, state, batch, axis_name, simulated)
   found = microbatches.accumulate(
-      functools.partial(_gradient, recipe, teachers, distill_weight, count),
+      functools.partial(_gradient, config, teachers, distill_weight, count),
       state,
       (batch, weights),
       simulated,
@@ -225,7 +225,7 @@ def update(
   metrics = {key: x / count for key, x in sums.items()}
   metrics['optim/grad_norm'] = optax.tree.norm(grads)
   params = state.variables.params
-  changes, opt_state = recipe.tx.update(grads, state.opt_state, params)
+  changes, opt_state = config.tx.update(grads, state.opt_state, params)
   after = TrainState(
       step=state.step + 1,
       variables=Variables(
@@ -242,19 +242,19 @@ def update(
 
 def objective(
     params: PyTree,
-    recipe: Recipe,
+    config: StepConfig,
     state: TrainState,
     batch: Batch,
     weights: Array,
     rng: Array,
-    teaching: Teaching,
+    teaching: TeacherSignal,
     count: Array,
 ) -> tuple[Array, tuple[Metrics, Updates]]:
   """Returns the share of some rows in the objective of the whole group.
 
   Args:
     params: What is differentiated; those of `state` are not looked at.
-    recipe: What is static.
+    config: What is static.
     state: With the carries of these rows.
     batch: Rows that share a forward pass, (B, ...).
     weights: Of the examples, shaped as the labels.
@@ -266,16 +266,16 @@ def objective(
   Returns:
     The share, the sums of losses over the rows, and what the model updates.
   """
-  outputs, updates = recipe.model.apply(
+  outputs, updates = config.model.apply(
       state.variables.replace(params=params), batch, state.carry, rng, True
   )
   losses_of = functools.partial(
-      _summed_losses, recipe.task_loss, recipe.distill_loss
+      _summed_losses, config.task_loss, config.distill_loss
   )
   rows = batch['labels'], weights
   taught = teaching.outputs
   shared = teaching.by, teaching.distill_weight
-  if recipe.fused and isinstance(outputs, HeadOutputs):
+  if config.fused and isinstance(outputs, HeadOutputs):
     total, sums = blocks.summed(losses_of, outputs, taught, rows, shared)
   else:
     if taught is not None:
@@ -333,7 +333,7 @@ def _weighted_sum(values: Array, weights: Array) -> jax.Array:
 
 
 def _gradient(
-    recipe: Recipe,
+    config: StepConfig,
     teachers: Teachers | PeerPredictions | None,
     distill_weight: Array,
     count: Array,
@@ -348,17 +348,17 @@ def _gradient(
     _check_carries(state, teachers)
     # Outside the differentiated function: no residual of a teacher is kept.
     outputs, teacher_carry = _teacher_outputs(
-        recipe.teacher_model, teachers, batch, state.teacher_carry
+        config.teacher_model, teachers, batch, state.teacher_carry
     )
     taught_by = teachers.present_P
   grads, (sums, updates) = jax.grad(objective, has_aux=True)(
       state.variables.params,
-      recipe,
+      config,
       state,
       batch,
       weights,
-      _step_rng(state, recipe, index),
-      Teaching(outputs, taught_by, distill_weight),
+      _step_rng(state, config, index),
+      TeacherSignal(outputs, taught_by, distill_weight),
       count,
   )
   return microbatches.Accumulated(
@@ -423,15 +423,17 @@ def _teacher_outputs(
   return jax.lax.stop_gradient(many(teachers.variables, carry_PB))
 
 
-def _step_rng(state: TrainState, recipe: Recipe, index: int | Array) -> Array:
+def _step_rng(
+    state: TrainState, config: StepConfig, index: int | Array
+) -> Array:
   """The key of this step on this replica, real or simulated."""
   rng = jax.random.fold_in(state.rng, state.step)
   replica = 0
-  if recipe.axis_name is not None:
-    replica = jax.lax.axis_index(recipe.axis_name)
-  if recipe.simulated_replicas > 1:
+  if config.axis_name is not None:
+    replica = jax.lax.axis_index(config.axis_name)
+  if config.simulated_replicas > 1:
     # Numbered as real replicas would be, that have these rows.
-    replica = replica * recipe.simulated_replicas + index
+    replica = replica * config.simulated_replicas + index
   return jax.random.fold_in(rng, replica)
 
 

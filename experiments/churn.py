@@ -170,7 +170,7 @@ def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
       )
 
 
-def _plan() -> plan.Plan:
+def _plan() -> plan.StudyPlan:
   """Returns the plan of the study that the flags declare.
 
   Raises:

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     _report(workdir, plan)
 
 
-def _plan() -> plan_lib.Plan:
+def _plan() -> plan_lib.StudyPlan:
   """Returns the plan of the study that the flags name.
 
   Raises:
@@ -121,12 +121,12 @@ def _plan() -> plan_lib.Plan:
   )
 
 
-def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.Plan:
+def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.StudyPlan:
   plan = plan_lib.make_plan(study, scale, **flags)
   return retrains.with_controls(plan) if study.predictions else plan
 
 
-def _check_churn(plan: plan_lib.Plan) -> None:
+def _check_churn(plan: plan_lib.StudyPlan) -> None:
   """Raises ValueError for flags that act nowhere in a study of churn."""
   for flag in ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'):
     if plan.study.predictions and flags.FLAGS[flag].present:
@@ -177,7 +177,7 @@ def _rate(text: str) -> float:
   return rate
 
 
-def _report(workdir: str, plan: plan_lib.Plan) -> None:
+def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
   from .studies import (
       churn_page,
       churn_results,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from codistill_jax.data import augment
+from codistill_jax.data import image_decode
 
 
 @pytest.mark.parametrize('pad, flip', [(2, True), (2, False), (0, True)])
@@ -13,7 +13,7 @@ def test_pad_crop_flip_does_it_one_by_one(pad, flip):
   rng = np.random.default_rng(0)
   images = rng.integers(1, 255, (200, 5, 6, 2)).astype(np.uint8)
   drawn = rng.random((200, 4))
-  found = augment.pad_crop_flip(images, drawn, pad=pad, flip=flip)
+  found = image_decode.pad_crop_flip(images, drawn, pad=pad, flip=flip)
   assert found.dtype == np.uint8
   places = np.floor(drawn[:, :2] * (2 * pad + 1)).astype(int)
   # Every place is used, the last one too.
@@ -30,7 +30,9 @@ def test_pad_crop_flip_does_it_one_by_one(pad, flip):
 
 def test_without_pad_and_flip_images_are_left_alone():
   images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1)
-  found = augment.pad_crop_flip(images, np.zeros((2, 4)), pad=0, flip=False)
+  found = image_decode.pad_crop_flip(
+      images, np.zeros((2, 4)), pad=0, flip=False
+  )
   np.testing.assert_array_equal(found, images)
 
 
@@ -40,8 +42,10 @@ def test_without_pad_and_flip_images_are_left_alone():
     seed=st.integers(0, 1000),
 )
 def test_random_part_is_inside_the_image(width, height, seed):
-  drawn = np.random.default_rng(seed).random(augment.RESIZED_CROP_DRAWS)
-  left, top, right, bottom = augment.random_resized_box(width, height, drawn)
+  drawn = np.random.default_rng(seed).random(image_decode.RESIZED_CROP_DRAWS)
+  left, top, right, bottom = image_decode.random_resized_box(
+      width, height, drawn
+  )
   assert 0 <= left < right <= width and 0 <= top < bottom <= height
 
 
@@ -49,8 +53,8 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
   rng = np.random.default_rng(0)
   boxes = np.asarray(
       [
-          augment.random_resized_box(500, 375, row)
-          for row in rng.random((4000, augment.RESIZED_CROP_DRAWS))
+          image_decode.random_resized_box(500, 375, row)
+          for row in rng.random((4000, image_decode.RESIZED_CROP_DRAWS))
       ]
   )
   widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -65,7 +69,7 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
   # Every place is possible, up to the border.
   assert boxes[:, :2].min() == 0 and boxes[:, 2].max() == 500
   assert boxes[:, 3].max() == 375
-  mirrored = [augment.is_mirrored(row) for row in rng.random((2000, 24))]
+  mirrored = [image_decode.is_mirrored(row) for row in rng.random((2000, 24))]
   assert 0.45 < np.mean(mirrored) < 0.55
 
 
@@ -78,15 +82,15 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
     ],
 )
 def test_a_ribbon_gives_its_centre(width, height, box):
-  drawn = np.full(augment.RESIZED_CROP_DRAWS, 0.9)
-  assert augment.random_resized_box(width, height, drawn) == box
+  drawn = np.full(image_decode.RESIZED_CROP_DRAWS, 0.9)
+  assert image_decode.random_resized_box(width, height, drawn) == box
 
 
 def test_centre_is_what_a_resize_and_a_cut_give():
   # 512 x 384 resized to 341.3 x 256; the centre is 224 of it, 336 before.
-  assert augment.centre_box(512, 384, 224, 256) == (88, 24, 424, 360)
-  assert augment.centre_box(384, 512, 224, 256) == (24, 88, 360, 424)
-  assert augment.centre_box(300, 200, 8, 8) == (50, 0, 250, 200)
+  assert image_decode.centre_box(512, 384, 224, 256) == (88, 24, 424, 360)
+  assert image_decode.centre_box(384, 512, 224, 256) == (24, 88, 360, 424)
+  assert image_decode.centre_box(300, 200, 8, 8) == (50, 0, 250, 200)
 
 
 def test_normalise_gives_mean_0_and_deviation_1():
@@ -94,9 +98,9 @@ def test_normalise_gives_mean_0_and_deviation_1():
   images = images.astype(np.uint8)
   pixels = images / 255
   mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
-  found = augment.normalise(images, mean, std)
+  found = image_decode.normalise(images, mean, std)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, (pixels - mean) / std, atol=1e-5)
   out = np.zeros_like(found)
-  augment.normalise(images, mean, std, out)
+  image_decode.normalise(images, mean, std, out)
   np.testing.assert_array_equal(out, found)

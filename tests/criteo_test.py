@@ -7,12 +7,12 @@ import pathlib
 import hypothesis
 import numpy as np
 import pytest
-from click_files import expected_row, line, lines, write_lines
+from click_files import expected_row, lines, write_lines
 from etils import epath
 from hypothesis import strategies as st
 
 from codistill_jax.data import criteo, prepare_clicks
-from codistill_jax.data.records import TOO_LONG, Reject
+from codistill_jax.data.records import Reject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(
@@ -142,22 +142,6 @@ def read(*paths):
 DAMAGED = Reject('damaged_file')
 
 
-@pytest.mark.parametrize('suffix', ['.txt', '.gz'])
-def test_lines_of_several_files_are_one_after_another(tmp_path, suffix):
-  paths = [tmp_path / f'{i}{suffix}' for i in range(3)]
-  expected = []
-  for i, count in enumerate((5, 0, 12)):
-    expected += write_lines(paths[i], count, seed=i)
-  assert read(*paths) == [t.encode() for t in expected]
-
-
-def test_a_line_that_is_too_long_is_one_reject(tmp_path):
-  path = tmp_path / 'b.txt'
-  long = [b'a' * 4096, b'b' * 4097, b'c' * 9000, b'd']
-  path.write_bytes(b'\n'.join(long))
-  assert read(path) == [long[0], TOO_LONG, TOO_LONG, b'd']
-
-
 def test_the_last_line_needs_no_end_and_a_mark_at_the_start_is_none(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_bytes(b'\xef\xbb\xbfone\n\ntwo')
@@ -182,17 +166,6 @@ def test_a_truncated_gzip_file_gives_what_it_has(tmp_path, kept):
     assert own
 
 
-def test_flipped_bytes_in_gzip_end_that_file_only(tmp_path):
-  paths = [tmp_path / '0.gz', tmp_path / '1.gz']
-  for i, path in enumerate(paths):
-    write_lines(path, 30, seed=i)
-  data = bytearray(paths[0].read_bytes())
-  data[len(data) // 2 : len(data) // 2 + 8] = b'\xff' * 8
-  paths[0].write_bytes(bytes(data))
-  found = read(*paths)
-  assert found.count(DAMAGED) == 1 and found[-31] == DAMAGED
-
-
 def test_the_first_rows_of_the_real_file():
   path = SHARED / 'criteo-kaggle-10k' / 'train_head10k.txt.gz'
   if not path.exists():
@@ -203,8 +176,3 @@ def test_the_first_rows_of_the_real_file():
   assert parsed.rows[:, 0].sum() == 2182
   texts = data.decode().splitlines()
   assert parsed.rows[::97].tolist() == [expected_row(t) for t in texts[::97]]
-
-
-def test_the_helper_makes_good_lines():
-  text = line(np.random.default_rng(0))
-  assert text.count('\t') == 39 and len(expected_row(text)) == 40

@@ -8,10 +8,10 @@ import pytest
 from made_images import BLUE, GREEN, RED, encode, gradient, plain
 from PIL import Image
 
-from codistill_jax.data import augment, image_decode
+from codistill_jax.data import image_decode
 
 WHOLE = lambda width, height: (0, 0, width, height)
-DRAWS = augment.RESIZED_CROP_DRAWS
+DRAWS = image_decode.RESIZED_CROP_DRAWS
 
 
 def decode(encoded, size=8, box_of=WHOLE):
@@ -108,9 +108,9 @@ def test_evaluation_reads_the_centre_and_training_the_drawn_part():
   np.testing.assert_allclose(centre, expected / 255, atol=1e-6)
   drawn = np.random.default_rng(1).random((1, DRAWS))
   for flip in (0.4, 0.6):
-    drawn[0, augment.CROP_DRAWS + 2] = flip
+    drawn[0, image_decode.CROP_DRAWS + 2] = flip
     (part,) = images.read(np.asarray([0]), drawn)['inputs']
-    box = augment.random_resized_box(90, 60, drawn[0])
+    box = image_decode.random_resized_box(90, 60, drawn[0])
     expected = decode(files[0], 8, lambda w, h, box=box: box)
     if flip < 0.5:
       expected = expected[:, ::-1]

@@ -19,7 +19,7 @@ from made_images import (
     write_idx,
 )
 
-from codistill_jax.data import image_decode, image_files
+from codistill_jax.data import image_files
 
 
 class TestFolder:
@@ -28,7 +28,7 @@ class TestFolder:
     write_folder(tmp_path, 'train', {'n02': 2, 'n01': 3})
     (tmp_path / 'train' / 'n01' / 'notes.txt').write_text('no image')
     (tmp_path / 'train' / 'list.csv').write_text('no class')
-    split = image_decode.read_folder(tmp_path / 'train')
+    split = image_files.read_folder(tmp_path / 'train')
     assert split.classes == ('n01', 'n02')
     assert split.labels.tolist() == [0, 0, 0, 1, 1]
     assert split.labels.dtype == np.int32
@@ -42,23 +42,23 @@ class TestFolder:
         tmp_path / 'train' / 'a' / '0.JPEG',
         tmp_path / 'train' / 'a' / '._0.JPEG',  # As macOS leaves them.
     )
-    split = image_decode.read_folder(tmp_path / 'train')
+    split = image_files.read_folder(tmp_path / 'train')
     assert split.classes == ('a',) and split.labels.tolist() == [0]
 
   def test_another_split_has_the_classes_of_training(self, tmp_path):
     write_folder(tmp_path, 'validation', {'c': 1})
     classes = ('a', 'b', 'c')
-    split = image_decode.read_folder(tmp_path / 'validation', classes)
+    split = image_files.read_folder(tmp_path / 'validation', classes)
     assert split.classes == classes and split.labels.tolist() == [2]
     with pytest.raises(ValueError, match='validation/c is no class of the'):
-      image_decode.read_folder(tmp_path / 'validation', ('a', 'b'))
+      image_files.read_folder(tmp_path / 'validation', ('a', 'b'))
 
   def test_missing_and_empty_directories(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'expected .*train/<class>'):
-      image_decode.read_folder(tmp_path / 'train')
+      image_files.read_folder(tmp_path / 'train')
     (tmp_path / 'train' / 'empty').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='There is no image in'):
-      image_decode.read_folder(tmp_path / 'train')
+      image_files.read_folder(tmp_path / 'train')
 
 
 class TestHuggingFace:
@@ -76,7 +76,7 @@ class TestHuggingFace:
 
   def split(self, folder, split='train', **keys):
     keys = {'image_key': 'image', 'label_key': 'label'} | keys
-    return image_decode.read_hugging_face(folder, None, split, **keys)
+    return image_files.read_hugging_face(folder, None, split, **keys)
 
   def test_images_stay_encoded_and_in_order(self, folder):
     split = self.split(folder)

@@ -52,24 +52,6 @@ def test_word_pieces_of_all_training_documents_count(data_dir):
     np.testing.assert_array_equal(data.count_tokens(most), data.count_tokens())
 
 
-def test_they_are_the_labels_that_streams_of_all_groups_train_on(tmp_path):
-  """But for the remainders of lanes, which are short here."""
-  rng = np.random.default_rng(0)
-  documents = [rng.integers(3, 12, size=50).tolist() for _ in range(40)]
-  write_data(tmp_path, [documents], vocab_size=VOCABULARY)
-  task = text.language_model_task(tmp_path, unroll=10, partition='disjoint')
-  counts = np.zeros(VOCABULARY)
-  for group_id in (0, 1):
-    stream = task.train_stream(group_id=group_id, num_groups=2, group_batch=2)
-    for step in range(stream.steps_per_epoch):
-      batch = stream.batch(step)
-      np.add.at(counts, batch['labels'], batch['weights'])
-  assert counts.sum() > 0.95 * 40 * 51
-  np.testing.assert_allclose(
-      task.label_frequencies(), counts / counts.sum(), atol=0.01
-  )
-
-
 def test_the_counts_are_kept_beside_the_data(data_dir, no_counting):
   first = counted(data_dir)
   no_counting()

@@ -157,12 +157,7 @@ def test_damaged_data_are_refused_and_named(tmp_path):
   write_lines(tmp_path / 'a.txt', LINES)
   prepare(output, tmp_path / 'a.txt')
   path = output / criteo.rows_name('train', 1)
-  data = bytearray(path.read_bytes())
-  data[-5] ^= 1
-  path.write_bytes(bytes(data))
-  with pytest.raises(ValueError, match=r'00001\.rows\.npy is damaged'):
-    prepared_files.verify(output, criteo.KIND)
-  path.write_bytes(bytes(data[:-5]))
+  path.write_bytes(path.read_bytes()[:-5])
   with pytest.raises(ValueError, match=r'00001\.rows\.npy'):
     clicks.criteo_task(output)
   path.unlink()
@@ -226,37 +221,9 @@ def test_a_batch_holds_the_features_of_its_rows(prepared):
     assert task.model_arguments['table_sizes'][k] == len(kept) + 2
 
 
-def test_values_unseen_in_training_have_an_id_at_evaluation(tmp_path):
-  texts = write_lines(tmp_path / 'a.txt', 100)
-  for i in range(70, 100):
-    texts[i] = texts[i].rpartition('\t')[0] + '\tdeadbeef'
-  (tmp_path / 'a.txt').write_text('\n'.join(texts) + '\n')
-  prepare(tmp_path / 'data', tmp_path / 'a.txt')
-  for categories, expected in (('vocabulary', {1}), ('hash', None)):
-    task = clicks.criteo_task(
-        tmp_path / 'data', categories=categories, min_count=1, buckets=50
-    )
-    for batches in (task.eval_batches(7), task.test_batches(7)):
-      for batch in batches:
-        ids = batch['inputs']['categories']
-        sizes = np.asarray(task.model_arguments['table_sizes'])
-        assert (ids < sizes[None]).all() and ids.min() >= 0
-        if expected:
-          assert set(ids[:, 25]) == expected
-
-
-def test_streams_of_criteo_are_those_of_any_clicks(prepared):
+def test_sizes_and_splits_of_criteo(prepared):
   output, _ = prepared
-  task = clicks.criteo_task(output, partition='disjoint', buckets=100)
-  whole = task.train_stream(group_id=0, num_groups=2, group_batch=12)
-  part = task.train_stream(
-      group_id=0, num_groups=2, group_batch=12, rows=slice(4, 8)
-  )
-  for step in (0, 40, 7):
-    np.testing.assert_array_equal(
-        part.batch(step)['inputs']['categories'],
-        whole.batch(step)['inputs']['categories'][4:8],
-    )
+  task = clicks.criteo_task(output, buckets=100)
   assert task.model_arguments == {
       'table_sizes': (101,) * 26,
       'num_integers': 26,

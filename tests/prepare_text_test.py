@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from prepared import contents, run_text, texts, write_corpus
-from wet_files import packed, wet, write_wet
+from wet_files import write_wet
 
 from codistill_jax.data import order, prepare_text, shards, sources
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
@@ -257,26 +257,3 @@ def test_wet_files_and_their_listed_paragraphs(tmp_path):
         paragraphs_sha256='0' * 64,
     )
   assert not (tmp_path / 'other').exists()
-
-
-def test_damage_is_counted_and_never_fatal(tmp_path):
-  pytest.importorskip('fastwarc')
-  parts = packed(wet(*texts(60), b'\xff', b' ', 'z' * 5000))
-  parts[3] = parts[3][:40]
-  last = packed(wet('cut short'))[1][:-20]
-  (tmp_path / 'a.wet.gz').write_bytes(b''.join(parts) + last)
-  meta, _ = run_text(
-      tmp_path / 'data',
-      f'wet:{tmp_path}/a.wet.gz',
-      max_document_bytes=4999,
-      workers=2,
-  )
-  assert meta['rejects'] == {
-      'damaged_record': 2,
-      'empty': 1,
-      'not_utf8': 1,
-      'too_long': 1,
-  }
-  assert meta['records'] == 64
-  documents = sum(split['documents'] for split in meta['splits'].values())
-  assert documents == 59

@@ -7,7 +7,6 @@ import lzma
 import os
 import pathlib
 import pickle
-import subprocess
 import tracemalloc
 
 import pytest
@@ -352,21 +351,6 @@ class TestHuggingFace:
     with pytest.raises(OSError, match='Cannot read hf:') as raised:
       read(f'hf:{folder}')
     assert '\n' not in str(raised.value)
-
-
-def test_data_modules_import_no_heavy_package(python):
-  program = (
-      'import importlib, pkgutil, sys, codistill_jax.data as data\n'
-      'for module in pkgutil.iter_modules(data.__path__):\n'
-      '  importlib.import_module("codistill_jax.data." + module.name)\n'
-      'heavy = {"tensorflow", "tensorflow_text", "datasets", "sentencepiece",\n'
-      '         "fastwarc", "py3langid"}\n'
-      'print(sorted(heavy & sys.modules.keys()))\n'
-  )
-  output = subprocess.run(
-      [python, '-c', program], cwd=ROOT, capture_output=True, text=True
-  )
-  assert output.stdout.strip() == '[]', output.stderr
 
 
 class TestRealFiles:

@@ -186,15 +186,11 @@ def test_other_texts_or_sizes_have_another_hash(tokenizer):
 
 
 def test_training_survives_what_the_trainer_dislikes():
-  texts = [*corpus(), 'a\tb\0c▅d▁e\x1af', 'x' * 50_000, '\n\n', ' ']
+  # U+2585 is a mark of its own: it would drop every line here.
+  marked = [text.replace('\n', '▅') for text in corpus()]
+  texts = [*marked, 'a\tb\0c▅d▁e\x1af', 'x' * 50_000, '\n\n', ' ']
   model = tokenizer_lib.Tokenizer(tokenizer_lib.train(texts, 330))
   assert model.vocab_size == 330
-
-
-def test_a_mark_of_the_trainer_everywhere_does_not_stop_it(tokenizer):
-  texts = [text.replace('\n', '▅') for text in corpus()]
-  model = tokenizer_lib.train(texts, 320)
-  assert tokenizer_lib.Tokenizer(model).vocab_size == tokenizer.vocab_size
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,6 @@ def test_a_file_compressed_as_a_whole_is_read(tmp_path):
   assert read(path) == PAGES
 
 
-def test_files_are_read_in_the_order_of_their_names(tmp_path):
-  write_wet(tmp_path / 'b.wet', 'third')
-  write_wet(tmp_path / 'a.wet.gz', 'first', 'second')
-  assert read(f'{tmp_path}/*') == ['first', 'second', 'third']
-
-
 def test_bad_pages_are_counted(tmp_path):
   path = write_wet(tmp_path / 'a.gz', b'', ' \n', b'\xff\xfe', 'x' * 99, 'good')
   rejects = [Reject(r) for r in ('empty', 'empty', 'not_utf8', 'too_long')]

@@ -345,6 +345,8 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
 
   Frequent values have ids in their own order.
   """
+  import pandas as pd
+
   kept = [
       np.ascontiguousarray(
           values[(n >= min_count) & (values != criteo.MISSING)]
@@ -354,12 +356,15 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
   sizes = [len(values) for values in kept]
   columns_K = np.arange(len(kept), dtype=np.uint64) << np.uint64(32)
   keys = np.concatenate([c | values for c, values in zip(columns_K, kept)])
-  ids = np.concatenate([np.arange(2, 2 + n, dtype=np.int32) for n in sizes])
-  find = _dictionary(keys, ids, default=1)
+  ids = [np.arange(2, 2 + n, dtype=np.int32) for n in sizes]
+  ids = np.concatenate([*ids, [np.int32(1)]])  # Last: what is not found.
+  known = pd.Index(keys)
+  known.get_indexer(keys[:1])  # Builds its hash table, before threads come.
 
   def encode(values_BK: np.ndarray) -> np.ndarray:
     keys_BK = columns_K[None, :] | values_BK
-    ids_BK = find(keys_BK.reshape(-1)).reshape(values_BK.shape)
+    places = known.get_indexer(keys_BK.reshape(-1))  # -1: not found.
+    ids_BK = ids[places].reshape(values_BK.shape)
     ids_BK[values_BK == criteo.MISSING] = 0
     return ids_BK
 
@@ -368,37 +373,6 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
       tuple(size + 2 for size in sizes),
       f'vocabulary {_digest(kept)}',
   )
-
-
-def _dictionary(
-    keys: np.ndarray, ids: np.ndarray, default: int
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns a look-up of many keys (uint64), twice as fast as bisection.
-
-  A hash table of one or two slots per key; keys of one slot lie side by side.
-  """
-  bits = max(1, len(keys)).bit_length()
-  shift = np.uint64(64 - bits)
-  # Multiplicative (Fibonacci) hashing: the highest bits depend on all others.
-  slot_of = lambda keys: (keys * np.uint64(0x9E3779B97F4A7C15)) >> shift
-  order = np.argsort(slot_of(keys), kind='stable')
-  keys, ids = keys[order], ids[order]
-  starts = np.searchsorted(slot_of(keys), np.arange(2**bits + 1))
-
-  def find(asked: np.ndarray) -> np.ndarray:
-    found = np.full(len(asked), default, np.int32)
-    slots = slot_of(asked).astype(np.int64)
-    places, ends = starts.take(slots), starts.take(slots + 1)
-    left = np.flatnonzero(places < ends)
-    while left.size:
-      here = places[left]
-      same = keys.take(here) == asked[left]
-      found[left[same]] = ids.take(here[same])
-      places[left] += 1
-      left = left[~same & (here + 1 < ends[left])]
-    return found
-
-  return find
 
 
 def log_integers(integers_BI: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Images that stay encoded until they are read: files, decoding, the hub.
+"""Decoding, augmentation and normalisation of images.
+
+Augmentation is a pure function of uniform draws.
 
 Decoding is done by Pillow in a pool of threads: a random part of a 500 x 375
 JPEG, to 224 x 224, takes 1.9 ms of a core, 0.1 ms of them with the
@@ -9,13 +11,11 @@ without having made those before, or load in parallel only behind an iterator
 with a state of its own, where the contract here is `batch(step)`.
 (`benchmarks/input.py` measures it anywhere.)
 
-Shape suffixes: B images, H height, W width, C channels, K draws.
+Shape suffixes: B or N images, H height, W width, C channels, K draws.
 """
 
 import concurrent.futures
 import io
-import os
-import pathlib
 import re
 import threading
 from collections.abc import Callable
@@ -25,11 +25,15 @@ import numpy as np
 from absl import logging
 
 from codistill_jax import base
-from codistill_jax.data import augment, process_pool
-from codistill_jax.storage.files import one_line
+from codistill_jax.data import process_pool
 
+_CROP_TRIES = 10
+CROP_DRAWS = 2 * _CROP_TRIES  # Then 2 for the place, 1 for the flip, 1 unused.
+RESIZED_CROP_DRAWS = CROP_DRAWS + 4
+PAD_CROP_DRAWS = 4
+
+Box = tuple[float, float, float, float]  # Left, top, right, bottom; pixels.
 _NAMED = 20  # Damaged images that are named in the log; the others are counted.
-_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 class Encoded(NamedTuple):
@@ -139,10 +143,10 @@ class EncodedImages:
       self, index: int, draws_K: np.ndarray | None, out: np.ndarray
   ) -> bool:
     if draws_K is None:
-      box_of = lambda w, h: augment.centre_box(w, h, self._size, self._resize)
+      box_of = lambda w, h: centre_box(w, h, self._size, self._resize)
     else:
-      box_of = lambda w, h: augment.random_resized_box(w, h, draws_K)
-    mirror = draws_K is not None and augment.is_mirrored(draws_K)
+      box_of = lambda w, h: random_resized_box(w, h, draws_K)
+    mirror = draws_K is not None and is_mirrored(draws_K)
     try:
       image = decode_part(self._data.encoded(index), box_of, self._size, mirror)
     except Exception as e:
@@ -152,7 +156,7 @@ class EncodedImages:
         if index not in self.damaged:
           self._note(index, e)
       return False
-    augment.normalise(image, self._mean, self._std, out)
+    normalise(image, self._mean, self._std, out)
     return True
 
   def _note(self, index: int, error: Exception) -> None:
@@ -179,7 +183,7 @@ class EncodedImages:
 
 def decode_part(
     encoded: bytes,
-    box_of: Callable[[int, int], augment.Box],
+    box_of: Callable[[int, int], Box],
     size: int,
     mirror: bool = False,
 ) -> np.ndarray:
@@ -243,143 +247,132 @@ def to_rgb(image: Any) -> Any:
   return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-# --- Folders ------------------------------------------------------------------
+# --- Augmentation ------------------------------------------------------------
 
 
-def read_folder(
-    directory: str | os.PathLike, classes: tuple[str, ...] | None = None
-) -> Encoded:
-  """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
+def pad_crop_flip(
+    images_NHWC: np.ndarray, draws_NK: np.ndarray, *, pad: int, flip: bool
+) -> np.ndarray:
+  """Crops each padded image at random and mirrors every second one.
 
-  Classes are numbered, and images ordered, by name. What begins with a dot is
-  no class and no image: other programs leave such things behind.
+  The augmentation of CIFAR of He et al. 2016, section 4.2 (pad 4); the border
+  is black.
 
   Args:
-    directory: Of the split.
-    classes: Those of the training split; None: those that are found.
+    images_NHWC: Any dtype.
+    draws_NK: Uniform in [0, 1), K >= 3: top, left, mirror.
+    pad: Pixels added on each side; 0 does not crop.
+    flip: Whether to mirror left and right.
 
-  Raises:
-    FileNotFoundError: If there is no such directory, or no image in it.
-    ValueError: If there is a class that is not in `classes`.
+  Returns:
+    Images of the same shape and dtype.
   """
-  root = pathlib.Path(directory)
-  if not root.is_dir():
-    raise FileNotFoundError(
-        f'There is no directory {root}; expected'
-        f' {root.parent}/train/<class>/*.JPEG and'
-        f' {root.parent}/validation/<class>/*.JPEG.'
-    )
-  found = sorted(e.name for e in _visible(root) if e.is_dir())
-  classes = tuple(found) if classes is None else classes
-  unknown = sorted(set(found) - set(classes))
-  if unknown:
-    raise ValueError(
-        f'{root}/{unknown[0]} is no class of the training split (there are'
-        f' {len(unknown)} such); move or remove it.'
-    )
-  names, labels = [], []
-  for label, class_name in enumerate(classes):
-    if class_name in found:
-      files = sorted(
-          e.name
-          for e in _visible(root / class_name)
-          if e.name.lower().endswith(_ENDINGS)
-      )
-      names += [f'{class_name}/{file}' for file in files]
-      labels += [label] * len(files)
-  if not names:
-    raise FileNotFoundError(
-        f'There is no image in {root}/<class>/ (endings: {" ".join(_ENDINGS)}).'
-    )
-  prefix = os.fspath(root)
-  path_of = lambda i: os.path.join(prefix, names[i])
-  return Encoded(
-      lambda i: _read(path_of(i)),
-      path_of,
-      np.asarray(labels, np.int32),
-      classes,
-  )
+  if not pad and not flip:
+    return images_NHWC
+  _, height, width, _ = images_NHWC.shape
+  padded = np.pad(images_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  tops, lefts = (draws_NK[:, :2] * (2 * pad + 1)).astype(int).T.tolist()
+  mirrored = (draws_NK[:, 2] < 0.5).tolist()
+  out = np.empty_like(images_NHWC)
+  # A copy for each image: to index pixels takes four times as long.
+  for i, (top, left) in enumerate(zip(tops, lefts)):
+    crop = padded[i, top : top + height, left : left + width]
+    out[i] = crop[:, ::-1] if flip and mirrored[i] else crop
+  return out
 
 
-def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
-  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
-
-
-def _read(path: str) -> bytes:
-  with open(path, 'rb') as file:
-    return file.read()
-
-
-# --- Hugging Face -------------------------------------------------------------
-
-
-def read_hugging_face(
-    name: str,
-    config: str | None,
-    split: str,
+def random_resized_box(
+    width: int,
+    height: int,
+    draws_K: np.ndarray,
     *,
-    image_key: str,
-    label_key: str,
-) -> Encoded:
-  """Opens a split of a Hugging Face data set, as Arrow files on this machine.
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+  """Returns a random part of an image, to be resized to a square.
 
-  Downloads it on the first use; then images are read at random from disk.
+  The augmentation of Szegedy et al. 2015 that Goyal et al. 2017 use: area
+  uniform, aspect ratio log-uniform. What does not fit into the image is drawn
+  again, up to 10 times; then the largest centred part of a permitted aspect.
 
   Args:
-    name: On the hub, such as 'ILSVRC/imagenet-1k', or a directory.
-    config: Of the data set, if it has several.
-    split: Such as 'train'.
-    image_key: Column of images.
-    label_key: Column of class numbers.
+    width: Of the image, in pixels.
+    height: Of the image, in pixels.
+    draws_K: Uniform in [0, 1); RESIZED_CROP_DRAWS of them.
+    area: Range of the part's share of the image.
+    aspect: Range of width / height.
 
-  Raises:
-    OSError: If the data set cannot be read.
-    ValueError: If it has no such columns, or the package is missing.
+  Returns:
+    Whole pixels, at least one each way.
   """
-  try:
-    import datasets
-  except ImportError as e:
-    raise ValueError(
-        f'The data set {name} needs the package datasets: pip install datasets.'
-    ) from e
-  try:
-    rows = datasets.load_dataset(name, config, split=split)
-  except Exception as e:
-    # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
-    # ValueError, StopIteration, pyarrow's. There is no common base class.
-    raise OSError(
-        f'Cannot read split {split} of {name}: {one_line(e)}; check the'
-        ' name, the network and, for a gated data set, that you are logged in'
-        ' (hf auth login); or use images.image_folder_task.'
-    ) from e
-  where = f'{name}, split {split}'
-  for key in (image_key, label_key):
-    if key not in rows.column_names:
-      raise ValueError(
-          f'{where} has no column {key!r} but {", ".join(rows.column_names)};'
-          ' set image_key and label_key.'
-      )
-  label_feature = rows.features[label_key]
-  if not isinstance(label_feature, datasets.ClassLabel):
-    raise ValueError(
-        f'Column {label_key!r} of {where} is {label_feature}; expected class'
-        ' labels with names. Cast it, or choose another with label_key.'
-    )
-  column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
-  labels = column.to_numpy().astype(np.int32)
-  if not len(labels) or labels.min() < 0:
-    raise ValueError(f'{where} is empty or has no labels; choose another.')
-  rows = rows.select_columns([image_key]).cast_column(
-      image_key, datasets.Image(decode=False)
-  )
-  return Encoded(
-      lambda i: _content(rows[i][image_key]),
-      lambda i: f'image {i} of {where}',
-      labels,
-      tuple(label_feature.names),
-  )
+  tries = draws_K[:CROP_DRAWS].reshape(-1, 2)
+  areas = width * height * (area[0] + (area[1] - area[0]) * tries[:, 0])
+  low, high = np.log(aspect)
+  ratios = np.exp(low + (high - low) * tries[:, 1])
+  widths = np.rint(np.sqrt(areas * ratios)).astype(int)
+  heights = np.rint(np.sqrt(areas / ratios)).astype(int)
+  fits = (widths <= width) & (heights <= height)
+  fits &= (widths > 0) & (heights > 0)
+  if not fits.any():
+    return _largest_box(width, height, aspect)
+  first = int(np.argmax(fits))
+  w, h = int(widths[first]), int(heights[first])
+  left = int(draws_K[CROP_DRAWS] * (width - w + 1))
+  top = int(draws_K[CROP_DRAWS + 1] * (height - h + 1))
+  return left, top, left + w, top + h
 
 
-def _content(image: dict[str, Any]) -> bytes:
-  """Reads an image: some data sets hold it, others where it is."""
-  return image['bytes'] or _read(image['path'])
+def _largest_box(width: int, height: int, aspect: tuple[float, float]) -> Box:
+  w = max(1, min(width, round(height * aspect[1])))
+  h = max(1, min(height, round(width / aspect[0])))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def is_mirrored(draws_K: np.ndarray) -> bool:
+  """Returns whether the random part is mirrored, as every second one is."""
+  return bool(draws_K[CROP_DRAWS + 2] < 0.5)
+
+
+def centre_box(width: int, height: int, size: int, resize: int) -> Box:
+  """Returns the part of an image that evaluation sees.
+
+  Resizing the shorter side to `resize` pixels and cutting `size` x `size` out
+  of the centre, as one resize of this part of the original (which spares the
+  rounding of the longer side between the two).
+  """
+  side = min(width, height) * size / resize
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def normalise(
+    images: np.ndarray,
+    mean_C: np.ndarray,
+    std_C: np.ndarray,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+  """Returns images of mean 0 and deviation 1, float32 (..., W, C).
+
+  Args:
+    images: uint8 (..., W, C).
+    mean_C: Of the training set, of pixels in 0..1.
+    std_C: Likewise, the standard deviation.
+    out: Where to write it, contiguous.
+  """
+  *leading, width, channels = images.shape
+  # Whole lines at a time: over 3 channels numpy takes seven times as long.
+  lines = (*leading, width * channels)
+  along = (
+      lambda x_C: np.tile(x_C, width)
+      .astype(np.float32)
+      .reshape((1,) * len(leading) + (-1,))
+  )
+  mean_C, std_C = np.asarray(mean_C), np.asarray(std_C)
+  if out is None:
+    out = np.empty(images.shape, np.float32)
+  flat = out.reshape(lines)
+  scale = along(1 / (255 * std_C))
+  np.multiply(images.reshape(lines), scale, out=flat, dtype=np.float32)
+  np.subtract(flat, along(mean_C / std_C), out=flat)
+  return out

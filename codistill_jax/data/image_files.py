@@ -1,4 +1,6 @@
-"""Readers of small labelled images into memory: digits, idx, CIFAR-10.
+"""Readers of labelled images: digits, idx, CIFAR-10; folders, the hub.
+
+Small images are arrays in memory; large ones stay encoded until they are read.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -6,14 +8,16 @@ Shape suffixes: N images, H height, W width, C channels.
 import gzip
 import itertools
 import math
+import os
 import pathlib
 import zipfile
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from codistill_jax.data import image_decode
+from codistill_jax.storage.files import one_line
 
 FASHION_CLASSES = (
     *('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat'),
@@ -25,6 +29,7 @@ CIFAR_CLASSES = (
 )
 _IDX_MAGIC = b'\0\0\x08'  # Of unsigned bytes; the next byte is the rank.
 _CIFAR_SHAPE = (32, 32, 3)
+_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 _CIFAR_BINARY = {
     'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
     'test': ['test_batch.bin'],
@@ -204,3 +209,145 @@ def _read_jpeg_archive(path: pathlib.Path) -> Labelled:
           f'{path}: image {i} of {len(images)} cannot be read: {e}.'
       ) from e
   return _labelled(images, labels, tuple(names.tolist()), path)
+
+
+# --- Folders ------------------------------------------------------------------
+
+
+def read_folder(
+    directory: str | os.PathLike, classes: tuple[str, ...] | None = None
+) -> image_decode.Encoded:
+  """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
+
+  Classes are numbered, and images ordered, by name. What begins with a dot is
+  no class and no image: other programs leave such things behind.
+
+  Args:
+    directory: Of the split.
+    classes: Those of the training split; None: those that are found.
+
+  Raises:
+    FileNotFoundError: If there is no such directory, or no image in it.
+    ValueError: If there is a class that is not in `classes`.
+  """
+  root = pathlib.Path(directory)
+  if not root.is_dir():
+    raise FileNotFoundError(
+        f'There is no directory {root}; expected'
+        f' {root.parent}/train/<class>/*.JPEG and'
+        f' {root.parent}/validation/<class>/*.JPEG.'
+    )
+  found = sorted(e.name for e in _visible(root) if e.is_dir())
+  classes = tuple(found) if classes is None else classes
+  unknown = sorted(set(found) - set(classes))
+  if unknown:
+    raise ValueError(
+        f'{root}/{unknown[0]} is no class of the training split (there are'
+        f' {len(unknown)} such); move or remove it.'
+    )
+  names, labels = [], []
+  for label, class_name in enumerate(classes):
+    if class_name in found:
+      files = sorted(
+          e.name
+          for e in _visible(root / class_name)
+          if e.name.lower().endswith(_ENDINGS)
+      )
+      names += [f'{class_name}/{file}' for file in files]
+      labels += [label] * len(files)
+  if not names:
+    raise FileNotFoundError(
+        f'There is no image in {root}/<class>/ (endings: {" ".join(_ENDINGS)}).'
+    )
+  prefix = os.fspath(root)
+  path_of = lambda i: os.path.join(prefix, names[i])
+  return image_decode.Encoded(
+      lambda i: _read(path_of(i)),
+      path_of,
+      np.asarray(labels, np.int32),
+      classes,
+  )
+
+
+def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
+  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
+
+
+def _read(path: str) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read()
+
+
+# --- Hugging Face -------------------------------------------------------------
+
+
+def read_hugging_face(
+    name: str,
+    config: str | None,
+    split: str,
+    *,
+    image_key: str,
+    label_key: str,
+) -> image_decode.Encoded:
+  """Opens a split of a Hugging Face data set, as Arrow files on this machine.
+
+  Downloads it on the first use; then images are read at random from disk.
+
+  Args:
+    name: On the hub, such as 'ILSVRC/imagenet-1k', or a directory.
+    config: Of the data set, if it has several.
+    split: Such as 'train'.
+    image_key: Column of images.
+    label_key: Column of class numbers.
+
+  Raises:
+    OSError: If the data set cannot be read.
+    ValueError: If it has no such columns, or the package is missing.
+  """
+  try:
+    import datasets
+  except ImportError as e:
+    raise ValueError(
+        f'The data set {name} needs the package datasets: pip install datasets.'
+    ) from e
+  try:
+    rows = datasets.load_dataset(name, config, split=split)
+  except Exception as e:
+    # Seen in datasets 5.2: errors of the HTTP client that are no OSError,
+    # ValueError, StopIteration, pyarrow's. There is no common base class.
+    raise OSError(
+        f'Cannot read split {split} of {name}: {one_line(e).rstrip(".")}. Check'
+        ' the name, the network and, for a gated data set, that you are logged'
+        ' in (hf auth login); or use images.image_folder_task.'
+    ) from e
+  where = f'{name}, split {split}'
+  for key in (image_key, label_key):
+    if key not in rows.column_names:
+      raise ValueError(
+          f'{where} has no column {key!r} but {", ".join(rows.column_names)};'
+          ' set image_key and label_key.'
+      )
+  label_feature = rows.features[label_key]
+  if not isinstance(label_feature, datasets.ClassLabel):
+    raise ValueError(
+        f'Column {label_key!r} of {where} is {label_feature}; expected class'
+        ' labels with names. Cast it, or choose another with label_key.'
+    )
+  column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
+  labels = column.to_numpy().astype(np.int32)
+  if not len(labels) or labels.min() < 0:
+    raise ValueError(f'{where} is empty or has no labels; choose another.')
+  rows = rows.select_columns([image_key]).cast_column(
+      image_key, datasets.Image(decode=False)
+  )
+  return image_decode.Encoded(
+      lambda i: _content(rows[i][image_key]),
+      lambda i: f'image {i} of {where}',
+      labels,
+      tuple(label_feature.names),
+  )
+
+
+def _content(image: dict[str, Any]) -> bytes:
+  """Reads an image: some data sets hold it, others where it is."""
+  return image['bytes'] or _read(image['path'])

@@ -17,8 +17,8 @@ Of those in memory (digits, Fashion-MNIST, CIFAR-10):
   pad: Training crops at random out of the image with such a black border.
   flip: Training mirrors every second image.
 Of those that are decoded when they are read (folders, the hub), where training
-takes a random part of an image (`augment.random_resized_box`), mirrored or not,
-and evaluation the centre:
+takes a random part of an image (`image_decode.random_resized_box`), mirrored or
+not, and evaluation the centre:
   size: Height and width of an input, in pixels.
   resize: What the shorter side is resized to before evaluation cuts out the
     centre.
@@ -42,7 +42,6 @@ import numpy as np
 
 from codistill_jax import base
 from codistill_jax.data import (
-    augment,
     examples,
     image_decode,
     image_files,
@@ -175,12 +174,12 @@ def image_folder_task(
   root = _existing(
       directory, 'set image_folder_task.directory to where train/<class>/ is.'
   )
-  train = image_decode.read_folder(root / 'train')
+  train = image_files.read_folder(root / 'train')
 
   def other(*names: str) -> image_decode.Encoded | None:
     for name in names:
       if (root / name).is_dir():
-        return image_decode.read_folder(root / name, train.classes)
+        return image_files.read_folder(root / name, train.classes)
     return None
 
   return _task_of_files(
@@ -225,7 +224,7 @@ def hugging_face_images_task(
   """
   splits = tuple(
       split
-      and image_decode.read_hugging_face(
+      and image_files.read_hugging_face(
           name, config, split, image_key=image_key, label_key=label_key
       )
       for split in (train_split, validation_split, test_split)
@@ -262,9 +261,11 @@ def task_in_memory(
     ) -> base.Batch:
       images = data.images[indices_B]
       if draws_BK is not None:
-        images = augment.pad_crop_flip(images, draws_BK, pad=pad, flip=flip)
+        images = image_decode.pad_crop_flip(
+            images, draws_BK, pad=pad, flip=flip
+        )
       return {
-          'inputs': augment.normalise(images, mean, std),
+          'inputs': image_decode.normalise(images, mean, std),
           'labels': data.labels[indices_B],
           'weights': np.ones(len(indices_B), np.float32),
       }
@@ -275,7 +276,7 @@ def task_in_memory(
       name,
       (train, None, test),
       reader,
-      augment.PAD_CROP_DRAWS,
+      image_decode.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
   )
 
@@ -299,7 +300,7 @@ def _task_of_files(
         max_damaged=max_damaged,
     ).read
 
-  return _task(name, splits, reader, augment.RESIZED_CROP_DRAWS, *how)
+  return _task(name, splits, reader, image_decode.RESIZED_CROP_DRAWS, *how)
 
 
 def _task(

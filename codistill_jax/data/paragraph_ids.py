@@ -18,6 +18,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import itertools
 import re
 import tarfile
 import zlib
@@ -317,9 +318,4 @@ def _entry_of(
 def _common_end(a: str, b: str) -> int:
   """Counts the parts in which two paths agree, from their ends."""
   pairs = zip(reversed(_bare(a).split('/')), reversed(_bare(b).split('/')))
-  count = 0
-  for one, other in pairs:
-    if one != other:
-      break
-    count += 1
-  return count
+  return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))

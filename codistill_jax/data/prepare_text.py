@@ -116,19 +116,21 @@ def prepare_text(
 
   def open_source() -> Source:
     filters_lib.check(parsed)
-    return sources.open_source(
+    opened = sources.open_source(
         source,
         text_key,
         max_document_bytes=max_document_bytes,
         paragraphs=listed,
         paragraph_unit=paragraph_unit,
     )
+    decode = functools.partial(_decode, opened.decode, parsed)
+    return opened._replace(decode=decode)
 
   def make(source: Source, known: dict[str, Any]) -> prepare.Make:
     return functools.partial(
         _write_shards,
         pathlib.Path(output),
-        functools.partial(_read, source.decode, parsed),
+        source.decode,
         known['tokenizer_sha256'],
         config,
     )
@@ -137,7 +139,7 @@ def prepare_text(
       kind=shards.KIND,
       config=config,
       open_source=open_source,
-      start=functools.partial(_start, config, parsed, given, report),
+      start=functools.partial(_start, config, given, report),
       cut=functools.partial(_cut, shard_tokens),
       make=make,
       finish=functools.partial(_finish, config),
@@ -188,24 +190,23 @@ def _open_list(
 # --- before the first piece --------------------------------------------------
 
 
-def _read(
+def _decode(
     decode: Callable[[Any], Record],
     filters: Sequence[filters_lib.Filter],
-    raw: Raw,
+    raw: bytes | str,
 ) -> Record:
   """Decodes and filters a raw record."""
-  return filters_lib.apply(filters, sources.decoded(decode, raw))
+  return filters_lib.apply(filters, decode(raw))
 
 
-def _read_batch(
-    read: Callable[[Raw], Record], batch: Sequence[Raw]
+def _decode_batch(
+    decode: Callable[[Any], Record], batch: Sequence[Raw]
 ) -> list[Record]:
-  return list(map(read, batch))
+  return [sources.decoded(decode, raw) for raw in batch]
 
 
 def _start(
     config: dict[str, Any],
-    filters: Sequence[filters_lib.Filter],
     given: Tokenizer | None,
     report: Callable[[str], None],
     source: Source,
@@ -216,11 +217,12 @@ def _start(
   def read(stop: int | None) -> Iterator[Record]:
     raw = itertools.islice(source.raw(), stop)
     batches = records.cut(raw, _BATCH_RECORDS, _BATCH_BYTES)
-    read_one = functools.partial(_read, source.decode, filters)
-    read_batch = functools.partial(_read_batch, read_one)
-    return itertools.chain.from_iterable(process(read_batch, batches))
+    decode_batch = functools.partial(_decode_batch, source.decode)
+    return itertools.chain.from_iterable(process(decode_batch, batches))
 
-  stop = _records_of(config['max_documents'], read)
+  stop = config['max_documents']
+  if stop is not None:
+    stop = _records_of(stop, read(None))
   model = given.model if given else _train(config, read(stop), report)
   return prepare.Start(
       {'tokenizer_sha256': hashlib.sha256(model).hexdigest()},
@@ -229,14 +231,10 @@ def _start(
   )
 
 
-def _records_of(
-    documents: int | None, read: Callable[[None], Iterable[Record]]
-) -> int | None:
-  """Returns how many records hold the first so many documents; None: all."""
-  if documents is None:
-    return None
+def _records_of(documents: int, read: Iterable[Record]) -> int | None:
+  """Counts the records that hold the first so many documents; None: all."""
   found = 0
-  for count, record in enumerate(read(None), 1):
+  for count, record in enumerate(read, 1):
     found += not isinstance(record, Reject)
     if found == documents:
       return count
@@ -297,7 +295,7 @@ def _cut(
 
 def _write_shards(
     output: pathlib.Path,
-    read: Callable[[Raw], Record],
+    decode: Callable[[Any], Record],
     tokenizer_sha256: str,
     config: dict[str, Any],
     number: int,
@@ -309,7 +307,8 @@ def _write_shards(
   rejects = collections.Counter()
   documents = {split: [] for split in shards.SPLITS}
   sizes = {split: {'words': 0, 'bytes': 0} for split in shards.SPLITS}
-  for record in map(read, piece):
+  for raw in piece:
+    record = sources.decoded(decode, raw)
     if isinstance(record, Reject):
       rejects[record.reason] += 1
       continue

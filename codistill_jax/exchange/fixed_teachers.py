@@ -28,7 +28,7 @@ from codistill_jax.storage.checkpoints import Leaf, Record
 _VARIABLES = 'variables'
 
 
-class Source(NamedTuple):
+class TeacherSource(NamedTuple):
   """The resume checkpoint that a teacher is made of.
 
   Attributes:
@@ -51,7 +51,7 @@ class Source(NamedTuple):
 
 def find(
     teacher_runs: Sequence[epath.PathLike], step: int | None = None
-) -> tuple[Source, ...]:
+) -> tuple[TeacherSource, ...]:
   """Returns all groups of the runs, in order; looks at names only.
 
   Args:
@@ -63,7 +63,7 @@ def find(
     OSError: If the file system does not tell.
   """
   return tuple(
-      Source(workdir, group_id, _step_of(workdir, group_id, step))
+      TeacherSource(workdir, group_id, _step_of(workdir, group_id, step))
       for workdir in map(checkpoints.absolute, teacher_runs)
       for group_id in _groups_of(workdir)
   )
@@ -104,7 +104,7 @@ def _step_of(workdir: epath.Path, group_id: int, step: int | None) -> int:
 
 
 def load(
-    sources: Sequence[Source],
+    sources: Sequence[TeacherSource],
     like: Variables,
     identity: Mapping[str, str],
     dtype: str = 'float32',
@@ -136,7 +136,7 @@ def load(
 
 
 def _read(
-    source: Source, like: Variables, identity: Mapping[str, str]
+    source: TeacherSource, like: Variables, identity: Mapping[str, str]
 ) -> Variables:
   record = checkpoints.load_record(source.directory, source.step)
   target = serialization.to_state_dict(like)
@@ -182,7 +182,7 @@ class FixedExchange(NoExchange):
       all runs.
   """
 
-  def __init__(self, sources: Sequence[Source], teachers: Teachers):
+  def __init__(self, sources: Sequence[TeacherSource], teachers: Teachers):
     """Has its teachers from the first fetch on.
 
     Args:

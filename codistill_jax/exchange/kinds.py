@@ -287,7 +287,7 @@ class FixedTeachers(Kind):
     del group_id, num_groups
     return len(self.sources())
 
-  def sources(self) -> tuple[fixed_teachers.Source, ...]:
+  def sources(self) -> tuple[fixed_teachers.TeacherSource, ...]:
     """Returns what the teachers are made of.
 
     Raises:

@@ -62,7 +62,7 @@ def language_model(
   }
   linen.check_whole_numbers(**sizes)
   linen.check_dropout(dropout)
-  module = LanguageModel(
+  module = LstmLanguageModel(
       **sizes,
       layer_norm=layer_norm,
       dropout=dropout,
@@ -71,7 +71,7 @@ def language_model(
   return linen.from_linen(module)
 
 
-class LanguageModel(nn.Module):
+class LstmLanguageModel(nn.Module):
   """Embedding, LSTM layers, and the head for a full softmax."""
 
   vocab_size: int

@@ -91,7 +91,7 @@ def language_model(
         ' turn pairs of values within a head.'
     )
   linen.check_dropout(dropout)
-  module = LanguageModel(
+  module = TransformerLanguageModel(
       **sizes,
       memory=memory,
       tied=tied,
@@ -114,7 +114,7 @@ class Memory(NamedTuple):
   live: base.Array
 
 
-class LanguageModel(nn.Module):
+class TransformerLanguageModel(nn.Module):
   """Embedding, layers, a last normalisation, and the head for a softmax."""
 
   vocab_size: int

@@ -219,7 +219,7 @@ def acquire(
     )
   path = _path_in(directory)
   own = this_process(doing, ttl_seconds)
-  waiting = _Waiting(path, own, interrupted, patience, clock)
+  waiting = _Candidacy(path, own, interrupted, patience, clock)
   _OWN.add(own.nonce)
   try:
     waiting.contend()
@@ -273,7 +273,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
 # --- Becoming the holder -----------------------------------------------------
 
 
-class _Waiting(NamedTuple):
+class _Candidacy(NamedTuple):
   """A newcomer that waits for a lease."""
 
   path: epath.Path

@@ -130,14 +130,10 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def _render(template: str, title: str, blocks: Sequence[Block]) -> str:
   kinds = [(type(block).__name__, block) for block in blocks]
-  page = _environment(_HERE).get_template(template)
+  page = _environment(pathlib.Path(__file__).parent).get_template(template)
   return page.render(title=title, blocks=kinds)
 
 
-_HERE = pathlib.Path(__file__).parent
-
-
-@functools.cache
 def _environment(directory: pathlib.Path) -> 'jinja2.Environment':
   # Here, since `--help` and `status` do without.
   import jinja2
@@ -185,11 +181,14 @@ def prose(
   """
   path = pathlib.Path(module).with_suffix('.jinja')
 
-  def write(macro: str, **values: Any) -> list[str]:
+  @functools.cache
+  def macros() -> Any:
     environment = _environment(path.parent)
     environment.filters |= filters or {}
-    macros = environment.get_template(path.name).module
-    text = getattr(macros, macro)(**values)
+    return environment.get_template(path.name).module
+
+  def write(macro: str, **values: Any) -> list[str]:
+    text = getattr(macros(), macro)(**values)
     joined = (' '.join(paragraph.split()) for paragraph in text.split('\n\n'))
     return [paragraph for paragraph in joined if paragraph]
 

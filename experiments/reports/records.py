@@ -120,7 +120,8 @@ def _lives(records: Iterable[Mapping[str, Any]]) -> Iterable[int]:
   life, step = 0, 0
   counts: dict[str, float] = {}
   for record in records:
-    now = {k: record[k] for k in (REJECTED, FAILURES) if _is_count(record, k)}
+    now = {key: record.get(key) for key in (REJECTED, FAILURES)}
+    now = {k: v for k, v in now.items() if _is_count(v)}
     if record['step'] < step or any(
         value < counts.get(key, 0) for key, value in now.items()
     ):
@@ -130,8 +131,7 @@ def _lives(records: Iterable[Mapping[str, Any]]) -> Iterable[int]:
     yield life
 
 
-def _is_count(record: Mapping[str, Any], key: str) -> bool:
-  value = record.get(key)
+def _is_count(value: Any) -> bool:
   return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
@@ -150,7 +150,7 @@ def load_arms(
   """
   if not workdirs:
     raise ValueError('No run directory given; pass --workdir=<directory>.')
-  labels, paths = zip(*(split_label(w) for w in workdirs))
+  labels, paths = zip(*(_split_label(w) for w in workdirs))
   runs = [run_directory.read_run(p) for p in paths]
   groups = [_read_groups(p) for p in paths]
   own_names = [
@@ -170,13 +170,14 @@ def load_arms(
     final = _find_comparison(
         own_names[i], [comparisons[i], *(comparisons if unique else [])]
     )
-    config = _read_config(path)
-    workdir = epath.Path(path)
-    arms.append(Arm(names[i], workdir, runs[i], config, groups[i], *final))
+    config = run_directory.config_path(path)
+    text = config.read_text() if config.exists() else ''
+    known = runs[i], text, groups[i]
+    arms.append(Arm(names[i], epath.Path(path), *known, *final))
   return arms
 
 
-def split_label(workdir: str) -> tuple[str | None, str]:
+def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
   if not equals or epath.Path(workdir).is_dir():
@@ -198,13 +199,6 @@ def _read_groups(workdir: str) -> tuple[Group, ...]:
         'metrics.jsonl is missing or empty); train it first.'
     )
   return tuple(groups)
-
-
-def _read_config(workdir: str) -> str:
-  try:
-    return run_directory.config_path(workdir).read_text()
-  except FileNotFoundError:
-    return ''
 
 
 def _distinct_names(
@@ -246,19 +240,17 @@ def _find_comparison(
 # --- What arms have in common ------------------------------------------------
 
 
-def find_baseline(arms: Sequence[Arm]) -> Arm | None:
-  """Returns the arm called baseline; else the only arm of one group, if any."""
+def find_target(arms: Sequence[Arm]) -> tuple[Arm | None, float | None]:
+  """Returns the baseline and its best loss; (None, None) if there is none.
+
+  It is the arm called baseline; else the only arm of one group.
+  """
   named = [a for a in arms if a.name.lower().startswith('baseline')]
   single = [a for a in arms if len(a.groups) == 1]
-  if named:
-    return named[0]
-  return single[0] if len(single) == 1 and len(arms) > 1 else None
-
-
-def find_target(arms: Sequence[Arm]) -> tuple[Arm | None, float | None]:
-  """Returns the baseline and its best loss; (None, None) if it has none."""
-  baseline = find_baseline(arms)
-  found = baseline and best(validation_curve(baseline))
+  if not named and (len(single) != 1 or len(arms) == 1):
+    return None, None
+  baseline = (named or single)[0]
+  found = best(validation_curve(baseline))
   return (baseline, found[1]) if found else (None, None)
 
 

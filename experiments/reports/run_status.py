@@ -6,6 +6,7 @@ has a row for each group; what is wrong stands under it. If groups have several
 teachers, a last table has the staleness of each.
 """
 
+import functools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,7 +100,7 @@ def look(
     FileNotFoundError: If there is no such directory.
   """
   bad: list[str] = []
-  run = _attempt(lambda: run_directory.read_run(workdir), {}, bad)
+  run = _attempt(bad, run_directory.read_run, workdir) or {}
   groups = [
       read_group(workdir, i, run, now, silent_after)
       for i in run_directory.list_groups(workdir)
@@ -143,9 +144,7 @@ def read_group(
     silent_after: Seconds after which it is called silent.
   """
   bad: list[str] = []
-  ask = lambda read, *args, missing=None: _attempt(
-      lambda: read(*args), missing, bad
-  )
+  ask = functools.partial(_attempt, bad)
   sign = _sound(ask(run_directory.read_status, workdir, group_id), _KINDS)
   path = run_directory.metrics_path(workdir, group_id)
   recorded = _recorded(ask(run_directory.read_metrics, path, _TAIL_BYTES))
@@ -163,8 +162,7 @@ def read_group(
           run_directory.checkpoints_dir,
       )
   )
-  done_path = run_directory.done_path(workdir, group_id)
-  done = ask(done_path.exists, missing=False)
+  done = bool(ask(run_directory.done_path(workdir, group_id).exists))
   return Status(
       group_id=group_id,
       known=known,
@@ -181,13 +179,14 @@ def read_group(
   )
 
 
-def _attempt(read: Callable[[], T], missing: T, unreadable: list[str]) -> T:
+def _attempt(bad: list[str], read: Callable[..., T], *args: Any) -> T | None:
+  """Returns what is read; None, and why in `bad`, if it cannot be."""
   try:
-    return read()
+    return read(*args)
   except (ValueError, OSError) as e:
     # Torn by a kill or by the object store, or refused by the file system.
-    unreadable.append(' '.join(str(e).split()))
-    return missing
+    bad.append(' '.join(str(e).split()))
+    return None
 
 
 def _sound(value: Any, kind: Any) -> Any:
@@ -294,10 +293,6 @@ def _note(sentence: str, style: str = 'yellow') -> Text:
 # --- Showing -----------------------------------------------------------------
 
 
-def _integer(value: int | None) -> str:
-  return number(value, 'd')
-
-
 def _speed(status: Status) -> str:
   speed = status.known.get('steps_per_sec', math.nan)
   return number(speed if math.isfinite(speed) else None, '.1f')
@@ -343,20 +338,20 @@ def _last_seen(status: Status) -> Text:
 _COLUMNS: dict[str, Callable[[Status], str | Text]] = {
     'group': lambda s: str(s.group_id),
     'step': lambda s: '/'.join(
-        _integer(s.known.get(key)) for key in ('step', 'num_steps')
+        number(s.known.get(key), 'd') for key in ('step', 'num_steps')
     ),
     'phase': lambda s: 'done' if s.done else s.known.get('phase') or '?',
     'steps/s': _speed,
     'ETA': _eta,
     'eval/loss': lambda s: number(s.known.get('eval_loss'), '.3f'),
-    'published': lambda s: _integer(s.published),
+    'published': lambda s: number(s.published, 'd'),
     'teachers': _teachers,
     'staleness': _staleness,
     # Who has no peers rejects nothing.
-    'rejected': lambda s: _integer(
-        None if s.peers == [] else s.known.get('rejected')
+    'rejected': lambda s: number(
+        None if s.peers == [] else s.known.get('rejected'), 'd'
     ),
-    'checkpoint': lambda s: _integer(s.saved),
+    'checkpoint': lambda s: number(s.saved, 'd'),
     'last seen': _last_seen,
 }
 

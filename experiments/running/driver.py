@@ -36,7 +36,7 @@ from .job import Job, claim_workdir
 from .watch import Efficiency, Watch
 
 
-class Start(NamedTuple):
+class GroupStart(NamedTuple):
   """The start of a group.
 
   Attributes:
@@ -52,7 +52,7 @@ class Start(NamedTuple):
   efficiency: Efficiency
 
 
-def new_state(job: Job) -> Start:
+def new_state(job: Job) -> GroupStart:
   """Returns the start of a group that has no checkpoint."""
   experiment = job.experiment
   experiment_lib.check_group_batch(experiment, job.train_step.num_replicas)
@@ -71,7 +71,7 @@ def new_state(job: Job) -> Start:
       num_peers=experiment.exchange.num_teachers(job.group_id, job.num_groups),
   )
   # Not on a device, where it would stay beside the state in training.
-  return Start(
+  return GroupStart(
       base.host_copy(state),
       stream,
       experiment.group_batch * int(np.prod(np.shape(row['labels'])[1:])),

@@ -17,7 +17,7 @@ from codistill_jax.storage import files
 from .. import cli
 from . import plan as plan_lib
 from .declaration import Arm
-from .plan import Plan, PlannedRun
+from .plan import PlannedRun, StudyPlan
 
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {
@@ -43,7 +43,10 @@ class Configurations:
   """
 
   def __init__(
-      self, workdir: files.PathLike, plan: Plan, bindings: Sequence[str] = ()
+      self,
+      workdir: files.PathLike,
+      plan: StudyPlan,
+      bindings: Sequence[str] = (),
   ):
     """Parses nothing yet.
 
@@ -111,7 +114,7 @@ def shared_by_seeds() -> list[str]:
 
 
 def read_tuning(
-    workdir: files.PathLike, plan: Plan, arm: Arm
+    workdir: files.PathLike, plan: StudyPlan, arm: Arm
 ) -> dict[float, dict[str, Any]]:
   """Returns the outcomes of the tuning runs of an arm that are done."""
   found = {}
@@ -123,7 +126,7 @@ def read_tuning(
   return found
 
 
-def _check_free(binding: str, plan: Plan) -> None:
+def _check_free(binding: str, plan: StudyPlan) -> None:
   """Raises ValueError if a binding of `--gin` would be overridden, or worse."""
   name = '.'.join(binding.split('=')[0].strip().split('.')[-2:])
   free = {
@@ -220,7 +223,7 @@ def claim(configurations: Configurations, num_replicas: int) -> None:
 
 
 def _fixed_of(
-    described: Mapping[str, Any], plan: Plan, arms: Mapping[str, Any]
+    described: Mapping[str, Any], plan: StudyPlan, arms: Mapping[str, Any]
 ) -> list[str]:
   """Returns what runs of these arms, which are done, were made with."""
   return [f'{key}={described.get(key)}' for key in _FIXED] + [
@@ -283,5 +286,5 @@ def _name_of(model: Any) -> str:
   return f'{model.__module__.split(".")[-1]}.{model.__name__}'
 
 
-def _any_run(plan: Plan, arm: Arm) -> PlannedRun:
+def _any_run(plan: StudyPlan, arm: Arm) -> PlannedRun:
   return PlannedRun(arm.name, 0, 1.0 if plan.scale.rates else None, False)

@@ -18,13 +18,13 @@ from . import communication
 from . import plan as plan_lib
 from .analysis import Run
 from .declaration import Arm
-from .plan import Plan, PlannedRun
+from .plan import PlannedRun, StudyPlan
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
 
 def load(
-    workdir: files.PathLike, plan: Plan
+    workdir: files.PathLike, plan: StudyPlan
 ) -> tuple[dict[str, Any], list[Run]]:
   """Reads the runs that are done, and what they have in common.
 
@@ -93,7 +93,7 @@ def _check_rates(
 
 def _read_run(
     workdir: files.PathLike,
-    plan: Plan,
+    plan: StudyPlan,
     planned: PlannedRun,
     outcome: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -187,7 +187,7 @@ def _bytes(
 
 def _with_teachers(
     run: Run,
-    plan: Plan,
+    plan: StudyPlan,
     planned: PlannedRun,
     runs: Mapping[PlannedRun, Run],
 ) -> Run:
@@ -226,7 +226,7 @@ def _ensemble(
 
 
 def _setting(
-    settings: Mapping[str, Any], plan: Plan, seconds: float, done: int
+    settings: Mapping[str, Any], plan: StudyPlan, seconds: float, done: int
 ) -> dict[str, Any]:
   size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
   return {

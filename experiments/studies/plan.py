@@ -49,7 +49,7 @@ class PlannedRun(NamedTuple):
 TUNING_SEED = 1000
 
 
-class Plan(NamedTuple):
+class StudyPlan(NamedTuple):
   """A study at a scale.
 
   Attributes:
@@ -138,7 +138,7 @@ def make_plan(
     rates: Sequence[float] | None = None,
     worker_rows: int | None = None,
     arms: Sequence[str] = (),
-) -> Plan:
+) -> StudyPlan:
   """Makes the plan of a study, with what flags change.
 
   Args:
@@ -181,7 +181,7 @@ def make_plan(
   names = {arm.name for arm in chosen}
   comparisons = [c for c in study.comparisons if {c.arm, c.against} <= names]
   study = study._replace(arms=_in_order(chosen), comparisons=tuple(comparisons))
-  return Plan(study, scale_name, scale, declared)
+  return StudyPlan(study, scale_name, scale, declared)
 
 
 def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:

@@ -33,7 +33,7 @@ class Columns(NamedTuple):
   id: str = ''
 
 
-class Predictions(NamedTuple):
+class PredictionTable(NamedTuple):
   """One model.
 
   Attributes:
@@ -102,7 +102,7 @@ def _pairs(
   }
 
 
-def read(path: str, columns: Columns) -> Predictions:
+def read(path: str, columns: Columns) -> PredictionTable:
   """Reads one file of predictions.
 
   Raises:
@@ -113,7 +113,7 @@ def read(path: str, columns: Columns) -> Predictions:
   if _ending(path) == '.npy':
     _check_no_ids(path, columns)
     probs = statistics.check_probabilities(_read_npy(path), path)
-    return Predictions(path, probs, pd.RangeIndex(len(probs)), None, {})
+    return PredictionTable(path, probs, pd.RangeIndex(len(probs)), None, {})
   table = _read_table(path)
   picked = [_column(table, c, path) for c in columns.predictions]
   probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
@@ -127,7 +127,7 @@ def read(path: str, columns: Columns) -> Predictions:
       )
     except ValueError as e:
       raise ValueError(f'{e}; to read no labels, give --label_column=') from e
-  return Predictions(
+  return PredictionTable(
       path,
       probs,
       _ids(table, columns.id, path),
@@ -163,7 +163,7 @@ def _check_no_ids(path: str, columns: Columns) -> None:
 
 
 def join(
-    models: Sequence[Predictions], labels: pd.Series | None = None
+    models: Sequence[PredictionTable], labels: pd.Series | None = None
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
   """Joins the same examples of all models, and their labels.
 
@@ -217,7 +217,9 @@ def _check_same_labels(name_a, labels_a, name_b, labels_b, ids) -> None:
     )
 
 
-def _check_same_examples(first: Predictions, other: Predictions) -> None:
+def _check_same_examples(
+    first: PredictionTable, other: PredictionTable
+) -> None:
   a, b = len(first.probs), len(other.probs)
   if a != b:
     raise ValueError(

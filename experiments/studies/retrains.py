@@ -19,7 +19,7 @@ from codistill_jax.storage import files
 
 from . import plan as plan_lib
 from .declaration import Arm
-from .plan import Plan, PlannedRun
+from .plan import PlannedRun, StudyPlan
 
 SPLITS = ('validation', 'test')
 SINGLE, ENSEMBLE = 'single', 'ensemble'
@@ -68,7 +68,9 @@ def arms(
   )
 
 
-def with_controls(plan: Plan, control_retrains: int | None = None) -> Plan:
+def with_controls(
+    plan: StudyPlan, control_retrains: int | None = None
+) -> StudyPlan:
   """Returns the plan of a study of churn with all of its retrains.
 
   The single models are as many times more as an ensemble has members, so that

@@ -52,7 +52,7 @@ class _Compiled(NamedTuple):
   stream: base.Stream | None
 
 
-class _Run(NamedTuple):
+class _TrainedRun(NamedTuple):
   """A run in training."""
 
   planned: PlannedRun
@@ -119,7 +119,7 @@ class Trainer:
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
       latch: lockstep.Latch,
-  ) -> list[_Run]:
+  ) -> list[_TrainedRun]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
     num_groups = self._plan.arm(run.arm).num_groups
@@ -180,7 +180,7 @@ class Trainer:
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
       latch: lockstep.Latch,
-  ) -> list[_Run]:
+  ) -> list[_TrainedRun]:
     """Prepares several runs, whose groups exchange through the devices."""
     self._compiled = None
     first = experiments[0]
@@ -222,7 +222,7 @@ class Trainer:
       train_steps: Sequence[Any],
       latch: lockstep.Latch,
       **kwargs: Any,
-  ) -> _Run:
+  ) -> _TrainedRun:
     """Returns a run without its exchanges."""
     arm = self._plan.arm(run.arm)
     directory = plan_lib.run_dir(self._configurations.workdir, run)
@@ -247,11 +247,11 @@ class Trainer:
         )
         for group_id, train_step in enumerate(train_steps)
     ]
-    return _Run(run, jobs, ())
+    return _TrainedRun(run, jobs, ())
 
   def _rounds(
       self,
-      run: _Run,
+      run: _TrainedRun,
       began: float,
       together: int,
       say: Callable[[str], None],

@@ -15,7 +15,7 @@ from .. import cli
 from ..cli import StopRequest
 from ..running import processes
 from . import plan as plan_lib
-from .plan import Plan
+from .plan import StudyPlan
 
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the study: its runs, and what came of them.'
@@ -60,7 +60,7 @@ def absolute(workdir: str) -> str:
 def train(
     module: str,
     workdir: files.PathLike,
-    plan: Plan,
+    plan: StudyPlan,
     one_program: str = 'no',
 ) -> None:
   """Trains all runs that are not done; the same command again goes on.

@@ -19,7 +19,7 @@ from ..cli import StopRequest
 from . import one_program
 from . import plan as plan_lib
 from .configurations import Configurations
-from .plan import Plan, PlannedRun
+from .plan import PlannedRun, StudyPlan
 from .runs import Outcome, Trainer
 
 _POLL_SECONDS = 1.0
@@ -121,7 +121,7 @@ class Worker:
     if self._without_teachers(runs[0]):
       self._finish(runs[0], _never_begun(runs[0]))
     else:
-      progress = Progress(self._workdir, self._plan, runs[0], self.jobs)
+      progress = StudyProgress(self._workdir, self._plan, runs[0], self.jobs)
       self._trainer(runs, progress.say, self._finish)
 
   def _without_teachers(self, run: PlannedRun) -> bool:
@@ -136,7 +136,7 @@ class Worker:
     """Writes outcome.json: the run is done."""
     directory = plan_lib.run_dir(self._workdir, run)
     files.write_json(plan_lib.outcome_path(directory), outcome)
-    progress = Progress(self._workdir, self._plan, run, self.jobs)
+    progress = StudyProgress(self._workdir, self._plan, run, self.jobs)
     cli.tell(progress.line(_ending(outcome)))
 
 
@@ -167,11 +167,11 @@ def _ending(outcome: dict[str, Any]) -> str:
   return f'done, loss {outcome["loss"]:.4f}'
 
 
-class Progress:
+class StudyProgress:
   """The lines of one run, on the background of all."""
 
   def __init__(
-      self, workdir: files.PathLike, plan: Plan, run: PlannedRun, jobs: int
+      self, workdir: files.PathLike, plan: StudyPlan, run: PlannedRun, jobs: int
   ):
     """Reads nothing yet.
 

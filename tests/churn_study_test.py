@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 import toy
 from run_cases import run
+from waits import until
 
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
@@ -549,7 +550,7 @@ def test_processes_leave_when_asked(configuration, launch, tmp_path):
   workdir = tmp_path / 'run'
   process = in_processes(launch, configuration, workdir, num_steps=10**7)
   locked = lambda: len(list(workdir.glob('runs/*/*'))) == 2
-  tiny_run.until(locked, process=process)
+  until(locked, process=process)
   process.send(signal.SIGTERM)
   output = process.wait(143)
   assert 'the same command goes on' in output.splitlines()[-1]

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tiny_run
+from waits import until
 
 from codistill_jax.storage import checkpoints, files
 from tools.fault_drill import faults, report
@@ -117,7 +118,7 @@ def test_nothing_is_left_behind_when_interrupted(tmp_path):
       text=True,
   )
   try:
-    tiny_run.until(lambda: len(tiny_run.processes_of(workdir)) == 3)
+    until(lambda: len(tiny_run.processes_of(workdir)) == 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=tiny_run.PATIENCE)
   finally:
@@ -320,7 +321,7 @@ def test_events_arrive_from_other_processes(ledger):
       "report('start', step=7)"
   )
   subprocess.run([sys.executable, '-c', code], cwd=tiny_run.ROOT, check=True)
-  tiny_run.until(lambda: ledger.step_of(3) == 7)
+  until(lambda: ledger.step_of(3) == 7)
 
 
 # --- The faults --------------------------------------------------------------
@@ -369,13 +370,13 @@ def test_a_full_disk_refuses_until_it_is_undone(victim):
   grows = pathlib.Path(victim.workdir) / 'grows'
   refused = pathlib.Path(victim.workdir) / 'refused'
   before = resource.prlimit(victim.pid, resource.RLIMIT_FSIZE)
-  tiny_run.until(grows.exists)
+  until(grows.exists)
   _, undo = faults.full_disk(victim, np.random.default_rng(0))
-  tiny_run.until(refused.exists)
+  until(refused.exists)
   full = grows.stat().st_size
   undo()
   assert resource.prlimit(victim.pid, resource.RLIMIT_FSIZE) == before
-  tiny_run.until(lambda: grows.stat().st_size > full)
+  until(lambda: grows.stat().st_size > full)
 
 
 def test_undoing_spares_the_next_process(victim):

@@ -10,6 +10,7 @@ import signal
 import pytest
 import stuck
 import tiny_run
+from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
@@ -64,10 +65,10 @@ class Run:
 
   def stop(self, status, number=signal.SIGTERM, again=False):
     """Signals it; returns its last line. Fails if it ends otherwise."""
-    tiny_run.until(self._mark.exists, process=self._process)
+    until(self._mark.exists, process=self._process)
     self._process.send(number)
     if again:
-      tiny_run.until(lambda: self._process.send(number) or self._process.ended)
+      until(lambda: self._process.send(number) or self._process.ended)
     output = self._process.wait(status)
     assert 'Traceback' not in output
     return output.splitlines()[-1] if output else ''

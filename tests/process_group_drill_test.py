@@ -12,6 +12,7 @@ from unittest import mock
 import paced
 import pytest
 import tiny_run
+from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
@@ -59,7 +60,7 @@ class Run:
       self.pace(group_id, max(0.05, (time.monotonic() - start) / 5))
       return condition()
 
-    tiny_run.until(holds, process=process)
+    until(holds, process=process)
 
   def start(self, group_id, **flags):
     environment = {paced.VARIABLE: str(self._paces[group_id])}
@@ -126,7 +127,7 @@ def launch(tmp_path_factory):
 
 def assert_lost(process, run):
   """Ends as a crash, which may be started again; nothing is written of it."""
-  tiny_run.until(lambda: process.ended)
+  until(lambda: process.ended)
   # An error of a collective, or an abort by jax.
   assert process.status in (cli.CRASH, -signal.SIGABRT), process.output[-4000:]
   assert not run_directory.done_path(run.workdir, 0).exists()
@@ -138,7 +139,7 @@ def test_one_process_is_lost_and_its_group_comes_back(launch, tmp_path):
   run.pace(0, limit=47)
   run.pace(1, limit=25)
   pair, peer = run.start_pair(), run.start(1)
-  tiny_run.until(lambda: run.saved() >= 40, process=pair[0])
+  until(lambda: run.saved() >= 40, process=pair[0])
   run.slowly(1, lambda: run.teacher_step() > 0, peer)
   alone = peer.output.count('trains alone')
 
@@ -149,13 +150,13 @@ def test_one_process_is_lost_and_its_group_comes_back(launch, tmp_path):
   # Its peer goes on, alone.
   lost_at, saved = run.published(), run.saved()
   run.pace(1, limit=120)
-  tiny_run.until(lambda: run.step(1) == 120, process=peer)
+  until(lambda: run.step(1) == 120, process=peer)
   assert peer.output.count('trains alone') == alone + 1
   run.pace(0, limit=127)  # It catches up with its peer.
   restart = time.time()
 
   pair = run.start_pair(HEARTBEAT)
-  tiny_run.until(lambda: run.published() >= 120, process=pair[0])
+  until(lambda: run.published() >= 120, process=pair[0])
   run.slowly(1, lambda: run.teacher_step() > lost_at, peer)
   assert peer.output.count('has teachers again') == alone + 1
   first = min(r['step'] for r in run.records(0) if r['time'] > restart)

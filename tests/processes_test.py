@@ -311,7 +311,7 @@ time.sleep(600)
       {'PYTHONPATH': str(tiny_run.ROOT)},
   )
   try:
-    tiny_run.until(lambda: lines_of(begun), process=process)
+    until(lambda: lines_of(begun), process=process)
   finally:
     process.kill()
   until(lambda: not is_running(int(begun.read_text())))

@@ -8,6 +8,7 @@ import churn_toy
 import pytest
 import tiny_run
 from run_cases import run as run_binary
+from waits import until
 
 from codistill_jax import run_directory
 from experiments import reproduce
@@ -433,7 +434,7 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_page(
   flags = arguments(places, 'data_partition', 'stopped')
   process = launch('reproduce', *flags)
   first = workdir / 'runs/baseline/seed_0/outcome.json'
-  tiny_run.until(first.exists, process=process)
+  until(first.exists, process=process)
   process.send(15)
   output = process.wait(128 + 15)
   assert 'stopped' in output and 'Traceback' not in output

@@ -8,9 +8,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
+import psutil
 import token_files
 from waits import PATIENCE
 
@@ -186,15 +186,15 @@ class Launcher:
 
 
 def processes_of(directory) -> list[int]:
-  """Running processes that name `directory` on their command line (Linux)."""
-  found = []
-  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
-    with contextlib.suppress(OSError):
-      words = path.read_bytes().decode(errors='replace').split('\0')
-      here = [w for w in words if w.startswith('--workdir=')]
-      if any(str(directory) in w for w in here):
-        found.append(int(path.parent.name))
-  return found
+  """Running processes that name `directory` as their --workdir."""
+  return [
+      process.pid
+      for process in psutil.process_iter(['cmdline'])
+      if any(
+          word.startswith('--workdir=') and str(directory) in word
+          for word in process.info['cmdline'] or ()
+      )
+  ]
 
 
 @contextlib.contextmanager
@@ -206,15 +206,6 @@ def launcher(tmp_path_factory, name='logs'):
     yield one
   finally:
     one.close()
-
-
-def until(condition, timeout=PATIENCE, process=None):
-  """Waits until `condition()` holds; fails if the process ends before."""
-  deadline = time.monotonic() + timeout
-  while not condition():
-    assert time.monotonic() < deadline, 'waited in vain'
-    assert process is None or not process.ended, process.output[-4000:]
-    time.sleep(0.01)
 
 
 def saved_arrays(workdir, group_id, step=None):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tiny_run
+from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
@@ -131,7 +132,7 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   )
 
   group = start_group(launch, workdir, gin_file, 1)
-  tiny_run.until(lambda: saved(), process=group)
+  until(lambda: saved(), process=group)
   # Seeded: the moment in the run still is the machine's to choose.
   time.sleep(random.Random(7).uniform(0, 0.3))
   group.send(signal.SIGKILL)
@@ -144,7 +145,7 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   checkpoints.delete(run_directory.publications_dir(workdir, 1), [40])
   newest = max(saved())
   group = start_group(launch, workdir, gin_file, 1)
-  tiny_run.until(lambda: 40 in _published(workdir, 1), process=group)
+  until(lambda: 40 in _published(workdir, 1), process=group)
   group.send(signal.SIGTERM)
   output = group.wait(143)
   assert 'group 1 stopped and saved at step 40' in output
@@ -153,9 +154,7 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   # Stopped again, now before its first update: there is nothing to save, but
   # it says where it stands.
   group = start_group(launch, workdir, gin_file, 1)
-  tiny_run.until(
-      lambda: _status(workdir, 1).get('pid') == group.pid, process=group
-  )
+  until(lambda: _status(workdir, 1).get('pid') == group.pid, process=group)
   group.send(signal.SIGTERM)
   assert 'stopped and saved at step 40' in group.wait(143)
 

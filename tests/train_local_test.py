@@ -6,6 +6,7 @@ import signal
 import paced
 import pytest
 import tiny_run
+from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
@@ -51,7 +52,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   paced.write(pace, limit=25)  # It cannot reach its end.
   # Stopped while both compile: each leaves, with what it has or with nothing.
   process = start()
-  tiny_run.until(lambda: status(0) and status(1), process=process)
+  until(lambda: status(0) and status(1), process=process)
   process.send(signal.SIGTERM)
   output = process.wait(143)
   assert 'stopped; the same command goes on from here' in output
@@ -67,7 +68,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
 
   before = status(1)['pid']
   process = start()
-  tiny_run.until(lambda: status(1)['pid'] != before, process=process)
+  until(lambda: status(1)['pid'] != before, process=process)
   os.kill(status(1)['pid'], signal.SIGKILL)
   paced.write(pace)
   output = process.wait()
@@ -90,10 +91,8 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   (workdir.parent / 'sitecustomize.py').write_text(_LONG_EVALUATION)
   launch.python_path.append(str(workdir.parent))
   process = start()
-  tiny_run.until(
-      lambda: 'all groups are done' in process.output, process=process
-  )
-  tiny_run.until(lambda: tiny_run.processes_of(workdir)[1:], process=process)
+  until(lambda: 'all groups are done' in process.output, process=process)
+  until(lambda: tiny_run.processes_of(workdir)[1:], process=process)
   process.send(signal.SIGINT)
   output = process.wait(130)
   assert output.splitlines()[-1] == (

@@ -6,6 +6,7 @@ import signal
 import paced
 import pytest
 import tiny_run
+from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
@@ -56,7 +57,7 @@ def test_a_stop_saves_all_groups_at_one_step(
   paced.write(tmp_path / 'pace', limit=22)  # It cannot reach its end.
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
-  tiny_run.until(lambda: checkpoints.completed_steps(saved), process=process)
+  until(lambda: checkpoints.completed_steps(saved), process=process)
   process.send(signal.SIGTERM)
   assert 'stopped and saved at step' in process.wait(143)
   steps = [

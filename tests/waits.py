@@ -10,11 +10,14 @@ from collections.abc import Callable
 PATIENCE = 240.0  # Seconds after which something is taken to hang.
 
 
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-  """Waits until `condition()` holds."""
+def until(
+    condition: Callable[[], object], seconds: float = PATIENCE, process=None
+) -> None:
+  """Waits until `condition()` holds; fails if `process` ends before."""
   deadline = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < deadline, 'waited in vain'
+    assert process is None or not process.ended, process.output[-4000:]
     time.sleep(0.005)
 
 

@@ -7,8 +7,8 @@ without distillation: same states, same batch. `ratio` is the one over the
 other, and its goal 1.05 for any G. `operations_ratio` is the same in floating
 point operations, as the programs are written. `of_single` is a plain update of
 all groups over G times that of a group by itself: what it costs to be one
-program. A top_k is for groups on different devices; on one it saves nothing, and shows
-what it takes to pick and to unpack.
+program. A top_k is for groups on different devices; on one it saves nothing,
+and shows what it takes to pick and to unpack.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -7,6 +7,7 @@ types only, which costs nothing; `verify` reads everything.
 
 import concurrent.futures
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -105,7 +106,7 @@ def read_meta(data_dir: Path, kind: DataKind) -> dict[str, Any]:
   except (FileNotFoundError, NotADirectoryError) as e:
     raise FileNotFoundError(
         f'{data_dir} holds no prepared data (no {META}); make it with: python'
-        f' -m experiments.{kind.binary} {kind.example}--output={data_dir}'
+        f' -m {_binaries()}.{kind.binary} {kind.example}--output={data_dir}'
     ) from e
   if missing := {'format_version', 'splits', *kind.keys} - meta.keys():
     raise ValueError(
@@ -118,6 +119,12 @@ def read_meta(data_dir: Path, kind: DataKind) -> dict[str, Any]:
         f' reads {kind.version}; {kind.remedy}'
     )
   return meta
+
+
+def _binaries() -> str:
+  """Returns the package of the binaries: where installed, or in a clone."""
+  installed = 'codistill_jax.experiments'
+  return installed if importlib.util.find_spec(installed) else 'experiments'
 
 
 def open_array(

@@ -14,6 +14,7 @@ from etils import epath
 from codistill_jax import run_directory
 from codistill_jax.storage import files
 
+from .. import cli
 from . import pages, records, run_plots, run_tables
 from .pages import Block, Bullets, Code, Heading, Table
 from .records import RunRecords
@@ -138,7 +139,7 @@ def commands(
     for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
       command = command.replace(path, _portable(path))
     lines.append(command.replace(os.getcwd() + os.sep, ''))
-  report = ['python -m experiments.report']
+  report = [f'python -m {cli.module_of("report")}']
   for arm in arms:
     label = f'{arm.name}={_portable(arm.workdir)}'
     report.append(f'--workdir={shlex.quote(label)}')

@@ -24,7 +24,7 @@ META = 'meta.json'  # Written last: it makes a directory a data set.
 _LINE = re.compile(r'\\?([0-9a-fA-F]{64}) [ *](.+)')  # Of sha256sum.
 
 
-class Kind(NamedTuple):
+class DataKind(NamedTuple):
   """A kind of prepared data.
 
   Attributes:
@@ -76,7 +76,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
   write_file(path, text.encode('utf-8'))
 
 
-def read_json(path: Path, kind: Kind) -> dict[str, Any]:
+def read_json(path: Path, kind: DataKind) -> dict[str, Any]:
   """Reads a JSON object that a preparation wrote.
 
   Raises:
@@ -92,7 +92,7 @@ def read_json(path: Path, kind: Kind) -> dict[str, Any]:
     raise ValueError(f'{path} is damaged ({e}); {kind.remedy}') from e
 
 
-def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
+def read_meta(data_dir: Path, kind: DataKind) -> dict[str, Any]:
   """Reads `meta.json` of a finished data set.
 
   Raises:
@@ -121,7 +121,7 @@ def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
 
 
 def open_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, kind: Kind
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, kind: DataKind
 ) -> np.ndarray:
   """Memory-maps an array and compares it with its description.
 
@@ -175,7 +175,7 @@ class Stack:
 # --- checksums ----------------------------------------------------------------
 
 
-def verify(data_dir: str | os.PathLike, kind: Kind) -> tuple[int, int]:
+def verify(data_dir: str | os.PathLike, kind: DataKind) -> tuple[int, int]:
   """Reads every file of a data set and compares it with its SHA-256.
 
   Returns:

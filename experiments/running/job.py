@@ -74,7 +74,7 @@ class Job:
 
   @property
   def directory(self) -> str:
-    """The directory of the group."""
+    """Returns the directory of the group."""
     return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
 
   @property

@@ -174,7 +174,7 @@ class Group:
 
   @property
   def pid(self) -> int | None:
-    """Its process, or None while none runs."""
+    """Returns the id of its process, or None while none runs."""
     return self._process.pid if self.running else None
 
   @property
@@ -183,7 +183,7 @@ class Group:
 
   @property
   def exit_status(self) -> int | None:
-    """The status of the last process that ended, below 0 by a signal."""
+    """Returns the status of its last process; below 0: ended by a signal."""
     status = None if self._process is None else self._process.poll()
     return self._ended if status is None else status
 

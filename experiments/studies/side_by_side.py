@@ -138,7 +138,7 @@ def _run_side_by_side(
     for worker in workers:
       processes.ask_to_leave(worker)
     for worker in workers:
-      processes.wait_or_kill(worker, 10.0)
+      processes.wait_or_kill(worker, processes.PACE.grace)
 
 
 def _take_cores(worker: str) -> int:

@@ -44,7 +44,7 @@ class Case(NamedTuple):
 def lstm_lm(
     units: int, vocab: int, rows: int, tokens: int, dtype: str = 'float32'
 ) -> Case:
-  """The paper's language model; its embedding is 1/4 as wide, at most 256."""
+  """Returns the paper's language model; embedding 1/4 as wide, at most 256."""
   embedding = min(256, max(units // 2, 8))
   model = lstm.language_model(
       vocab, units=units, embedding=embedding, dtype=dtype
@@ -62,7 +62,7 @@ def transformer_lm(
     tokens: int,
     dtype: str = 'float32',
 ) -> Case:
-  """A transformer with heads of 64 units and a memory as long as a window."""
+  """Returns a transformer: heads of 64 units, a memory as long as a window."""
   model = transformer.language_model(
       vocab,
       layers=layers,
@@ -91,12 +91,12 @@ def _language_model(
 
 
 def resnet20(rows: int) -> Case:
-  """ResNet-20 on CIFAR's shapes."""
+  """Returns ResNet-20 on CIFAR's shapes."""
   return _images('ResNet-20', resnet.resnet20(10), rows, 32, 10, 'float32')
 
 
 def resnet50(rows: int, dtype: str = 'bfloat16', pixels: int = 224) -> Case:
-  """ResNet-50 on ImageNet's shapes."""
+  """Returns ResNet-50 on ImageNet's shapes."""
   model = resnet.resnet50(1000, dtype=dtype)
   return _images('ResNet-50', model, rows, pixels, 1000, dtype)
 
@@ -125,7 +125,7 @@ def click_dnn(
     tables: int = 26,
     buckets: int = 4096,
 ) -> Case:
-  """The click model on Criteo's columns: 13 integers, 26 categories."""
+  """Returns the click model on Criteo's columns: 13 integers, 26 categories."""
   rng = np.random.default_rng(0)
   model = dnn.click_model(2, [buckets] * tables, 13, hidden, embedding=16)
   batch = {
@@ -142,7 +142,7 @@ def click_dnn(
 
 
 def train_step(case: Case, **kwargs: Any) -> step_lib.TrainStep:
-  """The pure step of the case."""
+  """Returns the pure step of the case."""
   return step_lib.make_train_step(
       case.model,
       case.tx,
@@ -153,7 +153,7 @@ def train_step(case: Case, **kwargs: Any) -> step_lib.TrainStep:
 
 
 def state_of(case: Case, num_peers: int = 0, seed: int = 0) -> base.TrainState:
-  """A state of random parameters."""
+  """Returns a state of random parameters."""
   return step_lib.init_state(
       case.model,
       case.tx,
@@ -164,7 +164,7 @@ def state_of(case: Case, num_peers: int = 0, seed: int = 0) -> base.TrainState:
 
 
 def teachers_of(case: Case, num_peers: int) -> base.Teachers | None:
-  """That many peers of other random parameters; None of none."""
+  """Returns that many peers of other random parameters; None of none."""
   if not num_peers:
     return None
   found = [state_of(case, seed=1 + p).variables for p in range(num_peers)]
@@ -173,7 +173,7 @@ def teachers_of(case: Case, num_peers: int) -> base.Teachers | None:
 
 
 def updates(case: Case, num_peers: int, **kwargs: Any) -> Callable[[], Any]:
-  """`call()` does one more update, jitted, the state donated, as in a run.
+  """Returns `call()`, one more update, jitted, the state donated, as in a run.
 
   Args:
     case: What is trained.
@@ -194,7 +194,7 @@ def updates(case: Case, num_peers: int, **kwargs: Any) -> Callable[[], Any]:
 
 
 def forward(case: Case, to_logits: bool) -> Callable[[], Any]:
-  """`call()` is a forward pass in eval mode, jitted.
+  """Returns `call()`, a forward pass in eval mode, jitted.
 
   Args:
     case: What is evaluated.
@@ -218,15 +218,15 @@ def forward(case: Case, to_logits: bool) -> Callable[[], Any]:
 
 
 def floating_operations(function: Callable[..., Any], *args: Any) -> float:
-  """Floating point operations of a function of arrays, as it is written.
+  """Returns the floating point operations of a function, as it is written.
 
-  Of products and convolutions alone; see `flops`.
+  Of products and convolutions alone; see `jaxprs`.
   """
   return jaxprs.flops(function, *args).total
 
 
 def update_operations(case: Case, num_peers: int, **kwargs: Any) -> float:
-  """Floating point operations of one update."""
+  """Returns the floating point operations of one update."""
   return floating_operations(
       train_step(case, **kwargs),
       state_of(case, num_peers),

@@ -39,7 +39,7 @@ _GIN_FILE = 'gin_configs/tasks/bible_lm.gin'
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each start."""
+  """Yields one row for each start."""
   needed = 'gin-config'
   for name, code in _IMPORTS.items():
     if options.quick and name not in ('interpreter', 'import codistill_jax'):

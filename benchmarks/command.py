@@ -20,7 +20,7 @@ DEVICES = ('cpu', 'gpu')
 
 
 def define_flags() -> None:
-  """Those of every benchmark; by the program, not by whoever imports it."""
+  """Defines the flags of every benchmark; called by its program alone."""
   flags.DEFINE_enum('device', 'cpu', DEVICES, 'What to measure on.')
   flags.DEFINE_bool('quick', False, 'Tiny sizes, once: to see whether it runs.')
   flags.DEFINE_integer(
@@ -55,7 +55,7 @@ Rows = Callable[[Options], Iterator[dict[str, Any]]]
 
 
 def run(benchmark: str, rows: Rows) -> None:
-  """The main program of a benchmark."""
+  """Runs the main program of a benchmark."""
 
   def main(argv: Sequence[str]) -> None:
     del argv
@@ -72,7 +72,7 @@ def run(benchmark: str, rows: Rows) -> None:
 
 
 def from_flags() -> tuple[Options, str | None]:
-  """What the flags say, and where to write."""
+  """Returns what the flags say, and where to write."""
   given = flags.FLAGS
   return Options(given.device, given.quick, given.repeats), given.output
 
@@ -80,7 +80,7 @@ def from_flags() -> tuple[Options, str | None]:
 def collect(
     benchmark: str, rows: Rows, options: Options, output: str | None = None
 ) -> dict[str, Any]:
-  """All rows, with what a reader needs to know of the run."""
+  """Returns all rows, with what a reader needs to know of the run."""
   from benchmarks import measure
 
   start = time.perf_counter()
@@ -129,5 +129,5 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def skipped(name: str, reason: str) -> dict[str, str]:
-  """The row of what cannot run here."""
+  """Returns the row of what cannot run here."""
   return {'name': name, 'skipped': reason}

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(millions: int) -> dict[str, Any]:
-  """All arms at one size, alternating."""
+  """Measures all arms at one size, alternating."""
   runs = {arm: [] for arm in ARMS}
   for repeat in range(_REPEATS.value):
     for arm in measure.in_turn(ARMS, repeat):
@@ -128,7 +128,7 @@ def _in_a_process(
 
 
 def measure_arm(arm: str, millions: int) -> dict[str, Any]:
-  """One arm, in this process."""
+  """Measures one arm, in this process."""
   _compute_beside_the_free_core()
   # Here, so that the parent holds no accelerator and no memory.
   import jax
@@ -169,7 +169,7 @@ def measure_arm(arm: str, millions: int) -> dict[str, Any]:
 
 
 def _cores() -> tuple[set[int], set[int]]:
-  """The cores to compute on, and the one for the exchange."""
+  """Returns the cores to compute on, and the one for the exchange."""
   cores = sorted(os.sched_getaffinity(0))
   if not _FREE_CORE.value or len(cores) < 2:
     return set(cores), set(cores)
@@ -234,7 +234,7 @@ def _forget_peak() -> None:
 
 
 def _peak_bytes() -> int:
-  """The largest resident size since `_forget_peak`."""
+  """Returns the largest resident size since `_forget_peak`."""
   try:
     status = pathlib.Path('/proc/self/status').read_text()
     return 1024 * int(status.split('VmHWM:')[1].split()[0])

@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
 def _open_all(
     pipelines: Sequence[Pipeline], root: pathlib.Path
 ) -> tuple[list[Measured], dict[str, str]]:
-  """Every pipeline whose configuration and packages are there."""
+  """Returns every pipeline whose configuration and packages are there."""
   opened, skipped, directories = [], {}, {}
   for pipeline in pipelines:
     if pipeline.data not in directories:

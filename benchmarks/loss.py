@@ -23,7 +23,7 @@ _SLOWER = 1.0
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each vocabulary's memory, then those of the time."""
+  """Yields one row for each vocabulary's memory, then those of the time."""
   tokens, features, vocabularies = _TOKENS, _FEATURES, _VOCABULARIES
   if options.quick:
     # So many that there is more than one block.
@@ -114,7 +114,7 @@ def functions(backward: bool) -> dict[str, Any]:
 
 
 def arguments_of(tokens: int, features: int, vocab: int, dtype: str) -> tuple:
-  """Student, one teacher and labels, of random numbers."""
+  """Returns student, one teacher and labels, of random numbers."""
   import jax
   import jax.numpy as jnp
 

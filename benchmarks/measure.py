@@ -22,12 +22,12 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 def brief(value: float) -> float:
-  """The number with three digits that count."""
+  """Returns the number with three digits that count."""
   return float(f'{value:.3g}')
 
 
 def timed(call: Callable[[], Any]) -> Arm:
-  """An arm of a function that gives jax arrays, for which it waits."""
+  """Returns an arm of a function that gives jax arrays, for which it waits."""
   import jax
 
   def arm(times: int) -> float:
@@ -41,7 +41,7 @@ def timed(call: Callable[[], Any]) -> Arm:
 
 
 def in_turn(arms: Iterable[Any], repeat: int) -> list[Any]:
-  """The arms, in the other direction in every second repeat."""
+  """Returns the arms, in the other direction in every second repeat."""
   return list(arms)[:: -1 if repeat % 2 else 1]
 
 
@@ -80,7 +80,7 @@ def warm_up(arms: Mapping[str, Arm]) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-  """Median and quartiles, and of how many."""
+  """Returns the median and quartiles, and of how many."""
   return {
       'median': brief(statistics.median(values)),
       'quartiles': [brief(x) for x in _quartiles(values)],
@@ -89,14 +89,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
-  """Median and quartiles, in milliseconds."""
+  """Returns the median and quartiles, in milliseconds."""
   return spread([1e3 * x for x in seconds])
 
 
 def ratio(
     numerator: Sequence[float], denominator: Sequence[float]
 ) -> dict[str, Any]:
-  """Median and quartiles of the ratios, repeat by repeat."""
+  """Returns the median and quartiles of the ratios, repeat by repeat."""
   return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
@@ -110,7 +110,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 def goal(
     value: float, *, at_most: float | None = None, at_least: float | None = None
 ) -> dict[str, Any]:
-  """A goal in numbers, and whether it is met."""
+  """Returns a goal in numbers, and whether it is met."""
   if (at_most is None) == (at_least is None):
     raise ValueError('Give a goal either at_most or at_least.')
   if at_most is not None:
@@ -119,7 +119,7 @@ def goal(
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-  """The exponent e of y = a x^e: least squares of the logarithms.
+  """Returns the exponent e of y = a x^e: least squares of the logarithms.
 
   Returns:
     `exponent`, and `residual`: by which share of it a value of y is off the
@@ -135,7 +135,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-  """The straight line y = intercept + slope x of least squares.
+  """Returns the straight line y = intercept + slope x of least squares.
 
   Returns:
     Both, and `residual`: the root of the mean square distance, as a share of
@@ -154,7 +154,7 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-  """What a reader needs to know of the machine; uses its devices."""
+  """Returns what a reader needs to know of the machine; uses its devices."""
   import jax
 
   return {
@@ -167,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-  """Of the packages that are there."""
+  """Returns the versions of the packages that are there."""
   found = {}
   for name in packages:
     try:
@@ -178,7 +178,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def cores() -> int:
-  """Processor cores that this process may use."""
+  """Returns the number of cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

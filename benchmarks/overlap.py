@@ -16,7 +16,7 @@ from benchmarks import command, measure
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model."""
+  """Yields one row for each model."""
   for case in _cases(options):
     arms = {name: measure.timed(call) for name, call in calls_of(case).items()}
     measure.warm_up(arms)
@@ -33,7 +33,7 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
 
 
 def calls_of(case) -> dict[str, Callable[[], Any]]:
-  """The arms: each call does one more update."""
+  """Returns the arms: each call does one more update."""
   import jax
 
   from benchmarks import cases

@@ -63,7 +63,7 @@ def write(inputs: Sequence[str], notes: str, page: str) -> None:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-  """The JSON of a run.
+  """Returns the JSON of a run.
 
   Raises:
     ValueError: If it is not of `run_all`.
@@ -81,7 +81,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def read_notes(text: str) -> list[Note]:
-  """The sections of the notes."""
+  """Returns the sections of the notes."""
   notes = []
   for part in ('\n' + text).split('\n## ')[1:]:
     heading, _, body = part.partition('\n')
@@ -95,7 +95,7 @@ def make(
     notes: Sequence[Note],
     notes_name: str = 'benchmarks_notes.md',
 ) -> str:
-  """The whole page, in Markdown."""
+  """Returns the whole page, in Markdown."""
   parts = [_HEAD.format(notes_name=notes_name), _machines(runs)]
   parts.append(_overview(runs))
   for figure in figures.FIGURES:
@@ -120,7 +120,7 @@ def _machines(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-  """How many goals are met, for each figure and device."""
+  """Returns how many goals are met, for each figure and device."""
   devices = [run['device'] for run in runs]
   table = [['figure', 'goal', *devices]]
   for figure in figures.FIGURES:
@@ -202,7 +202,7 @@ def _table(figure: figures.Figure, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """Whatever has one number, for a benchmark whose columns nobody chose."""
+  """Returns whatever has one number, if nobody chose columns."""
   keys = [
       key
       for key, value in rows[0].items()
@@ -234,7 +234,7 @@ def _missed(
     rows: Sequence[Mapping[str, Any]],
     notes: Sequence[Note],
 ) -> list[str]:
-  """The missed goals, those of one note together."""
+  """Returns the missed goals, those of one note together."""
   by_note: dict[str, list[str]] = {}
   for row in rows:
     note = find_note(notes, benchmark, row['name'], device) or _UNKNOWN
@@ -250,7 +250,7 @@ def _missed(
 def find_note(
     notes: Sequence[Note], benchmark: str, row: str, device: str
 ) -> str:
-  """The text of the note that fits best; '' if none does.
+  """Returns the text of the note that fits best; '' if none does.
 
   Args:
     notes: All.
@@ -271,7 +271,7 @@ def find_note(
 
 
 def cell(value: Any) -> str:
-  """A value of the JSON as a reader likes it."""
+  """Returns a value of the JSON as a reader likes it."""
   if value is None:
     return ''
   if isinstance(value, dict) and 'median' in value:
@@ -289,7 +289,7 @@ def cell(value: Any) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-  """The first row is the head; the second column and on are numbers."""
+  """Returns a table: a row of heads, and numbers from the second column on."""
   lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
   lines.insert(1, '|' + '---|' * len(rows[0]))
   return '\n'.join(lines) + '\n'

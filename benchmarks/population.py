@@ -18,7 +18,7 @@ _SEEDS, _GROUPS, _EVERY = 3, 2, 10
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model."""
+  """Yields one row for each model."""
   for case in _cases(options):
     calls = calls_of(case)
     for call in calls.values():
@@ -41,7 +41,7 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
 
 
 def calls_of(case: Any) -> dict[str, Callable[[], Any]]:
-  """The arms: each call is an interval of ten updates of all, and an exchange.
+  """Returns the arms: a call is ten updates of all groups, and an exchange.
 
   It gives the metrics of the last ones.
   """

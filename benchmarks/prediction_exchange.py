@@ -2,13 +2,13 @@ r"""What predictions of peers cost: a joint update against a plain one.
 
     python -m benchmarks.prediction_exchange --device=cpu
 
-G groups are one program on one device (`population`), with and without
-distillation: same states, same batch. `ratio` is the one over the other, and
-its goal 1.05 for any G. `operations_ratio` is the same in floating point
-operations, as the programs are written. `of_single` is a plain update of all
-groups over G times that of a group by itself: what it costs to be one program.
-A top_k is for groups on different devices; on one it saves nothing, and shows
-what it takes to pick and to unpack.
+G groups are one program on one device (`one_program.Population`), with and
+without distillation: same states, same batch. `ratio` is the one over the
+other, and its goal 1.05 for any G. `operations_ratio` is the same in floating
+point operations, as the programs are written. `of_single` is a plain update of
+all groups over G times that of a group by itself: what it costs to be one
+program. A top_k is for groups on different devices; on one it saves nothing,
+and shows what it takes to pick and to unpack.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ _TOP_K = 32
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model, number of groups, and form of prediction."""
+  """Yields one row for each model, number of groups, and form of prediction."""
   for case in _cases(options):
     for groups in _GROUPS[1 : 2 if options.quick else None]:
       yield from _of_groups(case, groups, options)
@@ -103,7 +103,7 @@ class _Groups:
     self._state = self._step.place(states)
 
   def peers(self, top_k: int | None = None) -> Any:
-    """All others as the peers of each."""
+    """Returns all others as the peers of each."""
     from codistill_jax import peer_predictions
     from codistill_jax.exchange.plan import peers_of
 
@@ -112,7 +112,7 @@ class _Groups:
     return self._step.peers(peer_predictions.mixing_matrix(others), top_k)
 
   def updates(self, teachers: Any) -> Callable[[], Any]:
-    """`call()` does one more update of all groups."""
+    """Returns `call()`, one more update of all groups."""
 
     def call() -> Any:
       self._state, metrics = self._step(
@@ -123,7 +123,7 @@ class _Groups:
     return call
 
   def flops(self, teachers: Any) -> float:
-    """Of one update of one group."""
+    """Returns the FLOPs of one update of one group."""
     from benchmarks import cases
     from codistill_jax import jaxprs
 

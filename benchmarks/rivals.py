@@ -41,7 +41,7 @@ class Rival(NamedTuple):
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model, and plain or codistilled."""
+  """Yields one row for each model, and plain or codistilled."""
   if not measure.versions(['torch']):
     yield command.skipped('PyTorch', "needs the extra 'bench': torch")
     return
@@ -121,7 +121,7 @@ def _times(seconds: dict[str, list[float]], teach: bool) -> dict[str, Any]:
 
 
 def remote(ask, teach: bool, compiled: bool) -> measure.Arm:
-  """An arm of the other process, which times itself."""
+  """Returns an arm of the other process, which times itself."""
 
   def arm(times: int) -> float:
     answer = ask(do='time', teach=teach, compiled=compiled, times=times)
@@ -135,7 +135,7 @@ def remote(ask, teach: bool, compiled: bool) -> measure.Arm:
 def agree(
     rival: Rival, teach: bool, options: command.Options, ask
 ) -> dict[str, float]:
-  """The largest relative deviations of losses and first gradient norm.
+  """Returns the largest relative deviations of losses and first gradient norm.
 
   Raises:
     ValueError: If they are beyond `TOLERANCE`.
@@ -207,7 +207,7 @@ def _batch(rival: Rival) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def torch_process(device: str):
-  """`ask(do=..., **arguments) -> dict` of the process with PyTorch."""
+  """Yields `ask(do=..., **arguments) -> dict` of the process with PyTorch."""
   device = 'cuda' if device == 'gpu' else 'cpu'
   command_line = [sys.executable, '-m', 'benchmarks.rivals_torch']
   process = subprocess.Popen(

@@ -180,7 +180,7 @@ class ResNet(nn.Module):
 
 
 def _parameter(array: np.ndarray, transpose: bool = True) -> nn.Parameter:
-  """A parameter; kernels are laid out as torch has them."""
+  """Returns a parameter; kernels are laid out as torch has them."""
   tensor = torch.tensor(array)
   if tensor.ndim == 4:
     tensor = tensor.permute(3, 2, 0, 1)
@@ -316,7 +316,7 @@ def time_calls(call: Callable[[], Any], times: int, device: str) -> float:
 
 
 def profile(call: Callable[[], Any], times: int) -> list[dict[str, Any]]:
-  """Share of the time of the operators that take most of it."""
+  """Returns the share of the time of the operators that take most of it."""
   activity = torch.profiler.ProfilerActivity.CPU
   with torch.profiler.profile(activities=[activity]) as found:
     for _ in range(times):

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chosen(only: Sequence[str]) -> list[str]:
-  """The benchmarks of these names, as ordered; all that there are if none.
+  """Returns the benchmarks of these names, as ordered; all if there are none.
 
   Raises:
     ValueError: If there is none of a name.
@@ -94,7 +94,7 @@ def chosen(only: Sequence[str]) -> list[str]:
 def run_one(
     name: str, options: command.Options, seconds: float
 ) -> tuple[dict[str, Any] | None, str]:
-  """What a benchmark wrote, and why it did not get to its end ('' if so)."""
+  """Returns what a benchmark wrote, and why it ended early ('' if not)."""
   if seconds <= 0:
     return None, 'no time was left'
   with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +123,7 @@ def run_one(
 
 
 def write_page() -> None:
-  """The page, from the runs on all devices."""
+  """Writes the page, from the runs on all devices."""
   results = _HERE.parent / 'docs' / 'results'
   found = [results / f'bench_{device}.json' for device in command.DEVICES]
   page.write(
@@ -139,12 +139,12 @@ def _kept(output: str) -> dict[str, Any]:
 
 
 def _said() -> list[str]:
-  """The flags of this run that were given."""
+  """Returns the flags of this run that were given."""
   return [arg for arg in sys.argv[1:] if not arg.startswith('--output')]
 
 
 def define_flags() -> None:
-  """Beside those of every benchmark."""
+  """Defines the flags beside those of every benchmark."""
   command.define_flags()
   flags.DEFINE_list('only', [], 'Benchmarks to run; default: all.')
   flags.DEFINE_float('budget', None, 'Seconds after which what runs is ended.')

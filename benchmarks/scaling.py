@@ -20,7 +20,7 @@ _EVERY = 10
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each line."""
+  """Yields one row for each line."""
   for name, (points, call_of, fit) in _lines(options).items():
     # All points of a line in turn.
     arms = {}
@@ -134,7 +134,7 @@ class Same:
     self._batch = batch
 
   def batch(self, step: int) -> dict[str, Any]:
-    """That batch."""
+    """Returns that batch."""
     del step
     return self._batch
 

@@ -20,7 +20,7 @@ _PEERS = (1, 3)
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model and number of teachers."""
+  """Yields one row for each model and number of teachers."""
   from benchmarks import cases
 
   for case in _cases(options):

@@ -19,7 +19,7 @@ _GOAL_AT = 512  # Units of the LSTM.
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """One row for each model."""
+  """Yields one row for each model."""
   from benchmarks import cases
 
   for case in _cases(options):

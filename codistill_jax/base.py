@@ -163,7 +163,7 @@ class PeerPredictions:
       this group's soft target. 1 / P for a peer that is present; 0 for the
       group itself and whoever is absent; all 0 if it is alone.
     axis_name: The axis of the groups; several if it is split, as by
-      `population`, the outermost first.
+      `one_program.Population`, the outermost first.
     top_k: How many classes a group sends of each prediction, with one number
       for the rest; None sends all.
   """
@@ -240,7 +240,7 @@ class Task(NamedTuple):
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:
-  """Numpy copies of (replicated) arrays, safe from what happens to `tree`.
+  """Returns numpy copies of arrays, safe from what happens to `tree`.
 
   A copy, even on CPU, where `numpy.asarray` gives a view of the device buffer:
   the next step may reuse a donated buffer while a background thread still

@@ -21,7 +21,7 @@ from codistill_jax import base, metrics
 _IN_FLIGHT = 32
 
 
-class Comparison(NamedTuple):
+class ModelComparison(NamedTuple):
   """What `compare` finds.
 
   Attributes:
@@ -77,7 +77,7 @@ def compare(
     model: base.Model,
     variables_list: Sequence[base.Variables],
     batches: Iterable[base.Batch],
-) -> Comparison:
+) -> ModelComparison:
   """Compares sets of variables: each, their ensemble, and between them.
 
   The ensemble predicts the mean of the members' probabilities; its loss and
@@ -105,7 +105,7 @@ def compare(
   compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
   sums = _sum_over(step, itertools.chain([first], batches), carries)
-  return Comparison(
+  return ModelComparison(
       members=[_values(member) for member in sums.members],
       ensemble=_values(sums.ensemble),
       pairs={pair: _values(found) for pair, found in sums.pairs.items()},
@@ -118,7 +118,7 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
   """Returns a jitted step that compares sets of variables on a batch.
 
   `step(variables_list, batch, carries) -> (sums, carries)`, where sums is a
-  pytree of metrics shaped like `Comparison`, less perplexity.
+  pytree of metrics shaped like `ModelComparison`, less perplexity.
   """
 
   @jax.jit
@@ -136,7 +136,7 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
     member = functools.partial(
         _member, labels=labels, weights=weights, sigmoid=sigmoid
     )
-    sums = Comparison(
+    sums = ModelComparison(
         members=[member(x) for x in log_probs],
         ensemble=member(_mean_prediction(log_probs)),
         pairs={

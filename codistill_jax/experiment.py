@@ -327,8 +327,9 @@ def _check_exchange(experiment: Experiment) -> None:
   chosen = experiment.exchange
   if isinstance(chosen, str) and chosen in _RENAMED:
     raise ValueError(
-        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that,'
-        ' with "from codistill_jax import exchange"'
+        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that'
+        ' in a gin file, with "from codistill_jax import exchange", as those of'
+        ' gin_configs/ablations do'
     )
   if isinstance(chosen, type) or not isinstance(chosen, Kind):
     raise ValueError(

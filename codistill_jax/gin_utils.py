@@ -226,6 +226,11 @@ def _one_line_errors(where: str) -> Iterator[None]:
         reason = (
             f'{old} is now {RENAMED[old]};{reason[found.end():].lstrip(".")}'
         )
+    if 'No configurable matching' in reason:
+      reason = (
+          reason.rstrip('^ ')
+          + '; gin knows a name of a module once a --gin_file has used it'
+      )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
 
 

@@ -39,7 +39,7 @@ class GroupStep(Protocol):
   def __call__(
       self, state: Any, batch: Batch, teachers: Any, distill_weight: float
   ) -> tuple[Any, Metrics]:
-    """The next state and the metrics of the update."""
+    """Returns the next state and the metrics of the update."""
 
 
 class StepResult(NamedTuple):
@@ -139,7 +139,7 @@ def _turns(
 def prefetch(
     stream: Stream, start: int, stop: int, ahead: int = 2
 ) -> Iterator[Batch]:
-  """`stream.batch(n)` for n in start..stop-1, loaded ahead in a thread."""
+  """Yields `stream.batch(n)`, start <= n < stop, loaded ahead in a thread."""
   loader = concurrent.futures.ThreadPoolExecutor(1, 'load')
   steps = iter(range(start, stop))
   pending = collections.deque(

@@ -207,6 +207,6 @@ def least_seconds(
 
 
 def _names(kind: str, device_kind: str) -> bool:
-  """Whether it begins with that, as a whole word: an L40 is no L4."""
+  """Returns whether it begins with that, as a whole word: an L40 is no L4."""
   rest = device_kind.removeprefix(kind)
   return rest != device_kind and not rest[:1].isalnum()

@@ -155,7 +155,7 @@ class Population:
 
   @property
   def sharding(self) -> NamedSharding:
-    """Of arrays with an axis G in front."""
+    """Returns the sharding of arrays with an axis G in front."""
     return NamedSharding(self._mesh, Spec(BLOCK_AXIS))
 
   def place(self, states: Sequence[TrainState]) -> TrainState:
@@ -295,7 +295,7 @@ class GroupState:
 
   @property
   def variables(self) -> Variables:
-    """On one of the group's devices."""
+    """Returns the variables, on one of the group's devices."""
     return self._update.population.variables(self._stacked, self._group_id)
 
   def collect(self) -> TrainState:
@@ -425,7 +425,10 @@ class JointUpdate:
 
   @property
   def variables(self) -> Variables | None:
-    """Of all groups, stacked, until the next update; None before the first."""
+    """Returns those of all groups, stacked; None before the first update.
+
+    They stand until the next update.
+    """
     return None if self._state is None else self._state.variables
 
   def peers_of(self, group_id: int) -> PeerPredictions | None:

@@ -77,7 +77,7 @@ def lars(
 
 
 def kernels(params: base.PyTree) -> base.PyTree:
-  """For each parameter, whether it is a kernel; a mask for optax.
+  """Returns whether each parameter is a kernel: a mask for optax.
 
   Raises:
     ValueError: If none is: the model names its parameters otherwise.

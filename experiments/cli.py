@@ -202,6 +202,7 @@ class StopRequest:
     self._line = line
     self._grace_seconds = grace_seconds
     self._heard = threading.Event()
+    self._put_off = threading.Event()
     self._undo: list[Callable[[], Any]] = []
 
   def __call__(self) -> bool:
@@ -211,6 +212,15 @@ class StopRequest:
     if threading.current_thread() is threading.main_thread():
       self._heard.set()
     return True
+
+  def put_off(self) -> None:
+    """Asks for another grace period: the main thread is not stuck.
+
+    For one that polls where it cannot leave yet, as not all groups of its
+    process have come as far.
+    """
+    if self.signal_number is not None:
+      self._put_off.set()
 
   def install(self) -> 'StopRequest':
     """Takes over both signals, until `main` ends; in the main thread only."""
@@ -254,9 +264,12 @@ class StopRequest:
       while True:
         again = _next_signal(pipe, patience)
         if again is None:
-          if not self._heard.is_set():
+          if self._heard.is_set():
+            patience = None  # The main thread sees to it.
+          elif self.unsaved and self._put_off.is_set():
+            self._put_off.clear()
+          else:
             break
-          patience = None  # The main thread sees to it.
         elif time.monotonic() > first + _ONE_REQUEST_SECONDS:
           break
       self._leave()

@@ -56,7 +56,7 @@ _EVAL_BATCH = flags.DEFINE_integer(
 )
 
 
-class Run(NamedTuple):
+class EvaluatedRun(NamedTuple):
   """A run directory, its configuration and the groups found in it."""
 
   workdir: str
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     print(f'written to {path}\n')
 
 
-def compare(run: Run) -> dict[str, Any]:
+def compare(run: EvaluatedRun) -> dict[str, Any]:
   """Evaluates one run; returns the content of its comparison.json.
 
   Raises:
@@ -114,7 +114,7 @@ def compare(run: Run) -> dict[str, Any]:
   }
 
 
-def open_run(workdir: str) -> Run:
+def open_run(workdir: str) -> EvaluatedRun:
   """Opens a run directory; makes what its own configuration says."""
   groups = run_directory.list_groups(workdir)
   config = run_directory.config_path(workdir)
@@ -129,11 +129,11 @@ def open_run(workdir: str) -> Run:
   arm = facts.get('arm', os.path.basename(workdir))
   model = gin_utils.call(experiment_lib.make_model, experiment)
   num_groups = facts.get('num_groups', len(groups))
-  return Run(workdir, arm, experiment, model, num_groups, groups)
+  return EvaluatedRun(workdir, arm, experiment, model, num_groups, groups)
 
 
 def load(
-    run: Run, group_id: int, source: str, step: int | None
+    run: EvaluatedRun, group_id: int, source: str, step: int | None
 ) -> tuple[int, Variables]:
   """Reads the step and variables of one checkpoint or publication."""
   if source == PUBLICATIONS:
@@ -163,7 +163,7 @@ def load(
   return wanted, resume.read(wanted, like).state.variables
 
 
-def _like(run: Run, group_id: int) -> TrainState:
+def _like(run: EvaluatedRun, group_id: int) -> TrainState:
   """Returns the shapes of a group's state."""
   experiment = run.experiment
   row = experiment_lib.first_row(experiment, run.num_groups)

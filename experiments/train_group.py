@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
   if experiment.exchange.one_program:
     raise ValueError(
         f'Experiment.exchange={experiment.exchange} is for groups that are one'
-        ' program; use experiments.train_lockstep, which trains all groups in'
+        ' program; use train_lockstep, which trains all groups in'
         ' one process, or set exchange=@exchange.Checkpoints()'
     )
   model = gin_utils.call(experiment_lib.make_model, experiment)

@@ -86,7 +86,7 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
     status = processes.call(command, stop).returncode
     if status:
       raise ValueError(
-          f'all groups are trained, but experiments.{binary} ended with'
+          f'all groups are trained, but {binary} ended with'
           f' status {status}; see above, and start it again by itself'
       )
 

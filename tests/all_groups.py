@@ -24,6 +24,9 @@ class StopAt:
   def __call__(self):
     return True
 
+  def put_off(self):
+    pass
+
 
 def jobs_of(experiment, model, steps, workdir, stop=None, stream=None):
   """One for each step."""

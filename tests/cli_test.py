@@ -219,6 +219,27 @@ sys.exit(3)
   assert script.end() == (3, 'saved 2\n')
 
 
+def test_who_polls_before_it_can_leave_has_another_grace_period():
+  """An evaluation of a group, of which others have not come as far."""
+  script = Script("""
+from experiments.running import lockstep
+stop = cli.StopRequest('nothing lost', 2.0).install()
+stop.unsaved['group_0'] = 7
+latch = lockstep.Latch(stop)
+ready()
+while stop.signal_number is None:
+  time.sleep(0.01)
+end = time.monotonic() + 5.0
+while time.monotonic() < end:
+  assert not latch()
+  time.sleep(0.01)
+latch.update()
+print('saves', latch())
+""")
+  script.send()
+  assert script.end() == (0, 'saves True\n')
+
+
 def test_a_poll_in_another_thread_is_not_the_main_thread_coming():
   script = Script("""
 import threading

@@ -1,9 +1,11 @@
 """What surrounds the loop: resume, records, evaluation, saving, stopping."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import json
+import shutil
 import signal
 import types
 
@@ -236,6 +238,23 @@ def test_a_stopped_run_ends_with_the_same_bits(make_job, looks, at):
   assert evaluations[0] == evaluations[1]
   steps = [r['step'] for r in records_of(job) if 'loss/task' in r]
   assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_all_groups_that_go_on_from_an_evaluation_tell_of_it(make_job):
+  """Of those killed amid it some have a record: an ensemble needs all."""
+  told = []
+  for stop in (StopAt(8), None):
+    job = dataclasses.replace(
+        make_job(stop=stop, checkpoint_every=6),
+        evaluated=lambda group_id, step, variables: told.append(step),
+    )
+    with contextlib.suppress(cli.Stopped):
+      run(job)
+    shutil.rmtree(
+        run_directory.checkpoints_dir(job.workdir, 0) / '7', ignore_errors=True
+    )
+  assert told == [6, 6, 12]
+  assert curve_of(job, 'eval/loss')[0] == [6, 12]
 
 
 def test_a_record_is_the_mean_since_the_last_one(make_job):

@@ -24,7 +24,7 @@ class Kind(typing.NamedTuple):
 
   run: Callable
   source: str
-  kind: prepared_files.Kind
+  kind: prepared_files.DataKind
   settings: dict  # Others, each of which makes other data.
 
 

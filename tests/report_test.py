@@ -102,7 +102,7 @@ def metrics_at(step: int, group_id: int, num_groups: int) -> dict[str, float]:
   return metrics
 
 
-def load_run(*args, **kwargs) -> list[records.Arm]:
+def load_run(*args, **kwargs) -> list[records.RunRecords]:
   return records.load_arms([make_run(*args, **kwargs)])
 
 
@@ -211,7 +211,7 @@ def test_the_later_record_of_a_step_holds_and_nan_is_a_value():
           {'step': 3, 'a': 30.0},
       ]
   )
-  group = records.Group(0, frame)
+  group = records.GroupRecords(0, frame)
   assert group.curve('a').to_dict() == {1: 1.0, 2: 2.0, 3: 30.0}
   assert group.curve('b').isna().to_dict() == {3: True}
   assert group.curve('c').empty and group.curve('d').empty
@@ -306,9 +306,9 @@ def test_numbers_are_short_and_have_units(value, form, text):
 # --- Exchange ----------------------------------------------------------------
 
 
-def group_of(*steps_and_metrics) -> records.Group:
+def group_of(*steps_and_metrics) -> records.GroupRecords:
   made = [{'step': step} | metrics for step, metrics in steps_and_metrics]
-  return records.Group(0, records.to_frame(made))
+  return records.GroupRecords(0, records.to_frame(made))
 
 
 def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path):

@@ -208,7 +208,9 @@ def predictions(batches):
 )
 def test_validation_predicts_every_label_once(lengths, batch_size, unroll):
   documents = unlike_documents(lengths)
-  batches = text.EvalBatches(in_memory(documents), batch_size, unroll=unroll)
+  batches = text.DocumentBatches(
+      in_memory(documents), batch_size, unroll=unroll
+  )
   expected, first = [], []
   for document in documents:
     tokens = [START_ID, *document, END_ID]
@@ -222,7 +224,7 @@ def test_validation_predicts_every_label_once(lengths, batch_size, unroll):
 
 def test_validation_rows_carry_whole_documents():
   documents = unlike_documents([9, 2, 14, 6, 0, 11])
-  batches = text.EvalBatches(in_memory(documents), 2, unroll=4)
+  batches = text.DocumentBatches(in_memory(documents), 2, unroll=4)
   rows = np.concatenate([batch['inputs'] for batch in batches], axis=1)
   resets = np.concatenate([batch['resets'] for batch in batches], axis=1)
   np.testing.assert_array_equal(resets, rows == START_ID)
@@ -238,16 +240,16 @@ def test_validation_rows_carry_whole_documents():
 def test_validation_lanes_are_balanced():
   lengths = np.random.default_rng(0).integers(1, 100, 200)
   data = in_memory(unlike_documents(lengths))
-  batches = text.EvalBatches(data, 8, unroll=5)
+  batches = text.DocumentBatches(data, 8, unroll=5)
   assert len(batches) <= 1.05 * data.num_tokens / (8 * 5) + 1
 
 
 def test_validation_is_a_sequence_and_can_be_capped(data):
-  batches = text.EvalBatches(data, 4, unroll=8)
-  capped = text.EvalBatches(data, 4, unroll=8, max_batches=3)
+  batches = text.DocumentBatches(data, 4, unroll=8)
+  capped = text.DocumentBatches(data, 4, unroll=8, max_batches=3)
   assert len(capped) == 3 < len(batches)
   assert len(list(capped)) == 3
-  assert len(text.EvalBatches(data, 4, unroll=8, max_batches=999)) == len(
+  assert len(text.DocumentBatches(data, 4, unroll=8, max_batches=999)) == len(
       batches
   )
   np.testing.assert_array_equal(
@@ -268,7 +270,7 @@ def test_validation_is_a_sequence_and_can_be_capped(data):
 )
 def test_validation_sizes_must_be_positive(data, options):
   with pytest.raises(ValueError, match='must be 1 or more; got 0'):
-    text.EvalBatches(data, **options)
+    text.DocumentBatches(data, **options)
 
 
 # --- the task and its files ---

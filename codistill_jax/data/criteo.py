@@ -222,7 +222,7 @@ def _files(meta: dict[str, Any]) -> dict[str, str]:
   }
 
 
-KIND = prepared_files.Kind(
+KIND = prepared_files.DataKind(
     'prepare_clicks',
     1,
     frozenset({'counts'}),

@@ -70,7 +70,7 @@ class Recipe(NamedTuple):
     leftovers: Folders that nobody needs in the end.
   """
 
-  kind: prepared_files.Kind
+  kind: prepared_files.DataKind
   config: dict[str, Any]
   open_source: Callable[[], Source]
   start: Callable[[Source, Map], Start]

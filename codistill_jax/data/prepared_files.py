@@ -7,6 +7,7 @@ types only, which costs nothing; `verify` reads everything.
 
 import concurrent.futures
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -24,7 +25,7 @@ META = 'meta.json'  # Written last: it makes a directory a data set.
 _LINE = re.compile(r'\\?([0-9a-fA-F]{64}) [ *](.+)')  # Of sha256sum.
 
 
-class Kind(NamedTuple):
+class DataKind(NamedTuple):
   """A kind of prepared data.
 
   Attributes:
@@ -76,7 +77,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
   write_file(path, text.encode('utf-8'))
 
 
-def read_json(path: Path, kind: Kind) -> dict[str, Any]:
+def read_json(path: Path, kind: DataKind) -> dict[str, Any]:
   """Reads a JSON object that a preparation wrote.
 
   Raises:
@@ -92,7 +93,7 @@ def read_json(path: Path, kind: Kind) -> dict[str, Any]:
     raise ValueError(f'{path} is damaged ({e}); {kind.remedy}') from e
 
 
-def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
+def read_meta(data_dir: Path, kind: DataKind) -> dict[str, Any]:
   """Reads `meta.json` of a finished data set.
 
   Raises:
@@ -105,7 +106,7 @@ def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
   except (FileNotFoundError, NotADirectoryError) as e:
     raise FileNotFoundError(
         f'{data_dir} holds no prepared data (no {META}); make it with: python'
-        f' -m experiments.{kind.binary} {kind.example}--output={data_dir}'
+        f' -m {_binaries()}.{kind.binary} {kind.example}--output={data_dir}'
     ) from e
   if missing := {'format_version', 'splits', *kind.keys} - meta.keys():
     raise ValueError(
@@ -120,8 +121,14 @@ def read_meta(data_dir: Path, kind: Kind) -> dict[str, Any]:
   return meta
 
 
+def _binaries() -> str:
+  """Returns the package of the binaries: where installed, or in a clone."""
+  installed = 'codistill_jax.experiments'
+  return installed if importlib.util.find_spec(installed) else 'experiments'
+
+
 def open_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, kind: Kind
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, kind: DataKind
 ) -> np.ndarray:
   """Memory-maps an array and compares it with its description.
 
@@ -175,7 +182,7 @@ class Stack:
 # --- checksums ----------------------------------------------------------------
 
 
-def verify(data_dir: str | os.PathLike, kind: Kind) -> tuple[int, int]:
+def verify(data_dir: str | os.PathLike, kind: DataKind) -> tuple[int, int]:
   """Reads every file of a data set and compares it with its SHA-256.
 
   Returns:

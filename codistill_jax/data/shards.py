@@ -36,7 +36,7 @@ def _files(meta: dict[str, Any]) -> dict[str, str]:
   return found
 
 
-KIND = prepared_files.Kind(
+KIND = prepared_files.DataKind(
     'prepare_data', 1, frozenset({'vocab_size', 'tokenizer_sha256'}), _files
 )
 

@@ -166,7 +166,7 @@ class TokenStream:
     return batch
 
 
-class EvalBatches(Sequence):
+class DocumentBatches(Sequence):
   """A split once, each document from its start: validation.
 
   Documents are dealt to B lanes of about equal length and lie in order within
@@ -265,7 +265,10 @@ def language_model_task(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(
-          EvalBatches, validation, unroll=unroll, max_batches=max_eval_batches
+          DocumentBatches,
+          validation,
+          unroll=unroll,
+          max_batches=max_eval_batches,
       ),
       num_classes=train.vocab_size,
       identity={

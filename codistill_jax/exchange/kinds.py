@@ -221,7 +221,7 @@ class Predictions(Kind):
   def join(self, member: Member, like: Variables) -> Exchange:
     raise ValueError(
         'Experiment.exchange=@exchange.Predictions() is for groups that are one'
-        ' program; use experiments.train_lockstep, which trains all groups in'
+        ' program; use train_lockstep, which trains all groups in'
         ' one process, or set exchange=@exchange.Checkpoints()'
     )
 

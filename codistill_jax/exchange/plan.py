@@ -102,7 +102,7 @@ class Exchange(Protocol):
     """Takes up what was in use at the resume checkpoint of `step`."""
 
   def settle(self, step: int) -> None:
-    """Called before resume checkpoint `step` is written, from another thread.
+    """Settles `step`, before its checkpoint is written; from another thread.
 
     A group that restarts makes no publication from before its checkpoint again,
     so those that peers will ask for must be complete first.
@@ -112,7 +112,7 @@ class Exchange(Protocol):
     """
 
   def checkpointed(self, step: int) -> None:
-    """Told that a restart would begin at `step` or later."""
+    """Learns that a restart would begin at `step` or later."""
 
   def close(self) -> None:
     """Finishes what is under way."""
@@ -263,7 +263,7 @@ class Waiting:
 def staleness_metrics(
     step: int, in_use: Sequence[Publication | None]
 ) -> dict[str, float]:
-  """Age of the teachers used in the update after `step`.
+  """Returns the age of the teachers used in the update after `step`.
 
   Returns:
     Peers present; per present peer, and as mean and maximum over them, own step

@@ -64,7 +64,7 @@ class Teaching:
 
   @property
   def held_steps(self) -> dict[int, int | None]:
-    """By peer, the step of the publication held."""
+    """Returns the step of the publication held, by peer."""
     return {
         peer: None if p is None else p.step
         for peer, p in zip(self.peers, self.held)
@@ -173,7 +173,7 @@ def merge_teachers(
     present: Sequence[bool],
     put: Put = lambda array: array,
 ) -> Teachers:
-  """New teachers, with some slots replaced; the old ones stay as they are.
+  """Returns new teachers, some slots replaced; the old ones stay as they are.
 
   Leaf by leaf: besides `found` the host holds one stacked leaf at a time.
 

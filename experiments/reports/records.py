@@ -22,7 +22,7 @@ FAILURES = 'exchange/publish_failures'
 EMPTY = pd.Series([], pd.Index([], dtype='int64', name='step'), 'float64')
 
 
-class Group(NamedTuple):
+class GroupRecords(NamedTuple):
   """The records of one group.
 
   Attributes:
@@ -59,7 +59,7 @@ class Group(NamedTuple):
     return int(self.records['life'].max())
 
 
-class Arm(NamedTuple):
+class RunRecords(NamedTuple):
   """One run under its name.
 
   Attributes:
@@ -78,7 +78,7 @@ class Arm(NamedTuple):
   workdir: epath.Path
   run: Mapping[str, Any]
   config: str
-  groups: tuple[Group, ...]
+  groups: tuple[GroupRecords, ...]
   models: Mapping[int, Mapping[str, Any]]
   ensemble: Mapping[str, Any]
   pairs: Sequence[Mapping[str, Any]]
@@ -92,14 +92,14 @@ class Arm(NamedTuple):
 # --- Reading -----------------------------------------------------------------
 
 
-def read_group(path: files.PathLike, group_id: int) -> Group:
+def read_group(path: files.PathLike, group_id: int) -> GroupRecords:
   """Reads a metrics.jsonl; a missing one has no records."""
   log = run_directory.read_metrics(path)
-  return Group(group_id, to_frame(log.records), log.damaged)
+  return GroupRecords(group_id, to_frame(log.records), log.damaged)
 
 
 def to_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-  """Returns the numbers of records, see `Group.records`."""
+  """Returns the numbers of records, see `GroupRecords.records`."""
   rows = [
       (key, record['step'], life, value)
       for record, life in zip(records, _lives(records))
@@ -137,7 +137,7 @@ def _is_count(value: Any) -> bool:
 
 def load_arms(
     workdirs: Sequence[str], output: files.PathLike | None = None
-) -> list[Arm]:
+) -> list[RunRecords]:
   """Reads run directories.
 
   Args:
@@ -173,7 +173,7 @@ def load_arms(
     config = run_directory.config_path(path)
     text = config.read_text() if config.exists() else ''
     known = runs[i], text, groups[i]
-    arms.append(Arm(names[i], epath.Path(path), *known, *final))
+    arms.append(RunRecords(names[i], epath.Path(path), *known, *final))
   return arms
 
 
@@ -187,7 +187,7 @@ def _split_label(workdir: str) -> tuple[str | None, str]:
   return label, path
 
 
-def _read_groups(workdir: str) -> tuple[Group, ...]:
+def _read_groups(workdir: str) -> tuple[GroupRecords, ...]:
   groups = [
       read_group(run_directory.metrics_path(workdir, i), i)
       for i in run_directory.list_groups(workdir)
@@ -240,7 +240,9 @@ def _find_comparison(
 # --- What arms have in common ------------------------------------------------
 
 
-def find_target(arms: Sequence[Arm]) -> tuple[Arm | None, float | None]:
+def find_target(
+    arms: Sequence[RunRecords],
+) -> tuple[RunRecords | None, float | None]:
   """Returns the baseline and its best loss; (None, None) if there is none.
 
   It is the arm called baseline; else the only arm of one group.
@@ -254,13 +256,13 @@ def find_target(arms: Sequence[Arm]) -> tuple[Arm | None, float | None]:
   return (baseline, found[1]) if found else (None, None)
 
 
-def example_name(arms: Sequence[Arm]) -> str:
+def example_name(arms: Sequence[RunRecords]) -> str:
   """Returns what losses are counted per: 'token', 'image', ...; 'example'."""
   names = {arm.run.get('example') for arm in arms} - {None}
   return names.pop() if len(names) == 1 else 'example'
 
 
-def exchanging(arms: Sequence[Arm]) -> list[Arm]:
+def exchanging(arms: Sequence[RunRecords]) -> list[RunRecords]:
   """Returns arms of several groups that have recorded their exchange."""
   return [
       arm
@@ -288,7 +290,7 @@ def mean_curve(curves: Iterable[pd.Series]) -> pd.Series:
   return together.mean(axis=1, skipna=False)
 
 
-def validation_curve(arm: Arm) -> pd.Series:
+def validation_curve(arm: RunRecords) -> pd.Series:
   """Returns the validation loss of an arm: the mean over its groups."""
   return mean_curve(arm.curves('eval/loss'))
 
@@ -305,7 +307,7 @@ def first_at_or_under(curve: pd.Series, target: float) -> int | None:
   return int(hit[0]) if len(hit) else None
 
 
-def distill_curve(group: Group) -> pd.Series:
+def distill_curve(group: GroupRecords) -> pd.Series:
   """Returns the distillation loss where it counted: not during burn-in."""
   curve, weight = group.curve('loss/distill'), group.curve('distill/weight')
   if weight.empty:
@@ -313,7 +315,7 @@ def distill_curve(group: Group) -> pd.Series:
   return curve[curve.index.isin(weight.index[weight > 0])]
 
 
-def counted(group: Group, key: str) -> pd.Series:
+def counted(group: GroupRecords, key: str) -> pd.Series:
   """Returns a count since the start of the run, restarts and all, by step.
 
   The steps that a restart went back over are those of the later process; what
@@ -333,7 +335,7 @@ def counted(group: Group, key: str) -> pd.Series:
   return total[~total.index.duplicated(keep='last')]
 
 
-def by_peer(group: Group, unit: str = 'steps') -> dict[int, pd.Series]:
+def by_peer(group: GroupRecords, unit: str = 'steps') -> dict[int, pd.Series]:
   """Returns the staleness of each peer that ever taught, by its group id."""
   pattern = re.compile(rf'exchange/staleness_{unit}_group_(\d+)')
   found = {int(m[1]): m[0] for m in map(pattern.fullmatch, group.keys) if m}
@@ -344,7 +346,7 @@ def by_peer(group: Group, unit: str = 'steps') -> dict[int, pd.Series]:
 # --- Rates -------------------------------------------------------------------
 
 
-def _seconds(group: Group) -> pd.Series:
+def _seconds(group: GroupRecords) -> pd.Series:
   """Returns how long the steps up to each record took, where it is known."""
   speed = group.curve('perf/steps_per_sec')
   taken = pd.Series(np.diff(speed.index, prepend=0), speed.index)
@@ -352,7 +354,7 @@ def _seconds(group: Group) -> pd.Series:
   return taken[good] / speed[good]
 
 
-def training_seconds(group: Group) -> float:
+def training_seconds(group: GroupRecords) -> float:
   """Returns the time spent on the recorded steps; 0 if none is known.
 
   From the recorded speeds, so that a restart's gap does not count.
@@ -360,7 +362,7 @@ def training_seconds(group: Group) -> float:
   return float(_seconds(group).sum())
 
 
-def mean_rate(group: Group, key: str) -> float | None:
+def mean_rate(group: GroupRecords, key: str) -> float | None:
   """Returns a metric's mean over the time of the steps that have it."""
   both = pd.concat([finite(group.curve(key)), _seconds(group)], axis=1).dropna()
   if not both.iloc[:, 1].sum():

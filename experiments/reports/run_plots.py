@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from . import curves as curve_lib
 from . import pages, plots, records
 from .pages import Plot
-from .records import Arm, Group
+from .records import GroupRecords, RunRecords
 
 # The zoom on the later part of a run shows what follows this share of it.
 _LATER_PART = 0.4
@@ -33,8 +33,8 @@ _write = pages.prose(__file__)
 class Entry(NamedTuple):
   """A curve of a group of an arm."""
 
-  arm: Arm
-  group: Group
+  arm: RunRecords
+  group: GroupRecords
   curve: pd.Series
 
 
@@ -52,12 +52,12 @@ class Panel(NamedTuple):
 
   title: str
   label: str
-  curve: str | Callable[[Group], pd.Series]
+  curve: str | Callable[[GroupRecords], pd.Series]
   draw: Callable[[Axes, Sequence[Entry]], None]
   zero: bool = True
 
 
-def make_plots(arms: Sequence[Arm]) -> list[Plot]:
+def make_plots(arms: Sequence[RunRecords]) -> list[Plot]:
   """Returns all plots for which there are records, in order."""
   colours = plots.arm_colours(arm.name for arm in arms)
   arms = [arm._replace(colour=colours[arm.name]) for arm in arms]
@@ -75,7 +75,7 @@ def make_plots(arms: Sequence[Arm]) -> list[Plot]:
 
 
 def _draw(
-    name: str, title: str, panels: Iterable[Panel], arms: Sequence[Arm]
+    name: str, title: str, panels: Iterable[Panel], arms: Sequence[RunRecords]
 ) -> Plot | None:
   """Draws the panels for which there are records; None for none."""
   found = {p: e for p in panels if (e := _entries(arms, p.curve))}
@@ -109,16 +109,16 @@ def _draw(
 
 
 def _entries(
-    arms: Sequence[Arm], get: str | Callable[[Group], pd.Series]
+    arms: Sequence[RunRecords], get: str | Callable[[GroupRecords], pd.Series]
 ) -> list[Entry]:
   """Returns one curve of all groups that have a finite value of it."""
   if isinstance(get, str):
-    get = functools.partial(Group.curve, key=get)
+    get = functools.partial(GroupRecords.curve, key=get)
   found = [Entry(a, g, get(g)) for a in arms for g in a.groups]
   return [entry for entry in found if np.isfinite(entry.curve).any()]
 
 
-def _unit(arms: Sequence[Arm]) -> str:
+def _unit(arms: Sequence[RunRecords]) -> str:
   return f'nats per {records.example_name(arms)}'
 
 
@@ -255,7 +255,7 @@ _SPEED = (
 # --- Validation loss ---------------------------------------------------------
 
 
-def _draw_validation(arms: Sequence[Arm]) -> Plot | None:
+def _draw_validation(arms: Sequence[RunRecords]) -> Plot | None:
   arms = [a for a in arms if len(records.validation_curve(a))]
   if not arms:
     return None
@@ -276,7 +276,7 @@ def _draw_validation(arms: Sequence[Arm]) -> Plot | None:
   return plots.save(figure, name, title, *_write(name, **said))
 
 
-def _draw_validation_of(ax: Axes, arm: Arm) -> None:
+def _draw_validation_of(ax: Axes, arm: RunRecords) -> None:
   label = arm.name
   if len(arm.groups) > 1:
     label += f', mean of {len(arm.groups)} groups'
@@ -297,7 +297,7 @@ def _draw_validation_of(ax: Axes, arm: Arm) -> None:
     )
 
 
-def _zoom_later(ax: Axes, arms: Sequence[Arm]) -> None:
+def _zoom_later(ax: Axes, arms: Sequence[RunRecords]) -> None:
   last = max(records.validation_curve(a).index[-1] for a in arms)
   values = [a.ensemble.get('eval/loss', np.nan) for a in arms]
   for arm in arms:
@@ -309,7 +309,7 @@ def _zoom_later(ax: Axes, arms: Sequence[Arm]) -> None:
 
 
 def _mark_target(
-    ax: Axes, arms: Sequence[Arm], baseline: Arm, target: float
+    ax: Axes, arms: Sequence[RunRecords], baseline: RunRecords, target: float
 ) -> None:
   """Draws the baseline's best loss, and where other arms come under it."""
   style = {'ls': plots.DOTTED, 'lw': 1.0, 'zorder': 1}
@@ -324,7 +324,7 @@ def _mark_target(
 # --- Staleness by peer -------------------------------------------------------
 
 
-def _draw_by_peer(arm: Arm, index: int) -> Plot | None:
+def _draw_by_peer(arm: RunRecords, index: int) -> Plot | None:
   """Draws a panel per group, a line per peer; None for one peer each."""
   found = {group.group_id: records.by_peer(group) for group in arm.groups}
   if max(map(len, found.values()), default=0) < 2:
@@ -384,12 +384,12 @@ def _draw_peers_of(
 # --- Lines of groups ---------------------------------------------------------
 
 
-def _is_crowded(arm: Arm) -> bool:
+def _is_crowded(arm: RunRecords) -> bool:
   """Returns whether an arm has more groups than there are line styles."""
   return len(arm.groups) > len(plots.DASHES)
 
 
-def _style_of(arm: Arm, group: Group) -> dict:
+def _style_of(arm: RunRecords, group: GroupRecords) -> dict:
   if _is_crowded(arm):
     style = {'label': f'{arm.name}, single groups', 'lw': 0.6, 'alpha': 0.35}
     return {'color': arm.colour, **style}
@@ -431,7 +431,7 @@ def _marker(curve: pd.Series) -> dict:
   return {'marker': 'o', 'ms': 3.5} if alone else {}
 
 
-def _show_whole_run(axes: Sequence[Axes], arms: Sequence[Arm]) -> None:
+def _show_whole_run(axes: Sequence[Axes], arms: Sequence[RunRecords]) -> None:
   """Sets the same steps on all axes, also where a metric begins later."""
   last = max(group.last_step for arm in arms for group in arm.groups)
   last = max(last, 1)  # A run of step 0 only has a width all the same.

@@ -14,15 +14,16 @@ from etils import epath
 from codistill_jax import run_directory
 from codistill_jax.storage import files
 
+from .. import cli
 from . import pages, records, run_plots, run_tables
 from .pages import Block, Bullets, Code, Heading, Table
-from .records import Arm
+from .records import RunRecords
 
 _write = pages.prose(__file__)
 
 
 def write(
-    arms: Sequence[Arm], output: files.PathLike | None = None
+    arms: Sequence[RunRecords], output: files.PathLike | None = None
 ) -> epath.Path:
   """Writes plots and pages.
 
@@ -39,7 +40,7 @@ def write(
 
 
 def blocks(
-    arms: Sequence[Arm], output: files.PathLike | None = None
+    arms: Sequence[RunRecords], output: files.PathLike | None = None
 ) -> list[Block]:
   """Returns what stands in a report, in order."""
   made: list[Block] = [
@@ -70,7 +71,7 @@ def blocks(
 # --- Words -------------------------------------------------------------------
 
 
-def summary(arms: Sequence[Arm]) -> str:
+def summary(arms: Sequence[RunRecords]) -> str:
   """Returns what the runs show, in a paragraph."""
   baseline, target = records.find_target(arms)
   curves = map(records.validation_curve, arms)
@@ -89,7 +90,7 @@ def summary(arms: Sequence[Arm]) -> str:
   return said
 
 
-def _known(arm: Arm, target: float | None) -> dict[str, Any]:
+def _known(arm: RunRecords, target: float | None) -> dict[str, Any]:
   """Returns what the summary needs to know of an arm."""
   curve = records.validation_curve(arm)
   singles = [m['eval/loss'] for m in arm.models.values() if 'eval/loss' in m]
@@ -108,7 +109,7 @@ def _known(arm: Arm, target: float | None) -> dict[str, Any]:
   }
 
 
-def notes(arms: Sequence[Arm]) -> list[str]:
+def notes(arms: Sequence[RunRecords]) -> list[str]:
   """Returns how to read the results, and what was odd in the records."""
   odd = []
   for arm in arms:
@@ -125,7 +126,7 @@ def notes(arms: Sequence[Arm]) -> list[str]:
 
 
 def commands(
-    arms: Sequence[Arm], output: files.PathLike | None = None
+    arms: Sequence[RunRecords], output: files.PathLike | None = None
 ) -> list[str]:
   """Returns the commands that make the runs and the report again.
 
@@ -138,7 +139,7 @@ def commands(
     for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
       command = command.replace(path, _portable(path))
     lines.append(command.replace(os.getcwd() + os.sep, ''))
-  report = ['python -m experiments.report']
+  report = [f'python -m {cli.module_of("report")}']
   for arm in arms:
     label = f'{arm.name}={_portable(arm.workdir)}'
     report.append(f'--workdir={shlex.quote(label)}')

@@ -14,13 +14,13 @@ import pandas as pd
 
 from . import pages, records
 from .pages import number
-from .records import Arm, Group
+from .records import GroupRecords, RunRecords
 
 # What stands in a column, of a group.
-Cell = Callable[[Arm, Group], str]
+Cell = Callable[[RunRecords, GroupRecords], str]
 
 
-def _rows(arms: Iterable[Arm], cells: Mapping[str, Cell]) -> list[dict]:
+def _rows(arms: Iterable[RunRecords], cells: Mapping[str, Cell]) -> list[dict]:
   """Returns a row per group, by the titles of the columns."""
   return [
       {
@@ -71,7 +71,7 @@ _SHORT = {
 }
 
 
-def results(arms: Sequence[Arm]) -> pd.DataFrame:
+def results(arms: Sequence[RunRecords]) -> pd.DataFrame:
   """Returns a row per group, and one per ensemble."""
   shown = _shown_quality(arms)
   cells: dict[str, Cell] = {
@@ -98,7 +98,7 @@ def results(arms: Sequence[Arm]) -> pd.DataFrame:
   return pd.DataFrame(rows, columns=columns, dtype=object).fillna('-')
 
 
-def results_text(arms: Sequence[Arm]) -> str:
+def results_text(arms: Sequence[RunRecords]) -> str:
   """Returns the results for a terminal, some 110 columns wide at most."""
   frame = results(arms)
   frame['arm'] = [
@@ -110,7 +110,7 @@ def results_text(arms: Sequence[Arm]) -> str:
   return pages.to_text(header, frame.to_numpy(), names=2)
 
 
-def final_metrics(arm: Arm, group: Group) -> Mapping[str, Any]:
+def final_metrics(arm: RunRecords, group: GroupRecords) -> Mapping[str, Any]:
   """Returns the final evaluation of a model, else its last in training."""
   found = arm.models.get(group.group_id)
   if found is None:
@@ -119,7 +119,9 @@ def final_metrics(arm: Arm, group: Group) -> Mapping[str, Any]:
   return _with_perplexity(found, arm)
 
 
-def _with_perplexity(metrics: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
+def _with_perplexity(
+    metrics: Mapping[str, Any], arm: RunRecords
+) -> Mapping[str, Any]:
   """Works it out for tokens where it was not recorded."""
   loss = metrics.get('eval/loss')
   if loss is None or records.example_name([arm]) != 'token':
@@ -127,7 +129,7 @@ def _with_perplexity(metrics: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
   return {'eval/perplexity': math.exp(min(loss, 700.0)), **metrics}
 
 
-def _shown_quality(arms: Sequence[Arm]) -> dict[str, tuple[str, str]]:
+def _shown_quality(arms: Sequence[RunRecords]) -> dict[str, tuple[str, str]]:
   """Returns what is shown of a model: of a sigmoid output no perplexity."""
   found = {k for a in arms for g in a.groups for k in final_metrics(a, g)}
   found |= {'eval/loss', 'eval/accuracy'}
@@ -136,7 +138,7 @@ def _shown_quality(arms: Sequence[Arm]) -> dict[str, tuple[str, str]]:
   return {key: shown for key, shown in _QUALITY.items() if key in found}
 
 
-def pair_mean(arm: Arm, key: str) -> float | None:
+def pair_mean(arm: RunRecords, key: str) -> float | None:
   """Returns the mean over the pairs of models of an arm, if there are any."""
   values = [p[key] for p in arm.pairs if key in p]
   return float(np.mean(values)) if values else None
@@ -163,7 +165,7 @@ _SPEED: dict[str, Cell] = {
 }
 
 
-def speed(arms: Sequence[Arm]) -> pd.DataFrame | None:
+def speed(arms: Sequence[RunRecords]) -> pd.DataFrame | None:
   """Returns a row per group; None if no run has recorded its rates."""
   if not any(len(c) for a in arms for c in a.curves('perf/examples_per_sec')):
     return None
@@ -173,7 +175,7 @@ def speed(arms: Sequence[Arm]) -> pd.DataFrame | None:
 # --- Exchange ----------------------------------------------------------------
 
 
-def staleness(group: Group, unit: str, form: str) -> str:
+def staleness(group: GroupRecords, unit: str, form: str) -> str:
   """Returns mean and largest, over all records and all teachers."""
   key = f'exchange/staleness_{unit}'
   # The largest of any single teacher; in old runs only the means are known.
@@ -181,14 +183,14 @@ def staleness(group: Group, unit: str, form: str) -> str:
   return _mean_and_most(group.curve(key), form, *most)
 
 
-def _peers_present(arm: Arm, group: Group) -> str:
+def _peers_present(arm: RunRecords, group: GroupRecords) -> str:
   curve = group.curve('exchange/peers_present')
   # In burn-in nobody is asked for.
   burn_in = arm.run.get('burn_in_steps') or 0
   return _mean_and_most(curve[curve.index > burn_in], '.0f')
 
 
-def _exchanges(arm: Arm, steps: int) -> int | None:
+def _exchanges(arm: RunRecords, steps: int) -> int | None:
   """Returns how many exchanges were due by a step."""
   every = arm.run.get('exchange_every')
   return steps // every if every else None
@@ -198,7 +200,7 @@ def _count(key: str) -> Cell:
   return lambda _, group: _newest(records.counted(group, key), ',.0f')
 
 
-def _stall_per_exchange(arm: Arm, group: Group) -> str:
+def _stall_per_exchange(arm: RunRecords, group: GroupRecords) -> str:
   stall = group.curve('exchange/stall_ms')
   # With nothing to exchange a recorded 0 would say too much.
   if arm.run.get('num_groups', len(arm.groups)) < 2 or stall.empty:
@@ -208,14 +210,14 @@ def _stall_per_exchange(arm: Arm, group: Group) -> str:
   return number(each, '.1f') + _share(stall, group)
 
 
-def _stall_in_all(_: Arm, group: Group) -> str:
+def _stall_in_all(_: RunRecords, group: GroupRecords) -> str:
   stall = records.finite(group.curve('exchange/stall_ms'))
   if stall.empty:
     return '-'
   return number(float(stall.sum()) / 1000.0, '.2f') + _share(stall, group)
 
 
-def _share(stall_ms: pd.Series, group: Group) -> str:
+def _share(stall_ms: pd.Series, group: GroupRecords) -> str:
   seconds = records.training_seconds(group)
   return f' ({stall_ms.sum() / 1000.0 / seconds:.1%})' if seconds else ''
 
@@ -235,7 +237,7 @@ _HEALTH: dict[str, Cell] = {
 }
 
 
-def health(arms: Sequence[Arm]) -> pd.DataFrame | None:
+def health(arms: Sequence[RunRecords]) -> pd.DataFrame | None:
   """Returns how the exchange of each group went; None if there was none."""
   exchanging = records.exchanging(arms)
   return pd.DataFrame(_rows(exchanging, _HEALTH)) if exchanging else None
@@ -260,7 +262,7 @@ _SETTINGS = {
 _NO_SETTINGS = ('arm', 'command', 'example')
 
 
-def settings(arms: Sequence[Arm]) -> pd.DataFrame:
+def settings(arms: Sequence[RunRecords]) -> pd.DataFrame:
   """Returns settings, one a row: its name, then its value in every arm."""
   known = dict.fromkeys(_SETTINGS)
   others = {
@@ -290,7 +292,7 @@ def _setting(value: Any) -> str:
   return str(value)
 
 
-def _last_record(arm: Arm) -> str:
+def _last_record(arm: RunRecords) -> str:
   times = [time.max() for time in arm.curves('time') if len(time)]
   if not times:
     return '-'
@@ -298,6 +300,6 @@ def _last_record(arm: Arm) -> str:
   return f'{moment:%Y-%m-%d %H:%M}'
 
 
-def _minutes(arm: Arm) -> str:
+def _minutes(arm: RunRecords) -> str:
   seconds = max(map(records.training_seconds, arm.groups))
   return f'{seconds / 60:.1f}' if seconds else '-'

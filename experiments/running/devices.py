@@ -88,7 +88,7 @@ def share_devices(
   if platform not in ('gpu', 'cuda', 'rocm'):
     raise ValueError(
         f'train_local cannot share out {platform} devices; start'
-        ' experiments.train_group once per host instead'
+        ' train_group once per host instead'
     )
   return share_gpus(visible_gpus(int(count)), num_groups)
 

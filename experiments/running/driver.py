@@ -401,8 +401,11 @@ def _evaluate_what_was_missed(
     return True
   path = run_directory.metrics_path(job.workdir, job.group_id)
   records = run_directory.read_metrics(path).records
-  there = any(r['step'] == step and 'eval/loss' in r for r in records)
-  return there or watch.evaluate(step, state.variables)
+  if not any(r['step'] == step and 'eval/loss' in r for r in records):
+    return watch.evaluate(step, state.variables)
+  # Another group of the run may have missed it.
+  job.evaluated(job.group_id, step, state.variables)
+  return True
 
 
 def _evaluation_due(job: Job, step: int) -> bool:

@@ -52,8 +52,9 @@ class Job:
       then yields once before its first update, so that all have begun.
     configuration: Gives what run.json and config.gin say that was configured;
       of a process that trains several runs at once, that of this one.
-    evaluated: Called with the group, the step and the variables, on a device,
-      after each evaluation; they are intact until the group's next update.
+    evaluated: Called with the group, the step and the variables after each
+      evaluation, and once more if the run goes on from there; they are intact
+      until the group's next update.
   """
 
   experiment: Experiment
@@ -73,7 +74,7 @@ class Job:
 
   @property
   def directory(self) -> str:
-    """The directory of the group."""
+    """Returns the directory of the group."""
     return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
 
   @property

@@ -61,7 +61,10 @@ class Latch:
   def __call__(self) -> bool:
     # Asked only now, and not in `update`: until the groups are about to save,
     # the main thread may be stuck in an update.
-    return self._stop and self._request()
+    if self._stop:
+      return self._request()
+    self._request.put_off()  # Such as in an evaluation, of any length.
+    return False
 
   @property
   def signal_number(self) -> int | None:

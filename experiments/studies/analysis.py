@@ -147,7 +147,7 @@ class Effect(NamedTuple):
 
   @property
   def within_resolution(self) -> bool:
-    """Whether the two are no more than one evaluation apart."""
+    """Returns whether the two are at most one evaluation apart."""
     return abs(self.mean - self.baseline) <= self.resolution
 
 
@@ -170,12 +170,12 @@ class Analysis(NamedTuple):
 
   @property
   def trained(self) -> list[Arm]:
-    """The arms that have runs."""
+    """Returns the arms that have runs."""
     return [arm for arm in self.study.arms if self.runs[arm.name]]
 
   @property
   def all_runs(self) -> list[Run]:
-    """Those of all arms."""
+    """Returns the runs of all arms."""
     return [run for runs in self.runs.values() for run in runs]
 
 

@@ -126,7 +126,7 @@ def _read_run(
 
 
 def _diverged_at(
-    outcome: Mapping[str, Any], groups: Sequence[records.Group]
+    outcome: Mapping[str, Any], groups: Sequence[records.GroupRecords]
 ) -> int | None:
   """Returns the step at which loss or gradient were lost for good."""
   if outcome['diverged_at'] is not None:
@@ -140,7 +140,7 @@ def _diverged_at(
   return None
 
 
-def _groups(directory: files.PathLike, arm: Arm) -> list[records.Group]:
+def _groups(directory: files.PathLike, arm: Arm) -> list[records.GroupRecords]:
   paths = (
       run_directory.metrics_path(directory, group_id)
       for group_id in range(arm.num_groups)
@@ -152,7 +152,7 @@ def _groups(directory: files.PathLike, arm: Arm) -> list[records.Group]:
   ]
 
 
-def _flops(group: records.Group, steps_N: np.ndarray) -> np.ndarray:
+def _flops(group: records.GroupRecords, steps_N: np.ndarray) -> np.ndarray:
   """Adds up FLOPs until each evaluation, from those on record."""
   curve = group.curve('perf/model_flops_per_step')
   if curve.empty:

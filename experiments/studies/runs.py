@@ -109,8 +109,12 @@ class Trainer:
     before = run_directory.read_run(directory).get('configuration')
     if before is not None and before != gin_utils.configuration():
       cli.tell(f'{run.name} begins again: its configuration was corrected')
-      for path in epath.Path(directory).iterdir():
-        # Not the directory itself, which is locked.
+      # Not the directory itself, which is locked. Last, what says that: killed
+      # before, it would go on from what is left.
+      paths = sorted(
+          epath.Path(directory).iterdir(), key=lambda p: p.name == 'run.json'
+      )
+      for path in paths:
         path.rmtree() if path.is_dir() else path.unlink()
     return experiment
 

@@ -18,7 +18,10 @@ from . import plan as plan_lib
 from .plan import StudyPlan
 
 WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the study: its runs, and what came of them.'
+    'workdir',
+    None,
+    'Directory of the study: its runs, and what came of them. Default of'
+    ' reproduce: runs/STUDY_SCALE.',
 )
 OUTPUT = flags.DEFINE_string(
     'output',

@@ -270,10 +270,16 @@ def test_deaf_groups_are_killed_and_share_the_time_they_are_given(
     pretend, tmp_path
 ):
   groups = pretend(DEAF, DEAF, DEAF, pace=PACE._replace(grace=0.3))
-  with pytest.raises(cli.Stopped):
+  with pytest.raises(TimeoutError, match=r'not saved: group 0 .*, group 2 '):
     supervise(groups, stop_when_begun(tmp_path, 3))
   assert not any(group.running for group in groups)
   assert [g.exit_status for g in groups] == [-signal.SIGKILL] * 3
+
+
+def test_a_stop_that_a_group_did_not_save_says_so(pretend, tmp_path):
+  stuck = PATIENT.replace('sys.exit(143)', f'sys.exit({cli.MAY_PASS})')
+  with pytest.raises(TimeoutError, match=r'not saved: group 1 \(.* 75\); the'):
+    supervise(pretend(PATIENT, stuck), stop_when_begun(tmp_path, 2))
 
 
 def test_who_is_told_to_stop_with_its_groups_reports_no_deaths(pretend, capsys):

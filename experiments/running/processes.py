@@ -21,6 +21,8 @@ from .. import cli
 _PATIENCE = 4  # So much more often may fail what may pass.
 _TAIL_BYTES = 1 << 14
 _LONGEST_LINE = 1000
+# Exit statuses: at the end, after a save, or before there was anything to save.
+_NOTHING_LOST = {0} | {x for n in cli.SIGNALS for x in (128 + n, -n)}
 
 
 class Pace(NamedTuple):
@@ -187,6 +189,13 @@ class Group:
     status = None if self._process is None else self._process.poll()
     return self._ended if status is None else status
 
+  @property
+  def has_lost_updates(self) -> bool:
+    """Returns whether its process, asked to leave, did so without a save."""
+    if self._process is None:
+      return False  # It died before, and that was said.
+    return self._process.poll() not in _NOTHING_LOST
+
   def poll(self, max_restarts: int) -> None:
     """Starts the process if it should run; looks whether it has ended.
 
@@ -320,6 +329,7 @@ def supervise(
   Raises:
     ValueError: If a group ended with a clear error, or dies again and again.
     Stopped: If asked to stop.
+    TimeoutError: If asked to stop, but a group has left without a save.
   """
   with contextlib.ExitStack() as stack:
     stack.callback(end_all, groups)
@@ -329,6 +339,8 @@ def supervise(
       # they have not died.
       if stop():
         cli.tell('stopping: the groups save and leave', error=True)
+        end_all(groups)
+        _check_saved(groups)
         raise cli.Stopped(cli.STOPPED, stop.signal_number)
       for group in groups:
         group.poll(max_restarts)
@@ -337,6 +349,19 @@ def supervise(
       time.sleep(groups[0].pace.poll)
     for one in progress:
       one.update()
+
+
+def _check_saved(groups: Sequence[Group]) -> None:
+  lost = [
+      f'group {group.group_id} (exit status {group.exit_status})'
+      for group in groups
+      if group.has_lost_updates
+  ]
+  if lost:
+    raise TimeoutError(
+        f'stopped, but not saved: {", ".join(lost)}; the same command goes on'
+        ' from the resume checkpoint before'
+    )
 
 
 def end_all(groups: Sequence[Group]) -> None:

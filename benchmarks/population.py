@@ -4,9 +4,9 @@ r"""Many small runs as one program, or group by group: which takes longer?
 
 Six members: three seeds of two groups, which codistil in lockstep on one
 device, each on a batch of its own. `together` is one program for all of them
-(`experiments.studies.one_program`), `in_turn` a step of each group, one update
-each in turn, exchanging through memory. Both exchange every ten updates; that
-is part of what is measured. A ratio below 1 is in favour of one program.
+(`experiments.studies.seeds_together`), `in_turn` a step of each group, one
+update each in turn, exchanging through memory. Both exchange every ten updates;
+that is part of what is measured. A ratio below 1 is in favour of one program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +55,7 @@ def _together(case: Any) -> Callable[[], Any]:
   from benchmarks import cases
   from codistill_jax import base, one_program
   from codistill_jax.exchange.plan import Plan
-  from experiments.studies.one_program import exchanges_of
+  from experiments.studies.seeds_together import exchanges_of
 
   members = _SEEDS * _GROUPS
   population = one_program.Population(

@@ -24,9 +24,9 @@ from codistill_jax import gin_utils
 from . import cli
 from .studies import (
     churn_results,
-    plan,
     retrains,
     side_by_side,
+    study_plan,
 )
 from .studies.catalogue import churn as catalogue
 from .studies.declaration import Scale
@@ -170,7 +170,7 @@ def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
       )
 
 
-def _plan() -> plan.StudyPlan:
+def _plan() -> study_plan.StudyPlan:
   """Returns the plan of the study that the flags declare.
 
   Raises:
@@ -191,7 +191,7 @@ def _plan() -> plan.StudyPlan:
       scales={'own': scale},
   )
   return retrains.with_controls(
-      plan.make_plan(study, 'own'), _CONTROL_RETRAINS.value
+      study_plan.make_plan(study, 'own'), _CONTROL_RETRAINS.value
   )
 
 

@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> None:
   """Prints the table, writes the report, prints where it is."""
   del argv
   # Here, so that --help needs neither pandas nor matplotlib.
-  from .reports import records, run_report, run_tables
+  from .reports import run_records, run_report, run_tables
 
   output = flags.FLAGS.output
-  arms = records.load_arms(flags.FLAGS.workdir or [], output)
+  arms = run_records.load_arms(flags.FLAGS.workdir or [], output)
   print(run_tables.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 

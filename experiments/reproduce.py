@@ -19,7 +19,7 @@ from codistill_jax import gin_utils
 
 from . import cli
 from .studies import latency, retrains, side_by_side
-from .studies import plan as plan_lib
+from .studies import study_plan as plan_lib
 from .studies.catalogue import STUDIES
 from .studies.declaration import SCALES, Study
 from .studies.latency import Latency, LogNormal

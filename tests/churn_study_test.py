@@ -18,11 +18,11 @@ from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 from experiments import churn
 from experiments.studies import churn_results, configurations, retrains
-from experiments.studies import plan as plan_lib
+from experiments.studies import study_plan as plan_lib
 from experiments.studies.catalogue.churn import STUDY
 from experiments.studies.churn_results import Row
 from experiments.studies.declaration import Scale
-from experiments.studies.plan import PlannedRun
+from experiments.studies.study_plan import PlannedRun
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 TESTS = pathlib.Path(__file__).parent

@@ -24,7 +24,7 @@ from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import Interrupted, Patience
 from experiments import cli
-from experiments.reports import records
+from experiments.reports import run_records
 from experiments.running import devices, driver, watch
 from experiments.running import job as job_lib
 
@@ -147,7 +147,7 @@ def records_of(job):
 def curve_of(job, key):
   """Steps and values of a metric."""
   path = run_directory.metrics_path(job.workdir, 0)
-  curve = records.read_group(path, 0).curve(key)
+  curve = run_records.read_group(path, 0).curve(key)
   return curve.index.tolist(), curve.tolist()
 
 

@@ -316,7 +316,7 @@ def test_who_trains_has_made_an_update_and_not_ended(ledger):
 
 def test_events_arrive_from_other_processes(ledger):
   code = (
-      'from tools.fault_drill.group import Reporter;'
+      'from tools.fault_drill.drilled_group import Reporter;'
       f"report = Reporter({ledger.address!r}, 3); report('alive');"
       "report('start', step=7)"
   )
@@ -399,15 +399,15 @@ def test_faults_without_a_victim_do_nothing(tmp_path):
 _BROKEN_DISK = """
 import os, pathlib, shutil, sys, time
 from etils import epath
-from tools.fault_drill import group
+from tools.fault_drill import drilled_group
 
 root, control = sys.argv[1:]
-control = group.Control(control)
+control = drilled_group.Control(control)
 control.clock_offset = 5e6
 there = time.time()
-group.skew_clock(control)
+drilled_group.skew_clock(control)
 assert 4e6 < time.time() - there < 6e6
-group.break_disk(control, root)
+drilled_group.break_disk(control, root)
 path = epath.Path(root) / 'a' / 'b'
 path.parent.mkdir()
 path.write_text('x')

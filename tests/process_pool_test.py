@@ -104,6 +104,44 @@ def test_a_killed_worker_is_an_error_that_may_pass():
   assert raised.value.errno == errno.EAGAIN
 
 
+KILLED = """
+import multiprocessing, sys, time
+from codistill_jax.data.process_pool import process_map
+def items():
+  for n in range(1000):
+    if n == 20:
+      time.sleep(0.5)  # Both wait for an item, one of them at the lock.
+      sorted(multiprocessing.active_children(), key=lambda p: p.pid)[
+          int(sys.argv[1])
+      ].kill()
+    yield n
+def wait(n):
+  time.sleep(0.05)
+  return n
+if __name__ == '__main__':
+  try:
+    with process_map(2) as process:
+      list(process(wait, items()))
+  except OSError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_the_others_end_when_an_idle_worker_is_killed(tmp_path, which, python):
+  """Also those that wait for a lock which the dead one holds."""
+  script = tmp_path / 'script.py'
+  script.write_text(KILLED)
+  done = subprocess.run(
+      [python, script, str(which)],
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+      timeout=PATIENCE,
+  )
+  assert 'A worker process has died' in done.stdout
+
+
 def test_a_number_below_one_is_refused():
   message = 'workers must be 1 or more; got 0'
   with pytest.raises(ValueError, match=message), process_map(0):

@@ -16,14 +16,14 @@ from experiments.reports import (
     curves,
     pages,
     plots,
-    records,
     run_plots,
+    run_records,
     run_report,
     run_tables,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REJECTED, FAILURES = records.REJECTED, records.FAILURES
+REJECTED, FAILURES = run_records.REJECTED, run_records.FAILURES
 
 
 def write_records(workdir, group_id: int, steps_and_metrics) -> None:
@@ -102,8 +102,8 @@ def metrics_at(step: int, group_id: int, num_groups: int) -> dict[str, float]:
   return metrics
 
 
-def load_run(*args, **kwargs) -> list[records.RunRecords]:
-  return records.load_arms([make_run(*args, **kwargs)])
+def load_run(*args, **kwargs) -> list[run_records.RunRecords]:
+  return run_records.load_arms([make_run(*args, **kwargs)])
 
 
 def write_comparison(path) -> None:
@@ -142,7 +142,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def arms(two, one):
-  return records.load_arms([two, one])
+  return run_records.load_arms([two, one])
 
 
 def lines_of(frame: pd.DataFrame) -> list[str]:
@@ -168,7 +168,7 @@ def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
 
 
 def test_without_a_final_evaluation_the_last_in_training_holds(one):
-  (row,) = lines_of(run_tables.results(records.load_arms([one])))
+  (row,) = lines_of(run_tables.results(run_records.load_arms([one])))
   assert row == 'baseline|group 0|100|5.1000|164.02|25.00%|-|-|-|-'
 
 
@@ -176,9 +176,9 @@ def test_comparison_of_another_directory_is_used_for_a_unique_arm_only(
     one, tmp_path
 ):
   write_comparison(tmp_path / 'comparison.json')
-  (arm,) = records.load_arms([one], output=tmp_path)
+  (arm,) = run_records.load_arms([one], output=tmp_path)
   assert arm.models == {0: {'step': 100, 'eval/loss': 5.25}}
-  arms = records.load_arms([f'a={one}', f'b={one}'], output=tmp_path)
+  arms = run_records.load_arms([f'a={one}', f'b={one}'], output=tmp_path)
   assert [arm.models for arm in arms] == [{}, {}]
 
 
@@ -199,11 +199,11 @@ def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
 def test_training_time_counts_the_steps_before_the_first_record(arms):
   for arm in arms:
     for group in arm.groups:
-      assert records.training_seconds(group) == 100 / 4.0
+      assert run_records.training_seconds(group) == 100 / 4.0
 
 
 def test_the_later_record_of_a_step_holds_and_nan_is_a_value():
-  frame = records.to_frame(
+  frame = run_records.to_frame(
       [
           {'step': 1, 'a': 1.0},
           {'step': 3, 'a': 3.0, 'b': math.nan},
@@ -211,7 +211,7 @@ def test_the_later_record_of_a_step_holds_and_nan_is_a_value():
           {'step': 3, 'a': 30.0},
       ]
   )
-  group = records.GroupRecords(0, frame)
+  group = run_records.GroupRecords(0, frame)
   assert group.curve('a').to_dict() == {1: 1.0, 2: 2.0, 3: 30.0}
   assert group.curve('b').isna().to_dict() == {3: True}
   assert group.curve('c').empty and group.curve('d').empty
@@ -221,22 +221,22 @@ def test_the_later_record_of_a_step_holds_and_nan_is_a_value():
 def test_mean_curve_is_over_the_steps_that_all_groups_have():
   a = curve_of({1: 1, 2: 2, 3: 3})
   b = curve_of({2: 4, 3: 5, 4: 6})
-  mean = records.mean_curve([a, records.EMPTY, b])
+  mean = run_records.mean_curve([a, run_records.EMPTY, b])
   assert mean.to_dict() == {2: 3.0, 3: 4.0}
   # A group that diverged is not passed over.
-  assert records.mean_curve([a, b.where(b != 5)]).isna().tolist() == [
+  assert run_records.mean_curve([a, b.where(b != 5)]).isna().tolist() == [
       False,
       True,
   ]
-  assert records.mean_curve([records.EMPTY]).empty
+  assert run_records.mean_curve([run_records.EMPTY]).empty
 
 
 def test_target_rule_is_the_first_evaluation_at_or_under():
   curve = curve_of({1: math.nan, 2: 3, 3: 2, 4: 1, 5: 2})
-  assert records.best(curve) == (4, 1.0)
-  assert records.best(curve[:1]) is None
-  assert records.first_at_or_under(curve, 2.0) == 3
-  assert records.first_at_or_under(curve, 0.5) is None
+  assert run_records.best(curve) == (4, 1.0)
+  assert run_records.best(curve[:1]) is None
+  assert run_records.first_at_or_under(curve, 2.0) == 3
+  assert run_records.first_at_or_under(curve, 0.5) is None
 
 
 def test_running_mean_is_centred_and_passes_over_what_is_not_finite():
@@ -259,7 +259,7 @@ def test_bins_hold_mean_and_range_and_gaps_stay_gaps():
 
 
 def test_distillation_loss_is_drawn_where_it_has_weight(arms):
-  curve = records.distill_curve(arms[0].groups[0])
+  curve = run_records.distill_curve(arms[0].groups[0])
   assert curve.index.tolist() == list(range(25, 101, 5))
 
 
@@ -306,9 +306,9 @@ def test_numbers_are_short_and_have_units(value, form, text):
 # --- Exchange ----------------------------------------------------------------
 
 
-def group_of(*steps_and_metrics) -> records.GroupRecords:
+def group_of(*steps_and_metrics) -> run_records.GroupRecords:
   made = [{'step': step} | metrics for step, metrics in steps_and_metrics]
-  return records.GroupRecords(0, records.to_frame(made))
+  return run_records.GroupRecords(0, run_records.to_frame(made))
 
 
 def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path):
@@ -374,15 +374,15 @@ def test_counts_are_added_up_over_restarts(made, restarts, rejected, failed):
       *((step, dict(zip((REJECTED, FAILURES), n))) for step, *n in made)
   )
   assert group.restarts == restarts
-  assert records.counted(group, REJECTED).to_dict() == rejected
-  failures = records.counted(group, FAILURES)
+  assert run_records.counted(group, REJECTED).to_dict() == rejected
+  failures = run_records.counted(group, FAILURES)
   assert (failures.iloc[-1] if len(failures) else None) == failed
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, 'many', None, []])
 def test_what_is_no_count_is_passed_over(value):
   group = group_of((1, {REJECTED: 2.0}), (2, {REJECTED: value}), (3, {}))
-  assert records.counted(group, REJECTED).to_dict() == {1: 2}
+  assert run_records.counted(group, REJECTED).to_dict() == {1: 2}
 
 
 def test_staleness_counts_the_oldest_single_teacher():
@@ -393,7 +393,7 @@ def test_staleness_counts_the_oldest_single_teacher():
       (3, {f'{key}_group_1': math.nan}),
   )
   assert run_tables.staleness(group, 'seconds', '.1f') == '3.0 / 4.0'
-  assert list(records.by_peer(group, 'seconds')) == [1, 12]
+  assert list(run_records.by_peer(group, 'seconds')) == [1, 12]
   assert run_tables.staleness(group, 'steps', '.0f') == '-'
 
 
@@ -425,7 +425,7 @@ SPEED = [
 def arms_of(workdir, steps_and_metrics, arm='codistillation'):
   run_directory.write_run(workdir, {'arm': arm, 'num_groups': 1})
   write_records(workdir, 0, steps_and_metrics)
-  return records.load_arms([str(workdir)])
+  return run_records.load_arms([str(workdir)])
 
 
 def test_rates_are_means_over_time_and_the_rest_is_the_latest(tmp_path):
@@ -449,7 +449,7 @@ def test_records_without_a_speed_do_not_count(tmp_path):
   # Such as the one after the first step, which is all compilation.
   made = [(5, {'perf/steps_per_sec': math.nan}), *SPEED, (21, {})]
   (arm,) = arms_of(tmp_path, made)
-  rate = records.mean_rate(arm.groups[0], 'perf/examples_per_sec')
+  rate = run_records.mean_rate(arm.groups[0], 'perf/examples_per_sec')
   # Of five steps at 4 per second and of ten at one.
   assert rate == pytest.approx(15 * 64 / 11.25)
 
@@ -469,7 +469,7 @@ def test_summary_states_the_rule_in_numbers(arms):
 
 def test_summary_says_when_the_baseline_is_not_reached(one, tmp_path):
   worse = make_run(tmp_path, 2, offset=-1.0)
-  said = run_report.summary(records.load_arms([worse, one]))
+  said = run_report.summary(run_records.load_arms([worse, one]))
   assert 'does not reach that in 100 steps; its best is 6.1100' in said
 
 
@@ -477,7 +477,7 @@ def test_oddities_of_the_records_are_told(tmp_path):
   make_run(tmp_path, 1, 'baseline')
   with run_directory.metrics_path(tmp_path, 0).open('ab') as f:
     f.write(b'damaged\n{"step": 102, "loss/task": "NaN"}\n')
-  notes = '\n'.join(run_report.notes(records.load_arms([str(tmp_path)])))
+  notes = '\n'.join(run_report.notes(run_records.load_arms([str(tmp_path)])))
   assert 'baseline, group 0: 1 damaged line(s)' in notes
   said = 'loss/task is not finite in 1 record(s), the first at step 102'
   assert said in notes
@@ -508,7 +508,7 @@ def test_settings_leave_out_what_is_for_programs(arms):
 
 def test_arms_are_named_by_label_run_or_directory(one, tmp_path):
   other = make_run(tmp_path / 'seed1', 1, 'baseline')
-  arms = records.load_arms([f'mine={one}', one, other])
+  arms = run_records.load_arms([f'mine={one}', one, other])
   directory = os.path.basename(one)
   names = ['mine', f'baseline ({directory})', 'baseline (seed1)']
   assert [arm.name for arm in arms] == names
@@ -517,16 +517,16 @@ def test_arms_are_named_by_label_run_or_directory(one, tmp_path):
 @pytest.mark.parametrize('workdirs', [['a={one}', 'a={one}'], ['{one}'] * 2])
 def test_two_arms_of_one_name_are_refused(one, workdirs):
   with pytest.raises(ValueError, match=r'Two arms are called .*; name them'):
-    records.load_arms([w.format(one=one) for w in workdirs])
+    run_records.load_arms([w.format(one=one) for w in workdirs])
 
 
 def test_nothing_recorded_is_a_clear_error(tmp_path):
   with pytest.raises(ValueError, match='has recorded no metrics'):
-    records.load_arms([str(tmp_path)])
+    run_records.load_arms([str(tmp_path)])
   with pytest.raises(FileNotFoundError, match='No run directory at'):
-    records.load_arms([str(tmp_path / 'absent')])
+    run_records.load_arms([str(tmp_path / 'absent')])
   with pytest.raises(ValueError, match='pass --workdir'):
-    records.load_arms([])
+    run_records.load_arms([])
 
 
 # --- Plots and pages ---------------------------------------------------------
@@ -675,7 +675,7 @@ LONELY = (
 def test_one_lonely_record_makes_a_report(tmp_path, step, record):
   for group_id in (0, 1):
     write_records(tmp_path, group_id, [(step, record)])
-  arms = records.load_arms([str(tmp_path)])
+  arms = run_records.load_arms([str(tmp_path)])
   assert run_report.write(arms).exists()
   assert run_tables.results_text(arms)
 

@@ -12,7 +12,7 @@ from waits import until
 
 from codistill_jax import run_directory
 from experiments import reproduce
-from experiments.studies import plan as plan_lib
+from experiments.studies import study_plan as plan_lib
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.declaration import MEASURES, SCALES
 

@@ -21,7 +21,7 @@ from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
-from experiments.studies import one_program
+from experiments.studies import seeds_together
 
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 SEEDS, STEPS = (0, 3), 13
@@ -115,7 +115,7 @@ def start_of(run, group_id, num_groups):
 
 def together(experiments, num_groups=2, devices=None):
   """Experiment, seat, stream and exchange of each member of one program."""
-  places, stream = one_program.make_places(
+  places, stream = seeds_together.make_places(
       experiments,
       model_of(experiments[0].model),
       num_groups,
@@ -234,7 +234,7 @@ def test_members_may_be_spread_over_devices():
 )
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(until, settings):
   experiments = experiments_of()
-  assert one_program.can_resume(experiments[0].exchange, until)
+  assert seeds_together.can_resume(experiments[0].exchange, until)
   starts, _ = trained(together(experiments, **settings), until)
   found, _ = trained(together(experiments, **settings), starts=starts)
   expected, _ = trained(together(experiments, **settings))
@@ -249,7 +249,7 @@ def test_it_goes_on_where_no_publication_from_before_is_asked_for(
     staleness, steps
 ):
   plan = Plan(every=2, mode='lockstep', staleness=staleness)
-  usable = {s for s in range(1, 8) if one_program.can_resume(plan, s)}
+  usable = {s for s in range(1, 8) if seeds_together.can_resume(plan, s)}
   asked = {
       s
       for s in range(1, 8)
@@ -301,4 +301,4 @@ def test_a_seed_that_leaves_its_seats_holds_up_no_other():
 )
 def test_what_can_be_one_program(settings, num_groups, expected):
   first, _ = experiments_of(**settings)
-  assert one_program.possible(first, num_groups) == expected
+  assert seeds_together.possible(first, num_groups) == expected

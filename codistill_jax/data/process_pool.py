@@ -90,6 +90,10 @@ def _map(
         break
       yield waiting.popleft().result()
   except process.BrokenProcessPool as e:
+    # The pool asks the others to end, and waits: but to that signal they are
+    # deaf, and the one that died may have held the lock of their queue.
+    for worker in multiprocessing.active_children():
+      worker.kill()
     died = OSError(
         'A worker process has died, as when memory is short; the same command'
         ' goes on, perhaps with fewer --workers. (A script that asks for'

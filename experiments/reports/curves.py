@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from .records import EMPTY, finite
+from .run_records import EMPTY, finite
 
 # Records are smoothed over this share of a run, at least one record.
 _SMOOTHING = 1 / 40

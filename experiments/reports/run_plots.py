@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from . import curves as curve_lib
-from . import pages, plots, records
+from . import pages, plots, run_records
 from .pages import Plot
-from .records import GroupRecords, RunRecords
+from .run_records import GroupRecords, RunRecords
 
 # The zoom on the later part of a run shows what follows this share of it.
 _LATER_PART = 0.4
@@ -61,7 +61,7 @@ def make_plots(arms: Sequence[RunRecords]) -> list[Plot]:
   """Returns all plots for which there are records, in order."""
   colours = plots.arm_colours(arm.name for arm in arms)
   arms = [arm._replace(colour=colours[arm.name]) for arm in arms]
-  exchanging = records.exchanging(arms)
+  exchanging = run_records.exchanging(arms)
   with plots.style():
     made = [
         _draw_validation(arms),
@@ -119,7 +119,7 @@ def _entries(
 
 
 def _unit(arms: Sequence[RunRecords]) -> str:
-  return f'nats per {records.example_name(arms)}'
+  return f'nats per {run_records.example_name(arms)}'
 
 
 # --- How panels are drawn ----------------------------------------------------
@@ -130,8 +130,10 @@ def _draw_losses(ax: Axes, entries: Sequence[Entry]) -> None:
   # The steep first tenth of a run lies above the frame.
   last = max(curve.index[-1] for curve in smooth)
   values = pd.concat([c[c.index >= 0.1 * last] for c in smooth])
-  plots.zoom(ax, records.finite(values), below=0.15, above=0.1)
-  distilled = _entries([entry.arm for entry in entries], records.distill_curve)
+  plots.zoom(ax, run_records.finite(values), below=0.15, above=0.1)
+  distilled = _entries(
+      [entry.arm for entry in entries], run_records.distill_curve
+  )
   for arm in {entry.arm.name: entry.arm for entry in distilled}.values():
     if arm.run.get('burn_in_steps'):
       style = {'color': arm.colour, 'lw': 0.9, 'ls': (0, (1, 2))}
@@ -175,8 +177,8 @@ def _draw_range(ax: Axes, entry: Entry) -> None:
   """Draws a band from the smallest to the largest value, for few groups."""
   if len(entry.arm.groups) > _MOST_BANDS:
     return
-  mean = records.finite(entry.curve)
-  most = records.finite(entry.group.curve(f'{entry.curve.name}_max'))
+  mean = run_records.finite(entry.curve)
+  most = run_records.finite(entry.group.curve(f'{entry.curve.name}_max'))
   band = curve_lib.binned(mean, most if most.index.equals(mean.index) else mean)
   style = {'color': entry.arm.colour, 'alpha': 0.12, 'lw': 0}
   ax.fill_between(band.index, band['low'], band['high'], **style)
@@ -206,7 +208,7 @@ _TRAINING = (
     Panel(
         'Distillation loss',
         'distillation loss ({unit})',
-        records.distill_curve,
+        run_records.distill_curve,
         _draw_losses,
     ),
 )
@@ -223,7 +225,8 @@ _EXCHANGE = (
     Panel(
         'Time the exchange held the loop',
         'stall, all so far (s)',
-        lambda g: records.finite(g.curve('exchange/stall_ms')).cumsum() / 1000,
+        lambda g: run_records.finite(g.curve('exchange/stall_ms')).cumsum()
+        / 1000,
         _draw_from_zero,
     ),
     Panel(
@@ -235,7 +238,7 @@ _EXCHANGE = (
     Panel(
         'Rejected publications',
         'rejected, all so far',
-        lambda g: records.counted(g, records.REJECTED),
+        lambda g: run_records.counted(g, run_records.REJECTED),
         _draw_counts,
         zero=False,  # The caption says so; an empty panel says less.
     ),
@@ -256,7 +259,7 @@ _SPEED = (
 
 
 def _draw_validation(arms: Sequence[RunRecords]) -> Plot | None:
-  arms = [a for a in arms if len(records.validation_curve(a))]
+  arms = [a for a in arms if len(run_records.validation_curve(a))]
   if not arms:
     return None
   figure, (whole, later) = plots.figure_of(2)
@@ -267,7 +270,7 @@ def _draw_validation(arms: Sequence[RunRecords]) -> Plot | None:
   whole.set_title('Whole run')
   later.set_title('Later part, enlarged')
   _zoom_later(later, arms)
-  baseline, target = records.find_target(arms)
+  baseline, target = run_records.find_target(arms)
   if baseline:
     _mark_target(later, arms, baseline, target)
   plots.legend_below(figure)
@@ -285,7 +288,7 @@ def _draw_validation_of(ax: Axes, arm: RunRecords) -> None:
       if not _is_crowded(arm):
         style |= {'lw': 0.9, 'alpha': 0.65}
       ax.plot(group.curve('eval/loss'), **style)
-  mean = records.validation_curve(arm)
+  mean = run_records.validation_curve(arm)
   marker = {'marker': 'o', 'ms': 3} if len(mean) <= 30 else {}
   ax.plot(mean, color=arm.colour, label=label, lw=2.0, **marker)
   ensemble = arm.ensemble.get('eval/loss')
@@ -298,7 +301,7 @@ def _draw_validation_of(ax: Axes, arm: RunRecords) -> None:
 
 
 def _zoom_later(ax: Axes, arms: Sequence[RunRecords]) -> None:
-  last = max(records.validation_curve(a).index[-1] for a in arms)
+  last = max(run_records.validation_curve(a).index[-1] for a in arms)
   values = [a.ensemble.get('eval/loss', np.nan) for a in arms]
   for arm in arms:
     for curve in arm.curves('eval/loss'):
@@ -316,7 +319,9 @@ def _mark_target(
   label = f'best of {baseline.name}'
   ax.axhline(target, color=plots.GREY, label=label, **style)
   for arm in arms:
-    step = records.first_at_or_under(records.validation_curve(arm), target)
+    step = run_records.first_at_or_under(
+        run_records.validation_curve(arm), target
+    )
     if arm is not baseline and step is not None:
       ax.plot([step, step], [0, target], color=arm.colour, **style)
 
@@ -326,7 +331,7 @@ def _mark_target(
 
 def _draw_by_peer(arm: RunRecords, index: int) -> Plot | None:
   """Draws a panel per group, a line per peer; None for one peer each."""
-  found = {group.group_id: records.by_peer(group) for group in arm.groups}
+  found = {group.group_id: run_records.by_peer(group) for group in arm.groups}
   if max(map(len, found.values()), default=0) < 2:
     return None  # The mean over one peer says the same.
   figure, axes = plots.figure_of(

@@ -15,9 +15,9 @@ from codistill_jax import run_directory
 from codistill_jax.storage import files
 
 from .. import cli
-from . import pages, records, run_plots, run_tables
+from . import pages, run_plots, run_records, run_tables
 from .pages import Block, Bullets, Code, Heading, Table
-from .records import RunRecords
+from .run_records import RunRecords
 
 _write = pages.prose(__file__)
 
@@ -28,7 +28,7 @@ def write(
   """Writes plots and pages.
 
   Args:
-    arms: As `records.load_arms` gives them.
+    arms: As `run_records.load_arms` gives them.
     output: Where to; report/ in the first arm's run directory if None.
 
   Returns:
@@ -73,8 +73,8 @@ def blocks(
 
 def summary(arms: Sequence[RunRecords]) -> str:
   """Returns what the runs show, in a paragraph."""
-  baseline, target = records.find_target(arms)
-  curves = map(records.validation_curve, arms)
+  baseline, target = run_records.find_target(arms)
+  curves = map(run_records.validation_curve, arms)
   known = {arm.name: _known(arm, target) for arm in arms}
   (said,) = _write(
       'summary',
@@ -83,7 +83,7 @@ def summary(arms: Sequence[RunRecords]) -> str:
       spacing=max(
           (np.diff(c.index).max() for c in curves if len(c) > 1), default=0
       ),
-      example=records.example_name(arms),
+      example=run_records.example_name(arms),
       one_batch=len({arm.run.get('group_batch') for arm in arms}) == 1
       and len({len(arm.groups) for arm in arms}) > 1,
   )
@@ -92,16 +92,18 @@ def summary(arms: Sequence[RunRecords]) -> str:
 
 def _known(arm: RunRecords, target: float | None) -> dict[str, Any]:
   """Returns what the summary needs to know of an arm."""
-  curve = records.validation_curve(arm)
+  curve = run_records.validation_curve(arm)
   singles = [m['eval/loss'] for m in arm.models.values() if 'eval/loss' in m]
   return {
       'name': arm.name,
       'groups': len(arm.groups),
-      'example': records.example_name([arm]),
-      'best': records.best(curve),
+      'example': run_records.example_name([arm]),
+      'best': run_records.best(curve),
       'last_step': curve.index.max(),
       'reached': (
-          None if target is None else records.first_at_or_under(curve, target)
+          None
+          if target is None
+          else run_records.first_at_or_under(curve, target)
       ),
       'ensemble': arm.ensemble.get('eval/loss'),
       'single': np.mean(singles) if singles else None,

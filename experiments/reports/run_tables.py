@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import pages, records
+from . import pages, run_records
 from .pages import number
-from .records import GroupRecords, RunRecords
+from .run_records import GroupRecords, RunRecords
 
 # What stands in a column, of a group.
 Cell = Callable[[RunRecords, GroupRecords], str]
@@ -34,16 +34,16 @@ def _rows(arms: Iterable[RunRecords], cells: Mapping[str, Cell]) -> list[dict]:
 
 
 def _newest(curve: pd.Series, form: str) -> str:
-  curve = records.finite(curve)
+  curve = run_records.finite(curve)
   return number(float(curve.iloc[-1]) if len(curve) else None, form)
 
 
 def _mean_and_most(mean: pd.Series, form: str, *more: pd.Series) -> str:
   """Returns the mean of a curve, and the largest value of it and of others."""
-  mean = records.finite(mean)
+  mean = run_records.finite(mean)
   if mean.empty:
     return '-'
-  most = records.finite(pd.concat([mean, *more])).max()
+  most = run_records.finite(pd.concat([mean, *more])).max()
   return f'{mean.mean():.1f} / {most:{form}}'
 
 
@@ -124,7 +124,7 @@ def _with_perplexity(
 ) -> Mapping[str, Any]:
   """Works it out for tokens where it was not recorded."""
   loss = metrics.get('eval/loss')
-  if loss is None or records.example_name([arm]) != 'token':
+  if loss is None or run_records.example_name([arm]) != 'token':
     return metrics
   return {'eval/perplexity': math.exp(min(loss, 700.0)), **metrics}
 
@@ -148,7 +148,9 @@ def pair_mean(arm: RunRecords, key: str) -> float | None:
 
 
 def _rate(key: str, form: str) -> Cell:
-  return lambda _, group: number(records.mean_rate(group, f'perf/{key}'), form)
+  return lambda _, group: number(
+      run_records.mean_rate(group, f'perf/{key}'), form
+  )
 
 
 def _last(key: str, form: str) -> Cell:
@@ -179,7 +181,7 @@ def staleness(group: GroupRecords, unit: str, form: str) -> str:
   """Returns mean and largest, over all records and all teachers."""
   key = f'exchange/staleness_{unit}'
   # The largest of any single teacher; in old runs only the means are known.
-  most = [group.curve(f'{key}_max'), *records.by_peer(group, unit).values()]
+  most = [group.curve(f'{key}_max'), *run_records.by_peer(group, unit).values()]
   return _mean_and_most(group.curve(key), form, *most)
 
 
@@ -197,7 +199,7 @@ def _exchanges(arm: RunRecords, steps: int) -> int | None:
 
 
 def _count(key: str) -> Cell:
-  return lambda _, group: _newest(records.counted(group, key), ',.0f')
+  return lambda _, group: _newest(run_records.counted(group, key), ',.0f')
 
 
 def _stall_per_exchange(arm: RunRecords, group: GroupRecords) -> str:
@@ -211,14 +213,14 @@ def _stall_per_exchange(arm: RunRecords, group: GroupRecords) -> str:
 
 
 def _stall_in_all(_: RunRecords, group: GroupRecords) -> str:
-  stall = records.finite(group.curve('exchange/stall_ms'))
+  stall = run_records.finite(group.curve('exchange/stall_ms'))
   if stall.empty:
     return '-'
   return number(float(stall.sum()) / 1000.0, '.2f') + _share(stall, group)
 
 
 def _share(stall_ms: pd.Series, group: GroupRecords) -> str:
-  seconds = records.training_seconds(group)
+  seconds = run_records.training_seconds(group)
   return f' ({stall_ms.sum() / 1000.0 / seconds:.1%})' if seconds else ''
 
 
@@ -227,8 +229,8 @@ _HEALTH: dict[str, Cell] = {
     _STALENESS: lambda _, g: staleness(g, 'steps', '.0f'),
     'staleness, s: mean / max': lambda _, g: staleness(g, 'seconds', '.1f'),
     'peers present: mean / max': _peers_present,
-    'rejected': _count(records.REJECTED),
-    'failed to publish': _count(records.FAILURES),
+    'rejected': _count(run_records.REJECTED),
+    'failed to publish': _count(run_records.FAILURES),
     'stall, s (share)': _stall_in_all,
     'publication': lambda _, g: _newest(
         g.curve('exchange/publication_bytes'), 'bytes'
@@ -239,7 +241,7 @@ _HEALTH: dict[str, Cell] = {
 
 def health(arms: Sequence[RunRecords]) -> pd.DataFrame | None:
   """Returns how the exchange of each group went; None if there was none."""
-  exchanging = records.exchanging(arms)
+  exchanging = run_records.exchanging(arms)
   return pd.DataFrame(_rows(exchanging, _HEALTH)) if exchanging else None
 
 
@@ -301,5 +303,5 @@ def _last_record(arm: RunRecords) -> str:
 
 
 def _minutes(arm: RunRecords) -> str:
-  seconds = max(map(records.training_seconds, arm.groups))
+  seconds = max(map(run_records.training_seconds, arm.groups))
   return f'{seconds / 60:.1f}' if seconds else '-'

@@ -13,9 +13,8 @@ from codistill_jax import run_directory, statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 
-from . import plan as plan_lib
 from . import retrains
-from .plan import PlannedRun
+from . import study_plan as plan_lib
 from .retrains import (
     ENSEMBLE,
     FIXED_INIT,
@@ -23,6 +22,7 @@ from .retrains import (
     REPEAT,
     SINGLE,
 )
+from .study_plan import PlannedRun
 
 _CONTROLS = (FIXED_INIT, FIXED_ORDER)
 

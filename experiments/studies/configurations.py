@@ -15,9 +15,9 @@ from codistill_jax.experiment import Experiment
 from codistill_jax.storage import files
 
 from .. import cli
-from . import plan as plan_lib
+from . import study_plan as plan_lib
 from .declaration import Arm
-from .plan import PlannedRun, StudyPlan
+from .study_plan import PlannedRun, StudyPlan
 
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {

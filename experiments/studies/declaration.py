@@ -1,8 +1,8 @@
 """What a study is: arms, scales, and what is compared; data, no code.
 
-A study is declared in `catalogue/`, planned by `plan` and trained by `worker`;
-`outcomes` reads it back, `analysis` and `verdicts` turn it into numbers and
-words, `study_page` into a page. Nothing here imports jax.
+A study is declared in `catalogue/`, planned by `study_plan` and trained by
+`worker`; `outcomes` reads it back, `analysis` and `verdicts` turn it into
+numbers and words, `study_page` into a page. Nothing here imports jax.
 """
 
 from collections.abc import Mapping

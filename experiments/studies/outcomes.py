@@ -13,12 +13,12 @@ import numpy as np
 from codistill_jax import run_directory
 from codistill_jax.storage import files
 
-from ..reports import records
+from ..reports import run_records
 from . import communication
-from . import plan as plan_lib
+from . import study_plan as plan_lib
 from .analysis import Run
 from .declaration import Arm
-from .plan import PlannedRun, StudyPlan
+from .study_plan import PlannedRun, StudyPlan
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -101,8 +101,8 @@ def _read_run(
   arm = plan.arm(planned.arm)
   directory = plan_lib.run_dir(workdir, planned)
   groups = _groups(directory, arm)
-  losses = records.mean_curve(g.curve('eval/loss') for g in groups)
-  accuracies = records.mean_curve(g.curve('eval/accuracy') for g in groups)
+  losses = run_records.mean_curve(g.curve('eval/loss') for g in groups)
+  accuracies = run_records.mean_curve(g.curve('eval/accuracy') for g in groups)
   steps_N = losses.index.to_numpy()
   # Between outer steps nobody has the mean of the workers.
   at_N = steps_N % outcome.get('outer_every', 1) == 0
@@ -120,13 +120,13 @@ def _read_run(
       bytes_N=_bytes(arm, outcome, settings, steps_N),
       diverged_at=_diverged_at(outcome, groups),
       # The groups took turns, and seeds of one program the same time.
-      seconds=max(map(records.training_seconds, groups), default=0.0)
+      seconds=max(map(run_records.training_seconds, groups), default=0.0)
       / outcome['together'],
   )
 
 
 def _diverged_at(
-    outcome: Mapping[str, Any], groups: Sequence[records.GroupRecords]
+    outcome: Mapping[str, Any], groups: Sequence[run_records.GroupRecords]
 ) -> int | None:
   """Returns the step at which loss or gradient were lost for good."""
   if outcome['diverged_at'] is not None:
@@ -140,19 +140,21 @@ def _diverged_at(
   return None
 
 
-def _groups(directory: files.PathLike, arm: Arm) -> list[records.GroupRecords]:
+def _groups(
+    directory: files.PathLike, arm: Arm
+) -> list[run_records.GroupRecords]:
   paths = (
       run_directory.metrics_path(directory, group_id)
       for group_id in range(arm.num_groups)
   )
   return [
-      records.read_group(path, i)
+      run_records.read_group(path, i)
       for i, path in enumerate(paths)
       if path.exists()
   ]
 
 
-def _flops(group: records.GroupRecords, steps_N: np.ndarray) -> np.ndarray:
+def _flops(group: run_records.GroupRecords, steps_N: np.ndarray) -> np.ndarray:
   """Adds up FLOPs until each evaluation, from those on record."""
   curve = group.curve('perf/model_flops_per_step')
   if curve.empty:
@@ -211,7 +213,7 @@ def _ensemble(
   path = plan_lib.ensemble_path(plan_lib.run_dir(workdir, planned))
   if not path.exists():
     return None
-  group = records.read_group(path, 0)
+  group = run_records.read_group(path, 0)
   losses = group.curve('eval/loss')
   at = np.isin(run.steps_N, losses.index)
   return run._replace(

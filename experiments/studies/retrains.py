@@ -17,9 +17,9 @@ from etils import epath
 
 from codistill_jax.storage import files
 
-from . import plan as plan_lib
+from . import study_plan as plan_lib
 from .declaration import Arm
-from .plan import PlannedRun, StudyPlan
+from .study_plan import PlannedRun, StudyPlan
 
 SPLITS = ('validation', 'test')
 SINGLE, ENSEMBLE = 'single', 'ensemble'

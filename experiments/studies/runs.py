@@ -28,14 +28,14 @@ from codistill_jax.storage import files
 
 from .. import cli
 from ..cli import StopRequest
-from ..reports import records
+from ..reports import run_records
 from ..running import devices, driver, lockstep
 from ..running.job import Job
-from . import one_program, predictions
-from . import plan as plan_lib
+from . import predictions, seeds_together
+from . import study_plan as plan_lib
 from .configurations import Configurations, shared_by_seeds
 from .declaration import Arm
-from .plan import PlannedRun
+from .study_plan import PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 
@@ -142,7 +142,7 @@ class Trainer:
     exchange = experiment.exchange
     if self._plan.study.predictions and isinstance(exchange, Checkpoints):
       # Short runs that exchange often: none of it on disk is worth the time.
-      can_resume = functools.partial(one_program.can_resume, exchange)
+      can_resume = functools.partial(seeds_together.can_resume, exchange)
       lockstep.keep_common_checkpoints(made.jobs, can_resume)
       exchanges = memory_exchanges(len(made.jobs), plan=exchange)
     else:
@@ -194,7 +194,7 @@ class Trainer:
         for e in experiments
     ]
     model = gin_utils.call(experiment_lib.make_model, first)
-    places, stream = one_program.make_places(
+    places, stream = seeds_together.make_places(
         experiments,
         model,
         self._plan.arm(runs[0].arm).num_groups,
@@ -214,7 +214,7 @@ class Trainer:
     ]
     lockstep.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
-        lambda step: one_program.can_resume(first.exchange, step),
+        lambda step: seeds_together.can_resume(first.exchange, step),
     )
     return made
 
@@ -367,7 +367,7 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   found = []
   for group_id in range(num_groups):
     path = run_directory.metrics_path(directory, group_id)
-    losses = records.read_group(path, group_id).curve('eval/loss')
+    losses = run_records.read_group(path, group_id).curve('eval/loss')
     found += losses.tolist()[-LAST:]
   return float(np.mean(found)) if found else float('nan')
 

@@ -14,8 +14,8 @@ from codistill_jax.storage import files
 from .. import cli
 from ..cli import StopRequest
 from ..running import processes
-from . import plan as plan_lib
-from .plan import StudyPlan
+from . import study_plan as plan_lib
+from .study_plan import StudyPlan
 
 WORKDIR = flags.DEFINE_string(
     'workdir',

@@ -16,11 +16,11 @@ from codistill_jax.storage import files, leases
 
 from .. import cli
 from ..cli import StopRequest
-from . import one_program
-from . import plan as plan_lib
+from . import seeds_together
+from . import study_plan as plan_lib
 from .configurations import Configurations
-from .plan import PlannedRun, StudyPlan
 from .runs import Outcome, Trainer
+from .study_plan import PlannedRun, StudyPlan
 
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
@@ -92,7 +92,7 @@ class Worker:
       return [run]
     experiment = self.configurations.configure(run)
     arm = self._plan.arm(run.arm)
-    if not one_program.possible(experiment, arm.num_groups):
+    if not seeds_together.possible(experiment, arm.num_groups):
       return [run]
     return [
         other for other in left if other.arm == run.arm and not other.tuning

@@ -159,7 +159,7 @@ class Drill:
     command = [
         sys.executable,
         '-m',
-        'tools.fault_drill.group',
+        'tools.fault_drill.drilled_group',
         f'--workdir={self._workdir}',
         f'--group_id={group_id}',
         f'--num_groups={num_groups}',

@@ -240,6 +240,15 @@ def test_a_stopped_run_ends_with_the_same_bits(make_job, looks, at):
   assert steps == [2, 4, 6, 8, 10, 12]
 
 
+def test_processes_that_end_together_leave_out_no_last_evaluation(make_job):
+  """They stop where they agree to, and beyond the last step they do not."""
+  together = base.ALONE._replace(all_true=base.ALONE.all_true)
+  assert together is not base.ALONE
+  job = make_job(stop=StopAt(14), agreement=together)
+  assert run(job)[-1] == STEPS
+  assert curve_of(job, 'eval/loss')[0] == [6, 12]
+
+
 def test_all_groups_that_go_on_from_an_evaluation_tell_of_it(make_job):
   """Of those killed amid it some have a record: an ensemble needs all."""
   told = []

@@ -24,6 +24,7 @@ from codistill_jax import (
     writers,
 )
 from codistill_jax.base import (
+    ALONE,
     Batch,
     Metrics,
     Model,
@@ -118,7 +119,10 @@ class Watch:
 
   def evaluate(self, step: int, variables: Variables) -> bool:
     """Writes a record of the validation metrics; False if it was stopped."""
-    experiment, model = self._job.experiment, self._job.model
+    job, experiment, model = self._job, self._job.experiment, self._job.model
+    # Several processes stop at a step that they agree on: none is beyond the
+    # last one, so that ends with its evaluation.
+    needed = step == experiment.num_steps and job.agreement is not ALONE
     start = time.perf_counter()
     if self._eval_batches is None:
       self._eval_batches = experiment.task.eval_batches(experiment.eval_batch)
@@ -127,7 +131,7 @@ class Watch:
         variables,
         self._eval_batches,
         model.init_carry(experiment.eval_batch),
-        should_stop=self._job.stop,
+        should_stop=lambda: job.stop() and not needed,
     )
     if found is not None:
       self._writer.write(step, found)

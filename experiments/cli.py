@@ -258,7 +258,8 @@ class StopRequest:
     ):
       self._note(_next_signal(pipe))
       first = time.monotonic()
-      patience = self._grace_seconds if self.unsaved else _SOON_SECONDS
+      soon = not self.unsaved
+      patience = _SOON_SECONDS if soon else self._grace_seconds
       if self._line is None:
         patience = None
       while True:
@@ -266,7 +267,10 @@ class StopRequest:
         if again is None:
           if self._heard.is_set():
             patience = None  # The main thread sees to it.
-          elif self.unsaved and self._put_off.is_set():
+          elif self.unsaved and (soon or self._put_off.is_set()):
+            # Also if there was nothing to lose when the signal came: the first
+            # update has ended since, and the poll after it is about to come.
+            soon, patience = False, self._grace_seconds
             self._put_off.clear()
           else:
             break

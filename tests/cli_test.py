@@ -240,6 +240,21 @@ print('saves', latch())
   assert script.end() == (0, 'saves True\n')
 
 
+def test_an_update_that_ends_after_the_signal_has_a_grace_period():
+  """The first one: while it compiled there was nothing to lose."""
+  script = Script("""
+stop = cli.StopRequest('nothing lost', 1000.0).install()
+ready()
+while stop.signal_number is None:
+  time.sleep(0.01)
+stop.unsaved['group_0'] = 0
+time.sleep(2.0)
+print('saves', stop())
+""")
+  script.send()
+  assert script.end() == (0, 'saves True\n')
+
+
 def test_a_poll_in_another_thread_is_not_the_main_thread_coming():
   script = Script("""
 import threading

@@ -20,7 +20,7 @@ from etils import epath
 from codistill_jax import base, evaluate, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
 from codistill_jax.base import Variables
-from codistill_jax.data import process_pool
+from codistill_jax.data.prepare import usable_cores
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
@@ -358,7 +358,7 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
-      'cores': process_pool.usable_cores(),
+      'cores': usable_cores(),
   }
 
 

@@ -29,7 +29,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.base import Batch, Model, Variables
 from codistill_jax.data import process_pool
-from codistill_jax.exchange import fixed_teachers
+from codistill_jax.exchange import kinds
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
@@ -471,8 +471,8 @@ def _leave_predictions(
       experiment_lib.first_row(experiment, 1),
   )
   identity = {k: str(v) for k, v in experiment.task.identity.items()}
-  for source in fixed_teachers.find([directory]):
-    loaded = fixed_teachers.load([source], like, identity)
+  for source in kinds.find_teachers([directory]):
+    loaded = kinds.load_teachers([source], like, identity)
     variables = jax.tree.map(lambda x: x[0], loaded.variables)
     for split in retrains.SPLITS:
       found, labels = predict(experiment, model, variables, split)

@@ -20,7 +20,7 @@ from token_files import unlike_documents, write_data
 from codistill_jax import base, gin_utils, losses
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
-from codistill_jax.data import prepare_clicks
+from codistill_jax.data import criteo
 
 PAPER_VOCAB = 24_006
 ROWS = 2
@@ -61,7 +61,7 @@ def small_pixels(directory):
 def clicks(directory):
   """Two hundred lines; returns bindings."""
   write_lines(directory / 'train.txt', 200)
-  prepare_clicks.prepare_clicks(
+  criteo.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,

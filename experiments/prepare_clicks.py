@@ -16,9 +16,8 @@ from absl import flags
 
 from codistill_jax.data import (
     criteo,
-    prepare_clicks,
+    prepare,
     prepared_files,
-    process_pool,
 )
 
 from . import cli
@@ -40,7 +39,7 @@ _SOURCE = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_enum(
     'split',
     'time',
-    prepare_clicks.SPLIT_BY,
+    criteo.SPLIT_BY,
     'How lines are split. time: the last ones are the test split, those before'
     ' them the validation split (the lines are in the order of time). hash: at'
     ' random, by the number of the line.',
@@ -68,7 +67,7 @@ _MAX_LINES = flags.DEFINE_integer(
 )
 _SHARD_LINES = flags.DEFINE_integer(
     'shard_lines',
-    prepare_clicks.DEFAULT_SHARD_LINES,
+    criteo.DEFAULT_SHARD_LINES,
     'Lines of a shard, all splits together. A killed run loses at most the'
     ' shards that it was writing, one for each worker.',
     lower_bound=1,
@@ -100,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
   cli.StopRequest(_STOPPED).install()
-  meta = prepare_clicks.prepare_clicks(
+  meta = criteo.prepare_clicks(
       _OUTPUT.value,
       _SOURCE.value,
       split=_SPLIT.value,
@@ -110,10 +109,10 @@ def main(argv: Sequence[str]) -> None:
       max_lines=_MAX_LINES.value,
       shard_lines=_SHARD_LINES.value,
       source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or min(process_pool.usable_cores(), 4),
+      workers=_WORKERS.value or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )
-  print(prepare_clicks.summary(meta))
+  print(criteo.summary(meta))
   if _VERIFY.value:
     files, size = prepared_files.verify(_OUTPUT.value, criteo.KIND)
     print(f'{files} files, {size:,} bytes: as they were written.')

@@ -17,7 +17,7 @@ from made_images import (
 )
 
 from codistill_jax.data import image_files, images
-from codistill_jax.data.images import label_space
+from codistill_jax.data.examples import label_space
 
 SHARED = pathlib.Path(
     os.environ.get(

@@ -23,16 +23,15 @@ from codistill_jax import gin_utils
 
 from . import cli
 from .studies import (
-    churn_results,
     retrains,
-    side_by_side,
     study_plan,
+    worker,
 )
 from .studies.catalogue import churn as catalogue
-from .studies.declaration import Scale
+from .studies.study_plan import Scale
 
 flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(side_by_side)
+flags.adopt_module_key_flags(worker)
 
 _RETRAINS = flags.DEFINE_integer(
     'retrains', 5, 'Independent retrains of each arm; at least 2.'
@@ -105,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
   del argv
   if _PREDICTIONS.value:
-    if side_by_side.WORKDIR.value:
+    if worker.WORKDIR.value:
       raise ValueError(
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
@@ -113,22 +112,20 @@ def main(argv: Sequence[str]) -> None:
     _refuse_flags_of('a study', _OF_STUDIES)
     _compare_files()
     return
-  if not side_by_side.WORKDIR.value:
+  if not worker.WORKDIR.value:
     raise ValueError('give --workdir to train a study, or --predictions')
   _refuse_flags_of('--predictions', _OF_FILES)
   planned = _plan()
-  workdir = side_by_side.absolute(side_by_side.WORKDIR.value)
+  workdir = worker.absolute(worker.WORKDIR.value)
   began = time.time()
-  side_by_side.train(cli.module_of('churn'), workdir, planned)
-  if side_by_side.WORKER.value:
+  worker.train(cli.module_of('churn'), workdir, planned)
+  if worker.WORKER.value:
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
   from .studies import churn_page  # To train needs no tables.
 
-  output = side_by_side.OUTPUT.value or os.path.join(workdir, 'report')
-  churn_page.report(
-      churn_results.load_study(workdir), output, side_by_side.NOTE.value
-  )
+  output = worker.OUTPUT.value or os.path.join(workdir, 'report')
+  churn_page.report(retrains.load_study(workdir), output, worker.NOTE.value)
 
 
 def _compare_files() -> None:
@@ -147,7 +144,7 @@ def _compare_files() -> None:
       examples=examples,
       joined_by=columns.id,
       paths=[path for _, path in named],
-      output=side_by_side.OUTPUT.value,
+      output=worker.OUTPUT.value,
   )
 
 
@@ -176,9 +173,7 @@ def _plan() -> study_plan.StudyPlan:
   Raises:
     ValueError: If they do not fit.
   """
-  side_by_side.check_least(
-      (_RETRAINS, 2), (_NUM_GROUPS, 2), (_CONTROL_RETRAINS, 0)
-  )
+  worker.check_least((_RETRAINS, 2), (_NUM_GROUPS, 2), (_CONTROL_RETRAINS, 0))
   if _CONTROL_RETRAINS.value == 1:
     raise ValueError(
         '--control_retrains=1: the first is a single model, which is no'

@@ -18,14 +18,14 @@ from absl import flags
 from codistill_jax import gin_utils
 
 from . import cli
-from .studies import latency, retrains, side_by_side
+from .studies import costs, retrains, worker
 from .studies import study_plan as plan_lib
 from .studies.catalogue import STUDIES
-from .studies.declaration import SCALES, Study
-from .studies.latency import Latency, LogNormal
+from .studies.costs import Latency, LogNormal
+from .studies.study_plan import SCALES, Study
 
 flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(side_by_side)
+flags.adopt_module_key_flags(worker)
 
 _STUDY = flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
 _SCALE = flags.DEFINE_enum(
@@ -90,12 +90,10 @@ def main(argv: Sequence[str]) -> None:
   _check_churn(plan)
   _latency()  # Raises now rather than after the training.
   default = f'runs/{_STUDY.value}_{_SCALE.value}'
-  workdir = side_by_side.absolute(side_by_side.WORKDIR.value or default)
+  workdir = worker.absolute(worker.WORKDIR.value or default)
   if not _REPORT_ONLY.value:
-    side_by_side.train(
-        cli.module_of('reproduce'), workdir, plan, _ONE_PROGRAM.value
-    )
-  if not side_by_side.WORKER.value:
+    worker.train(cli.module_of('reproduce'), workdir, plan, _ONE_PROGRAM.value)
+  if not worker.WORKER.value:
     _report(workdir, plan)
 
 
@@ -109,7 +107,7 @@ def _plan() -> plan_lib.StudyPlan:
     raise ValueError(
         f'give --study, one of {", ".join(sorted(STUDIES))}; --list tells more'
     )
-  side_by_side.check_least((_SEEDS, 1), (_WORKER_ROWS, 1))
+  worker.check_least((_SEEDS, 1), (_WORKER_ROWS, 1))
   return _make_plan(
       STUDIES[_STUDY.value],
       _SCALE.value,
@@ -142,7 +140,7 @@ def _latency() -> Latency:
   if _TAIL.value < 1:
     raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
   if _STEP_TIMES.value:
-    steps = latency.from_sample(_numbers('step_times', _STEP_TIMES.value))
+    steps = costs.from_sample(_numbers('step_times', _STEP_TIMES.value))
   try:
     alpha, model_time = map(float, _ALL_REDUCE.value)
   except ValueError:
@@ -180,20 +178,19 @@ def _rate(text: str) -> float:
 def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
   from .studies import (
       churn_page,
-      churn_results,
       outcomes,
       study_page,
   )
 
-  output = side_by_side.OUTPUT.value or os.path.join(workdir, 'report')
+  output = worker.OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
-    found = churn_results.load_study(workdir)
-    churn_page.report(found, output, side_by_side.NOTE.value, plan.study)
+    found = retrains.load_study(workdir)
+    churn_page.report(found, output, worker.NOTE.value, plan.study)
     return
   settings, runs = outcomes.load(workdir, plan)
   study = plan.study
-  if side_by_side.NOTE.value:
-    study = study._replace(notes=(side_by_side.NOTE.value, *study.notes))
+  if worker.NOTE.value:
+    study = study._replace(notes=(worker.NOTE.value, *study.notes))
   summary = study_page.write(study, settings, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:

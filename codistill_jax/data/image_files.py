@@ -243,7 +243,7 @@ def read_folder(
         f'There is no directory {printable(root)}; {expected}.'
     )
   entries = _visible(root)
-  found = [e.name for e in entries if e.is_dir()]
+  found = [name for name, kind in entries if kind == 'folder']
   if not found:
     raise FileNotFoundError(
         f'There is no class in {printable(root)}, but {len(entries)} files;'
@@ -256,17 +256,18 @@ def read_folder(
         f'{printable(root / unknown[0])} is no class of the training split'
         f' (there are {len(unknown)} such); move or remove it.'
     )
+  label_of = {name: label for label, name in enumerate(classes)}
   names, labels, empty = [], [], []
-  others = collections.Counter(_kind(e) for e in entries if not e.is_dir())
-  for name in found:
-    entries = _visible(root / name)
-    files = [e.name for e in entries if _kind(e) in _ENDINGS]
-    names += [f'{name}/{file}' for file in files]
-    labels += [classes.index(name)] * len(files)
-    others.update(k for k in map(_kind, entries) if k not in _ENDINGS)
+  others = collections.Counter(k for _, k in entries if k != 'folder')
+  for class_name in found:
+    entries = _visible(root / class_name)
+    files = [name for name, kind in entries if kind == 'image']
+    names += [f'{class_name}/{file}' for file in files]
+    labels += [label_of[class_name]] * len(files)
+    passed = collections.Counter(k for _, k in entries if k != 'image')
+    others += passed
     if not files:
-      held = collections.Counter(map(_kind, entries))
-      empty.append(f'{printable(root / name)} ({_counts(held)})')
+      empty.append(f'{printable(root / class_name)} ({_counts(passed)})')
   if empty:
     more = f' and {len(empty) - 3} more' if len(empty) > 3 else ''
     raise ValueError(
@@ -287,16 +288,18 @@ def read_folder(
   )
 
 
-def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
-  found = [e for e in os.scandir(directory) if not e.name.startswith('.')]
-  return sorted(found, key=lambda e: e.name)
-
-
-def _kind(entry: os.DirEntry) -> str:
-  """Returns the ending of a file in small letters, 'folder' of a folder."""
-  if entry.is_dir():
-    return 'folder'
-  return os.path.splitext(entry.name)[1].lower() or 'no ending'
+def _visible(directory: pathlib.Path) -> list[tuple[str, str]]:
+  """Returns names, sorted, each with its kind: image, folder or an ending."""
+  found = []
+  for entry in os.scandir(directory):
+    kind = os.path.splitext(entry.name)[1].lower() or 'no ending'
+    if kind in _ENDINGS:
+      kind = 'image'
+    elif entry.is_dir():
+      kind = 'folder'
+    if not entry.name.startswith('.'):
+      found.append((entry.name, kind))
+  return sorted(found)
 
 
 def _counts(kinds: collections.Counter) -> str:

@@ -24,7 +24,8 @@ from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
-from .running import devices, driver
+from .running import driver
+from .running import job as job_lib
 from .running.job import Job, check_workdir, print_dry_run
 from .running.watch import group_writer
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
   peers_of(_GROUP_ID.value, _NUM_GROUPS.value)  # Raises if out of range.
   stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
   gin_utils.parse_flags()
-  devices.use_replicas(_REPLICAS.value)
+  job_lib.use_replicas(_REPLICAS.value)
   if _NUM_PROCESSES.value > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
@@ -98,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
       experiment=experiment,
       model=model,
       train_step=experiment_lib.make_replicated_step(
-          experiment, model, devices.chosen_devices(_REPLICAS.value)
+          experiment, model, job_lib.chosen_devices(_REPLICAS.value)
       ),
       workdir=os.fspath(checkpoints.absolute(_WORKDIR.value)),
       group_id=_GROUP_ID.value,

@@ -18,7 +18,7 @@ from codistill_jax import gin_utils
 from codistill_jax.exchange.plan import peers_of
 
 from . import cli
-from .running import devices, processes
+from .running import processes
 
 flags.adopt_module_key_flags(gin_utils)
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
   peers_of(0, _NUM_GROUPS.value)  # Raises if there are too few.
   workdir = os.path.abspath(_WORKDIR.value)
   stop = cli.StopRequest().install()
-  environments, replicas = devices.share_devices(
+  environments, replicas = processes.share_devices(
       _NUM_GROUPS.value, _CPU_REPLICAS.value, stop
   )
   groups = [

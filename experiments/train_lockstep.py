@@ -21,7 +21,8 @@ from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
-from .running import devices, driver, lockstep
+from .running import driver
+from .running import job as job_lib
 from .running.job import Job, check_workdir, print_dry_run
 from .running.watch import group_writer
 
@@ -57,14 +58,14 @@ def main(argv: Sequence[str]) -> None:
   peers_of(0, num_groups)  # Raises if there are too few.
   workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
   stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
-  latch = lockstep.Latch(stop)
+  latch = job_lib.Latch(stop)
   gin_utils.parse_flags()
-  devices.use_replicas(_REPLICAS.value)
+  job_lib.use_replicas(_REPLICAS.value)
   experiment = experiment_lib.in_lockstep(
       gin_utils.make(experiment_lib.Experiment)
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
-  train_steps, shared_stream = lockstep.train_steps_of(
+  train_steps, shared_stream = job_lib.train_steps_of(
       experiment, model, num_groups, _REPLICAS.value
   )
   jobs = [
@@ -87,12 +88,12 @@ def main(argv: Sequence[str]) -> None:
     print_dry_run(jobs[0], start.state)
     return
   check_workdir(jobs[0], start.state)
-  lockstep.keep_common_checkpoints(jobs)
+  job_lib.keep_common_checkpoints(jobs)
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples
   )
   del start
-  lockstep.train_in_turn(
+  job_lib.train_in_turn(
       [
           driver.train(
               job,

@@ -86,12 +86,12 @@ def train(
   # Not at the top: what only lists, or draws a page, needs no jax.
   import jax
 
-  from ..running import devices
+  from ..running import job as job_lib
   from . import configurations
   from . import worker as worker_lib
 
   if replicas > 1:
-    devices.use_replicas(replicas)
+    job_lib.use_replicas(replicas)
   configured = configurations.Configurations(
       workdir, plan, gin_utils.flag_values()[1]
   )

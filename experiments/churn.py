@@ -31,7 +31,6 @@ from .studies import (
 from .studies.catalogue import churn as catalogue
 from .studies.declaration import Scale
 
-flags.adopt_module_key_flags(gin_utils)
 flags.adopt_module_key_flags(side_by_side)
 
 _RETRAINS = flags.DEFINE_integer(
@@ -99,6 +98,11 @@ _OF_STUDIES = (
     'gin_file',
     'gin',
 )
+
+
+def define_flags() -> None:
+  """Defines the flags that other binaries have, too."""
+  gin_utils.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -231,4 +235,5 @@ def _own_arms() -> dict[str, tuple[int, str]]:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -24,7 +24,6 @@ from .studies.catalogue import STUDIES
 from .studies.declaration import SCALES, Study
 from .studies.latency import Latency, LogNormal
 
-flags.adopt_module_key_flags(gin_utils)
 flags.adopt_module_key_flags(side_by_side)
 
 _STUDY = flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
@@ -78,6 +77,11 @@ _ALL_REDUCE = flags.DEFINE_list(
 _REPORT_ONLY = flags.DEFINE_bool(
     'report_only', False, 'Train nothing; make the page of what is there.'
 )
+
+
+def define_flags() -> None:
+  """Defines the flags that other binaries have, too."""
+  gin_utils.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -214,4 +218,5 @@ def _print_studies() -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -31,6 +31,7 @@ def run(module, argv):
 
 def main(binary, cases, results):
   module = importlib.import_module(f'experiments.{binary}')
+  module.define_flags()
   with open(cases) as f:
     found = {name: run(module, argv) for name, argv in json.load(f).items()}
   with open(results, 'w') as f:

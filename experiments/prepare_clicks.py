@@ -16,9 +16,8 @@ from absl import flags
 
 from codistill_jax.data import (
     criteo,
-    prepare_clicks,
+    prepare,
     prepared_files,
-    process_pool,
 )
 
 from . import cli
@@ -46,7 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
       'split',
       'time',
-      prepare_clicks.SPLIT_BY,
+      criteo.SPLIT_BY,
       'How lines are split. time: the last ones are the test split, those'
       ' before them the validation split (the lines are in the order of time).'
       ' hash: at random, by the number of the line.',
@@ -74,7 +73,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'shard_lines',
-      prepare_clicks.DEFAULT_SHARD_LINES,
+      criteo.DEFAULT_SHARD_LINES,
       'Lines of a shard, all splits together. A killed run loses at most the'
       ' shards that it was writing, one for each worker.',
       lower_bound=1,
@@ -106,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
   cli.StopRequest(_STOPPED).install()
-  meta = prepare_clicks.prepare_clicks(
+  meta = criteo.prepare_clicks(
       _FLAGS.output,
       _FLAGS.source,
       split=_FLAGS.split,
@@ -116,10 +115,10 @@ def main(argv: Sequence[str]) -> None:
       max_lines=_FLAGS.max_lines,
       shard_lines=_FLAGS.shard_lines,
       source_checksums=_FLAGS.checksums,
-      workers=_FLAGS.workers or min(process_pool.usable_cores(), 4),
+      workers=_FLAGS.workers or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )
-  print(prepare_clicks.summary(meta))
+  print(criteo.summary(meta))
   if _FLAGS.verify:
     files, size = prepared_files.verify(_FLAGS.output, criteo.KIND)
     print(f'{files} files, {size:,} bytes: as they were written.')

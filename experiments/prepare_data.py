@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax.data import (
-    filters,
     paragraph_ids,
+    prepare,
     prepare_text,
     prepared_files,
-    process_pool,
     shards,
     sources,
 )
@@ -54,11 +53,11 @@ def define_flags() -> None:
       'bible',
       'The corpus: bible (packaged default, King James Bible),'
       ' text:PATH_OR_GLOB (plain text, documents separated by blank lines),'
-      ' files:PATH_OR_GLOB (a file a document), jsonl:PATH_OR_GLOB'
-      ' (JSON lines, as C4 and dolma have them), wet:PATH_OR_GLOB (WET files'
-      ' of Common Crawl, a page a document) or hf:NAME[:CONFIG[:SPLIT]]'
-      ' (Hugging Face, streamed, as hf:allenai/c4:en). Files may end in'
-      ' .gz or .xz. Quote globs.',
+      ' files:PATH_OR_GLOB (a file a document), jsonl:PATH_OR_GLOB (JSON lines,'
+      ' as C4 and dolma have them), wet:PATH_OR_GLOB (WET files of Common'
+      ' Crawl, a page a document) or hf:NAME[:CONFIG[:SPLIT]] (Hugging Face,'
+      ' streamed, as hf:allenai/c4:en). Files may end in .gz or .xz. Quote'
+      ' globs.',
   )
   flags.DEFINE_string(
       'text_key',
@@ -116,7 +115,7 @@ def define_flags() -> None:
       'A filter of documents, with parameters as in'
       ' long_paragraphs:min_characters=400,min_words=50; repeat it for several,'
       ' which are applied in this order. There are: '
-      + ', '.join(map(filters.help_text, filters.FILTERS))
+      + ', '.join(map(sources.filter_help, sources.FILTERS))
       + '. What they reject is counted.',
   )
   flags.DEFINE_integer(
@@ -192,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
       paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
       paragraph_unit=_FLAGS.paragraph_unit,
       source_checksums=_FLAGS.checksums,
-      workers=_FLAGS.workers or process_pool.usable_cores(),
+      workers=_FLAGS.workers or prepare.usable_cores(),
       report=lambda line: print(line, flush=True),
   )
   print(prepare_text.summary(meta))

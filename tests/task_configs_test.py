@@ -15,7 +15,7 @@ from made_images import write_cifar_binary, write_fashion, write_folder
 
 from codistill_jax import base, gin_utils, losses, step
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.data import clicks, criteo, prepare_clicks
+from codistill_jax.data import clicks, criteo
 
 
 def nothing(directory):
@@ -35,7 +35,7 @@ def imagenet(directory):
 
 def criteo_lines(directory):
   write_lines(directory / 'train.txt', 300)
-  prepare_clicks.prepare_clicks(
+  criteo.prepare_clicks(
       directory / 'data',
       f'criteo:{directory / "train.txt"}',
       validation_fraction=0.1,

@@ -27,6 +27,7 @@ from codistill_jax.exchange.fetching import (
     Lockstep,
     Means,
     Reader,
+    Teaching,
 )
 from codistill_jax.exchange.plan import (
     Plan,
@@ -44,7 +45,6 @@ from codistill_jax.exchange.stores import (
     MirroredStore,
     Store,
 )
-from codistill_jax.exchange.teaching import Teaching
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     Patience,

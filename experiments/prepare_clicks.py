@@ -16,8 +16,8 @@ from absl import flags
 
 from codistill_jax.data import (
     criteo,
+    prepare,
     prepared_files,
-    process_pool,
 )
 
 from . import cli
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
       max_lines=_MAX_LINES.value,
       shard_lines=_SHARD_LINES.value,
       source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or min(process_pool.usable_cores(), 4),
+      workers=_WORKERS.value or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )
   print(criteo.summary(meta))

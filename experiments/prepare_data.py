@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax.data import (
-    filters,
     paragraph_ids,
+    prepare,
     prepare_text,
     prepared_files,
-    process_pool,
     shards,
     sources,
 )
@@ -102,7 +101,7 @@ _FILTERS = flags.DEFINE_multi_string(
     'A filter of documents, with parameters as in'
     ' long_paragraphs:min_characters=400,min_words=50; repeat it for several,'
     ' which are applied in this order. There are: '
-    + ', '.join(map(filters.help_text, filters.FILTERS))
+    + ', '.join(map(sources.filter_help, sources.FILTERS))
     + '. What they reject is counted.',
 )
 _MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
@@ -184,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
       paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
       paragraph_unit=_PARAGRAPH_UNIT.value,
       source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or process_pool.usable_cores(),
+      workers=_WORKERS.value or prepare.usable_cores(),
       report=lambda line: print(line, flush=True),
   )
   print(prepare_text.summary(meta))

@@ -56,7 +56,7 @@ from codistill_jax.data import (
     records,
     sources,
 )
-from codistill_jax.data.process_pool import Map
+from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import Raw, Reject
 from codistill_jax.data.sources import Source
 from codistill_jax.data.tables import MISSING

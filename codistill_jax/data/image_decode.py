@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from codistill_jax import base
-from codistill_jax.data import process_pool
+from codistill_jax.data import prepare
 
 _CROP_TRIES = 10
 CROP_DRAWS = 2 * _CROP_TRIES  # Then 2 for the place, 1 for the flip, 1 unused.
@@ -101,7 +101,7 @@ class EncodedImages:
     self._data = data
     self._size, self._resize = size, resize
     self._mean, self._std = mean, std
-    self._workers = workers or process_pool.usable_cores()
+    self._workers = workers or prepare.usable_cores()
     self._max_damaged = max(1, int(max_damaged * len(data.labels)))
     self._lock = threading.Lock()
     # Threads start when they are needed.

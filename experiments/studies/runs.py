@@ -28,7 +28,7 @@ from codistill_jax import (
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.base import Batch, Model, Variables
-from codistill_jax.data import process_pool
+from codistill_jax.data.prepare import usable_cores
 from codistill_jax.exchange import kinds
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
@@ -390,7 +390,7 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
-      'cores': process_pool.usable_cores(),
+      'cores': usable_cores(),
   }
 
 

@@ -513,12 +513,12 @@ def test_the_run_directory_is_claimed_once_its_disk_works(
 def test_done_is_tried_again(make_job, monkeypatch):
   original, tries = files.write_bytes, []
 
-  def write(path, data):
+  def write(path, data, **how):
     if path.name == 'DONE':
       tries.append(path)
       if len(tries) < 3:
         raise OSError(errno.ENOSPC, 'disk full')
-    original(path, data)
+    original(path, data, **how)
 
   monkeypatch.setattr(files, 'write_bytes', write)
   job = make_job()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
   from .reports import run_records, run_report
 
   output = flags.FLAGS.output
-  arms = run_records.load_arms(flags.FLAGS.workdir or [], output)
+  arms = run_records.load_arms(flags.FLAGS.workdir or [])
   print(run_report.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 

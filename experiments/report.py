@@ -22,7 +22,7 @@ def define_flags() -> None:
       'Run directory to report on, or name=directory to name the arm. May be'
       ' given several times.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory for the plots and pages; by default report/ in the first run'

@@ -163,11 +163,11 @@ def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
 def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
-  if not equals or epath.Path(workdir).is_dir():
-    return None, workdir
+  if not equals or epath.Path(files.absolute(workdir)).is_dir():
+    return None, files.absolute(workdir)
   if not label or not path:
     raise ValueError(f'Expected path or name=path, got {workdir!r}.')
-  return label, path
+  return label, files.absolute(path)
 
 
 def _read_groups(workdir: str) -> tuple[GroupRecords, ...]:

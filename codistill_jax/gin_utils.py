@@ -163,7 +163,8 @@ def _bound_by(
 
 
 def _find(file: str) -> pathlib.Path:
-  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+  typed = pathlib.Path(file).expanduser()
+  for path in (pathlib.Path.cwd() / typed, _ROOT / typed):
     if path.is_file():
       return path
   raise ValueError(

@@ -21,7 +21,7 @@ from . import cli
 from .studies import costs, retrains, worker
 from .studies import study_plan as plan_lib
 from .studies.catalogue import STUDIES
-from .studies.costs import Latency, LogNormal
+from .studies.costs import Latency
 from .studies.study_plan import SCALES, Study
 
 flags.adopt_module_key_flags(gin_utils)
@@ -136,11 +136,16 @@ def _check_churn(plan: plan_lib.StudyPlan) -> None:
 
 def _latency() -> Latency:
   """Returns what the flags say of step times and all-reduces."""
-  steps = LogNormal(1.0, _TAIL.value)
-  if _TAIL.value < 1:
+  if not 1 <= _TAIL.value < float('inf'):
     raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
-  if _STEP_TIMES.value:
-    steps = costs.from_sample(_numbers('step_times', _STEP_TIMES.value))
+  sample = ()
+  if path := _STEP_TIMES.value:
+    try:
+      words = pathlib.Path(path).read_text().split()
+      sample = costs.sampled(list(map(float, words)))
+    except (OSError, ValueError) as e:
+      said = getattr(e, 'strerror', None) or e
+      raise ValueError(f'--step_times={path}: {said}') from e
   try:
     alpha, model_time = map(float, _ALL_REDUCE.value)
   except ValueError:
@@ -150,16 +155,7 @@ def _latency() -> Latency:
         f'--all_reduce={",".join(_ALL_REDUCE.value)}; expected two numbers of'
         ' at least 0, such as --all_reduce=0.05,0.05'
     )
-  return Latency(steps, alpha, model_time=model_time)
-
-
-def _numbers(flag: str, path: str) -> list[float]:
-  try:
-    return [float(word) for word in pathlib.Path(path).read_text().split()]
-  except OSError as e:
-    raise ValueError(f'--{flag}={path}: {e.strerror}') from e
-  except ValueError as e:
-    raise ValueError(f'--{flag}={path}: expected numbers, but {e}') from e
+  return Latency(_TAIL.value, sample, alpha, model_time)
 
 
 def _rate(text: str) -> float:
@@ -205,7 +201,7 @@ def _print_studies() -> None:
       plan = _make_plan(study, scale)
       runs = plan.runs()
       cli.tell(
-          f'  {scale}: {len(plan.arms)} arms, {plan.scale.seeds} seeds,'
+          f'  {scale}: {len(plan.study.arms)} arms, {plan.scale.seeds} seeds,'
           f' {len(runs)} runs'
       )
 

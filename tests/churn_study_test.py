@@ -405,15 +405,15 @@ def test_groups_that_never_exchange_are_no_codistilled_arm(
 ):
   found = configurations_of(configuration, tmp_path, binding)
   with pytest.raises(ValueError, match=words):
-    found.configure(PlannedRun('codistilled_1', 0, None, False))
-  found.configure(PlannedRun('wide', 0, None, False))  # May be anything.
+    found.configure(PlannedRun('codistilled_1', 0))
+  found.configure(PlannedRun('wide', 0))  # May be anything.
 
 
 @pytest.mark.parametrize('configured', [0.5, 1.0, 8.0])
 def test_a_weight_is_that_at_the_end_of_the_schedule(
     configuration, tmp_path, configured
 ):
-  run = PlannedRun('codistilled_1', 0, None, False)
+  run = PlannedRun('codistilled_1', 0)
   weight_of = (
       configurations_of(
           configuration,
@@ -440,7 +440,7 @@ def claims(configuration, workdir, described, *, done=()):
   """
   files.write_json(plan_lib.study_path(workdir), described)
   for arm, outcome in dict(done).items():
-    run = PlannedRun(arm, 0, None, False)
+    run = PlannedRun(arm, 0)
     path = plan_lib.outcome_path(plan_lib.run_dir(workdir, run))
     files.write_json(path, outcome)
   configurations.claim(configurations_of(configuration, workdir), 1)

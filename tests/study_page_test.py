@@ -21,7 +21,7 @@ from experiments.studies import (
     study_plots,
     words,
 )
-from experiments.studies.costs import Latency, LogNormal
+from experiments.studies.costs import Latency
 
 PNG = b'\x89PNG'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -228,9 +228,9 @@ def scaling(both=(8, 16, 32), **kwargs):
       arms.append(toy.arm(name, num_groups=groups, **place))
       speed = gain / (0.15 * (1 + 6 / w))
       runs += toy.runs(name, speed=speed, groups=groups, steps_N=EVERY_N)
-  study = toy.study(
-      *arms, x_label='workers of a group', x_log=True, **kwargs
-  )._replace(baseline='one_4')
+  study = toy.study(*arms, x_label='workers of a group', **kwargs)._replace(
+      baseline='one_4'
+  )
   return study, runs
 
 
@@ -268,7 +268,7 @@ def test_a_second_group_that_costs_too_much_never_pays():
   runs = [
       r._replace(flops_N=9 * r.flops_N) if 'two' in r.arm else r for r in runs
   ]
-  assumed = Latency(LogNormal(1.0, 1.0), alpha=0.0, model_time=0.0)
+  assumed = Latency(1.0, alpha=0.0, model_time=0.0)
   text, plots = said_of_wall_time(study, runs, assumed)
   assert 'two groups of W never stay ahead' in text and len(plots) == 1
 

@@ -91,7 +91,7 @@ def with_controls(
   first = single._replace(seeds=tuple(range(size * count)))
   # Retrain 0 of both would be the first single model.
   others = tuple(range(1, controls))
-  weighted = [arm for arm in plan.arms if arm.weight is not None]
+  weighted = [arm for arm in plan.study.arms if arm.weight is not None]
   compared = {SINGLE, ENSEMBLE, *(arm.name for arm in weighted)}
   arms = (
       first,
@@ -101,7 +101,7 @@ def with_controls(
       *map(_again, weighted[:1]),
       single._replace(name=FIXED_INIT, fixed='parameters', seeds=others),
       single._replace(name=FIXED_ORDER, fixed='order', seeds=others),
-      *(arm for arm in plan.arms if arm.name not in compared),
+      *(arm for arm in plan.study.arms if arm.name not in compared),
   )
   return plan._replace(study=plan.study._replace(arms=arms))
 
@@ -148,7 +148,7 @@ def done(workdir: files.PathLike) -> Iterator[tuple[str, int, dict[str, Any]]]:
   for arm in sorted(p.name for p in root.iterdir()) if root.exists() else ():
     numbers = [p.name.removeprefix('seed_') for p in (root / arm).iterdir()]
     for seed in sorted(int(n) for n in numbers if n.isdecimal()):
-      run = PlannedRun(arm, seed, None, False)
+      run = PlannedRun(arm, seed)
       outcome = plan_lib.read_outcome(workdir, run)
       if outcome is not None:
         yield arm, seed, outcome
@@ -172,7 +172,7 @@ def read_predictions(
 
   Never two copies of one run: they are no independent retrains.
   """
-  run = PlannedRun(arm, seed, None, False)
+  run = PlannedRun(arm, seed)
   return _load(_path(plan_lib.run_dir(workdir, run), group_id, split))
 
 
@@ -402,7 +402,7 @@ def _others(arms: Iterable[str]) -> list[str]:
 
 
 def _configuration(workdir: files.PathLike, arm: str, seed: int) -> str:
-  run = PlannedRun(arm, seed, None, False)
+  run = PlannedRun(arm, seed)
   path = run_directory.config_path(plan_lib.run_dir(workdir, run))
   return path.read_text() if path.exists() else ''
 

@@ -40,7 +40,7 @@ from .analysis import (
     Run,
     Score,
 )
-from .costs import Latency, LogNormal, WallTime
+from .costs import Latency, WallTime
 from .study_plan import MEASURES, Arm, Study
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
@@ -436,8 +436,8 @@ def tails_table(model: WallTime) -> pd.DataFrame:
   """Returns the crossover for shorter and longer tails."""
   rows = []
   for tail in _TAILS:
-    steps = LogNormal(1.0, tail)
-    other = model._replace(assumed=model.assumed._replace(steps=steps))
+    assumed = model.assumed._replace(tail=tail, sample=())
+    other = model._replace(assumed=assumed)
     first, (*_, gain) = other.crossover(), other.gains().values()
     rows.append(
         {

@@ -22,11 +22,7 @@ from absl import flags
 from codistill_jax import gin_utils
 
 from . import cli
-from .studies import (
-    retrains,
-    study_plan,
-    worker,
-)
+from .studies import retrains, study_plan, worker
 from .studies.catalogue import churn as catalogue
 from .studies.study_plan import Scale
 

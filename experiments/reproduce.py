@@ -172,11 +172,7 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
-  from .studies import (
-      churn_page,
-      outcomes,
-      study_page,
-  )
+  from .studies import churn_page, outcomes, study_page
 
   output = worker.OUTPUT.value or os.path.join(workdir, 'report')
   if plan.study.predictions:
@@ -187,11 +183,7 @@ def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
   study = plan.study
   if worker.NOTE.value:
     study = study._replace(notes=(worker.NOTE.value, *study.notes))
-  summary = study_page.write(study, settings, runs, output, latency=_latency())
-  cli.tell('\n' + summary.table + '\n')
-  for line in summary.lines:
-    cli.tell(line)
-  cli.tell(f'page: {os.fspath(summary.page)}')
+  study_page.report(study, settings, runs, output, _latency())
 
 
 def _print_studies() -> None:

@@ -206,13 +206,40 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _load(path: epath.Path) -> np.ndarray:
-  data = path.read_bytes()
   try:
-    return np.load(io.BytesIO(data), allow_pickle=False)
-  except (ValueError, EOFError) as e:
+    return load_array(path)
+  except ValueError as e:
     raise ValueError(
-        f'{os.fspath(path)} is damaged ({e}); delete it, and the outcome.json'
-        ' beside it, if any, and both are made again'
+        f'{e}; delete it, and the outcome.json beside it, if any, and both are'
+        ' made again'
+    ) from e
+
+
+def load_array(path: files.PathLike) -> np.ndarray:
+  """Reads a .npy; its header may lie, but the file is as long as it is.
+
+  Raises:
+    ValueError: If it is no array of numbers, or not as long as it says.
+    OSError: If it cannot be read.
+  """
+  data = epath.Path(path).read_bytes()
+  file = io.BytesIO(data)
+  try:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, in_columns, dtype = read_header(file)
+    found = np.frombuffer(data, dtype, offset=file.tell())
+    if min(shape, default=0) < 0:
+      raise ValueError(f'shape {shape}')
+    return found.reshape(shape, order='F' if in_columns else 'C')
+  # Numpy evaluates the header, and that raises what parsers raise.
+  except Exception as e:
+    raise ValueError(
+        f'{os.fspath(path)} is damaged, or no array of numbers:'
+        f' {e or type(e).__name__}'
     ) from e
 
 

@@ -198,7 +198,9 @@ class Study(NamedTuple):
     predictions: Whether its runs leave what they predict in the end, on the
       validation and the test split; see `retrains`.
     x_label: Of the logarithmic axis on which arms stand; '' for none.
-    views: Further figures of this study, names in `study_page.VIEWS`.
+    views: Further figures: 'latency', wall time from a tail-latency model;
+      'bytes', loss against bytes received; 'speed-accuracy', accuracy beside
+      loss.
     notes: Paragraphs for the page: what the result depends on.
   """
 

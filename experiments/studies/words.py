@@ -13,14 +13,7 @@ from codistill_jax.statistics import Estimate
 from ..reports import pages
 from ..reports.pages import count, sentence_start
 from . import analysis
-from .analysis import (
-    DIVERGED,
-    MEASURED,
-    NOT_REACHED,
-    Analysis,
-    Effect,
-    Score,
-)
+from .analysis import DIVERGED, MEASURED, NOT_REACHED, Analysis, Effect, Score
 from .study_plan import MEASURES, Comparison, Study
 
 

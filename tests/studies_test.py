@@ -285,6 +285,12 @@ MISTAKES = {
     '--seeds=0; set it to 1 or more': ['--seeds=0'],
     'holds no study; train it first': ['--report_only', '--workdir={new}'],
     'acts nowhere': ['--gin=UNUSED=1', '--workdir={new}'],
+    'codistillation, seed 0 would have no teacher in any of its 6 steps': [
+        '--study=image_codistillation',
+        '--workdir={new}',
+        '--gin_file={toy}',
+        '--gin=schedules.distill_weight.burn_in_steps=6',
+    ],
     'the group batch is that of the configuration': [
         '--study=image_codistillation',
         '--worker_rows=4',
@@ -297,13 +303,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('words', MISTAKES)
-def test_mistakes_are_said_in_a_line(finished, reproduce_once, tmp_path, words):
+def test_mistakes_are_said_in_a_line(
+    finished, reproduce_once, places, tmp_path, words
+):
   finished('topology')
-  flags = [flag.format(new=tmp_path) for flag in MISTAKES[words]]
+  known = {'new': tmp_path, 'toy': places / 'toy.gin'}
+  flags = [flag.format(**known) for flag in MISTAKES[words]]
   status, output = reproduce_once('topology', *flags)
   assert status == 1
   assert words in output and 'Traceback' not in output
   assert len([x for x in output.splitlines() if x.startswith('error')]) == 1
+  assert not list(tmp_path.rglob('outcome.json'))  # Nothing was trained.
 
 
 def test_the_list_names_all_studies():

@@ -22,7 +22,7 @@ def define_flags() -> None:
       'Run directory to report on, or name=directory to name the arm. May be'
       ' given several times.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory for the plots and pages; by default report/ in the first run'
@@ -34,11 +34,11 @@ def main(argv: Sequence[str]) -> None:
   """Prints the table, writes the report, prints where it is."""
   del argv
   # Here, so that --help needs neither pandas nor matplotlib.
-  from .reports import run_records, run_report, run_tables
+  from .reports import run_records, run_report
 
   output = flags.FLAGS.output
-  arms = run_records.load_arms(flags.FLAGS.workdir or [], output)
-  print(run_tables.results_text(arms))
+  arms = run_records.load_arms(flags.FLAGS.workdir or [])
+  print(run_report.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 
 

@@ -32,6 +32,7 @@ from codistill_jax.exchange.plan import (
     Plan,
     Topology,
     Waiting,
+    check_choice,
     check_topology,
     peers_of,
     readers_of,
@@ -139,7 +140,8 @@ class Checkpoints(Plan, Kind):
     return dataclasses.replace(self, mode='lockstep')
 
   def describe(self) -> dict[str, Any]:
-    return {'exchange_every': self.every, 'mode': self.mode}
+    mode = self.with_mode('freshest').mode
+    return {'exchange_every': self.every, 'mode': mode}
 
   def join(self, member: Member, like: Variables) -> Exchange:
     return CheckpointExchange(
@@ -293,11 +295,7 @@ class FixedTeachers(Kind):
           f'exchange.FixedTeachers.step={step!r}; set it to the step of a'
           ' resume checkpoint, or None for the newest'
       )
-    if self.teacher_dtype not in DTYPES:
-      raise ValueError(
-          f'exchange dtype {self.teacher_dtype!r} is not one of'
-          f' {", ".join(DTYPES)}'
-      )
+    check_choice('exchange dtype', self.teacher_dtype, DTYPES)
 
   def num_teachers(self, group_id: int, num_groups: int) -> int:
     del group_id, num_groups
@@ -305,20 +303,16 @@ class FixedTeachers(Kind):
 
   def describe(self) -> dict[str, Any]:
     """Returns also what was spent on the teachers before the first step."""
-    sources = find_teachers(self.runs, self.step)
-    workdirs = {os.fspath(source.workdir): [] for source in sources}
-    for source in sources:
-      workdirs[os.fspath(source.workdir)].append(source.step)
+    steps = {}
+    for source in find_teachers(self.runs, self.step):
+      steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
-    before = [run_directory.read_run(w).get('prior_steps', 0) for w in workdirs]
+    before = [run_directory.read_run(w).get('prior_steps', 0) for w in steps]
     return {
         'exchange_every': None,
         'mode': 'fixed',
-        'teacher_runs': [
-            {'workdir': workdir, 'steps': steps}
-            for workdir, steps in workdirs.items()
-        ],
-        'prior_steps': sum(source.step for source in sources) + sum(before),
+        'teacher_runs': [{'workdir': w, 'steps': s} for w, s in steps.items()],
+        'prior_steps': sum(map(sum, steps.values())) + sum(before),
     }
 
   def join(self, member: Member, like: Variables) -> Exchange:
@@ -487,29 +481,23 @@ def load_teachers(
       finite.
     OSError: If the file system refuses to give one.
   """
-  found = [
-      cast_floats(_read(source, like, identity), dtype) for source in sources
-  ]
-  return merge_teachers(
-      None, dict(enumerate(found)), present=[True] * len(found)
-  )
-
-
-def _read(
-    source: TeacherSource, like: Variables, identity: Mapping[str, str]
-) -> Variables:
-  record = checkpoints.load_record(source.directory, source.step)
-  tree = load_sound(
-      source.directory,
-      source.step,
-      record,
-      serialization.to_state_dict(like),
-      who=str(source),
-      theirs=record.facts['identity'],
-      ours=identity,
-      part='variables',
-  )
-  return serialization.from_state_dict(like, tree)
+  target = serialization.to_state_dict(like)
+  found = {}
+  for slot, source in enumerate(sources):
+    record = checkpoints.load_record(source.directory, source.step)
+    tree = load_sound(
+        source.directory,
+        source.step,
+        record,
+        target,
+        who=str(source),
+        theirs=record.facts['identity'],
+        ours=identity,
+        part='variables',
+    )
+    variables = serialization.from_state_dict(like, tree)
+    found[slot] = cast_floats(variables, dtype)
+  return merge_teachers(None, found, present=[True] * len(found))
 
 
 class FixedExchange(NoExchange):

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from codistill_jax import gin_utils
+from codistill_jax.storage import files
 
 from . import cli
 from .studies import costs, retrains, worker
@@ -61,7 +62,7 @@ def define_flags() -> None:
       'Whether all seeds of an arm are trained as one program; auto: on an'
       ' accelerator, where that is faster.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'step_times',
       None,
       'File with measured step times of one worker, a number a line, for the'
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
   _check_churn(plan)
   _latency()  # Raises now rather than after the training.
   default = f'runs/{_FLAGS.study}_{_FLAGS.scale}'
-  workdir = worker.absolute(_FLAGS.workdir or default)
+  workdir = _FLAGS.workdir or files.absolute(default)
   if not _FLAGS.report_only:
     worker.train(cli.module_of('reproduce'), workdir, plan, _FLAGS.one_program)
   if not _FLAGS.worker:

@@ -98,10 +98,11 @@ class Population:
     self._batch = NamedSharding(mesh, rows)
     self._specs = _state_specs()
     self._mesh = mesh
+    summed = replicas.summing(train_step, num_replicas)
 
     def counted(*args: Any) -> tuple[TrainState, Metrics]:
       self.num_traces += 1  # Runs only while jax traces.
-      return train_step(*args)
+      return summed(*args)
 
     in_axes = (0, None if shared_batch else 0, 0, None)
     block_step = jax.vmap(counted, in_axes=in_axes, axis_name=GROUP_AXIS)

@@ -3,6 +3,7 @@
 # Lint and the whole test suite:      make test
 # A figure of the paper in small:     make study STUDY=lm_codistillation
 # The benchmarks, docs/benchmarks.md: make bench
+# The documentation, a site:         make docs
 # All do all set-up, in .venv.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RUN = .venv/bin/python -m
 
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo churn study test bench lint clean
+.PHONY: demo churn study test bench docs lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -69,5 +70,13 @@ test: lint
 bench: .venv/bench
 	$(RUN) benchmarks.run_all --device=$(DEVICE)
 
+# A warning is an error; the site is in docs/_build.
+.venv/docs: .venv/demo
+	$(INSTALL) '.[docs]'
+	touch $@
+
+docs: .venv/docs
+	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build
+
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv runs data docs/_build

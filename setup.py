@@ -60,6 +60,7 @@ setuptools.setup(
     ],
     package_dir=_MAPPED,
     package_data={
+        'codistill_jax': ['py.typed'],
         'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
         'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
         'codistill_jax.experiments.studies': ['*.jinja'],
@@ -81,5 +82,7 @@ setuptools.setup(
         'test': sorted(_BOUNDS.values()),
         # The rivals of benchmarks/rivals.py; nothing else needs it.
         'bench': ['torch>=2.13,<2.14'],
+        # The site of docs/.
+        'docs': ['furo>=2025.12', 'myst-nb>=1.4,<2', 'sphinx>=9,<10'],
     },
 )

@@ -275,9 +275,9 @@ def _network(millions: int):
 
 def _exchange(arm: str, root: str, variables, train_step):
   from codistill_jax.exchange import publications
+  from codistill_jax.exchange.fetching import merge_teachers
   from codistill_jax.exchange.plan import NoExchange, Plan
   from codistill_jax.exchange.store_exchange import CheckpointExchange
-  from codistill_jax.exchange.teaching import merge_teachers
 
   if arm == 'off':
 

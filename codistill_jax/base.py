@@ -237,7 +237,8 @@ class TrainState:
     step: int32 scalar; the number of updates done.
     variables: The student.
     opt_state: State of the optax transformation.
-    rng: Key; never advanced, folded with `step` and the replica's index.
+    rng: Key, plain (of `PRNGKey`, or `KeyData` of another generator); never
+      advanced, folded with `step` and the replica's index.
     carry: Recurrent state of the student on this group's rows (B, ...).
     teacher_carry: Recurrent state of each teacher on the same rows
       (P, B, ...); kept when the teachers' parameters are swapped.
@@ -249,6 +250,44 @@ class TrainState:
   rng: Array
   carry: PyTree
   teacher_carry: PyTree
+
+
+@struct.dataclass
+class KeyData:
+  """A typed random key as a plain array, to be copied, placed and saved."""
+
+  data: Array  # uint32 (..., n); n as the generator has it.
+  impl: Any = struct.field(pytree_node=False)  # As `jax.random.key_impl` says.
+
+
+def is_typed_key(x: Any) -> bool:
+  """Returns whether this is a key of `jax.random.key`, not of `PRNGKey`."""
+  dtype = getattr(x, 'dtype', None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def without_keys(tree: PyTree) -> PyTree:
+  """Replaces typed random keys by `KeyData`; the inverse of `with_keys`."""
+  return jax.tree.map(
+      lambda x: (
+          KeyData(jax.random.key_data(x), jax.random.key_impl(x))
+          if is_typed_key(x)
+          else x
+      ),
+      tree,
+  )
+
+
+def with_keys(tree: PyTree) -> PyTree:
+  """Replaces `KeyData` by typed random keys of the same generator."""
+  is_data = lambda x: isinstance(x, KeyData)
+  return jax.tree.map(
+      lambda x: (
+          jax.random.wrap_key_data(x.data, impl=x.impl) if is_data(x) else x
+      ),
+      tree,
+      is_leaf=is_data,
+  )
 
 
 @struct.dataclass

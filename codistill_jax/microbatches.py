@@ -24,6 +24,7 @@ from codistill_jax.base import (
     PyTree,
     TrainState,
     Variables,
+    with_keys,
 )
 
 
@@ -127,7 +128,7 @@ def check_model(
     return
 
   def apply(variables: Variables, batch: Batch, carry: PyTree) -> PyTree:
-    return model.apply(variables, batch, carry, state.rng, True)
+    return model.apply(variables, batch, carry, with_keys(state.rng), True)
 
   args = state.variables, dict(batch), state.carry
   for equation in jaxprs.equations(jax.make_jaxpr(apply)(*args).jaxpr):

@@ -7,10 +7,77 @@ has no trust ratio. Learning rates are numbers or schedules; see
 `schedules.linear_scaling`.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from codistill_jax import base
+
+
+def init(tx: optax.GradientTransformation, params: base.PyTree) -> base.PyTree:
+  """Returns the state of an optimiser, random keys as `base.KeyData`.
+
+  Raises:
+    ValueError: If it asks for other parameters than a tree of arrays.
+  """
+  with _refusing('started'):
+    return base.without_keys(tx.init(params))
+
+
+def update(
+    tx: optax.GradientTransformation,
+    grads: base.PyTree,
+    state: base.PyTree,
+    params: base.PyTree,
+    loss: base.Array,
+) -> tuple[base.PyTree, base.PyTree]:
+  """Applies an optimiser; returns parameters and its state.
+
+  Args:
+    tx: The optimiser. It may ask for `value` and `grad` besides, which are
+      `loss` and `grads`.
+    grads: Of the mean over the group batch.
+    state: From `init` or the update before.
+    params: Before the update.
+    loss: The total loss of which `grads` is the gradient.
+
+  Raises:
+    ValueError: If it asks for anything else, such as a function of the loss.
+  """
+  held = base.with_keys(state)
+  with _refusing('updated'):
+    try:
+      changes, after = optax.with_extra_args_support(tx).update(
+          grads, held, params, value=loss, grad=grads
+      )
+    except TypeError as e:
+      # As of `optax.contrib.sam`, which says that it takes more, and does not.
+      if 'unexpected keyword' not in str(e):
+        raise
+      changes, after = tx.update(grads, held, params)
+  if jax.tree.map(jnp.shape, changes) != jax.tree.map(jnp.shape, params):
+    raise ValueError(
+        'this optimiser does not give one update for each parameter, of its'
+        ' shape, as one of optax that measures does not; put it in an'
+        ' optax.chain or optax.monitor, or choose another'
+    )
+  return optax.apply_updates(params, changes), base.without_keys(after)
+
+
+@contextlib.contextmanager
+def _refusing(doing: str) -> Iterator[None]:
+  try:
+    yield
+  except (AttributeError, TypeError) as e:
+    raise ValueError(
+        f'this optimiser cannot be {doing} here: {e}; an update has the'
+        ' gradient, the parameters (a tree of arrays), and the loss as'
+        ' value= at one point: choose an optimiser that needs no more, such as'
+        ' optax.lbfgs without its line search'
+    ) from e
 
 
 def momentum_sgd(

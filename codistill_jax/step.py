@@ -23,6 +23,7 @@ from codistill_jax import (
     jaxprs,
     losses,
     microbatches,
+    optimizers,
     peer_predictions,
 )
 from codistill_jax import metrics as metrics_lib
@@ -43,7 +44,10 @@ from codistill_jax.base import (
     check_form,
     form_of,
     forward,
+    is_typed_key,
     logits_of,
+    with_keys,
+    without_keys,
 )
 
 # What can go wrong in an update, in the order in which it does. What is wrong
@@ -104,8 +108,8 @@ def init_state(
   Args:
     model: The model of every group.
     tx: The optimiser.
-    rng: Key, `jax.random.key(seed)` or `PRNGKey(seed)`; groups that should
-      start from different parameters are given different keys.
+    rng: Key, `jax.random.key(seed)` of any generator or `PRNGKey(seed)`; groups
+      that should start from different parameters are given different keys.
     batch: Any batch of the task; only shapes and dtypes matter. One row of it
       is given to `model.init`: the whole may be larger than a device.
     num_peers: P, the length of the teachers' axis; 0 trains alone.
@@ -113,12 +117,13 @@ def init_state(
 
   Returns:
     A `TrainState` whose carries have one row for each row of the group batch.
+
+  Raises:
+    ValueError: If the key is none, if the state of the model holds a typed one,
+      or if the optimiser asks for what an update does not have.
   """
   rows = group_batch or len(jax.tree.leaves(dict(batch))[0])
-  rng = jnp.asarray(rng)
-  if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    # The state holds plain arrays, which can be copied, placed and saved.
-    rng = jax.random.key_data(rng)
+  rng = _checked_key(rng)
   row = jax.tree.map(lambda x: x[:1], dict(batch))
   return _init_of(model, tx, rows, num_peers)(rng, row)
 
@@ -130,18 +135,42 @@ def _init_of(
 ) -> Callable[[Array, dict], TrainState]:
   def init(rng: Array, batch: Batch) -> TrainState:
     init_rng, step_rng = jax.random.split(rng)
+    if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:
+      step_rng = jax.random.key_data(step_rng)
     variables = model.init(init_rng, batch)
     carry = model.init_carry(rows)
+    for path, x in jax.tree.leaves_with_path((variables, carry)):
+      if is_typed_key(x):
+        raise ValueError(
+            f'the model holds a typed random key at'
+            f' {jax.tree_util.keystr(path[1:])}; hold'
+            ' jax.random.key_data of it, or take the key that apply is given'
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=tx.init(variables.params),
-        rng=step_rng,
+        opt_state=optimizers.init(tx, variables.params),
+        rng=without_keys(step_rng),
         carry=carry,
         teacher_carry=_stack_copies(carry, num_peers),
     )
 
   return jax.jit(init)
+
+
+def _checked_key(rng: Array) -> Array:
+  """Returns a single key, typed or of `PRNGKey`; else raises ValueError."""
+  rng = jnp.asarray(rng)
+  plain = jax.eval_shape(jax.random.PRNGKey, 0)
+  if (rng.shape, rng.dtype) != (plain.shape, plain.dtype) and not (
+      is_typed_key(rng) and not rng.shape
+  ):
+    raise ValueError(
+        f'rng: expected one random key, got {rng.dtype}{list(rng.shape)}; give'
+        ' jax.random.key(seed), or a jax.random.PRNGKey(seed) of the generator'
+        f' that jax has by default ({jax.config.jax_default_prng_impl})'
+    )
+  return rng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,15 +309,17 @@ def update(
   metrics = {key: x / count for key, x in sums.items()}
   metrics['optim/grad_norm'] = optax.tree.norm(grads)
   metrics['optim/fault'] = _fault(faults, metrics)
-  params = state.variables.params
-  changes, opt_state = config.tx.update(grads, state.opt_state, params)
+  params, opt_state = optimizers.update(
+      config.tx,
+      grads,
+      state.opt_state,
+      state.variables.params,
+      metrics['loss/total'],
+  )
   check_form('opt_state', state.opt_state, opt_state)
   after = TrainState(
       step=state.step + 1,
-      variables=Variables(
-          optax.apply_updates(params, changes),
-          _pmean_floats(found.model_state, axis_name),
-      ),
+      variables=Variables(params, _pmean_floats(found.model_state, axis_name)),
       opt_state=opt_state,
       rng=state.rng,
       carry=found.carry,
@@ -604,7 +635,7 @@ def _step_rng(
     state: TrainState, config: StepConfig, index: int | Array
 ) -> Array:
   """The key of this step on this replica, real or simulated."""
-  rng = jax.random.fold_in(state.rng, state.step)
+  rng = jax.random.fold_in(with_keys(state.rng), state.step)
   replica = 0
   if config.axis_name is not None:
     replica = jax.lax.axis_index(config.axis_name)

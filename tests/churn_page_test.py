@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from codistill_jax import statistics
-from experiments.studies import churn_page, churn_results
+from experiments.studies import churn_page, retrains
 from experiments.studies.catalogue import STUDIES
-from experiments.studies.churn_results import Repeat, Retrains
+from experiments.studies.retrains import Repeat, Retrains
 
 SPREAD = {
     'single': 0.5,
@@ -37,12 +37,12 @@ def rows_of(seed):
     arms[name] = models[:5]
     if name == 'single':
       arms['ensemble'] = statistics.ensembles(models)
-  return churn_results.summarise(arms, labels, TITLES)
+  return retrains.summarise(arms, labels, TITLES)
 
 
-def retrains(**kwargs):
+def made_up(**kwargs):
   rows = {'validation': rows_of(0), 'test': rows_of(1)}
-  chosen, reason = churn_results.choose(rows['validation'])
+  chosen, reason = retrains.choose(rows['validation'])
   settings = {
       'data': 'toy points',
       'headline': 'Do toys churn?',
@@ -72,7 +72,7 @@ def retrains(**kwargs):
 
 
 def test_the_page_as_a_whole(tmp_path, capsys):
-  churn_page.report(retrains(), tmp_path, 'Of toys only.')
+  churn_page.report(made_up(), tmp_path, 'Of toys only.')
   golden_page.check((tmp_path / 'churn.md').read_text(), 'churn.md')
   printed = capsys.readouterr().out
   assert 'was chosen on validation' in printed and 'churn.html' in printed
@@ -82,7 +82,7 @@ def test_the_page_as_a_whole(tmp_path, capsys):
 
 
 def test_the_page_of_the_declared_study_has_its_verdicts(tmp_path, capsys):
-  churn_page.report(retrains(), tmp_path, study=STUDIES['churn'])
+  churn_page.report(made_up(), tmp_path, study=STUDIES['churn'])
   printed = capsys.readouterr().out.replace(str(tmp_path), '')
   golden_page.check(printed, 'churn_verdicts.txt')
   page = (tmp_path / 'page.md').read_text()
@@ -98,7 +98,7 @@ def test_the_page_of_the_declared_study_has_its_verdicts(tmp_path, capsys):
     ],
 )
 def test_a_control_that_fails_is_said_loudly(tmp_path, repeat, platform, hint):
-  found = retrains(platform=platform)._replace(repeats=[repeat])
+  found = made_up(platform=platform)._replace(repeats=[repeat])
   with pytest.raises(ValueError, match=f'1 of 800 .*{hint}'):
     churn_page.report(found, tmp_path)
   assert 'FAILED' in (tmp_path / 'churn.md').read_text()

@@ -17,12 +17,11 @@ from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 from codistill_jax.storage import files
 from experiments import churn
-from experiments.studies import churn_results, configurations, retrains
+from experiments.studies import configurations, retrains
 from experiments.studies import study_plan as plan_lib
 from experiments.studies.catalogue.churn import STUDY
-from experiments.studies.churn_results import Row
-from experiments.studies.declaration import Scale
-from experiments.studies.study_plan import PlannedRun
+from experiments.studies.retrains import Row
+from experiments.studies.study_plan import PlannedRun, Scale
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 TESTS = pathlib.Path(__file__).parent
@@ -265,7 +264,7 @@ def test_one_changed_bit_fails_the_control(finished, tmp_path):
     probs = np.load(path)
     probs[7] = np.nextafter(probs[7], np.float32(1))
     np.save(path, probs)
-    found = {r.arm: r for r in churn_results.load_study(workdir).repeats}
+    found = {r.arm: r for r in retrains.load_study(workdir).repeats}
   finally:
     path.write_bytes(kept)
   assert found['single'].different == 0
@@ -301,11 +300,11 @@ def test_the_weight_is_chosen_on_validation():
       row('codistilled_3', 0.40, 3),  # As good as the ensemble will do.
       row('codistilled_6', 0.41, 2),
   ]
-  assert churn_results.choose(base + good)[0] == 'codistilled_3'
+  assert retrains.choose(base + good)[0] == 'codistilled_3'
   bad = [row('codistilled_1', 0.42, 4), row('codistilled_6', 0.43, 2)]
-  chosen, reason = churn_results.choose(base + bad)
+  chosen, reason = retrains.choose(base + bad)
   assert chosen == 'codistilled_1' and 'no weight' in reason
-  assert churn_results.choose(base) == (None, '')
+  assert retrains.choose(base) == (None, '')
 
 
 def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
@@ -333,7 +332,7 @@ def test_what_is_better_on_test_only_is_not_chosen(tmp_path):
       for split, array in predictions(good_at).items():
         retrains.write_predictions(directory, 0, split, array)
       write(plan_lib.outcome_path(directory))
-  study = churn_results.load_study(tmp_path)
+  study = retrains.load_study(tmp_path)
   assert study.chosen == 'codistilled_1'
   table = {row.arm: row.figures['log_loss'].mean for row in study.table}
   assert set(table) == {'single', 'ensemble', 'codistilled_1'}
@@ -493,7 +492,7 @@ def test_what_earlier_versions_wrote_is_refused_in_a_line(
   assert status == 1 and len(output.splitlines()) == 1
   assert 'holds a study of churn as earlier versions wrote it' in output
   with pytest.raises(ValueError, match='as earlier versions wrote it'):
-    churn_results.load_study(tmp_path)
+    retrains.load_study(tmp_path)
 
 
 def test_a_damaged_file_is_named(tmp_path):

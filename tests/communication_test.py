@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.studies.communication import bytes_per_update
+from experiments.studies.costs import bytes_per_update
 
 
 @pytest.mark.parametrize('pattern', ['all_reduce', 'exchange'])

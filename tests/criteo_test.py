@@ -11,7 +11,7 @@ from click_files import expected_row, lines, write_lines
 from etils import epath
 from hypothesis import strategies as st
 
-from codistill_jax.data import criteo, prepare_clicks
+from codistill_jax.data import criteo
 from codistill_jax.data.records import Reject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -131,7 +131,7 @@ def test_any_bytes_are_lines_that_are_read_or_counted(raw):
 
 def read(*paths):
   """Lines of files, without their ends."""
-  source = prepare_clicks.open_source(f'criteo:{paths[0].parent}/*')
+  source = criteo.open_source(f'criteo:{paths[0].parent}/*')
   assert list(source.files) == [epath.Path(path) for path in paths]
   return [
       line if isinstance(line, Reject) else line.rstrip(b'\n')

@@ -3,16 +3,18 @@
 import functools
 
 import jax
+import jaxlib
 import numpy as np
 
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        'xla_backend_optimization_level': 0,
-        'xla_llvm_disable_expensive_passes': True,
-        'xla_cpu_use_fusion_emitters': False,
-    },
-)
+_OPTIONS = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+}
+# See conftest.py.
+if jaxlib.__version__ < '0.11':
+  _OPTIONS['xla_cpu_use_fusion_emitters'] = False
+
+jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 
 
 def random_variables(model, batch, seed=0):

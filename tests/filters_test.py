@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill_jax.data import filters
+from codistill_jax.data import sources
 from codistill_jax.data.records import Reject
 
 ROOT = Path(__file__).parent.parent
@@ -23,27 +23,27 @@ class TestEnglish:
 
   @pytest.mark.parametrize('text', [GERMAN, FRENCH, '天地玄黃宇宙洪荒', '12 %'])
   def test_other_languages_are_rejected(self, text):
-    assert filters.english(text) == Reject('not_english')
+    assert sources.english(text) == Reject('not_english')
 
   def test_english_is_left_as_it_is(self):
     for text in (ENGLISH, f' {ENGLISH}\n\n{ENGLISH}\t'):
-      assert filters.english(text) == text
+      assert sources.english(text) == text
 
   def test_the_beginning_decides(self):
     text = ENGLISH * 3 + GERMAN * 30
-    assert filters.english(text, max_characters=150) == text
-    assert filters.english(text) == Reject('not_english')
+    assert sources.english(text, max_characters=150) == text
+    assert sources.english(text) == Reject('not_english')
 
   def test_certainty_can_be_asked_for(self):
-    assert filters.english(ENGLISH, min_probability=0.9) == ENGLISH
-    assert filters.english(ENGLISH, min_probability=1.1) == Reject(
+    assert sources.english(ENGLISH, min_probability=0.9) == ENGLISH
+    assert sources.english(ENGLISH, min_probability=1.1) == Reject(
         'not_english'
     )
 
 
 def test_long_paragraphs_are_kept_and_short_ones_dropped():
   text = 'menu\n' + 'x' * 10 + '\n   short    \n' + 'a b c d e ' + '\nend'
-  keep = filters.long_paragraphs
+  keep = sources.long_paragraphs
   assert keep(text, min_characters=9) == 'x' * 10 + '\na b c d e '
   assert keep(text, min_characters=10) == 'x' * 10
   assert keep(text, min_characters=0, min_words=5) == 'a b c d e '
@@ -60,10 +60,10 @@ def test_filters_see_what_those_before_them_left():
     seen.append(text)
     return text
 
-  long = filters.parse('long_paragraphs:min_characters=5')
-  assert filters.apply([long, note], 'abc\nabcdef') == 'abcdef'
-  assert filters.apply([note, long, note], 'abc') == Reject('short')
-  assert filters.apply([note], Reject('empty')) == Reject('empty')
+  long = sources.parse_filter('long_paragraphs:min_characters=5')
+  assert sources.apply_filters([long, note], 'abc\nabcdef') == 'abcdef'
+  assert sources.apply_filters([note, long, note], 'abc') == Reject('short')
+  assert sources.apply_filters([note], Reject('empty')) == Reject('empty')
   assert seen == ['abcdef', 'abc']
 
 
@@ -83,10 +83,10 @@ def test_filters_see_what_those_before_them_left():
     ],
 )
 def test_the_full_name_holds_every_parameter(spec, full):
-  parsed = filters.parse(spec)
-  assert filters.full_spec(parsed) == full
-  assert filters.full_spec(filters.parse(full)) == full
-  assert filters.full_spec(pickle.loads(pickle.dumps(parsed))) == full
+  parsed = sources.parse_filter(spec)
+  assert sources.filter_spec(parsed) == full
+  assert sources.filter_spec(sources.parse_filter(full)) == full
+  assert sources.filter_spec(pickle.loads(pickle.dumps(parsed))) == full
 
 
 @pytest.mark.parametrize(
@@ -103,25 +103,25 @@ def test_the_full_name_holds_every_parameter(spec, full):
 )
 def test_malformed_filters_are_refused(spec, message):
   with pytest.raises(ValueError, match=message):
-    filters.parse(spec)
+    sources.parse_filter(spec)
 
 
 def test_every_filter_says_what_it_does_and_works_with_its_defaults():
-  for name, function in filters.FILTERS.items():
+  for name, function in sources.FILTERS.items():
     assert function.__name__ == name and 'Args:' in function.__doc__
-    assert name in filters.help_text(name)
-    assert isinstance(filters.parse(name)(ENGLISH * 9), str)
+    assert name in sources.filter_help(name)
+    assert isinstance(sources.parse_filter(name)(ENGLISH * 9), str)
 
 
 def test_a_missing_package_is_named(python):
   program = (
       'import sys; sys.modules["py3langid"] = None\n'
-      'from codistill_jax.data import filters\n'
+      'from codistill_jax.data import sources\n'
       'try:\n'
-      '  filters.check([filters.parse("english")])\n'
+      '  sources.check_filters([sources.parse_filter("english")])\n'
       'except ValueError as e:\n'
       '  print(e)\n'
-      'filters.check([filters.parse("long_paragraphs")])\n'
+      'sources.check_filters([sources.parse_filter("long_paragraphs")])\n'
   )
   output = subprocess.run(
       [python, '-c', program], cwd=ROOT, capture_output=True, text=True

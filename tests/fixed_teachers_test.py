@@ -14,9 +14,8 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import run_directory
 from codistill_jax import step as step_lib
-from codistill_jax.exchange import fixed_teachers
-from codistill_jax.exchange.fixed_teachers import FixedExchange
-from codistill_jax.exchange.kinds import FixedTeachers
+from codistill_jax.exchange import kinds
+from codistill_jax.exchange.kinds import FixedExchange, FixedTeachers
 from codistill_jax.group import run_group
 from codistill_jax.schedules import distill_weight
 from codistill_jax.storage.checkpoints import MismatchError
@@ -48,10 +47,10 @@ def variables_of(model, seed, step=5):
 
 
 def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
-  sources = fixed_teachers.find(runs, step)
+  sources = kinds.find_teachers(runs, step)
   like = toy.start(model, TX).variables
   return FixedExchange(
-      sources, fixed_teachers.load(sources, like, identity, **kwargs)
+      sources, kinds.load_teachers(sources, like, identity, **kwargs)
   )
 
 

@@ -1,23 +1,28 @@
 """The loop of one group, and groups together: algorithm 1 over a whole run."""
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
 
 import algorithm1
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 from waits import PATIENCE, until
 
-from codistill_jax.base import host_copy
+from codistill_jax import step as step_lib
+from codistill_jax.base import Variables, host_copy
 from codistill_jax.exchange.plan import NoExchange, Plan
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.group import prefetch, run_group
 from codistill_jax.replicas import PmapStep
 from codistill_jax.schedules import distill_weight
+from codistill_jax.storage.resume import ResumeCheckpoints
 
 EVERY = 4
 TWO_LAYERS, RECURRENT = toy.TWO_LAYERS, toy.RECURRENT
@@ -365,6 +370,72 @@ def test_a_run_resumes_from_a_collected_state_to_the_same_bits(model):
   states = [step.collect(result.state) for result in run(start(model, 0))]
   resumed = [step.collect(result.state) for result in run(states[3])]
   toy.assert_same(resumed, states[4:])
+
+
+KEYS = {
+    'plain': jax.random.PRNGKey,
+    **{
+        impl: functools.partial(jax.random.key, impl=impl)
+        for impl in ('threefry2x32', 'rbg', 'unsafe_rbg')
+    },
+}
+
+
+@pytest.mark.parametrize('make', KEYS.values(), ids=KEYS)
+def test_a_key_of_any_generator_trains_is_saved_and_resumed(make, tmp_path):
+  """That of the dropout, and one in the state of the optimiser."""
+  typed = jax.random.key if make is jax.random.PRNGKey else make
+  tx = optax.noisy_sgd(0.1, key=typed(5))
+  step = toy.replicated(toy.NOISE, tx, 2)
+  stream = toy.stream_of(toy.NOISE)
+  init = lambda seed: step_lib.init_state(
+      toy.NOISE, tx, make(seed), stream.batch(0)
+  )
+  run = lambda state: list(
+      step.collect(r.state) for r in run_group(step, state, stream, num_steps=4)
+  )
+  states = run(init(0))
+  saved = ResumeCheckpoints(tmp_path)
+  saved.save(states[1])
+  saved.close()
+  resumed = saved.read(2, jax.eval_shape(lambda: init(0))).state
+  toy.assert_same(run(resumed), states[2:])
+  other = run(init(1))
+  assert not np.array_equal(other[0].carry, states[0].carry)
+  assert not np.array_equal(states[0].carry, states[1].carry)
+
+
+def test_a_typed_key_of_the_default_generator_is_the_plain_one():
+  batch = toy.stream_of(toy.NOISE).batch(0)
+  a, b = (
+      step_lib.init_state(toy.NOISE, toy.SGD, make(3), batch)
+      for make in (jax.random.key, jax.random.PRNGKey)
+  )
+  toy.assert_same(a, b)
+
+
+@pytest.mark.parametrize(
+    'rng',
+    [
+        0,
+        np.zeros(2, np.int32),
+        np.zeros(4, np.uint32),
+        jax.random.split(jax.random.key(0), 2),
+    ],
+)
+def test_what_is_no_key_is_refused_by_name(rng):
+  batch = toy.stream_of(TWO_LAYERS).batch(0)
+  with pytest.raises(ValueError, match='rng: expected one random key, got'):
+    step_lib.init_state(TWO_LAYERS, toy.SGD, rng, batch)
+
+
+def test_a_typed_key_in_the_state_of_a_model_is_refused_by_name():
+  init = lambda rng, batch: Variables({'w': jnp.ones(())}, {'drop': rng})
+  model = TWO_LAYERS._replace(init=init)
+  with pytest.raises(ValueError, match=r"typed random key at .*'drop'"):
+    step_lib.init_state(
+        model, toy.SGD, jax.random.key(0), toy.stream_of(TWO_LAYERS).batch(0)
+    )
 
 
 def test_a_start_state_serves_more_than_one_run():

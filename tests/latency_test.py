@@ -6,9 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from experiments.studies import latency
-from experiments.studies.latency import Empirical, Fit, Latency, LogNormal
-from experiments.studies.wall_time import WallTime
+from experiments.studies import costs
+from experiments.studies.costs import (
+    Empirical,
+    Fit,
+    Latency,
+    LogNormal,
+    WallTime,
+)
 
 WORKERS = [1, 2, 3, 16, 256, 4096]
 Z99 = 2.3263478740408408  # The normal quantile of 99 %.
@@ -20,7 +25,7 @@ Z99 = 2.3263478740408408  # The normal quantile of 99 %.
 def test_the_larger_of_one_and_two_log_normals_are_known():
   sigma = math.log(3.0) / Z99
   mean = 2.0 * math.exp(sigma**2 / 2)
-  one, two = (latency.expected_maximum(LogNormal(2.0, 6.0), w) for w in (1, 2))
+  one, two = (costs.expected_maximum(LogNormal(2.0, 6.0), w) for w in (1, 2))
   assert one == pytest.approx(mean, rel=1e-8)
   assert two == pytest.approx(mean * (1 + math.erf(sigma / 2)), rel=1e-8)
 
@@ -29,7 +34,7 @@ def test_log_normal_maxima_agree_with_draws():
   rng = np.random.default_rng(0)
   sigma = math.log(2.0) / Z99
   draws = np.exp(sigma * rng.standard_normal((20_000, 64))).max(axis=1)
-  got = latency.expected_maximum(LogNormal(1.0, 2.0), 64)
+  got = costs.expected_maximum(LogNormal(1.0, 2.0), 64)
   error = draws.std() / math.sqrt(len(draws))
   assert abs(got - draws.mean()) < 4 * error
 
@@ -39,52 +44,52 @@ def test_the_maximum_of_a_sample_is_exact():
   for workers in (1, 2, 3):
     all_draws = itertools.product(sample, repeat=workers)
     expected = np.mean([max(draw) for draw in all_draws])
-    got = latency.expected_maximum(Empirical(sample), workers)
+    got = costs.expected_maximum(Empirical(sample), workers)
     assert got == pytest.approx(expected)
-  most = latency.expected_maximum(Empirical(sample), 10**6)
+  most = costs.expected_maximum(Empirical(sample), 10**6)
   assert most == pytest.approx(4.0)
 
 
 def test_a_sample_is_in_units_of_its_median():
-  sample = latency.from_sample([20.0, 10.0, 40.0])
+  sample = costs.from_sample([20.0, 10.0, 40.0])
   assert sample == Empirical((1.0, 0.5, 2.0))
 
 
 def test_more_workers_and_longer_tails_take_longer():
   short, long = (
-      [latency.expected_maximum(LogNormal(1.0, p99), w) for w in WORKERS]
+      [costs.expected_maximum(LogNormal(1.0, p99), w) for w in WORKERS]
       for p99 in (1.5, 3.0)
   )
   assert short == sorted(short) and long == sorted(long)
   assert all(a < b for a, b in zip(short, long))
-  without = latency.expected_maximum(LogNormal(1.0, 1.0), 1000)
+  without = costs.expected_maximum(LogNormal(1.0, 1.0), 1000)
   assert without == pytest.approx(1.0)
 
 
 def test_a_step_adds_the_all_reduce():
   assumed = Latency(LogNormal(1.0, 1.0), alpha=0.5, model_time=1.0)
-  assert latency.step_time(assumed, 1) == pytest.approx(1.0)
-  assert latency.step_time(assumed, 4) == pytest.approx(3.0)
-  assert latency.step_time(assumed, 4, compute=1.5) == pytest.approx(3.5)
+  assert costs.step_time(assumed, 1) == pytest.approx(1.0)
+  assert costs.step_time(assumed, 4) == pytest.approx(3.0)
+  assert costs.step_time(assumed, 4, compute=1.5) == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize(
     'call, words',
     [
-        (lambda: latency.from_sample([1.0, 0.0]), 'all positive'),
+        (lambda: costs.from_sample([1.0, 0.0]), 'all positive'),
         (
-            lambda: latency.expected_maximum(LogNormal(2.0, 1.0), 3),
+            lambda: costs.expected_maximum(LogNormal(2.0, 1.0), 3),
             '0 < median <= p99',
         ),
         (
-            lambda: latency.expected_maximum(LogNormal(1.0, 2.0), 0),
+            lambda: costs.expected_maximum(LogNormal(1.0, 2.0), 0),
             'at least 1 worker',
         ),
         (
-            lambda: latency.expected_maximum(Empirical(()), 2),
+            lambda: costs.expected_maximum(Empirical(()), 2),
             'at least one finite',
         ),
-        (lambda: latency.fit_steps([1, 2], [10, 5]), 'three or more'),
+        (lambda: costs.fit_steps([1, 2], [10, 5]), 'three or more'),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, words):
@@ -97,14 +102,14 @@ def test_what_makes_no_sense_is_refused(call, words):
 
 def test_a_fit_finds_what_made_the_steps():
   workers = [1, 2, 4, 8, 16, 32]
-  fit = latency.fit_steps(workers, [430 * (1 + 5.3 / w) for w in workers])
+  fit = costs.fit_steps(workers, [430 * (1 + 5.3 / w) for w in workers])
   assert fit == pytest.approx((430, 5.3, 0), rel=1e-5, abs=1e-5)
   assert fit.steps(10**6) >= fit.floor
 
 
 def test_a_fit_is_the_least_of_squares():
   workers, steps = np.array([1, 2, 4, 8]), np.array([1000, 700, 400, 380])
-  fit = latency.fit_steps(workers, steps)
+  fit = costs.fit_steps(workers, steps)
 
   def error(floor, critical):
     rest = np.log(steps) - np.log(floor * (1 + critical / workers))

@@ -1,12 +1,17 @@
 """Large-batch optimisers: whom they decay, and their steps by hand."""
 
+import contextlib
+import functools
+import inspect
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from codistill_jax import optimizers
+from codistill_jax import base, optimizers
 from codistill_jax.models import lstm, resnet, transformer
 
 # A kernel, and one of everything that is none.
@@ -121,25 +126,18 @@ def assert_same_path(found, expected):
 
 
 @pytest.mark.parametrize('nesterov', [False, True])
-def test_momentum_sgd_is_the_formula_of_goyal(nesterov):
+@pytest.mark.parametrize('momentum, decay', [(0.8, 0.01), (0.9, 1e-4)])
+def test_momentum_sgd_is_the_formula_of_goyal(nesterov, momentum, decay):
   def direction(is_kernel, w, g, u, rate):
-    g = g + 0.01 * w if is_kernel else g
-    u = 0.8 * u + g
-    return rate * (g + 0.8 * u if nesterov else u), u
+    g = g + decay * w if is_kernel else g
+    u = momentum * u + g
+    return rate * (g + momentum * u if nesterov else u), u
 
-  tx = optimizers.momentum_sgd(
-      RATE, momentum=0.8, nesterov=nesterov, weight_decay=0.01
-  )
+  given = {'momentum': momentum, 'weight_decay': decay, 'nesterov': nesterov}
+  if (momentum, nesterov) == (0.9, False):
+    given = {}  # The defaults are those of the paper.
+  tx = optimizers.momentum_sgd(RATE, **given)
   assert_same_path(descend(tx, 3), by_hand(3, direction))
-
-
-def test_the_defaults_are_those_of_the_paper():
-  def direction(is_kernel, w, g, u, rate):
-    u = 0.9 * u + g + (1e-4 * w if is_kernel else 0.0)
-    return rate * u, u
-
-  tx = optimizers.momentum_sgd(RATE)
-  assert_same_path(descend(tx, 2), by_hand(2, direction))
 
 
 def test_lars_is_the_formula_of_you():
@@ -156,11 +154,122 @@ def test_lars_is_the_formula_of_you():
   assert_same_path(descend(tx, 3), by_hand(3, direction))
 
 
-def test_one_step_of_lars_in_numbers():
-  params = {'kernel': np.float32([3.0, 4.0]), 'bias': np.float32([3.0, 4.0])}
-  grads = {'kernel': np.float32([0.0, 2.0]), 'bias': np.float32([0.0, 2.0])}
-  tx = optimizers.lars(10.0, weight_decay=0.0, trust_coefficient=0.001)
-  updates, _ = tx.update(grads, tx.init(params), params)
-  # 10 * 0.001 * |w| / |g| * g = 0.01 * 5 / 2 * 2.
-  np.testing.assert_allclose(updates['kernel'], [0.0, -0.05], rtol=1e-6)
-  np.testing.assert_allclose(updates['bias'], [0.0, -20.0], rtol=1e-6)
+# -- optax as it is -----------------------------------------------------------
+
+SGD = optax.sgd(0.1)
+MASK = {'conv': True, 'norm': False, 'dense': True}
+# What a transformation cannot do without, by the name of its argument.
+ARGUMENTS = {
+    'learning_rate': 0.1,
+    'clipping': 1.0,
+    'max_delta': 1.0,
+    'max_norm': 1.0,
+    'threshold': 1.0,
+    'decay': 0.9,
+    'eta': 0.1,
+    'gamma': 0.5,
+    'step_size': -0.1,
+    'step_size_fn': lambda count: -0.1 / (1 + count),
+    'l2_norm_clip': 1.0,
+    'noise_multiplier': 1.0,
+    'seed': 0,
+    'inner': SGD,
+    'base_optimizer': SGD,
+    'optimizer': SGD,
+    'adv_optimizer': SGD,
+    'fast_optimizer': SGD,
+    'sync_period': 2,
+    'slow_step_size': 0.5,
+    'inner_factory': lambda **kw: optax.sgd(0.1),
+    'max_consecutive_errors': 3,
+    'max_backtracking_steps': 3,
+    'max_linesearch_steps': 3,
+    'mask': MASK,
+    'freeze_mask': MASK,
+    'should_transform_fn': lambda step, **kw: step < 1,
+    'transforms': {'a': SGD, 'b': optax.adam(0.1)},
+    'param_labels': {'conv': 'a', 'norm': 'b', 'dense': 'a'},
+    'measure': lambda updates, **kw: optax.tree.norm(updates),
+    'measure_name': 'norm',
+    'f': lambda updates, params: updates,
+    'tx': SGD,
+}
+MADE = {
+    'chain': lambda: optax.chain(optax.clip(1.0), SGD),
+    'named_chain': lambda: optax.named_chain(('a', optax.clip(1.0))),
+    'stateless_with_tree_map': lambda: optax.stateless_with_tree_map(
+        lambda g, p: g
+    ),
+    'inject_hyperparams': lambda: optax.inject_hyperparams(optax.adam)(0.1),
+    'inject_stateful_hyperparams': lambda: (
+        optax.inject_stateful_hyperparams(optax.adam)(0.1)
+    ),
+    'MultiSteps': lambda: optax.MultiSteps(SGD, 2),
+    'lbfgs without its search': lambda: optax.lbfgs(0.1, linesearch=None),
+    'scale_by_muon': lambda: optax.contrib.muon(0.1),
+}
+# What asks for more than a loop of updates has, and the words that say so.
+REFUSED = {
+    'lbfgs': 'value_fn',
+    'scale_by_backtracking_linesearch': 'value_fn',
+    'scale_by_zoom_linesearch': 'value_fn',
+    'lookahead': 'tree of arrays',
+    'sophia': 'obj_fn',
+    'dpsgd': 'batch dimension',
+    'differentially_private_aggregate': 'batch dimension',
+    'measure_with_ema': 'one update for each parameter',
+}
+
+
+def transformations():
+  """Every one of optax and its contrib, by name; made when called."""
+  found = dict(MADE)
+  for module in (optax, optax.contrib):
+    for name, make in vars(module).items():
+      if name in found or not callable(make) or name[0] in '_ABCDEFGHLMNOPSTZ':
+        continue
+      with contextlib.suppress(ValueError):
+        signature = inspect.signature(make)
+        if 'Transformation' not in str(signature.return_annotation):
+          continue
+        arguments = {
+            p.name: ARGUMENTS[p.name]
+            for p in signature.parameters.values()
+            if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        }
+        found[name] = functools.partial(make, **arguments)
+  return found
+
+
+ALL = transformations()
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_optax_works_as_it_is_or_is_refused_by_name(name):
+  # In optax's own way: names that are to go, and a shape (1,) beside others.
+  with warnings.catch_warnings(action='ignore'):
+    tx = ALL[name]()
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  grads = gradients(0)
+
+  def two_updates(params):
+    with jax.numpy_rank_promotion('allow'):
+      state = optimizers.init(tx, params)
+      for _ in range(2):
+        params, after = optimizers.update(tx, grads, state, params, 3.0)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        state = after
+    return params, state
+
+  if name in REFUSED:
+    with pytest.raises(ValueError, match=REFUSED[name]):
+      jax.eval_shape(two_updates, params)
+    return
+  found, state = jax.eval_shape(two_updates, params)
+  assert found == jax.eval_shape(lambda x: x, params)
+  # Plain arrays, which can be copied, placed, saved and read.
+  assert not any(map(base.is_typed_key, jax.tree.leaves(state)))
+
+
+def test_there_are_as_many_transformations_as_optax_had():
+  assert len(ALL) > 100 and set(REFUSED) <= set(ALL)

@@ -11,7 +11,7 @@ from codistill_jax.exchange.plan import Plan
 from codistill_jax.storage import files
 from experiments.studies import outcomes
 from experiments.studies import study_plan as plan_lib
-from experiments.studies.declaration import Scale
+from experiments.studies.study_plan import Scale
 
 SETTINGS = {
     'study': 'toy',

@@ -12,7 +12,6 @@ from prepared import run_clicks, write_clicks
 from codistill_jax.data import (
     clicks,
     criteo,
-    prepare_clicks,
     prepared_files,
 )
 
@@ -54,7 +53,7 @@ def test_all_good_lines_arrive_in_their_order(tmp_path):
   assert found == [expected_row(t) for t in texts]
   for name, rows in splits.items():
     assert meta['splits'][name]['positives'] == rows[:, 0].sum()
-  assert prepare_clicks.summary(meta).startswith('train: 350 rows, ')
+  assert criteo.summary(meta).startswith('train: 350 rows, ')
 
 
 def test_a_split_by_hash_is_disjoint_and_covers_everything(tmp_path):
@@ -103,7 +102,7 @@ def test_damage_is_counted_and_not_fatal(prepared):
   rows = sum(split['rows'] for split in meta['splits'].values())
   assert rows == meta['records'] - 4
   assert 450 < meta['records'] < 650
-  assert '1 damaged_file, 3 wrong_columns' in prepare_clicks.summary(meta)
+  assert '1 damaged_file, 3 wrong_columns' in criteo.summary(meta)
 
 
 def test_a_damaged_file_at_the_very_end_is_counted_once(tmp_path):

@@ -5,7 +5,7 @@ import random
 
 from click_files import write_lines
 
-from codistill_jax.data import prepare_clicks, prepare_text, sources
+from codistill_jax.data import criteo, prepare_text, sources
 
 WORDS = ['the', 'and', 'of', 'that', 'he', 'his', 'for', 'they', 'be', 'is']
 
@@ -68,7 +68,7 @@ def run_clicks(output, source, **changes):
       'shard_lines': 64,
       'report': lines.append,
   }
-  meta = prepare_clicks.prepare_clicks(output, source, **options | changes)
+  meta = criteo.prepare_clicks(output, source, **options | changes)
   return meta, lines
 
 

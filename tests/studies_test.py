@@ -14,7 +14,7 @@ from codistill_jax import run_directory
 from experiments import reproduce
 from experiments.studies import study_plan as plan_lib
 from experiments.studies.catalogue import STUDIES
-from experiments.studies.declaration import MEASURES, SCALES
+from experiments.studies.study_plan import MEASURES, SCALES
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -1,10 +1,10 @@
-"""Tests of studies: targets, effects, and the words of verdicts."""
+"""Tests of studies: targets, effects, and the words of words."""
 
 import numpy as np
 import pytest
 import study_toy as toy
 
-from experiments.studies import analysis, verdicts
+from experiments.studies import analysis, words
 from experiments.studies.analysis import Run
 
 
@@ -14,7 +14,7 @@ def analyse(*groups_of_runs, **kwargs):
 
 
 def judge(found, name='two', against='baseline', **kwargs):
-  return verdicts.judge(found, toy.compare(name, against, **kwargs))
+  return words.judge(found, toy.compare(name, against, **kwargs))
 
 
 def cell(found, arm, measure='steps_to_target'):
@@ -165,19 +165,19 @@ MIXED, RATHER_MORE = (-0.5, 0.4, -0.3), (0.5, -0.4, 0.3)
 @pytest.mark.parametrize(
     'values, expect, words',
     [
-        (LESS, 'less', verdicts.AS),
-        (LESS, 'more', verdicts.OPPOSITE),
-        (MORE, 'more', verdicts.AS),
-        (MORE, 'less', verdicts.OPPOSITE),
-        (MIXED, 'less', verdicts.TOWARDS),
-        (MIXED, 'more', verdicts.NONE),
-        (RATHER_MORE, 'less', verdicts.NONE),
-        (RATHER_MORE, 'equal', verdicts.NONE),
-        (MORE, 'equal', verdicts.OPPOSITE),
-        ((0.001, -0.001, 0.0), 'equal', verdicts.AS),
+        (LESS, 'less', words.AS),
+        (LESS, 'more', words.OPPOSITE),
+        (MORE, 'more', words.AS),
+        (MORE, 'less', words.OPPOSITE),
+        (MIXED, 'less', words.TOWARDS),
+        (MIXED, 'more', words.NONE),
+        (RATHER_MORE, 'less', words.NONE),
+        (RATHER_MORE, 'equal', words.NONE),
+        (MORE, 'equal', words.OPPOSITE),
+        ((0.001, -0.001, 0.0), 'equal', words.AS),
         # Seen, but within 1 % of 3 nats; and beyond.
-        ((0.01, 0.011, 0.009), 'equal', verdicts.AS),
-        ((0.05, 0.051, 0.049), 'equal', verdicts.OPPOSITE),
+        ((0.01, 0.011, 0.009), 'equal', words.AS),
+        ((0.05, 0.051, 0.049), 'equal', words.OPPOSITE),
     ],
 )
 def test_the_words_follow_the_interval(values, expect, words):
@@ -198,8 +198,8 @@ FIRST_OF_BASE = [toy.run(diverged_at=60), *BASE[1:]]
 @pytest.mark.parametrize(
     'base, two, measure, expected, said',
     [
-        (BASE, TWO, 'steps_to_target', verdicts.NONE, 'a ratio of 1 [1, 1]'),
-        (BASE, TWO, 'final_loss', verdicts.NONE, '0.0000 [0.0000, 0.0000]'),
+        (BASE, TWO, 'steps_to_target', words.NONE, 'a ratio of 1 [1, 1]'),
+        (BASE, TWO, 'final_loss', words.NONE, '0.0000 [0.0000, 0.0000]'),
         (BASE, DIVERGED, 'steps_to_target', 'more', 'diverged in 3 of 3 seeds'),
         (
             FIRST_OF_BASE,
@@ -251,7 +251,7 @@ def test_what_can_be_said(base, two, measure, expected, said):
     for expect in ('more', 'less'):
       got = judge(found, ours, theirs, measure=measure, expect=expect).words
       if expected == 'more':
-        assert got == (verdicts.AS if expect == side else verdicts.OPPOSITE)
+        assert got == (words.AS if expect == side else words.OPPOSITE)
       else:
         assert got == expected
 
@@ -260,12 +260,12 @@ def test_what_lies_within_one_evaluation_is_no_difference():
   base = thrice('baseline', [5, 4, 3, 2.0])
   near = analyse(base, thrice('two', [5, 4, 2, 2.0]))
   far = analyse(base, thrice('two', [5, 2, 2, 2.0]))
-  assert judge(near).words == verdicts.NONE
-  assert judge(far).words == verdicts.AS
+  assert judge(near).words == words.NONE
+  assert judge(far).words == words.AS
   # Nor does it show that two are the same: 10 of 40 steps are 25 %.
-  assert judge(near, expect='equal').words == verdicts.NONE
+  assert judge(near, expect='equal').words == words.NONE
   same = analyse(base, [r._replace(arm='two') for r in base])
-  assert judge(same, expect='equal').words == verdicts.NONE
+  assert judge(same, expect='equal').words == words.NONE
 
 
 def test_what_the_paper_did_not_compare_is_not_said_to_be_in_it():

@@ -16,13 +16,12 @@ from codistill_jax.statistics import Estimate
 from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import (
     analysis,
+    costs,
     study_page,
     study_plots,
-    verdicts,
-    wall_time,
     words,
 )
-from experiments.studies.latency import Latency, LogNormal
+from experiments.studies.costs import Latency, LogNormal
 
 PNG = b'\x89PNG'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -79,9 +78,9 @@ def test_the_page_as_a_whole(written):
 def test_the_summary_says_what_the_page_says(written):
   output, summary, study, _ = written
   page = html.unescape((output / 'page.html').read_text())
-  words = [v.words for v in summary.verdicts]
-  assert words[:3] == [verdicts.AS, verdicts.OPPOSITE, verdicts.AS]
-  assert words[3].startswith('cannot be said (no seed')
+  said = [v.words for v in summary.verdicts]
+  assert said[:3] == [words.AS, words.OPPOSITE, words.AS]
+  assert said[3].startswith('cannot be said (no seed')
   for line in summary.lines:
     assert line in page
   assert len(summary.table.splitlines()) == 1 + len(study.arms)
@@ -237,7 +236,7 @@ def scaling(both=(8, 16, 32), **kwargs):
 
 def test_what_the_latency_model_is_given_comes_from_the_runs():
   study, runs = scaling()
-  got = wall_time.measure(analysis.analyse(study, runs), Latency())
+  got = costs.measure(analysis.analyse(study, runs), Latency())
   assert sorted(got.one) == [4, 8, 16, 32] and sorted(got.two) == [8, 16, 32]
   assert got.at == 32
   assert got.ratio == pytest.approx(got.two[32] / got.one[32])

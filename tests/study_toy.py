@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies.analysis import Run
-from experiments.studies.declaration import Arm, Comparison, Scale, Study
+from experiments.studies.study_plan import Arm, Comparison, Scale, Study
 
 STEPS_N = np.arange(50, 1001, 50)
 COMMAND = 'python -m experiments.reproduce --study=toy --scale=smoke'

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from codistill_jax.base import Variables
+from codistill_jax.exchange.fetching import Teaching, merge_teachers
 from codistill_jax.exchange.plan import Plan
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.exchange.teaching import Teaching, merge_teachers
 
 
 def variables(value):

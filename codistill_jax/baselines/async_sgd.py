@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from codistill_jax import replicas, step
+from codistill_jax import optimizers, replicas, step
 from codistill_jax.base import (
     Array,
     Batch,
@@ -366,9 +366,14 @@ def _serve(
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
   """Applies a worker's gradient to the server; then the worker pulls."""
-  held, params = state.opt_state, state.variables.params
-  updates, server = tx.update(answer.opt_state, held.server, params)
-  params = optax.apply_updates(params, updates)
+  held = state.opt_state
+  params, server = optimizers.update(
+      tx,
+      answer.opt_state,
+      held.server,
+      state.variables.params,
+      metrics['loss/total'],
+  )
   loss, first = metrics['loss/task'], state.step == 0
   first_loss = jnp.where(first, loss, held.first_loss)
   recent_loss = jnp.where(

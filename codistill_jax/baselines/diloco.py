@@ -41,6 +41,8 @@ from codistill_jax.base import (
     Stream,
     TrainState,
     Variables,
+    with_keys,
+    without_keys,
 )
 from codistill_jax.baselines.method import check_workers, copies
 
@@ -246,14 +248,13 @@ def _split_state(state: TrainState, workers: int) -> TrainState:
   """Returns the state of each worker, along a leading axis."""
   held = state.opt_state
   # The first as it is: a single worker draws what plain training draws.
-  rngs = [state.rng] + [
-      jax.random.fold_in(state.rng, m) for m in range(1, workers)
-  ]
+  rng = with_keys(state.rng)
+  rngs = [rng] + [jax.random.fold_in(rng, m) for m in range(1, workers)]
   return TrainState(
       step=jnp.broadcast_to(state.step, (workers,)),
       variables=held.workers,
       opt_state=held.inner,
-      rng=jnp.stack(rngs),
+      rng=without_keys(jnp.stack(rngs)),
       carry=_split_rows(state.carry, workers),
       teacher_carry=_split_rows(state.teacher_carry, workers, 1),
   )

@@ -1,4 +1,4 @@
-"""Criteo Display Advertising Challenge (Kaggle, 2014): its lines, its rows.
+"""Criteo Display Advertising Challenge (Kaggle, 2014): lines -> rows on disk.
 
 A line has 40 columns separated by tabs: the label, 0 or 1; the integers I1 to
 I13; the categories C1 to C26, 8 hexadecimal digits each. An empty field is a
@@ -20,29 +20,55 @@ Rows on disk, which `prepare_clicks` writes and the task reads:
 A shard without rows has no file. A row lies in one place, so that one taken at
 random costs one page of the disk.
 
-Shape suffixes: N lines, F fields of some lines, I 13, K 26.
+How lines are split:
+
+* 'time': Kaggle's lines are in the order of time, over seven days. The last
+  lines are the test split, those before them the validation split: a model is
+  judged on what comes after what it learned from, as in use.
+* 'hash': by the number of the line, at random: splits of one distribution, as
+  in most work on the Kaggle data; it makes the task a little easier.
+
+Lines are numbered with the bad ones, so that a line's split does not depend on
+which others are good.
+
+The values of categories are counted as an external sort does it: every piece
+leaves a *run*, the different values of each column in its training rows and how
+often it has them; in the end the runs are merged, a column at a time.
+
+Shape suffixes: N lines or rows, F fields of some lines, I 13, K 26, S splits.
 """
 
 import collections
+import functools
+import io
+import itertools
 import os
-from pathlib import Path
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from codistill_jax.data import prepared_files
+from codistill_jax.data import (
+    order,
+    prepare,
+    prepared_files,
+    records,
+    sources,
+)
+from codistill_jax.data.prepare import Map
+from codistill_jax.data.records import Raw, Reject
+from codistill_jax.data.sources import Source
+from codistill_jax.data.tables import MISSING
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
 COLUMNS = 1 + NUM_INTEGERS + NUM_CATEGORIES
-
-MAX_LINE = 4096  # Bytes; a longer one is 'too_long', and never held.
-
-# Values of rows that stand for an empty field.
-MISSING = 0
 MISSING_INTEGER = np.iinfo(np.int32).min
 
 SPLITS = ('train', 'validation', 'test')
+SPLIT_BY = ('time', 'hash')
+DEFAULT_SHARD_LINES = 1 << 20
 
 # Why a line is left out, most telling first; 'not_utf8' before them all.
 REASONS = (
@@ -52,8 +78,17 @@ REASONS = (
     'bad_category',
 )
 
+_MAX_LINE = 4096  # Bytes; a longer one is 'too_long', and never held.
 _HEX_DIGITS = 8
 _MAX_DIGITS = 10  # Of an int32.
+
+_RUNS = 'runs'
+_MERGED = 8  # Runs that are merged at once.
+_PARSED = 4096  # Lines that are parsed at once: a megabyte.
+_SPLIT_KEY = 6  # The next after those of order.py.
+
+
+# --- lines -------------------------------------------------------------------
 
 
 class Parsed(NamedTuple):
@@ -231,26 +266,37 @@ KIND = prepared_files.DataKind(
 )
 
 
+def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
+  """Reads `meta.json`.
+
+  Raises:
+    FileNotFoundError, ValueError: As `prepared_files.read_meta`.
+  """
+  return prepared_files.read_meta(pathlib.Path(data_dir), KIND)
+
+
 def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
   """Opens the rows of one split, uint32 (rows, 40), if they are as described.
 
   Raises:
     FileNotFoundError: If there is no finished data set, or a file is missing.
-    ValueError: If a file is damaged.
+    ValueError: If a file is damaged, or the split is empty.
   """
-  data_dir = Path(data_dir)
-  described = prepared_files.read_meta(data_dir, KIND)['splits'][split][
-      'shards'
-  ]
+  described = read_meta(data_dir)['splits'][split]
+  if not described['rows']:
+    raise ValueError(
+        f'The {split} split of {data_dir} is empty; prepare the data again'
+        ' with other fractions or more lines.'
+    )
   return prepared_files.Stack(
       [
           prepared_files.open_array(
-              data_dir / rows_name(split, i),
+              pathlib.Path(data_dir) / rows_name(split, i),
               (shard['rows'], COLUMNS),
               np.dtype(np.uint32),
               KIND,
           )
-          for i, shard in enumerate(described)
+          for i, shard in enumerate(described['shards'])
           if shard['rows']
       ]
   )
@@ -265,9 +311,8 @@ def open_counts(
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  data_dir = Path(data_dir)
-  path = data_dir / counts_name(column)
-  values = prepared_files.read_meta(data_dir, KIND)['counts'][column]['values']
+  path = pathlib.Path(data_dir) / counts_name(column)
+  values = read_meta(data_dir)['counts'][column]['values']
   try:
     size = path.stat().st_size
   except FileNotFoundError as e:
@@ -280,3 +325,263 @@ def open_counts(
     return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
   pairs = np.memmap(path, '<u4', 'r', shape=(values, 2))
   return pairs[:, 0], pairs[:, 1]
+
+
+# --- preparation -------------------------------------------------------------
+
+
+def prepare_clicks(
+    output: str | os.PathLike,
+    source: str,
+    *,
+    split: str = 'time',
+    validation_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    seed: int = 0,
+    max_lines: int | None = None,
+    shard_lines: int = DEFAULT_SHARD_LINES,
+    source_checksums: str | None = None,
+    workers: int = 1,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Prepares clicks, continues a preparation, or finds that all is done.
+
+  Args:
+    output: Directory of the data; made if missing.
+    source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
+    split: 'time' or 'hash'; see the head of this file.
+    source_checksums: --checksums.
+    report: Takes a line about what goes on. All others: as the flags of the
+      same names of `experiments.prepare_clicks`.
+
+  Returns, raises: As `prepare.run`.
+  """
+  config = {
+      'source': source,
+      'split': split,
+      'validation_fraction': validation_fraction,
+      'test_fraction': test_fraction,
+      'seed': seed,
+      'max_lines': max_lines,
+      'shard_lines': shard_lines,
+  }
+  _check(config)
+  output = pathlib.Path(output)
+  recipe = prepare.Recipe(
+      kind=KIND,
+      config=config,
+      open_source=functools.partial(open_source, source),
+      start=functools.partial(_start, config, report),
+      cut=lambda source, lines: records.batched(lines, shard_lines),
+      make=lambda source, known: functools.partial(
+          _write_rows, output, config, known['total_lines']
+      ),
+      finish=functools.partial(_finish, output, config, report),
+      leftovers=(_RUNS,),
+  )
+  return prepare.run(
+      output,
+      recipe,
+      source_checksums=source_checksums,
+      workers=workers,
+      report=report,
+  )
+
+
+def _check(config: dict[str, Any]) -> None:
+  if config['split'] not in SPLIT_BY:
+    raise ValueError(
+        f'split must be one of {", ".join(SPLIT_BY)}; got'
+        f' {config["split"]!r}.'
+    )
+  fractions = config['validation_fraction'], config['test_fraction']
+  if not (min(fractions) >= 0 and sum(fractions) < 1):
+    raise ValueError(
+        'validation_fraction and test_fraction must be 0 or more and below 1'
+        f' together; got {fractions[0]} and {fractions[1]}.'
+    )
+  prepare.check_counts(config, 'max_lines', 'shard_lines')
+
+
+def open_source(spec: str) -> Source:
+  """Opens 'criteo:PATH_OR_GLOB'; its records are lines.
+
+  Raises:
+    ValueError: If the spec is malformed.
+    FileNotFoundError: If no file matches.
+  """
+  kind, _, pattern = spec.partition(':')
+  if kind != 'criteo' or not pattern:
+    raise ValueError(f'Unknown source {spec!r}; expected criteo:PATH_OR_GLOB.')
+  split = functools.partial(records.lines, limit=_MAX_LINE)
+  return sources.file_source(spec, records.expand(pattern), split)
+
+
+def _start(
+    config: dict[str, Any],
+    report: Callable[[str], None],
+    source: Source,
+    process: Map,
+) -> prepare.Start:
+  """Counts the lines: where the last ones begin is known only then."""
+  del process
+  total = config['max_lines']
+  if config['split'] == 'time':
+    report('Counting lines.')
+    total = sum(1 for _ in itertools.islice(source.raw(), total))
+  return prepare.Start({'total_lines': total}, total)
+
+
+def split_of(
+    numbers_N: np.ndarray, config: dict[str, Any], total_lines: int | None
+) -> np.ndarray:
+  """Returns the split of each line number, as an index into SPLITS."""
+  validation, test = config['validation_fraction'], config['test_fraction']
+  if config['split'] == 'time':
+    first_test = total_lines - int(total_lines * test)
+    first_validation = first_test - int(total_lines * validation)
+    bounds_S = np.asarray([first_validation, first_test])
+    return np.searchsorted(bounds_S, numbers_N, side='right')
+  key = np.random.SeedSequence((_SPLIT_KEY, config['seed'])).generate_state(1)
+  shares_S = np.asarray([1 - validation - test, 1 - test])
+  low_N, high_N = numbers_N.astype(np.uint32), numbers_N >> 32
+  # Twice, so that line numbers beyond 2**32 count too.
+  mix = order.mix32
+  draw_N = mix(mix(low_N ^ key) ^ high_N.astype(np.uint32))
+  return np.searchsorted(shares_S, draw_N / 2.0**32, side='right')
+
+
+# --- pieces ------------------------------------------------------------------
+
+
+def _write_rows(
+    output: pathlib.Path,
+    config: dict[str, Any],
+    total_lines: int | None,
+    number: int,
+    piece: Sequence[Raw],
+) -> dict[str, Any]:
+  """Writes the rows of a piece, a shard for each split, and its run."""
+  rows, numbers_N, rejects = _parse(piece)
+  numbers_N += number * config['shard_lines']
+  split_N = split_of(numbers_N, config, total_lines)
+  splits = {}
+  for i, name in enumerate(SPLITS):
+    part = rows[split_N == i]
+    splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
+    if len(part):
+      path = output / rows_name(name, number)
+      splits[name]['sha256'] = prepared_files.write_array(path, part)
+      if name == 'train':
+        _write_run(_run_path(output, number), part)
+  return {'records': len(piece), 'rejects': rejects, 'splits': splits}
+
+
+def _parse(
+    piece: Sequence[Raw],
+) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
+  """Returns the rows of good lines, their places, and what was left out."""
+  rows = [np.zeros((0, COLUMNS), np.uint32)]
+  places = [np.zeros(0, np.int64)]
+  rejects = collections.Counter()
+  for start in range(0, len(piece), _PARSED):
+    lines = piece[start : start + _PARSED]
+    bad = [line for line in lines if isinstance(line, Reject)]
+    lines_N = np.arange(start, start + len(lines))
+    if bad:
+      rejects.update(line.reason for line in bad)
+      good = [not isinstance(line, Reject) for line in lines]
+      lines, lines_N = list(itertools.compress(lines, good)), lines_N[good]
+    data = b''.join(lines)
+    if data.count(b'\n') < len(lines):  # The last one of a file has no end.
+      data = b''.join(line.removesuffix(b'\n') + b'\n' for line in lines)
+    parsed = parse(data)
+    rows.append(parsed.rows)
+    places.append(lines_N[parsed.lines])
+    rejects += parsed.rejects
+  return np.concatenate(rows), np.concatenate(places), rejects
+
+
+# --- counts of values --------------------------------------------------------
+
+
+def _run_path(output: pathlib.Path, number: int) -> pathlib.Path:
+  return output / _RUNS / f'{number:05d}.npz'
+
+
+def _write_run(path: pathlib.Path, rows: np.ndarray) -> None:
+  """Counts the values of each column; the missing one is left out."""
+  columns = []
+  for values_N in rows[:, -NUM_CATEGORIES:].T:
+    values, counts = np.unique(values_N, return_counts=True)
+    pairs = np.stack([values, counts.astype(np.uint32)], axis=1)
+    columns.append(pairs[values != MISSING])
+  run = io.BytesIO()
+  np.savez(run, *columns)
+  prepared_files.write_file(path, run.getbuffer())
+
+
+def _merge(
+    output: pathlib.Path, runs: Sequence[int], column: int
+) -> dict[str, Any]:
+  """Writes the value counts of one column; describes the file.
+
+  The different values of the column are held in memory, and a few runs of it.
+  """
+  total = np.zeros((0, 2), np.uint32)  # Values, rising, and counts.
+  for start in range(0, len(runs), _MERGED):
+    parts = [total]
+    for number in runs[start : start + _MERGED]:
+      with np.load(_run_path(output, number)) as run:
+        parts.append(run[f'arr_{column}'])
+    values, place = np.unique(np.concatenate(parts)[:, 0], return_inverse=True)
+    # Weights are float64, which counts exactly up to 2**53.
+    counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
+    total = np.stack([values, counts.astype(np.uint32)], axis=1)
+  path = output / counts_name(column)
+  digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
+  return {'values': len(total), 'sha256': digest}
+
+
+# --- the result --------------------------------------------------------------
+
+
+def _finish(
+    output: pathlib.Path,
+    config: dict[str, Any],
+    report: Callable[[str], None],
+    meta: dict[str, Any],
+    process: Map,
+) -> dict[str, Any]:
+  """Checks the splits, and counts the values of categories."""
+  fractions = 1, config['validation_fraction'], config['test_fraction']
+  for name, fraction in zip(SPLITS, fractions):
+    if fraction and not meta['splits'].get(name, {}).get('rows'):
+      raise ValueError(
+          f'Of {meta["records"]:,} lines, none that is good fell into the'
+          f' {name} split (rejects: {prepare.counts_text(meta["rejects"])});'
+          ' check the source, or choose other fractions, and another output.'
+      )
+  report('Counting the values of each column.')
+  train = meta['splits']['train']['shards']
+  runs = [number for number, shard in enumerate(train) if shard['rows']]
+  columns = range(NUM_CATEGORIES)
+  merge = functools.partial(_merge, output, runs)
+  return {'counts': list(process(merge, columns))}
+
+
+def summary(meta: dict[str, Any]) -> str:
+  """Returns a few lines about prepared clicks, of their `meta.json`."""
+  lines = [
+      f'{name}: {split["rows"]:,} rows,'
+      f' {split["positives"] / max(1, split["rows"]):.2%} positive,'
+      f' {sum(shard["rows"] > 0 for shard in split["shards"])} shards'
+      for name, split in meta['splits'].items()
+  ]
+  values = [count['values'] for count in meta['counts']]
+  lines.append(f'rejected lines: {prepare.counts_text(meta["rejects"])}')
+  lines.append(
+      f'categories: {sum(values):,} values in {len(values)} columns of the'
+      f' training split, {max(values):,} in the largest'
+  )
+  return '\n'.join(lines)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from codistill_jax.data import filters as filters_lib
 from codistill_jax.data import (
     order,
     paragraph_ids,
@@ -21,7 +20,7 @@ from codistill_jax.data import (
     sources,
 )
 from codistill_jax.data import tokenizer as tokenizer_lib
-from codistill_jax.data.process_pool import Map
+from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import Raw, Record, Reject
 from codistill_jax.data.sources import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
@@ -105,17 +104,17 @@ def prepare_text(
     config |= {'vocab_size': given.vocab_size, 'tokenizer_bytes': None}
   elif vocab_size is None:
     config['vocab_size'] = DEFAULT_VOCAB_SIZE
-  parsed = [filters_lib.parse(spec) for spec in filters]
+  parsed = [sources.parse_filter(spec) for spec in filters]
   listed = _open_list(paragraphs, paragraphs_sha256, paragraph_unit)
   config |= {
       'tokenizer': given.sha256 if given else None,
-      'filters': [filters_lib.full_spec(one) for one in parsed],
+      'filters': [sources.filter_spec(one) for one in parsed],
       'paragraph_ids': listed.sha256 if listed else None,
       'paragraph_unit': paragraph_unit if listed else None,
   }
 
   def open_source() -> Source:
-    filters_lib.check(parsed)
+    sources.check_filters(parsed)
     opened = sources.open_source(
         source,
         text_key,
@@ -192,11 +191,11 @@ def _open_list(
 
 def _decode(
     decode: Callable[[Any], Record],
-    filters: Sequence[filters_lib.Filter],
+    filters: Sequence[sources.Filter],
     raw: bytes | str,
 ) -> Record:
   """Decodes and filters a raw record."""
-  return filters_lib.apply(filters, decode(raw))
+  return sources.apply_filters(filters, decode(raw))
 
 
 def _decode_batch(

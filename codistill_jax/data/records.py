@@ -43,7 +43,7 @@ class Reject(NamedTuple):
       type than extracted text).
       With a list of paragraphs: 'not_listed', 'file_not_listed', 'unnumbered',
       'missing_paragraphs'; see `paragraph_ids`.
-      From filters: 'not_english', 'short'; see `filters`.
+      From filters: 'not_english', 'short'; see `sources`.
       From clicks: see `criteo`.
   """
 

@@ -1,21 +1,30 @@
 """Kinds of exchange: the values of `Experiment.exchange`.
 
 Each owns its settings, says how many teachers a group has, and makes the
-exchange of a group, or of all groups of one process.
+exchange of a group, or of all groups of one process; that of `Checkpoints` is
+in `store_exchange`.
 """
 
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from etils import epath
+from flax import serialization
 
 from codistill_jax import peer_predictions, run_directory
-from codistill_jax.base import Agreement, PeerPredictions, Variables
-from codistill_jax.exchange import fixed_teachers
+from codistill_jax.base import (
+    Agreement,
+    PeerPredictions,
+    Teachers,
+    Variables,
+    cast_floats,
+)
+from codistill_jax.exchange.fetching import merge_teachers
 from codistill_jax.exchange.plan import (
     DTYPES,
     Exchange,
@@ -23,17 +32,19 @@ from codistill_jax.exchange.plan import (
     Plan,
     Topology,
     Waiting,
+    check_choice,
     check_topology,
     peers_of,
     readers_of,
     staleness_metrics,
 )
-from codistill_jax.exchange.publications import Publication
+from codistill_jax.exchange.publications import Publication, load_sound
 from codistill_jax.exchange.store_exchange import (
     CheckpointExchange,
     memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 
@@ -129,7 +140,8 @@ class Checkpoints(Plan, Kind):
     return dataclasses.replace(self, mode='lockstep')
 
   def describe(self) -> dict[str, Any]:
-    return {'exchange_every': self.every, 'mode': self.mode}
+    mode = self.with_mode('freshest').mode
+    return {'exchange_every': self.every, 'mode': mode}
 
   def join(self, member: Member, like: Variables) -> Exchange:
     return CheckpointExchange(
@@ -245,6 +257,12 @@ class Predictions(Kind):
 class FixedTeachers(Kind):
   """Nothing: all groups learn from the groups of runs that have ended.
 
+  Offline distillation, the second of two phases (Hinton et al. 2015). In the
+  first, N teachers are trained alone: the groups of one run without
+  distillation, or of several. In this one every group learns from all of them,
+  from its first update with a distill weight on. Nothing is published and
+  nothing grows stale.
+
   Attributes:
     runs: The run directories; every group in them is a teacher.
     step: Of which step; None for the newest resume checkpoint of each.
@@ -277,50 +295,30 @@ class FixedTeachers(Kind):
           f'exchange.FixedTeachers.step={step!r}; set it to the step of a'
           ' resume checkpoint, or None for the newest'
       )
-    if self.teacher_dtype not in DTYPES:
-      raise ValueError(
-          f'exchange dtype {self.teacher_dtype!r} is not one of'
-          f' {", ".join(DTYPES)}'
-      )
+    check_choice('exchange dtype', self.teacher_dtype, DTYPES)
 
   def num_teachers(self, group_id: int, num_groups: int) -> int:
     del group_id, num_groups
-    return len(self.sources())
-
-  def sources(self) -> tuple[fixed_teachers.TeacherSource, ...]:
-    """Returns what the teachers are made of.
-
-    Raises:
-      ValueError: If a teacher run is not there or has not ended.
-    """
-    return fixed_teachers.find(self.runs, self.step)
+    return len(find_teachers(self.runs, self.step))
 
   def describe(self) -> dict[str, Any]:
     """Returns also what was spent on the teachers before the first step."""
-    sources = self.sources()
-    workdirs = {os.fspath(source.workdir): [] for source in sources}
-    for source in sources:
-      workdirs[os.fspath(source.workdir)].append(source.step)
+    steps = {}
+    for source in find_teachers(self.runs, self.step):
+      steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
-    before = [run_directory.read_run(w).get('prior_steps', 0) for w in workdirs]
+    before = [run_directory.read_run(w).get('prior_steps', 0) for w in steps]
     return {
         'exchange_every': None,
         'mode': 'fixed',
-        'teacher_runs': [
-            {'workdir': workdir, 'steps': steps}
-            for workdir, steps in workdirs.items()
-        ],
-        'prior_steps': sum(source.step for source in sources) + sum(before),
+        'teacher_runs': [{'workdir': w, 'steps': s} for w, s in steps.items()],
+        'prior_steps': sum(map(sum, steps.values())) + sum(before),
     }
 
   def join(self, member: Member, like: Variables) -> Exchange:
-    sources = self.sources()
-    teachers = fixed_teachers.load(
-        sources, like, member.identity, self.teacher_dtype
-    )
-    return fixed_teachers.FixedExchange(
-        sources, member.train_step.place_teachers(teachers)
-    )
+    sources = find_teachers(self.runs, self.step)
+    teachers = load_teachers(sources, like, member.identity, self.teacher_dtype)
+    return FixedExchange(sources, member.train_step.place_teachers(teachers))
 
   def join_all(
       self, member: Member, like: Variables, examples: int
@@ -379,3 +377,173 @@ class PredictionExchange(NoExchange):
     metrics = staleness_metrics(step, self.in_use)
     metrics['exchange/prediction_bytes'] = self._bytes_sent
     return metrics
+
+
+# --- Teachers that have ended ------------------------------------------------
+
+
+class TeacherSource(NamedTuple):
+  """The resume checkpoint that a teacher is made of.
+
+  Attributes:
+    workdir: The run directory of the first phase.
+    group_id: The group of that run.
+    step: Updates that it had done.
+  """
+
+  workdir: epath.Path
+  group_id: int
+  step: int
+
+  @property
+  def directory(self) -> epath.Path:
+    return run_directory.checkpoints_dir(self.workdir, self.group_id)
+
+  def __str__(self) -> str:
+    return f'group {self.group_id} of the teacher run {self.workdir}'
+
+
+def find_teachers(
+    teacher_runs: Sequence[epath.PathLike], step: int | None = None
+) -> tuple[TeacherSource, ...]:
+  """Returns all groups of the runs, in order; looks at names only.
+
+  Args:
+    teacher_runs: Run directories.
+    step: The step of all teachers; None for the newest checkpoint of each.
+
+  Raises:
+    ValueError: If a run is not there, has not ended, or has no such checkpoint.
+    OSError: If the file system does not tell.
+  """
+  return tuple(
+      TeacherSource(workdir, group_id, _step_of(workdir, group_id, step))
+      for workdir in map(checkpoints.absolute, teacher_runs)
+      for group_id in _groups_of(workdir)
+  )
+
+
+def _groups_of(workdir: epath.Path) -> Sequence[int]:
+  """Returns the groups of a run, if all have reached their last step."""
+  there = run_directory.list_groups(workdir) if workdir.is_dir() else []
+  if not there:
+    raise ValueError(
+        f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
+        ' teachers first, or give the --workdir that they were trained in'
+    )
+  num_groups = run_directory.read_run(workdir).get('num_groups', len(there))
+  for group_id in range(num_groups):
+    if not run_directory.done_path(workdir, group_id).exists():
+      raise ValueError(
+          f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
+          ' reached its last step (there is no DONE); start its command again'
+          ' and let it end, then train the student'
+      )
+  return range(num_groups)
+
+
+def _step_of(workdir: epath.Path, group_id: int, step: int | None) -> int:
+  directory = run_directory.checkpoints_dir(workdir, group_id)
+  steps = checkpoints.completed_steps(directory)
+  wanted = max(steps, default=None) if step is None else step
+  if wanted not in steps:
+    raise ValueError(
+        f'there is no resume checkpoint of step'
+        f' {"any" if wanted is None else wanted} in {directory}; there are:'
+        f' {", ".join(map(str, steps)) or "none"}. Set'
+        ' exchange.FixedTeachers.step to one of them, or train the teachers'
+        ' again'
+    )
+  return wanted
+
+
+def load_teachers(
+    sources: Sequence[TeacherSource],
+    like: Variables,
+    identity: Mapping[str, str],
+    dtype: str = 'float32',
+) -> Teachers:
+  """Reads and verifies the teachers, as numpy arrays.
+
+  Args:
+    sources: From `find_teachers`.
+    like: Variables of the student, or their shapes.
+    identity: What a teacher must share (task, classes, tokenizer hash, ...).
+    dtype: Floating dtype in which they are held.
+
+  Returns:
+    `Teachers` with P = the number of sources, all present.
+
+  Raises:
+    checkpoints.MismatchError: If one was trained on another task, or is
+      another model.
+    checkpoints.DamagedError: If one cannot be read, was altered or is not
+      finite.
+    OSError: If the file system refuses to give one.
+  """
+  target = serialization.to_state_dict(like)
+  found = {}
+  for slot, source in enumerate(sources):
+    record = checkpoints.load_record(source.directory, source.step)
+    tree = load_sound(
+        source.directory,
+        source.step,
+        record,
+        target,
+        who=str(source),
+        theirs=record.facts['identity'],
+        ours=identity,
+        part='variables',
+    )
+    variables = serialization.from_state_dict(like, tree)
+    found[slot] = cast_floats(variables, dtype)
+  return merge_teachers(None, found, present=[True] * len(found))
+
+
+class FixedExchange(NoExchange):
+  """The exchange of a student; see `Exchange`. Nothing is published.
+
+  Attributes:
+    peers: Nobody: no group of this run teaches it.
+    in_use: Per teacher, what it is made of, at all steps; numbered from 0 over
+      all runs.
+  """
+
+  def __init__(self, sources: Sequence[TeacherSource], teachers: Teachers):
+    """Has its teachers from the first fetch on.
+
+    Args:
+      sources: What they are made of.
+      teachers: From `load_teachers`; perhaps on the devices already.
+    """
+    self._sources = tuple(sources)
+    self._teachers = teachers
+    self.in_use: tuple[Publication | None, ...] = tuple(
+        Publication(
+            n,
+            source.step,
+            checkpoints.completed_at(source.directory, source.step),
+        )
+        for n, source in enumerate(sources)
+    )
+
+  def fetch(self, step: int) -> Teachers:
+    """Returns the same teachers at every step."""
+    del step
+    return self._teachers
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """Returns how many there are; they have no age in steps of this run."""
+    del step
+    return {'exchange/peers_present': float(len(self._sources))}
+
+  def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
+    """Raises ValueError if the run up to `step` had other teachers."""
+    now = [source.step for source in self._sources]
+    # A checkpoint from before the first update with teachers names them too.
+    if list(teacher_steps) != now:
+      raise ValueError(
+          f'up to step {step} the teachers were those of steps'
+          f' {list(teacher_steps)}, now they are those of {now}; restore the'
+          ' teacher runs, or train the student in another --workdir'
+      )

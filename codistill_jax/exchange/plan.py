@@ -22,7 +22,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -61,13 +61,14 @@ class Exchange(Protocol):
     last_rejection: Which one was the last, and why; '' if there is none.
   """
 
-  peers: tuple[int, ...]
-  in_use: tuple[Publication | None, ...]
-  rejected: int
-  last_rejection: str
+  peers: tuple[int, ...] = ()
+  in_use: tuple[Publication | None, ...] = ()
+  rejected: int = 0
+  last_rejection: str = ''
 
   def due(self, step: int) -> bool:
     """Returns whether this process publishes at `step`."""
+    return False
 
   def publish_if_due(
       self, step: int, variables: Variables, metrics: Metrics | None = None
@@ -83,6 +84,7 @@ class Exchange(Protocol):
       FloatingPointError: If loss or gradient were not finite: nothing is
         published.
     """
+    return False
 
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
     """Returns the teachers of the update after `step`; None without any.
@@ -98,6 +100,7 @@ class Exchange(Protocol):
 
   def metrics(self, step: int) -> dict[str, float]:
     """Returns the `exchange/*` values of the update after `step`."""
+    return {}
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     """Takes up what was in use at the resume checkpoint of `step`."""
@@ -125,7 +128,8 @@ class Plan:
 
   Attributes:
     every: Steps between exchanges.
-    mode: 'freshest' or 'lockstep'.
+    mode: 'freshest' or 'lockstep'. None: lockstep among groups of one process,
+      freshest through a directory.
     staleness: In lockstep, the age in steps of a publication when its teacher
       comes into use; a multiple of `every`. Between exchanges a teacher ages
       by up to `every - 1` steps more.
@@ -142,7 +146,7 @@ class Plan:
   """
 
   every: int = 50
-  mode: str = 'freshest'
+  mode: str | None = None
   staleness: int = 0
   publish_dtype: str = 'float32'
   teacher_dtype: str = 'float32'
@@ -154,10 +158,8 @@ class Plan:
   def __post_init__(self):
     if type(self.every) is not int or self.every < 1:
       raise ValueError(f'every={self.every!r}; set it to at least 1 step')
-    if self.mode not in MODES:
-      raise ValueError(
-          f'exchange mode {self.mode!r} is not one of {", ".join(MODES)}'
-      )
+    if self.mode is not None:
+      check_choice('exchange mode', self.mode, MODES)
     if self.staleness < 0 or self.staleness % self.every:
       raise ValueError(
           f'staleness={self.staleness} is not a multiple of'
@@ -168,20 +170,13 @@ class Plan:
           f'staleness={self.staleness} can be asked for in lockstep only; in'
           ' mode freshest it is measured: set staleness=0'
       )
-    for dtype in (self.publish_dtype, self.teacher_dtype):
-      if dtype not in DTYPES:
-        raise ValueError(
-            f'exchange dtype {dtype!r} is not one of {", ".join(DTYPES)}'
-        )
+    check_choice('exchange dtype', self.publish_dtype, DTYPES)
+    check_choice('exchange dtype', self.teacher_dtype, DTYPES)
+    check_choice('staleness_policy', self.staleness_policy, POLICIES)
     check_topology(self.topology)
     self._check_limit()
 
   def _check_limit(self) -> None:
-    if self.staleness_policy not in POLICIES:
-      raise ValueError(
-          f'staleness_policy {self.staleness_policy!r} is not one of'
-          f' {", ".join(POLICIES)}'
-      )
     limit = self.max_staleness_steps
     if limit is None:
       if self.staleness_policy != 'drop':
@@ -193,7 +188,8 @@ class Plan:
     if self.mode == 'lockstep':
       raise ValueError(
           f'max_staleness_steps={limit} in lockstep: there the age of a teacher'
-          ' is given by staleness; leave max_staleness_steps=None'
+          ' is given by staleness; leave max_staleness_steps=None, or set'
+          " mode='freshest'"
       )
     if type(limit) is not int or limit < 2 * self.every:
       raise ValueError(
@@ -201,6 +197,10 @@ class Plan:
           f' every={self.every}: a teacher ages by that much between'
           ' exchanges, and the next one takes a while to come'
       )
+
+  def with_mode(self, default: str) -> Self:
+    """Returns the plan with a mode: its own, if it has one."""
+    return dataclasses.replace(self, mode=self.mode or default)
 
   def peers_of(self, group_id: int, num_groups: int) -> tuple[int, ...]:
     """Returns the groups that `group_id` learns from."""
@@ -228,7 +228,7 @@ class Plan:
 
   def keep_from(self, step: int) -> int:
     """Returns the oldest one that lockstep needs from `step` on."""
-    return max(self.asked(step) or 0, 0)
+    return self.asked(step) or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,21 +303,11 @@ def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
 class NoExchange(Exchange):
   """The exchange of a group without peers, which publishes nothing."""
 
-  peers = ()
-  in_use = ()
-  rejected = 0
-  last_rejection = ''
 
-  def due(self, step: int) -> bool:
-    return False
-
-  def publish_if_due(
-      self, step: int, variables: Variables, metrics: Metrics | None = None
-  ) -> bool:
-    return False
-
-  def metrics(self, step: int) -> dict[str, float]:
-    return {}
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  """Raises ValueError if a value is not one of its choices."""
+  if value not in choices:
+    raise ValueError(f'{name} {value!r} is not one of {", ".join(choices)}')
 
 
 def check_topology(topology: Topology) -> None:
@@ -331,16 +321,27 @@ def check_topology(topology: Topology) -> None:
         f'topology {topology!r} is not one of all, ring, random-<k> (such as'
         ' random-3) or a list with the peers of each group'
     )
-  lists = isinstance(topology, list | tuple) and all(
+  if not isinstance(topology, list | tuple) or not all(
       isinstance(peers, list | tuple) for peers in topology
-  )
-  if not lists:
+  ):
     raise ValueError(
         f'topology {topology!r} is neither a name nor a list of lists; write'
         ' [[1], [0]] to give group 0 the peer 1 and group 1 the peer 0'
     )
+  groups = range(len(topology))
   for group_id, peers in enumerate(topology):
-    _check_list(group_id, peers, len(topology))
+    for peer in peers:
+      if type(peer) is not int or peer not in groups or peer == group_id:
+        raise ValueError(
+            f'topology gives group {group_id} the peer {peer!r}; with lists for'
+            f' {len(topology)} groups a peer is another one of'
+            f' 0..{len(topology) - 1}'
+        )
+    if len(set(peers)) != len(peers):
+      raise ValueError(
+          f'topology gives group {group_id} a peer twice: {list(peers)}; name'
+          ' each once'
+      )
 
 
 def peers_of(
@@ -408,18 +409,3 @@ def _random_peers(
           int(circle[(place - shift) % num_groups]) for shift in (1, *others)
       )
   )
-
-
-def _check_list(group_id: int, peers: Sequence[int], num_groups: int) -> None:
-  for peer in peers:
-    if type(peer) is not int or not 0 <= peer < num_groups or peer == group_id:
-      raise ValueError(
-          f'topology gives group {group_id} the peer {peer!r}; with lists for'
-          f' {num_groups} groups a peer is another one of'
-          f' 0..{num_groups - 1}'
-      )
-  if len(set(peers)) != len(peers):
-    raise ValueError(
-        f'topology gives group {group_id} a peer twice: {list(peers)}; name'
-        ' each once'
-    )

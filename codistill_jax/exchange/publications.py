@@ -156,23 +156,68 @@ def read(
         f'{directory / str(step)} was published by group'
         f' {publication.group_id} at step {publication.step}'
     )
+  tree = load_sound(
+      directory,
+      step,
+      record,
+      _as_dict(like),
+      who=f'publication {step} of group {group_id}',
+      theirs=publication.identity,
+      ours=publication.identity if identity is None else identity,
+  )
+  return publication, cast_floats(Variables(**tree), dtype)
+
+
+def load_sound(
+    directory: epath.Path,
+    step: int,
+    record: Record,
+    like: PyTree,
+    *,
+    who: str,
+    theirs: Mapping[str, str],
+    ours: Mapping[str, str],
+    part: str | None = None,
+) -> PyTree:
+  """Reads the arrays of a checkpoint for a model to predict with.
+
+  Args:
+    directory: Where.
+    step: Which.
+    record: From `checkpoints.load_record`.
+    like: A tree of the same structure; floats may differ in width.
+    who: Whose checkpoint it is, in errors.
+    theirs: The identity of its writer.
+    ours: That of this process.
+    part: As of `checkpoints.load_tree`.
+
+  Raises:
+    MismatchError: If it is of another architecture or task.
+    DamagedError: If it cannot be read, was altered or is not finite.
+    checkpoints.MissingError, OSError: As of `checkpoints.load_tree`.
+  """
+  prefix = f'{part}/' if part else ''
   checkpoints.check_match(
-      f'publication {step} of group {group_id}',
-      identity=publication.identity,
-      leaves=record.leaves,
-      our_identity=publication.identity if identity is None else identity,
-      like=_as_dict(like),
+      who,
+      identity=theirs,
+      leaves=[
+          dataclasses.replace(leaf, path=leaf.path.removeprefix(prefix))
+          for leaf in record.leaves
+          if leaf.path.startswith(prefix)
+      ],
+      our_identity=ours,
+      like=like,
       advice='give all groups the same model, task and prepared data',
       any_float=True,
   )
-  tree = checkpoints.load_tree(directory, step, record, _as_dict(like))
-  for leaf, (_, x) in zip(
-      record.leaves, checkpoints.flatten(tree), strict=True
-  ):
+  tree = checkpoints.load_tree(directory, step, record, like, part)
+  for path, x in checkpoints.flatten(tree):
     if not is_finite(x):
-      raise DamagedError(f'{directory / str(step)}: {leaf} is not finite')
-  variables = Variables(tree['params'], tree['model_state'])
-  return publication, cast_floats(variables, dtype)
+      raise DamagedError(
+          f'{directory / str(step)}: {path} is not finite; take an earlier'
+          ' step, or train it again'
+      )
+  return tree
 
 
 def _described_by(record: Record, where: epath.Path) -> Publication:

@@ -27,6 +27,7 @@ from codistill_jax.exchange.fetching import (
     Lockstep,
     Means,
     Reader,
+    Teaching,
 )
 from codistill_jax.exchange.plan import (
     Plan,
@@ -41,10 +42,8 @@ from codistill_jax.exchange.stores import (
     DirectoryStore,
     MemoryStore,
     Mirror,
-    MirroredStore,
     Store,
 )
-from codistill_jax.exchange.teaching import Teaching
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     Patience,
@@ -194,33 +193,25 @@ class CheckpointExchange(StoreExchange):
     Raises:
       leases.HeldError: If another process publishes for this group.
     """
-    plan, waiting = plan or Plan(), waiting or Waiting()
-    troubles = troubles or Troubles(f'group {group_id}: ')
+    shared = {
+        'plan': (plan or Plan()).with_mode('freshest'),
+        'identity': identity or {},
+        'waiting': waiting or Waiting(),
+        'troubles': troubles or Troubles(f'group {group_id}: '),
+        'patience': patience,
+    }
     store = DirectoryStore(
         root,
         group_id,
         num_groups,
         like=like,
-        plan=plan,
-        identity=identity or {},
         keep=keep,
         writes=agreement.is_primary,
         process=process,
-        waiting=waiting,
-        troubles=troubles,
-        patience=patience,
+        **shared,
     )
     super().__init__(
-        store,
-        group_id,
-        num_groups,
-        plan=plan,
-        identity=identity or {},
-        waiting=waiting,
-        agreement=agreement,
-        put=put,
-        troubles=troubles,
-        patience=patience,
+        store, group_id, num_groups, agreement=agreement, put=put, **shared
     )
 
 
@@ -228,8 +219,8 @@ def memory_exchanges(
     num_groups: int,
     *,
     plan: Plan | None = None,
-    every: int = 50,
-    mode: str = 'lockstep',
+    every: int | None = None,
+    mode: str | None = None,
     timeout_seconds: float = 0.0,
     mirror: Mirror | None = None,
     troubles: Troubles | None = None,
@@ -239,10 +230,10 @@ def memory_exchanges(
 
   Args:
     num_groups: G.
-    plan: Interval, mode, staleness, topology and dtypes; replaces `every` and
-      `mode`. Without it each group has the G - 1 others as peers.
-    every: Steps between exchanges.
-    mode: 'lockstep' or 'freshest'.
+    plan: Interval, mode, staleness, topology and dtypes. By default a `Plan` of
+      `every` and `mode`: each group has the G - 1 others as peers.
+    every: As of a `Plan`, if there is no `plan`.
+    mode: Likewise.
     timeout_seconds: How long a fetch that must wait does so, for groups that
       run in threads; 0 suits groups that are stepped in turn.
     mirror: Also keep publications on disk; None, in memory only.
@@ -250,39 +241,43 @@ def memory_exchanges(
     patience: Time limits for that disk.
   """
   peers_of(0, num_groups)  # Raises if there are too few groups.
-  plan = plan or Plan(every=every, mode=mode)
+  fields = {'every': every, 'mode': mode}
+  given = {name: x for name, x in fields.items() if x is not None}
+  if plan and given:
+    raise ValueError(
+        f'memory_exchanges has a plan and also {", ".join(given)}; set'
+        f' {"it" if len(given) == 1 else "them"} in the plan'
+    )
+  plan = (plan or Plan(**given)).with_mode('lockstep')
   # While one group is at an exchange, another can be `staleness` before or
   # behind it, and then asks for what is `staleness` older still.
   keep = 2 * (plan.staleness // plan.every) + 2
   board = Board(num_groups, keep)
+  shared = {
+      'plan': plan,
+      'identity': mirror.identity if mirror else {},
+      'troubles': troubles,
+      'patience': patience,
+  }
 
   def store_of(group_id: int) -> Store:
-    memory = MemoryStore(board, plan)
-    if mirror is None:
-      return memory
-    directory = DirectoryStore(
+    directory = mirror and DirectoryStore(
         mirror.root,
         group_id,
         num_groups,
         like=mirror.like,
-        plan=plan,
-        identity=mirror.identity,
         mirrored=keep,
-        troubles=troubles,
-        patience=patience,
+        **shared,
     )
-    return MirroredStore(memory, directory)
+    return MemoryStore(board, plan, directory)
 
   return [
       StoreExchange(
           store_of(group_id),
           group_id,
           num_groups,
-          plan=plan,
-          identity=mirror.identity if mirror else {},
           waiting=Waiting(timeout_seconds),
-          troubles=troubles,
-          patience=patience,
+          **shared,
       )
       for group_id in range(num_groups)
   ]

@@ -105,76 +105,6 @@ class Store(Protocol):
     """Finishes what is under way."""
 
 
-# --- A dictionary ------------------------------------------------------------
-
-
-class Board:
-  """The publications of all groups of a process; safe from any thread."""
-
-  def __init__(self, num_groups: int, keep: int):
-    self.keep = keep
-    self.changed = threading.Condition()
-    self.shelves: list[dict[int, Slot]] = [{} for _ in range(num_groups)]
-
-  def put(self, publication: Publication, variables: Variables) -> None:
-    """Adds a publication; the oldest goes where there are too many."""
-    with self.changed:
-      shelf = self.shelves[publication.group_id]
-      shelf[publication.step] = (publication, variables)
-      for step in sorted(shelf)[: -self.keep]:
-        del shelf[step]
-      self.changed.notify_all()
-
-
-class MemoryStore(Store):
-  """A dictionary that all groups of one process share."""
-
-  writes = True
-  at_hand = True
-  advice = (
-      'Step all groups in turn, or run them in threads with a timeout_seconds'
-  )
-  reading = staticmethod(contextlib.nullcontext)
-  turn = staticmethod(contextlib.nullcontext)
-
-  def __init__(self, board: Board, plan: Plan):
-    self._board = board
-    self._plan = plan
-    self._num_bytes = 0
-
-  def steps(self, group_id: int) -> list[int]:
-    with self._board.changed:
-      return sorted(self._board.shelves[group_id])
-
-  def read(self, group_id: int, step: int) -> Slot:
-    with self._board.changed:
-      slot = self._board.shelves[group_id].get(step)
-    if slot is None:
-      raise checkpoints.MissingError(
-          f'there is no publication {step} of group {group_id}'
-      )
-    return slot
-
-  def write(self, publication: Publication, variables: Variables) -> None:
-    variables = cast_floats(variables, self._plan.publish_dtype)
-    publications.check_finite(publication, variables)
-    self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(variables))
-    self._board.put(publication, variables)
-
-  def add(self, slot: Slot) -> None:
-    """Adds what was published in an earlier life of the run."""
-    self._board.put(*slot)
-
-  def wait(self, seconds: float) -> None:
-    with self._board.changed:
-      self._board.changed.wait(seconds)
-
-  def metrics(self) -> dict[str, float]:
-    if not self._num_bytes:
-      return {}
-    return {'exchange/publication_bytes': float(self._num_bytes)}
-
-
 # --- A directory -------------------------------------------------------------
 
 
@@ -483,7 +413,7 @@ class _ReadingMarks:
     return self._last.get(str(path), {})
 
 
-# --- Both --------------------------------------------------------------------
+# --- A dictionary, which a directory may mirror ------------------------------
 
 
 class Mirror(NamedTuple):
@@ -500,36 +430,68 @@ class Mirror(NamedTuple):
   identity: Mapping[str, str]
 
 
-class MirroredStore:
-  """A dictionary, and a directory from which a run can resume.
+class Board:
+  """The publications of all groups of a process; safe from any thread."""
 
-  Training needs the first alone: a full disk holds it up only where a resume
-  checkpoint would need what is not on it.
+  def __init__(self, num_groups: int, keep: int):
+    self.keep = keep
+    self.changed = threading.Condition()
+    self.shelves: list[dict[int, Slot]] = [{} for _ in range(num_groups)]
+
+  def put(self, publication: Publication, variables: Variables) -> None:
+    """Adds a publication; the oldest goes where there are too many."""
+    with self.changed:
+      shelf = self.shelves[publication.group_id]
+      shelf[publication.step] = (publication, variables)
+      for step in sorted(shelf)[: -self.keep]:
+        del shelf[step]
+      self.changed.notify_all()
+
+
+class MemoryStore(Store):
+  """A dictionary that all groups of one process share.
+
+  Training needs nothing else: a full disk under a mirror holds it up only where
+  a resume checkpoint would need what is not on it.
   """
 
   writes = True
   at_hand = True
-  advice = MemoryStore.advice
+  advice = (
+      'Step all groups in turn, or run them in threads with a timeout_seconds'
+  )
+  reading = staticmethod(contextlib.nullcontext)
+  turn = staticmethod(contextlib.nullcontext)
 
-  def __init__(self, memory: MemoryStore, directory: DirectoryStore):
-    self._memory = memory
-    self._directory = directory
-    self.steps = memory.steps
-    self.read = memory.read
-    self.made = memory.made
-    self.reading = memory.reading
-    self.turn = memory.turn
-    self.wait = memory.wait
-    self.spare = memory.spare
-    self.metrics = memory.metrics
-    self.settle = directory.settle
-    self.checkpointed = directory.checkpointed
-    self.flush = directory.flush
-    self.close = directory.close
+  def __init__(self, board: Board, plan: Plan, mirror: Store | None = None):
+    self._board = board
+    self._plan = plan
+    self._mirror = mirror = mirror or _Nowhere()
+    self._num_bytes = 0
+    self.settle = mirror.settle
+    self.checkpointed = mirror.checkpointed
+    self.flush = mirror.flush
+    self.close = mirror.close
+
+  def steps(self, group_id: int) -> list[int]:
+    with self._board.changed:
+      return sorted(self._board.shelves[group_id])
+
+  def read(self, group_id: int, step: int) -> Slot:
+    with self._board.changed:
+      slot = self._board.shelves[group_id].get(step)
+    if slot is None:
+      raise checkpoints.MissingError(
+          f'there is no publication {step} of group {group_id}'
+      )
+    return slot
 
   def write(self, publication: Publication, variables: Variables) -> None:
-    self._memory.write(publication, variables)
-    self._directory.write(publication, variables)
+    variables = cast_floats(variables, self._plan.publish_dtype)
+    publications.check_finite(publication, variables)
+    self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(variables))
+    self._board.put(publication, variables)
+    self._mirror.write(publication, variables)
 
   def restore(self, groups: Sequence[int], first: int, last: int) -> None:
     """Reads what the groups had published from step `first` to `last`.
@@ -537,6 +499,22 @@ class MirroredStore:
     Later ones, of a life that was killed, will be made again.
     """
     for group_id in groups:
-      for step in self._directory.steps(group_id):
+      for step in self._mirror.steps(group_id):
         if first <= step <= last:
-          self._memory.add(self._directory.read(group_id, step))
+          self._board.put(*self._mirror.read(group_id, step))
+
+  def wait(self, seconds: float) -> None:
+    with self._board.changed:
+      self._board.changed.wait(seconds)
+
+  def metrics(self) -> dict[str, float]:
+    if not self._num_bytes:
+      return {}
+    return {'exchange/publication_bytes': float(self._num_bytes)}
+
+
+class _Nowhere(Store):
+  """The mirror of a dictionary that has none."""
+
+  def steps(self, group_id: int) -> list[int]:
+    return []

@@ -15,8 +15,14 @@ bounds. The leaves after it, for a file that changes between the two readings
 and a writer that mixed up two trees. For 100 MB of float32 on one core: SHA-256
 of the files 0.06 s, CRC-32 of the leaves 0.03 s, the restore 0.25 s.
 
+Before the mark is written, the arrays are read back and compared, and data and
+directories are on the disk: a checkpoint that is listed can be restored, also
+after a power cut, and none is pruned for one that cannot.
+
 A path that is not local (`gs://...`) is staged: orbax works in a temporary
 directory, and `etils.epath` copies the files. So any backend of it will do.
+Orbax takes brackets in a path for a pattern, and TensorStore takes Unicode
+only: what is not plain gets a name that is, by a symbolic link.
 """
 
 import contextlib
@@ -44,6 +50,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from codistill_jax.base import PyTree
 from codistill_jax.storage import files
@@ -55,6 +62,14 @@ _MARK = 'commit_success.txt'
 # To write where an attempt that failed may not have come to rest.
 _ATTEMPTS = 10
 _PAUSE_SECONDS = 0.1
+
+# Random keys with a type; saved as the numbers they are.
+_KEYS = {
+    'key<fry>': 'threefry2x32',
+    'key<rbg>': 'rbg',
+    'key<urbg>': 'unsafe_rbg',
+}
+_PLAIN = re.compile(r'[\w./ @+,=:-]*', re.ASCII)
 
 _T = TypeVar('_T')
 
@@ -85,7 +100,7 @@ class Leaf:
 
   @property
   def num_bytes(self) -> int:
-    return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+    return math.prod(self.shape) * _stored_as(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +128,35 @@ def flatten(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def describe(tree: PyTree) -> tuple[Leaf, ...]:
-  """Returns the leaves of a tree of arrays or shapes, without checksums."""
-  return tuple(
-      Leaf(path, tuple(x.shape), np.dtype(x.dtype).name)
-      for path, x in flatten(tree)
-  )
+  """Returns the leaves of a tree of arrays or shapes, without checksums.
+
+  Raises:
+    ValueError: If one is of a type that a checkpoint cannot hold.
+  """
+  return tuple(_describe(path, x) for path, x in flatten(tree))
+
+
+def _describe(path: str, x: Any) -> Leaf:
+  if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return Leaf(path, tuple(x.shape), np.dtype(x.dtype).name)
+  if str(x.dtype) not in _KEYS:
+    raise ValueError(
+        f'{path} is a random key of type {x.dtype}, which cannot be saved; use'
+        f' one of {", ".join(_KEYS.values())}'
+    )
+  return Leaf(path, jax.eval_shape(jax.random.key_data, x).shape, str(x.dtype))
+
+
+def _stored_as(dtype: str) -> np.dtype:
+  """Returns the dtype of the numbers of a leaf."""
+  return np.dtype(np.uint32 if dtype in _KEYS else dtype)
+
+
+def _numbers(x: Any) -> np.ndarray:
+  """Returns the numbers of an array, or of a random key."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  return np.asarray(x)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -140,26 +179,31 @@ def save(
   Args:
     directory: Absolute; made if it is missing.
     step: Names the checkpoint. What is there of that step is replaced.
-    tree: Nested dicts of numpy arrays.
+    tree: Nested dicts of numpy arrays, or of random keys; of size 0, too.
     facts: JSON values.
 
   Raises:
     OSError: If the file system refuses; then the step is not there.
+    DamagedError: If what was written cannot be read back; likewise.
+    ValueError: If an array is of a type that a checkpoint cannot hold.
   """
+  leaves, tree = describe(tree), jax.tree.map(_numbers, tree)
   leaves = tuple(
-      Leaf(path, x.shape, x.dtype.name, _checksum(x))
-      for path, x in flatten(tree)
+      dataclasses.replace(leaf, checksum=_checksum(x))
+      for leaf, (_, x) in zip(leaves, flatten(tree), strict=True)
   )
   path = _path_of(directory, step)
   try:
     record = Record(dict(facts), leaves, _write_anew(path, tree))
-    files.write_bytes(path / _RECORD, encode(record))
+    files.write_bytes(path / _RECORD, encode(record), sync=True)
     mark = f'Completed at Unix time {time.time()!r}\n'
-    files.write_bytes(path / _MARK, mark.encode())
+    files.write_bytes(path / _MARK, mark.encode(), sync=True)
   except Exception as e:
     # What was written of it would only fill the disk.
     with contextlib.suppress(OSError):
       _delete(path)
+    if isinstance(e, DamagedError):
+      raise DamagedError(f'{path} cannot be used as it was written: {e}') from e
     refusal = _refusal_of(e, f'{path} cannot be written')
     if refusal is None:
       raise
@@ -215,10 +259,10 @@ def load_tree(
   if part is not None:
     leaves = [x for x in leaves if x.path.startswith(f'{part}/')]
     like = {part: like}
-  shapes, treedef = jax.tree.flatten(like)
+  wanted, treedef = jax.tree.flatten(like)
   target = treedef.unflatten(
-      np.empty(x.shape, leaf.dtype)
-      for x, leaf in zip(shapes, leaves, strict=True)
+      np.empty(leaf.shape, _stored_as(leaf.dtype))
+      for _, leaf in zip(wanted, leaves, strict=True)
   )
 
   def read() -> PyTree:
@@ -227,7 +271,13 @@ def load_tree(
     _check_leaves(path, leaves, tree)
     return tree
 
-  tree = _read_twice(path, read)
+  arrays = jax.tree.leaves(_read_twice(path, read))
+  tree = treedef.unflatten(
+      jax.random.wrap_key_data(x, impl=_KEYS[leaf.dtype])
+      if leaf.dtype in _KEYS
+      else x
+      for leaf, x in zip(leaves, arrays)
+  )
   return tree if part is None else tree[part]
 
 
@@ -326,16 +376,42 @@ def _write_anew(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
 
 
 def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
-  """Writes the files of a tree; returns what they are."""
+  """Writes the files of a tree, for good; returns what they are."""
   if not is_remote(path):
     _save(path, tree)
+    for parent, _, names in os.walk(path):
+      for name in [*names, '']:
+        files.to_disk(os.path.join(parent, name))
     return {name: files.digest(path / name) for name in _files_of(path)}
   with _temporary_directory() as temporary:
     _save(temporary / _ARRAYS, tree)
-    return {
+    found = {
         name: files.digest(temporary / _ARRAYS / name, path / name)
         for name in _files_of(temporary / _ARRAYS)
     }
+  for name, digest in found.items():
+    if (size := (path / name).stat().length) != digest.size:
+      raise DamagedError(f'{path / name} has {size} bytes of {digest.size}')
+  return found
+
+
+def _read_back(path: epath.Path, tree: PyTree) -> None:
+  """Raises DamagedError unless orbax finds what it has written."""
+  flat = traverse_util.flatten_dict(tree)
+  while flat:
+    # In pieces: training needs the memory.
+    batch, size = {}, 0
+    while flat and size < _BATCH_BYTES:
+      name, x = flat.popitem()
+      batch[name], size = x, size + x.nbytes
+    try:
+      found = _restore(path, traverse_util.unflatten_dict(batch), partial=True)
+    except Exception as e:  # Whatever a library makes of what it finds.
+      raise DamagedError(f'it cannot be read back: {files.one_line(e)}') from e
+    found = traverse_util.flatten_dict(found)
+    for name, x in batch.items():
+      if _checksum(found[name]) != _checksum(x):
+        raise DamagedError(f'{"/".join(name)} is read back as other numbers')
 
 
 @contextlib.contextmanager
@@ -359,7 +435,7 @@ def _check_leaves(
     path: epath.Path, leaves: Sequence[Leaf], tree: PyTree
 ) -> None:
   for leaf, (_, x) in zip(leaves, flatten(tree), strict=True):
-    if (x.shape, x.dtype.name) != (leaf.shape, leaf.dtype):
+    if (x.shape, x.dtype) != (leaf.shape, _stored_as(leaf.dtype)):
       raise DamagedError(f'{path}: {leaf} was saved as {x.dtype}{x.shape}')
     if _checksum(x) != leaf.checksum:
       raise DamagedError(f'{path}: the checksum of {leaf} is wrong')
@@ -368,7 +444,23 @@ def _check_leaves(
 @contextlib.contextmanager
 def _temporary_directory() -> Iterator[epath.Path]:
   with tempfile.TemporaryDirectory(prefix='codistill_') as name:
+    if not _PLAIN.fullmatch(name):
+      raise ValueError(
+          f'the temporary directory {name!r} has characters that orbax reads as'
+          ' a pattern; set TMPDIR to another one'
+      )
     yield epath.Path(name)
+
+
+@contextlib.contextmanager
+def _plainly_named(path: epath.Path) -> Iterator[epath.Path]:
+  """Gives a name of a local path that orbax and TensorStore take as it is."""
+  if _PLAIN.fullmatch(os.fspath(path)):
+    yield path
+    return
+  with _temporary_directory() as temporary:
+    os.symlink(path.parent, temporary / 'parent')
+    yield temporary / 'parent' / path.name
 
 
 def _files_of(directory: epath.Path) -> list[str]:
@@ -470,10 +562,8 @@ def delete_torn(directory: epath.PathLike) -> None:
   """
   directory = epath.Path(directory)
   for name in files.names(directory):
-    path = directory / name
-    torn = _is_step(name) and not _is_complete(path)
-    if torn or '.orbax-checkpoint-tmp' in name:  # Of an orbax that renames.
-      _try_to_delete(path)
+    if _is_step(name) and not _is_complete(directory / name):
+      _try_to_delete(directory / name)
 
 
 def _path_of(directory: epath.PathLike, step: int) -> epath.Path:
@@ -540,7 +630,7 @@ def _decode_leaf(written: Mapping[str, Any]) -> Leaf:
   if (
       not all(type(text) is str for text in texts)
       or not all(type(n) is int and n >= 0 for n in leaf.shape)
-      or np.dtype(leaf.dtype).name != leaf.dtype
+      or (leaf.dtype not in _KEYS and np.dtype(leaf.dtype).name != leaf.dtype)
   ):
     raise ValueError(f'{leaf} is no array')
   return leaf
@@ -582,6 +672,7 @@ _HANDLERS = ocp.type_handlers.create_type_handler_registry(
 )
 _BUFFERS_GB = 1  # Orbax would read or write 96 GB at a time.
 _PROBE_BYTES = 1 << 20
+_BATCH_BYTES = 64 << 20  # That are read back at a time.
 _SAID = {
     'RESOURCE_EXHAUSTED|No space left': errno.ENOSPC,
     'Disk quota': errno.EDQUOT,
@@ -595,10 +686,18 @@ _SAID = {
 def _save(path: epath.Path, tree: PyTree) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    with _SAVING, _quiet(), _checkpointer() as checkpointer:
-      # Numpy scalars would need a handler of their own.
-      arrays = jax.tree.map(np.asarray, tree)
-      checkpointer.save(path, ocp.args.PyTreeSave(arrays))
+    # Orbax knows no arrays of size 0; the record has all there is of them.
+    arrays = jax.tree.map(lambda x: x if x.size else {}, tree)
+    with (
+        _SAVING,
+        _quiet(),
+        _plainly_named(path) as plain,
+        _checkpointer() as checkpointer,
+    ):
+      checkpointer.save(plain, ocp.args.PyTreeSave(arrays))
+    _read_back(path, arrays)
+  except DamagedError:
+    raise
   except Exception as e:
     # Of several writes that fail at once, orbax may report one that missed
     # what another could not write. The file system knows better.
@@ -609,17 +708,23 @@ def _save(path: epath.Path, tree: PyTree) -> None:
 
 
 def _restore(path: epath.Path, target: PyTree, *, partial: bool) -> PyTree:
-  with _quiet(), _checkpointer() as checkpointer:
-    return checkpointer.restore(
-        path,
+  arrays = jax.tree.map(lambda x: x if x.size else {}, target)
+  with (
+      _quiet(),
+      _plainly_named(path) as plain,
+      _checkpointer() as checkpointer,
+  ):
+    found = checkpointer.restore(
+        plain,
         ocp.args.PyTreeRestore(
-            target,
+            arrays,
             restore_args=jax.tree.map(
-                lambda x: ocp.RestoreArgs(np.ndarray, dtype=x.dtype), target
+                lambda x: ocp.RestoreArgs(np.ndarray, dtype=x.dtype), arrays
             ),
             partial_restore=partial,
         ),
     )
+  return jax.tree.map(lambda x, y: y if x.size else x, target, found)
 
 
 def _checkpointer() -> ocp.Checkpointer:

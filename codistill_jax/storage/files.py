@@ -115,10 +115,13 @@ def read_bytes(path: PathLike) -> bytes:
     return epath.Path(path).read_bytes()
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
+def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
   """Replaces a file as a whole: a reader sees the old bytes or the new ones.
 
-  Makes the directories that it needs.
+  Args:
+    path: Which; the directories that it needs are made.
+    data: All of it.
+    sync: Whether that also holds after a power cut; takes a disk some time.
   """
   path = epath.Path(path)
   with as_os_errors():
@@ -132,24 +135,51 @@ def write_bytes(path: PathLike, data: bytes) -> None:
     try:
       with temporary.open('wb') as f:
         f.write(data)
+      if sync:
+        to_disk(temporary)
       temporary.replace(path)
+      if sync:
+        to_disk(path.parent)
     except BaseException:
       with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
       raise
 
 
+def to_disk(path: PathLike) -> None:
+  """Waits until a local file, or the names in a directory, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  except OSError as e:
+    if e.errno != errno.EINVAL:  # There is nothing to wait for.
+      raise
+  finally:
+    os.close(handle)
+
+
 def remove(path: PathLike) -> None:
   """Deletes a file, if it is there."""
-  with as_os_errors():
-    epath.Path(path).unlink(missing_ok=True)
+  path = epath.Path(path)
+  client = _client(path)
+  with as_os_errors(), contextlib.suppress(FileNotFoundError):
+    if client is None:
+      path.unlink()
+    else:  # Its `rm`, as that of `epath`, takes brackets for a pattern.
+      client.rm_file(os.fspath(path))
 
 
 def remove_tree(path: PathLike) -> None:
   """Deletes a directory and all in it, if it is there."""
-  _forget(epath.Path(path))
+  path = epath.Path(path)
+  _forget(path)
+  client = _client(path)
   with as_os_errors():
-    epath.Path(path).rmtree(missing_ok=True)
+    if client is None:
+      path.rmtree(missing_ok=True)
+    else:  # As above.
+      for name in client.find(os.fspath(path)):
+        client.rm_file(name)
 
 
 def digest(path: PathLike, into: PathLike | None = None) -> Digest:
@@ -177,10 +207,18 @@ def _forget(path: epath.Path) -> None:
   Else a reader would never see what another process writes. There is no public
   way to it through `epath`; without it, nothing is forgotten.
   """
-  file_system = getattr(getattr(path, '_backend', None), 'fs', None)
-  if is_remote(path) and file_system is not None:
+  if (client := _client(path)) is not None:
     with as_os_errors():
-      file_system(path).invalidate_cache()
+      client.invalidate_cache()
+
+
+def _client(path: epath.Path) -> Any:
+  """Returns the client of fsspec behind a path that is not local, if any."""
+  file_system = getattr(getattr(path, '_backend', None), 'fs', None)
+  if not is_remote(path) or file_system is None:
+    return None
+  with as_os_errors():
+    return file_system(path)
 
 
 # --- JSON --------------------------------------------------------------------

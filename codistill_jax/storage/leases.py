@@ -54,7 +54,7 @@ class LostError(ValueError):
 
 
 class Holder(NamedTuple):
-  """Metadata of the process that holds a lease.
+  """Metadata of the process that holds a lease, as in its file.
 
   Attributes:
     host: Name of its machine, for people.
@@ -148,11 +148,9 @@ class Lease:
   def release(self) -> None:
     """Lets others have it; a second time does nothing."""
     with self._lock:
-      if self._released.is_set():
-        return
-      self._released.set()
-      _remove(self._path, self.holder)
-      _OWN.discard(self.holder.nonce)
+      if not self._released.is_set():
+        self._released.set()
+        _remove(self._path, self.holder)
 
   def _beat(self) -> None:
     period = self.holder.ttl_seconds / _BEATS_PER_TTL
@@ -161,17 +159,16 @@ class Lease:
 
   def _find_out(self, only_if_needed: bool) -> str:
     """Returns why the lease is lost; if it is not, '', and renews the file."""
-    found = _read(self._path)
+    raw, other = _read(self._path)
     silent = self._clock.monotonic() - self._looked
     self._looked += silent
-    other = found and found.holder
     if other and other.nonce != self.holder.nonce:
       return (
           f'{_sentence(other, self._path)}: it has taken over from this'
           f' process, {self.holder.pid} on host {self.holder.host}, which had'
           ' been silent for long; leave the run to it, or end it'
       )
-    if found is None and silent > self.holder.ttl_seconds:
+    if raw is None and silent > self.holder.ttl_seconds:
       return (
           f'{os.fspath(self._path)} is gone, and this process had been silent'
           f' for {silent:.0f} s: another may have taken over and ended since;'
@@ -179,7 +176,7 @@ class Lease:
       )
     if not (only_if_needed and other):
       self.holder = self.holder._replace(beat=self.holder.beat + 1)
-      _write(self._path, self.holder)
+      files.write_json(self._path, self.holder._asdict())
     return ''
 
 
@@ -217,15 +214,12 @@ def acquire(
         f'ttl_seconds={ttl_seconds:g} is no time for a lease; set it to more'
         f' than 0 and at most {_LONGEST_TTL:g}'
     )
-  path = _path_in(directory)
-  own = this_process(doing, ttl_seconds)
-  waiting = _Candidacy(path, own, interrupted, patience, clock)
+  path, own = _path_in(directory), this_process(doing, ttl_seconds)
   _OWN.add(own.nonce)
   try:
-    waiting.contend()
+    _Candidacy(path, own, interrupted, patience, clock).contend()
   except BaseException:
     _remove(path, own)
-    _OWN.discard(own.nonce)
     raise
   return Lease(path, own, clock)
 
@@ -236,8 +230,7 @@ def peek(directory: epath.PathLike) -> Holder | None:
   Raises:
     OSError: If the disk fails.
   """
-  found = _read(_path_in(directory))
-  return found and found.holder
+  return _read(_path_in(directory))[1]
 
 
 @contextlib.contextmanager
@@ -291,14 +284,13 @@ class _Candidacy(NamedTuple):
     )
     while True:
       looked = self._wait_until_free()
-      _write(self.path, self.own)
+      files.write_json(self.path, self.own._asdict())
       took = self.clock.monotonic() - looked
       if took <= settle:
         # All who saw the file free before this was written have written by
         # then, or will find themselves late.
         self._pause(settle)
-        found = _read(self.path)
-        if found is not None and found.holder == self.own:
+        if _read(self.path)[1] == self.own:
           return
       else:
         # Perhaps written over a holder. It puts its file back at its next beat,
@@ -323,71 +315,53 @@ class _Candidacy(NamedTuple):
       looked = self.clock.monotonic()
       # If this process was suspended, so may have been the holder.
       quiet, last = quiet + min(looked - last, 2 * pause), looked
-      found = _read(self.path)
-      if found is None:
+      raw, holder = _read(self.path)
+      alive = is_alive(holder)
+      if raw is None or alive is False:
         return looked
-      alive = is_alive(found.holder)
-      if alive is False:
-        return looked
-      changed = first is not None and found.raw != first.raw
-      if alive or (changed and found.holder is not None):
-        other = _sentence(found.holder, self.path)
+      changed = first not in (None, raw)
+      if alive or (changed and holder):
+        other = _sentence(holder, self.path)
         raise HeldError(f'{other}; end it, or wait until it is done')
-      limit = max(ttl, found.holder.ttl_seconds if found.holder else ttl)
+      limit = max(ttl, holder.ttl_seconds if holder else ttl)
       if first is None:
-        who = f'{found.holder} holds it, or did' if found.holder else 'damaged'
         logging.warning(
             'Waiting up to %g s for a sign of life in %s: %s',
             limit,
             os.fspath(self.path),
-            who,
+            f'{holder} holds it, or did' if holder else 'damaged',
         )
-      if first is None or changed:
-        first, quiet = found, 0.0
+      if first != raw:
+        first, quiet = raw, 0.0
       if quiet > limit:
         return looked
       self._pause(pause)
 
   def _pause(self, seconds: float) -> None:
     deadline = self.clock.monotonic() + seconds
-    while True:
+    while (left := deadline - self.clock.monotonic()) > 0:
       if self.interrupted():
         raise Interrupted('asked to stop while waiting for a lease')
-      left = deadline - self.clock.monotonic()
-      if left <= 0:
-        return
       self.clock.sleep(min(left, 0.1))
 
 
 # --- The file ----------------------------------------------------------------
 
 
-class _Content(NamedTuple):
-  """A lease file; `holder` is None if it is damaged."""
-
-  raw: bytes
-  holder: Holder | None
-
-
 def _path_in(directory: epath.PathLike) -> epath.Path:
   return epath.Path(directory) / 'lease.json'
 
 
-def _write(path: epath.Path, holder: Holder) -> None:
-  files.write_json(path, holder._asdict())
+def _read(path: epath.Path) -> tuple[bytes | None, Holder | None]:
+  """Reads a lease file: its bytes, if it is there; its holder, if sound.
 
-
-def _read(path: epath.Path) -> _Content | None:
-  """Reads a lease file; None if there is none. OSError if the disk fails."""
+  Raises:
+    OSError: If the disk fails.
+  """
   try:
     raw = files.read_bytes(path)
   except (FileNotFoundError, NotADirectoryError):
-    return None
-  return _Content(raw, _parse(raw))
-
-
-def _parse(raw: bytes) -> Holder | None:
-  """Returns the holder in a file's bytes; None if they are damaged."""
+    return None, None
   try:
     tree = json.loads(raw)
     holder = Holder(*(tree[name] for name in Holder._fields))
@@ -397,17 +371,18 @@ def _parse(raw: bytes) -> Holder | None:
         and 0 < holder.ttl_seconds <= _LONGEST_TTL
     )
   except (ValueError, TypeError, KeyError, RecursionError):
-    return None
-  return holder if sound else None
+    sound = False
+  return raw, holder if sound else None
 
 
 def _remove(path: epath.Path, own: Holder) -> None:
   """Removes the file if it is our own; not at any price."""
+  _OWN.discard(own.nonce)
   try:
-    found = _read(path)
-    if found and found.holder and found.holder.nonce == own.nonce:
+    found = _read(path)[1]
+    if found and found.nonce == own.nonce:
       files.remove(path)
-  except Exception as e:  # As above.
+  except Exception as e:  # Object stores have errors of their own.
     logging.warning('The lease %s stays behind: %s', os.fspath(path), e)
 
 
@@ -428,11 +403,10 @@ def _sentence(holder: Holder, path: epath.Path) -> str:
 
 def this_process(doing: str, ttl_seconds: float) -> Holder:
   """Returns this process as a holder, with a nonce that nobody had before."""
-  process = _look_up(os.getpid())
   return Holder(
       host=socket.gethostname(),
       pid=os.getpid(),
-      started=process and process.started,
+      started=_started(os.getpid()),
       machine=_machine(),
       since=time.time(),
       doing=doing,
@@ -452,41 +426,30 @@ def is_alive(holder: Holder | None) -> bool | None:
     return None
   if holder.pid == os.getpid():
     return False  # A leftover: of this process, or of one before it.
-  try:
-    os.kill(holder.pid, 0)
-  except ProcessLookupError:
+  if not psutil.pid_exists(holder.pid):
     return False
-  except PermissionError:
-    pass  # It is there, and another user's.
-  process = _look_up(holder.pid)
-  if process is None or holder.started is None:
+  started = _started(holder.pid)
+  if started is None or holder.started is None:
     return None  # Perhaps the system hides what others do.
-  if process.started != holder.started:
+  if started != holder.started:
     return False  # The number was given to a new process.
-  if process.dead:
-    # Its last threads may still be writing.
-    return False if process.threads <= 1 else None
-  return True
+  with contextlib.suppress(psutil.Error, OSError):
+    process = psutil.Process(holder.pid)
+    if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+      # Its last threads may still be writing.
+      return False if process.num_threads() <= 1 else None
+    return True
+  return None
 
 
-class _Process(NamedTuple):
-  started: int
-  dead: bool
-  threads: int
-
-
-def _look_up(pid: int) -> _Process | None:
-  """Returns what the system says of a process; None if it says nothing."""
+def _started(pid: int) -> int | None:
+  """Returns when a process started, in ticks; None if that is hidden."""
   try:
     # Since the boot: the time of day may be set meanwhile. In this order, since
     # psutil 7.0 remembers the boot where 7.1 looks again.
     boot = psutil.boot_time()
-    process = psutil.Process(pid)
-    return _Process(
-        round((process.create_time() - boot) * os.sysconf('SC_CLK_TCK')),
-        process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD),
-        process.num_threads(),
-    )
+    seconds = psutil.Process(pid).create_time() - boot
+    return round(seconds * os.sysconf('SC_CLK_TCK'))
   except (psutil.Error, OSError):
     return None
 

@@ -19,7 +19,7 @@ import numpy as np
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 
-from .declaration import MEASURES, Arm, Study
+from .study_plan import MEASURES, Arm, Study
 
 # Of a run by a measure.
 MEASURED = 'measured'

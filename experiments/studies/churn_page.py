@@ -29,12 +29,11 @@ from ..reports.pages import (
 from . import (
     retrains,
     study_page,
-    verdicts,
     words,
 )
 from .analysis import Effect
-from .churn_results import Repeat, Retrains, Row
-from .declaration import (
+from .retrains import Repeat, Retrains, Row
+from .study_plan import (
     MEASURES,
     Comparison,
     Measure,
@@ -100,7 +99,7 @@ def judge(study: Study, rows: Sequence[Row]) -> list[str]:
   """Returns a sentence for each comparison of arms that have rows."""
   by_arm = {row.arm: row for row in rows}
   return [
-      verdicts.of_effect(study, c, _effect(c, *pair)).sentence
+      words.of_effect(study, c, _effect(c, *pair)).sentence
       for c in study.comparisons
       if None not in (pair := (by_arm.get(c.arm), by_arm.get(c.against)))
   ]

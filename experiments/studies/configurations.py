@@ -16,8 +16,7 @@ from codistill_jax.storage import files
 
 from .. import cli
 from . import study_plan as plan_lib
-from .declaration import Arm
-from .study_plan import PlannedRun, StudyPlan
+from .study_plan import Arm, PlannedRun, StudyPlan
 
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {

@@ -14,11 +14,10 @@ from codistill_jax import run_directory
 from codistill_jax.storage import files
 
 from ..reports import run_records
-from . import communication
+from . import costs
 from . import study_plan as plan_lib
 from .analysis import Run
-from .declaration import Arm
-from .study_plan import PlannedRun, StudyPlan
+from .study_plan import Arm, PlannedRun, StudyPlan
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -171,7 +170,7 @@ def _bytes(
 ) -> np.ndarray:
   """Returns bytes that a worker or group has received at evaluations."""
   size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
-  within_N = steps_N * communication.bytes_per_update(
+  within_N = steps_N * costs.bytes_per_update(
       arm.communication,
       size,
       workers=arm.workers,

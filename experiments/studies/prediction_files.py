@@ -14,7 +14,7 @@ import pandas as pd
 
 from codistill_jax import statistics
 
-from .churn_results import Row, summarise
+from .retrains import Row, summarise
 
 _TABLES = ('.csv', '.tsv', '.parquet')
 

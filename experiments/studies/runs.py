@@ -17,10 +17,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from codistill_jax import base, evaluate, gin_utils, run_directory, writers
+from codistill_jax import (
+    base,
+    evaluate,
+    gin_utils,
+    metrics,
+    run_directory,
+    writers,
+)
 from codistill_jax import experiment as experiment_lib
-from codistill_jax.base import Variables
-from codistill_jax.data import process_pool
+from codistill_jax import step as step_lib
+from codistill_jax.base import Batch, Model, Variables
+from codistill_jax.data.prepare import usable_cores
+from codistill_jax.exchange import kinds
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.experiment import Experiment
@@ -29,13 +38,13 @@ from codistill_jax.storage import files
 from .. import cli
 from ..cli import StopRequest
 from ..reports import run_records
-from ..running import devices, driver, lockstep
+from ..running import driver
+from ..running import job as job_lib
 from ..running.job import Job
-from . import predictions, seeds_together
+from . import retrains, seeds_together
 from . import study_plan as plan_lib
 from .configurations import Configurations, shared_by_seeds
-from .declaration import Arm
-from .study_plan import PlannedRun
+from .study_plan import Arm, PlannedRun
 
 LAST = 3  # Evaluations that the loss at the end is the mean of.
 
@@ -64,13 +73,37 @@ class Trainer:
   """Trains runs, and keeps what it has compiled for the last of them."""
 
   def __init__(
-      self, configurations: Configurations, replicas: int, stop: StopRequest
+      self,
+      configurations: Configurations,
+      replicas: int,
+      stop: StopRequest,
+      one_program: bool,
   ):
+    """Has trained nothing yet.
+
+    Args:
+      configurations: Of all runs.
+      replicas: Devices of a group; 0 for all.
+      stop: Whether to leave.
+      one_program: Whether all seeds of an arm are trained as one program, where
+        that can be.
+    """
     self._configurations = configurations
     self._plan = configurations.plan
     self._replicas = replicas
     self._stop = stop
+    self._one_program = one_program
     self._compiled: _Compiled | None = None
+
+  def trains_together(self, run: PlannedRun) -> bool:
+    """Returns whether all seeds of the run's arm are to be one program."""
+    # Predictions of runs that were trained alike are the same to the bit.
+    apart = self._plan.study.predictions or run.tuning or self._replicas > 1
+    if apart or not self._one_program:
+      return False
+    experiment = self._configurations.configure(run)
+    num_groups = self._plan.arm(run.arm).num_groups
+    return seeds_together.possible(experiment, num_groups)
 
   def __call__(
       self,
@@ -91,8 +124,8 @@ class Trainer:
     began = time.time()
     experiments = [self._begin(run) for run in runs]
     together = len(runs) > 1
-    latch = lockstep.Latch(self._stop)
-    prepare = self._one_program if together else self._in_turn
+    latch = job_lib.Latch(self._stop)
+    prepare = self._as_one_program if together else self._in_turn
     trained = prepare(runs, experiments, latch)
     rounds = [
         self._rounds(run, began, len(runs), say, finish) for run in trained
@@ -100,7 +133,7 @@ class Trainer:
     with contextlib.ExitStack() as stack:
       for each in rounds:
         stack.enter_context(contextlib.closing(each))
-      lockstep.train_in_turn(rounds, latch)
+      job_lib.train_in_turn(rounds, latch)
 
   def _begin(self, run: PlannedRun) -> Experiment:
     """Configures a run; what it has left under another configuration goes."""
@@ -122,7 +155,7 @@ class Trainer:
       self,
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
   ) -> list[_TrainedRun]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
@@ -143,10 +176,10 @@ class Trainer:
     if self._plan.study.predictions and isinstance(exchange, Checkpoints):
       # Short runs that exchange often: none of it on disk is worth the time.
       can_resume = functools.partial(seeds_together.can_resume, exchange)
-      lockstep.keep_common_checkpoints(made.jobs, can_resume)
+      job_lib.keep_common_checkpoints(made.jobs, can_resume)
       exchanges = memory_exchanges(len(made.jobs), plan=exchange)
     else:
-      lockstep.keep_common_checkpoints(made.jobs)
+      job_lib.keep_common_checkpoints(made.jobs)
       start = driver.new_state(made.jobs[0])
       start.efficiency.close()
       exchanges = exchange.join_all(
@@ -172,18 +205,18 @@ class Trainer:
     ):
       # One program at a time is enough of memory.
       compiled = self._compiled = None
-      steps, stream = lockstep.train_steps_of(
+      steps, stream = job_lib.train_steps_of(
           experiment, model, arm.num_groups, self._replicas
       )
       compiled = _Compiled(key, experiment.optimizer, model, steps, stream)
       self._compiled = compiled
     return compiled
 
-  def _one_program(
+  def _as_one_program(
       self,
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
   ) -> list[_TrainedRun]:
     """Prepares several runs, whose groups exchange through the devices."""
     self._compiled = None
@@ -198,7 +231,7 @@ class Trainer:
         experiments,
         model,
         self._plan.arm(runs[0].arm).num_groups,
-        devices.chosen_devices(self._replicas),
+        job_lib.chosen_devices(self._replicas),
     )
     made = [
         self._run(
@@ -212,7 +245,7 @@ class Trainer:
         )._replace(exchanges=[place.exchange for place in of_seed])
         for run, experiment, of_seed in zip(runs, experiments, places)
     ]
-    lockstep.keep_common_checkpoints(
+    job_lib.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
         lambda step: seeds_together.can_resume(first.exchange, step),
     )
@@ -224,7 +257,7 @@ class Trainer:
       experiment: Experiment,
       model: base.Model,
       train_steps: Sequence[Any],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
       **kwargs: Any,
   ) -> _TrainedRun:
     """Returns a run without its exchanges."""
@@ -288,7 +321,7 @@ class Trainer:
         made = self._configurations.configure(run.planned)
         gin_utils.call(experiment_lib.make_model, made)
       try:
-        for _ in lockstep.in_turn(groups):
+        for _ in job_lib.in_turn(groups):
           if together > 1:
             run.jobs[0].configuration()  # Kept, as of the first round.
           yield
@@ -303,7 +336,7 @@ class Trainer:
             f'{run.planned.name} diverged at step {diverged_at}; lower the'
             ' learning rate or the distill weight'
         )
-      predictions.leave(
+      _leave_predictions(
           self._configurations.workdir, job.workdir, experiment, job.model
       )
     outcome = _describe(
@@ -358,7 +391,7 @@ def _describe(
       'began': began,
       'ended': time.time(),
       'jax': jax.__version__,
-      'cores': process_pool.usable_cores(),
+      'cores': usable_cores(),
   }
 
 
@@ -408,3 +441,88 @@ def _ensemble_of(
       writer.write(step, found.ensemble)
 
   return evaluated
+
+
+# --- Predictions -------------------------------------------------------------
+
+# Of a study that keeps the predictions of dozens of models.
+_MOST_BYTES = 2**30
+
+
+def _leave_predictions(
+    workdir: files.PathLike,
+    directory: files.PathLike,
+    experiment: Experiment,
+    model: Model,
+) -> None:
+  """Writes the predictions of all groups of a run, and the labels.
+
+  Args:
+    workdir: Of the study.
+    directory: Of the run, which has ended.
+    experiment: Its configuration.
+    model: Its model.
+
+  Raises:
+    ValueError: If the labels are not those of the runs before.
+  """
+  like = jax.eval_shape(
+      model.init,
+      jax.random.PRNGKey(0),
+      experiment_lib.first_row(experiment, 1),
+  )
+  identity = {k: str(v) for k, v in experiment.task.identity.items()}
+  for source in kinds.find_teachers([directory]):
+    loaded = kinds.load_teachers([source], like, identity)
+    variables = jax.tree.map(lambda x: x[0], loaded.variables)
+    for split in retrains.SPLITS:
+      found, labels = predict(experiment, model, variables, split)
+      retrains.keep_labels(workdir, split, labels)
+      retrains.write_predictions(directory, source.group_id, split, found)
+
+
+def predict(
+    experiment: Experiment, model: Model, variables: Variables, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns predictions and labels on a split, without padding.
+
+  Predictions are float32 probabilities, (N,) of a sigmoid output, else (N, C).
+  """
+  step = _predict_step(model)
+  parts, labels, carry, size = [], [], None, 0
+  for batch in _batches(experiment, split):
+    if carry is None:
+      carry = model.init_carry(len(batch['labels']))
+    probs, carry = step(variables, dict(batch), carry)
+    real = step_lib.example_weights(batch) > 0
+    parts.append(np.asarray(probs)[real])
+    labels.append(np.asarray(batch['labels'])[real])
+    size += parts[-1].nbytes
+    if size > _MOST_BYTES:
+      raise ValueError(
+          f'the predictions of one model on the {split} split are more than'
+          f' {_MOST_BYTES >> 20} MB; take a smaller split, such as by'
+          ' max_eval_batches'
+      )
+  return np.concatenate(parts), np.concatenate(labels)
+
+
+def _batches(experiment: Experiment, split: str) -> Iterator[Batch]:
+  """Returns the batches of a split; of validation if there is no test."""
+  task = experiment.task
+  there = split if split != 'test' or task.test_batches else 'validation'
+  return experiment_lib.split_batches(task, there, experiment.eval_batch)
+
+
+# Compiled once for all runs of a model.
+@functools.lru_cache(maxsize=4)
+def _predict_step(model: Model) -> Callable[..., tuple]:
+  def predict(variables, batch, carry):
+    outputs, updates = model.apply(variables, batch, carry, None, False)
+    logits = base.logits_of(outputs)
+    if logits.shape == batch['labels'].shape:
+      return jax.nn.sigmoid(logits), updates.carry
+    logits = metrics.class_logits(logits, batch['labels'])
+    return jax.nn.softmax(logits), updates.carry
+
+  return jax.jit(predict)

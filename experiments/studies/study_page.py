@@ -27,8 +27,7 @@ from ..reports.pages import (
 )
 from . import (
     analysis,
-    verdicts,
-    wall_time,
+    costs,
     words,
 )
 from .analysis import (
@@ -41,15 +40,17 @@ from .analysis import (
     Run,
     Score,
 )
-from .declaration import MEASURES, Arm, Study
-from .latency import Latency
-from .verdicts import Verdict
+from .costs import Latency, LogNormal, WallTime
+from .study_plan import MEASURES, Arm, Study
 
 # Further parts of a page, by their names in declarations: 'latency' wall time
 # from a tail-latency model; 'bytes' loss against bytes received; 'topology',
 # 'staleness' and every other study with `x_label` measures against it;
 # 'speed-accuracy' accuracy beside loss, among the curves.
 VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
+
+# How much longer than the median one step in a hundred is.
+_TAILS = (1.2, 1.5, 2.0, 3.0, 5.0)
 
 # What all runs have in common, see `outcomes`.
 Settings = Mapping[str, Any]
@@ -67,7 +68,7 @@ class Summary(NamedTuple):
 
   table: str
   lines: tuple[str, ...]
-  verdicts: tuple[Verdict, ...]
+  verdicts: tuple[words.Verdict, ...]
   page: epath.Path
 
 
@@ -92,7 +93,7 @@ def write(
     ValueError: If runs and declaration do not fit.
   """
   found = analysis.analyse(study, runs)
-  judged = tuple(verdicts.judge(found, c) for c in study.comparisons)
+  judged = tuple(words.judge(found, c) for c in study.comparisons)
   said = (*(v.sentence for v in judged), *_divergences(found))
   directory = epath.Path(output)
   made = _blocks(found, settings, said, latency or Latency())
@@ -159,7 +160,7 @@ def _blocks(
 
 def claim(study: Study) -> str:
   """Returns what the paper says, or whoever else does."""
-  ours = study.source.startswith(verdicts.NOT_OF_THE_PAPER)
+  ours = study.source.startswith(words.NOT_OF_THE_PAPER)
   return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
 
 
@@ -395,21 +396,57 @@ def wall_time_blocks(
   """Returns plot, words and assumptions; a sentence if runs do not suffice."""
   from . import study_plots
 
-  model = wall_time.measure(found, latency)
+  model = costs.measure(found, latency)
   said = [
       Heading('Wall time, on paper'),
       Paragraph(words.paragraph('wall_time', model=model)),
   ]
   if model.fit is None:
     return said
-  table = Table(wall_time.times_table(model), names=0)
+  table = Table(times_table(model), names=0)
   made = [*said, study_plots.wall_time(model), table]
   if model.at:
     made.append(Paragraph('The same for shorter and longer tails:'))
-    made.append(Table(wall_time.tails_table(model), names=0))
+    made.append(Table(tails_table(model), names=0))
   received = pages.number(settings['bytes_of_model'], 'bytes')
   assumptions = words.paragraphs('assumptions', model=model, received=received)
   return [*made, Bullets(assumptions)]
+
+
+def times_table(model: WallTime) -> pd.DataFrame:
+  """Returns steps and times by number of workers."""
+  rows = []
+  for workers in model.doublings():
+    paper = '' if workers in model.one else ' (fit)'
+    row = {
+        'workers in all': f'{workers:,}',
+        'steps, one group': f'{model.steps(workers):,.0f}{paper}',
+        'time of an update': f'{model.update(workers):.2f}',
+        'time to target, one group': f'{model.time_of_one(workers):,.0f}',
+    }
+    if model.at:
+      row['two groups of half as many'] = (
+          '-' if workers % 2 else f'{model.time_of_two(workers // 2):,.0f}'
+      )
+    rows.append(row)
+  return pd.DataFrame(rows)
+
+
+def tails_table(model: WallTime) -> pd.DataFrame:
+  """Returns the crossover for shorter and longer tails."""
+  rows = []
+  for tail in _TAILS:
+    steps = LogNormal(1.0, tail)
+    other = model._replace(assumed=model.assumed._replace(steps=steps))
+    first, (*_, gain) = other.crossover(), other.gains().values()
+    rows.append(
+        {
+            '99th percentile / median': f'{tail:g}',
+            'two groups faster from W': f'{first:,}' if first else '-',
+            'factor at the largest W': f'{gain:.2f}',
+        }
+    )
+  return pd.DataFrame(rows)
 
 
 # --- CSV ---------------------------------------------------------------------

@@ -22,9 +22,9 @@ from ..reports import plots
 from ..reports.pages import Plot
 from . import analysis, retrains, words
 from .analysis import Analysis, Band
-from .churn_results import Row
-from .declaration import MEASURES, Arm, Study
-from .wall_time import WallTime
+from .costs import WallTime
+from .retrains import Row
+from .study_plan import MEASURES, Arm, Study
 
 _COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
 _MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X')

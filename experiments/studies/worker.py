@@ -1,26 +1,183 @@
-"""Trains the runs of a study that are not done, one after another.
+"""Trains the runs of a study that are not done: one process, or several.
 
-Several processes may work on one study: a run belongs to whoever locks its
-directory.
+A run belongs to whoever locks its directory. Of several processes (`--jobs`)
+each has its share of the CPU cores.
 """
 
 import contextlib
-import dataclasses
+import functools
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+from absl import flags
 
+from codistill_jax import gin_utils
 from codistill_jax.storage import files, leases
 
 from .. import cli
 from ..cli import StopRequest
-from . import seeds_together
+from ..running import processes
 from . import study_plan as plan_lib
-from .configurations import Configurations
-from .runs import Outcome, Trainer
 from .study_plan import PlannedRun, StudyPlan
+
+if TYPE_CHECKING:
+  from .runs import Trainer
+
+
+_FLAGS = flags.FLAGS
+# The flags below belong to the binary that asks for them.
+flags.disclaim_key_flags()
+
+
+def define_flags() -> None:
+  """Defines the flags of the binaries that train a study."""
+  flags.DEFINE_string(
+      'workdir',
+      None,
+      'Directory of the study: its runs, and what came of them. Default of'
+      ' reproduce: runs/STUDY_SCALE.',
+  )
+  flags.DEFINE_string(
+      'output',
+      None,
+      'Directory of tables, page and plots; default: report/ in --workdir, or'
+      ' nowhere if there is none.',
+  )
+  flags.DEFINE_string(
+      'note', '', 'A sentence for the page, such as on the data.'
+  )
+  flags.DEFINE_integer(
+      'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
+  )
+  flags.DEFINE_integer(
+      'jobs',
+      1,
+      'Processes that train runs side by side. With more than one, each has its'
+      ' share of the CPU cores for itself.',
+  )
+  flags.DEFINE_string(
+      'worker', '', 'Set by --jobs for each process: its number/their number.'
+  )
+
+
+def check_least(**least: int) -> None:
+  """Raises ValueError if a flag that is given is less than its least."""
+  for flag, number in (least | {'jobs': 1, 'replicas': 0}).items():
+    value = _FLAGS[flag].value
+    if value is not None and value < number:
+      raise ValueError(f'--{flag}={value}; set it to {number} or more')
+
+
+def absolute(workdir: str) -> str:
+  """Returns a directory wherever this process goes."""
+  return workdir if files.is_remote(workdir) else os.path.abspath(workdir)
+
+
+def train(
+    module: str,
+    workdir: files.PathLike,
+    plan: StudyPlan,
+    one_program: str = 'no',
+) -> None:
+  """Trains all runs that are not done; the same command again goes on.
+
+  Args:
+    module: The binary, such as 'experiments.churn'.
+    workdir: Of the study.
+    plan: Of it.
+    one_program: Of seeds, as of `--one_program`.
+
+  Raises:
+    Stopped: If asked to stop.
+  """
+  jobs, replicas = _FLAGS.jobs, _FLAGS.replicas
+  if jobs > 1 and not _FLAGS.worker:
+    _run_side_by_side(module, workdir, jobs, StopRequest().install())
+    return
+  jobs = _take_cores(_FLAGS.worker)
+  stop = StopRequest(cli.STOPPED).install()
+  # Not at the top: what only lists, or draws a page, needs no jax.
+  import jax
+
+  from ..running import job as job_lib
+  from . import configurations, runs
+
+  if replicas > 1:
+    job_lib.use_replicas(replicas)
+  configured = configurations.Configurations(
+      workdir, plan, gin_utils.flag_values()[1]
+  )
+  configurations.claim(configured, replicas or jax.local_device_count())
+  if one_program == 'auto':
+    one_program = 'no' if jax.devices()[0].platform == 'cpu' else 'yes'
+  trainer = runs.Trainer(configured, replicas, stop, one_program == 'yes')
+  _Worker(workdir, plan, trainer, stop, jobs).train_all()
+  stop.uninstall()
+
+
+def _run_side_by_side(
+    module: str, workdir: files.PathLike, jobs: int, stop: StopRequest
+) -> None:
+  """Runs this command `jobs` times, with `--worker=<i>/<jobs>`, to the end.
+
+  The others start once the first has accepted the flags, so that a mistake is
+  said once.
+
+  Raises:
+    Stopped: If asked to stop.
+    SystemExit: With the status of the first that failed, which has said why.
+  """
+  begun = plan_lib.begun_at(workdir)
+  environment = {**os.environ, cli.COMMAND_VARIABLE: cli.own_command()}
+  command = [sys.executable, '-m', module, *sys.argv[1:]]
+  start = lambda i: processes.popen(
+      [*command, f'--worker={i}/{jobs}'], env=environment
+  )
+  workers = [start(0)]
+  try:
+    while any(worker.poll() is None for worker in workers):
+      if stop():
+        raise cli.Stopped(cli.STOPPED, stop.signal_number)
+      _leave_with(workers)
+      if len(workers) < jobs and plan_lib.begun_at(workdir) != begun:
+        workers += map(start, range(1, jobs))
+      time.sleep(0.1)
+    _leave_with(workers)
+  finally:
+    for worker in workers:
+      processes.ask_to_leave(worker)
+    for worker in workers:
+      processes.wait_or_kill(worker, processes.PACE.grace)
+
+
+def _take_cores(worker: str) -> int:
+  """Keeps to the share of process `<i>/<jobs>`; gives the number of jobs.
+
+  Before jax makes its threads, as many as there are cores.
+  """
+  if not worker:
+    return 1
+  index, jobs = map(int, worker.split('/'))
+  if hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs <= len(cores):
+      share = len(cores) // jobs
+      os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
+  return jobs
+
+
+def _leave_with(workers: Sequence[subprocess.Popen]) -> None:
+  """Ends as the first process that failed."""
+  for worker in workers:
+    if worker.returncode:
+      sys.exit(worker.returncode % 256)
+
+
+# --- One process -------------------------------------------------------------
 
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
@@ -28,29 +185,23 @@ _SAY_EVERY_SECONDS = 30.0
 _TEACHER_COST = 1.3
 
 
-@dataclasses.dataclass
-class Worker:
-  """Trains runs of one study in this process.
+class _Worker:
+  """Trains runs of one study in this process."""
 
-  Attributes:
-    configurations: Of all runs.
-    stop: Whether to leave.
-    replicas: Devices of a group; 0 for all.
-    jobs: Processes that share the work, for the time that is left.
-    together: Whether all seeds of an arm are trained as one program, where
-      that can be.
-  """
-
-  configurations: Configurations
-  stop: StopRequest
-  replicas: int = 1
-  jobs: int = 1
-  together: bool = False
-
-  def __post_init__(self):
-    self._workdir = self.configurations.workdir
-    self._plan = self.configurations.plan
-    self._trainer = Trainer(self.configurations, self.replicas, self.stop)
+  def __init__(
+      self,
+      workdir: files.PathLike,
+      plan: StudyPlan,
+      trainer: 'Trainer',
+      stop: StopRequest,
+      jobs: int,
+  ):
+    self._workdir = workdir
+    self._plan = plan
+    self._trainer = trainer
+    self._stop = stop
+    self._jobs = jobs
+    self._say_next = 0.0
 
   def train_all(self) -> None:
     """Trains until every run is done, by whatever process.
@@ -65,7 +216,8 @@ class Worker:
       left = [run for run in left if not self._done(run)]
       trained = False
       for run in left:
-        self._leave_if_asked()
+        if self._stop():
+          raise cli.Stopped(cli.STOPPED, self._stop.signal_number)
         ready = all(map(self._done, self._plan.needed(run)))
         if ready and (trained := self._train_if_free(self._with(run, left))):
           break
@@ -75,24 +227,11 @@ class Worker:
   def _done(self, run: PlannedRun) -> bool:
     return plan_lib.read_outcome(self._workdir, run) is not None
 
-  def _leave_if_asked(self) -> None:
-    if self.stop():
-      raise cli.Stopped(
-          cli.STOPPED,
-          self.stop.signal_number,
-      )
-
   def _with(
       self, run: PlannedRun, left: Sequence[PlannedRun]
   ) -> list[PlannedRun]:
     """Returns the run, and those that can be in the same program."""
-    # Predictions of runs that were trained alike are the same to the bit.
-    apart = self._plan.study.predictions
-    if apart or not self.together or run.tuning or self.replicas > 1:
-      return [run]
-    experiment = self.configurations.configure(run)
-    arm = self._plan.arm(run.arm)
-    if not seeds_together.possible(experiment, arm.num_groups):
+    if not self._trainer.trains_together(run):
       return [run]
     return [
         other for other in left if other.arm == run.arm and not other.tuning
@@ -118,33 +257,48 @@ class Worker:
     return bool(ours)
 
   def _train(self, runs: Sequence[PlannedRun]) -> None:
-    if self._without_teachers(runs[0]):
-      self._finish(runs[0], _never_begun(runs[0]))
-    else:
-      progress = StudyProgress(self._workdir, self._plan, runs[0], self.jobs)
-      self._trainer(runs, progress.say, self._finish)
+    first = runs[0]
+    if self._plan.arm(first.arm).taught_by:
+      teachers = self._plan.teachers(first)
+      outcome = plan_lib.read_outcome(self._workdir, teachers)
+      if outcome['diverged_at'] is not None:
+        self._finish(first, _never_begun(first))
+        return
+    self._say_next = time.monotonic() + _SAY_EVERY_SECONDS
+    self._trainer(runs, functools.partial(self._say, first), self._finish)
 
-  def _without_teachers(self, run: PlannedRun) -> bool:
-    """Returns whether the run that it would learn from diverged."""
-    if not self._plan.arm(run.arm).taught_by:
-      return False
-    teachers = self._plan.teachers(run)
-    outcome = plan_lib.read_outcome(self._workdir, teachers)
-    return outcome['diverged_at'] is not None
-
-  def _finish(self, run: PlannedRun, outcome: Outcome) -> None:
+  def _finish(self, run: PlannedRun, outcome: dict[str, Any]) -> None:
     """Writes outcome.json: the run is done."""
     directory = plan_lib.run_dir(self._workdir, run)
     files.write_json(plan_lib.outcome_path(directory), outcome)
-    progress = StudyProgress(self._workdir, self._plan, run, self.jobs)
-    cli.tell(progress.line(_ending(outcome)))
+    at = outcome['diverged_at']
+    ending = f'done, loss {outcome["loss"]:.4f}'
+    cli.tell(
+        self._line(run, ending if at is None else f'diverged at step {at:,}')
+    )
 
+  def _say(self, run: PlannedRun, what: str) -> None:
+    if time.monotonic() >= self._say_next:
+      self._say_next = time.monotonic() + _SAY_EVERY_SECONDS
+      cli.tell(self._line(run, what))
 
-def trains_together(choice: str) -> bool:
-  """Returns whether --one_program says so, 'auto': on an accelerator."""
-  if choice == 'auto':
-    return jax.devices()[0].platform != 'cpu'
-  return choice == 'yes'
+  def _line(self, run: PlannedRun, what: str) -> str:
+    """Returns where the study stands, by its files."""
+    runs = self._plan.runs()
+    outcomes = [plan_lib.read_outcome(self._workdir, run) for run in runs]
+    done = [(r, o) for r, o in zip(runs, outcomes) if o]
+    text = f'{len(done)} of {len(runs)} runs done; {run.name}: {what}'
+    left = sum(self._cost(r) for r, o in zip(runs, outcomes) if not o)
+    if not done or not left:
+      return text
+    took = sum(o['ended'] - o['began'] for _, o in done)
+    pace = took / sum(self._cost(r) for r, _ in done)
+    return f'{text}; about {left * pace / self._jobs / 60:.0f} min left'
+
+  def _cost(self, run: PlannedRun) -> float:
+    """Returns the cost in trainings of one group alone."""
+    groups = self._plan.arm(run.arm).num_groups
+    return 1.0 if groups == 1 else _TEACHER_COST * groups
 
 
 def _never_begun(run: PlannedRun) -> dict[str, Any]:
@@ -159,54 +313,3 @@ def _never_begun(run: PlannedRun) -> dict[str, Any]:
       'ended': now,
       'together': 1,
   }
-
-
-def _ending(outcome: dict[str, Any]) -> str:
-  if outcome['diverged_at'] is not None:
-    return f'diverged at step {outcome["diverged_at"]:,}'
-  return f'done, loss {outcome["loss"]:.4f}'
-
-
-class StudyProgress:
-  """The lines of one run, on the background of all."""
-
-  def __init__(
-      self, workdir: files.PathLike, plan: StudyPlan, run: PlannedRun, jobs: int
-  ):
-    """Reads nothing yet.
-
-    Args:
-      workdir: Of the study.
-      plan: All runs.
-      run: The one in hand.
-      jobs: Processes that share the work.
-    """
-    self._workdir = workdir
-    self._plan = plan
-    self._run = run
-    self.jobs = jobs
-    self._next = time.monotonic() + _SAY_EVERY_SECONDS
-
-  def say(self, what: str) -> None:
-    """Prints a line, unless there was one a moment ago."""
-    if time.monotonic() >= self._next:
-      self._next = time.monotonic() + _SAY_EVERY_SECONDS
-      cli.tell(self.line(what))
-
-  def line(self, what: str) -> str:
-    """Returns where the study stands, by its files."""
-    runs = self._plan.runs()
-    outcomes = [plan_lib.read_outcome(self._workdir, run) for run in runs]
-    done = [(r, o) for r, o in zip(runs, outcomes) if o]
-    text = f'{len(done)} of {len(runs)} runs done; {self._run.name}: {what}'
-    left = sum(self._cost(r) for r, o in zip(runs, outcomes) if not o)
-    if not done or not left:
-      return text
-    took = sum(o['ended'] - o['began'] for _, o in done)
-    pace = took / sum(self._cost(r) for r, _ in done)
-    return f'{text}; about {left * pace / self.jobs / 60:.0f} min left'
-
-  def _cost(self, run: PlannedRun) -> float:
-    """Returns the cost in trainings of one group alone."""
-    groups = self._plan.arm(run.arm).num_groups
-    return 1.0 if groups == 1 else _TEACHER_COST * groups

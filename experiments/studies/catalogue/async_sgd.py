@@ -1,6 +1,6 @@
 """Asynchronous SGD: what stale gradients do as workers are added."""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 _WORKERS = (2, 4, 8, 32, 128)

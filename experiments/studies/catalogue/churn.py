@@ -1,7 +1,7 @@
 """Table 1: do retrains of a codistilled model differ less?"""
 
 from .. import retrains
-from ..declaration import Comparison, Scale, Study
+from ..study_plan import Comparison, Scale, Study
 
 STUDY = Study(
     name='churn',

@@ -1,6 +1,6 @@
 """Loss against bytes: what does it take to use more workers?"""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 _INTERVALS = (2, 10, 50, 200, 250)

@@ -1,6 +1,6 @@
 """Figure 2b: the same data for all groups, or disjoint parts?"""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 STUDY = Study(

@@ -1,6 +1,6 @@
 """Figure 3: an image classifier."""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 STUDY = Study(

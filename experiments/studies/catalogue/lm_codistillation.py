@@ -1,6 +1,6 @@
 """Figure 2a: does a second group learn faster than more workers would?"""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 STUDY = Study(

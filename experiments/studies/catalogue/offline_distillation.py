@@ -1,6 +1,6 @@
 """Two phases against one: what it costs to train the teachers first."""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 STUDY = Study(

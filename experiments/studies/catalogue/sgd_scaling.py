@@ -1,6 +1,6 @@
 """Figures 1a and 1b: where do more workers stop helping?"""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 _WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -1,6 +1,6 @@
 """Figure 4: how often must groups exchange?"""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 _INTERVALS = (2, 4, 5, 10, 25, 50, 100, 250)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..declaration import Arm, Scale
+from ..study_plan import Arm, Scale
 
 _GIN = 'gin_configs/studies/'
 ABLATIONS = 'gin_configs/ablations/'

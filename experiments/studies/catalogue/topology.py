@@ -1,6 +1,6 @@
 """Who learns from whom, with four groups."""
 
-from ..declaration import Arm, Comparison, Study
+from ..study_plan import Arm, Comparison, Study
 from . import tasks
 
 

@@ -1,4 +1,4 @@
-"""Wall time of synchronous training from a tail-latency model; no jax.
+"""What training costs, on paper: bytes received, and wall time; no jax.
 
 A synchronous update waits for the slowest of W workers and then all-reduces:
 
@@ -16,13 +16,65 @@ Shape suffixes: K measured numbers of workers, N values of a sample.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from . import communication
+from . import analysis
+from .analysis import Analysis
+from .study_plan import Arm
+
+# --- Bytes -------------------------------------------------------------------
+
+PATTERNS = ('none', 'all_reduce', 'exchange', 'outer', 'server')
+
+
+def bytes_per_update(
+    pattern: str,
+    parameter_bytes: float,
+    *,
+    workers: int = 1,
+    outer_every: int = 1,
+) -> float:
+  """Returns bytes received per update; publications of peers come besides.
+
+  Args:
+    pattern: One of `PATTERNS`.
+    parameter_bytes: b, of one set of parameters or gradients.
+    workers: W, of one group.
+    outer_every: H, updates between outer steps.
+
+  Raises:
+    ValueError: If there is no such pattern.
+  """
+  match pattern:
+    case 'none':
+      return 0.0
+    case 'all_reduce' | 'exchange':
+      return all_reduce_bytes(parameter_bytes, workers)
+    case 'outer':
+      return all_reduce_bytes(parameter_bytes, workers) / outer_every
+    case 'server':  # An update is the work of one worker, whatever W.
+      return 2.0 * parameter_bytes
+  raise ValueError(
+      f'No pattern of communication {pattern!r}; there are'
+      f' {", ".join(PATTERNS)}.'
+  )
+
+
+def all_reduce_bytes(parameter_bytes: float, workers: int) -> float:
+  """Returns what each worker of a ring receives in one all-reduce.
+
+  A ring passes each of W parts on 2 (W - 1) times, W - 1 to add up and W - 1 to
+  hand round (Patarasuk & Yuan 2009).
+  """
+  return 2.0 * (workers - 1) / workers * parameter_bytes
+
+
+# --- Time of an update -------------------------------------------------------
 
 _P99 = 0.99
 
@@ -80,9 +132,6 @@ class Latency(NamedTuple):
   most_workers: int = 4096
 
 
-# --- Time of an update -------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1024)  # Tables, tails and the plot ask again.
 def expected_maximum(distribution: Distribution, workers: int) -> float:
   """Returns the expected largest of so many independent step times.
@@ -137,7 +186,7 @@ def step_time(latency: Latency, workers: int, compute: float = 1.0) -> float:
   slowest = compute * expected_maximum(latency.steps, workers)
   if workers == 1:
     return slowest
-  models = communication.all_reduce_bytes(1.0, workers)
+  models = all_reduce_bytes(1.0, workers)
   return slowest + latency.alpha + models * latency.model_time
 
 
@@ -194,3 +243,110 @@ def fit_steps(workers_K: Sequence[float], steps_K: Sequence[float]) -> Fit:
   )
   floor = math.exp(rest_K(found.x).mean())
   return Fit(floor, math.exp(found.x), float(error(found.x)))
+
+
+# --- Wall time of a study ----------------------------------------------------
+
+ONE, TWO = 'one group', 'two groups'
+
+
+class WallTime(NamedTuple):
+  """Steps to the target, measured and fitted, under a latency.
+
+  Attributes:
+    one: Mean steps to the target by workers, of one group.
+    two: Those of each of two groups, by workers of each.
+    at: The largest number of workers that was measured with both; 0 without.
+    ratio: Steps of two groups over those of one at `at` workers.
+    compute: FLOPs of an update of a group of two over those of one alone.
+    fit: Of the steps of one group; None for fewer than three points.
+    assumed: The latency.
+  """
+
+  one: Mapping[int, float]
+  two: Mapping[int, float]
+  at: int
+  ratio: float
+  compute: float
+  fit: Fit | None
+  assumed: Latency
+
+  def steps(self, workers: int) -> float:
+    """Returns steps of one group: as measured, or else by the fit."""
+    return self.one.get(workers, self.fit.steps(workers))
+
+  def update(self, workers: int) -> float:
+    """Returns the time of an update of one group."""
+    return step_time(self.assumed, workers)
+
+  def taught_update(self, workers: int) -> float:
+    """Returns the time of an update of each of two groups."""
+    return step_time(self.assumed, workers, self.compute)
+
+  def time_of_one(self, workers: int) -> float:
+    """Returns the time to the target of one group."""
+    return self.steps(workers) * self.update(workers)
+
+  def time_of_two(self, workers: int) -> float:
+    """Returns that of two groups of so many workers each."""
+    return self.ratio * self.steps(workers) * self.taught_update(workers)
+
+  def doublings(self) -> list[int]:
+    """Returns numbers of workers: those measured, then twice as many."""
+    workers = sorted(self.one)
+    while 2 * workers[-1] <= self.assumed.most_workers:
+      workers.append(2 * workers[-1])
+    return workers
+
+  def gains(self) -> dict[int, float]:
+    """Returns, by W, the time of one group of 2 W over that of two of W."""
+    workers = min(self.one)
+    found = {}
+    while 2 * workers <= self.assumed.most_workers:
+      found[workers] = self.time_of_one(2 * workers) / self.time_of_two(workers)
+      workers *= 2
+    return found
+
+  def crossover(self) -> int | None:
+    """Returns the least W from which on two groups of W stay ahead, if any."""
+    ahead = itertools.takewhile(
+        lambda pair: pair[1] > 1, reversed(self.gains().items())
+    )
+    return min((workers for workers, _ in ahead), default=None)
+
+
+def measure(found: Analysis, assumed: Latency) -> WallTime:
+  """Returns steps to the target where all seeds reach it; ratio and cost."""
+  arms = {
+      series: {a.workers: a for a in found.study.arms if a.series == series}
+      for series in (ONE, TWO)
+  }
+  one, two = (_steps(found, arms[series]) for series in (ONE, TWO))
+  fit = None
+  if len(one) >= 3:
+    fit = fit_steps(list(one), list(one.values()))
+  at = max(one.keys() & two.keys(), default=0)
+  ratio = compute = float('nan')
+  if at:
+    both = [arms[series][at] for series in (TWO, ONE)]
+    effect = analysis.effect(found, *(a.name for a in both), 'steps_to_target')
+    ratio = effect.estimate.mean if effect.estimate else two[at] / one[at]
+    taught, alone = (_flops_per_update(found, arm) for arm in both)
+    compute = taught / alone
+  return WallTime(one, two, at, ratio, compute, fit, assumed)
+
+
+def _steps(found: Analysis, arms: dict[int, Arm]) -> dict[int, float]:
+  steps = {}
+  for workers, arm in sorted(arms.items()):
+    estimate = analysis.cell(found, arm.name, 'steps_to_target').estimate
+    if estimate is not None and estimate.mean > 0:
+      steps[workers] = estimate.mean
+  return steps
+
+
+def _flops_per_update(found: Analysis, arm: Arm) -> float:
+  """Returns those of one group; with teachers, burn-in averaged in."""
+  runs = [r for r in found.runs[arm.name] if analysis.diverged_at(r) is None]
+  rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
+  return float(np.mean(rates)) / arm.num_groups

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from waits import PATIENCE, until
 
-from codistill_jax.data.process_pool import process_map
+from codistill_jax.data.prepare import process_map
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_an_error_that_may_pass():
 
 KILLED = """
 import multiprocessing, sys, time
-from codistill_jax.data.process_pool import process_map
+from codistill_jax.data.prepare import process_map
 def items():
   for n in range(1000):
     if n == 20:
@@ -150,7 +150,7 @@ def test_a_number_below_one_is_refused():
 
 PARENT = """
 import os, sys, time
-from codistill_jax.data.process_pool import process_map
+from codistill_jax.data.prepare import process_map
 def work(n):
   mine = f'{sys.argv[1]}/{os.getpid()}'
   open(mine, 'w').close()
@@ -202,7 +202,7 @@ def is_gone(pid):
 def test_a_script_without_a_guard_gets_an_error(tmp_path, python):
   script = tmp_path / 'script.py'
   script.write_text(
-      'from codistill_jax.data.process_pool import process_map\n'
+      'from codistill_jax.data.prepare import process_map\n'
       'with process_map(2) as process:\n'
       '  list(process(abs, range(4)))\n'
   )

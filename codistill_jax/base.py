@@ -117,22 +117,18 @@ def check_form(name: str, before: PyTree, after: PyTree) -> None:
     before: The state that went in.
     after: What came out.
   """
-  forms = [
-      {
-          jax.tree_util.keystr(
-              path
-          ): f'{jnp.result_type(x)}{list(jnp.shape(x))}'
-          for path, x in jax.tree_util.tree_leaves_with_path(tree)
-      }
-      for tree in (before, after)
-  ]
-  for leaf in forms[0] | forms[1]:
-    old, new = (form.get(leaf, 'not there') for form in forms)
-    if old != new:
+  leaves = lambda tree: {
+      jax.tree_util.keystr(path): f'{jnp.result_type(x)}{list(jnp.shape(x))}'
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  old, new = leaves(before), leaves(after)
+  for leaf in old | new:
+    if old.get(leaf) != new.get(leaf):
+      sown = ' (what a module sows grows with each call: hold it in a variable)'
       raise ValueError(
-          f'{name}{leaf} was {old} before the step and is {new} after it; state'
-          ' keeps its structure, shapes and dtypes (what a module sows grows'
-          ' from call to call: return it, or hold it in a variable)'
+          f'{name}{leaf} was {old.get(leaf, "not there")} before the step and'
+          f' is {new.get(leaf, "not there")} after it; state keeps its'
+          f' structure, shapes and dtypes{"" if leaf in old else sown}'
       )
   if jax.tree.structure(before) != jax.tree.structure(after):
     raise ValueError(
@@ -224,7 +220,8 @@ def forward(
         'Model.apply returns (outputs, Updates(model_state, carry)), got'
         f' {form_of(updates)} for the latter'
     )
-  check_form('model_state', variables.model_state, updates.model_state)
+  if train:
+    check_form('model_state', variables.model_state, updates.model_state)
   check_form('carry', carry, updates.carry)
   return checked_outputs(outputs), updates
 

@@ -354,10 +354,8 @@ class Seat:
     """Registers the group; of the last one on, states are on the devices."""
     return self._update.register(self._group_id, state)
 
-  def place_teachers(
-      self, teachers: PeerPredictions | Teachers
-  ) -> PeerPredictions | Teachers:
-    """Returns the teachers of all groups: the given ones are those already."""
+  def place_teachers(self, teachers: Any) -> PeerPredictions | Teachers:
+    """Returns the teachers of all groups: those given, or their predictions."""
     peers = self._update.peers
     return teachers if peers is None else peers
 

@@ -433,7 +433,7 @@ def example_weights(batch: Batch) -> jax.Array:
         f' {form_of(weights)} and labels {form_of(labels)}; give them one shape'
     )
   weights = jnp.asarray(weights, jnp.float32)
-  return jnp.where(weights >= 0, weights, jnp.nan)
+  return jnp.where((weights >= 0) & (weights < jnp.inf), weights, jnp.nan)
 
 
 def fault_of(metrics: Metrics) -> tuple[str, str]:

@@ -39,8 +39,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
       'source',
       None,
-      'criteo:PATH_OR_GLOB. Files may be compressed; they are read in the order of'
-      ' their names. Quote globs.',
+      'criteo:PATH_OR_GLOB. Files may be compressed; they are read in the'
+      ' order of their names. Quote globs.',
   )
   flags.DEFINE_enum(
       'split',

@@ -23,11 +23,7 @@ from codistill_jax import gin_utils
 from codistill_jax.storage import files
 
 from . import cli
-from .studies import (
-    retrains,
-    study_plan,
-    worker,
-)
+from .studies import retrains, study_plan, worker
 from .studies.catalogue import churn as catalogue
 from .studies.study_plan import Scale
 

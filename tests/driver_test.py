@@ -323,7 +323,9 @@ def test_a_gradient_that_is_not_finite_is_never_saved(make_job):
       model=model,
       train_step=train_step,
   )
-  with pytest.raises(FloatingPointError, match='grad_norm of group 0 is nan'):
+  with pytest.raises(
+      FloatingPointError, match='gradient of a finite loss is not'
+  ):
     run(job)
   assert checkpoint_steps(job) == []
 
@@ -387,7 +389,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
 
   task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
   job = make_job(task=task)
-  with pytest.raises(FloatingPointError, match='nan at step 6; nothing'):
+  with pytest.raises(FloatingPointError, match='step 6: 24 weights'):
     run(job)
   assert checkpoint_steps(job) == [4]
   # A run that only looks at its loss when it saves does not save it either.

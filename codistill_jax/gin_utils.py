@@ -4,6 +4,7 @@ The only module that imports gin. Library code carries no decorators: config
 files begin with `from __gin__ import dynamic_registration`.
 """
 
+import codecs
 import contextlib
 import itertools
 import pathlib
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import gin
 from absl import flags
 from gin import config_parser
+
+from codistill_jax.data import records
 
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
@@ -118,6 +121,12 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         contextlib.chdir(_ROOT),
         _superseding(),
     ):
+      marked = found.read_bytes().startswith(codecs.BOM_UTF8)
+      if records.compression_of(found) or marked:
+        raise ValueError(
+            'it is compressed or begins with a mark of UTF-8; expected plain'
+            ' text without one'
+        )
       parsed = gin.parse_config_file(str(found))
       if number and _is_whole(parsed):
         raise ValueError(
@@ -154,7 +163,8 @@ def _bound_by(
 
 
 def _find(file: str) -> pathlib.Path:
-  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+  typed = pathlib.Path(file).expanduser()
+  for path in (pathlib.Path.cwd() / typed, _ROOT / typed):
     if path.is_file():
       return path
   raise ValueError(

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 
 from absl import app, flags, logging
 
+from codistill_jax.storage import files
+
 CLEAR_ERROR = 1
 CRASH = 70
 MAY_PASS = 75
@@ -56,6 +58,105 @@ _EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
+
+
+# The flags below belong to the binary that asks for them.
+flags.disclaim_key_flags()
+
+
+def define_path(name: str, default: str | None, about: str, **how: Any) -> None:
+  """Defines a flag whose value is an absolute path, or of an object store."""
+  flags.DEFINE(_Path(), name, default, about, **how)
+
+
+def define_paths(name: str, about: str, **how: Any) -> None:
+  """Defines a repeatable flag of paths."""
+  flags.DEFINE_multi(_Path(), _UNCHANGED, name, None, about, **how)
+
+
+class _Path(flags.ArgumentParser):
+  syntactic_help = 'a path'
+
+  def parse(self, argument: str) -> str:
+    return files.absolute(argument) if argument else argument
+
+
+_UNCHANGED = flags.ArgumentSerializer()
+
+
+def define_run_flags(num_groups: int) -> None:
+  """Defines the flags of all binaries that train a run.
+
+  Args:
+    num_groups: How many, unless it is said.
+  """
+  define_path('workdir', None, 'Run directory of all groups.', required=True)
+  flags.DEFINE_integer(
+      'num_groups',
+      num_groups,
+      'Groups of the run; 1 trains a baseline without peers.',
+  )
+  flags.DEFINE_string(
+      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+  )
+  flags.DEFINE_bool(
+      'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
+
+
+def define_process_flags() -> None:
+  """Defines the flags of the binaries that train in their own process."""
+  flags.DEFINE_integer(
+      'replicas',
+      0,
+      'Devices of this process to use, by each of its groups; 0 means all. On a'
+      ' machine without accelerator that many fake CPU devices are made. Groups'
+      ' that exchange predictions are spread over further devices, if any.',
+  )
+  flags.DEFINE_float(
+      'grace_seconds',
+      20.0,
+      'After SIGTERM: how long a compilation or a read of data may last before'
+      ' the process leaves without a save, with status 75.',
+      lower_bound=0.0,
+  )
+
+
+def define_preparation_flags(what: str, parted: str, workers: str) -> None:
+  """Defines the flags of all binaries that prepare data.
+
+  Args:
+    what: What is prepared: documents, lines.
+    parted: How they are divided into splits.
+    workers: What a worker does, and how many there are by default.
+  """
+  define_path(
+      'output',
+      None,
+      'Directory of the prepared data; made if missing. A preparation in it'
+      ' with the same settings is continued.',
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      0.05,
+      f'Share of the {what} in the validation split, {parted}; 0 for none.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer('seed', 0, 'Of what is chosen at random.', lower_bound=0)
+  define_path(
+      'checksums',
+      None,
+      'A list made by sha256sum. All files of the source are compared with it'
+      ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_integer(
+      'workers',
+      None,
+      f'Processes that {workers}. With 1 it is done without others. The result'
+      ' does not depend on it.',
+      lower_bound=1,
+  )
 
 
 class Stopped(Exception):
@@ -128,6 +229,17 @@ def say(error: Exception) -> int:
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)
   return CRASH
+
+
+def define_init_from() -> None:
+  """Defines the flag --init_from."""
+  flags.DEFINE_string(
+      'init_from',
+      '',
+      'Begin with the parameters of this run directory (each group with those'
+      ' of its own number), checkpoint or publication: a directory of steps,'
+      ' for its newest, or one step.',
+  )
 
 
 def tell(text: str, *, error: bool = False) -> None:

@@ -42,11 +42,11 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  flags.DEFINE_string(
-      'output',
-      None,
-      'Directory of the prepared data; made if missing. A preparation in it'
-      ' with the same settings is continued.',
+  cli.define_preparation_flags(
+      'documents',
+      'chosen by a hash of the text',
+      'decode, filter and tokenise, about 0.5 GB each with large shards;'
+      ' default: up to one for each core that this process may use',
   )
   flags.DEFINE_string(
       'source',
@@ -72,7 +72,7 @@ def define_flags() -> None:
       ' those of --tokenizer.',
       lower_bound=1,
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'tokenizer',
       None,
       'Use this tokenizer.model of another preparation and train none.',
@@ -83,17 +83,6 @@ def define_flags() -> None:
       'Train the tokenizer on the first so many bytes of the training split;'
       ' they are held in memory.',
       lower_bound=1,
-  )
-  flags.DEFINE_float(
-      'validation_fraction',
-      0.05,
-      'Share of the documents in the validation split, chosen by a hash of the'
-      ' text; 0 for none.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_integer(
-      'seed', 0, 'Of the choice of validation documents.', lower_bound=0
   )
   flags.DEFINE_integer(
       'max_documents',
@@ -125,7 +114,7 @@ def define_flags() -> None:
       ' that are longer, without holding them in memory; counted as too_long.',
       lower_bound=1,
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'paragraph_ids',
       None,
       "With a wet: source: take only the paragraphs of this list, the paper's"
@@ -141,20 +130,6 @@ def define_flags() -> None:
       ' lines that are not blank, or records (pages). The authors do not say.'
       ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
       ' that are no text.',
-  )
-  flags.DEFINE_string(
-      'checksums',
-      None,
-      'A list made by sha256sum. All files of the source are compared with it'
-      ' first, which reads them once more, at each start that has work to do.',
-  )
-  flags.DEFINE_integer(
-      'workers',
-      None,
-      'Processes that decode, filter and tokenise, about 0.5 GB each with large'
-      ' shards; with 1 it is done without others. The result does not depend on'
-      ' it. Default: up to one for each core that this process may use.',
-      lower_bound=1,
   )
   flags.DEFINE_bool(
       'verify',

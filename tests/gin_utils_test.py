@@ -1,5 +1,7 @@
 """Configuration: one-line errors, nothing dead, the same text every time."""
 
+import gzip
+
 import configurables
 import pytest
 
@@ -289,3 +291,21 @@ def test_what_renamed_bindings_became_is_there():
   for new in gin_utils.RENAMED.values():
     binding = new.split()[0]
     gin_utils.parse([task, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('# x\n'.encode('utf-16'), 'in UTF-16'),
+        ('# x\n'.encode('utf-16-le') * 40, 'UTF-16 without a mark'),
+        (b'\xef\xbb\xbf# x\n', 'begins with a mark of UTF-8'),
+        (gzip.compress(b'# x\n'), 'compressed'),
+        (b'PK\3\4' + bytes(99), 'zip archive'),
+    ],
+)
+def test_a_file_that_is_no_plain_text_is_refused(tmp_path, content, message):
+  path = tmp_path / 'a.gin'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as raised:
+    gin_utils.parse([str(path)])
+  assert '\n' not in str(raised.value) and 'a.gin' in str(raised.value)

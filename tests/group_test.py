@@ -602,7 +602,7 @@ def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():
       distill_weight=lambda step: 0.0,
   )
   steps = []
-  with pytest.raises(FloatingPointError, match=r'of group 0 is .* at step 8'):
+  with pytest.raises(FloatingPointError, match='update 7: 1 numbers in the in'):
     steps.extend(result.step for result in run)
   assert steps == [1, 2, 3, 4, 5, 6, 7]
   assert exchanges[1].fetch(4) is not None

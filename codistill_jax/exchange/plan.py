@@ -34,6 +34,7 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.step import fault_of
 from codistill_jax.storage.background import Interrupted
 
 Topology = str | Sequence[Sequence[int]]
@@ -311,13 +312,12 @@ def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
 
   Its parameters may look sound: a clipped gradient hides a loss of infinity.
   """
-  for key in ('loss/total', 'optim/grad_norm'):
-    if metrics and key in metrics and not np.isfinite(float(metrics[key])):
-      raise FloatingPointError(
-          f'{key} of group {group_id} is {float(metrics[key])} at step {step};'
-          ' nothing is published, and the last checkpoint is kept; lower the'
-          ' learning rate or the distill weight'
-      )
+  _, said = fault_of(metrics or {})
+  if said:
+    raise FloatingPointError(
+        f'the update of group {group_id} went wrong at step {step}: {said};'
+        ' nothing is published, and the last checkpoint is kept'
+    )
 
 
 class NoExchange(Exchange):

@@ -195,6 +195,7 @@ def load_sound(
     theirs: Mapping[str, str],
     ours: Mapping[str, str],
     part: str | None = None,
+    advice: str = 'give all groups the same model, task and prepared data',
 ) -> PyTree:
   """Reads the arrays of a checkpoint for a model to predict with.
 
@@ -207,6 +208,7 @@ def load_sound(
     theirs: The identity of its writer.
     ours: That of this process.
     part: As of `checkpoints.load_tree`.
+    advice: What to do about another architecture or task, in the error.
 
   Raises:
     MismatchError: If it is of another architecture or task.
@@ -224,7 +226,7 @@ def load_sound(
       ],
       our_identity=ours,
       like=like,
-      advice='give all groups the same model, task and prepared data',
+      advice=advice,
       any_float=True,
   )
   tree = checkpoints.load_tree(directory, step, record, like, part)

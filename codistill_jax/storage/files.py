@@ -45,6 +45,15 @@ def is_remote(path: PathLike) -> bool:
   return '://' in os.fspath(path)
 
 
+def absolute(path: PathLike) -> str:
+  """Returns a path that means the same everywhere on this machine.
+
+  `~` is the home directory; the name of an object store is left alone.
+  """
+  path = os.fspath(path)
+  return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
 # --- Errors ------------------------------------------------------------------
 
 
@@ -224,10 +233,13 @@ def _client(path: epath.Path) -> Any:
 # --- JSON --------------------------------------------------------------------
 
 
-def write_json(path: PathLike, tree: Any) -> None:
-  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
+def write_json(path: PathLike, tree: Any, *, sync: bool = False) -> None:
+  """Replaces a file by `tree` as JSON; NaN and infinities become strings.
+
+  `sync` as of `write_bytes`.
+  """
   text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
-  write_bytes(path, (text + '\n').encode())
+  write_bytes(path, (text + '\n').encode(), sync=sync)
 
 
 def read_json(path: PathLike) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ alive for ever.
 
 import atexit
 import collections
-import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import dataclasses
 import math
@@ -445,7 +445,8 @@ def _let_finish() -> None:
     end.wait(max(0.0, start + _AT_EXIT_SECONDS - time.monotonic()))
 
 
-# Before the thread pools of others are shut, if there is a way to.
+# Before the thread pools of others are shut (for which that module has to be
+# loaded first), if there is a way to.
 getattr(threading, '_register_atexit', atexit.register)(_let_finish)
 
 

@@ -72,7 +72,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'control_retrains',
-      3,
+      retrains.CONTROL_RETRAINS,
       'Retrains of the two controls with one seed fixed, that of the parameters'
       ' or that of the order of data; at least 2, or 0 for none.',
   )

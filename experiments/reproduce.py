@@ -70,13 +70,13 @@ def define_flags() -> None:
   )
   flags.DEFINE_float(
       'tail',
-      2.0,
+      Latency().tail,
       '99th percentile of the step times of a worker over their median, if'
       ' there is no --step_times.',
   )
   flags.DEFINE_list(
       'all_reduce',
-      ['0.05', '0.05'],
+      [str(Latency().alpha), str(Latency().model_time)],
       'What an all-reduce takes, in median steps: its fixed time, and the time'
       ' in which a worker receives as many bytes as one model has.',
   )
@@ -126,7 +126,10 @@ def _plan() -> plan_lib.StudyPlan:
 
 def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.StudyPlan:
   plan = plan_lib.make_plan(study, scale, **flags)
-  return retrains.with_controls(plan) if study.predictions else plan
+  if not study.predictions:
+    return plan
+  controls = min(retrains.CONTROL_RETRAINS, plan.scale.seeds)
+  return retrains.with_controls(plan, controls)
 
 
 def _check_churn(plan: plan_lib.StudyPlan) -> None:

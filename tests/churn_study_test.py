@@ -372,7 +372,7 @@ def test_mistakes_are_one_line(configuration, finished, tmp_path):
   assert tiny_run.snapshot(workdir) == before
 
 
-def plan_of(weights, controls=None, own=None, gin_file='toy.gin'):
+def plan_of(weights, controls=2, own=None, gin_file='toy.gin'):
   """The plan of two retrains of each arm."""
   declared = STUDY._replace(
       arms=retrains.arms(weights, 2, own),

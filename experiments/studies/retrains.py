@@ -34,7 +34,7 @@ _WAYS = {2: 'two'}
 
 def arms(
     weights: Sequence[float],
-    num_groups: int = 2,
+    num_groups: int,
     own: Mapping[str, tuple[int, str]] | None = None,
 ) -> tuple[Arm, ...]:
   """Returns the arms that are compared.
@@ -70,9 +70,7 @@ def arms(
   )
 
 
-def with_controls(
-    plan: StudyPlan, control_retrains: int | None = None
-) -> StudyPlan:
+def with_controls(plan: StudyPlan, control_retrains: int) -> StudyPlan:
   """Returns the plan of a study of churn with all of its retrains.
 
   The single models are as many times more as an ensemble has members, so that
@@ -80,17 +78,14 @@ def with_controls(
 
   Args:
     plan: Of the arms that are compared.
-    control_retrains: Of the controls with one seed fixed; 0 for none. None:
-      `CONTROL_RETRAINS`, or as many as there are of the other arms.
+    control_retrains: Of the controls with one seed fixed; 0 for none.
   """
   count = plan.scale.seeds
-  controls = min(CONTROL_RETRAINS, count)
-  controls = controls if control_retrains is None else control_retrains
   single = plan.arm(SINGLE)
   size = plan.arm(ENSEMBLE).num_groups
   first = single._replace(seeds=tuple(range(size * count)))
   # Retrain 0 of both would be the first single model.
-  others = tuple(range(1, controls))
+  others = tuple(range(1, control_retrains))
   weighted = [arm for arm in plan.study.arms if arm.weight is not None]
   compared = {SINGLE, ENSEMBLE, *(arm.name for arm in weighted)}
   arms = (

@@ -22,7 +22,7 @@ STUDY = Study(
         ' two-way codistilled DNN 0.4458 and 0.019 [C]: 35 % less churn [B], at'
         ' the quality of the ensemble and the serving cost of one model.'
     ),
-    arms=retrains.arms(weights=(1, 2)),
+    arms=retrains.arms((1, 2), num_groups=2),
     predictions=True,
     baseline='single',
     comparisons=(

@@ -71,6 +71,29 @@ def check_least(**least: int) -> None:
       raise ValueError(f'--{flag}={value}; set it to {number} or more')
 
 
+def positive(flag: str, what: str) -> list[float]:
+  """Returns the numbers of a flag; raises ValueError unless all are above 0."""
+  numbers = []
+  for text in _FLAGS[flag].value:
+    try:
+      numbers.append(float(text))
+    except ValueError:
+      numbers.append(0.0)
+    if not 0 < numbers[-1] < float('inf'):
+      raise ValueError(
+          f'--{flag}: {text!r} is no {what}; give numbers above 0, such as'
+          f' --{flag}=1,3'
+      )
+  return numbers
+
+
+def refuse(names: Sequence[str], why: str) -> None:
+  """Raises ValueError for a flag that is given and would act nowhere."""
+  for name in names:
+    if _FLAGS[name].present:
+      raise ValueError(f'--{name} {why}; leave it out')
+
+
 def train(
     module: str,
     workdir: files.PathLike,

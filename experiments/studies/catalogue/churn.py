@@ -26,30 +26,21 @@ STUDY = Study(
     predictions=True,
     baseline='single',
     comparisons=(
-        _churn('codistilled_1', 'less', 'single', '35 % less churn [B]'),
-        _churn(
-            'codistilled_1',
-            'equal',
-            'ensemble',
-            'as much as of an ensemble of two [C]',
+        _churn('codistilled_1', 'less', 'single').by('35 % less churn [B]'),
+        _churn('codistilled_1', 'equal', 'ensemble').by(
+            'as much as of an ensemble of two [C]'
         ),
-        _log_loss(
-            'codistilled_1', 'less', 'single', 'better than a single model [C]'
+        _log_loss('codistilled_1', 'less', 'single').by(
+            'better than a single model [C]'
         ),
-        _log_loss(
-            'codistilled_1',
-            'equal',
-            'ensemble',
-            'at the quality of the ensemble [C]',
+        _log_loss('codistilled_1', 'equal', 'ensemble').by(
+            'at the quality of the ensemble [C]'
         ),
-        _churn(
-            'codistilled_2', 'less', 'single', 'not in the paper: a weight of 2'
+        _churn('codistilled_2', 'less', 'single').by(
+            'not in the paper: a weight of 2'
         ),
-        _log_loss(
-            'codistilled_2',
-            'less',
-            'ensemble',
-            'not in the paper: a weight of 2',
+        _log_loss('codistilled_2', 'less', 'ensemble').by(
+            'not in the paper: a weight of 2'
         ),
     ),
     scales={

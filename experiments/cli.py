@@ -231,6 +231,17 @@ def say(error: Exception) -> int:
   return CRASH
 
 
+def define_init_from() -> None:
+  """Defines the flag --init_from."""
+  flags.DEFINE_string(
+      'init_from',
+      '',
+      'Begin with the parameters of this run directory (each group with those'
+      ' of its own number), checkpoint or publication: a directory of steps,'
+      ' for its newest, or one step.',
+  )
+
+
 def tell(text: str, *, error: bool = False) -> None:
   """Prints, or does not: the log may lie on the very disk that is full.
 

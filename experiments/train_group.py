@@ -34,6 +34,7 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
+  cli.define_init_from()
   cli.define_run_flags(num_groups=1)
   cli.define_process_flags()
   flags.DEFINE_integer('group_id', 0, 'This group, from 0 to --num_groups - 1.')
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
       stop=stop,
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
+      init_from=_FLAGS.init_from,
   )
   state = driver.new_state(job).state
   if _FLAGS.dry_run:

@@ -25,6 +25,7 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
+  cli.define_init_from()
   cli.define_run_flags(num_groups=2)
   flags.DEFINE_integer(
       'cpu_replicas',
@@ -94,6 +95,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--num_groups={_FLAGS.num_groups}',
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
+      f'--init_from={_FLAGS.init_from}',
       *gin_utils.flag_arguments(),
   ]
 

@@ -30,6 +30,7 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
+  cli.define_init_from()
   cli.define_run_flags(num_groups=2)
   cli.define_process_flags()
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
           stop=latch,
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
+          init_from=_FLAGS.init_from,
           shared_stream=shared_stream,
       )
       for group_id in range(num_groups)

@@ -10,7 +10,7 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gin
 from absl import flags
@@ -31,6 +31,7 @@ _GIN = flags.DEFINE_multi_string(
 )
 
 
+_T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
 # What gin files are relative to: the package where it is installed, or a clone.
 _ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
@@ -63,6 +64,15 @@ RENAMED = {
     'Experiment.teacher_step': 'exchange.FixedTeachers.step',
     'Experiment.prediction_top_k': 'exchange.Predictions.top_k',
 }
+# What a typed binding may name without a file that imports it.
+_ALWAYS = """
+from __gin__ import dynamic_registration
+import optax
+from codistill_jax import exchange
+from codistill_jax import experiment
+from codistill_jax import optimizers
+from codistill_jax import schedules
+"""
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -118,9 +128,32 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         )
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'), _superseding():
+      _register_names(binding)
       gin.parse_config(binding)
   # Files bring along what a swap puts out of use; what is typed is meant.
   _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def _register_names(binding: str) -> None:
+  """Makes known what a typed binding names in the modules of the files.
+
+  And in those of `_ALWAYS`: a file knows what it imports, a binding nothing.
+  """
+  context = gin.config.ParseContext()
+  for statement in (
+      *_statements(_ALWAYS, config_parser.ImportStatement),
+      *_statements(gin.config_str(), config_parser.ImportStatement),
+  ):
+    if (
+        statement.module != '__gin__.dynamic_registration'
+        or not context.imports
+    ):
+      context.process_import(statement)
+  for s in _bindings(binding):
+    for name in (s.selector, *_references([s])):
+      # Else it may be a part of a name that is known.
+      with contextlib.suppress(NameError, AttributeError):
+        context.get_configurable(name)
 
 
 def _is_whole(parsed: Any) -> bool:
@@ -229,7 +262,8 @@ def _one_line_errors(where: str) -> Iterator[None]:
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')
-          + '; gin knows a name of a module once a --gin_file has used it'
+          + '; write module.name, as @optax.sgd(), of a module that a'
+          ' --gin_file imports'
       )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
 
@@ -327,11 +361,12 @@ class _AsText(config_parser.ParserDelegate):
 
 
 def _bindings(text: str) -> list[config_parser.BindingStatement]:
-  return [
-      s
-      for s in config_parser.ConfigParser(text, _AsText())
-      if isinstance(s, config_parser.BindingStatement)
-  ]
+  return _statements(text, config_parser.BindingStatement)
+
+
+def _statements(text: str, kind: type[_T]) -> list[_T]:
+  parser = config_parser.ConfigParser(text, _AsText())
+  return [s for s in parser if isinstance(s, kind)]
 
 
 def _key(statement: config_parser.BindingStatement) -> tuple[str, str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import command, page
-from experiments.running import devices
+from experiments.running import processes
 
 # By importance, for runs with little time.
 BENCHMARKS = (
@@ -109,7 +109,7 @@ def run_one(
           run,
           cwd=_HERE.parent,
           # As `train_local` starts its groups; PyTorch has the same.
-          env=os.environ | devices.large_pages(),
+          env=os.environ | processes.large_pages(),
           stdout=subprocess.DEVNULL,
           timeout=None if seconds == float('inf') else seconds,
       )

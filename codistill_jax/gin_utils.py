@@ -16,20 +16,8 @@ import gin
 from absl import flags
 from gin import config_parser
 
-_GIN_FILE = flags.DEFINE_multi_string(
-    'gin_file',
-    [],
-    'Gin config file; repeatable, later files override earlier ones. Relative'
-    ' to the working directory, or else to the root of the project; its own'
-    ' gin_configs/ are found wherever it is installed.',
-)
-_GIN = flags.DEFINE_multi_string(
-    'gin',
-    [],
-    'One gin binding, e.g. --gin="Experiment.num_steps=500"; repeatable,'
-    ' overrides the files.',
-)
-
+# The flags below belong to the binary that asks for them.
+flags.disclaim_key_flags()
 
 _T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
@@ -82,20 +70,39 @@ _NO_PARAMETER = re.compile(
 _superseded: set[str] = set()
 
 
+def define_flags() -> None:
+  """Defines `--gin_file` and `--gin`, for a binary that parses them."""
+  flags.DEFINE_multi_string(
+      'gin_file',
+      [],
+      'Gin config file; repeatable, later files override earlier ones. Relative'
+      ' to the working directory, or else to the root of the project; its own'
+      ' gin_configs/ are found wherever it is installed.',
+  )
+  flags.DEFINE_multi_string(
+      'gin',
+      [],
+      'One gin binding, e.g. --gin="Experiment.num_steps=500"; repeatable,'
+      ' overrides the files.',
+  )
+
+
 def parse_flags() -> None:
   """Parses `--gin_file` and `--gin`; raises ValueError on any mistake."""
-  parse(_GIN_FILE.value, _GIN.value)
+  parse(*flag_values())
 
 
 def flag_values() -> tuple[list[str], list[str]]:
   """Returns the files and bindings given by flags, for `parse`."""
-  return list(_GIN_FILE.value), list(_GIN.value)
+  return list(flags.FLAGS.gin_file), list(flags.FLAGS.gin)
 
 
 def flag_arguments() -> list[str]:
   """Returns the gin flags of this process, to start another one alike."""
-  return [f'--gin_file={f}' for f in _GIN_FILE.value] + [
-      f'--gin={b}' for b in _GIN.value
+  files, bindings = flag_values()
+  return [
+      *(f'--gin_file={file}' for file in files),
+      *(f'--gin={binding}' for binding in bindings),
   ]
 
 

@@ -30,59 +30,8 @@ from .studies import (
 from .studies.catalogue import churn as catalogue
 from .studies.study_plan import Scale
 
-flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(worker)
-
-_RETRAINS = flags.DEFINE_integer(
-    'retrains', 5, 'Independent retrains of each arm; at least 2.'
-)
-_WEIGHTS = flags.DEFINE_list(
-    'weights', ['1', '3', '6'], 'Distill weights; a codistilled arm each.'
-)
-_NUM_GROUPS = flags.DEFINE_integer(
-    'num_groups', 2, 'Groups of a codistilled arm, and members of an ensemble.'
-)
-_ARM_GIN = flags.DEFINE_multi_string(
-    'arm_gin',
-    [],
-    'A further arm: name=file.gin, a gin file on top of --gin_file, trained'
-    ' alone; or name:groups=file.gin. Repeatable.',
-)
-_CONTROL_RETRAINS = flags.DEFINE_integer(
-    'control_retrains',
-    3,
-    'Retrains of the two controls with one seed fixed, that of the parameters'
-    ' or that of the order of data; at least 2, or 0 for none.',
-)
 # --- Files of anybody's models -----------------------------------------------
 
-_PREDICTIONS = flags.DEFINE_multi_string(
-    'predictions',
-    [],
-    'Compare files instead of training: .npy, .csv, .tsv or .parquet of'
-    ' probabilities, a model each. arm=path puts a model in an arm; arms are'
-    ' compared with the first. Repeatable.',
-)
-_PREDICTION_COLUMN = flags.DEFINE_multi_string(
-    'prediction_column',
-    ['prediction'],
-    'Column of a table with the probability of the positive class; or repeated,'
-    ' one column for each class.',
-)
-_LABELS = flags.DEFINE_string(
-    'labels',
-    None,
-    'File with labels, for log loss and error. Default: --label_column of the'
-    ' prediction files, if they have it.',
-)
-_LABEL_COLUMN = flags.DEFINE_string(
-    'label_column',
-    'label',
-    'Column of a table with the class, from 0; nothing for no labels.',
-)
-_ID_COLUMN = flags.DEFINE_string(
-    'id_column', '', 'Column by which tables are joined; default: row by row.'
-)
 
 _OF_FILES = ('prediction_column', 'labels', 'label_column', 'id_column')
 # Without --workdir, which is refused in words of its own.
@@ -100,11 +49,70 @@ _OF_STUDIES = (
 )
 
 
+_FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  gin_utils.define_flags()
+  worker.define_flags()
+  flags.DEFINE_integer(
+      'retrains', 5, 'Independent retrains of each arm; at least 2.'
+  )
+  flags.DEFINE_list(
+      'weights', ['1', '3', '6'], 'Distill weights; a codistilled arm each.'
+  )
+  flags.DEFINE_integer(
+      'num_groups',
+      2,
+      'Groups of a codistilled arm, and members of an ensemble.',
+  )
+  flags.DEFINE_multi_string(
+      'arm_gin',
+      [],
+      'A further arm: name=file.gin, a gin file on top of --gin_file, trained'
+      ' alone; or name:groups=file.gin. Repeatable.',
+  )
+  flags.DEFINE_integer(
+      'control_retrains',
+      3,
+      'Retrains of the two controls with one seed fixed, that of the parameters'
+      ' or that of the order of data; at least 2, or 0 for none.',
+  )
+  flags.DEFINE_multi_string(
+      'predictions',
+      [],
+      'Compare files instead of training: .npy, .csv, .tsv or .parquet of'
+      ' probabilities, a model each. arm=path puts a model in an arm; arms are'
+      ' compared with the first. Repeatable.',
+  )
+  flags.DEFINE_multi_string(
+      'prediction_column',
+      ['prediction'],
+      'Column of a table with the probability of the positive class; or'
+      ' repeated, one column for each class.',
+  )
+  flags.DEFINE_string(
+      'labels',
+      None,
+      'File with labels, for log loss and error. Default: --label_column of the'
+      ' prediction files, if they have it.',
+  )
+  flags.DEFINE_string(
+      'label_column',
+      'label',
+      'Column of a table with the class, from 0; nothing for no labels.',
+  )
+  flags.DEFINE_string(
+      'id_column', '', 'Column by which tables are joined; default: row by row.'
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   """Compares files, or trains and reports."""
   del argv
-  if _PREDICTIONS.value:
-    if worker.WORKDIR.value:
+  if _FLAGS.predictions:
+    if _FLAGS.workdir:
       raise ValueError(
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
@@ -112,31 +120,31 @@ def main(argv: Sequence[str]) -> None:
     _refuse_flags_of('a study', _OF_STUDIES)
     _compare_files()
     return
-  if not worker.WORKDIR.value:
+  if not _FLAGS.workdir:
     raise ValueError('give --workdir to train a study, or --predictions')
   _refuse_flags_of('--predictions', _OF_FILES)
   planned = _plan()
-  workdir = worker.absolute(worker.WORKDIR.value)
+  workdir = worker.absolute(_FLAGS.workdir)
   began = time.time()
   worker.train(cli.module_of('churn'), workdir, planned)
-  if worker.WORKER.value:
+  if _FLAGS.worker:
     return
   cli.tell(f'trained in {(time.time() - began) / 60:.1f} min')
   from .studies import churn_page  # To train needs no tables.
 
-  output = worker.OUTPUT.value or os.path.join(workdir, 'report')
-  churn_page.report(retrains.load_study(workdir), output, worker.NOTE.value)
+  output = _FLAGS.output or os.path.join(workdir, 'report')
+  churn_page.report(retrains.load_study(workdir), output, _FLAGS.note)
 
 
 def _compare_files() -> None:
   from .studies import churn_page, prediction_files
 
   columns = prediction_files.Columns(
-      tuple(_PREDICTION_COLUMN.value), _LABEL_COLUMN.value, _ID_COLUMN.value
+      tuple(_FLAGS.prediction_column), _FLAGS.label_column, _FLAGS.id_column
   )
-  named = [_split_name(text) for text in _PREDICTIONS.value]
+  named = [_split_name(text) for text in _FLAGS.predictions]
   rows, pairs, examples = prediction_files.compare(
-      named, columns, _LABELS.value
+      named, columns, _FLAGS.labels
   )
   churn_page.report_files(
       rows,
@@ -144,7 +152,7 @@ def _compare_files() -> None:
       examples=examples,
       joined_by=columns.id,
       paths=[path for _, path in named],
-      output=worker.OUTPUT.value,
+      output=_FLAGS.output,
   )
 
 
@@ -161,7 +169,7 @@ def _split_name(text: str) -> tuple[str, str]:
 def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
   """Raises ValueError for a flag that would act nowhere."""
   for name in names:
-    if flags.FLAGS[name].present:
+    if _FLAGS[name].present:
       raise ValueError(
           f'--{name} belongs to {what}, and would act nowhere; leave it out'
       )
@@ -173,26 +181,26 @@ def _plan() -> study_plan.StudyPlan:
   Raises:
     ValueError: If they do not fit.
   """
-  worker.check_least((_RETRAINS, 2), (_NUM_GROUPS, 2), (_CONTROL_RETRAINS, 0))
-  if _CONTROL_RETRAINS.value == 1:
+  worker.check_least(retrains=2, num_groups=2, control_retrains=0)
+  if _FLAGS.control_retrains == 1:
     raise ValueError(
         '--control_retrains=1: the first is a single model, which is no'
         ' control; set it to 0, or to 2 or more'
     )
-  scale = Scale(tuple(gin_utils.flag_values()[0]), seeds=_RETRAINS.value)
+  scale = Scale(tuple(gin_utils.flag_values()[0]), seeds=_FLAGS.retrains)
   study = catalogue.STUDY._replace(
-      arms=retrains.arms(_weights(), _NUM_GROUPS.value, _own_arms()),
+      arms=retrains.arms(_weights(), _FLAGS.num_groups, _own_arms()),
       comparisons=(),
       scales={'own': scale},
   )
   return retrains.with_controls(
-      study_plan.make_plan(study, 'own'), _CONTROL_RETRAINS.value
+      study_plan.make_plan(study, 'own'), _FLAGS.control_retrains
   )
 
 
 def _weights() -> list[float]:
   weights = []
-  for text in _WEIGHTS.value:
+  for text in _FLAGS.weights:
     try:
       weights.append(float(text))
     except ValueError:
@@ -203,14 +211,14 @@ def _weights() -> list[float]:
           ' such as --weights=1,3,6'
       )
   if len({f'{weight:g}' for weight in weights}) < len(weights):
-    raise ValueError(f'--weights={",".join(_WEIGHTS.value)} names one twice')
+    raise ValueError(f'--weights={",".join(_FLAGS.weights)} names one twice')
   return weights
 
 
 def _own_arms() -> dict[str, tuple[int, str]]:
   """Returns groups and gin file of each arm of --arm_gin, by name."""
   arms = {}
-  for text in _ARM_GIN.value:
+  for text in _FLAGS.arm_gin:
     label, _, path = text.partition('=')
     name, colon, groups = label.partition(':')
     groups = groups if colon else '1'
@@ -226,4 +234,5 @@ def _own_arms() -> dict[str, tuple[int, str]]:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -30,31 +30,6 @@ from .reports import pages
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 
-_WORKDIR = flags.DEFINE_multi_string(
-    'workdir', None, 'Run directory; repeatable.', required=True
-)
-_SOURCE = flags.DEFINE_enum(
-    'source',
-    CHECKPOINTS,
-    [CHECKPOINTS, PUBLICATIONS],
-    'Evaluate resume checkpoints or publications.',
-)
-_STEP = flags.DEFINE_integer(
-    'step', None, 'Evaluate this step of every group; default: its newest.'
-)
-_SPLIT = flags.DEFINE_enum(
-    'split',
-    'validation',
-    ['validation', 'test'],
-    'Evaluate on this split, where the task has it.',
-)
-_EVAL_BATCH = flags.DEFINE_integer(
-    'eval_batch',
-    None,
-    'Rows of a batch; default: as in the run.',
-    lower_bound=1,
-)
-
 
 class EvaluatedRun(NamedTuple):
   """A run directory, its configuration and the groups found in it."""
@@ -67,14 +42,45 @@ class EvaluatedRun(NamedTuple):
   groups: list[int]
 
 
+_FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  flags.DEFINE_multi_string(
+      'workdir', None, 'Run directory; repeatable.', required=True
+  )
+  flags.DEFINE_enum(
+      'source',
+      CHECKPOINTS,
+      [CHECKPOINTS, PUBLICATIONS],
+      'Evaluate resume checkpoints or publications.',
+  )
+  flags.DEFINE_integer(
+      'step', None, 'Evaluate this step of every group; default: its newest.'
+  )
+  flags.DEFINE_enum(
+      'split',
+      'validation',
+      ['validation', 'test'],
+      'Evaluate on this split, where the task has it.',
+  )
+  flags.DEFINE_integer(
+      'eval_batch',
+      None,
+      'Rows of a batch; default: as in the run.',
+      lower_bound=1,
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   """Evaluates every run that is given."""
   del argv
   # What is found is written as a whole: there is nothing to save.
   cli.StopRequest('stopped; nothing is written of this run').install()
-  for workdir in _WORKDIR.value:
+  for workdir in _FLAGS.workdir:
     comparison = compare(open_run(workdir))
-    path = run_directory.comparison_path(workdir, _STEP.value, _SPLIT.value)
+    path = run_directory.comparison_path(workdir, _FLAGS.step, _FLAGS.split)
     files.write_json(path, comparison)
     print(describe(comparison))
     print(f'written to {path}\n')
@@ -87,12 +93,12 @@ def compare(run: EvaluatedRun) -> dict[str, Any]:
     FileNotFoundError: If there is no such checkpoint.
     ValueError: If a checkpoint cannot be used.
   """
-  found = [load(run, g, _SOURCE.value, _STEP.value) for g in run.groups]
-  rows = _EVAL_BATCH.value or run.experiment.eval_batch
+  found = [load(run, g, _FLAGS.source, _FLAGS.step) for g in run.groups]
+  rows = _FLAGS.eval_batch or run.experiment.eval_batch
   result = evaluate_lib.compare(
       run.model,
       [variables for _, variables in found],
-      experiment_lib.split_batches(run.experiment.task, _SPLIT.value, rows),
+      experiment_lib.split_batches(run.experiment.task, _FLAGS.split, rows),
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   return {
@@ -220,4 +226,5 @@ def _differences(pair: dict[str, Any]) -> str:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -24,99 +24,106 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
-_OUTPUT = flags.DEFINE_string(
-    'output',
-    None,
-    'Directory of the prepared data; made if missing. A preparation in it with'
-    ' the same settings is continued.',
-)
-_SOURCE = flags.DEFINE_string(
-    'source',
-    None,
-    'criteo:PATH_OR_GLOB. Files may end in .gz and are read in the order of'
-    ' their names. Quote globs.',
-)
-_SPLIT = flags.DEFINE_enum(
-    'split',
-    'time',
-    criteo.SPLIT_BY,
-    'How lines are split. time: the last ones are the test split, those before'
-    ' them the validation split (the lines are in the order of time). hash: at'
-    ' random, by the number of the line.',
-)
-_VALIDATION_FRACTION = flags.DEFINE_float(
-    'validation_fraction',
-    0.05,
-    'Share of the lines in the validation split.',
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-_TEST_FRACTION = flags.DEFINE_float(
-    'test_fraction',
-    0.05,
-    'Share of the lines in the test split.',
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the split by hash.', lower_bound=0)
-_MAX_LINES = flags.DEFINE_integer(
-    'max_lines',
-    None,
-    'Stop after so many lines of the source. Default: all.',
-    lower_bound=1,
-)
-_SHARD_LINES = flags.DEFINE_integer(
-    'shard_lines',
-    criteo.DEFAULT_SHARD_LINES,
-    'Lines of a shard, all splits together. A killed run loses at most the'
-    ' shards that it was writing, one for each worker.',
-    lower_bound=1,
-)
-_CHECKSUMS = flags.DEFINE_string(
-    'checksums',
-    None,
-    'A list made by sha256sum. All files of the source are compared with it'
-    ' first, which reads them once more, at each start that has work to do.',
-)
-_WORKERS = flags.DEFINE_integer(
-    'workers',
-    None,
-    'Processes that parse lines, about 1 GB each; with 1 it is done without'
-    ' others. The result does not depend on it. Default: one for each core that'
-    ' this process may use, at most 4, as reading is done by one.',
-    lower_bound=1,
-)
-_VERIFY = flags.DEFINE_bool(
-    'verify', False, 'Compare every file with its checksum in the end.'
-)
+
+_FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  flags.DEFINE_string(
+      'output',
+      None,
+      'Directory of the prepared data; made if missing. A preparation in it'
+      ' with the same settings is continued.',
+  )
+  flags.DEFINE_string(
+      'source',
+      None,
+      'criteo:PATH_OR_GLOB. Files may end in .gz and are read in the order of'
+      ' their names. Quote globs.',
+  )
+  flags.DEFINE_enum(
+      'split',
+      'time',
+      criteo.SPLIT_BY,
+      'How lines are split. time: the last ones are the test split, those'
+      ' before them the validation split (the lines are in the order of time).'
+      ' hash: at random, by the number of the line.',
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      0.05,
+      'Share of the lines in the validation split.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+      'test_fraction',
+      0.05,
+      'Share of the lines in the test split.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer('seed', 0, 'Of the split by hash.', lower_bound=0)
+  flags.DEFINE_integer(
+      'max_lines',
+      None,
+      'Stop after so many lines of the source. Default: all.',
+      lower_bound=1,
+  )
+  flags.DEFINE_integer(
+      'shard_lines',
+      criteo.DEFAULT_SHARD_LINES,
+      'Lines of a shard, all splits together. A killed run loses at most the'
+      ' shards that it was writing, one for each worker.',
+      lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'checksums',
+      None,
+      'A list made by sha256sum. All files of the source are compared with it'
+      ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_integer(
+      'workers',
+      None,
+      'Processes that parse lines, about 1 GB each; with 1 it is done without'
+      ' others. The result does not depend on it. Default: one for each core'
+      ' that this process may use, at most 4, as reading is done by one.',
+      lower_bound=1,
+  )
+  flags.DEFINE_bool(
+      'verify', False, 'Compare every file with its checksum in the end.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  if not _OUTPUT.value:
+  if not _FLAGS.output:
     raise ValueError('--output is missing: a directory for the data.')
-  if not _SOURCE.value:
+  if not _FLAGS.source:
     raise ValueError('--source is missing: criteo:PATH_OR_GLOB.')
   # Nothing is to be saved: whenever it ends, the same command goes on.
   cli.StopRequest(_STOPPED).install()
   meta = criteo.prepare_clicks(
-      _OUTPUT.value,
-      _SOURCE.value,
-      split=_SPLIT.value,
-      validation_fraction=_VALIDATION_FRACTION.value,
-      test_fraction=_TEST_FRACTION.value,
-      seed=_SEED.value,
-      max_lines=_MAX_LINES.value,
-      shard_lines=_SHARD_LINES.value,
-      source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or min(prepare.usable_cores(), 4),
+      _FLAGS.output,
+      _FLAGS.source,
+      split=_FLAGS.split,
+      validation_fraction=_FLAGS.validation_fraction,
+      test_fraction=_FLAGS.test_fraction,
+      seed=_FLAGS.seed,
+      max_lines=_FLAGS.max_lines,
+      shard_lines=_FLAGS.shard_lines,
+      source_checksums=_FLAGS.checksums,
+      workers=_FLAGS.workers or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )
   print(criteo.summary(meta))
-  if _VERIFY.value:
-    files, size = prepared_files.verify(_OUTPUT.value, criteo.KIND)
+  if _FLAGS.verify:
+    files, size = prepared_files.verify(_FLAGS.output, criteo.KIND)
     print(f'{files} files, {size:,} bytes: as they were written.')
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -29,170 +29,179 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
-_OUTPUT = flags.DEFINE_string(
-    'output',
-    None,
-    'Directory of the prepared data; made if missing. A preparation in it with'
-    ' the same settings is continued.',
-)
-_SOURCE = flags.DEFINE_string(
-    'source',
-    'bible',
-    'The corpus: bible (packaged default, King James Bible), text:PATH_OR_GLOB'
-    ' (plain text, documents separated by blank lines), files:PATH_OR_GLOB (a'
-    ' file a document), jsonl:PATH_OR_GLOB (JSON lines, as C4 and dolma have'
-    ' them), wet:PATH_OR_GLOB (WET files of Common Crawl, a page a document) or'
-    ' hf:NAME[:CONFIG[:SPLIT]] (Hugging Face, streamed, as hf:allenai/c4:en).'
-    ' Files may end in .gz or .xz. Quote globs.',
-)
-_TEXT_KEY = flags.DEFINE_string(
-    'text_key',
-    'text',
-    'Key (jsonl) or column (hf) that holds the text of a document.',
-)
-_VOCAB_SIZE = flags.DEFINE_integer(
-    'vocab_size',
-    None,
-    'Word pieces in the vocabulary, with <unk>, <s>, </s> and 256 bytes; 24006'
-    f' in the paper. Default: {prepare_text.DEFAULT_VOCAB_SIZE}, or those'
-    ' of --tokenizer.',
-    lower_bound=1,
-)
-_TOKENIZER = flags.DEFINE_string(
-    'tokenizer',
-    None,
-    'Use this tokenizer.model of another preparation and train none.',
-)
-_TOKENIZER_BYTES = flags.DEFINE_integer(
-    'tokenizer_bytes',
-    prepare_text.DEFAULT_TOKENIZER_BYTES,
-    'Train the tokenizer on the first so many bytes of the training split;'
-    ' they are held in memory.',
-    lower_bound=1,
-)
-_VALIDATION_FRACTION = flags.DEFINE_float(
-    'validation_fraction',
-    0.05,
-    'Share of the documents in the validation split, chosen by a hash of the'
-    ' text; 0 for none.',
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-_SEED = flags.DEFINE_integer(
-    'seed', 0, 'Of the choice of validation documents.', lower_bound=0
-)
-_MAX_DOCUMENTS = flags.DEFINE_integer(
-    'max_documents',
-    None,
-    'Stop after so many documents, both splits together; rejected records are'
-    ' not counted. Default: all.',
-    lower_bound=1,
-)
-_SHARD_TOKENS = flags.DEFINE_integer(
-    'shard_tokens',
-    prepare_text.DEFAULT_SHARD_TOKENS,
-    'Tokens of a shard, about; shards of small sources are smaller. A killed'
-    ' run loses at most the shards that it was writing, one for each worker.',
-    lower_bound=1,
-)
-_FILTERS = flags.DEFINE_multi_string(
-    'filter',
-    [],
-    'A filter of documents, with parameters as in'
-    ' long_paragraphs:min_characters=400,min_words=50; repeat it for several,'
-    ' which are applied in this order. There are: '
-    + ', '.join(map(sources.filter_help, sources.FILTERS))
-    + '. What they reject is counted.',
-)
-_MAX_DOCUMENT_BYTES = flags.DEFINE_integer(
-    'max_document_bytes',
-    sources.DEFAULT_MAX_DOCUMENT_BYTES,
-    'Skip documents (lines of JSON, pages, files, text between blank lines)'
-    ' that are longer, without holding them in memory; counted as too_long.',
-    lower_bound=1,
-)
-_PARAGRAPH_IDS = flags.DEFINE_string(
-    'paragraph_ids',
-    None,
-    "With a wet: source: take only the paragraphs of this list, the paper's"
-    ' common_crawl_paragraph_ids_for_codistillation-csv-delta.tar.bz2, or a'
-    ' path or glob of the CSV files in it. It is read once for each start,'
-    ' which takes minutes.',
-)
 _PARAGRAPH_IDS_SHA256 = flags.DEFINE_string(
     'paragraph_ids_sha256',
     None,
     'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
     ' for a tar that of the released file, otherwise any.',
 )
-_PARAGRAPH_UNIT = flags.DEFINE_enum(
-    'paragraph_unit',
-    'line',
-    paragraph_ids.UNITS,
-    'What the IDs of --paragraph_ids number, through each WET file, from 0:'
-    ' lines that are not blank, or records (pages). The authors do not say.'
-    ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
-    ' that are no text.',
-)
-_CHECKSUMS = flags.DEFINE_string(
-    'checksums',
-    None,
-    'A list made by sha256sum. All files of the source are compared with it'
-    ' first, which reads them once more, at each start that has work to do.',
-)
-_WORKERS = flags.DEFINE_integer(
-    'workers',
-    None,
-    'Processes that decode, filter and tokenise, about 0.5 GB each with large'
-    ' shards; with 1 it is done without others. The result does not depend on'
-    ' it. Default: up to one for each core that this process may use.',
-    lower_bound=1,
-)
-_VERIFY = flags.DEFINE_bool(
-    'verify',
-    False,
-    'Prepare nothing: compare the files of the prepared data in --output with'
-    ' their checksums.',
-)
+
+
+_FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  flags.DEFINE_string(
+      'output',
+      None,
+      'Directory of the prepared data; made if missing. A preparation in it'
+      ' with the same settings is continued.',
+  )
+  flags.DEFINE_string(
+      'source',
+      'bible',
+      'The corpus: bible (packaged default, King James Bible),'
+      ' text:PATH_OR_GLOB (plain text, documents separated by blank lines),'
+      ' files:PATH_OR_GLOB (a file a document), jsonl:PATH_OR_GLOB (JSON lines,'
+      ' as C4 and dolma have them), wet:PATH_OR_GLOB (WET files of Common'
+      ' Crawl, a page a document) or hf:NAME[:CONFIG[:SPLIT]] (Hugging Face,'
+      ' streamed, as hf:allenai/c4:en). Files may end in .gz or .xz. Quote'
+      ' globs.',
+  )
+  flags.DEFINE_string(
+      'text_key',
+      'text',
+      'Key (jsonl) or column (hf) that holds the text of a document.',
+  )
+  flags.DEFINE_integer(
+      'vocab_size',
+      None,
+      'Word pieces in the vocabulary, with <unk>, <s>, </s> and 256 bytes;'
+      f' 24006 in the paper. Default: {prepare_text.DEFAULT_VOCAB_SIZE}, or'
+      ' those of --tokenizer.',
+      lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'tokenizer',
+      None,
+      'Use this tokenizer.model of another preparation and train none.',
+  )
+  flags.DEFINE_integer(
+      'tokenizer_bytes',
+      prepare_text.DEFAULT_TOKENIZER_BYTES,
+      'Train the tokenizer on the first so many bytes of the training split;'
+      ' they are held in memory.',
+      lower_bound=1,
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      0.05,
+      'Share of the documents in the validation split, chosen by a hash of the'
+      ' text; 0 for none.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer(
+      'seed', 0, 'Of the choice of validation documents.', lower_bound=0
+  )
+  flags.DEFINE_integer(
+      'max_documents',
+      None,
+      'Stop after so many documents, both splits together; rejected records are'
+      ' not counted. Default: all.',
+      lower_bound=1,
+  )
+  flags.DEFINE_integer(
+      'shard_tokens',
+      prepare_text.DEFAULT_SHARD_TOKENS,
+      'Tokens of a shard, about; shards of small sources are smaller. A killed'
+      ' run loses at most the shards that it was writing, one for each worker.',
+      lower_bound=1,
+  )
+  flags.DEFINE_multi_string(
+      'filter',
+      [],
+      'A filter of documents, with parameters as in'
+      ' long_paragraphs:min_characters=400,min_words=50; repeat it for several,'
+      ' which are applied in this order. There are: '
+      + ', '.join(map(sources.filter_help, sources.FILTERS))
+      + '. What they reject is counted.',
+  )
+  flags.DEFINE_integer(
+      'max_document_bytes',
+      sources.DEFAULT_MAX_DOCUMENT_BYTES,
+      'Skip documents (lines of JSON, pages, files, text between blank lines)'
+      ' that are longer, without holding them in memory; counted as too_long.',
+      lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'paragraph_ids',
+      None,
+      "With a wet: source: take only the paragraphs of this list, the paper's"
+      ' common_crawl_paragraph_ids_for_codistillation-csv-delta.tar.bz2, or a'
+      ' path or glob of the CSV files in it. It is read once for each start,'
+      ' which takes minutes.',
+  )
+  flags.DEFINE_enum(
+      'paragraph_unit',
+      'line',
+      paragraph_ids.UNITS,
+      'What the IDs of --paragraph_ids number, through each WET file, from 0:'
+      ' lines that are not blank, or records (pages). The authors do not say.'
+      ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
+      ' that are no text.',
+  )
+  flags.DEFINE_string(
+      'checksums',
+      None,
+      'A list made by sha256sum. All files of the source are compared with it'
+      ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_integer(
+      'workers',
+      None,
+      'Processes that decode, filter and tokenise, about 0.5 GB each with large'
+      ' shards; with 1 it is done without others. The result does not depend on'
+      ' it. Default: up to one for each core that this process may use.',
+      lower_bound=1,
+  )
+  flags.DEFINE_bool(
+      'verify',
+      False,
+      'Prepare nothing: compare the files of the prepared data in --output with'
+      ' their checksums.',
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  if not _OUTPUT.value:
+  if not _FLAGS.output:
     raise ValueError('--output is missing: a directory for the data.')
-  if _VERIFY.value:
+  if _FLAGS.verify:
     _verify()
     return
   # Nothing is to be saved: whenever it ends, the same command goes on. But the
   # training of a tokenizer is C++, which would not hear of a signal.
   cli.StopRequest(_STOPPED).install()
   meta = prepare_text.prepare_text(
-      _OUTPUT.value,
-      _SOURCE.value,
-      text_key=_TEXT_KEY.value,
-      vocab_size=_VOCAB_SIZE.value,
-      tokenizer=_TOKENIZER.value,
-      tokenizer_bytes=_TOKENIZER_BYTES.value,
-      validation_fraction=_VALIDATION_FRACTION.value,
-      seed=_SEED.value,
-      max_documents=_MAX_DOCUMENTS.value,
-      shard_tokens=_SHARD_TOKENS.value,
-      filters=_FILTERS.value,
-      max_document_bytes=_MAX_DOCUMENT_BYTES.value,
-      paragraphs=_PARAGRAPH_IDS.value,
+      _FLAGS.output,
+      _FLAGS.source,
+      text_key=_FLAGS.text_key,
+      vocab_size=_FLAGS.vocab_size,
+      tokenizer=_FLAGS.tokenizer,
+      tokenizer_bytes=_FLAGS.tokenizer_bytes,
+      validation_fraction=_FLAGS.validation_fraction,
+      seed=_FLAGS.seed,
+      max_documents=_FLAGS.max_documents,
+      shard_tokens=_FLAGS.shard_tokens,
+      filters=_FLAGS.filter,
+      max_document_bytes=_FLAGS.max_document_bytes,
+      paragraphs=_FLAGS.paragraph_ids,
       paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
-      paragraph_unit=_PARAGRAPH_UNIT.value,
-      source_checksums=_CHECKSUMS.value,
-      workers=_WORKERS.value or prepare.usable_cores(),
+      paragraph_unit=_FLAGS.paragraph_unit,
+      source_checksums=_FLAGS.checksums,
+      workers=_FLAGS.workers or prepare.usable_cores(),
       report=lambda line: print(line, flush=True),
   )
   print(prepare_text.summary(meta))
 
 
 def _verify() -> None:
-  files, size = prepared_files.verify(_OUTPUT.value, shards.KIND)
+  files, size = prepared_files.verify(_FLAGS.output, shards.KIND)
   print(f'{files} files, {size:,} bytes: as they were written.')
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

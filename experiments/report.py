@@ -34,11 +34,11 @@ def main(argv: Sequence[str]) -> None:
   """Prints the table, writes the report, prints where it is."""
   del argv
   # Here, so that --help needs neither pandas nor matplotlib.
-  from .reports import run_records, run_report, run_tables
+  from .reports import run_records, run_report
 
   output = flags.FLAGS.output
   arms = run_records.load_arms(flags.FLAGS.workdir or [], output)
-  print(run_tables.results_text(arms))
+  print(run_report.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 
 

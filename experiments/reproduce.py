@@ -24,76 +24,80 @@ from .studies.catalogue import STUDIES
 from .studies.costs import Latency, LogNormal
 from .studies.study_plan import SCALES, Study
 
-flags.adopt_module_key_flags(gin_utils)
-flags.adopt_module_key_flags(worker)
+_FLAGS = flags.FLAGS
 
-_STUDY = flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
-_SCALE = flags.DEFINE_enum(
-    'scale',
-    'cpu',
-    list(SCALES),
-    'How large: smoke (seconds; no result), cpu (two cores, an hour at most),'
-    ' gpu (one accelerator), paper (a cluster).',
-)
-_LIST = flags.DEFINE_bool('list', False, 'Print the studies and stop.')
-_SEEDS = flags.DEFINE_integer(
-    'seeds', None, 'Seeds of each arm; default: as the scale says.'
-)
-_WORKER_ROWS = flags.DEFINE_integer(
-    'worker_rows',
-    None,
-    'Rows of the group batch for each worker; default: as the scale says.',
-)
-_RATES = flags.DEFINE_list(
-    'rates', None, 'Grid of learning rates; default: as the scale says.'
-)
-_ARMS = flags.DEFINE_list(
-    'arms', [], 'Arms to train, with those that they need; default: all.'
-)
-_ONE_PROGRAM = flags.DEFINE_enum(
-    'one_program',
-    'auto',
-    ['auto', 'yes', 'no'],
-    'Whether all seeds of an arm are trained as one program; auto: on an'
-    ' accelerator, where that is faster.',
-)
-_STEP_TIMES = flags.DEFINE_string(
-    'step_times',
-    None,
-    'File with measured step times of one worker, a number a line, for the wall'
-    ' time of sgd_scaling; default: log-normal, see --tail.',
-)
-_TAIL = flags.DEFINE_float(
-    'tail',
-    2.0,
-    '99th percentile of the step times of a worker over their median, if there'
-    ' is no --step_times.',
-)
-_ALL_REDUCE = flags.DEFINE_list(
-    'all_reduce',
-    ['0.05', '0.05'],
-    'What an all-reduce takes, in median steps: its fixed time, and the time in'
-    ' which a worker receives as many bytes as one model has.',
-)
-_REPORT_ONLY = flags.DEFINE_bool(
-    'report_only', False, 'Train nothing; make the page of what is there.'
-)
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  gin_utils.define_flags()
+  worker.define_flags()
+  flags.DEFINE_enum('study', None, sorted(STUDIES), 'Which study.')
+  flags.DEFINE_enum(
+      'scale',
+      'cpu',
+      list(SCALES),
+      'How large: smoke (seconds; no result), cpu (two cores, an hour at most),'
+      ' gpu (one accelerator), paper (a cluster).',
+  )
+  flags.DEFINE_bool('list', False, 'Print the studies and stop.')
+  flags.DEFINE_integer(
+      'seeds', None, 'Seeds of each arm; default: as the scale says.'
+  )
+  flags.DEFINE_integer(
+      'worker_rows',
+      None,
+      'Rows of the group batch for each worker; default: as the scale says.',
+  )
+  flags.DEFINE_list(
+      'rates', None, 'Grid of learning rates; default: as the scale says.'
+  )
+  flags.DEFINE_list(
+      'arms', [], 'Arms to train, with those that they need; default: all.'
+  )
+  flags.DEFINE_enum(
+      'one_program',
+      'auto',
+      ['auto', 'yes', 'no'],
+      'Whether all seeds of an arm are trained as one program; auto: on an'
+      ' accelerator, where that is faster.',
+  )
+  flags.DEFINE_string(
+      'step_times',
+      None,
+      'File with measured step times of one worker, a number a line, for the'
+      ' wall time of sgd_scaling; default: log-normal, see --tail.',
+  )
+  flags.DEFINE_float(
+      'tail',
+      2.0,
+      '99th percentile of the step times of a worker over their median, if'
+      ' there is no --step_times.',
+  )
+  flags.DEFINE_list(
+      'all_reduce',
+      ['0.05', '0.05'],
+      'What an all-reduce takes, in median steps: its fixed time, and the time'
+      ' in which a worker receives as many bytes as one model has.',
+  )
+  flags.DEFINE_bool(
+      'report_only', False, 'Train nothing; make the page of what is there.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains and reports."""
   del argv
-  if _LIST.value:
+  if _FLAGS.list:
     _print_studies()
     return
   plan = _plan()
   _check_churn(plan)
   _latency()  # Raises now rather than after the training.
-  default = f'runs/{_STUDY.value}_{_SCALE.value}'
-  workdir = worker.absolute(worker.WORKDIR.value or default)
-  if not _REPORT_ONLY.value:
-    worker.train(cli.module_of('reproduce'), workdir, plan, _ONE_PROGRAM.value)
-  if not worker.WORKER.value:
+  default = f'runs/{_FLAGS.study}_{_FLAGS.scale}'
+  workdir = worker.absolute(_FLAGS.workdir or default)
+  if not _FLAGS.report_only:
+    worker.train(cli.module_of('reproduce'), workdir, plan, _FLAGS.one_program)
+  if not _FLAGS.worker:
     _report(workdir, plan)
 
 
@@ -103,19 +107,19 @@ def _plan() -> plan_lib.StudyPlan:
   Raises:
     ValueError: If they do not fit.
   """
-  if _STUDY.value is None:
+  if _FLAGS.study is None:
     raise ValueError(
         f'give --study, one of {", ".join(sorted(STUDIES))}; --list tells more'
     )
-  worker.check_least((_SEEDS, 1), (_WORKER_ROWS, 1))
+  worker.check_least(seeds=1, worker_rows=1)
   return _make_plan(
-      STUDIES[_STUDY.value],
-      _SCALE.value,
+      STUDIES[_FLAGS.study],
+      _FLAGS.scale,
       gin_files=gin_utils.flag_values()[0],
-      seeds=_SEEDS.value,
-      rates=None if _RATES.value is None else list(map(_rate, _RATES.value)),
-      worker_rows=_WORKER_ROWS.value,
-      arms=_ARMS.value,
+      seeds=_FLAGS.seeds,
+      rates=None if _FLAGS.rates is None else list(map(_rate, _FLAGS.rates)),
+      worker_rows=_FLAGS.worker_rows,
+      arms=_FLAGS.arms,
   )
 
 
@@ -127,7 +131,7 @@ def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.StudyPlan:
 def _check_churn(plan: plan_lib.StudyPlan) -> None:
   """Raises ValueError for flags that act nowhere in a study of churn."""
   for flag in ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'):
-    if plan.study.predictions and flags.FLAGS[flag].present:
+    if plan.study.predictions and _FLAGS[flag].present:
       raise ValueError(
           f'--{flag} would act nowhere in the study {plan.study.name}; leave it'
           ' out'
@@ -136,18 +140,18 @@ def _check_churn(plan: plan_lib.StudyPlan) -> None:
 
 def _latency() -> Latency:
   """Returns what the flags say of step times and all-reduces."""
-  steps = LogNormal(1.0, _TAIL.value)
-  if _TAIL.value < 1:
-    raise ValueError(f'--tail={_TAIL.value:g}; set it to 1 or more')
-  if _STEP_TIMES.value:
-    steps = costs.from_sample(_numbers('step_times', _STEP_TIMES.value))
+  steps = LogNormal(1.0, _FLAGS.tail)
+  if _FLAGS.tail < 1:
+    raise ValueError(f'--tail={_FLAGS.tail:g}; set it to 1 or more')
+  if _FLAGS.step_times:
+    steps = costs.from_sample(_numbers('step_times', _FLAGS.step_times))
   try:
-    alpha, model_time = map(float, _ALL_REDUCE.value)
+    alpha, model_time = map(float, _FLAGS.all_reduce)
   except ValueError:
     alpha = model_time = -1.0
   if not (alpha >= 0 and model_time >= 0):
     raise ValueError(
-        f'--all_reduce={",".join(_ALL_REDUCE.value)}; expected two numbers of'
+        f'--all_reduce={",".join(_FLAGS.all_reduce)}; expected two numbers of'
         ' at least 0, such as --all_reduce=0.05,0.05'
     )
   return Latency(steps, alpha, model_time=model_time)
@@ -182,15 +186,15 @@ def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
       study_page,
   )
 
-  output = worker.OUTPUT.value or os.path.join(workdir, 'report')
+  output = _FLAGS.output or os.path.join(workdir, 'report')
   if plan.study.predictions:
     found = retrains.load_study(workdir)
-    churn_page.report(found, output, worker.NOTE.value, plan.study)
+    churn_page.report(found, output, _FLAGS.note, plan.study)
     return
   settings, runs = outcomes.load(workdir, plan)
   study = plan.study
-  if worker.NOTE.value:
-    study = study._replace(notes=(worker.NOTE.value, *study.notes))
+  if _FLAGS.note:
+    study = study._replace(notes=(_FLAGS.note, *study.notes))
   summary = study_page.write(study, settings, runs, output, latency=_latency())
   cli.tell('\n' + summary.table + '\n')
   for line in summary.lines:
@@ -211,4 +215,5 @@ def _print_studies() -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -24,67 +24,68 @@ from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
-from .running import devices, driver
+from .running import driver
+from .running import job as job_lib
 from .running.job import Job, check_workdir, print_dry_run
 from .running.watch import group_writer
 
-flags.adopt_module_key_flags(gin_utils)
+_FLAGS = flags.FLAGS
 
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Run directory that all groups see.', required=True
-)
-_GROUP_ID = flags.DEFINE_integer(
-    'group_id', 0, 'This group, from 0 to --num_groups - 1.'
-)
-_NUM_GROUPS = flags.DEFINE_integer(
-    'num_groups', 1, 'Groups of the run; 1 trains a baseline without peers.'
-)
-_REPLICAS = flags.DEFINE_integer(
-    'replicas',
-    0,
-    'Devices of this process to use; 0 means all. On a machine without'
-    ' accelerator that many fake CPU devices are made.',
-)
-_ARM = flags.DEFINE_string(
-    'arm', '', 'Name of the run in reports; default: the name of --workdir.'
-)
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator',
-    '',
-    'host:port of process 0, for a group of several processes.',
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    'num_processes', 1, 'Processes of this group.'
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    'process_id', 0, 'This process, from 0 to --num_processes - 1.'
-)
-_HEARTBEAT_SECONDS = flags.DEFINE_integer(
-    'heartbeat_seconds',
-    20,
-    'In a group of several processes: how long one may give no sign of life'
-    ' before jax aborts the others; start all of them again then.',
-    lower_bound=2,
-)
-_GRACE_SECONDS = flags.DEFINE_float(
-    'grace_seconds',
-    20.0,
-    'After SIGTERM: how long a compilation or a read of data may last before'
-    ' the process leaves without a save, with status 75.',
-    lower_bound=0.0,
-)
-_DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Print the configuration and stop; write nothing.'
-)
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  gin_utils.define_flags()
+  flags.DEFINE_string(
+      'workdir', None, 'Run directory that all groups see.', required=True
+  )
+  flags.DEFINE_integer('group_id', 0, 'This group, from 0 to --num_groups - 1.')
+  flags.DEFINE_integer(
+      'num_groups', 1, 'Groups of the run; 1 trains a baseline without peers.'
+  )
+  flags.DEFINE_integer(
+      'replicas',
+      0,
+      'Devices of this process to use; 0 means all. On a machine without'
+      ' accelerator that many fake CPU devices are made.',
+  )
+  flags.DEFINE_string(
+      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+  )
+  flags.DEFINE_string(
+      'coordinator',
+      '',
+      'host:port of process 0, for a group of several processes.',
+  )
+  flags.DEFINE_integer('num_processes', 1, 'Processes of this group.')
+  flags.DEFINE_integer(
+      'process_id', 0, 'This process, from 0 to --num_processes - 1.'
+  )
+  flags.DEFINE_integer(
+      'heartbeat_seconds',
+      20,
+      'In a group of several processes: how long one may give no sign of life'
+      ' before jax aborts the others; start all of them again then.',
+      lower_bound=2,
+  )
+  flags.DEFINE_float(
+      'grace_seconds',
+      20.0,
+      'After SIGTERM: how long a compilation or a read of data may last before'
+      ' the process leaves without a save, with status 75.',
+      lower_bound=0.0,
+  )
+  flags.DEFINE_bool(
+      'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  peers_of(_GROUP_ID.value, _NUM_GROUPS.value)  # Raises if out of range.
-  stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
+  peers_of(_FLAGS.group_id, _FLAGS.num_groups)  # Raises if out of range.
+  stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
   gin_utils.parse_flags()
-  devices.use_replicas(_REPLICAS.value)
-  if _NUM_PROCESSES.value > 1:
+  job_lib.use_replicas(_FLAGS.replicas)
+  if _FLAGS.num_processes > 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
   if experiment.exchange.one_program:
@@ -98,18 +99,18 @@ def main(argv: Sequence[str]) -> None:
       experiment=experiment,
       model=model,
       train_step=experiment_lib.make_replicated_step(
-          experiment, model, devices.chosen_devices(_REPLICAS.value)
+          experiment, model, job_lib.chosen_devices(_FLAGS.replicas)
       ),
-      workdir=os.fspath(checkpoints.absolute(_WORKDIR.value)),
-      group_id=_GROUP_ID.value,
-      num_groups=_NUM_GROUPS.value,
+      workdir=os.fspath(checkpoints.absolute(_FLAGS.workdir)),
+      group_id=_FLAGS.group_id,
+      num_groups=_FLAGS.num_groups,
       agreement=replicas.agreement(),
       stop=stop,
-      troubles=Troubles(f'group {_GROUP_ID.value}: '),
-      arm=_ARM.value,
+      troubles=Troubles(f'group {_FLAGS.group_id}: '),
+      arm=_FLAGS.arm,
   )
   state = driver.new_state(job).state
-  if _DRY_RUN.value:
+  if _FLAGS.dry_run:
     print_dry_run(job, state)
     return
   check_workdir(job, state)
@@ -124,27 +125,27 @@ def main(argv: Sequence[str]) -> None:
   if progress:
     cli.tell(
         f'group {job.group_id} has reached step {job.experiment.num_steps};'
-        f' see {run_directory.group_dir(_WORKDIR.value, job.group_id)}'
+        f' see {run_directory.group_dir(_FLAGS.workdir, job.group_id)}'
     )
 
 
 def _join_processes() -> None:
-  if not _COORDINATOR.value:
+  if not _FLAGS.coordinator:
     raise ValueError(
-        f'--num_processes={_NUM_PROCESSES.value} needs --coordinator=host:port'
+        f'--num_processes={_FLAGS.num_processes} needs --coordinator=host:port'
         ' of process 0'
     )
-  if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
+  if not 0 <= _FLAGS.process_id < _FLAGS.num_processes:
     raise ValueError(
-        f'--process_id={_PROCESS_ID.value} is out of range: with'
-        f' --num_processes={_NUM_PROCESSES.value} it lies in'
-        f' 0..{_NUM_PROCESSES.value - 1}'
+        f'--process_id={_FLAGS.process_id} is out of range: with'
+        f' --num_processes={_FLAGS.num_processes} it lies in'
+        f' 0..{_FLAGS.num_processes - 1}'
     )
   replicas.start_processes(
-      _COORDINATOR.value,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
-      heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+      _FLAGS.coordinator,
+      _FLAGS.num_processes,
+      _FLAGS.process_id,
+      heartbeat_seconds=_FLAGS.heartbeat_seconds,
   )
 
 
@@ -153,7 +154,7 @@ def _main_of_a_process(argv: Sequence[str]) -> None:
 
   A plain exit would wait at a barrier for processes that wait for this one.
   """
-  if _NUM_PROCESSES.value == 1:
+  if _FLAGS.num_processes == 1:
     main(argv)
     return
   status = cli.status_of(main, argv)
@@ -163,4 +164,5 @@ def _main_of_a_process(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(_main_of_a_process)

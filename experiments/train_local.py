@@ -18,47 +18,51 @@ from codistill_jax import gin_utils
 from codistill_jax.exchange.plan import peers_of
 
 from . import cli
-from .running import devices, processes
+from .running import processes
 
-flags.adopt_module_key_flags(gin_utils)
+_FLAGS = flags.FLAGS
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
-_NUM_GROUPS = flags.DEFINE_integer(
-    'num_groups', 2, 'Groups of the run; 1 trains a baseline without peers.'
-)
-_CPU_REPLICAS = flags.DEFINE_integer(
-    'cpu_replicas',
-    2,
-    'Replicas (fake devices) of each group where there is no accelerator.',
-    lower_bound=1,
-)
-_ARM = flags.DEFINE_string(
-    'arm', '', 'Name of the run in reports; default: the name of --workdir.'
-)
-_MAX_RESTARTS = flags.DEFINE_integer(
-    'max_restarts',
-    5,
-    'How often a group may die without a new resume checkpoint before the run'
-    ' is given up.',
-    lower_bound=0,
-)
-_DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Print the configuration and stop; write nothing.'
-)
-_REPORT = flags.DEFINE_bool(
-    'report',
-    True,
-    'Evaluate the groups together and write a report at the end.',
-)
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  gin_utils.define_flags()
+  flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
+  flags.DEFINE_integer(
+      'num_groups', 2, 'Groups of the run; 1 trains a baseline without peers.'
+  )
+  flags.DEFINE_integer(
+      'cpu_replicas',
+      2,
+      'Replicas (fake devices) of each group where there is no accelerator.',
+      lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+  )
+  flags.DEFINE_integer(
+      'max_restarts',
+      5,
+      'How often a group may die without a new resume checkpoint before the run'
+      ' is given up.',
+      lower_bound=0,
+  )
+  flags.DEFINE_bool(
+      'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
+  flags.DEFINE_bool(
+      'report',
+      True,
+      'Evaluate the groups together and write a report at the end.',
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  peers_of(0, _NUM_GROUPS.value)  # Raises if there are too few.
-  workdir = os.path.abspath(_WORKDIR.value)
+  peers_of(0, _FLAGS.num_groups)  # Raises if there are too few.
+  workdir = os.path.abspath(_FLAGS.workdir)
   stop = cli.StopRequest().install()
-  environments, replicas = devices.share_devices(
-      _NUM_GROUPS.value, _CPU_REPLICAS.value, stop
+  environments, replicas = processes.share_devices(
+      _FLAGS.num_groups, _FLAGS.cpu_replicas, stop
   )
   groups = [
       processes.Group(
@@ -66,23 +70,23 @@ def main(argv: Sequence[str]) -> None:
       )
       for group_id, extra in enumerate(environments)
   ]
-  if _DRY_RUN.value:
+  if _FLAGS.dry_run:
     command = [*groups[0].command, '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
   cli.tell(
-      f'{_NUM_GROUPS.value} group(s) of {replicas} replica(s); what they say is'
-      f' in {_WORKDIR.value}/groups/group_*/log.txt'
+      f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
+      f' in {_FLAGS.workdir}/groups/group_*/log.txt'
   )
-  processes.supervise(groups, stop, _MAX_RESTARTS.value)
-  cli.tell(f'all groups are done; see {_WORKDIR.value}')
-  if _REPORT.value:
+  processes.supervise(groups, stop, _FLAGS.max_restarts)
+  cli.tell(f'all groups are done; see {_FLAGS.workdir}')
+  if _FLAGS.report:
     _evaluate_and_report(stop)
 
 
 def _evaluate_and_report(stop: cli.StopRequest) -> None:
   for binary in ('evaluate', 'report'):
     command = [sys.executable, '-m', cli.module_of(binary)]
-    command.append(f'--workdir={_WORKDIR.value}')
+    command.append(f'--workdir={_FLAGS.workdir}')
     status = processes.call(command, stop).returncode
     if status:
       raise ValueError(
@@ -98,12 +102,13 @@ def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
       cli.module_of('train_group'),
       f'--workdir={workdir}',
       f'--group_id={group_id}',
-      f'--num_groups={_NUM_GROUPS.value}',
+      f'--num_groups={_FLAGS.num_groups}',
       f'--replicas={replicas}',
-      *([f'--arm={_ARM.value}'] if _ARM.value else []),
+      *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
       *gin_utils.flag_arguments(),
   ]
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -21,51 +21,56 @@ from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
-from .running import devices, driver, lockstep
+from .running import driver
+from .running import job as job_lib
 from .running.job import Job, check_workdir, print_dry_run
 from .running.watch import group_writer
 
-flags.adopt_module_key_flags(gin_utils)
+_FLAGS = flags.FLAGS
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
-_NUM_GROUPS = flags.DEFINE_integer('num_groups', 2, 'Groups of the run.')
-_REPLICAS = flags.DEFINE_integer(
-    'replicas',
-    0,
-    'Devices to use, by every group in turn; 0 means all. On a machine without'
-    ' accelerator that many fake CPU devices are made. If groups'
-    ' exchange predictions they are spread over further devices, if any.',
-)
-_ARM = flags.DEFINE_string(
-    'arm', '', 'Name of the run in reports; default: the name of --workdir.'
-)
-_GRACE_SECONDS = flags.DEFINE_float(
-    'grace_seconds',
-    20.0,
-    'After SIGTERM: how long a compilation or a read of data may last before'
-    ' the process leaves without a save, with status 75.',
-    lower_bound=0.0,
-)
-_DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Print the configuration and stop; write nothing.'
-)
+
+def define_flags() -> None:
+  """Defines the flags of this binary."""
+  gin_utils.define_flags()
+  flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
+  flags.DEFINE_integer('num_groups', 2, 'Groups of the run.')
+  flags.DEFINE_integer(
+      'replicas',
+      0,
+      'Devices to use, by every group in turn; 0 means all. On a machine'
+      ' without accelerator that many fake CPU devices are made. If groups'
+      ' exchange predictions they are spread over further devices, if any.',
+  )
+  flags.DEFINE_string(
+      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+  )
+  flags.DEFINE_float(
+      'grace_seconds',
+      20.0,
+      'After SIGTERM: how long a compilation or a read of data may last before'
+      ' the process leaves without a save, with status 75.',
+      lower_bound=0.0,
+  )
+  flags.DEFINE_bool(
+      'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  num_groups = _NUM_GROUPS.value
+  num_groups = _FLAGS.num_groups
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.fspath(checkpoints.absolute(_WORKDIR.value))
-  stop = cli.StopRequest(cli.STOPPED, _GRACE_SECONDS.value).install()
-  latch = lockstep.Latch(stop)
+  workdir = os.fspath(checkpoints.absolute(_FLAGS.workdir))
+  stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
+  latch = job_lib.Latch(stop)
   gin_utils.parse_flags()
-  devices.use_replicas(_REPLICAS.value)
+  job_lib.use_replicas(_FLAGS.replicas)
   experiment = experiment_lib.in_lockstep(
       gin_utils.make(experiment_lib.Experiment)
   )
   model = gin_utils.call(experiment_lib.make_model, experiment)
-  train_steps, shared_stream = lockstep.train_steps_of(
-      experiment, model, num_groups, _REPLICAS.value
+  train_steps, shared_stream = job_lib.train_steps_of(
+      experiment, model, num_groups, _FLAGS.replicas
   )
   jobs = [
       Job(
@@ -77,22 +82,22 @@ def main(argv: Sequence[str]) -> None:
           num_groups=num_groups,
           stop=latch,
           troubles=Troubles(f'group {group_id}: '),
-          arm=_ARM.value,
+          arm=_FLAGS.arm,
           shared_stream=shared_stream,
       )
       for group_id in range(num_groups)
   ]
   start = driver.new_state(jobs[0])
-  if _DRY_RUN.value:
+  if _FLAGS.dry_run:
     print_dry_run(jobs[0], start.state)
     return
   check_workdir(jobs[0], start.state)
-  lockstep.keep_common_checkpoints(jobs)
+  job_lib.keep_common_checkpoints(jobs)
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples
   )
   del start
-  lockstep.train_in_turn(
+  job_lib.train_in_turn(
       [
           driver.train(
               job,
@@ -109,4 +114,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

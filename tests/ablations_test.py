@@ -14,7 +14,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, losses, run_directory
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
-from experiments.running import lockstep
+from experiments.running import job as job_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATIONS = sorted((ROOT / 'gin_configs' / 'ablations').glob('*.gin'))
@@ -165,7 +165,7 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
       log_every=1,
       eval_batch=2,
   )
-  steps, stream = lockstep.train_steps_of(experiment, toy.RECURRENT, 2, 1)
+  steps, stream = job_lib.train_steps_of(experiment, toy.RECURRENT, 2, 1)
   all_groups.train(
       experiment, toy.RECURRENT, steps, tmp_path / 'run', stream=stream
   )

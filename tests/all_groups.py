@@ -3,7 +3,8 @@
 import signal
 
 from codistill_jax import gin_utils
-from experiments.running import driver, lockstep, watch
+from experiments.running import driver, watch
+from experiments.running import job as job_lib
 from experiments.running.job import Job
 
 
@@ -48,9 +49,9 @@ def jobs_of(experiment, model, steps, workdir, stop=None, stream=None):
 def train(experiment, model, steps, workdir, stop_after=None, stream=None):
   """Trains a group with each step, to the end or for so many rounds."""
   gin_utils.parse([])
-  latch = lockstep.Latch(StopAt(stop_after))
+  latch = job_lib.Latch(StopAt(stop_after))
   jobs = jobs_of(experiment, model, steps, workdir, latch, stream)
-  lockstep.keep_common_checkpoints(jobs)
+  job_lib.keep_common_checkpoints(jobs)
   start = driver.new_state(jobs[0])
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples
@@ -63,4 +64,4 @@ def train(experiment, model, steps, workdir, stop_after=None, stream=None):
       )
       for job, exchange in zip(jobs, exchanges)
   ]
-  lockstep.train_in_turn(groups, latch)
+  job_lib.train_in_turn(groups, latch)

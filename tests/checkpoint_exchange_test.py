@@ -4,7 +4,6 @@ import concurrent.futures
 import itertools
 import json
 import logging
-import shutil
 import threading
 import time
 
@@ -39,34 +38,15 @@ from codistill_jax.storage.background import Patience
 # --- Writing -----------------------------------------------------------------
 
 
-def test_lockstep_writes_every_publication(join, tmp_path):
-  exchange = join(mode='lockstep')
-  for n in (10, 20, 30, 40):
-    exchange.publish_if_due(n, variables_of(n))
-  exchange.close()
-  assert kept(tmp_path) == [10, 20, 30, 40]
-
-
-def test_publishing_is_no_longer_than_the_copy(join, monkeypatch):
-  """Writing happens beside training."""
-  with Gate(monkeypatch, 'write') as gate:
-    exchange = join()
-    assert exchange.publish_if_due(10, variables_of(1))
-    assert gate.entered.wait(PATIENCE)  # It writes, and the loop goes on.
-
-
-@pytest.mark.parametrize('ask', ['publish', 'flush', 'close'])
-def test_an_error_while_writing_comes_to_light(join, ask):
+@pytest.mark.parametrize('close', [False, True])
+def test_an_error_while_writing_comes_to_light(join, close):
   exchange = join(mode='lockstep')
   exchange.publish_if_due(10, variables_of(np.nan))
   with pytest.raises(FloatingPointError, match='does not publish step 10'):
-    if ask == 'publish':
-      for n in range(20, 10**4, 10):  # By then it is known.
-        exchange.publish_if_due(n, variables_of(n))
-    elif ask == 'flush':
-      exchange.flush()
-    else:
+    if close:
       exchange.close()
+    for n in range(20, 10**4, 10):  # By then it is known.
+      exchange.publish_if_due(n, variables_of(n))
 
 
 def test_two_writers_of_one_group_are_refused(join):
@@ -89,14 +69,6 @@ def test_a_writer_that_was_taken_over_writes_no_more(
     with pytest.raises(leases.LostError, match='process 7 on host b'):
       exchange.flush()
   assert kept(tmp_path) == []
-
-
-def test_a_step_published_before_is_left_alone(join, tmp_path):
-  publish(tmp_path, 0, 10, value=1.0)
-  exchange = join()
-  publish_all(exchange, 10)
-  _, found = publications.read(tmp_path, 0, 10, like=variables_of(0))
-  assert found.params['w'][0] == 1.0
 
 
 def test_joining_clears_up_after_a_killed_writer_of_this_group(join, tmp_path):
@@ -152,21 +124,23 @@ def test_lockstep_keeps_what_a_restart_may_ask_for(
       assert asked is None or asked in kept(tmp_path)
 
 
-def test_lockstep_keeps_for_its_readers_and_nobody_else(join, tmp_path):
-  # In a ring of three group 0 is read by group 1 alone.
-  ring = {'num_groups': 3, 'mode': 'lockstep', 'topology': 'ring'}
-  restarts_at(tmp_path, 1, 60)
-  publish_all(join(keep=2, **ring), *STEPS)
-  assert kept(tmp_path) == [60, 70, 80]
-
-
-@pytest.mark.parametrize('num_groups, newest', [(1, 2), (2, 5)])
-def test_lockstep_keeps_some_though_nobody_needs_them(
-    join, tmp_path, num_groups, newest
+@pytest.mark.parametrize(
+    'num_groups, topology, keep, restart, oldest',
+    [
+        # In a ring of three group 0 is read by group 1 alone.
+        (3, 'ring', 2, 60, 60),
+        # Some are kept though nobody needs them.
+        (2, 'all', 5, 80, 40),
+        (1, 'all', 2, 80, 70),
+    ],
+)
+def test_lockstep_keeps_for_its_readers_and_nobody_else(
+    join, tmp_path, num_groups, topology, keep, restart, oldest
 ):
-  restarts_at(tmp_path, 1, 80)
-  publish_all(join(0, num_groups, mode='lockstep', keep=newest), *STEPS)
-  assert kept(tmp_path) == list(STEPS)[-newest:]
+  restarts_at(tmp_path, 1, restart)
+  run = {'mode': 'lockstep', 'topology': topology, 'keep': keep}
+  publish_all(join(0, num_groups, **run), *STEPS)
+  assert kept(tmp_path) == list(range(oldest, 90, 10))
 
 
 def test_the_restart_step_is_written_for_peers(join, tmp_path):
@@ -212,37 +186,22 @@ def test_a_reader_that_died_is_waited_for_only_so_long(
     assert kept(tmp_path) == there
 
 
-@pytest.mark.parametrize('text', ['', '{"ste', '[]', '{"steps": 3}'])
-def test_a_torn_reading_mark_does_no_harm(join, tmp_path, text):
-  marks(tmp_path, text)
-  publish_all(join(), *STEPS)
-  assert kept(tmp_path) == [40, 50, 60, 70, 80]
-
-
-def test_a_mark_that_is_torn_counts_as_it_was_before(join, tmp_path):
+@pytest.mark.parametrize('text', ['', '{"nonce"', '[]', '{"steps": 3}'])
+def test_a_mark_that_is_torn_counts_as_it_was_before(join, tmp_path, text):
   exchange = join(keep=1)
-  for step, text in (
-      (10, reads(10)),
-      (20, reads(10)),
-      (30, '{"nonce"'),
-  ):
-    marks(tmp_path, text)
-    publish_all(exchange, step)
-  assert kept(tmp_path) == [10, 30]
-  marks(tmp_path, '{"nonce": "b", "steps": {}}')
-  publish_all(exchange, 40)
-  assert kept(tmp_path) == [40]
-
-
-def test_a_torn_mark_of_one_process_does_not_drop_those_of_the_others(
-    join, tmp_path
-):
-  marks(tmp_path, '{"nonce"')
-  marks(tmp_path, reads(10), 'process_1_reading.json')
-  marks(tmp_path, '[3]', 'process_2_reading.json')
+  for name in ('reading.json', 'process_2_reading.json'):
+    marks(tmp_path, text, name)  # It never was anything else.
   marks(tmp_path, reads(20), 'process_3_reading.json')
-  publish_all(join(keep=1), 10, 20, 30, 40)
-  assert kept(tmp_path) == [10, 20, 40]
+  mark = 'process_1_reading.json'
+  marks(tmp_path, reads(10), mark)
+  publish_all(exchange, 10, 20)
+  if text in ('', '{"nonce"'):
+    marks(tmp_path, text, mark)
+  publish_all(exchange, 30)
+  assert kept(tmp_path) == [10, 20, 30]
+  marks(tmp_path, '{"nonce": "b", "steps": {}}', mark)
+  publish_all(exchange, 40)
+  assert kept(tmp_path) == [20, 40]
 
 
 # --- Reading, freshest -------------------------------------------------------
@@ -358,14 +317,6 @@ def test_a_bad_publication_that_was_made_again_is_read_again(
   assert exchange.rejected == 1
 
 
-def test_copies_made_by_hand_are_not_trusted(join, tmp_path):
-  publish(tmp_path, 1, 10)
-  shutil.copytree(tmp_path / 'group_1' / '10', tmp_path / 'group_1' / '20')
-  exchange = join()
-  fetch_until(exchange, 10, 10)
-  assert exchange.rejected == 1
-
-
 def test_a_disk_that_cannot_be_read_is_not_the_peers_fault(
     join, tmp_path, monkeypatch, caplog
 ):
@@ -403,22 +354,16 @@ def test_teachers_are_put_on_the_devices_beside_training(join, tmp_path):
   assert shown(teachers) == [10.0] and shown(after) == [5.0]
 
 
-def test_a_restart_takes_up_what_was_in_use(join, tmp_path):
-  for step in (10, 20, 30):
+@pytest.mark.parametrize('there, taken', [((10, 20, 30), 20), ((30,), 30)])
+def test_a_restart_takes_up_what_was_in_use_or_the_newest(
+    join, tmp_path, there, taken
+):
+  for step in there:
     publish(tmp_path, 1, step)
   exchange = join(num_groups=3)
   exchange.restore(25, [20, None])
-  assert steps_in_use(exchange) == (20, None)
-  assert shown(exchange.fetch(25)) == [20.0, None]
-
-
-def test_a_restart_takes_the_newest_where_what_was_in_use_is_gone(
-    join, tmp_path
-):
-  publish(tmp_path, 1, 30)
-  exchange = join(num_groups=3)
-  exchange.restore(25, [20, 20])
-  assert steps_in_use(exchange) == (30, None) and exchange.rejected == 0
+  assert steps_in_use(exchange) == (taken, None) and exchange.rejected == 0
+  assert shown(exchange.fetch(25)) == [taken, None]
 
 
 # --- Reading, lockstep -------------------------------------------------------

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -429,20 +428,6 @@ def test_the_mark_is_written_last(place, monkeypatch):
   assert states[1][1] == after
 
 
-def test_no_directory_is_renamed(tmp_path, monkeypatch):
-  original = os.replace
-
-  def replace(source, target):
-    assert not os.path.isdir(source)
-    original(source, target)
-
-  monkeypatch.setattr(os, 'replace', replace)
-  for name in ('rename', 'renames'):
-    monkeypatch.setattr(os, name, lambda *_: pytest.fail('renamed'))
-  checkpoints.save(tmp_path, STEP, a_tree(), {})
-  assert_same(read(tmp_path), a_tree())
-
-
 def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(place):
   """The reader says that it needs the step, then looks for the mark."""
   checkpoints.save(place, STEP, a_tree(), {})
@@ -628,29 +613,6 @@ def test_an_attempt_that_failed_does_not_come_in_the_way(tmp_path, monkeypatch):
   checkpoints.save(tmp_path, STEP, a_tree(), {})
   assert len(late) == 3
   assert_same(read(tmp_path), a_tree())
-
-
-@pytest.mark.parametrize(
-    'full, said', [(False, 'NOT_FOUND'), (True, 'written: File too large')]
-)
-def test_the_file_system_is_asked_why_orbax_could_not_write(
-    tmp_path, monkeypatch, full, said
-):
-  """Of several writes that fail, orbax may report one that missed another."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-  def save(*_, **__):
-    raise ValueError('NOT_FOUND: Error reading "a/.zarray"')
-
-  monkeypatch.setattr(ocp.Checkpointer, 'save', save)
-  if full:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-  try:
-    with pytest.raises(OSError, match=said):
-      checkpoints.save(tmp_path, STEP, a_tree(), {})
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert checkpoints.completed_steps(tmp_path) == []
 
 
 def test_a_directory_that_is_a_file_is_one_clear_error(tmp_path):

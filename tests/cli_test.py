@@ -222,10 +222,10 @@ sys.exit(3)
 def test_who_polls_before_it_can_leave_has_another_grace_period():
   """An evaluation of a group, of which others have not come as far."""
   script = Script("""
-from experiments.running import lockstep
+from experiments.running import job
 stop = cli.StopRequest('nothing lost', 2.0).install()
 stop.unsaved['group_0'] = 7
-latch = lockstep.Latch(stop)
+latch = job.Latch(stop)
 ready()
 while stop.signal_number is None:
   time.sleep(0.01)

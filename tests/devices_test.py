@@ -1,4 +1,4 @@
-"""How train_local shares out devices."""
+"""How train_local shares out processes."""
 
 import signal
 import sys
@@ -7,14 +7,14 @@ import time
 import pytest
 
 from experiments import cli
-from experiments.running import devices, processes
+from experiments.running import processes
 
 # Tests have a jax with threads, which warns when it is forked.
 pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
 
 def test_whole_gpus_are_shared_out():
-  environments, replicas = devices.share_gpus(list('01234567'), 3)
+  environments, replicas = processes.share_gpus(list('01234567'), 3)
   assert replicas == 2
   assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == [
       '0,1',
@@ -24,7 +24,7 @@ def test_whole_gpus_are_shared_out():
 
 
 def test_several_groups_share_a_gpu_and_its_memory():
-  environments, replicas = devices.share_gpus(['3', '5'], 3)
+  environments, replicas = processes.share_gpus(['3', '5'], 3)
   assert replicas == 1
   assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == ['3', '5', '3']
   fractions = [float(e['XLA_PYTHON_CLIENT_MEM_FRACTION']) for e in environments]
@@ -33,9 +33,9 @@ def test_several_groups_share_a_gpu_and_its_memory():
 
 def test_gpus_keep_the_names_that_the_user_gave_them(monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-abc')
-  assert devices.visible_gpus(2) == ['4', 'GPU-abc']
+  assert processes.visible_gpus(2) == ['4', 'GPU-abc']
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-  assert devices.visible_gpus(2) == ['0', '1']
+  assert processes.visible_gpus(2) == ['0', '1']
 
 
 class Stop:
@@ -56,7 +56,7 @@ def pretend_python(monkeypatch, tmp_path, script):
   path.write_text(f'#!/bin/sh\n{script}\n')
   path.chmod(0o755)
   monkeypatch.setattr(sys, 'executable', str(path))
-  monkeypatch.setattr(devices, 'may_have_accelerator', lambda: True)
+  monkeypatch.setattr(processes, 'may_have_accelerator', lambda: True)
 
 
 def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):
@@ -64,7 +64,7 @@ def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):
   pretend_python(monkeypatch, tmp_path, 'exec sleep 1000')
   start = time.monotonic()
   with pytest.raises(cli.Stopped) as e:
-    devices.share_devices(2, 2, Stop(0.3))
+    processes.share_devices(2, 2, Stop(0.3))
   assert e.value.exit_status == 130
   assert time.monotonic() - start < 500
 
@@ -72,7 +72,7 @@ def test_a_stop_ends_the_look_at_the_devices(monkeypatch, tmp_path):
 def test_devices_are_known_by_the_last_line(monkeypatch, tmp_path):
   pretend_python(monkeypatch, tmp_path, 'echo Welcome to jax; echo gpu 4')
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-  environments, replicas = devices.share_devices(2, 1, Stop())
+  environments, replicas = processes.share_devices(2, 1, Stop())
   assert replicas == 2
   assert [e['CUDA_VISIBLE_DEVICES'] for e in environments] == ['0,1', '2,3']
 
@@ -89,15 +89,15 @@ def test_a_jax_that_does_not_start_is_one_line(
 ):
   pretend_python(monkeypatch, tmp_path, script)
   with pytest.raises(OSError) as e:
-    devices.share_devices(2, 1, Stop())
+    processes.share_devices(2, 1, Stop())
   assert str(e.value) == f'jax does not start here: {reason}'
 
 
 def test_groups_on_cpu_compute_in_large_pages(monkeypatch):
   monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
-  assert devices.large_pages() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  assert processes.large_pages() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
   monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
-  assert devices.large_pages() == {}
+  assert processes.large_pages() == {}
 
 
 def test_jax_is_asked_only_where_there_may_be_an_accelerator(
@@ -105,17 +105,17 @@ def test_jax_is_asked_only_where_there_may_be_an_accelerator(
 ):
   driver = tmp_path / 'nvidia0'
   monkeypatch.setattr(sys, 'platform', 'linux')
-  monkeypatch.setattr(devices, '_DEVICE_FILES', [f'{tmp_path}/nvidia*'])
+  monkeypatch.setattr(processes, '_DEVICE_FILES', [f'{tmp_path}/nvidia*'])
   monkeypatch.delenv('JAX_PLATFORMS', raising=False)
-  assert not devices.may_have_accelerator()
+  assert not processes.may_have_accelerator()
   monkeypatch.setattr(processes, 'call', None)  # It would fail.
-  environments, replicas = devices.share_devices(2, 3, Stop())
+  environments, replicas = processes.share_devices(2, 3, Stop())
   assert (len(environments), replicas) == (2, 3)
   driver.touch()
-  assert devices.may_have_accelerator()
+  assert processes.may_have_accelerator()
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  assert not devices.may_have_accelerator()
+  assert not processes.may_have_accelerator()
   monkeypatch.delenv('JAX_PLATFORMS')
   driver.unlink()
   monkeypatch.setattr(sys, 'platform', 'darwin')
-  assert devices.may_have_accelerator()
+  assert processes.may_have_accelerator()

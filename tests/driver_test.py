@@ -25,7 +25,7 @@ from codistill_jax.storage import checkpoints, files, leases
 from codistill_jax.storage.background import Interrupted, Patience
 from experiments import cli
 from experiments.reports import run_records
-from experiments.running import devices, driver, watch
+from experiments.running import driver, watch
 from experiments.running import job as job_lib
 
 BATCH, STEPS = 4, 12
@@ -742,9 +742,9 @@ def test_a_group_batch_that_cannot_be_shared_is_refused(make_job):
 
 
 def test_devices_are_chosen_by_number():
-  assert devices.chosen_devices(0) is None
-  assert devices.chosen_devices(3) == jax.local_devices()[:3]
+  assert job_lib.chosen_devices(0) is None
+  assert job_lib.chosen_devices(3) == jax.local_devices()[:3]
   with pytest.raises(ValueError, match=r'--replicas=9, but .* 4 devices'):
-    devices.chosen_devices(9)
+    job_lib.chosen_devices(9)
   with pytest.raises(ValueError, match='--replicas=-1'):
-    devices.use_replicas(-1)
+    job_lib.use_replicas(-1)

@@ -20,7 +20,7 @@ from codistill_jax.storage.background import Patience
 IDENTITY = {'task': 'toy'}
 EVERY = 10
 # Of a disk that is tried again at once; other limits are those of every run.
-HASTY = Patience(retry=0.01, poll=0.002)
+HASTY = Patience(retry=0.01, poll=0.002, remote_lease_settle=0.05)
 PLAN = ('every', 'mode', 'staleness', 'publish_dtype', 'teacher_dtype')
 PLAN += ('max_staleness_steps', 'staleness_policy', 'topology')
 

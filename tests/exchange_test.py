@@ -4,7 +4,6 @@ import concurrent.futures
 import logging
 import threading
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,23 +93,19 @@ both_modes = pytest.mark.parametrize('mode', MODES)
 
 @both_modes
 @both_stores
-def test_it_publishes_at_multiples_of_the_interval_only(made, store, mode):
+def test_it_publishes_copies_at_multiples_of_the_interval_only(
+    made, store, mode
+):
   ours, theirs = made(store, mode=mode)
-  due = [n for n in range(31) if ours.publish_if_due(n, variables_of(n))]
+  due = []
+  for n in range(31):
+    mine = variables_of(n)
+    if ours.publish_if_due(n, mine):
+      due.append(n)
+    mine.params['w'][:] = 99.0  # As the next step does, which reuses it.
   ours.flush()
   assert due == [n for n in range(31) if ours.due(n)] == [10, 20, 30]
   assert shown(fetch_until(theirs, 30, 30)) == [30.0]
-
-
-@both_modes
-@both_stores
-def test_what_was_published_is_a_copy(made, store, mode):
-  ours, theirs = made(store, mode=mode)
-  mine = variables_of(1)
-  ours.publish_if_due(10, mine)
-  mine.params['w'][:] = 9.0  # As the next step does, which reuses the memory.
-  ours.flush()
-  assert shown(fetch_until(theirs, 10, 10)) == [1.0]
 
 
 @both_modes
@@ -244,14 +239,6 @@ def test_a_stale_peer_is_dropped_and_taken_back(made, store, caplog):
 
 
 @both_stores
-def test_without_a_limit_a_teacher_serves_for_ever(made, store):
-  ours, theirs = made(store)
-  publish(theirs, 10)
-  teachers = fetch_until(ours, 10, 10)
-  assert ours.fetch(10**6) is teachers
-
-
-@both_stores
 def test_a_group_says_once_that_nobody_comes(made, store, caplog):
   ours, _ = made(store)
   with caplog.at_level(logging.WARNING, logger='absl'):
@@ -289,13 +276,6 @@ def test_the_policy_wait_waits_for_a_younger_one(made, store):
     assert shown(waiting.result(PATIENCE)) == [20.0]
 
 
-@both_stores
-def test_the_policy_wait_has_a_limit(made, store):
-  ours, _ = made(store, **LIMIT, staleness_policy='wait', timeout=0.05)
-  with pytest.raises(TimeoutError, match=r'group 1 by 30 steps.*steps=20'):
-    ours.fetch(30)
-
-
 # --- Lockstep ----------------------------------------------------------------
 
 
@@ -314,15 +294,6 @@ def test_lockstep_takes_what_was_asked_though_newer_is_there(
     taken[n] = steps_in_use(ours)[0]
   asked = {n: n - n % EVERY - staleness for n in range(60)}
   assert taken == {n: s if s > 0 else None for n, s in asked.items()}
-
-
-@both_stores
-def test_lockstep_waits_for_a_slow_peer(made, store):
-  ours, theirs = made(store, mode='lockstep', timeout=PATIENCE)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    waiting = pool.submit(ours.fetch, 10)
-    publish(theirs, 10)
-    assert shown(waiting.result(PATIENCE)) == [10.0]
 
 
 @both_stores
@@ -449,18 +420,3 @@ def test_from_an_exchange_step_a_run_goes_on_without_a_mirror(made):
   seen = trajectory(in_lockstep(made, 'memory'), num_steps=12)
   resumed = trajectory(in_lockstep(made, 'memory'), seen[10], num_steps=12)
   toy.assert_same(resumed, {k: seen[k] for k in (11, 12)})
-
-
-def test_publications_outlive_the_donated_state(made):
-  # On CPU numpy.asarray gives a view of a buffer that the next step reuses.
-  ours, theirs = made('memory', every=1, mode='lockstep')
-  step, stream = toy.on_replicas(MODEL, TX, 4), toy.Tokens(8)
-  state = step.place(starts()[0])
-  for n in range(1, 4):
-    state, _ = step(state, stream.batch(n), None, 0.0)
-    ours.publish_if_due(n, state.variables)
-    expected = jax.tree.map(np.array, state.variables)
-    for _ in range(3):
-      state, _ = step(state, stream.batch(n), None, 0.0)
-    teachers = theirs.fetch(n)
-    toy.assert_same(jax.tree.map(lambda x: x[0], teachers.variables), expected)

@@ -5,6 +5,7 @@ import pathlib
 import algorithm1
 import all_groups
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,6 +15,7 @@ import toy
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import run_directory
 from codistill_jax import step as step_lib
+from codistill_jax.base import cast_floats
 from codistill_jax.exchange import kinds
 from codistill_jax.exchange.kinds import FixedExchange, FixedTeachers
 from codistill_jax.group import run_group
@@ -26,24 +28,33 @@ TX = optax.sgd(0.5)
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 
 
-def save_run(workdir, model, seeds=(100, 101), steps=(3, 5), identity=IDENTITY):
-  """A run of groups that were trained somehow, with another optimiser."""
-  for group_id, seed in enumerate(seeds):
-    checkpoints = ResumeCheckpoints(
-        run_directory.checkpoints_dir(workdir, group_id), identity=identity
-    )
-    for step in steps:
-      state = toy.start(model, toy.ADAM, seed + 10 * step, num_peers=0)
-      checkpoints.save(state.replace(step=np.int32(step)))
-      checkpoints.wait()
-    checkpoints.close()
+def save_run(workdir, states, identity=IDENTITY, **run):
+  """A run that has ended: of each group, the states that it left."""
+  for group_id, left in enumerate(states):
+    directory = run_directory.checkpoints_dir(workdir, group_id)
+    saved = ResumeCheckpoints(directory, identity=identity)
+    for state in left:
+      saved.save(state)
+      saved.wait()
+    saved.close()
     run_directory.done_path(workdir, group_id).touch()
-  run_directory.write_run(workdir, {'num_groups': len(seeds)})
+  run_directory.write_run(workdir, {'num_groups': len(states), **run})
   return workdir
 
 
-def variables_of(model, seed, step=5):
-  return toy.start(model, toy.ADAM, seed + 10 * step, num_peers=0).variables
+def state_of(model, seed, step=5):
+  """Trained somehow, with another optimiser."""
+  state = toy.start(model, toy.ADAM, seed + 10 * step, num_peers=0)
+  return state.replace(step=np.int32(step))
+
+
+def states_of(model, seeds=(100, 101), steps=(3, 5)):
+  return [[state_of(model, seed, n) for n in steps] for seed in seeds]
+
+
+def variables_of(model, *groups):
+  """(seed, step) of each group -> what they teach."""
+  return toy.stacked([state_of(model, *group).variables for group in groups])
 
 
 def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
@@ -56,11 +67,8 @@ def exchange_of(runs, model, *, step=None, identity=IDENTITY, **kwargs):
 
 @pytest.fixture(scope='module')
 def teacher_run(tmp_path_factory):
-  return save_run(tmp_path_factory.mktemp('runs') / 'two', toy.TWO_LAYERS)
-
-
-def fresh(tmp_path, model=toy.TWO_LAYERS, **kwargs):
-  return save_run(tmp_path / 'teachers', model, **kwargs)
+  workdir = tmp_path_factory.mktemp('runs') / 'two'
+  return save_run(workdir, states_of(toy.TWO_LAYERS))
 
 
 # -- what the student learns --------------------------------------------------
@@ -71,7 +79,7 @@ def test_the_student_is_that_of_algorithm_1_with_fixed_teachers(teacher_run):
   before = tiny_run.snapshot(teacher_run)
   exchange = exchange_of([teacher_run], model)
   teachers = [
-      algorithm1.as_float64(variables_of(model, seed).params)
+      algorithm1.as_float64(state_of(model, seed).variables.params)
       for seed in (100, 101)
   ]
   state = toy.start(model, TX, 1, num_peers=2)
@@ -100,63 +108,27 @@ def test_the_student_is_that_of_algorithm_1_with_fixed_teachers(teacher_run):
   found = jax.tree.map(lambda x: x.astype(np.float64), found)
   toy.assert_same(found, theta, rtol=1e-4, atol=1e-5)
   # The teachers are what they were, here and there.
-  expected = [variables_of(model, seed) for seed in (100, 101)]
-  toy.assert_same(exchange.fetch(0), toy.stacked(expected))
+  expected = variables_of(model, (100, 5), (101, 5))
+  toy.assert_same(exchange.fetch(0), expected)
   assert tiny_run.snapshot(teacher_run) == before
 
 
-def test_teachers_bring_their_statistics_and_are_in_eval_mode(tmp_path):
-  """A model that centres its inputs by the batch, or by what it learnt."""
-  model = toy.STATISTICS
-  run = fresh(tmp_path, model)
-  directory = run_directory.checkpoints_dir(run, 0)
-  state = toy.start(model, toy.ADAM, 100, num_peers=0)
-  state_of = {
-      'mean': np.full(toy.FEATURES, 2.0, np.float32),
-      'calls': np.asarray(7, np.int32),
-  }
-  taught = state.variables.replace(model_state=state_of)
-  checkpoints = ResumeCheckpoints(directory, identity=IDENTITY)
-  checkpoints.save(state.replace(step=np.int32(9), variables=taught))
-  checkpoints.close()
-  run_directory.write_run(run, {'num_groups': 1})
-  teachers = exchange_of([run], model).fetch(0)
-  assert teachers.variables.model_state['calls'].tolist() == [7]
-  batch = toy.stream_of(model).batch(0)
-  student = toy.start(model, TX, 1)
-  _, metrics = toy.on_replicas(model, TX, 1)(
-      toy.on_replicas(model, TX, 1).place(student), batch, teachers, 1.0
-  )
-  x, w = batch['inputs'].astype(np.float64), batch['weights']
-  soft = lambda z: np.exp(z) / np.exp(z).sum(1, keepdims=True)
-  p = soft((x - 2.0) @ np.asarray(taught.params['kernel'], np.float64))
-  kernel = np.asarray(student.variables.params['kernel'], np.float64)
-  q = soft((x - x.mean(0, keepdims=True)) @ kernel)
-  expected = -np.sum(w * np.sum(p * np.log(q), axis=1)) / w.sum()
-  np.testing.assert_allclose(metrics['loss/distill'], expected, rtol=1e-4)
-
-
-def test_all_groups_of_all_runs_teach_in_order(teacher_run, tmp_path):
-  model = toy.TWO_LAYERS
-  other = fresh(tmp_path, seeds=(7,), steps=(3,))
-  exchange = exchange_of([teacher_run, other], model)
-  expected = [
-      *(variables_of(model, seed) for seed in (100, 101)),
-      variables_of(model, 7, 3),
-  ]
-  toy.assert_same(exchange.fetch(0), toy.stacked(expected))
+@pytest.mark.parametrize('model', [toy.TWO_LAYERS, toy.STATISTICS])
+def test_all_groups_of_all_runs_teach_in_order(tmp_path, model):
+  two = save_run(tmp_path / 'two', states_of(model))
+  one = save_run(tmp_path / 'one', states_of(model, (7,), (3,)))
+  exchange = exchange_of([two, one], model)
+  expected = variables_of(model, (100, 5), (101, 5), (7, 3))
+  toy.assert_same(exchange.fetch(0), expected)
   assert [p.step for p in exchange.in_use] == [5, 5, 3]
   assert exchange.fetch(0) is exchange.fetch(10)
   assert exchange.peers == () and not exchange.due(10)
-  older = exchange_of([teacher_run], model, step=3)
-  expected = [variables_of(model, seed, 3) for seed in (100, 101)]
-  toy.assert_same(older.fetch(0), toy.stacked(expected))
-
-
-def test_teachers_are_held_in_their_dtype(teacher_run):
-  teachers = exchange_of([teacher_run], toy.TWO_LAYERS, dtype='bfloat16')
-  found = {x.dtype.name for x in jax.tree.leaves(teachers.fetch(0).variables)}
-  assert found == {'bfloat16'}
+  older = exchange_of([two], model, step=3, dtype='bfloat16').fetch(0)
+  widths = {x.dtype for x in jax.tree.leaves(older.variables.params)}
+  assert widths == {jnp.dtype('bfloat16')}
+  older = cast_floats(older, 'float32')
+  expected = variables_of(model, (100, 3), (101, 3))
+  toy.assert_same(older, expected, rtol=0.01)
 
 
 # -- what does not fit --------------------------------------------------------
@@ -198,10 +170,11 @@ def with_a_flipped_bit(run):
     ],
 )
 def test_a_run_that_cannot_teach_is_named(tmp_path, spoil, message):
-  run = fresh(tmp_path)
+  model = toy.TWO_LAYERS
+  run = save_run(tmp_path / 'run', states_of(model))
   spoil(run)
   with pytest.raises(ValueError, match=message) as e:
-    exchange_of([run], toy.TWO_LAYERS)
+    exchange_of([run], model)
   assert '\n' not in str(e.value)
 
 
@@ -272,20 +245,17 @@ def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
 @pytest.fixture(scope='module')
 def taught(tmp_path_factory):
   """A teacher run of the recurrent model, and the compiled step of students."""
-  run = tmp_path_factory.mktemp('runs') / 'recurrent'
   batch = toy.Tokens(4).batch(0)
-  for group_id in (0, 1):
-    state = step_lib.init_state(
-        MODEL, TX, jax.random.PRNGKey(50 + group_id), batch
-    )
-    checkpoints = ResumeCheckpoints(
-        run_directory.checkpoints_dir(run, group_id),
-        identity=toy.TOKEN_TASK.identity,
-    )
-    checkpoints.save(state.replace(step=np.int32(20 + group_id)))
-    checkpoints.close()
-    run_directory.done_path(run, group_id).touch()
-  run_directory.write_run(run, {'num_groups': 2, 'prior_steps': 9})
+  states = [
+      [
+          step_lib.init_state(
+              MODEL, TX, jax.random.PRNGKey(50 + g), batch
+          ).replace(step=np.int32(20 + g))
+      ]
+      for g in (0, 1)
+  ]
+  run = tmp_path_factory.mktemp('runs') / 'recurrent'
+  save_run(run, states, toy.TOKEN_TASK.identity, prior_steps=9)
   experiment = experiment_of(run)
   step = experiment_lib.make_replicated_step(
       experiment, MODEL, jax.devices()[:1]

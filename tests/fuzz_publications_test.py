@@ -5,7 +5,6 @@ The damage is drawn from a seed: bits of disks, hands of people, faulty writers.
 
 import collections
 import dataclasses
-import functools
 import shutil
 
 import jax.numpy as jnp
@@ -25,84 +24,53 @@ REFUSALS = (checkpoints.DamagedError, checkpoints.MissingError, MismatchError)
 HARMLESS = 'read'
 
 
-def variables_of(seed):
+def tree_of(seed):
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  return Variables(
+  return {
       # Two leaves of one shape, one too large to be kept in a manifest.
-      params={
+      'params': {
           'a': {'kernel': normal(40, 30), 'bias': normal(30)},
           'b': {'kernel': normal(40, 30), 'bias': normal(30)},
           'half': normal(7).astype(jnp.bfloat16),
       },
-      model_state={'mean': normal(30), 'count': np.array(seed, np.int32)},
-  )
-
-
-def publication_of(step):
-  return Publication(GROUP, step, time=12.5 + step, identity=IDENTITY)
-
-
-def as_tree(variables):
-  return {'params': variables.params, 'model_state': variables.model_state}
+      'model_state': {'mean': normal(30), 'count': np.array(seed, np.int32)},
+  }
 
 
 @pytest.fixture(scope='module')
 def original(tmp_path_factory):
   """A root with two publications of one group; and what they hold."""
   root = tmp_path_factory.mktemp('original')
-  written = publications.write(root, publication_of(STEP), variables_of(1))
-  publications.write(root, publication_of(OTHER_STEP), variables_of(2))
-  return root, written
+  written = [
+      publications.write(
+          root,
+          Publication(GROUP, step, 12.5 + step, IDENTITY),
+          Variables(**tree_of(seed)),
+      )
+      for step, seed in ((STEP, 1), (OTHER_STEP, 2))
+  ]
+  return root, written[0]
 
 
-# --- Damage: each takes the directory of the group and a generator -----------
+# --- Damage: each takes the directory of a publication and a generator -------
 
 
-def directory_of(group, step=STEP):
-  return group / str(step)
-
-
-def some_file(group, rng, step=STEP):
-  files = sorted(p for p in directory_of(group, step).rglob('*') if p.is_file())
+def some_file(directory, rng):
+  files = sorted(p for p in directory.rglob('*') if p.is_file())
   return files[rng.integers(len(files))]
 
 
-def edits(change):
-  """A damage: `change(data, rng)` gives another content of some file."""
-
-  @functools.wraps(change)
-  def damage(group, rng):
-    path = some_file(group, rng)
-    path.write_bytes(change(bytearray(path.read_bytes()), rng))
-
-  return damage
+def other_of(directory):
+  return directory.parent / str(OTHER_STEP)
 
 
-@edits
-def truncate(data, rng):
-  return data[: rng.integers(len(data) + 1)]
-
-
-@edits
-def extend(data, rng):
-  return data + rng.bytes(int(rng.integers(1, 5000)))
-
-
-@edits
-def empty(data, rng):
-  del data, rng
-  return b''
-
-
-@edits
 def flip_bits(data, rng):
   for place in rng.integers(8 * len(data), size=rng.integers(1, 4)):
     data[place // 8] ^= 1 << (place % 8)
   return data
 
 
-@edits
 def overwrite_bytes(data, rng):
   start, length = rng.integers(len(data)), rng.integers(1, 65)
   noise = rng.bytes(int(length))[: len(data) - start]
@@ -110,26 +78,42 @@ def overwrite_bytes(data, rng):
   return data
 
 
-@edits
-def zero_a_page(data, rng):
+def zero_the_rest(data, rng):
   """As a disk that lost power does."""
   start = int(rng.integers(len(data)))
-  data[start:] = bytes(len(data) - start)
-  return data
+  return data[:start] + bytes(len(data) - start)
 
 
-def delete(group, rng):
-  some_file(group, rng).unlink()
+EDITS = {  # Other contents of some file.
+    'truncate': lambda data, rng: data[: rng.integers(len(data) + 1)],
+    'extend': lambda data, rng: data + rng.bytes(int(rng.integers(1, 5000))),
+    'empty': lambda data, rng: b'',
+    'flip_bits': flip_bits,
+    'overwrite_bytes': overwrite_bytes,
+    'zero_the_rest': zero_the_rest,
+}
 
 
-def delete_directory(group, rng):
-  directories = [p for p in directory_of(group).rglob('*') if p.is_dir()]
-  shutil.rmtree(sorted(directories)[rng.integers(len(directories))])
+def edit(change):
+  def damage(directory, rng):
+    path = some_file(directory, rng)
+    path.write_bytes(change(bytearray(path.read_bytes()), rng))
+
+  return damage
 
 
-def alter_a_digit_of_the_record(group, rng):
+def delete(directory, rng):
+  some_file(directory, rng).unlink()
+
+
+def delete_directory(directory, rng):
+  inside = [p for p in directory.rglob('*') if p.is_dir()]
+  shutil.rmtree(sorted(inside)[rng.integers(len(inside))])
+
+
+def alter_a_digit_of_the_record(directory, rng):
   """Still JSON, and well formed."""
-  path = directory_of(group) / 'record.json'
+  path = directory / 'record.json'
   data = bytearray(path.read_bytes())
   # Of the facts, or of all of it: leaves, sizes, digests.
   end = [data.index(b'"leaves"'), len(data)][rng.integers(2)]
@@ -139,72 +123,61 @@ def alter_a_digit_of_the_record(group, rng):
   path.write_bytes(bytes(data))
 
 
-def exchange_files(group, rng):
+def exchange_files(directory, rng):
   """The same file of two publications changes places."""
-  path = some_file(group, rng)
-  name = path.relative_to(directory_of(group))
-  other = directory_of(group, OTHER_STEP) / name
+  path = some_file(directory, rng)
+  other = other_of(directory) / path.relative_to(directory)
   if not other.exists():  # Data files have random names.
-    other = some_file(group, rng, OTHER_STEP)
+    other = some_file(other_of(directory), rng)
   mine, theirs = path.read_bytes(), other.read_bytes()
   path.write_bytes(theirs)
   other.write_bytes(mine)
 
 
-def take_files_of_another(group, rng):
+def take_files_of_another(directory, rng):
   """Half of one publication and half of another."""
-  name = ['arrays', 'record.json'][rng.integers(2)]
-  mine = directory_of(group) / name
-  theirs = directory_of(group, OTHER_STEP) / name
-  if mine.is_dir():
-    shutil.rmtree(mine)
-    shutil.copytree(theirs, mine)
+  if rng.integers(2):
+    shutil.copy(other_of(directory) / 'record.json', directory)
   else:
-    shutil.copy(theirs, mine)
+    shutil.rmtree(directory / 'arrays')
+    shutil.copytree(other_of(directory) / 'arrays', directory / 'arrays')
 
 
-def copy_of_another(group, rng):
+def copy_of_another(directory, rng):
   del rng
-  shutil.rmtree(directory_of(group))
-  shutil.copytree(directory_of(group, OTHER_STEP), directory_of(group))
+  shutil.rmtree(directory)
+  shutil.copytree(other_of(directory), directory)
 
 
 # What a faulty writer left. Made once each, as saving waits for the disk; the
 # draw is from a few.
 
 
-def save(group, tree, **facts):
-  published = publication_of(STEP)
-  written = {
-      'group_id': published.group_id,
-      'step': published.step,
-      'time': published.time,
-      'identity': dict(published.identity),
-  }
-  return checkpoints.save(group, STEP, tree, written | facts)
+def save(directory, tree, **facts):
+  written = {'group_id': GROUP, 'step': STEP, 'time': 32.5}
+  written |= {'identity': IDENTITY} | facts
+  return checkpoints.save(directory.parent, STEP, tree, written)
 
 
-def lie_about_leaves(group, before, after):
-  """Gives what was saved now the record of what was saved before."""
-  path = directory_of(group) / 'record.json'
-  lie = dataclasses.replace(before, files=after.files)
-  path.write_bytes(checkpoints.encode(lie))
+def save_with_old_leaves(directory, tree, always):
+  """Gives what is saved now the leaves that were saved before; or files too."""
+  before = checkpoints.load_record(directory.parent, STEP)
+  after = save(directory, tree)
+  lie = dataclasses.replace(before, files=after.files) if always else after
+  (directory / 'record.json').write_bytes(checkpoints.encode(lie))
 
 
-def swap_leaves(group, rng):
-  """Saved again with two leaves exchanged; with the old record, or leaves."""
-  tree = as_tree(variables_of(1))
+def swap_leaves(directory, rng):
+  tree = tree_of(1)
   name = ['kernel', 'bias'][rng.integers(2)]
   a, b = tree['params']['a'], tree['params']['b']
   a[name], b[name] = b[name], a[name]
-  before = checkpoints.load_record(group, STEP)
-  after = save(group, tree)
-  lie_about_leaves(group, before, after if rng.integers(2) else before)
+  save_with_old_leaves(directory, tree, True)
 
 
-def another_structure(group, rng):
+def another_structure(directory, rng):
   """Wrong shapes, dtypes, names: said by the record, or not."""
-  tree = as_tree(variables_of(1))
+  tree = tree_of(1)
   params = tree['params']
   changes = [
       lambda: params['a'].update(kernel=params['a']['kernel'].T),
@@ -217,27 +190,19 @@ def another_structure(group, rng):
       lambda: params.update(more=np.ones(3, np.float32)),
   ]
   changes[rng.integers(len(changes))]()
-  before = checkpoints.load_record(group, STEP)
-  after = save(group, tree)
-  if rng.integers(2):
-    lie_about_leaves(group, before, after)
+  save_with_old_leaves(directory, tree, rng.integers(2))
 
 
-def not_finite(group, rng):
-  tree = as_tree(variables_of(1))
-  leaves = [
-      *tree['params']['a'].values(),
-      *tree['params']['b'].values(),
-      tree['params']['half'],
-      tree['model_state']['mean'],
-  ]
-  leaf = leaves[rng.integers(len(leaves))].reshape(-1)
+def not_finite(directory, rng):
+  tree = tree_of(1)
+  floats = [x for _, x in checkpoints.flatten(tree) if x.dtype != np.int32]
+  leaf = floats[rng.integers(len(floats))].reshape(-1)
   places = rng.integers(leaf.size, size=rng.integers(1, 4))
   leaf[places] = rng.choice([np.nan, np.inf, -np.inf])
-  save(group, tree)
+  save(directory, tree)
 
 
-def odd_facts(group, rng):
+def odd_facts(directory, rng):
   odd = [
       {'time': float(rng.choice([np.nan, np.inf, -np.inf]))},
       {'time': str(rng.random())},
@@ -249,74 +214,61 @@ def odd_facts(group, rng):
       {'identity': [1]},
       {rng.bytes(3).hex(): 1},
   ]
-  save(group, as_tree(variables_of(1)), **odd[rng.integers(len(odd))])
+  save(directory, tree_of(1), **odd[rng.integers(len(odd))])
 
 
 FAULTY_WRITERS = (swap_leaves, another_structure, not_finite, odd_facts)
 VARIANTS = 16
+# These say nothing true.
+WHOLE = (take_files_of_another, copy_of_another, delete_directory)
+WHOLE += FAULTY_WRITERS
+DAMAGE = [
+    *map(edit, EDITS.values()),
+    *(delete, alter_a_digit_of_the_record, exchange_files),
+    *WHOLE,
+]
 
 
 @pytest.fixture(scope='module')
 def faulty(original, tmp_path_factory):
-  """(writer, variant) -> directory of a step."""
+  """(writer, variant) -> directory of a publication."""
   made = {}
   for writer in FAULTY_WRITERS:
     for variant in range(VARIANTS):
       group = tmp_path_factory.mktemp('faulty') / f'group_{GROUP}'
       shutil.copytree(original[0] / f'group_{GROUP}', group)
-      writer(group, np.random.default_rng([6, variant]))
-      made[writer, variant] = directory_of(group)
+      made[writer, variant] = group / str(STEP)
+      writer(group / str(STEP), np.random.default_rng([6, variant]))
   return made
-
-
-DAMAGE = [
-    truncate,
-    extend,
-    empty,
-    delete,
-    delete_directory,
-    flip_bits,
-    alter_a_digit_of_the_record,
-    overwrite_bytes,
-    zero_a_page,
-    exchange_files,
-    take_files_of_another,
-    copy_of_another,
-    swap_leaves,
-    another_structure,
-    not_finite,
-    odd_facts,
-]
 
 
 def outcome(root, written):
   """How a reader takes it; fails if it takes anything but the original."""
   try:
     found, variables = publications.read(
-        root, GROUP, STEP, like=variables_of(0), identity=IDENTITY
+        root, GROUP, STEP, like=Variables(**tree_of(0)), identity=IDENTITY
     )
   except REFUSALS as e:
     assert '\n' not in str(e) and len(str(e)) < 1000, e
     return type(e).__name__
   assert found == written
-  theirs, ours = (
-      checkpoints.flatten(as_tree(x)) for x in (variables, variables_of(1))
-  )
+  theirs = checkpoints.flatten(variables)
+  ours = checkpoints.flatten(Variables(**tree_of(1)))
   for (path, x), (_, y) in zip(theirs, ours, strict=True):
     assert (x.shape, x.dtype) == (y.shape, y.dtype), path
     assert x.tobytes() == y.tobytes(), path
   return HARMLESS
 
 
-def do_damage(damage, group, rng, faulty):
+def do_damage(damage, directory, rng, faulty):
   if damage in FAULTY_WRITERS:
-    shutil.rmtree(directory_of(group))
+    shutil.rmtree(directory)
     variant = faulty[damage, int(rng.integers(VARIANTS))]
-    shutil.copytree(variant, directory_of(group))
+    shutil.copytree(variant, directory)
     damage = DAMAGE[rng.integers(len(DAMAGE))]  # On top of it.
     if rng.integers(2) or damage in FAULTY_WRITERS:
       return
-  damage(group, rng)
+  damage(directory, rng)
 
 
 @pytest.mark.parametrize('part', range(PARTS))
@@ -332,19 +284,18 @@ def test_a_damaged_publication_is_refused_or_identical(
     shutil.copytree(root, spoiled)
     damage = DAMAGE[case // PARTS % len(DAMAGE)]
     try:
-      do_damage(damage, spoiled / f'group_{GROUP}', rng, faulty)
-      outcomes[damage.__name__][outcome(spoiled, written)] += 1
+      directory = spoiled / f'group_{GROUP}' / str(STEP)
+      do_damage(damage, directory, rng, faulty)
+      outcomes[damage][outcome(spoiled, written)] += 1
     except BaseException as e:
-      e.add_note(f'case {case}: {damage.__name__}')
+      e.add_note(f'case {case}: {damage}')
       raise
     shutil.rmtree(spoiled)
   assert sum(sum(c.values()) for c in outcomes.values()) == CASES // PARTS
   # Not vacuous: what says nothing true is refused always, a damaged file
   # nearly always (of the mark, only its being there matters).
   for damage in DAMAGE:
-    counts = outcomes[damage.__name__]
+    counts = outcomes[damage]
     assert counts.total() >= CASES // PARTS // len(DAMAGE)
-    whole = (take_files_of_another, copy_of_another, delete_directory)
-    whole += FAULTY_WRITERS
-    allowed = 0 if damage in whole else 0.4 * counts.total()
-    assert counts[HARMLESS] <= allowed, (damage.__name__, counts)
+    allowed = 0 if damage in WHOLE else 0.4 * counts.total()
+    assert counts[HARMLESS] <= allowed, (damage, counts)

@@ -1,10 +1,12 @@
-"""Decoding: any mode to RGB, the right part, damaged files, threads."""
+"""Decoding: any mode to RGB, the right part, damaged files, threads, crops."""
 
 import logging
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from made_images import BLUE, GREEN, RED, encode, gradient, plain
 from PIL import Image
 
@@ -30,8 +32,13 @@ def images_of(files, count=None, **changes):
   return image_decode.EncodedImages(data, **arguments)
 
 
-def deep_grey():
-  return Image.fromarray(np.full((12, 16), 40_000, np.uint16))
+def deep(number, dtype=np.uint16):
+  return Image.fromarray(np.full((12, 16), number, dtype))
+
+
+def big_endian(number):
+  pixels = np.full((12, 16), number, '>u2').tobytes()
+  return Image.frombytes('I;16B', (16, 12), pixels)
 
 
 def palette_with_transparency():
@@ -40,28 +47,98 @@ def palette_with_transparency():
   return image
 
 
+def pgm(most, number):
+  pixels = np.full((12, 16), number, '>u2').tobytes()
+  return f'P5 16 12 {most}\n'.encode() + pixels
+
+
+GREY = (90, 90, 90)
+PHOTOMETRIC = 262  # 0: white is 0.
+
+
 @pytest.mark.parametrize(
     'content, colour',
     [
-        (lambda: encode(plain(RED), 'JPEG'), RED),
-        (lambda: encode(plain(GREEN), 'PNG'), GREEN),
-        (lambda: encode(plain(BLUE), 'WEBP', lossless=True), BLUE),
-        (lambda: encode(plain(BLUE), 'BMP'), BLUE),
-        (lambda: encode(plain(RED).convert('CMYK'), 'JPEG'), RED),
-        (lambda: encode(plain((90, 90, 90)).convert('L'), 'JPEG'), (90,) * 3),
-        (lambda: encode(plain((90, 90, 90)).convert('LA')), (90,) * 3),
-        (lambda: encode(plain((255, 255, 255)).convert('1')), (255,) * 3),
-        (lambda: encode(plain(GREEN).convert('RGBA')), GREEN),
-        (lambda: encode(plain(RED).convert('P'), 'GIF'), RED),
-        (lambda: encode(palette_with_transparency()), RED),
-        (lambda: encode(deep_grey()), (40_000 // 256,) * 3),
-        (lambda: encode(deep_grey(), 'TIFF'), (40_000 // 256,) * 3),
+        (encode(plain(RED), 'JPEG'), RED),
+        (encode(plain(GREEN), 'PNG'), GREEN),
+        (encode(plain(BLUE), 'WEBP', lossless=True), BLUE),
+        (encode(plain(BLUE), 'BMP'), BLUE),
+        (encode(plain(RED).convert('CMYK'), 'JPEG'), RED),
+        (encode(plain(RED).convert('CMYK'), 'TIFF'), RED),
+        (encode(plain(RED).convert('YCbCr'), 'TIFF'), RED),
+        (encode(plain(GREY).convert('L'), 'JPEG'), GREY),
+        (encode(plain(GREY).convert('LA')), GREY),
+        (encode(plain(GREY).convert('LA'), 'TIFF'), GREY),
+        (encode(plain((255, 255, 255)).convert('1')), (255,) * 3),
+        (encode(plain((255, 255, 255)).convert('1'), 'TIFF'), (255,) * 3),
+        (encode(plain(GREEN).convert('RGBA')), GREEN),
+        (encode(Image.new('RGBA', (16, 12), (*GREEN, 0))), GREEN),
+        (encode(plain(RED).convert('P'), 'GIF'), RED),
+        (encode(palette_with_transparency()), RED),
+        (encode(deep(40_000)), (156,) * 3),
+        (encode(deep(40_000), 'TIFF'), (156,) * 3),
+        (encode(big_endian(40_000), 'TIFF'), (156,) * 3),
+        (pgm(65_535, 40_000), (156,) * 3),
+        (pgm(1023, 625), (156,) * 3),
+        # Nothing says which number is white.
+        (encode(deep(200, np.int32), 'TIFF'), None),
+        (encode(deep(40_000, np.int32), 'TIFF'), None),
+        (encode(deep(0.5, np.float32), 'TIFF'), None),
+        (encode(deep(200, np.float32), 'TIFF'), None),
+        (encode(deep(9), 'TIFF', tiffinfo={PHOTOMETRIC: 0}), None),
     ],
 )
-def test_every_mode_becomes_rgb(content, colour):
-  found = decode(content())
+def test_every_mode_becomes_rgb_or_is_damaged(content, colour):
+  if colour is None:
+    images = images_of([content])
+    assert images.read(np.asarray([0]))['weights'].tolist() == [0]
+    assert 'which number is white' in images.damaged[0]
+    return
+  found = decode(content)
   assert found.shape == (8, 8, 3) and found.dtype == np.uint8
   assert np.abs(found.astype(int) - colour).max() <= 30  # Palettes, CMYK.
+
+
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+@pytest.mark.parametrize('orientation', [0, 1, *TURNED, 9])
+def test_a_picture_is_read_as_viewers_turn_it(kind, orientation):
+  stored = upright = gradient(96, 64)
+  if orientation in TURNED:
+    stored = upright.transpose(TURNED[orientation])
+  exif = Image.Exif()
+  exif[0x112] = orientation
+  options = {'quality': 95} if kind == 'JPEG' else {}
+  encoded = encode(stored, kind, exif=exif, **options)
+  for size, box in ((16, (48, 0, 96, 48)), (6, (0, 10, 54, 64))):
+    found = decode(encoded, size, lambda w, h, box=box: box)
+    expected = decode(encode(upright), size, lambda w, h, box=box: box)
+    assert np.abs(found.astype(int) - expected).mean() < 5
+  assert image_decode.decode(encoded).shape == (64, 96, 3)
+
+
+def test_images_of_one_colour_are_counted_and_keep_their_weight(caplog):
+  half = np.asarray(plain(RED, (40, 40))).copy()
+  half[:, :20] = 0
+  files = [encode(plain(RED)), encode(half), encode(deep(9)), encode(deep(0))]
+  images = images_of(files)
+  drawn = np.zeros((4, DRAWS))  # Small parts, at the upper left.
+  with caplog.at_level(logging.WARNING):
+    for draws in (None, drawn, drawn):
+      assert images.read(np.arange(4), draws)['weights'].tolist() == [1] * 4
+  assert set(images.plain) == {0, 2, 3} and not images.damaged
+  assert len(caplog.records) == 3
+  assert 'one colour only' in caplog.records[0].getMessage()
 
 
 def test_the_right_part_is_read_the_right_way_round():
@@ -102,10 +179,12 @@ def test_a_large_jpeg_is_decoded_small(monkeypatch):
 
 def test_evaluation_reads_the_centre_and_training_the_drawn_part():
   files = [encode(gradient(90, 60))]
-  images = images_of(files, size=8, resize=10)
+  mean, std = (0.1, 0.2, 0.3), (1, 2, 4)
+  images = images_of(files, size=8, resize=10, mean=mean, std=std)
   (centre,) = images.read(np.asarray([0]))['inputs']
   expected = decode(files[0], 8, lambda w, h: (21, 6, 69, 54))
-  np.testing.assert_allclose(centre, expected / 255, atol=1e-6)
+  normal = lambda x: (x / 255 - mean) / std
+  np.testing.assert_allclose(centre, normal(expected), atol=1e-6)
   drawn = np.random.default_rng(1).random((1, DRAWS))
   for flip in (0.4, 0.6):
     drawn[0, image_decode.CROP_DRAWS + 2] = flip
@@ -114,16 +193,7 @@ def test_evaluation_reads_the_centre_and_training_the_drawn_part():
     expected = decode(files[0], 8, lambda w, h, box=box: box)
     if flip < 0.5:
       expected = expected[:, ::-1]
-    np.testing.assert_allclose(part, expected / 255, atol=1e-6)
-
-
-def test_images_are_normalised():
-  images = images_of([encode(plain(RED))], mean=(0.1, 0.2, 0.3), std=(1, 2, 4))
-  (found,) = images.read(np.asarray([0]))['inputs']
-  expected = (np.asarray(RED) / 255 - (0.1, 0.2, 0.3)) / (1, 2, 4)
-  np.testing.assert_allclose(
-      found, np.broadcast_to(expected, found.shape), atol=1e-5
-  )
+    np.testing.assert_allclose(part, normal(expected), atol=1e-6)
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -176,11 +246,6 @@ def test_a_damaged_image_has_weight_0_and_is_named_once(damaged, caplog):
   assert list(images.damaged) == [1] and images.damaged[1]
 
 
-def test_a_file_that_is_gone_is_damaged_too():
-  images = images_of({}, count=5, workers=1)
-  assert images.read(np.asarray([3]))['weights'].tolist() == [0]
-
-
 def test_too_many_damaged_images_are_an_error():
   files = [GOOD] * 10 + [b''] * 10
   images = images_of(files, max_damaged=0.2, workers=1)
@@ -211,3 +276,98 @@ def test_only_the_first_damaged_images_are_named(caplog):
 def test_errors(changes, message):
   with pytest.raises(ValueError, match=message):
     images_of([GOOD], **changes)
+
+
+# --- Augmentation ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'pad, flip', [(2, True), (2, False), (0, True), (0, False)]
+)
+def test_pad_crop_flip_does_it_one_by_one(pad, flip):
+  rng = np.random.default_rng(0)
+  images = rng.integers(1, 255, (200, 5, 6, 2)).astype(np.uint8)
+  drawn = rng.random((200, 4))
+  found = image_decode.pad_crop_flip(images, drawn, pad=pad, flip=flip)
+  assert found.dtype == np.uint8
+  places = np.floor(drawn[:, :2] * (2 * pad + 1)).astype(int)
+  # Every place is used, the last one too.
+  for place in places.T:
+    assert set(place.tolist()) == set(range(2 * pad + 1))
+  for i, (top, left) in enumerate(places):
+    padded = np.zeros((5 + 2 * pad, 6 + 2 * pad, 2), np.uint8)
+    padded[pad : pad + 5, pad : pad + 6] = images[i]
+    expected = padded[top : top + 5, left : left + 6]
+    if flip and drawn[i, 2] < 0.5:
+      expected = expected[:, ::-1]
+    np.testing.assert_array_equal(found[i], expected)
+
+
+@hypothesis.given(
+    width=st.integers(1, 800),
+    height=st.integers(1, 800),
+    seed=st.integers(0, 1000),
+)
+def test_random_part_is_inside_the_image(width, height, seed):
+  drawn = np.random.default_rng(seed).random(DRAWS)
+  left, top, right, bottom = image_decode.random_resized_box(
+      width, height, drawn
+  )
+  assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
+  rng = np.random.default_rng(0)
+  boxes = np.asarray(
+      [
+          image_decode.random_resized_box(500, 375, row)
+          for row in rng.random((4000, DRAWS))
+      ]
+  )
+  widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+  areas, aspects = widths * heights / (500 * 375), widths / heights
+  assert 0.079 < areas.min() < 0.085 and 0.97 < areas.max() <= 1
+  assert 0.74 < aspects.min() < 0.76 and 1.32 < aspects.max() < 1.345
+  # Wide and high parts are equally frequent among the small ones, which fit.
+  small = areas < 0.4
+  assert abs(np.mean(np.log(aspects[small]))) < 0.02
+  # Uniform area, among those that fit with any aspect.
+  assert abs(np.mean(areas[small]) - 0.24) < 0.01
+  # Every place is possible, up to the border.
+  assert boxes[:, :2].min() == 0 and boxes[:, 2].max() == 500
+  assert boxes[:, 3].max() == 375
+  mirrored = [image_decode.is_mirrored(row) for row in rng.random((2000, 24))]
+  assert 0.45 < np.mean(mirrored) < 0.55
+
+
+@pytest.mark.parametrize(
+    'width, height, box',
+    [
+        (1000, 30, (480, 0, 520, 30)),
+        (30, 1000, (0, 480, 30, 520)),
+        (1, 1, (0, 0, 1, 1)),
+    ],
+)
+def test_a_ribbon_gives_its_centre(width, height, box):
+  drawn = np.full(DRAWS, 0.9)
+  assert image_decode.random_resized_box(width, height, drawn) == box
+
+
+def test_centre_is_what_a_resize_and_a_cut_give():
+  # 512 x 384 resized to 341.3 x 256; the centre is 224 of it, 336 before.
+  assert image_decode.centre_box(512, 384, 224, 256) == (88, 24, 424, 360)
+  assert image_decode.centre_box(384, 512, 224, 256) == (24, 88, 360, 424)
+  assert image_decode.centre_box(300, 200, 8, 8) == (50, 0, 250, 200)
+
+
+def test_normalise_gives_mean_0_and_deviation_1():
+  images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3))
+  images = images.astype(np.uint8)
+  pixels = images / 255
+  mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+  found = image_decode.normalise(images, mean, std)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, (pixels - mean) / std, atol=1e-5)
+  out = np.zeros_like(found)
+  image_decode.normalise(images, mean, std, out)
+  np.testing.assert_array_equal(out, found)

@@ -1,6 +1,8 @@
 """Readers of image files: folders, the hub's format, idx, CIFAR-10."""
 
 import gzip
+import logging
+import os
 import shutil
 
 import numpy as np
@@ -19,15 +21,13 @@ from made_images import (
     write_idx,
 )
 
-from codistill_jax.data import image_files
+from codistill_jax.data import examples, image_files
 
 
 class TestFolder:
 
   def test_classes_and_images_are_in_the_order_of_their_names(self, tmp_path):
     write_folder(tmp_path, 'train', {'n02': 2, 'n01': 3})
-    (tmp_path / 'train' / 'n01' / 'notes.txt').write_text('no image')
-    (tmp_path / 'train' / 'list.csv').write_text('no class')
     split = image_files.read_folder(tmp_path / 'train')
     assert split.classes == ('n01', 'n02')
     assert split.labels.tolist() == [0, 0, 0, 1, 1]
@@ -53,12 +53,72 @@ class TestFolder:
     with pytest.raises(ValueError, match='validation/c is no class of the'):
       image_files.read_folder(tmp_path / 'validation', ('a', 'b'))
 
-  def test_missing_and_empty_directories(self, tmp_path):
+  def test_missing_and_flat_directories(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'expected .*train/<class>'):
       image_files.read_folder(tmp_path / 'train')
-    (tmp_path / 'train' / 'empty').mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match='There is no image in'):
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train' / '1.JPEG').write_bytes(b'')
+    with pytest.raises(FileNotFoundError, match=r'but 1 files; .*/<class>/'):
       image_files.read_folder(tmp_path / 'train')
+
+  @pytest.mark.parametrize(
+      'held, words',
+      [
+          ([], 'nothing'),
+          (['x.heic', 'y.HEIC', 'notes'], r'2 \.heic, 1 no ending'),
+          (['.hidden.JPEG'], 'nothing'),
+          (['images/1.JPEG', 'boxes.txt'], r'1 \.txt, 1 folder'),
+      ],
+  )
+  @pytest.mark.parametrize('name', ['__MACOSX', 'a0', 'z'])
+  def test_a_class_without_images_is_named(self, tmp_path, name, held, words):
+    write_folder(tmp_path, 'train', {'a': 1, 'b': 2})
+    empty = tmp_path / 'train' / name
+    empty.mkdir()
+    for path in held:
+      (empty / path).parent.mkdir(exist_ok=True)
+      (empty / path).write_bytes(b'x')
+    for classes in (None, ('a', 'b', name)):  # Of training; of another split.
+      with pytest.raises(ValueError, match=rf'train/{name} \({words}\)'):
+        image_files.read_folder(tmp_path / 'train', classes)
+
+  def test_what_is_read_and_passed_over_is_counted(self, tmp_path, caplog):
+    write_folder(tmp_path, 'train', {'a': 1, 'b': 2})
+    train = tmp_path / 'train'
+    for path in ('a/x.heic', 'b/x.heic', 'b/y.txt', 'list.csv', 'a/.DS_Store'):
+      (train / path).write_bytes(b'x')
+    (train / 'b' / 'more').mkdir()
+    for ending in ('jfif', 'avif', 'WebP', 'tIFf'):
+      (train / 'a' / f'x.{ending}').write_bytes(b'x')
+    with caplog.at_level(logging.INFO, 'absl'):
+      assert len(image_files.read_folder(train).labels) == 7
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert '7 images of 2 classes' in said
+    passed = said.partition('passed over: ')[2].split(', ')
+    assert sorted(passed) == ['1 .csv', '1 .txt', '1 folder', '2 .heic']
+
+  def test_names_are_bytes_in_any_encoding(self, tmp_path, caplog):
+    names = 'chat', 'été', 'été'.encode('latin-1'), '猫'.encode('euc-jp')
+    root = os.fsencode(tmp_path)
+    for split in (b'train', b'validation'):
+      for name in names:
+        folder = os.path.join(root, split, os.fsencode(name))
+        os.makedirs(folder)
+        for file in (b'1.jpg', b'\xff.jpg'):
+          with open(os.path.join(folder, file), 'wb') as f:
+            f.write(os.path.join(folder, file))
+    train = image_files.read_folder(tmp_path / 'train')
+    other = image_files.read_folder(tmp_path / 'validation', train.classes)
+    assert (
+        train.labels.tolist()
+        == other.labels.tolist()
+        == [0, 0, 1, 1, 2, 2, 3, 3]
+    )
+    for i in range(8):
+      path = train.encoded(i)
+      assert os.fsencode(train.classes[train.labels[i]]) in path
+      train.name(i).encode('utf-8')
+    examples.label_space(train.classes)
 
 
 class TestHuggingFace:

@@ -1,8 +1,10 @@
 """Image tasks: splits share nothing, identity, errors; also on real data."""
 
 import functools
+import logging
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from made_images import (
 )
 
 from codistill_jax.data import image_files, images
-from codistill_jax.data.images import label_space
+from codistill_jax.data.examples import label_space
 
 SHARED = pathlib.Path(
     os.environ.get(
@@ -206,9 +208,22 @@ def test_labels_match_the_images_of_folders(root):
   for inputs, labels in read:
     assert inputs.shape[1:] == (8, 8, 3)
     np.testing.assert_array_equal(colours_of(inputs), labels)
-  assert len(labels) == 7 and task.test_batches is None
+  assert len(labels) == 7
+
+
+def test_a_test_split_is_opened_when_it_is_asked_for(root, caplog):
+  assert folder_task(root).test_batches is None
+  write_folder(root, 'test', {'x': 1})  # No class of training.
+  (root / 'valid').mkdir()
+  with caplog.at_level(logging.INFO, 'absl'):
+    assert folder_task(root).test_batches is None
+  assert 'not read: test, valid' in caplog.text
   write_folder(root, 'test', {'a': 1, 'b': 1})
-  assert len(rows(folder_task(root).test_batches(4))[1]) == 2
+  task = folder_task(root)
+  with pytest.raises(ValueError, match=r'test/x is no class'):
+    task.test_batches(4)
+  shutil.rmtree(root / 'test' / 'x')
+  assert len(rows(task.test_batches(4))[1]) == 2
 
 
 def test_validation_is_carved_out_where_there_is_none(tmp_path):

@@ -16,7 +16,7 @@ from codistill_jax.exchange.kinds import PredictionExchange, Predictions
 from codistill_jax.peer_predictions import mixing_matrix
 from codistill_jax.storage import checkpoints
 from experiments import cli
-from experiments.running import lockstep
+from experiments.running import job as job_lib
 
 G, BATCH, STEPS = 3, 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -142,7 +142,7 @@ def test_all_groups_read_the_stream_of_the_first(monkeypatch):
       or toy.Tokens(4)
   )
   experiment = make_experiment(task=task)
-  _, stream = lockstep.train_steps_of(experiment, MODEL, 3, 1)
+  _, stream = job_lib.train_steps_of(experiment, MODEL, 3, 1)
   assert asked == [0] and stream.batch(3) is stream.batch(3)
 
 
@@ -183,7 +183,7 @@ def test_a_configuration_that_does_not_fit_is_refused(wrong, message):
 
 def test_a_single_group_is_refused():
   with pytest.raises(ValueError, match=r'num_groups=1: there is nobody'):
-    lockstep.train_steps_of(EXPERIMENT, MODEL, 1, 1)
+    job_lib.train_steps_of(EXPERIMENT, MODEL, 1, 1)
 
 
 @pytest.mark.parametrize('partition', ['shared', 'disjoint'])

@@ -244,6 +244,7 @@ def test_files_are_compared_without_jax(python, tmp_path, models):
       'import sys; sys.modules["jax"] = None\n'
       'from absl import flags\n'
       'from experiments import churn, cli\n'
+      'churn.define_flags()\n'
       'sys.exit(cli.status_of(churn.main, flags.FLAGS(sys.argv)))'
   )
   done = subprocess.run(

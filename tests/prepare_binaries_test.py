@@ -57,6 +57,7 @@ trainer.train = train_and_be_signalled
 RUN = """
 from experiments import cli, prepare_data
 if __name__ == '__main__':
+  prepare_data.define_flags()
   cli.run(prepare_data.main)
 """
 

@@ -1,87 +1,69 @@
 """What groups exchange may live in a bucket."""
 
-import numpy as np
+import contextlib
 
-from codistill_jax.base import Variables
-from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import Plan, Waiting
-from codistill_jax.exchange.publications import Publication
+import pytest
+from exchange_kit import (
+    HASTY,
+    IDENTITY,
+    kept,
+    plan_of,
+    publish,
+    shown,
+    steps_in_use,
+    variables_of,
+)
+
+from codistill_jax.exchange.plan import Waiting
 from codistill_jax.exchange.store_exchange import CheckpointExchange
-from codistill_jax.storage.background import Patience
 
 ROOT = 's3://bucket/run/exchange'
-IDENTITY = {'task': 'toy'}
 
 
-def variables_of(value):
-  return Variables(
-      {'w': np.full((30, 20), value, np.float32)}, {'n': np.array(3, np.int32)}
-  )
-
-
-def join(group_id, **plan):
-  return CheckpointExchange(
+@contextlib.contextmanager
+def joined(group_id=0, **kwargs):
+  exchange = CheckpointExchange(
       ROOT,
       group_id,
       2,
       like=variables_of(0),
-      plan=Plan(every=10, **plan),
+      plan=plan_of(kwargs),
       identity=IDENTITY,
       keep=2,
       waiting=Waiting(20.0),
-      patience=Patience(remote_lease_settle=0.05),
+      patience=HASTY,
   )
-
-
-def value_of(teachers):
-  return float(np.asarray(teachers.variables.params['w'])[0, 0, 0])
+  with contextlib.closing(exchange):
+    yield exchange
 
 
 def test_two_groups_exchange_in_lockstep(bucket):
-  groups = [join(g, mode='lockstep') for g in (0, 1)]
-  try:
+  with (
+      joined(0, mode='lockstep') as ours,
+      joined(1, mode='lockstep') as theirs,
+  ):
     for step in range(10, 60, 10):
-      for g, exchange in enumerate(groups):
-        exchange.publish_if_due(step, variables_of(100 * g + step))
-      for g, exchange in enumerate(groups):
-        assert value_of(exchange.fetch(step)) == 100 * (1 - g) + step
-        exchange.checkpointed(step)
-  finally:
-    for exchange in groups:
-      exchange.close()
+      ours.publish_if_due(step, variables_of(step))
+      theirs.publish_if_due(step, variables_of(-step))
+      assert shown(ours.fetch(step)) == [-step]
+      assert shown(theirs.fetch(step)) == [step]
+      ours.checkpointed(step)
+      theirs.checkpointed(step)
   # Pruned, but for what is kept.
   for g in (0, 1):
-    steps = publications.published_steps(ROOT, g)
-    assert steps[-1] == 50 and 2 <= len(steps) < 5
-  assert all(exchange.rejected == 0 for exchange in groups)
+    assert kept(ROOT, g)[-1] == 50 and 2 <= len(kept(ROOT, g)) < 5
+  assert ours.rejected == theirs.rejected == 0
 
 
-def test_a_restarted_group_takes_what_it_used(bucket):
+@pytest.mark.parametrize('damaged', [False, True])
+def test_a_restarted_group_takes_what_it_used(bucket, damaged):
   for step in (10, 20):
-    publications.write(
-        ROOT, Publication(1, step, 12.5, IDENTITY), variables_of(step)
-    )
-  exchange = join(0, mode='freshest')
-  try:
-    exchange.restore(20, [10])
-    assert exchange.in_use[0].step == 10
-    assert value_of(exchange.fetch(20)) in (10, 20)
-  finally:
-    exchange.close()
-
-
-def test_a_damaged_publication_is_named_and_not_used(bucket):
-  for step in (10, 20):
-    publications.write(
-        ROOT, Publication(1, step, 12.5, IDENTITY), variables_of(step)
-    )
+    publish(ROOT, 1, step)
   start = '/bucket/run/exchange/group_1/20/arrays/'
-  for path in [x for x in bucket.store if x.startswith(start)]:
+  for path in [x for x in bucket.store if damaged and x.startswith(start)]:
     bucket.pipe_file(path, bucket.store[path].getvalue()[:-1])
-  exchange = join(0, mode='freshest')
-  try:
+  with joined() as exchange:
     exchange.restore(20, [20])
-    assert exchange.in_use[0].step == 10
-    assert exchange.rejected == 1 and 'group_1/20' in exchange.last_rejection
-  finally:
-    exchange.close()
+    assert steps_in_use(exchange) == (10 if damaged else 20,)
+    assert exchange.rejected == damaged
+    assert not damaged or 'group_1/20' in exchange.last_rejection

@@ -13,13 +13,11 @@ import pytest
 from codistill_jax import run_directory, writers
 from codistill_jax.storage import files
 from experiments.reports import (
-    curves,
     pages,
     plots,
     run_plots,
     run_records,
     run_report,
-    run_tables,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -157,7 +155,7 @@ def curve_of(steps_and_values) -> pd.Series:
 
 
 def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
-  assert lines_of(run_tables.results(arms)) == [
+  assert lines_of(run_report.results(arms)) == [
       # Stall: 20 records of 2 ms, 10 exchanges, 100 steps at 4 per second.
       'codistillation|group 0|100|4.5000|90.02|-|10.0 / 10|4.0 (0.2%)|-|-',
       'codistillation|group 1|100|4.7000|109.95|-|0.0 / 0|4.0 (0.2%)|-|-',
@@ -168,7 +166,7 @@ def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
 
 
 def test_without_a_final_evaluation_the_last_in_training_holds(one):
-  (row,) = lines_of(run_tables.results(run_records.load_arms([one])))
+  (row,) = lines_of(run_report.results(run_records.load_arms([one])))
   assert row == 'baseline|group 0|100|5.1000|164.02|25.00%|-|-|-|-'
 
 
@@ -184,7 +182,7 @@ def test_comparison_of_another_directory_is_used_for_a_unique_arm_only(
 
 def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
   more = [*arms, *load_run(tmp_path, 1, 'an arm with a very long name indeed')]
-  lines = run_tables.results_text(more).splitlines()
+  lines = run_report.results_text(more).splitlines()
   assert max(map(len, lines)) <= 110
   width = max(map(len, lines))
   blank = [
@@ -242,19 +240,19 @@ def test_target_rule_is_the_first_evaluation_at_or_under():
 def test_running_mean_is_centred_and_passes_over_what_is_not_finite():
   # Of 80 records: over three of them.
   curve = curve_of(enumerate([1, 2, math.nan, 4, 6, math.inf, 8, *[8] * 73]))
-  smooth = curves.smooth(curve)
+  smooth = plots.smooth(curve)
   np.testing.assert_allclose(smooth[:8], [1.5, 1.5, 3, 5, 5, 7, 8, 8])
-  assert curves.window_in_steps(curve) == 3
+  assert plots.window_in_steps(curve) == 3
 
 
 def test_bins_hold_mean_and_range_and_gaps_stay_gaps():
   mean = curve_of(zip([0, 1, 2, 3, 8, 9, 10, 11], [1, 3, 2, 2, 5, 7, 6, 6]))
-  found = curves.binned(mean, mean + 10, 3)
+  found = plots.binned(mean, mean + 10, 3)
   np.testing.assert_allclose(found.index, [2, 6, 10])
   np.testing.assert_allclose(found['mean'], [2, np.nan, 6])
   np.testing.assert_allclose(found['low'], [1, np.nan, 5])
   np.testing.assert_allclose(found['high'], [13, np.nan, 17])
-  drawn = curves.with_gaps(mean)
+  drawn = plots.with_gaps(mean)
   assert drawn.isna().tolist() == [False] * 4 + [True] + [False] * 4
 
 
@@ -267,10 +265,10 @@ def test_median_of_groups_holds_values_and_ends_with_each():
   a = curve_of({0: 1, 10: 3})
   b = curve_of({5: 5, 12: 5, 15: math.nan})
   c = curve_of({10: 17, 20: 9})
-  median = curves.median_curve([a, b, c])
+  median = plots.median_curve([a, b, c])
   # At 10 there are 3, 5 and 17.
   assert median.to_dict() == {0: 1, 5: 3, 10: 5, 12: 11, 20: 9}
-  assert curves.median_curve([]).empty
+  assert plots.median_curve([]).empty
 
 
 @pytest.mark.parametrize(
@@ -316,13 +314,13 @@ def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path):
   # 20 and 30 steps old. 20 records of 2 ms, 100 steps at 4 per second.
   ages = ['18.4 / 30|4.6 / 7.5|2.7 / 3', '14.6 / 30|3.6 / 7.5|2.7 / 3']
   ages += ['10.7 / 30|2.7 / 7.5|2.7 / 3', '10.0 / 20|2.5 / 5.0|3.0 / 3']
-  assert lines_of(run_tables.health(load_run(tmp_path / 'four', 4))) == [
+  assert lines_of(run_report.health(load_run(tmp_path / 'four', 4))) == [
       f'codistillation|group {g}|10|{age}|{g}|0|0.04 (0.2%)|1.23 MB|-'
       for g, age in enumerate(ages)
   ]
   later = (REJECTED, FAILURES, 'exchange/publication', 'exchange/staleness_')
   old = load_run(tmp_path / 'old', 2, drop=later)
-  assert lines_of(run_tables.health(old)) == [
+  assert lines_of(run_report.health(old)) == [
       'codistillation|group 0|10|-|-|0.7 / 1|-|-|0.04 (0.2%)|-|-',
       'codistillation|group 1|10|-|-|1.0 / 1|-|-|0.04 (0.2%)|-|-',
   ]
@@ -331,7 +329,7 @@ def test_health_has_a_row_per_group_with_dashes_for_an_old_run(tmp_path):
 def test_a_group_that_is_alone_by_design_exchanges_nothing(tmp_path):
   # It records zeros, which would say too much.
   arms = load_run(tmp_path, 1)
-  assert run_tables.health(arms) is None
+  assert run_report.health(arms) is None
   assert list(captions_of(arms)) == [
       'validation_loss',
       'training_loss',
@@ -392,9 +390,9 @@ def test_staleness_counts_the_oldest_single_teacher():
       (2, {key: 4.0, f'{key}_group_1': 4.0}),
       (3, {f'{key}_group_1': math.nan}),
   )
-  assert run_tables.staleness(group, 'seconds', '.1f') == '3.0 / 4.0'
+  assert run_report.staleness(group, 'seconds', '.1f') == '3.0 / 4.0'
   assert list(run_records.by_peer(group, 'seconds')) == [1, 12]
-  assert run_tables.staleness(group, 'steps', '.0f') == '-'
+  assert run_report.staleness(group, 'steps', '.0f') == '-'
 
 
 # --- Speed -------------------------------------------------------------------
@@ -432,16 +430,16 @@ def test_rates_are_means_over_time_and_the_rest_is_the_latest(tmp_path):
   arms = arms_of(tmp_path, SPEED)
   # 20 steps, 1,280 examples and 70 GFLOP in 12.5 seconds.
   row = 'codistillation|group 0|1.6|102|4 G|5.6 G|25.0%|41.5%'
-  assert lines_of(run_tables.speed(arms)) == [row]
+  assert lines_of(run_report.speed(arms)) == [row]
   page = pages.to_markdown('', run_report.blocks(arms))
   assert 'teacher share' in page and '5.6 G' in page
 
 
 def test_a_run_of_before_has_dashes_beside_another_and_alone_no_table(tmp_path):
   old = arms_of(tmp_path / 'old', [(10, {'perf/steps_per_sec': 4.0})], 'old')
-  assert run_tables.speed(old) is None
+  assert run_report.speed(old) is None
   new = arms_of(tmp_path / 'new', SPEED)
-  rows = lines_of(run_tables.speed([*new, *old]))
+  rows = lines_of(run_report.speed([*new, *old]))
   assert rows[1] == 'old|group 0|4|-|-|-|-|-'
 
 
@@ -497,7 +495,7 @@ def test_commands_carry_no_path_of_this_machine(arms, monkeypatch):
 
 
 def test_settings_leave_out_what_is_for_programs(arms):
-  settings = {row[0]: row[1:] for row in run_tables.settings(arms).to_numpy()}
+  settings = {row[0]: row[1:] for row in run_report.settings(arms).to_numpy()}
   assert settings['groups (G)'].tolist() == ['2', '1']
   assert settings['last record (UTC)'].tolist() == ['2023-11-14 22:13'] * 2
   assert not {'configuration', 'seed', 'command'} & set(settings)
@@ -677,7 +675,7 @@ def test_one_lonely_record_makes_a_report(tmp_path, step, record):
     write_records(tmp_path, group_id, [(step, record)])
   arms = run_records.load_arms([str(tmp_path)])
   assert run_report.write(arms).exists()
-  assert run_tables.results_text(arms)
+  assert run_report.results_text(arms)
 
 
 def test_dollars_in_a_name_are_no_mathematics(tmp_path):

@@ -12,7 +12,6 @@ import json
 import sys
 
 from absl import flags
-from absl.testing import flagsaver
 
 from experiments import cli
 
@@ -20,13 +19,18 @@ from experiments import cli
 def run(module, argv):
   """Exit status and output, as `python -m` would give them."""
   output = io.StringIO()
-  with (
-      contextlib.redirect_stdout(output),
-      contextlib.redirect_stderr(output),
-      flagsaver.flagsaver(),
-  ):
-    rest = flags.FLAGS([module.__name__, *argv])
-    return cli.status_of(module.main, rest), output.getvalue()
+  before = set(flags.FLAGS)
+  module.define_flags()
+  try:
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+      rest = flags.FLAGS([module.__name__, *argv])
+      return cli.status_of(module.main, rest), output.getvalue()
+  finally:  # Other binaries have flags of the same names.
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
 
 
 def main(binary, cases, results):

@@ -208,13 +208,9 @@ def criteo_task(
         'max_eval_examples must be 1 or more, or None; got'
         f' {max_eval_examples}.'
     )
-  data = {s: criteo.open_rows(data_dir, s) for s in criteo.SPLITS}
-  for name in ('train', 'validation'):
-    if not len(data[name]):
-      raise ValueError(
-          f'The {name} split of {data_dir} is empty; prepare the data again'
-          ' with other fractions or more lines.'
-      )
+  train, validation = (
+      criteo.open_rows(data_dir, name) for name in ('train', 'validation')
+  )
   encoder = tables.make_encoder(
       categories,
       criteo.NUM_CATEGORIES,
@@ -223,14 +219,17 @@ def criteo_task(
       counts=functools.partial(criteo.open_counts, data_dir),
   )
 
-  def split_of(name: str) -> examples.Split:
-    rows = order.all_rows(len(data[name]))
-    if name != 'train' and max_eval_examples:
+  def split_of(data: prepared_files.Stack) -> examples.Split:
+    rows = order.all_rows(len(data))
+    if data is not train and max_eval_examples:
       rows = rows.first(max_eval_examples)
-    return examples.Split(read_mapped(data[name], encoder), rows)
+    return examples.Split(read_mapped(data, encoder), rows)
 
   return tables.make_task(
-      *map(split_of, criteo.SPLITS),
+      split_of(train),
+      split_of(validation),
+      lambda: split_of(criteo.open_rows(data_dir, 'test')),
+      test_size=criteo.read_meta(data_dir)['splits']['test']['rows'],
       name='criteo',
       description='Criteo',
       example_name='click',
@@ -238,7 +237,7 @@ def criteo_task(
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
       seed=seed,
-      labels=lambda: (rows[:, 0] for rows in data['train'].blocks()),
+      labels=lambda: (rows[:, 0] for rows in train.blocks()),
   )
 
 

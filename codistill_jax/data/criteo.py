@@ -266,26 +266,37 @@ KIND = prepared_files.DataKind(
 )
 
 
+def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
+  """Reads `meta.json`.
+
+  Raises:
+    FileNotFoundError, ValueError: As `prepared_files.read_meta`.
+  """
+  return prepared_files.read_meta(pathlib.Path(data_dir), KIND)
+
+
 def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
   """Opens the rows of one split, uint32 (rows, 40), if they are as described.
 
   Raises:
     FileNotFoundError: If there is no finished data set, or a file is missing.
-    ValueError: If a file is damaged.
+    ValueError: If a file is damaged, or the split is empty.
   """
-  data_dir = pathlib.Path(data_dir)
-  described = prepared_files.read_meta(data_dir, KIND)['splits'][split][
-      'shards'
-  ]
+  described = read_meta(data_dir)['splits'][split]
+  if not described['rows']:
+    raise ValueError(
+        f'The {split} split of {data_dir} is empty; prepare the data again'
+        ' with other fractions or more lines.'
+    )
   return prepared_files.Stack(
       [
           prepared_files.open_array(
-              data_dir / rows_name(split, i),
+              pathlib.Path(data_dir) / rows_name(split, i),
               (shard['rows'], COLUMNS),
               np.dtype(np.uint32),
               KIND,
           )
-          for i, shard in enumerate(described)
+          for i, shard in enumerate(described['shards'])
           if shard['rows']
       ]
   )
@@ -300,9 +311,8 @@ def open_counts(
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  data_dir = pathlib.Path(data_dir)
-  path = data_dir / counts_name(column)
-  values = prepared_files.read_meta(data_dir, KIND)['counts'][column]['values']
+  path = pathlib.Path(data_dir) / counts_name(column)
+  values = read_meta(data_dir)['counts'][column]['values']
   try:
     size = path.stat().st_size
   except FileNotFoundError as e:

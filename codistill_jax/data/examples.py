@@ -4,6 +4,7 @@ Shape suffixes: B examples of a batch, C classes, K draws.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ class EvalBatches(Sequence):
 def make_task(
     train: Split,
     validation: Split,
-    test: Split | None,
+    test: Callable[[], Split] | None,
     *,
     partition: str,
     seed: int,
@@ -241,7 +242,7 @@ def make_task(
   Args:
     train: The training split.
     validation: The validation split.
-    test: The test split, if there is one.
+    test: Opens the test split, when it is asked for; None: there is none.
     partition: 'shared' or 'disjoint': how groups divide the training split.
     seed: Of order, augmentation and partition.
     labels: Gives all labels of the training split, in any pieces.
@@ -253,9 +254,7 @@ def make_task(
           ExampleStream, train, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(EvalBatches, validation),
-      test_batches=(
-          None if test is None else functools.partial(EvalBatches, test)
-      ),
+      test_batches=test and (lambda size: EvalBatches(test(), size)),
       num_classes=num_classes,
       partition=partition,
       label_frequencies=lambda: label_frequencies(labels(), num_classes),
@@ -298,3 +297,10 @@ def shares(counts_C: np.ndarray) -> np.ndarray:
   if not counts_C.any():
     raise ValueError('there are no training labels to count')
   return counts_C / counts_C.sum()
+
+
+def label_space(classes: Sequence[str]) -> str:
+  """Returns a hash of the names of the classes: what a prediction means."""
+  # Names of files may be bytes in any encoding.
+  names = '\n'.join(classes).encode('utf-8', 'surrogateescape')
+  return hashlib.sha256(names).hexdigest()

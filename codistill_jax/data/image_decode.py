@@ -33,7 +33,7 @@ RESIZED_CROP_DRAWS = CROP_DRAWS + 4
 PAD_CROP_DRAWS = 4
 
 Box = tuple[float, float, float, float]  # Left, top, right, bottom; pixels.
-_NAMED = 20  # Damaged images that are named in the log; the others are counted.
+_NAMED = 20  # Images that are named in the log; the others are counted.
 
 
 class Encoded(NamedTuple):
@@ -60,8 +60,11 @@ class EncodedImages:
   in the log once. Only if too many are damaged, which means that something else
   is wrong, an error ends the run.
 
+  An image of one colour only is named too, as something may be wrong with it.
+
   Attributes:
     damaged: Why, by the index of each image that could not be read.
+    plain: The colour, by the index of each image that has no other.
   """
 
   def __init__(
@@ -98,6 +101,7 @@ class EncodedImages:
     if workers is not None and (type(workers) is not int or workers < 1):
       raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
     self.damaged: dict[int, str] = {}
+    self.plain: dict[int, str] = {}
     self._data = data
     self._size, self._resize = size, resize
     self._mean, self._std = mean, std
@@ -148,37 +152,46 @@ class EncodedImages:
       box_of = lambda w, h: random_resized_box(w, h, draws_K)
     mirror = draws_K is not None and is_mirrored(draws_K)
     try:
-      image = decode_part(self._data.encoded(index), box_of, self._size, mirror)
+      encoded = self._data.encoded(index)
+      image = decode_part(encoded, box_of, self._size, mirror)
     except Exception as e:
       # Decoders raise whatever they trip over (OSError, SyntaxError, struct
       # and zlib errors, DecompressionBombError, ...): no common base class.
-      with self._lock:  # Of the log too: the count rises from line to line.
-        if index not in self.damaged:
-          self._note(index, e)
+      # Pillow names the buffer in memory that the file was read into.
+      reason = re.sub(r'<_io\.BytesIO[^>]*>', '', str(e))
+      reason = ' '.join(reason.split()) or type(e).__name__
+      self._note(self.damaged, index, reason, 'cannot be read: weight 0')
       return False
+    # A part of one colour is common, a whole image is not.
+    if _is_plain(image) and index not in self.plain:
+      whole = decode(encoded)
+      if _is_plain(whole):
+        self._note(self.plain, index, str(whole[0, 0]), 'has one colour only')
     normalise(image, self._mean, self._std, out)
     return True
 
-  def _note(self, index: int, error: Exception) -> None:
-    # Pillow names the buffer in memory that the file was read into.
-    reason = re.sub(r'<_io\.BytesIO[^>]*>', '', str(error))
-    reason = ' '.join(reason.split()) or type(error).__name__
-    self.damaged[index] = reason
-    count, name = len(self.damaged), self._data.name(index)
-    said = f'{count} of {len(self._data.labels)} images so far'
-    if count > self._max_damaged:
-      raise OSError(
-          f'Too many images cannot be read: {said}, now {name}: {reason}. Is'
-          ' the disk there? Repair or remove them, or raise max_damaged.'
-      ) from error
-    if count <= _NAMED:
-      logging.warning(
-          '%s cannot be read and has weight 0: %s (%s)%s',
-          name,
-          reason,
-          said,
-          '; others will not be named' if count == _NAMED else '',
-      )
+  def _note(
+      self, noted: dict[int, str], index: int, reason: str, what: str
+  ) -> None:
+    """Counts an image; names it in the log, if it is among the first."""
+    with self._lock:  # Of the log too: the count rises from line to line.
+      if index in noted:
+        return
+      noted[index] = reason
+      count, name = len(noted), self._data.name(index)
+      said = f'{count} of {len(self._data.labels)} images so far'
+      if noted is self.damaged and count > self._max_damaged:
+        raise OSError(
+            f'Too many images cannot be read: {said}, now {name}: {reason}. Is'
+            ' the disk there? Repair or remove them, or raise max_damaged.'
+        )
+      if count <= _NAMED:
+        last = '; others will not be named' if count == _NAMED else ''
+        logging.warning('%s %s: %s (%s)%s', name, what, reason, said, last)
+
+
+def _is_plain(image: np.ndarray) -> bool:
+  return bool((image == image[0, 0]).all())
 
 
 def decode_part(
@@ -204,14 +217,16 @@ def decode_part(
   from PIL import Image
 
   image = Image.open(io.BytesIO(encoded))
-  width, height = image.size
+  turn = _turn(image)
+  stored = image.size
+  width, height = stored[::-1] if turn in _SIDEWAYS else stored
   left, top, right, bottom = box_of(width, height)
   shrink = min(right - left, bottom - top) / size
   if shrink >= 2:
     # Decoding a JPEG at a half, a quarter or an eighth is cheaper, and leaves
     # at least `size` pixels; other formats ignore it.
-    image.draft(None, (int(width / shrink), int(height / shrink)))
-  image = to_rgb(image)
+    image.draft(None, tuple(int(pixels / shrink) for pixels in stored))
+  image = _upright(image, turn)
   x, y = image.width / width, image.height / height
   image = image.resize(
       (size, size),
@@ -227,24 +242,64 @@ def decode(encoded: bytes) -> np.ndarray:
   """Decodes a whole image: uint8 (H, W, 3); raises whatever it trips over."""
   from PIL import Image
 
-  return np.asarray(to_rgb(Image.open(io.BytesIO(encoded))))
+  image = Image.open(io.BytesIO(encoded))
+  return np.asarray(_upright(image, _turn(image)))
+
+
+_SIDEWAYS = ('TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90')
+# By the orientation that EXIF says, from 2 on.
+_TURNS = ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', *_SIDEWAYS)
+_EXIF_ORIENTATION = 0x112
+
+
+def _turn(image: Any) -> str | None:
+  """Returns what turns an open image upright, as viewers do; None: nothing."""
+  if image.format not in ('JPEG', 'MPO'):  # Which may be decoded smaller.
+    image.load()  # Turns TIFF files; PNG may say it at its end.
+  try:
+    orientation = image.getexif().get(_EXIF_ORIENTATION)
+  except Exception:  # As decoders; what is unreadable says nothing.
+    return None
+  return dict(enumerate(_TURNS, 2)).get(orientation)
+
+
+def _upright(image: Any, turn: str | None) -> Any:
+  from PIL import Image
+
+  image = to_rgb(image)
+  return image.transpose(Image.Transpose[turn]) if turn else image
 
 
 def to_rgb(image: Any) -> Any:
-  """Converts a `PIL.Image` of any mode to RGB.
+  """Converts an open `PIL.Image` of any mode to RGB.
 
-  Grey is repeated; transparency is dropped; 16 bits become 8 (Pillow's own
-  conversion would cut off what is above 255).
+  Grey is repeated; transparency is dropped; 16 bits become the upper 8
+  (Pillow's own conversion would cut off what is above 255).
+
+  Raises:
+    ValueError: If nothing says which number is white: wider integers, floats.
   """
   from PIL import Image
 
-  if image.mode.startswith('I'):
-    high = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255)
+  if image.mode == 'F' or image.mode.startswith('I'):
+    tags = getattr(image, 'tag_v2', {})
+    bits = tags.get(_TIFF_BITS, (16,))[0]
+    # PGM and PNG have 16 bits of which 65535 is white, in whatever mode.
+    known = image.mode.startswith('I;16') or image.format in ('PNG', 'PPM')
+    if image.mode == 'F' or not known or tags.get(_TIFF_WHITE) == 0:
+      raise ValueError(
+          f'nothing says which number is white in a {image.format} file of'
+          f' mode {image.mode}; store 8 bits, or 16 of which 65535 is white'
+      )
+    high = np.asarray(image).astype(np.int64) >> (bits - 8)
     image = Image.fromarray(high.astype(np.uint8))
   if image.mode == 'P':
     # Directly to RGB, Pillow warns about some kinds of transparency.
     image = image.convert('RGBA')
   return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+_TIFF_BITS, _TIFF_WHITE = 258, 262  # Of a sample; 0: white is 0.
 
 
 # --- Augmentation ------------------------------------------------------------

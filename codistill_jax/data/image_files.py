@@ -5,6 +5,7 @@ Small images are arrays in memory; large ones stay encoded until they are read.
 Shape suffixes: N images, H height, W width, C channels.
 """
 
+import collections
 import gzip
 import itertools
 import math
@@ -15,6 +16,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from codistill_jax.data import image_decode
 from codistill_jax.storage.files import one_line
@@ -29,7 +31,10 @@ CIFAR_CLASSES = (
 )
 _IDX_MAGIC = b'\0\0\x08'  # Of unsigned bytes; the next byte is the rank.
 _CIFAR_SHAPE = (32, 32, 3)
-_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+_ENDINGS = (
+    *('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg'),
+    *('.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp'),
+)
 _CIFAR_BINARY = {
     'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
     'test': ['test_batch.bin'],
@@ -220,57 +225,93 @@ def read_folder(
   """Finds `<directory>/<class>/*.JPEG`, the layout of ImageNet.
 
   Classes are numbered, and images ordered, by name. What begins with a dot is
-  no class and no image: other programs leave such things behind.
+  no class and no image: other programs leave such things behind. What else is
+  no image is counted in the log.
 
   Args:
     directory: Of the split.
     classes: Those of the training split; None: those that are found.
 
   Raises:
-    FileNotFoundError: If there is no such directory, or no image in it.
-    ValueError: If there is a class that is not in `classes`.
+    FileNotFoundError: If there is no such directory, or no class in it.
+    ValueError: If a class has no image, or is not in `classes`.
   """
   root = pathlib.Path(directory)
+  expected = f'expected {printable(root)}/<class>/*.JPEG'
   if not root.is_dir():
     raise FileNotFoundError(
-        f'There is no directory {root}; expected'
-        f' {root.parent}/train/<class>/*.JPEG and'
-        f' {root.parent}/validation/<class>/*.JPEG.'
+        f'There is no directory {printable(root)}; {expected}.'
     )
-  found = sorted(e.name for e in _visible(root) if e.is_dir())
+  entries = _visible(root)
+  found = [name for name, kind in entries if kind == 'folder']
+  if not found:
+    raise FileNotFoundError(
+        f'There is no class in {printable(root)}, but {len(entries)} files;'
+        f' {expected}.'
+    )
   classes = tuple(found) if classes is None else classes
   unknown = sorted(set(found) - set(classes))
   if unknown:
     raise ValueError(
-        f'{root}/{unknown[0]} is no class of the training split (there are'
-        f' {len(unknown)} such); move or remove it.'
+        f'{printable(root / unknown[0])} is no class of the training split'
+        f' (there are {len(unknown)} such); move or remove it.'
     )
-  names, labels = [], []
-  for label, class_name in enumerate(classes):
-    if class_name in found:
-      files = sorted(
-          e.name
-          for e in _visible(root / class_name)
-          if e.name.lower().endswith(_ENDINGS)
-      )
-      names += [f'{class_name}/{file}' for file in files]
-      labels += [label] * len(files)
-  if not names:
-    raise FileNotFoundError(
-        f'There is no image in {root}/<class>/ (endings: {" ".join(_ENDINGS)}).'
+  label_of = {name: label for label, name in enumerate(classes)}
+  names, labels, empty = [], [], []
+  others = collections.Counter(k for _, k in entries if k != 'folder')
+  for class_name in found:
+    entries = _visible(root / class_name)
+    files = [name for name, kind in entries if kind == 'image']
+    names += [f'{class_name}/{file}' for file in files]
+    labels += [label_of[class_name]] * len(files)
+    passed = collections.Counter(k for _, k in entries if k != 'image')
+    others += passed
+    if not files:
+      empty.append(f'{printable(root / class_name)} ({_counts(passed)})')
+  if empty:
+    more = f' and {len(empty) - 3} more' if len(empty) > 3 else ''
+    raise ValueError(
+        f'No image in {", ".join(empty[:3])}{more}: a class must have some'
+        f' (endings: {" ".join(_ENDINGS)}). Fill it, or remove it.'
     )
+  logging.info(
+      '%s: %d images of %d classes; passed over: %s',
+      *(printable(root), len(names), len(found), _counts(others)),
+  )
   prefix = os.fspath(root)
   path_of = lambda i: os.path.join(prefix, names[i])
   return image_decode.Encoded(
       lambda i: _read(path_of(i)),
-      path_of,
+      lambda i: printable(path_of(i)),
       np.asarray(labels, np.int32),
       classes,
   )
 
 
-def _visible(directory: pathlib.Path) -> list[os.DirEntry]:
-  return [e for e in os.scandir(directory) if not e.name.startswith('.')]
+def _visible(directory: pathlib.Path) -> list[tuple[str, str]]:
+  """Returns names, sorted, each with its kind: image, folder or an ending."""
+  found = []
+  for entry in os.scandir(directory):
+    kind = os.path.splitext(entry.name)[1].lower() or 'no ending'
+    if kind in _ENDINGS:
+      kind = 'image'
+    elif entry.is_dir():
+      kind = 'folder'
+    if not entry.name.startswith('.'):
+      found.append((entry.name, kind))
+  return sorted(found)
+
+
+def _counts(kinds: collections.Counter) -> str:
+  """Returns '7 .txt, 2 folder', or 'nothing'."""
+  return ', '.join(f'{n} {printable(k)}' for k, n in kinds.most_common()) or (
+      'nothing'
+  )
+
+
+def printable(path: str | os.PathLike) -> str:
+  """Returns a path as text, though its bytes may be in any encoding."""
+  return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
 
 def _read(path: str) -> bytes:
@@ -334,17 +375,20 @@ def read_hugging_face(
         ' labels with names. Cast it, or choose another with label_key.'
     )
   column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
-  labels = column.to_numpy().astype(np.int32)
-  if not len(labels) or labels.min() < 0:
+  labels = column.to_numpy()
+  names = tuple(label_feature.names)
+  if column.null_count or not len(labels) or labels.min() < 0:
     raise ValueError(f'{where} is empty or has no labels; choose another.')
+  if labels.max() >= len(names):
+    raise ValueError(f'{where} has label {labels.max()} of {len(names)}.')
   rows = rows.select_columns([image_key]).cast_column(
       image_key, datasets.Image(decode=False)
   )
   return image_decode.Encoded(
       lambda i: _content(rows[i][image_key]),
       lambda i: f'image {i} of {where}',
-      labels,
-      tuple(label_feature.names),
+      labels.astype(np.int32),
+      names,
   )
 
 

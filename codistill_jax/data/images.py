@@ -32,13 +32,14 @@ ValueError where they are damaged or an argument is out of range.
 Shape suffixes: N images, B of a batch, H height, W width, C channels, K draws.
 """
 
-import hashlib
+import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from codistill_jax import base
 from codistill_jax.data import (
@@ -47,6 +48,8 @@ from codistill_jax.data import (
     image_files,
     order,
 )
+
+_Images = image_files.Labelled | image_decode.Encoded
 
 # Mean and deviation of the training pixels in 0..1, by channel.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -174,17 +177,24 @@ def image_folder_task(
   root = _existing(
       directory, 'set image_folder_task.directory to where train/<class>/ is.'
   )
+  there = {e.name for e in root.iterdir() if e.is_dir()}
   train = image_files.read_folder(root / 'train')
-
-  def other(*names: str) -> image_decode.Encoded | None:
-    for name in names:
-      if (root / name).is_dir():
-        return image_files.read_folder(root / name, train.classes)
-    return None
-
+  validation = next((n for n in ('validation', 'val') if n in there), None)
+  test = root / 'test'
+  if not any((test / name).is_dir() for name in train.classes):
+    test = None  # As of ImageNet, whose labels are secret.
+  used = {'train', validation, 'test' if test else None}
+  if there - used:
+    logging.info(
+        'In %s, not read: %s',
+        *(root, ', '.join(map(image_files.printable, sorted(there - used)))),
+    )
+  read = functools.partial(image_files.read_folder, classes=train.classes)
   return _task_of_files(
       'image_folder',
-      (train, other('validation', 'val'), other('test')),
+      train,
+      validation and read(root / validation),
+      test and (lambda: read(test)),
       (size, resize, workers, max_damaged),
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -222,18 +232,21 @@ def hugging_face_images_task(
     image_key: Column of images.
     label_key: Column of class labels. Others: as above.
   """
-  splits = tuple(
+  train, validation, test = (
       split
       and image_files.read_hugging_face(
           name, config, split, image_key=image_key, label_key=label_key
       )
       for split in (train_split, validation_split, test_split)
   )
-  if any(split and split.classes != splits[0].classes for split in splits):
-    raise ValueError(f'The splits of {name} do not have the same classes.')
+  for other in (validation, test):
+    if other and other.classes != train.classes:
+      raise ValueError(f'The splits of {name} do not have the same classes.')
   return _task_of_files(
       name,
-      splits,
+      train,
+      validation,
+      test and (lambda: test),
       (size, resize, workers, max_damaged),
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -274,7 +287,9 @@ def task_in_memory(
 
   return _task(
       name,
-      (train, None, test),
+      train,
+      None,
+      lambda: test,
       reader,
       image_decode.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
@@ -283,7 +298,9 @@ def task_in_memory(
 
 def _task_of_files(
     name: str,
-    splits: tuple[image_decode.Encoded | None, ...],
+    train: image_decode.Encoded,
+    validation: image_decode.Encoded | None,
+    test: Callable[[], image_decode.Encoded] | None,
     decoding: tuple[int, int, int | None, float],
     *how: Any,
 ) -> base.Task:
@@ -300,12 +317,15 @@ def _task_of_files(
         max_damaged=max_damaged,
     ).read
 
-  return _task(name, splits, reader, image_decode.RESIZED_CROP_DRAWS, *how)
+  draws = image_decode.RESIZED_CROP_DRAWS
+  return _task(name, train, validation, test, reader, draws, *how)
 
 
 def _task(
     name: str,
-    splits: tuple[image_files.Labelled | image_decode.Encoded | None, ...],
+    data: _Images,
+    validation_data: _Images | None,
+    test: Callable[[], _Images] | None,
     reader: Callable[..., Callable[..., base.Batch]],
     num_draws: int,
     validation_fraction: float,
@@ -314,15 +334,16 @@ def _task(
     seed: int,
 ) -> base.Task:
   """Returns the task of a training, validation and test split of images."""
-  data, num_classes = splits[0], len(splits[0].classes)
-  train, validation, test = (
-      part
-      and examples.Split(
-          reader(part), order.all_rows(len(part.labels)), num_draws, held=True
-      )
-      for part in splits
-  )
-  if validation is None:
+  num_classes = len(data.classes)
+
+  def split(part: _Images) -> examples.Split:
+    rows = order.all_rows(len(part.labels))
+    return examples.Split(reader(part), rows, num_draws, held=True)
+
+  train = split(data)
+  if validation_data:
+    validation = split(validation_data)
+  else:
     if not 0 < validation_fraction < 1:
       raise ValueError(
           'validation_fraction must be between 0 and 1; got'
@@ -344,7 +365,7 @@ def _task(
   return examples.make_task(
       train,
       validation,
-      test,
+      test and (lambda: split(test())),
       partition=partition,
       seed=seed,
       labels=lambda: [data.labels[train.rows.numbers()]],
@@ -352,7 +373,7 @@ def _task(
       identity={
           'task': name,
           'num_classes': str(num_classes),
-          'label_space': label_space(data.classes),
+          'label_space': examples.label_space(data.classes),
       },
       example_name='image',
       description=(
@@ -366,13 +387,8 @@ def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
   return split._replace(rows=order.listed_rows(split.rows.row_of(places)))
 
 
-def label_space(classes: Sequence[str]) -> str:
-  """Returns a hash of the names of the classes: what a prediction means."""
-  return hashlib.sha256('\n'.join(classes).encode('utf-8')).hexdigest()
-
-
 def _existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
-  path = pathlib.Path(directory)
+  path = pathlib.Path(directory).expanduser()
   if not path.is_dir():
     raise FileNotFoundError(f'There is no directory {path}; {advice}')
   return path

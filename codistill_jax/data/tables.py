@@ -96,7 +96,10 @@ def task_of_rows(
       integers, encoder.encode(rows.categories_NK), rows.labels_N
   )
   return make_task(
-      *(examples.Split(read, part) for part in (train, validation, test)),
+      examples.Split(read, train),
+      examples.Split(read, validation),
+      lambda: examples.Split(read, test),
+      test_size=test.size,
       encoder=encoder,
       num_integers=integers.shape[1],
       labels=lambda: [rows.labels_N[chosen]],
@@ -107,8 +110,9 @@ def task_of_rows(
 def make_task(
     train: examples.Split,
     validation: examples.Split,
-    test: examples.Split,
+    test: Callable[[], examples.Split],
     *,
+    test_size: int,
     name: str,
     encoder: 'Encoder',
     num_integers: int,
@@ -119,7 +123,9 @@ def make_task(
   """Returns the task of three splits; an empty test split is none.
 
   Args:
-    train, validation, test: The splits.
+    train, validation: The splits.
+    test: Opens the test split.
+    test_size: How many examples it has.
     name: Of the task.
     encoder: Of the categories.
     num_integers: I, as in a batch.
@@ -127,11 +133,10 @@ def make_task(
     partition: As at the head of this file.
     **fields: Others of `examples.make_task`.
   """
-  sizes = [split.rows.size for split in (train, validation, test)]
   return examples.make_task(
       train,
       validation,
-      test if test.rows.size else None,
+      test if test_size else None,
       partition=partition,
       num_classes=2,
       identity={
@@ -140,9 +145,10 @@ def make_task(
           'integers': str(num_integers),
       },
       description=(
-          f'{description}: {sizes[0]:,} training examples, {sizes[1]:,}'
-          f' validation, {sizes[2]:,} test, {sum(encoder.table_sizes):,} ids in'
-          f' {len(encoder.table_sizes)} columns, {partition} partition'
+          f'{description}: {train.rows.size:,} training examples,'
+          f' {validation.rows.size:,} validation, {test_size:,} test,'
+          f' {sum(encoder.table_sizes):,} ids in {len(encoder.table_sizes)}'
+          f' columns, {partition} partition'
       ),
       output='sigmoid',
       model_arguments={

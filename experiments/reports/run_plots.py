@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from . import curves as curve_lib
 from . import pages, plots, run_records
 from .pages import Plot
 from .run_records import GroupRecords, RunRecords
@@ -95,7 +94,7 @@ def _draw(
   arms = list({entry.arm.name: entry.arm for entry in every}.values())
   _show_whole_run(axes, arms)
   plots.legend_below(figure)
-  windows = {curve_lib.window_in_steps(entry.curve) for entry in every}
+  windows = {plots.window_in_steps(entry.curve) for entry in every}
   facts = {
       'panels': [panel.title for panel in drawn],
       'zero': len(drawn) < len(found),
@@ -147,7 +146,7 @@ def _draw_speed(ax: Axes, entries: Sequence[Entry]) -> None:
 
 def _draw_smoothed(ax: Axes, entries: Sequence[Entry]) -> list[pd.Series]:
   """Draws running means; of up to four groups the records too, faint."""
-  smooth = [e._replace(curve=curve_lib.smooth(e.curve)) for e in entries]
+  smooth = [e._replace(curve=plots.smooth(e.curve)) for e in entries]
   _draw_groups(ax, smooth)
   for arm, _, curve in entries:
     if not _is_crowded(arm):
@@ -159,7 +158,7 @@ def _draw_smoothed(ax: Axes, entries: Sequence[Entry]) -> list[pd.Series]:
 def _draw_staleness(ax: Axes, entries: Sequence[Entry]) -> None:
   # All lines alike: a mean beside single records misleads.
   binning = _is_long(entry.curve for entry in entries)
-  drawn = [curve_lib.drawable(entry.curve, binning) for entry in entries]
+  drawn = [plots.drawable(entry.curve, binning) for entry in entries]
   _draw_groups(ax, [e._replace(curve=c) for e, c in zip(entries, drawn)])
   for entry in entries if binning else ():
     _draw_range(ax, entry)
@@ -170,7 +169,7 @@ def _draw_staleness(ax: Axes, entries: Sequence[Entry]) -> None:
 
 
 def _is_long(curves: Iterable[pd.Series]) -> bool:
-  return any(len(curve) > curve_lib.MAX_POINTS for curve in curves)
+  return any(len(curve) > plots.MAX_POINTS for curve in curves)
 
 
 def _draw_range(ax: Axes, entry: Entry) -> None:
@@ -179,7 +178,7 @@ def _draw_range(ax: Axes, entry: Entry) -> None:
     return
   mean = run_records.finite(entry.curve)
   most = run_records.finite(entry.group.curve(f'{entry.curve.name}_max'))
-  band = curve_lib.binned(mean, most if most.index.equals(mean.index) else mean)
+  band = plots.binned(mean, most if most.index.equals(mean.index) else mean)
   style = {'color': entry.arm.colour, 'alpha': 0.12, 'lw': 0}
   ax.fill_between(band.index, band['low'], band['high'], **style)
 
@@ -342,7 +341,7 @@ def _draw_by_peer(arm: RunRecords, index: int) -> Plot | None:
   few = dict(zip(peers, _PEER_COLOURS)) if len(peers) <= 5 else {}
   low, high = 0.0, 1.0
   for ax, (group_id, curves) in zip(axes, found.items()):
-    drawn = {p: curve_lib.drawable(c, binning) for p, c in curves.items()}
+    drawn = {p: plots.drawable(c, binning) for p, c in curves.items()}
     _draw_peers_of(ax, group_id, drawn, few)
     # Of an empty panel the limits are infinite, and change nothing.
     low, high = min(low, ax.dataLim.y0), max(high, ax.dataLim.y1)
@@ -425,7 +424,7 @@ def _draw_groups(
       label = f'{arm.name}, median of {len(arm.groups)} groups'
       crowds.setdefault((label, arm.colour), []).append(curve)
   for (label, colour), crowd in crowds.items():
-    median = curve_lib.median_curve(crowd)
+    median = plots.median_curve(crowd)
     style = {'color': colour, 'label': label, 'lw': 2.0} | _marker(median)
     ax.plot(median, drawstyle=drawstyle, **style)
 

@@ -3,21 +3,24 @@
 What it says stands in `run_report.jinja`, made from the numbers alone.
 """
 
+import datetime
+import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from etils import epath
 
 from codistill_jax import run_directory
 from codistill_jax.storage import files
 
 from .. import cli
-from . import pages, run_plots, run_records, run_tables
-from .pages import Block, Bullets, Code, Heading, Table
-from .run_records import RunRecords
+from . import pages, run_plots, run_records
+from .pages import Block, Bullets, Code, Heading, Table, number
+from .run_records import GroupRecords, RunRecords
 
 _write = pages.prose(__file__)
 
@@ -46,19 +49,18 @@ def blocks(
   made: list[Block] = [
       pages.Paragraph(summary(arms)),
       Heading('Results'),
-      Table(run_tables.results(arms), names=2),
+      Table(results(arms), names=2),
       Bullets(notes(arms)),
   ]
   for plot in run_plots.make_plots(arms):
     made += [Heading(plot.title), plot]
   for title, frame, about in (
-      ('Speed and arithmetic', run_tables.speed(arms), 'speed_notes'),
-      ('Exchange health', run_tables.health(arms), 'health_notes'),
+      ('Speed and arithmetic', speed(arms), 'speed_notes'),
+      ('Exchange health', health(arms), 'health_notes'),
   ):
     if frame is not None:
       made += [Heading(title), Table(frame, names=2), Bullets(_write(about))]
-  settings = run_tables.settings(arms)
-  made += [Heading('Settings'), Table(settings, names=1 + len(arms))]
+  made += [Heading('Settings'), Table(settings(arms), names=1 + len(arms))]
   made += [
       Code(arm.config, f'config.gin of {arm.name}')
       for arm in arms
@@ -107,7 +109,7 @@ def _known(arm: RunRecords, target: float | None) -> dict[str, Any]:
       ),
       'ensemble': arm.ensemble.get('eval/loss'),
       'single': np.mean(singles) if singles else None,
-      'disagreement': run_tables.pair_mean(arm, 'churn/disagreement'),
+      'disagreement': pair_mean(arm, 'churn/disagreement'),
   }
 
 
@@ -154,3 +156,296 @@ def _portable(path: files.PathLike) -> str:
   relative = os.path.relpath(os.path.abspath(os.fspath(path)))
   outside = relative.startswith(os.pardir)
   return epath.Path(path).name if outside else relative
+
+
+# --- Tables -------------------------------------------------------------------
+
+# What stands in a column, of a group.
+Cell = Callable[[RunRecords, GroupRecords], str]
+
+
+def _rows(arms: Iterable[RunRecords], cells: Mapping[str, Cell]) -> list[dict]:
+  """Returns a row per group, by the titles of the columns."""
+  return [
+      {
+          'arm': arm.name,
+          'model': f'group {group.group_id}',
+          **{title: cell(arm, group) for title, cell in cells.items()},
+      }
+      for arm in arms
+      for group in arm.groups
+  ]
+
+
+def _newest(curve: pd.Series, form: str) -> str:
+  curve = run_records.finite(curve)
+  return number(float(curve.iloc[-1]) if len(curve) else None, form)
+
+
+def _mean_and_most(mean: pd.Series, form: str, *more: pd.Series) -> str:
+  """Returns the mean of a curve, and the largest value of it and of others."""
+  mean = run_records.finite(mean)
+  if mean.empty:
+    return '-'
+  most = run_records.finite(pd.concat([mean, *more])).max()
+  return f'{mean.mean():.1f} / {most:{form}}'
+
+
+# --- Results -----------------------------------------------------------------
+
+# Title and format of what is shown of a model.
+_QUALITY = {
+    'eval/loss': ('validation loss', '.4f'),
+    'eval/perplexity': ('perplexity', '.2f'),
+    'eval/accuracy': ('accuracy', '.2%'),
+    'eval/auc': ('AUC', '.4f'),
+    'eval/calibration': ('calibration', '.3f'),
+}
+_STALENESS = 'staleness, steps: mean / max'
+_STALL = 'stall, ms per exchange (share)'
+# For a terminal of some 110 columns.
+_SHORT = {
+    'validation loss': 'valid.\nloss',
+    'perplexity': 'perp-\nlexity',
+    'accuracy': 'accu-\nracy',
+    'calibration': 'cali-\nbration',
+    _STALENESS: 'staleness\nmean / max',
+    _STALL: 'stall, ms per\nexchange',
+    'disagreement': 'disagree-\nment',
+}
+
+
+def results(arms: Sequence[RunRecords]) -> pd.DataFrame:
+  """Returns a row per group, and one per ensemble."""
+  shown = _shown_quality(arms)
+  cells: dict[str, Cell] = {
+      'steps': lambda _, group: str(group.last_step),
+      **{
+          title: lambda arm, group, key=key, form=form: number(
+              final_metrics(arm, group).get(key), form
+          )
+          for key, (title, form) in shown.items()
+      },
+      _STALENESS: lambda _, group: staleness(group, 'steps', '.0f'),
+      _STALL: _stall_per_exchange,
+  }
+  rows = []
+  for arm in arms:
+    rows += _rows([arm], cells)
+    if arm.ensemble or arm.pairs:
+      metrics = _with_perplexity(arm.ensemble, arm)
+      row = {t: number(metrics.get(k), form) for k, (t, form) in shown.items()}
+      row['disagreement'] = number(pair_mean(arm, 'churn/disagreement'), '.2%')
+      row['churn'] = number(pair_mean(arm, 'churn/mean_abs'), '.2g')
+      rows.append({'arm': arm.name, 'model': 'ensemble', **row})
+  columns = ['arm', 'model', *cells, 'disagreement', 'churn']
+  return pd.DataFrame(rows, columns=columns, dtype=object).fillna('-')
+
+
+def results_text(arms: Sequence[RunRecords]) -> str:
+  """Returns the results for a terminal, some 110 columns wide at most."""
+  frame = results(arms)
+  frame['arm'] = [
+      name if len(name) <= 18 else name[:15] + '...' for name in frame['arm']
+  ]
+  # An arm is named once, in its first row.
+  frame['arm'] = frame['arm'].mask(frame['arm'] == frame['arm'].shift(), '')
+  header = [_SHORT.get(title, title) for title in frame.columns]
+  return pages.to_text(header, frame.to_numpy(), names=2)
+
+
+def final_metrics(arm: RunRecords, group: GroupRecords) -> Mapping[str, Any]:
+  """Returns the final evaluation of a model, else its last in training."""
+  found = arm.models.get(group.group_id)
+  if found is None:
+    curves = {key: group.curve(key) for key in _QUALITY}
+    found = {k: float(c.iloc[-1]) for k, c in curves.items() if len(c)}
+  return _with_perplexity(found, arm)
+
+
+def _with_perplexity(
+    metrics: Mapping[str, Any], arm: RunRecords
+) -> Mapping[str, Any]:
+  """Works it out for tokens where it was not recorded."""
+  loss = metrics.get('eval/loss')
+  if loss is None or run_records.example_name([arm]) != 'token':
+    return metrics
+  return {'eval/perplexity': math.exp(min(loss, 700.0)), **metrics}
+
+
+def _shown_quality(arms: Sequence[RunRecords]) -> dict[str, tuple[str, str]]:
+  """Returns what is shown of a model: of a sigmoid output no perplexity."""
+  found = {k for a in arms for g in a.groups for k in final_metrics(a, g)}
+  found |= {'eval/loss', 'eval/accuracy'}
+  if 'eval/auc' not in found:
+    found.add('eval/perplexity')
+  return {key: shown for key, shown in _QUALITY.items() if key in found}
+
+
+def pair_mean(arm: RunRecords, key: str) -> float | None:
+  """Returns the mean over the pairs of models of an arm, if there are any."""
+  values = [p[key] for p in arm.pairs if key in p]
+  return float(np.mean(values)) if values else None
+
+
+# --- Speed -------------------------------------------------------------------
+
+
+def _rate(key: str, form: str) -> Cell:
+  return lambda _, group: number(
+      run_records.mean_rate(group, f'perf/{key}'), form
+  )
+
+
+def _last(key: str, form: str) -> Cell:
+  return lambda _, group: _newest(group.curve(f'perf/{key}'), form)
+
+
+_SPEED: dict[str, Cell] = {
+    'steps/s': _rate('steps_per_sec', '.3g'),
+    'examples/s': _rate('examples_per_sec', ',.0f'),
+    'model FLOPs per step': _last('model_flops_per_step', 'SI'),
+    'model FLOP/s': _rate('model_flops_per_sec', 'SI'),
+    'teacher share': _last('teacher_share', '.1%'),
+    'utilisation': _last('utilisation', '.1%'),
+}
+
+
+def speed(arms: Sequence[RunRecords]) -> pd.DataFrame | None:
+  """Returns a row per group; None if no run has recorded its rates."""
+  if not any(len(c) for a in arms for c in a.curves('perf/examples_per_sec')):
+    return None
+  return pd.DataFrame(_rows(arms, _SPEED))
+
+
+# --- Exchange ----------------------------------------------------------------
+
+
+def staleness(group: GroupRecords, unit: str, form: str) -> str:
+  """Returns mean and largest, over all records and all teachers."""
+  key = f'exchange/staleness_{unit}'
+  # The largest of any single teacher; in old runs only the means are known.
+  most = [group.curve(f'{key}_max'), *run_records.by_peer(group, unit).values()]
+  return _mean_and_most(group.curve(key), form, *most)
+
+
+def _peers_present(arm: RunRecords, group: GroupRecords) -> str:
+  curve = group.curve('exchange/peers_present')
+  # In burn-in nobody is asked for.
+  burn_in = arm.run.get('burn_in_steps') or 0
+  return _mean_and_most(curve[curve.index > burn_in], '.0f')
+
+
+def _exchanges(arm: RunRecords, steps: int) -> int | None:
+  """Returns how many exchanges were due by a step."""
+  every = arm.run.get('exchange_every')
+  return steps // every if every else None
+
+
+def _count(key: str) -> Cell:
+  return lambda _, group: _newest(run_records.counted(group, key), ',.0f')
+
+
+def _stall_per_exchange(arm: RunRecords, group: GroupRecords) -> str:
+  stall = group.curve('exchange/stall_ms')
+  # With nothing to exchange a recorded 0 would say too much.
+  if arm.run.get('num_groups', len(arm.groups)) < 2 or stall.empty:
+    return '-'
+  exchanges = _exchanges(arm, int(stall.index[-1]))
+  each = float(stall.sum()) / exchanges if exchanges else None
+  return number(each, '.1f') + _share(stall, group)
+
+
+def _stall_in_all(_: RunRecords, group: GroupRecords) -> str:
+  stall = run_records.finite(group.curve('exchange/stall_ms'))
+  if stall.empty:
+    return '-'
+  return number(float(stall.sum()) / 1000.0, '.2f') + _share(stall, group)
+
+
+def _share(stall_ms: pd.Series, group: GroupRecords) -> str:
+  seconds = run_records.training_seconds(group)
+  return f' ({stall_ms.sum() / 1000.0 / seconds:.1%})' if seconds else ''
+
+
+_HEALTH: dict[str, Cell] = {
+    'exchanges': lambda a, g: number(_exchanges(a, g.last_step), ','),
+    _STALENESS: lambda _, g: staleness(g, 'steps', '.0f'),
+    'staleness, s: mean / max': lambda _, g: staleness(g, 'seconds', '.1f'),
+    'peers present: mean / max': _peers_present,
+    'rejected': _count(run_records.REJECTED),
+    'failed to publish': _count(run_records.FAILURES),
+    'stall, s (share)': _stall_in_all,
+    'publication': lambda _, g: _newest(
+        g.curve('exchange/publication_bytes'), 'bytes'
+    ),
+    'restarts seen': lambda _, g: str(g.restarts or '-'),
+}
+
+
+def health(arms: Sequence[RunRecords]) -> pd.DataFrame | None:
+  """Returns how the exchange of each group went; None if there was none."""
+  exchanging = run_records.exchanging(arms)
+  return pd.DataFrame(_rows(exchanging, _HEALTH)) if exchanging else None
+
+
+# --- Settings ----------------------------------------------------------------
+
+_SETTINGS = {
+    'data': 'data set',
+    'num_groups': 'groups (G)',
+    'replicas': 'replicas per group (R)',
+    'simulated_replicas': 'simulated replicas per device',
+    'group_batch': 'group batch',
+    'num_steps': 'steps',
+    'burn_in_steps': 'burn-in, steps',
+    'exchange_every': 'steps between exchanges',
+    'mode': 'exchange mode',
+    'prior_steps': 'steps of the teachers before',
+    'seed': 'seed',
+    'model_parameters': 'model parameters',
+}
+_NO_SETTINGS = ('arm', 'command', 'example')
+
+
+def settings(arms: Sequence[RunRecords]) -> pd.DataFrame:
+  """Returns settings, one a row: its name, then its value in every arm."""
+  known = dict.fromkeys(_SETTINGS)
+  others = {
+      key: None
+      for arm in arms
+      for key, value in arm.run.items()
+      # Lists and trees are for programs; config.gin is shown in full anyway.
+      if key not in _NO_SETTINGS and isinstance(value, str | int | float)
+  }
+  rows = {
+      _SETTINGS.get(key, key): [_setting(arm.run.get(key)) for arm in arms]
+      for key in known | others
+  }
+  rows['last record (UTC)'] = [_last_record(arm) for arm in arms]
+  rows['training, minutes'] = [_minutes(arm) for arm in arms]
+  return pd.DataFrame(
+      [[title, *row] for title, row in rows.items() if set(row) != {'-'}],
+      columns=['', *(arm.name for arm in arms)],
+  )
+
+
+def _setting(value: Any) -> str:
+  if value is None:
+    return '-'
+  if isinstance(value, int) and abs(value) >= 10_000:
+    return f'{value:,}'
+  return str(value)
+
+
+def _last_record(arm: RunRecords) -> str:
+  times = [time.max() for time in arm.curves('time') if len(time)]
+  if not times:
+    return '-'
+  moment = datetime.datetime.fromtimestamp(max(times), datetime.UTC)
+  return f'{moment:%Y-%m-%d %H:%M}'
+
+
+def _minutes(arm: RunRecords) -> str:
+  seconds = max(map(run_records.training_seconds, arm.groups))
+  return f'{seconds / 60:.1f}' if seconds else '-'

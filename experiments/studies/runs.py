@@ -38,7 +38,8 @@ from codistill_jax.storage import files
 from .. import cli
 from ..cli import StopRequest
 from ..reports import run_records
-from ..running import devices, driver, lockstep
+from ..running import driver
+from ..running import job as job_lib
 from ..running.job import Job
 from . import retrains, seeds_together
 from . import study_plan as plan_lib
@@ -123,7 +124,7 @@ class Trainer:
     began = time.time()
     experiments = [self._begin(run) for run in runs]
     together = len(runs) > 1
-    latch = lockstep.Latch(self._stop)
+    latch = job_lib.Latch(self._stop)
     prepare = self._as_one_program if together else self._in_turn
     trained = prepare(runs, experiments, latch)
     rounds = [
@@ -132,7 +133,7 @@ class Trainer:
     with contextlib.ExitStack() as stack:
       for each in rounds:
         stack.enter_context(contextlib.closing(each))
-      lockstep.train_in_turn(rounds, latch)
+      job_lib.train_in_turn(rounds, latch)
 
   def _begin(self, run: PlannedRun) -> Experiment:
     """Configures a run; what it has left under another configuration goes."""
@@ -154,7 +155,7 @@ class Trainer:
       self,
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
   ) -> list[_TrainedRun]:
     """Prepares one run, whose groups exchange through memory."""
     (run,), (experiment,) = runs, experiments
@@ -175,10 +176,10 @@ class Trainer:
     if self._plan.study.predictions and isinstance(exchange, Checkpoints):
       # Short runs that exchange often: none of it on disk is worth the time.
       can_resume = functools.partial(seeds_together.can_resume, exchange)
-      lockstep.keep_common_checkpoints(made.jobs, can_resume)
+      job_lib.keep_common_checkpoints(made.jobs, can_resume)
       exchanges = memory_exchanges(len(made.jobs), plan=exchange)
     else:
-      lockstep.keep_common_checkpoints(made.jobs)
+      job_lib.keep_common_checkpoints(made.jobs)
       start = driver.new_state(made.jobs[0])
       start.efficiency.close()
       exchanges = exchange.join_all(
@@ -204,7 +205,7 @@ class Trainer:
     ):
       # One program at a time is enough of memory.
       compiled = self._compiled = None
-      steps, stream = lockstep.train_steps_of(
+      steps, stream = job_lib.train_steps_of(
           experiment, model, arm.num_groups, self._replicas
       )
       compiled = _Compiled(key, experiment.optimizer, model, steps, stream)
@@ -215,7 +216,7 @@ class Trainer:
       self,
       runs: Sequence[PlannedRun],
       experiments: Sequence[Experiment],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
   ) -> list[_TrainedRun]:
     """Prepares several runs, whose groups exchange through the devices."""
     self._compiled = None
@@ -230,7 +231,7 @@ class Trainer:
         experiments,
         model,
         self._plan.arm(runs[0].arm).num_groups,
-        devices.chosen_devices(self._replicas),
+        job_lib.chosen_devices(self._replicas),
     )
     made = [
         self._run(
@@ -244,7 +245,7 @@ class Trainer:
         )._replace(exchanges=[place.exchange for place in of_seed])
         for run, experiment, of_seed in zip(runs, experiments, places)
     ]
-    lockstep.keep_common_checkpoints(
+    job_lib.keep_common_checkpoints(
         [job for run in made for job in run.jobs],
         lambda step: seeds_together.can_resume(first.exchange, step),
     )
@@ -256,7 +257,7 @@ class Trainer:
       experiment: Experiment,
       model: base.Model,
       train_steps: Sequence[Any],
-      latch: lockstep.Latch,
+      latch: job_lib.Latch,
       **kwargs: Any,
   ) -> _TrainedRun:
     """Returns a run without its exchanges."""
@@ -320,7 +321,7 @@ class Trainer:
         made = self._configurations.configure(run.planned)
         gin_utils.call(experiment_lib.make_model, made)
       try:
-        for _ in lockstep.in_turn(groups):
+        for _ in job_lib.in_turn(groups):
           if together > 1:
             run.jobs[0].configuration()  # Kept, as of the first round.
           yield

@@ -27,42 +27,49 @@ from .study_plan import PlannedRun, StudyPlan
 if TYPE_CHECKING:
   from .runs import Trainer
 
-WORKDIR = flags.DEFINE_string(
-    'workdir',
-    None,
-    'Directory of the study: its runs, and what came of them. Default of'
-    ' reproduce: runs/STUDY_SCALE.',
-)
-OUTPUT = flags.DEFINE_string(
-    'output',
-    None,
-    'Directory of tables, page and plots; default: report/ in --workdir, or'
-    ' nowhere if there is none.',
-)
-NOTE = flags.DEFINE_string(
-    'note', '', 'A sentence for the page, such as on the data.'
-)
-REPLICAS = flags.DEFINE_integer(
-    'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
-)
-JOBS = flags.DEFINE_integer(
-    'jobs',
-    1,
-    'Processes that train runs side by side. With more than one, each has its'
-    ' share of the CPU cores for itself.',
-)
-WORKER = flags.DEFINE_string(
-    'worker', '', 'Set by --jobs for each process: its number/their number.'
-)
+
+_FLAGS = flags.FLAGS
+# The flags below belong to the binary that asks for them.
+flags.disclaim_key_flags()
 
 
-def check_least(*least: tuple[flags.FlagHolder, int]) -> None:
+def define_flags() -> None:
+  """Defines the flags of the binaries that train a study."""
+  flags.DEFINE_string(
+      'workdir',
+      None,
+      'Directory of the study: its runs, and what came of them. Default of'
+      ' reproduce: runs/STUDY_SCALE.',
+  )
+  flags.DEFINE_string(
+      'output',
+      None,
+      'Directory of tables, page and plots; default: report/ in --workdir, or'
+      ' nowhere if there is none.',
+  )
+  flags.DEFINE_string(
+      'note', '', 'A sentence for the page, such as on the data.'
+  )
+  flags.DEFINE_integer(
+      'replicas', 1, 'Devices to use, by every group in turn; 0 means all.'
+  )
+  flags.DEFINE_integer(
+      'jobs',
+      1,
+      'Processes that train runs side by side. With more than one, each has its'
+      ' share of the CPU cores for itself.',
+  )
+  flags.DEFINE_string(
+      'worker', '', 'Set by --jobs for each process: its number/their number.'
+  )
+
+
+def check_least(**least: int) -> None:
   """Raises ValueError if a flag that is given is less than its least."""
-  for flag, number in (*least, (JOBS, 1), (REPLICAS, 0)):
-    if flag.value is not None and flag.value < number:
-      raise ValueError(
-          f'--{flag.name}={flag.value}; set it to {number} or more'
-      )
+  for flag, number in (least | {'jobs': 1, 'replicas': 0}).items():
+    value = _FLAGS[flag].value
+    if value is not None and value < number:
+      raise ValueError(f'--{flag}={value}; set it to {number} or more')
 
 
 def absolute(workdir: str) -> str:
@@ -87,20 +94,20 @@ def train(
   Raises:
     Stopped: If asked to stop.
   """
-  jobs, replicas = JOBS.value, REPLICAS.value
-  if jobs > 1 and not WORKER.value:
+  jobs, replicas = _FLAGS.jobs, _FLAGS.replicas
+  if jobs > 1 and not _FLAGS.worker:
     _run_side_by_side(module, workdir, jobs, StopRequest().install())
     return
-  jobs = _take_cores(WORKER.value)
+  jobs = _take_cores(_FLAGS.worker)
   stop = StopRequest(cli.STOPPED).install()
   # Not at the top: what only lists, or draws a page, needs no jax.
   import jax
 
-  from ..running import devices
+  from ..running import job as job_lib
   from . import configurations, runs
 
   if replicas > 1:
-    devices.use_replicas(replicas)
+    job_lib.use_replicas(replicas)
   configured = configurations.Configurations(
       workdir, plan, gin_utils.flag_values()[1]
   )

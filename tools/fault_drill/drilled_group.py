@@ -251,4 +251,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  train_group.define_flags()
   cli.run(main)

@@ -134,8 +134,8 @@ class Ledger:
     uses: How often a publication of a peer was read and taken for sound.
     publications: How many were completed.
     forged: How many were completed that no peer may use.
-    refused: By group, how many publications it rejected.
-    troubles: By group and by what failed, how often it did.
+    refused: How many publications were rejected.
+    troubles: By what failed, how often it did.
     bad_uses: A sentence for each use of bits that were never published.
   """
 
@@ -153,9 +153,8 @@ class Ledger:
     """
     self.address = address
     self.lives: dict[int, Life] = {}
-    self.uses = self.publications = self.forged = 0
-    self.refused: collections.Counter[int] = collections.Counter()
-    self.troubles: collections.Counter[tuple[int, str]] = collections.Counter()
+    self.uses = self.publications = self.forged = self.refused = 0
+    self.troubles: collections.Counter[str] = collections.Counter()
     self.bad_uses: list[str] = []
     self._on_published = on_published
     self._published: dict[int, dict[int, float]] = collections.defaultdict(dict)
@@ -301,9 +300,9 @@ class Ledger:
         case 'forged':
           self.forged += 1
         case 'refused':
-          self.refused[group] += 1
+          self.refused += 1
         case 'trouble':
-          self.troubles[group, event['doing']] += 1
+          self.troubles[event['doing']] += 1
         case 'used':
           self._book_use(group, event['peer'], step, event['digest'])
 

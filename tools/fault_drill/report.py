@@ -54,12 +54,12 @@ def result(
     The facts and what is shown by `describe`; `broken` has a sentence for each
     broken promise.
   """
-  losses = {g.group_id: ledger.losses(g.group_id) for g in groups}
-  lost = [loss for found in losses.values() for loss in found]
+  losses = [
+      (g.group_id, loss) for g in groups for loss in ledger.losses(g.group_id)
+  ]
   restarts = [
       f'group {group_id} {sentence}'
-      for group_id, found in losses.items()
-      for loss in found
+      for group_id, loss in losses
       if (sentence := loss.broken(facts['checkpoint_every']))
   ]
   promises = [
@@ -74,9 +74,6 @@ def result(
         [] if error else unread,
     ]
   counts = collections.Counter(fault.name for fault in faults)
-  troubles = collections.Counter()
-  for (_, doing), count in ledger.troubles.items():
-    troubles[doing] += count
   return {
       **facts,
       'stopped': stopped,
@@ -86,18 +83,26 @@ def result(
       'publications': ledger.publications,
       'forged': ledger.forged,
       'uses': ledger.uses,
-      'refused': ledger.refused.total(),
+      'refused': ledger.refused,
       'bad_uses': len(ledger.bad_uses),
-      'restarts': len(lost),
+      'restarts': len(losses),
       'steps_lost': {
-          'median': statistics.median([x.steps for x in lost] or [0]),
-          'most': max((x.steps for x in lost), default=0),
+          'median': statistics.median([x.steps for _, x in losses] or [0]),
+          'most': max((x.steps for _, x in losses), default=0),
           'most_not_excused': max(
-              (x.steps - x.excused for x in lost), default=0
+              (x.steps - x.excused for _, x in losses), default=0
           ),
       },
-      'groups': [_outcome(group, ledger) for group in groups],
-      'troubles': dict(troubles.most_common()),
+      'groups': [
+          {
+              'group': group.group_id,
+              'step': ledger.step_of(group.group_id),
+              'done': group.done,
+              'restarts': group.restarts,
+          }
+          for group in groups
+      ],
+      'troubles': dict(ledger.troubles.most_common()),
       'broken': [x for promise in promises for x in promise[:_MOST_SHOWN]],
       'log': [fault._asdict() for fault in faults],
   }
@@ -118,34 +123,6 @@ def _unfinished(
       f'the newest publication of group {group.group_id} is'
       f' {newest}, and not that of its last exchange, {due}'
   ]
-
-
-def _outcome(group: processes.Group, ledger: Ledger) -> dict[str, Any]:
-  path = run_directory.metrics_path(group.workdir, group.group_id)
-  records = run_directory.read_metrics(path).records
-  present, ages, stalls = (
-      [record[key] for record in records if key in record]
-      for key in (
-          'exchange/peers_present',
-          'exchange/staleness_steps_max',
-          'exchange/stall_ms',
-      )
-  )
-  troubles = {
-      k: n for k, n in ledger.troubles.items() if k[0] == group.group_id
-  }
-  return {
-      'group': group.group_id,
-      'step': ledger.step_of(group.group_id),
-      'done': group.done,
-      'restarts': group.restarts,
-      'refused': ledger.refused[group.group_id],
-      'troubles': sum(troubles.values()),
-      'peers_present': round(statistics.mean(present or [0.0]), 2),
-      'staleness_steps_max': max(ages, default=0.0),
-      'stall_ms_median': round(statistics.median(stalls or [0.0]), 1),
-      'stall_ms_max': round(max(stalls, default=0.0), 1),
-  }
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -275,6 +275,13 @@ def _one_line_errors(where: str) -> Iterator[None]:
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
 
 
+def lift_caps() -> None:
+  """Binds None to every `max_eval_...`: evaluations are of whole splits."""
+  for s in _bindings(gin.config_str()):
+    if s.arg_name.startswith('max_eval_'):
+      gin.bind_parameter((s.scope, s.selector, s.arg_name), None)
+
+
 def configuration() -> list[str]:
   """Returns the bindings, one normalised statement each, for comparison."""
   return sorted(_text(s) for s in _bindings(gin.config_str()))

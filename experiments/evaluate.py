@@ -191,7 +191,9 @@ _TITLES = {
     'eval/auc': 'AUC',
     'eval/calibration': 'calibration',
     'eval/calibration_error': 'calibration error',
+    'eval/examples': 'examples',
 }
+_FORMS = {'eval/examples': ',.0f'}
 
 
 def describe(comparison: dict[str, Any]) -> str:
@@ -206,7 +208,7 @@ def describe(comparison: dict[str, Any]) -> str:
           [
               name,
               str(found.get('step', '-')),
-              *(f'{found[k]:.4f}' for k in keys),
+              *(f'{found[k]:{_FORMS.get(k, ".4f")}}' for k in keys),
           ]
           for name, found in rows.items()
       ],

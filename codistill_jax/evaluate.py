@@ -26,8 +26,9 @@ class ModelComparison(NamedTuple):
 
   Attributes:
     members: For each set of variables 'eval/loss' (nats), 'eval/accuracy',
-      'eval/perplexity' and 'eval/examples', over how many; of a sigmoid output 'eval/auc', 'eval/calibration' and
-      'eval/calibration_error' in place of the perplexity.
+      'eval/perplexity' and 'eval/examples', over how many; of a sigmoid output
+      'eval/auc', 'eval/calibration' and 'eval/calibration_error' in place of
+      the perplexity.
     ensemble: The same of the ensemble.
     pairs: For each pair of indices a < b 'churn/mean_abs' and
       'churn/disagreement'; of a sigmoid output 'churn/relative_difference' too.
@@ -59,7 +60,8 @@ def evaluate(
   Returns:
     Their numbers by key, NaN if nothing had weight; 'eval/examples', the weight
     of all examples (tokens); and 'eval/perplexity', the exp of 'eval/loss',
-    unless there is an 'eval/auc': a sigmoid output has none. None if `should_stop` said so.
+    unless there is an 'eval/auc': a sigmoid output has none. None if
+    `should_stop` said so.
 
   Raises:
     ValueError: If there is no batch.

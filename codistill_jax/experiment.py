@@ -8,6 +8,7 @@ experiment.Experiment.optimizer = @optax.adam()
 import bisect
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -146,8 +147,8 @@ def make_model(experiment: Experiment) -> Model:
   model = experiment.model(task.num_classes, **task.model_arguments)
   if not isinstance(model, Model):
     raise ValueError(
-        f'Experiment.model gave a {type(model).__name__}, expected a base.Model;'
-        ' make one of a flax.linen module by from_linen(module)'
+        f'Experiment.model gave a {type(model).__name__}, expected a'
+        ' base.Model; make one of a flax.linen module by from_linen(module)'
     )
   return model
 
@@ -194,8 +195,8 @@ def _train_stream(
     )
     if not callable(getattr(stream, 'batch', None)):
       raise ValueError(
-          f'Task.train_stream gave a {type(stream).__name__}, expected an object'
-          ' whose batch(step) is the batch of that update: the same, always'
+          f'Task.train_stream gave a {type(stream).__name__}, expected an'
+          ' object whose batch(step) is the batch of that update'
       )
     expected = len(range(group_batch)[rows or slice(None)])
     return _CheckedStream(
@@ -235,9 +236,9 @@ def check_batch(batch: Any, rows: set[int], what: str) -> Batch:
     if np.ndim(x) == 0 or len(x) not in rows:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
-          f'{what}: {name} has shape {np.shape(x)}, expected {min(rows)} rows; a'
-          ' stream gives the rows of the group batch that it is asked for, and'
-          ' eval_batches pads the last batch with weights of 0'
+          f'{what}: {name} has shape {np.shape(x)}, expected {max(rows)} rows;'
+          ' a stream gives the rows that it is asked for, and eval_batches pads'
+          ' the last batch with weights of 0'
       )
   return batch
 
@@ -320,9 +321,11 @@ def idle_settings(
     value = getattr(experiment.method, name, 0)
     if value > last:
       found.append(f'{type(experiment.method).__name__}.{name} = {value}')
-  end = _last_change(experiment.optimizer, params, last)
-  if end is not None:
-    found.append(f'the optimiser changes nothing from step {end} on')
+  # An optimiser may refuse the little that is left of the parameters.
+  with contextlib.suppress(ValueError):
+    end = _last_change(experiment.optimizer, params, last)
+    if end is not None:
+      found.append(f'the optimiser changes nothing from step {end} on')
   return found
 
 
@@ -334,8 +337,9 @@ def _last_change(
   grads = jax.tree.map(np.ones_like, params)
   state = optimizers.init(tx, params)
 
-  def still(step: int) -> bool:
-    """Returns whether the update is 0 where schedules have come so far."""
+  @functools.cache
+  def change(step: int) -> float:
+    """Returns the largest change where schedules have come so far."""
     at = jax.tree.map_with_path(
         lambda path, x: (
             np.full_like(x, step)
@@ -345,19 +349,16 @@ def _last_change(
         state,
     )
     after, _ = optimizers.update(tx, grads, at, params, np.float32(1))
-    return jax.tree.all(jax.tree.map(np.array_equal, after, params))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, params)
+    return float(max(jax.tree.leaves(moved)))
 
-  # A few steps: some optimisers move in each k-th one alone.
-  long_before = num_steps - max(num_steps // 20, 1)
-  if not all(
-      still(n) for n in (num_steps - 1, *range(long_before, num_steps)[:9])
-  ):
+  begin = (0, 1, 2, num_steps // 100, num_steps // 4)
+  still = lambda step: change(step) <= 1e-6 * max(map(change, begin))
+  # A few of them: some optimisers move in each k-th step alone.
+  tail = range(num_steps - max(num_steps // 20, 1), num_steps)[:9]
+  moving = [n for n in begin if not still(n)]
+  if not moving or not all(map(still, (num_steps - 1, *tail))):
     return None
-  moving = [
-      n for n in (0, 1, 2, 4, num_steps // 100, num_steps // 4) if not still(n)
-  ]
-  if not moving:
-    return None  # It never does, or not by the count of its steps.
   return bisect.bisect_left(range(num_steps), True, lo=max(moving), key=still)
 
 
@@ -447,8 +448,8 @@ def _check(experiment: Experiment) -> None:
       for name in ('init', 'update')
   ):
     raise ValueError(
-        f'Experiment.optimizer={experiment.optimizer!r}; bind it to an optimiser'
-        ' that was made, such as @optax.adam()'
+        f'Experiment.optimizer={experiment.optimizer!r}; bind it to an'
+        ' optimiser that was made, such as @optax.adam()'
     )
   for name in ('model', 'distill_weight'):
     if not callable(getattr(experiment, name)):

@@ -4,6 +4,7 @@ The only module that imports gin. Library code carries no decorators: config
 files begin with `from __gin__ import dynamic_registration`.
 """
 
+import codecs
 import contextlib
 import itertools
 import pathlib
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import gin
 from absl import flags
 from gin import config_parser
+
+from codistill_jax.data import records
 
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
@@ -128,6 +131,12 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         contextlib.chdir(_ROOT),
         _superseding(),
     ):
+      marked = found.read_bytes().startswith(codecs.BOM_UTF8)
+      if records.compression_of(found) or marked:
+        raise ValueError(
+            'it is compressed or begins with a mark of UTF-8; expected plain'
+            ' text without one'
+        )
       parsed = gin.parse_config_file(str(found))
       if number and _is_whole(parsed):
         raise ValueError(
@@ -187,7 +196,8 @@ def _bound_by(
 
 
 def _find(file: str) -> pathlib.Path:
-  for path in (pathlib.Path.cwd() / file, _ROOT / file):
+  typed = pathlib.Path(file).expanduser()
+  for path in (pathlib.Path.cwd() / typed, _ROOT / typed):
     if path.is_file():
       return path
   raise ValueError(
@@ -273,6 +283,41 @@ def _one_line_errors(where: str) -> Iterator[None]:
           ' --gin_file imports'
       )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
+
+
+# Counts of steps: what has to be over by the last step of a run, and what
+# should last as long as the run.
+_OVER = {
+    'boundaries',
+    'max_staleness_steps',
+    'ramp_steps',
+    'transition_begin',
+    'transition_steps',
+    'warmup_steps',
+}
+_AS_LONG = {'decay_steps', 'total_steps'}
+
+
+def steps_out_of(num_steps: int) -> list[str]:
+  """Returns the bindings of counts of steps that do not suit a run.
+
+  Such as those of schedules that end long before it, or after it.
+  """
+  statements = _bindings(gin.config_str())
+  macros = {f'%{s.selector}': s.value for s in statements if not s.arg_name}
+  used = {_key(s) for s in _bindings(gin.operative_config_str())}
+  found = []
+  for s in statements:
+    value = macros.get(str(s.value), s.value)
+    counts = value if isinstance(value, list | tuple) else [value]
+    if s.arg_name not in _OVER | _AS_LONG or _key(s) not in used:
+      continue
+    if not all(isinstance(n, int) for n in counts):
+      continue
+    early = s.arg_name in _AS_LONG and max(counts) < 0.9 * num_steps
+    if early or any(n > num_steps for n in counts):
+      found.append(f'{s.selector}.{s.arg_name} = {value}')
+  return found
 
 
 def lift_caps() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 # Of a probability in float32: 1 - 6e-8 is the largest below 1.
 _SMALLEST = 1e-7
-_SUM_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3  # Of a probability and of a sum of them, for rounding.
 _RESAMPLES = 10_000
 
 
@@ -91,7 +91,7 @@ def check_probabilities(
         f'{name}: {wrong.sum():,} of {array.size:,} predictions are NaN or'
         f' infinite, the first in row {_first_row(wrong):,}'
     )
-  wrong = (array < 0) | (array > 1)
+  wrong = (array < -_TOLERANCE) | (array > 1 + _TOLERANCE)
   if wrong.any():
     row = _first_row(wrong)
     raise ValueError(
@@ -100,14 +100,14 @@ def check_probabilities(
     )
   if array.ndim == 2:
     sums = array.sum(axis=1, dtype=np.float64)
-    wrong = np.abs(sums - 1) > _SUM_TOLERANCE
+    wrong = np.abs(sums - 1) > _TOLERANCE
     if wrong.any():
       row = _first_row(wrong)
       raise ValueError(
           f'{name}: not probabilities: the {array.shape[1]} classes of row'
           f' {row:,} sum to {sums[row]:.6g}, not to 1'
       )
-  return array
+  return array.clip(0, 1)
 
 
 def check_labels(

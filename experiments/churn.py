@@ -20,13 +20,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils
+from codistill_jax.storage import files
 
 from . import cli
-from .studies import (
-    retrains,
-    study_plan,
-    worker,
-)
+from .studies import retrains, study_plan, worker
 from .studies.catalogue import churn as catalogue
 from .studies.study_plan import Scale
 
@@ -92,7 +89,7 @@ def define_flags() -> None:
       'Column of a table with the probability of the positive class; or'
       ' repeated, one column for each class.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'labels',
       None,
       'File with labels, for log loss and error. Default: --label_column of the'
@@ -124,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('give --workdir to train a study, or --predictions')
   _refuse_flags_of('--predictions', _OF_FILES)
   planned = _plan()
-  workdir = worker.absolute(_FLAGS.workdir)
+  workdir = _FLAGS.workdir
   began = time.time()
   worker.train(cli.module_of('churn'), workdir, planned)
   if _FLAGS.worker:
@@ -160,10 +157,10 @@ def _split_name(text: str) -> tuple[str, str]:
   """Returns arm and path; a path alone is of the one arm without a name."""
   name, equals, path = text.partition('=')
   if not equals or '/' in name:
-    return 'predictions', text
+    return 'predictions', files.absolute(text)
   if not name or not path:
     raise ValueError(f'--predictions={text}: expected path or arm=path')
-  return name, path
+  return name, files.absolute(path)
 
 
 def _refuse_flags_of(what: str, names: Sequence[str]) -> None:

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 
 from absl import app, flags, logging
 
+from codistill_jax.storage import files
+
 CLEAR_ERROR = 1
 CRASH = 70
 MAY_PASS = 75
@@ -56,6 +58,68 @@ _EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'
+
+
+# The flags below belong to the binary that asks for them.
+flags.disclaim_key_flags()
+
+
+def define_path(name: str, default: str | None, about: str, **how: Any) -> None:
+  """Defines a flag whose value is an absolute path, or of an object store."""
+  flags.DEFINE(_Path(), name, default, about, **how)
+
+
+def define_paths(name: str, about: str, **how: Any) -> None:
+  """Defines a repeatable flag of paths."""
+  flags.DEFINE_multi(_Path(), _UNCHANGED, name, None, about, **how)
+
+
+class _Path(flags.ArgumentParser):
+  syntactic_help = 'a path'
+
+  def parse(self, argument: str) -> str:
+    return files.absolute(argument) if argument else argument
+
+
+_UNCHANGED = flags.ArgumentSerializer()
+
+
+def define_run_flags(num_groups: int) -> None:
+  """Defines the flags of all binaries that train a run.
+
+  Args:
+    num_groups: How many, unless it is said.
+  """
+  define_path('workdir', None, 'Run directory of all groups.', required=True)
+  flags.DEFINE_integer(
+      'num_groups',
+      num_groups,
+      'Groups of the run; 1 trains a baseline without peers.',
+  )
+  flags.DEFINE_string(
+      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
+  )
+  flags.DEFINE_bool(
+      'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
+
+
+def define_process_flags() -> None:
+  """Defines the flags of the binaries that train in their own process."""
+  flags.DEFINE_integer(
+      'replicas',
+      0,
+      'Devices of this process to use, by each of its groups; 0 means all. On a'
+      ' machine without accelerator that many fake CPU devices are made. Groups'
+      ' that exchange predictions are spread over further devices, if any.',
+  )
+  flags.DEFINE_float(
+      'grace_seconds',
+      20.0,
+      'After SIGTERM: how long a compilation or a read of data may last before'
+      ' the process leaves without a save, with status 75.',
+      lower_bound=0.0,
+  )
 
 
 class Stopped(Exception):

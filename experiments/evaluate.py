@@ -47,9 +47,7 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  flags.DEFINE_multi_string(
-      'workdir', None, 'Run directory; repeatable.', required=True
-  )
+  cli.define_paths('workdir', 'Run directory; repeatable.', required=True)
   flags.DEFINE_enum(
       'source',
       CHECKPOINTS,

@@ -30,7 +30,7 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory of the prepared data; made if missing. A preparation in it'
@@ -78,7 +78,7 @@ def define_flags() -> None:
       ' shards that it was writing, one for each worker.',
       lower_bound=1,
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'checksums',
       None,
       'A list made by sha256sum. All files of the source are compared with it'

@@ -42,7 +42,7 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory of the prepared data; made if missing. A preparation in it'
@@ -72,7 +72,7 @@ def define_flags() -> None:
       ' those of --tokenizer.',
       lower_bound=1,
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'tokenizer',
       None,
       'Use this tokenizer.model of another preparation and train none.',
@@ -125,7 +125,7 @@ def define_flags() -> None:
       ' that are longer, without holding them in memory; counted as too_long.',
       lower_bound=1,
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'paragraph_ids',
       None,
       "With a wet: source: take only the paragraphs of this list, the paper's"
@@ -142,7 +142,7 @@ def define_flags() -> None:
       ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
       ' that are no text.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'checksums',
       None,
       'A list made by sha256sum. All files of the source are compared with it'

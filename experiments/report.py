@@ -22,7 +22,7 @@ def define_flags() -> None:
       'Run directory to report on, or name=directory to name the arm. May be'
       ' given several times.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory for the plots and pages; by default report/ in the first run'
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
   from .reports import run_records, run_report
 
   output = flags.FLAGS.output
-  arms = run_records.load_arms(flags.FLAGS.workdir or [], output)
+  arms = run_records.load_arms(flags.FLAGS.workdir or [])
   print(run_report.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 

@@ -16,12 +16,13 @@ from typing import Any
 from absl import flags
 
 from codistill_jax import gin_utils
+from codistill_jax.storage import files
 
 from . import cli
 from .studies import costs, retrains, worker
 from .studies import study_plan as plan_lib
 from .studies.catalogue import STUDIES
-from .studies.costs import Latency, LogNormal
+from .studies.costs import Latency
 from .studies.study_plan import SCALES, Study
 
 _FLAGS = flags.FLAGS
@@ -61,7 +62,7 @@ def define_flags() -> None:
       'Whether all seeds of an arm are trained as one program; auto: on an'
       ' accelerator, where that is faster.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'step_times',
       None,
       'File with measured step times of one worker, a number a line, for the'
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
   _check_churn(plan)
   _latency()  # Raises now rather than after the training.
   default = f'runs/{_FLAGS.study}_{_FLAGS.scale}'
-  workdir = worker.absolute(_FLAGS.workdir or default)
+  workdir = _FLAGS.workdir or files.absolute(default)
   if not _FLAGS.report_only:
     worker.train(cli.module_of('reproduce'), workdir, plan, _FLAGS.one_program)
   if not _FLAGS.worker:
@@ -140,11 +141,16 @@ def _check_churn(plan: plan_lib.StudyPlan) -> None:
 
 def _latency() -> Latency:
   """Returns what the flags say of step times and all-reduces."""
-  steps = LogNormal(1.0, _FLAGS.tail)
-  if _FLAGS.tail < 1:
+  if not 1 <= _FLAGS.tail < float('inf'):
     raise ValueError(f'--tail={_FLAGS.tail:g}; set it to 1 or more')
-  if _FLAGS.step_times:
-    steps = costs.from_sample(_numbers('step_times', _FLAGS.step_times))
+  sample = ()
+  if path := _FLAGS.step_times:
+    try:
+      words = pathlib.Path(path).read_text().split()
+      sample = costs.sampled(list(map(float, words)))
+    except (OSError, ValueError) as e:
+      said = getattr(e, 'strerror', None) or e
+      raise ValueError(f'--step_times={path}: {said}') from e
   try:
     alpha, model_time = map(float, _FLAGS.all_reduce)
   except ValueError:
@@ -154,16 +160,7 @@ def _latency() -> Latency:
         f'--all_reduce={",".join(_FLAGS.all_reduce)}; expected two numbers of'
         ' at least 0, such as --all_reduce=0.05,0.05'
     )
-  return Latency(steps, alpha, model_time=model_time)
-
-
-def _numbers(flag: str, path: str) -> list[float]:
-  try:
-    return [float(word) for word in pathlib.Path(path).read_text().split()]
-  except OSError as e:
-    raise ValueError(f'--{flag}={path}: {e.strerror}') from e
-  except ValueError as e:
-    raise ValueError(f'--{flag}={path}: expected numbers, but {e}') from e
+  return Latency(_FLAGS.tail, sample, alpha, model_time)
 
 
 def _rate(text: str) -> float:
@@ -180,11 +177,7 @@ def _rate(text: str) -> float:
 
 
 def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
-  from .studies import (
-      churn_page,
-      outcomes,
-      study_page,
-  )
+  from .studies import churn_page, outcomes, study_page
 
   output = _FLAGS.output or os.path.join(workdir, 'report')
   if plan.study.predictions:
@@ -195,11 +188,7 @@ def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:
   study = plan.study
   if _FLAGS.note:
     study = study._replace(notes=(_FLAGS.note, *study.notes))
-  summary = study_page.write(study, settings, runs, output, latency=_latency())
-  cli.tell('\n' + summary.table + '\n')
-  for line in summary.lines:
-    cli.tell(line)
-  cli.tell(f'page: {os.fspath(summary.page)}')
+  study_page.report(study, settings, runs, output, _latency())
 
 
 def _print_studies() -> None:
@@ -209,7 +198,7 @@ def _print_studies() -> None:
       plan = _make_plan(study, scale)
       runs = plan.runs()
       cli.tell(
-          f'  {scale}: {len(plan.arms)} arms, {plan.scale.seeds} seeds,'
+          f'  {scale}: {len(plan.study.arms)} arms, {plan.scale.seeds} seeds,'
           f' {len(runs)} runs'
       )
 

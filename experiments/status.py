@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from codistill_jax.storage import files
+
 from . import cli
 
 
@@ -40,9 +42,9 @@ def define_flags() -> None:
 
 
 def split_commas(values: Sequence[str] | None) -> list[str]:
-  """Returns the entries of a repeatable flag that takes lists with commas."""
+  """Returns the paths of a repeatable flag that takes lists with commas."""
   entries = [v.strip() for value in values or () for v in value.split(',')]
-  return [v for v in entries if v]
+  return [files.absolute(v) for v in entries if v]
 
 
 def look(workdirs: Sequence[str]) -> bool:

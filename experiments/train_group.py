@@ -20,7 +20,6 @@ from absl import flags
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, replicas, run_directory
 from codistill_jax.exchange.plan import peers_of
-from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
@@ -35,22 +34,9 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
-  flags.DEFINE_string(
-      'workdir', None, 'Run directory that all groups see.', required=True
-  )
+  cli.define_run_flags(num_groups=1)
+  cli.define_process_flags()
   flags.DEFINE_integer('group_id', 0, 'This group, from 0 to --num_groups - 1.')
-  flags.DEFINE_integer(
-      'num_groups', 1, 'Groups of the run; 1 trains a baseline without peers.'
-  )
-  flags.DEFINE_integer(
-      'replicas',
-      0,
-      'Devices of this process to use; 0 means all. On a machine without'
-      ' accelerator that many fake CPU devices are made.',
-  )
-  flags.DEFINE_string(
-      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
-  )
   flags.DEFINE_string(
       'coordinator',
       '',
@@ -66,16 +52,6 @@ def define_flags() -> None:
       'In a group of several processes: how long one may give no sign of life'
       ' before jax aborts the others; start all of them again then.',
       lower_bound=2,
-  )
-  flags.DEFINE_float(
-      'grace_seconds',
-      20.0,
-      'After SIGTERM: how long a compilation or a read of data may last before'
-      ' the process leaves without a save, with status 75.',
-      lower_bound=0.0,
-  )
-  flags.DEFINE_bool(
-      'dry_run', False, 'Print the configuration and stop; write nothing.'
   )
 
 
@@ -101,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
       train_step=experiment_lib.make_replicated_step(
           experiment, model, job_lib.chosen_devices(_FLAGS.replicas)
       ),
-      workdir=os.fspath(checkpoints.absolute(_FLAGS.workdir)),
+      workdir=_FLAGS.workdir,
       group_id=_FLAGS.group_id,
       num_groups=_FLAGS.num_groups,
       agreement=replicas.agreement(),
@@ -109,12 +85,14 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
   )
-  state = driver.new_state(job).state
+  start = driver.new_state(job)
+  if not _FLAGS.dry_run:
+    check_workdir(job, start.state)
+  driver.check_start(job, start)
   if _FLAGS.dry_run:
-    print_dry_run(job, state)
+    print_dry_run(job, start.state)
     return
-  check_workdir(job, state)
-  del state
+  del start
   progress = job.agreement.is_primary
   for _ in driver.train(
       job,

@@ -8,7 +8,6 @@ a group again that dies, and ends with an evaluation and a report. The same
 command again goes on where everything stopped.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -26,18 +25,12 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
-  flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
-  flags.DEFINE_integer(
-      'num_groups', 2, 'Groups of the run; 1 trains a baseline without peers.'
-  )
+  cli.define_run_flags(num_groups=2)
   flags.DEFINE_integer(
       'cpu_replicas',
       2,
       'Replicas (fake devices) of each group where there is no accelerator.',
       lower_bound=1,
-  )
-  flags.DEFINE_string(
-      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
   )
   flags.DEFINE_integer(
       'max_restarts',
@@ -45,9 +38,6 @@ def define_flags() -> None:
       'How often a group may die without a new resume checkpoint before the run'
       ' is given up.',
       lower_bound=0,
-  )
-  flags.DEFINE_bool(
-      'dry_run', False, 'Print the configuration and stop; write nothing.'
   )
   flags.DEFINE_bool(
       'report',
@@ -59,14 +49,13 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(0, _FLAGS.num_groups)  # Raises if there are too few.
-  workdir = os.path.abspath(_FLAGS.workdir)
   stop = cli.StopRequest().install()
   environments, replicas = processes.share_devices(
       _FLAGS.num_groups, _FLAGS.cpu_replicas, stop
   )
   groups = [
       processes.Group(
-          workdir, group_id, _command(workdir, group_id, replicas), extra
+          _FLAGS.workdir, group_id, _command(group_id, replicas), extra
       )
       for group_id, extra in enumerate(environments)
   ]
@@ -95,12 +84,12 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
       )
 
 
-def _command(workdir: str, group_id: int, replicas: int) -> list[str]:
+def _command(group_id: int, replicas: int) -> list[str]:
   return [
       sys.executable,
       '-m',
       cli.module_of('train_group'),
-      f'--workdir={workdir}',
+      f'--workdir={_FLAGS.workdir}',
       f'--group_id={group_id}',
       f'--num_groups={_FLAGS.num_groups}',
       f'--replicas={replicas}',

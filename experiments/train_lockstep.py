@@ -9,7 +9,6 @@ same batches and learn from each other's predictions of them.
         --gin_file=gin_configs/tasks/bible_lm.gin
 """
 
-import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -17,7 +16,6 @@ from absl import flags
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
 from codistill_jax.exchange.plan import peers_of
-from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 from . import cli
@@ -32,35 +30,14 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
-  flags.DEFINE_string('workdir', None, 'Run directory.', required=True)
-  flags.DEFINE_integer('num_groups', 2, 'Groups of the run.')
-  flags.DEFINE_integer(
-      'replicas',
-      0,
-      'Devices to use, by every group in turn; 0 means all. On a machine'
-      ' without accelerator that many fake CPU devices are made. If groups'
-      ' exchange predictions they are spread over further devices, if any.',
-  )
-  flags.DEFINE_string(
-      'arm', '', 'Name of the run in reports; default: the name of --workdir.'
-  )
-  flags.DEFINE_float(
-      'grace_seconds',
-      20.0,
-      'After SIGTERM: how long a compilation or a read of data may last before'
-      ' the process leaves without a save, with status 75.',
-      lower_bound=0.0,
-  )
-  flags.DEFINE_bool(
-      'dry_run', False, 'Print the configuration and stop; write nothing.'
-  )
+  cli.define_run_flags(num_groups=2)
+  cli.define_process_flags()
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _FLAGS.num_groups
   peers_of(0, num_groups)  # Raises if there are too few.
-  workdir = os.fspath(checkpoints.absolute(_FLAGS.workdir))
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
   latch = job_lib.Latch(stop)
   gin_utils.parse_flags()
@@ -77,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
           experiment=experiment,
           model=model,
           train_step=train_steps[group_id],
-          workdir=workdir,
+          workdir=_FLAGS.workdir,
           group_id=group_id,
           num_groups=num_groups,
           stop=latch,
@@ -88,10 +65,12 @@ def main(argv: Sequence[str]) -> None:
       for group_id in range(num_groups)
   ]
   start = driver.new_state(jobs[0])
+  if not _FLAGS.dry_run:
+    check_workdir(jobs[0], start.state)
+  driver.check_start(jobs[0], start)
   if _FLAGS.dry_run:
     print_dry_run(jobs[0], start.state)
     return
-  check_workdir(jobs[0], start.state)
   job_lib.keep_common_checkpoints(jobs)
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples
@@ -109,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
       latch,
   )
   cli.tell(
-      f'all groups have reached step {experiment.num_steps}; see {workdir}'
+      f'all groups have reached step {experiment.num_steps}; see'
+      f' {_FLAGS.workdir}'
   )
 
 

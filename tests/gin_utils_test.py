@@ -1,5 +1,7 @@
 """Configuration: one-line errors, nothing dead, the same text every time."""
 
+import gzip
+
 import configurables
 import numpy as np
 import pytest
@@ -315,6 +317,42 @@ def test_an_optimiser_is_swapped_and_clipped_on_the_command_line(
   np.testing.assert_allclose(found['kernel'], -change)
 
 
+@pytest.mark.parametrize(
+    'bindings, expected',
+    [
+        ([], []),
+        (['STEPS=4000'], []),
+        (['Experiment.num_steps=4000'], ['warmup_cosine.total_steps = 200']),
+        (['Experiment.num_steps=100'], ['warmup_cosine.total_steps = 200']),
+        (['warmup_cosine.warmup_steps=150'], []),
+        (
+            ['STEPS=100', 'warmup_cosine.total_steps=150']
+            + ['warmup_cosine.warmup_steps=120'],
+            ['warmup_cosine.total_steps = 150']
+            + ['warmup_cosine.warmup_steps = 120'],
+        ),
+        (
+            ['adam.learning_rate=@schedules.step_decay()']
+            + ['step_decay.learning_rate=0.1', 'step_decay.boundaries=[9,500]'],
+            ['step_decay.boundaries = [9, 500]'],
+        ),
+    ],
+)
+def test_counts_of_steps_that_do_not_suit_the_run_are_named(bindings, expected):
+  gin_utils.parse([DIGITS], bindings)
+  made = gin_utils.make(experiment.Experiment)
+  found = gin_utils.steps_out_of(made.num_steps)
+  assert [s.removeprefix('schedules.') for s in found] == expected
+
+
+def test_caps_of_evaluation_are_lifted(tmp_path):
+  text = _CONFIG + 'configurables.Root.value = @configurables.capped()\n'
+  cap = 'configurables.capped.max_eval_rows=5'
+  assert configured(tmp_path, cap, text=text).value == 5
+  gin_utils.lift_caps()
+  assert make_root().value is None
+
+
 def test_what_no_file_imports_is_refused_with_what_to_write():
   with pytest.raises(ValueError, match='--gin_file imports'):
     gin_utils.parse([DIGITS], ['Experiment.optimizer=@subprocess.getoutput()'])
@@ -346,3 +384,21 @@ def test_what_renamed_bindings_became_is_there():
   for new in gin_utils.RENAMED.values():
     binding = new.split()[0]
     gin_utils.parse([DIGITS, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('# x\n'.encode('utf-16'), 'in UTF-16'),
+        ('# x\n'.encode('utf-16-le') * 40, 'UTF-16 without a mark'),
+        (b'\xef\xbb\xbf# x\n', 'begins with a mark of UTF-8'),
+        (gzip.compress(b'# x\n'), 'compressed'),
+        (b'PK\3\4' + bytes(99), 'zip archive'),
+    ],
+)
+def test_a_file_that_is_no_plain_text_is_refused(tmp_path, content, message):
+  path = tmp_path / 'a.gin'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as raised:
+    gin_utils.parse([str(path)])
+  assert '\n' not in str(raised.value) and 'a.gin' in str(raised.value)

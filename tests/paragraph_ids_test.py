@@ -152,9 +152,9 @@ def test_after_damage_numbers_are_unknown(tmp_path):
 
 
 def test_records_of_other_types_have_no_numbers(tmp_path):
-  parts = [record('x', 'request'), record(PAGES[0]), record('y', 'metadata')]
+  parts = [record(PAGES[0]), record('y', 'metadata'), record(PAGES[1])]
   path = tmp_path / 'a.wet'
-  path.write_bytes(b''.join([*parts, record(PAGES[1])]))
+  path.write_bytes(b''.join(parts))
   (tmp_path / 'a.csv').write_bytes(csv_of([('a.wet', [0, 3])]))
   texts = [r for r in read(path, tmp_path / 'a.csv') if isinstance(r, str)]
   assert texts == ['zero', 'three']

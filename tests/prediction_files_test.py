@@ -9,6 +9,7 @@ from run_cases import run
 
 from codistill_jax import statistics
 from experiments import churn
+from experiments.studies import prediction_files
 
 SIZE = 40
 
@@ -143,6 +144,128 @@ def test_ids_join_rows_in_any_order(tmp_path, models, labels):
   )
 
 
+NAMES = {
+    'leading zeros': [*(f'{i:02d}' for i in range(39)), '7'],
+    'what stands for nothing': (
+        ['NA', 'null', 'nan', 'None', 'N/A', '-', 'inf']
+        + [f'u{i}' for i in range(33)]
+    ),
+    'one without': ['', *(str(2**60 + i) for i in range(39))],
+    '64 bits': [str(2**64 - 1 - i) for i in range(40)],
+    'floats': [f'{i}.0' for i in range(39)] + ['1e3'],
+    'words': [*(f' {i}' for i in range(20)), *(f'{i}"é,\n' for i in range(20))],
+    'booleans': ['True', 'true', *map(str, range(38))],
+}
+STORED = {
+    'text': list,
+    'integers': lambda ids: pd.array(
+        [int(x) if x else None for x in ids],
+        'UInt64' if int(max(ids, key=len)) > 2**63 else 'Int64',
+    ),
+    'categories': pd.Categorical,
+    'bytes': lambda ids: [x.encode() for x in ids],
+}
+
+
+@pytest.mark.parametrize('endings', ['.csv .csv', '.csv .parquet', '.tsv .tsv'])
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('stored', STORED)
+def test_ids_are_names_and_compared_as_text(
+    tmp_path, models, endings, name, stored
+):
+  if stored != 'text' and endings != '.csv .parquet':
+    return  # A .csv is all text.
+  if stored == 'integers' and name not in ('one without', '64 bits'):
+    return
+  order = np.random.default_rng(3).permutation(SIZE)
+  ids = np.array(NAMES[name], object)
+  first, second = endings.split()
+  a, b = tmp_path / f'a{first}', tmp_path / f'b{second}'
+  write(a, models[0], ids=ids)
+  write(b, models[1][order], ids=STORED[stored](ids[order]))
+  columns = prediction_files.Columns(id='key')
+  (row,), _, count = prediction_files.compare(
+      [('x', str(a)), ('x', str(b))], columns, None
+  )
+  assert count == SIZE
+  found = row.figures['churn'].mean
+  assert found == pytest.approx(statistics.churn(*models[:2]), rel=1e-5)
+
+
+def test_what_pandas_kept_as_its_index_is_a_column(tmp_path, models):
+  paths = []
+  for i, probs in enumerate(models[:2]):
+    table = pd.DataFrame({'prediction': probs, 'key': np.arange(SIZE) + 5})
+    paths.append(('x', str(tmp_path / f'{i}.parquet')))
+    table.set_index('key').to_parquet(paths[-1][1])
+  columns = prediction_files.Columns(id='key')
+  assert prediction_files.compare(paths, columns, None)[2] == SIZE
+
+
+@pytest.mark.parametrize(
+    'off', [np.float32(1) + np.finfo(np.float32).eps, 1.0009, -1e-7, -9e-4]
+)
+@pytest.mark.parametrize('classes', [1, 2, 5])
+def test_rounding_is_no_mistake(tmp_path, off, classes):
+  """Of sums and of single probabilities alike."""
+  probs = np.full((SIZE, classes), 1 / classes, np.float32)
+  other = probs.copy()
+  other[0] = 0
+  other[0, 0] = off
+  other[0, -1] += round(1 - off) if classes > 1 else 0
+  paths = [
+      write(tmp_path / f'{i}.npy', p) for i, p in enumerate((probs, other))
+  ]
+  found = figures(tmp_path, *paths)['predictions']['figures']['churn']['mean']
+  kept = statistics.check_probabilities(other)
+  assert kept.min() >= 0 and kept.max() <= 1
+  expected = abs(kept - statistics.check_probabilities(probs)).mean()
+  assert found == pytest.approx(expected * max(classes / 2, 1), rel=1e-5)
+  write(paths[1], other + np.float32(0.002 * np.sign(off)))
+  assert 'not probabilities' in compare(*paths)[1]
+
+
+def lies(rng):
+  """Headers of .npy that say what is not so; and bytes."""
+  for shape in ((10**12,), (10**12, 10**9), (10**40,), (3,), (41,), (-7,), 'x'):
+    for kind in ('<f4', '|b1', '|O', '<U9', '[("a", "<f4")]', '<f99', 3):
+      text = {'descr': kind, 'fortran_order': False, 'shape': shape}
+      yield np.lib.format.magic(1, 0), repr(text).replace("'[", '[')
+  for version in ((2, 0), (3, 0), (9, 9)):
+    yield np.lib.format.magic(*version) + b'\x00\x00', repr({})
+  for _ in range(40):
+    yield rng.bytes(rng.integers(20)), ''
+
+
+def test_files_that_lie_of_their_size_are_a_line(tmp_path, models):
+  good = write(tmp_path / 'good.npy', models[0])
+  bad = tmp_path / 'bad.npy'
+  for magic, header in lies(np.random.default_rng(0)):
+    text = header.replace(']"', ']').encode() + b'\n'
+    bad.write_bytes(
+        magic + len(text).to_bytes(2, 'little') + text + b'\0' * 160
+    )
+    status, output = compare(good, bad)
+    assert status == 1 and len(output.splitlines()) == 1, (header, output)
+    assert str(bad) in output
+
+
+@pytest.mark.parametrize('ending', ['.csv', '.parquet', '.npy'])
+def test_damaged_files_are_a_line_or_are_read(tmp_path, models, labels, ending):
+  good = write(tmp_path / f'good{ending}', models[0], labels)
+  bad, rng = tmp_path / f'bad{ending}', np.random.default_rng(0)
+  for _ in range(60):
+    data = bytearray(write(bad, models[1], labels).read_bytes())
+    if rng.random() < 0.3:
+      data = data[: rng.integers(len(data))]
+    for at in rng.integers(len(data) + 1, size=4):
+      data[at : at + 1] = rng.bytes(rng.integers(3))
+    bad.write_bytes(data)
+    status, output = compare(good, bad)
+    assert 'Traceback' not in output
+    assert status == 0 or len(output.splitlines()) == 1, output
+
+
 def test_classes_come_as_columns_or_as_an_array(tmp_path):
   rng = np.random.default_rng(0)
   models = [rng.dirichlet(np.ones(3), size=SIZE) for _ in range(2)]
@@ -186,6 +309,7 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
   (tmp_path / 'torn.parquet').write_bytes(b'PAR1')
   (tmp_path / 'empty.csv').write_text('')
   (tmp_path / 'wide.csv').write_text('prediction,label\n0.5,1,0\n0.25,0,0\n')
+  (tmp_path / 'double.csv').write_text('prediction,prediction\n0.5,0.6\n')
   again = save('again.npy', models[0])
   shuffled = save('shuffled.csv', models[0], ids=np.arange(SIZE)[::-1])
   text = save('text_label.csv', models[0], labels=np.full(SIZE, 'yes'))
@@ -200,6 +324,7 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
       ([good, save('c.npy', np.eye(SIZE))], [], 'predict the same classes'),
       ([table, save('x.csv', models[0], column='p')], [], 'it has p'),
       ([good, tmp_path / 'text.csv'], [], 'expected numbers'),
+      ([good, tmp_path / 'double.csv'], [], "two columns 'prediction'"),
       ([good, tmp_path / 'torn.npy'], [], 'torn.npy'),
       ([good, tmp_path / 'torn.parquet'], [], 'torn.parquet'),
       ([good, tmp_path / 'empty.csv'], [], 'empty.csv'),
@@ -211,19 +336,19 @@ def test_mistakes_are_one_line(tmp_path, models, labels):
       ([good, table], ids, 'good.npy has no ids'),
       ([table, others], [*ids, f'--labels={good}'], 'good.npy has no ids'),
       ([good, again], ['--note=mine'], '--note belongs to a study'),
-      ([table, others], ids, 'others.csv lacks 1 of 40 ids, such as 0'),
+      ([table, others], ids, "others.csv lacks 1 of 40 ids, such as '0'"),
       ([table, others], ['--id_column=no'], "no column 'no'"),
       (
           [table, save('two.csv', models[0], ids=np.arange(SIZE) // 2)],
           ids,
-          '20 duplicate ids, such as 0',
+          "20 duplicate ids, such as '0'",
       ),
       (
           [table, save('l.csv', models[0], labels=1 - labels)],
           [],
           'l.csv have other labels for 40 of 40 examples, the first row 0',
       ),
-      ([table, text], [], 'text_label.csv, label: expected whole numbers'),
+      ([table, text], [], 'text_label.csv, label: expected numbers, got'),
       ([table, gap], [], 'gap.csv, label: label nan in row'),
       ([table, shuffled], [], 'another order; give --id_column=key'),
       ([good, good], [], 'is given twice'),

@@ -104,15 +104,15 @@ def load_run(*args, **kwargs) -> list[run_records.RunRecords]:
   return run_records.load_arms([make_run(*args, **kwargs)])
 
 
-def write_comparison(path) -> None:
-  """A final evaluation of both arms, without accuracy."""
+def write_comparison(workdir) -> None:
+  """A final evaluation, without accuracy; of which arm, its names say."""
   pairs = [
       {'churn/mean_abs': 0.01, 'churn/disagreement': 0.3},
       {'churn/mean_abs': 0.03, 'churn/disagreement': 0.1},
   ]
   ensemble = {'eval/loss': 4.4, 'eval/perplexity': 81.45}
   files.write_json(
-      path,
+      run_directory.comparison_path(workdir),
       {
           'models': {
               'codistillation/group_0': {'step': 100, 'eval/loss': 4.5},
@@ -129,13 +129,15 @@ def write_comparison(path) -> None:
 def two(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('two')
   make_run(workdir, 2, offset=0.305)
-  write_comparison(run_directory.comparison_path(workdir))
+  write_comparison(workdir)
   return str(workdir)
 
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-  return make_run(tmp_path_factory.mktemp('one'), 1, 'baseline')
+  workdir = tmp_path_factory.mktemp('one')
+  write_comparison(workdir)
+  return make_run(workdir, 1, 'baseline')
 
 
 @pytest.fixture(scope='module')
@@ -160,24 +162,13 @@ def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
       'codistillation|group 0|100|4.5000|90.02|-|10.0 / 10|4.0 (0.2%)|-|-',
       'codistillation|group 1|100|4.7000|109.95|-|0.0 / 0|4.0 (0.2%)|-|-',
       'codistillation|ensemble|-|4.4000|81.45|-|-|-|20.00%|0.02',
-      # Its final evaluation lies in the other arm's directory.
       'baseline|group 0|100|5.2500|190.57|-|-|-|-|-',
   ]
 
 
-def test_without_a_final_evaluation_the_last_in_training_holds(one):
-  (row,) = lines_of(run_report.results(run_records.load_arms([one])))
+def test_without_a_final_evaluation_the_last_in_training_holds(tmp_path):
+  (row,) = lines_of(run_report.results(load_run(tmp_path, 1, 'baseline')))
   assert row == 'baseline|group 0|100|5.1000|164.02|25.00%|-|-|-|-'
-
-
-def test_comparison_of_another_directory_is_used_for_a_unique_arm_only(
-    one, tmp_path
-):
-  write_comparison(tmp_path / 'comparison.json')
-  (arm,) = run_records.load_arms([one], output=tmp_path)
-  assert arm.models == {0: {'step': 100, 'eval/loss': 5.25}}
-  arms = run_records.load_arms([f'a={one}', f'b={one}'], output=tmp_path)
-  assert [arm.models for arm in arms] == [{}, {}]
 
 
 def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):

@@ -1,20 +1,29 @@
 """Sources: what is a document, what is damaged, and where reading resumes."""
 
+import bz2
 import gzip
 import importlib.util
+import io
+import itertools
 import json
 import lzma
 import os
 import pathlib
 import pickle
+import tarfile
+import tempfile
 import tracemalloc
+import zipfile
 
+import numpy as np
 import pytest
-from hypothesis import given
+import wet_files
+from etils import epath
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prepared import read_source as read
 
-from codistill_jax.data import sources
+from codistill_jax.data import criteo, records, sources
 from codistill_jax.data.records import TOO_LONG, Reject, cut
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,24 +57,116 @@ def test_files_are_whole_documents_in_the_order_of_their_names(tmp_path):
   assert documents == ['a', 'b\n\nb\n', Reject('empty')]
 
 
-@pytest.mark.parametrize('suffix', ['.json', '.jsonl.gz', '.jsonl.xz'])
-def test_json_lines_read_the_same_however_compressed(tmp_path, suffix):
-  content = json_lines('one', ' two\nlines ').encode()
-  compress = {'gz': gzip.compress, 'xz': lzma.compress}
-  compress = compress.get(suffix[-2:], lambda content: content)
-  path = write(tmp_path / f'a{suffix}', compress(content))
-  assert read(f'jsonl:{path}') == ['one', ' two\nlines ']
+def zstandard(content):
+  pyarrow = pytest.importorskip('pyarrow')
+  return pyarrow.compress(content, 'zstd', asbytes=True)
 
 
-def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
-  members = [gzip.compress(json_lines(t).encode()) for t in 'abc']
-  path = write(tmp_path / 'a.gz', b''.join(members))
-  assert read(f'jsonl:{path}') == ['a', 'b', 'c']
+COMPRESS = {
+    'none': bytes,
+    'gzip': gzip.compress,
+    'bzip2': bz2.compress,
+    'xz': lzma.compress,
+    'lzma': lambda content: lzma.compress(content, lzma.FORMAT_ALONE),
+    'zstd': zstandard,
+    'gzip members': lambda content: b''.join(
+        gzip.compress(line) for line in content.splitlines(keepends=True)
+    ),
+    'bzip2 streams': lambda content: b''.join(
+        bz2.compress(line) for line in content.splitlines(keepends=True)
+    ),
+    'xz streams': lambda content: b''.join(
+        lzma.compress(line) for line in content.splitlines(keepends=True)
+    ),
+    'zstd frames': lambda content: b''.join(
+        zstandard(line) for line in content.splitlines(keepends=True)
+    ),
+}
 
 
-def test_byte_order_mark_is_no_text(tmp_path):
-  path = write(tmp_path / 'a', b'\xef\xbb\xbf' + json_lines('a', 'b').encode())
-  assert read(f'jsonl:{path}') == ['a', 'b']
+@pytest.mark.parametrize('compress', COMPRESS.values(), ids=COMPRESS)
+def test_the_first_bytes_say_how_a_file_is_compressed(tmp_path, compress):
+  texts = ['one', ' two\nlines ', 'x' * 3000]
+  lines = json_lines(*texts)
+  for name, mark in itertools.product(
+      ('a', 'a.jsonl', 'a.gz', 'a.GZ', 'a.bz2'), ('', '\ufeff')
+  ):
+    path = write(tmp_path / name, compress((mark + lines).encode()))
+    assert read(f'jsonl:{path}') == texts
+    assert read(f'text:{path}') == [lines.removesuffix('\n')]
+    assert read(f'files:{path}') == [lines]
+    rows = list(criteo.open_source(f'criteo:{path}').raw())
+    assert rows == lines.encode().splitlines(keepends=True)
+
+
+def archives():
+  """What is no text, by the name that it is refused with."""
+  text = 'some lines of text\n' * 99
+  member, made = tarfile.TarInfo('a/b.txt'), {}
+  member.size = len(text)
+  for name, form in (
+      ('tar archive', tarfile.GNU_FORMAT),
+      ('a tar archive', tarfile.PAX_FORMAT),
+      ('is a tar archive', tarfile.USTAR_FORMAT),
+  ):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w', format=form) as tar:
+      tar.addfile(member, io.BytesIO(text.encode()))
+    made[name] = buffer.getvalue()
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, 'w') as archive:
+    archive.writestr('b.txt', text)
+  return made | {
+      'zip archive': buffer.getvalue(),
+      'UTF-16': text.encode('utf-16'),
+      'in UTF-16': b'\xfe\xff' + text.encode('utf-16-be'),
+      'UTF-32': text.encode('utf-32'),
+      'UTF-16 without a mark': text.encode('utf-16-le'),
+      'binary data': np.arange(400).tobytes(),
+      '7z archive': b"7z\xbc\xaf'\x1c\0\4" + bytes(range(99)),
+      'LZ4': b'\4"M\x18' + bytes(range(99)),
+      'Parquet table': b'PAR1\x15\4' + bytes(range(99)),
+      'PDF document': b'%PDF-1.7\n' + text.encode(),
+      'WARC': b''.join(wet_files.wet(text)),
+  }
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'text', 'files', 'criteo', 'wet'])
+@pytest.mark.parametrize('name', archives())
+def test_what_is_no_text_is_refused_by_name(tmp_path, kind, name):
+  path = write(tmp_path / 'a.txt.gz', archives()[name])
+  if kind == 'wet' and name in ('WARC', 'binary data', 'UTF-16 without a mark'):
+    return  # It is, or may be one with a damaged beginning.
+  for compress in (bytes, gzip.compress, bz2.compress, lzma.compress):
+    write(path, compress(archives()[name]))
+    write(tmp_path / '0', b'')
+    with pytest.raises(ValueError, match=name) as raised:
+      opened = criteo if kind == 'criteo' else sources
+      opened.open_source(f'{kind}:{tmp_path}/*')
+    assert str(path) in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_twice_compressed_is_refused(tmp_path):
+  for outer, inner in itertools.product(
+      (gzip.compress, bz2.compress), (gzip.compress, lzma.compress)
+  ):
+    path = write(tmp_path / 'a', outer(inner(b'{"text": "a"}\n')))
+    with pytest.raises(ValueError, match=r'/a holds, .* is compressed by'):
+      sources.open_source(f'jsonl:{path}')
+
+
+@given(st.text(st.characters(codec='utf-8', min_codepoint=9), min_size=1))
+@example('BZh9 is a name, and PK too')
+@example('PK')
+@example('7z')
+@example('ustar')
+def test_text_is_no_archive(text):
+  path = epath.Path(tempfile.gettempdir()) / f'codistill_{os.getpid()}.txt'
+  path.write_bytes(text.encode())
+  try:
+    assert records.compression_of(path) is None
+  finally:
+    path.unlink()
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'text', 'files'])
@@ -112,10 +213,8 @@ def broken_archives():
   return {
       'truncated.gz': packed[: len(packed) // 2],
       'flipped.gz': packed[:99] + bytes(99) + packed[198:],
-      'no_gzip.gz': b'plain text',
       'empty_gzip.gz': packed[:5],
       'truncated.xz': unpacked[: len(unpacked) // 2],
-      'no_xz.xz': b'plain text',
   }
 
 

@@ -290,7 +290,8 @@ def test_values_of_the_wrong_kind_end_nothing(tmp_path, value):
 
 
 def test_commas_and_repetition_name_the_same_directories():
-  assert status.split_commas(['a,b', ' c ', 'd,']) == ['a', 'b', 'c', 'd']
+  found = status.split_commas(['/a,/b', ' s3://c ', 'd,'])
+  assert found == ['/a', '/b', 's3://c', os.path.abspath('d')]
   assert status.split_commas(None) == []
 
 

@@ -57,15 +57,17 @@ experiment.Experiment.checkpoint_every = 4
 def test_a_declaration_makes_sense_at_every_scale(name):
   study = STUDIES[name]
   assert set(study.scales) == set(SCALES)
+  assert set(study.views) <= {'bytes', 'latency', 'speed-accuracy'}
   for scale in SCALES:
     plan = plan_lib.make_plan(study, scale)
-    names = [arm.name for arm in plan.arms]
+    names = [arm.name for arm in plan.study.arms]
     assert len(set(names)) == len(names)
     assert plan.study.baseline in names
     assert plan.study.comparisons, scale
     for comparison in plan.study.comparisons:
       assert comparison.measure in MEASURES
-    for arm in plan.arms:
+      assert comparison.expect in ('less', 'more', 'equal')
+    for arm in plan.study.arms:
       for file in (*arm.gin_files, *plan.scale.gin_files):
         assert (ROOT / file).is_file(), file
     done = set()
@@ -99,7 +101,11 @@ def test_the_rate_with_the_lowest_loss_is_chosen():
 def test_arms_are_trained_with_what_they_stand_on():
   study = STUDIES['offline_distillation']
   plan = plan_lib.make_plan(study, 'smoke', arms=['student'])
-  assert [arm.name for arm in plan.arms] == ['baseline', 'teachers', 'student']
+  assert [arm.name for arm in plan.study.arms] == [
+      'baseline',
+      'teachers',
+      'student',
+  ]
   students = [run for run in plan.runs() if run.arm == 'student']
   assert [run.seed for run in students] == [0, 1]
   for student in students:
@@ -118,7 +124,7 @@ def test_workers_make_the_group_batch():
   plan = plan_lib.make_plan(STUDIES['async_sgd'], 'cpu')
   assert plan.group_batch(plan.arm('asynchronous_8')) == rows
   plan = plan_lib.make_plan(STUDIES['lm_codistillation'], 'cpu')
-  sizes = [plan.group_batch(a) for a in plan.arms[:2]]
+  sizes = [plan.group_batch(a) for a in plan.study.arms[:2]]
   assert sizes == [rows * plan.scale.workers, 2 * rows * plan.scale.workers]
 
 
@@ -193,11 +199,13 @@ def test_a_study_writes_its_page(finished, name):
   assert images and all(x.name in page for x in images)
   if name == 'churn':  # It shows the chosen weight of several.
     return
-  assert all(arm.title in page for arm in plan.arms)
+  assert all(arm.title in page for arm in plan.study.arms)
   with (report / 'curves.csv').open() as f:
     found = {(row['arm'], int(row['seed'])) for row in csv.DictReader(f)}
   assert found == {
-      (arm.name, seed) for arm in plan.arms for seed in range(seeds_of(name))
+      (arm.name, seed)
+      for arm in plan.study.arms
+      for seed in range(seeds_of(name))
   }
 
 
@@ -277,6 +285,12 @@ MISTAKES = {
     '--seeds=0; set it to 1 or more': ['--seeds=0'],
     'holds no study; train it first': ['--report_only', '--workdir={new}'],
     'acts nowhere': ['--gin=UNUSED=1', '--workdir={new}'],
+    'codistillation, seed 0 would have no teacher in any of its 6 steps': [
+        '--study=image_codistillation',
+        '--workdir={new}',
+        '--gin_file={toy}',
+        '--gin=schedules.distill_weight.burn_in_steps=6',
+    ],
     'the group batch is that of the configuration': [
         '--study=image_codistillation',
         '--worker_rows=4',
@@ -289,13 +303,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('words', MISTAKES)
-def test_mistakes_are_said_in_a_line(finished, reproduce_once, tmp_path, words):
+def test_mistakes_are_said_in_a_line(
+    finished, reproduce_once, places, tmp_path, words
+):
   finished('topology')
-  flags = [flag.format(new=tmp_path) for flag in MISTAKES[words]]
+  known = {'new': tmp_path, 'toy': places / 'toy.gin'}
+  flags = [flag.format(**known) for flag in MISTAKES[words]]
   status, output = reproduce_once('topology', *flags)
   assert status == 1
   assert words in output and 'Traceback' not in output
   assert len([x for x in output.splitlines() if x.startswith('error')]) == 1
+  assert not list(tmp_path.rglob('outcome.json'))  # Nothing was trained.
 
 
 def test_the_list_names_all_studies():

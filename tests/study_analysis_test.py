@@ -275,38 +275,6 @@ def test_what_the_paper_did_not_compare_is_not_said_to_be_in_it():
   assert 'as in the paper' in judge(found).sentence
 
 
-# --- Errors ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'runs, words',
-    [
-        (toy.runs('three'), "arm 'three', but toy has baseline"),
-        ([*toy.runs(), *toy.runs()], 'Two runs'),
-        (
-            [toy.run()._replace(flops_N=np.zeros(3))],
-            'flops_N has 3 values for 20',
-        ),
-    ],
-)
-def test_runs_that_do_not_fit_are_refused(runs, words):
-  with pytest.raises(ValueError, match=words):
-    analyse(runs)
-
-
-@pytest.mark.parametrize(
-    'compared, words',
-    [
-        ({'measure': 'speed'}, 'No measure'),
-        ({'expect': 'fewer'}, 'less, more, equal'),
-        ({'name': 'three'}, "names arm 'three'"),
-    ],
-)
-def test_comparisons_that_do_not_fit_are_refused(compared, words):
-  with pytest.raises(ValueError, match=words):
-    judge(analyse(toy.runs()), **compared)
-
-
 def test_runs_for_tuning_are_in_no_figure():
   tuning = [toy.run(tuning=True, shift=-1.0, rate=r) for r in (0.1, 0.2)]
   plain, tuned = analyse(toy.runs()), analyse(toy.runs(), tuning)

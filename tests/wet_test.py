@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import read_source
-from wet_files import INFO, packed, record, wet, write_wet
+from wet_files import packed, record, wet, write_wet
 
 from codistill_jax.data import records as records_lib
 from codistill_jax.data.records import Reject
@@ -51,15 +51,18 @@ def test_bad_pages_are_counted(tmp_path):
   assert read(path, max_document_bytes=99)[3:] == ['x' * 99, 'good']
 
 
-def test_records_of_another_type_are_counted_but_for_the_info(tmp_path):
-  records = [
-      record(INFO, 'warcinfo'),
-      record('GET /', 'request'),
-      record('HTTP/1.1 200 OK\r\n\r\nhello', 'response'),
-      record('text'),
-  ]
-  path = write(tmp_path / 'a.warc', *records)
-  assert read(path) == [Reject('no_conversion')] * 2 + ['text']
+@pytest.mark.parametrize('kind', ['request', 'response', 'metadata'])
+def test_records_of_another_type_are_counted_behind_a_page(tmp_path, kind):
+  html = record('HTTP/1.1 200 OK\r\n\r\n<p>hello', kind)
+  info, page = wet('text')
+  found = read(write(tmp_path / 'a.wet', info, page, html, page))
+  assert found == ['text', Reject('no_conversion'), 'text']
+  for path in (
+      write(tmp_path / 'b.wet', info, html, page),
+      write(tmp_path / 'b.gz', *packed([info, html, page])),
+  ):
+    with pytest.raises(ValueError, match=f'type {kind}: a WARC or WAT file'):
+      read(path)
 
 
 def damaged():
@@ -240,5 +243,5 @@ class TestRealFiles:
     assert len(records) == 1 and 'Biquipedia' in records[0]
 
   def test_a_warc_file_has_no_text(self):
-    records = read(SHARED / 'wet' / 'resiliparse-warcfile.warc.gz')
-    assert set(records) == {Reject('no_conversion')}
+    with pytest.raises(ValueError, match='a WARC or WAT file'):
+      read(SHARED / 'wet' / 'resiliparse-warcfile.warc.gz')

@@ -13,10 +13,7 @@ Nor is it known how the numbers of a list are separated (anything but a digit
 will do here) and whether names have folders (both will do, see `_entry_of`).
 """
 
-import bz2
-import contextlib
 import csv
-import gzip
 import hashlib
 import itertools
 import re
@@ -29,10 +26,13 @@ import numpy as np
 from etils import epath
 
 from codistill_jax.data.records import (
+    DAMAGE,
     DAMAGED_RECORD,
     TOO_LONG,
     Reject,
+    check_damage,
     expand,
+    open_text,
 )
 from codistill_jax.storage import files
 
@@ -166,17 +166,12 @@ class ParagraphList:
 
   def _rows(self) -> Iterator[tuple[str, str]]:
     for path in self._paths:
-      with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(path.open('rb'))
-        try:
-          for name, f in _csv_files(path, raw):
-            yield from _rows(name, f)
-        except (tarfile.TarError, EOFError, zlib.error) as e:
-          raise ValueError(f'{path} is damaged: {e}') from e
-        except OSError as e:
-          if e.errno is not None:  # A disk that fails, and no bad bzip2 data.
-            raise
-          raise ValueError(f'{path} is damaged: {e}') from e
+      try:
+        for name, f in _csv_files(path):
+          yield from _rows(name, f)
+      except (tarfile.TarError, *DAMAGE) as e:
+        check_damage(e)
+        raise ValueError(f'{path} is damaged: {e}') from e
 
 
 def ids_of(entry: Sequence[bytes], name: str) -> np.ndarray:
@@ -202,8 +197,8 @@ def open_list(spec: str, sha256: str | None = None) -> ParagraphList:
   """Finds a list and compares its checksum.
 
   Args:
-    spec: The tar file as released, or a path or glob of the CSV files in it
-      (.csv, .csv.gz, .csv.bz2).
+    spec: The tar file as released, or a path or glob of the CSV files in it,
+      plain or compressed.
     sha256: Of the file, in hex; None: for a tar that of the released file, for
       others none is compared; 'none': none is compared.
 
@@ -212,8 +207,7 @@ def open_list(spec: str, sha256: str | None = None) -> ParagraphList:
     ValueError: If the checksum is another one.
   """
   paths = expand(spec)
-  is_tar = any('.tar' in path.suffixes for path in paths)
-  if is_tar and sha256 is None:
+  if sha256 is None and any(map(_is_tar, paths)):
     sha256 = RELEASED_SHA256
   found = [files.digest(path).sha256 for path in paths]
   if sha256 not in (None, 'none'):
@@ -232,19 +226,26 @@ def open_list(spec: str, sha256: str | None = None) -> ParagraphList:
   return ParagraphList(spec, paths, found[0] if len(found) == 1 else whole)
 
 
-def _csv_files(
-    path: epath.Path, raw: IO[bytes]
-) -> Iterator[tuple[str, IO[bytes]]]:
+def _is_tar(path: epath.Path) -> bool:
+  with path.open('rb') as raw:
+    try:
+      tarfile.open(fileobj=raw, mode='r|*').close()
+    except tarfile.TarError:
+      return False
+    return True
+
+
+def _csv_files(path: epath.Path) -> Iterator[tuple[str, IO[bytes]]]:
   """Opens the CSV files of a tar, or the one that the file is; as streams."""
-  if '.tar' in path.suffixes:
-    # A stream ('|'): nothing is extracted, nothing is sought.
-    with tarfile.open(fileobj=raw, mode='r|*') as tar:
-      for member in tar:
-        if member.isfile():
-          yield f'{path}/{member.name}', tar.extractfile(member)
+  if not _is_tar(path):
+    with open_text(path) as f:
+      yield str(path), f
     return
-  opened = {'.gz': gzip.open, '.bz2': bz2.open}.get(path.suffix)
-  yield str(path), opened(raw) if opened else raw
+  # A stream ('|'): nothing is extracted, nothing is sought.
+  with path.open('rb') as raw, tarfile.open(fileobj=raw, mode='r|*') as tar:
+    for member in tar:
+      if member.isfile():
+        yield f'{path}/{member.name}', tar.extractfile(member)
 
 
 def _rows(name: str, f: IO[bytes]) -> Iterator[tuple[str, str]]:

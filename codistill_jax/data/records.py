@@ -2,8 +2,13 @@
 
 A record is some bytes, or a `Reject` that says why they cannot be used: real
 data, which always has a broken line somewhere, is counted and not fatal. A
-record's number never changes. Files may be compressed (.gz, .xz). No more than
-`limit` bytes of a record are ever held: a longer one is read past, in pieces.
+record's number never changes. No more than `limit` bytes of a record are ever
+held: a longer one is read past, in pieces.
+
+What a file is, its first bytes say and not its name: text, plain or compressed
+(gzip, bzip2, xz, Zstandard), is read; an archive, a table, a document of an
+office or text in another encoding than UTF-8 is refused by name. Nothing of a
+tar archive would fail to be read as text, its heads and padding included.
 
 A WET file of Common Crawl has the text that was extracted from web pages. It is
 a WARC file, usually one gzip member for each record. Its records of type
@@ -19,10 +24,15 @@ record) can be read by itself, the next one that can be is looked for, and what
 lies between is one Reject('damaged_record').
 """
 
+import bz2
+import contextlib
 import glob
 import gzip
+import io
 import itertools
 import lzma
+import re
+import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
@@ -58,10 +68,37 @@ DAMAGED_FILE = Reject('damaged_file')
 DAMAGED_RECORD = Reject('damaged_record')
 
 _BOM = b'\xef\xbb\xbf'
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_HEAD = 512  # Bytes that tell what a file is: the head of a tar archive.
+
+# How a file begins, and what it is.
+_COMPRESSED = {
+    rb'\x1f\x8b': 'gzip',
+    rb'BZh[1-9](1AY&SY|\x17rE8P\x90)': 'bzip2',
+    rb'\xfd7zXZ\x00|\x5d\x00\x00': 'xz',
+    rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18': 'Zstandard',
+}
+_FOREIGN = {
+    rb'WARC/': 'WARC records, and WET files are named as wet:PATH_OR_GLOB',
+    rb'PK[\x03\x05\x07]': 'a zip archive or a document of an office',
+    rb"7z\xbc\xaf'\x1c": 'a 7z archive',
+    rb'Rar!\x1a\x07': 'a rar archive',
+    rb'\x04"M\x18': 'compressed by LZ4',
+    rb'\x1f[\x9d\xa0]': 'compressed by compress',
+    rb'PAR1': 'a Parquet table, which hf:FOLDER reads',
+    rb'ARROW1': 'an Arrow table, which hf:FOLDER reads',
+    rb'%PDF-': 'a PDF document',
+    rb'\{\\rtf': 'an RTF document',
+    rb'SQLite format 3\x00': 'an SQLite data base',
+    rb'\xff\xfe\x00\x00|\x00\x00\xfe\xff': 'in UTF-32',
+    rb'\xff\xfe|\xfe\xff': 'in UTF-16',
+    **{mark: f'compressed by {name}' for mark, name in _COMPRESSED.items()},
+}
+# What decompressing damaged data raises; but see `check_damage`.
+DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _PIECE = 1 << 20
 _GZIP_MEMBER = b'\x1f\x8b\x08'
 _PLAIN_RECORD = b'\nWARC/1.'
+_OF_WARC = ('request', 'response', 'resource', 'revisit', 'metadata')
 
 
 def expand(pattern: str) -> list[epath.Path]:
@@ -94,13 +131,100 @@ def expand(pattern: str) -> list[epath.Path]:
   return paths
 
 
+def compression_of(path: epath.Path, *, warc: bool = False) -> str | None:
+  """Returns how a file of text is compressed, by its first bytes; None: not.
+
+  Args:
+    path: The file.
+    warc: Whether a file of WARC records, as WET files are, is expected.
+
+  Raises:
+    ValueError: If it is no text, or that of another kind.
+  """
+  with path.open('rb') as f:
+    head = f.read(_HEAD)
+    compression = _named(_COMPRESSED, head)
+    if compression:
+      f.seek(0)
+      try:
+        head = _decompressed(f, compression).read(_HEAD)
+      except DAMAGE as e:
+        check_damage(e)
+        return compression  # It is counted where the file is read.
+  if warc and head.startswith(b'WARC/'):
+    return compression
+  found = _named(_FOREIGN, head)
+  if found is None and _is_tar(head):
+    found = 'a tar archive'
+  if found is None and not warc and 16 * head.count(0) > len(head):
+    found = 'binary data, or UTF-16 without a mark'
+  if found is not None:
+    where = f'What {path} holds, compressed by {compression},'
+    raise ValueError(
+        f'{where if compression else path} is {found}; expected text in UTF-8,'
+        ' plain or compressed once. Unpack, extract or convert it, and name'
+        ' what comes out.'
+    )
+  return compression
+
+
+def _named(marks: dict[bytes, str], head: bytes) -> str | None:
+  return next((marks[mark] for mark in marks if re.match(mark, head)), None)
+
+
+def _is_tar(head: bytes) -> bool:
+  try:
+    tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
+  except tarfile.HeaderError:
+    return False
+  return True
+
+
+def _decompressed(f: IO[bytes], compression: str | None) -> IO[bytes]:
+  match compression:
+    case 'gzip':
+      return gzip.GzipFile(fileobj=f)
+    case 'bzip2':
+      return bz2.BZ2File(f)
+    case 'xz':
+      return lzma.LZMAFile(f)
+    case 'Zstandard':
+      try:
+        import pyarrow
+      except ImportError as e:
+        raise ValueError(
+            'Files compressed by Zstandard need the package pyarrow: pip'
+            ' install pyarrow.'
+        ) from e
+      stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(f), 'zstd')
+      return io.BufferedReader(stream)
+  return f
+
+
+def check_damage(error: Exception) -> None:
+  """Raises one of `DAMAGE` again if a disk failed, which has an errno."""
+  if isinstance(error, OSError) and error.errno is not None:
+    raise error
+
+
+@contextlib.contextmanager
+def open_text(path: epath.Path) -> Iterator[IO[bytes]]:
+  """Opens a file of text, decompressed as its first bytes say.
+
+  Raises:
+    ValueError: If it is no text; see `compression_of`.
+  """
+  compression = compression_of(path)
+  with path.open('rb') as raw:
+    yield _decompressed(raw, compression)
+
+
 def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   """Reads lines with their ends; a damaged file ends with a Reject.
 
   What a compressed file has before the damage is given, without the torn line.
   """
-  with path.open('rb') as raw:
-    f = _decompressed(path, raw)
+  with open_text(path) as f:
     try:
       line = f.readline(limit + 1 + len(_BOM)).removeprefix(_BOM)
       while line:
@@ -112,16 +236,9 @@ def lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
             _skip_line(f)
           yield TOO_LONG
         line = f.readline(limit + 1)
-    except _DAMAGE:
+    except DAMAGE as e:
+      check_damage(e)
       yield DAMAGED_FILE
-
-
-def _decompressed(path: epath.Path, raw: IO[bytes]) -> IO[bytes]:
-  if path.suffix == '.gz':
-    return gzip.GzipFile(fileobj=raw)
-  if path.suffix == '.xz':
-    return lzma.LZMAFile(raw)
-  return raw
 
 
 def _skip_line(f: IO[bytes]) -> None:
@@ -159,15 +276,16 @@ def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
 
 def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   """Reads the content of a file."""
-  with path.open('rb') as raw:
+  with open_text(path) as f:
     try:
       # Not in one call: a buffer of `limit` bytes would be made beforehand.
-      f, pieces, size = _decompressed(path, raw), [], 0
+      pieces, size = [], 0
       while size <= limit and (piece := f.read(_PIECE)):
         piece = piece if pieces else piece.removeprefix(_BOM)
         pieces.append(piece)
         size += len(piece)
-    except _DAMAGE:
+    except DAMAGE as e:
+      check_damage(e)
       yield DAMAGED_FILE
       return
   text = b''.join(pieces)
@@ -214,25 +332,31 @@ def wet_pages(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   """Reads the content of each record but `warcinfo`, or why there is none.
 
   Args:
-    path: A WET file; whether it is compressed is seen from its first bytes.
+    path: A WET file, plain or gzip.
     limit: Bytes of a record; a longer one is skipped without being held.
 
   Yields:
     The content; or a Reject: 'too_long', 'no_conversion' (a record of another
-    type: this is a WARC or WAT file), or 'damaged_record', once for each
-    stretch of the file that cannot be read.
+    type), or 'damaged_record', once for each stretch of the file that cannot be
+    read.
 
   Raises:
-    ValueError: If the package fastwarc is missing.
+    ValueError: If the package fastwarc is missing, or it is another file.
     OSError: If the file cannot be read at all.
   """
+  compression = compression_of(path, warc=True)
+  if compression not in (None, 'gzip'):
+    raise ValueError(
+        f'{path} is compressed by {compression}, expected a WET file, plain or'
+        ' gzip; decompress it.'
+    )
   with path.open('rb') as f:
-    mark = _GZIP_MEMBER if f.read(2) == _GZIP_MEMBER[:2] else _PLAIN_RECORD
+    mark = _GZIP_MEMBER if compression else _PLAIN_RECORD
     start, in_damage = 0, False
     while start is not None:
       f.seek(start)
       try:
-        for record in _wet_records(f, start, limit):
+        for record in _wet_records(path, f, start, limit):
           in_damage = False
           if record is not None:
             yield record
@@ -245,7 +369,7 @@ def wet_pages(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
 
 
 def _wet_records(
-    f: IO[bytes], start: int, limit: int
+    path: epath.Path, f: IO[bytes], start: int, limit: int
 ) -> Iterator[bytes | Reject | None]:
   """Records from `start` to the first damage; None for `warcinfo`."""
   try:
@@ -254,7 +378,7 @@ def _wet_records(
     raise ValueError(
         'Reading WET files needs the package fastwarc: pip install fastwarc.'
     ) from e
-  position = start
+  position, first = start, start == 0
   try:
     for record in ArchiveIterator(f, parse_http=False):
       position = start + record.stream_pos
@@ -262,12 +386,22 @@ def _wet_records(
       declared = record.headers.get('Content-Length') or ''
       if declared.strip() != str(record.content_length):
         raise _DamageError(position)
-      if record.record_type == WarcRecordType.warcinfo:
+      kind = record.record_type
+      if kind == WarcRecordType.warcinfo:
         yield None
-      elif record.record_type != WarcRecordType.conversion:
-        yield Reject('no_conversion')
-      else:
+        continue
+      type_ = record.headers.get('WARC-Type')
+      if first and type_ in _OF_WARC:
+        raise ValueError(
+            f'{path} begins with a record of type {type_}: a WARC or WAT file,'
+            ' with pages as they were sent, HTML and all. Expected a WET file,'
+            ' whose records are of type conversion.'
+        )
+      first = False
+      if kind == WarcRecordType.conversion:
         yield _page(record, limit, position)
+      else:
+        yield Reject('no_conversion')
     if _ends_within_member(f, position):
       raise _DamageError(position)
   except OSError as e:

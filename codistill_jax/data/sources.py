@@ -13,9 +13,10 @@ One string names a source:
   hf:NAME[:CONFIG[:SPLIT]]     a Hugging Face data set, streamed; the split is
                                'train' unless said otherwise
 
-Files may be compressed (.gz, .xz; WET files: gzip) and are read in the order of
-their names; paths go through `etils.epath`, so that buckets work. Nothing is
-held in memory but the current document, and of one that is too long a part.
+Files may be compressed (gzip, bzip2, xz, Zstandard; WET files: gzip), whatever
+they are called, and are read in the order of their names; paths go through
+`etils.epath`, so that buckets work. Nothing is held in memory but the current
+document, and of one that is too long a part.
 
 A source is a sequence of *records*, each of them a document or a `Reject`; it
 is the same whenever it is read.
@@ -131,9 +132,10 @@ def open_source(
     paragraph_unit: See `paragraph_ids.paragraphs`.
 
   Raises:
-    ValueError: If the spec is malformed or a needed package is missing.
+    ValueError: If the spec is malformed, a needed package is missing or a file
+      is no text.
     FileNotFoundError: If no file matches.
-    OSError: From `records`, if a data set cannot be reached.
+    OSError: From `raw`, if a data set cannot be reached.
   """
   kind, _, rest = spec.partition(':')
   if paragraphs is not None and kind != 'wet':
@@ -168,6 +170,8 @@ def file_source(
     decode: Callable[[bytes], Record] = decode_text,
 ) -> Source:
   """Returns a source whose files `split` cuts into raw records."""
+  for path in paths:  # Before hours of work on those before it.
+    records_lib.compression_of(path, warc=spec.startswith('wet:'))
   raw = lambda: itertools.chain.from_iterable(map(split, paths))
   listing = [(path.name, path.stat().length) for path in paths]
   fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()

@@ -45,6 +45,15 @@ def is_remote(path: PathLike) -> bool:
   return '://' in os.fspath(path)
 
 
+def absolute(path: PathLike) -> str:
+  """Returns a path that means the same everywhere on this machine.
+
+  `~` is the home directory; the name of an object store is left alone.
+  """
+  path = os.fspath(path)
+  return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
 # --- Errors ------------------------------------------------------------------
 
 

@@ -135,14 +135,8 @@ def _is_count(value: Any) -> bool:
   return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def load_arms(
-    workdirs: Sequence[str], output: files.PathLike | None = None
-) -> list[RunRecords]:
-  """Reads run directories.
-
-  Args:
-    workdirs: Paths, or `name=path` to name the arm.
-    output: A further directory where comparison.json may lie.
+def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
+  """Reads run directories: paths, or `name=path` to name the arm.
 
   Raises:
     FileNotFoundError: If a directory is missing.
@@ -157,34 +151,23 @@ def load_arms(
       str(run.get('arm') or epath.Path(path).name)
       for run, path in zip(runs, paths)
   ]
-  names = _distinct_names(labels, own_names, paths)
-  comparisons = [run_directory.read_comparison(p) for p in paths]
-  if output is not None:
-    extra = files.read_json(epath.Path(output) / 'comparison.json')
-    comparisons.append(extra or {})
   arms = []
-  for i, path in enumerate(paths):
-    # What another run's directory says of `baseline` is about this arm only
-    # if no other arm goes by that name.
-    unique = own_names.count(own_names[i]) == 1
-    final = _find_comparison(
-        own_names[i], [comparisons[i], *(comparisons if unique else [])]
-    )
-    config = run_directory.config_path(path)
+  for i, name in enumerate(_distinct_names(labels, own_names, paths)):
+    config = run_directory.config_path(paths[i])
     text = config.read_text() if config.exists() else ''
-    known = runs[i], text, groups[i]
-    arms.append(RunRecords(names[i], epath.Path(path), *known, *final))
+    known = epath.Path(paths[i]), runs[i], text, groups[i]
+    arms.append(RunRecords(name, *known, *_comparison(paths[i], own_names[i])))
   return arms
 
 
 def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
-  if not equals or epath.Path(workdir).is_dir():
-    return None, workdir
+  if not equals or epath.Path(files.absolute(workdir)).is_dir():
+    return None, files.absolute(workdir)
   if not label or not path:
     raise ValueError(f'Expected path or name=path, got {workdir!r}.')
-  return label, path
+  return label, files.absolute(path)
 
 
 def _read_groups(workdir: str) -> tuple[GroupRecords, ...]:
@@ -220,21 +203,18 @@ def _distinct_names(
   return names
 
 
-def _find_comparison(
-    name: str, comparisons: Sequence[Mapping[str, Any]]
+def _comparison(
+    workdir: str, arm: str
 ) -> tuple[dict[int, Any], Mapping[str, Any], Sequence[Any]]:
-  """Returns models by group id, ensemble and pairs from the first with any."""
-  for comparison in comparisons:
-    models = {}
-    for key, metrics in comparison.get('models', {}).items():
-      arm, _, group = key.rpartition('/group_')
-      if arm == name and group.isdigit():
-        models[int(group)] = metrics
-    ensemble = comparison.get('ensembles', {}).get(name) or {}
-    pairs = comparison.get('pairs', {}).get(name) or []
-    if models or ensemble or pairs:
-      return models, ensemble, pairs
-  return {}, {}, []
+  """Returns models by group id, ensemble and pairs of the final evaluation."""
+  found = run_directory.read_comparison(workdir)
+  models = {}
+  for key, metrics in found.get('models', {}).items():
+    name, _, group = key.rpartition('/group_')
+    if name == arm and group.isdigit():
+      models[int(group)] = metrics
+  ensemble = found.get('ensembles', {}).get(arm) or {}
+  return models, ensemble, found.get('pairs', {}).get(arm) or []
 
 
 # --- What arms have in common ------------------------------------------------

@@ -180,14 +180,8 @@ class Analysis(NamedTuple):
 
 
 def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
-  """Sorts runs and finds the targets.
-
-  Raises:
-    ValueError: If a run is of no arm of the study, two runs are of one arm and
-      seed, or the arrays of a run disagree in length.
-  """
+  """Sorts runs and finds the targets."""
   runs = list(runs)
-  _check(study, runs)
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
   baseline = final.get(study.baseline, ())
@@ -198,30 +192,6 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
       if diverged_at(run) is None and len(run.loss_N)
   }
   return Analysis(study, window, targets, final, tuning)
-
-
-def _check(study: Study, runs: Sequence[Run]) -> None:
-  names = [arm.name for arm in study.arms]
-  seen = set()
-  for run in runs:
-    if run.arm not in names:
-      raise ValueError(
-          f'A run is of arm {run.arm!r}, but {study.name} has'
-          f' {", ".join(names)}.'
-      )
-    key = (run.arm, run.seed, run.rate if run.tuning else None)
-    if key in seen:
-      raise ValueError(
-          f'Two runs are of arm {run.arm!r} and seed {run.seed}; give one.'
-      )
-    seen.add(key)
-    for name in ('loss_N', 'flops_N', 'bytes_N', 'accuracy_N'):
-      length = len(getattr(run, name))
-      if length != len(run.steps_N) and (length or name != 'accuracy_N'):
-        raise ValueError(
-            f'Arm {run.arm!r}, seed {run.seed}: {name} has {length} values for'
-            f' {len(run.steps_N)} evaluations.'
-        )
 
 
 def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:
@@ -311,31 +281,20 @@ def cell(analysis: Analysis, arm: str, measure: str) -> Cell:
 
 
 def score(analysis: Analysis, run: Run, measure: str) -> Score:
-  """Returns one run by one measure.
-
-  Raises:
-    ValueError: If there is no such measure.
-  """
-  if measure not in MEASURES:
-    raise ValueError(
-        f'No measure {measure!r}; there are {", ".join(MEASURES)}.'
-    )
+  """Returns one run by one measure."""
   if diverged_at(run) is not None:
     return Score(run.seed, np.nan, DIVERGED)
   if MEASURES[measure].ratio:
     return _to_target(analysis, run, measure)
   values_N = {
-      'final_loss': run.loss_N,
+      'final_loss': run.loss_N[-1:],
       'best_loss': smooth(run.loss_N, analysis.window),
-      'final_accuracy': run.accuracy_N,
+      'final_accuracy': run.accuracy_N[-1:],
   }.get(
-      measure, ()
+      measure, np.zeros(0)
   )  # Churn is no number of one run.
-  if not len(values_N):
-    return Score(run.seed, np.nan, ABSENT)
-  value = values_N.min() if measure == 'best_loss' else values_N[-1]
-  state = ABSENT if np.isnan(value) else MEASURED
-  return Score(run.seed, float(value), state)
+  value = min(values_N.tolist(), default=np.nan)
+  return Score(run.seed, value, ABSENT if np.isnan(value) else MEASURED)
 
 
 def _to_target(analysis: Analysis, run: Run, measure: str) -> Score:

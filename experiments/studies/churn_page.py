@@ -18,27 +18,12 @@ from codistill_jax.storage import files
 
 from .. import cli
 from ..reports import pages
-from ..reports.pages import (
-    Block,
-    Bullets,
-    Code,
-    Heading,
-    Paragraph,
-    Table,
-)
-from . import (
-    retrains,
-    study_page,
-    words,
-)
+from ..reports.pages import Block, Bullets, Code, Heading, Paragraph, Table
+from . import retrains, words
 from .analysis import Effect
 from .retrains import Repeat, Retrains, Row
-from .study_plan import (
-    MEASURES,
-    Comparison,
-    Measure,
-    Study,
-)
+from .study_page import as_text, claim, write_csv
+from .study_plan import MEASURES, Comparison, Measure, Study
 
 # The figures of an arm, in order.
 FIGURES = {
@@ -76,17 +61,19 @@ def report(
   blocks = _blocks(found, note)
   if study is None:
     cli.tell(f'\n{found.settings["data"]}\n{found.settings["headline"]}')
-    cli.tell(f'\n{_text(table_1(found.table, _split_of(found), short=True))}\n')
+    cli.tell(
+        f'\n{as_text(table_1(found.table, _split_of(found), short=True))}\n'
+    )
     for line in (_summary(found), _choice(found)):
       cli.tell(line)
     page = pages.write(directory, 'churn', 'Prediction churn', blocks)
     cli.tell(f'report: {os.fspath(page)}')
   else:
     said = judge(study, found.rows['test'])
-    cli.tell(f'\n{_text(table_1(found.table, short=True))}\n')
+    cli.tell(f'\n{as_text(table_1(found.table, short=True))}\n')
     for line in said:
       cli.tell(line)
-    head = [Paragraph(study.question), Paragraph(study_page.claim(study))]
+    head = [Paragraph(study.question), Paragraph(claim(study))]
     blocks = [*head, Heading('Verdict'), Bullets(said), *blocks]
     pages.write(directory, 'page', study.title, blocks)
     cli.tell(f'page: {os.fspath(directory / "page.md")}')
@@ -210,9 +197,9 @@ def report_files(
     output: Directory, or None.
   """
   between = _pair_table(rows, pairs)
-  cli.tell(_text(table_1(rows, short=True)))
+  cli.tell(as_text(table_1(rows, short=True)))
   if len(between) > 1:
-    cli.tell('\n' + _text(between))
+    cli.tell('\n' + as_text(between))
   how = f'joined by {joined_by}' if joined_by else 'row by row'
   said = f'{examples:,} examples, {how}; ± is half of maximum minus minimum'
   cli.tell(f'\n{said}')
@@ -242,10 +229,6 @@ def report_files(
 
 
 # --- Tables ------------------------------------------------------------------
-
-
-def _text(frame: pd.DataFrame) -> str:
-  return pages.to_text(list(frame), frame.to_numpy().tolist())
 
 
 def _cell(row: Row, key: str, *, spread: bool) -> str:
@@ -441,8 +424,7 @@ def _write_data(
       for key, figure in _with_change(row).items()
   ]
   frame = pd.DataFrame(lines).drop(columns='values')
-  text = frame.to_csv(index=False, lineterminator='\n')
-  files.write_bytes(directory / 'churn.csv', text.encode())
+  write_csv(directory / 'churn.csv', frame)
   files.write_json(directory / 'churn.json', tree)
 
 

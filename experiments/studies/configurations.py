@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from codistill_jax.storage import files
 
 from .. import cli
 from . import study_plan as plan_lib
-from .study_plan import Arm, PlannedRun, StudyPlan
+from .study_plan import PlannedRun, StudyPlan
 
 # What the study says of each run, by the flag that changes it.
 _OF_RUNS = {
@@ -34,12 +34,7 @@ _FIXED = ('study', 'scale', 'identity', 'data', 'replicas', 'platform')
 
 
 class Configurations:
-  """Parses what a run is made of: its scale, its arm, its seed and rate.
-
-  Attributes:
-    workdir: Of the study.
-    plan: All runs.
-  """
+  """Parses what a run is made of: its scale, its arm, its seed and rate."""
 
   def __init__(
       self,
@@ -68,8 +63,10 @@ class Configurations:
     """
     self.parse(run)
     experiment = experiment_lib.in_lockstep(gin_utils.make(Experiment))
-    weight = self.plan.arm(run.arm).weight
-    return experiment if weight is None else _weighted(experiment, run, weight)
+    arm = self.plan.arm(run.arm)
+    if arm.weight is None and arm.communication != 'exchange':
+      return experiment
+    return _codistilled(experiment, run, arm.weight)
 
   def parse(self, run: PlannedRun) -> None:
     """Makes the configuration of a run that of this process."""
@@ -96,11 +93,12 @@ class Configurations:
     plan, rates = self.plan, self.plan.scale.rates
     if run.rate is not None or not rates:
       return run.rate
-    arm = plan.arm(run.arm)
-    tuned = plan.arm(arm.tuned_as) if arm.tuned_as else arm
-    if not plan.grid(tuned):
+    tuning = plan.tuning(plan.tuned(plan.arm(run.arm)))
+    if not tuning:
       return rates[0]
-    return plan_lib.choose_rate(read_tuning(self.workdir, plan, tuned))
+    return plan_lib.choose_rate(
+        {r.rate: plan_lib.read_outcome(self.workdir, r) for r in tuning}
+    )
 
 
 def shared_by_seeds() -> list[str]:
@@ -110,19 +108,6 @@ def shared_by_seeds() -> list[str]:
       for text in gin_utils.configuration()
       if not text.split(' = ')[0].endswith(_OF_SEEDS)
   ]
-
-
-def read_tuning(
-    workdir: files.PathLike, plan: StudyPlan, arm: Arm
-) -> dict[float, dict[str, Any]]:
-  """Returns the outcomes of the tuning runs of an arm that are done."""
-  found = {}
-  for rate in plan.grid(arm):
-    run = PlannedRun(arm.name, plan_lib.TUNING_SEED, rate, True)
-    outcome = plan_lib.read_outcome(workdir, run)
-    if outcome is not None:
-      found[rate] = outcome
-  return found
 
 
 def _check_free(binding: str, plan: StudyPlan) -> None:
@@ -140,46 +125,40 @@ def _check_free(binding: str, plan: StudyPlan) -> None:
     )
 
 
-def _weighted(
-    experiment: Experiment, run: PlannedRun, weight: float
+def _codistilled(
+    experiment: Experiment, run: PlannedRun, weight: float | None
 ) -> Experiment:
-  """Returns the experiment with another distill weight in the end."""
-  made = dataclasses.replace(
-      experiment,
-      distill_weight=with_weight(
-          experiment.distill_weight, weight, experiment.num_steps
-      ),
-  )
-  exchange, steps = made.exchange, range(made.num_steps)
-  if isinstance(exchange, Checkpoints) and not any(
-      made.distill_weight(step) and exchange.asked(step) for step in steps
-  ):
-    raise ValueError(
-        f'{run.name} would never have a teacher in {made.num_steps} steps: it'
-        f' is no codistillation; Checkpoints.every={exchange.every} and'
-        ' burn_in_steps must be shorter'
-    )
-  return made
+  """Returns the experiment with another distill weight in the end, if any.
 
-
-def with_weight(
-    schedule: Callable[[int], float], weight: float, num_steps: int
-) -> Callable[[int], float]:
-  """Returns the schedule with another weight at its end.
-
-  Its burn-in and ramp stay.
-
-  Raises:
-    ValueError: If its weight is 0 at the end.
+  The burn-in and the ramp of its schedule stay.
   """
-  last = float(schedule(num_steps - 1))
+  schedule, exchange = experiment.distill_weight, experiment.exchange
+  steps = range(experiment.num_steps)
+  if isinstance(exchange, Checkpoints) and not any(
+      schedule(step) and exchange.asked(step) for step in steps
+  ):
+    said = [f'Checkpoints.every = {exchange.every}'] + [
+        statement
+        for statement in gin_utils.configuration()
+        if 'distill_weight.' in statement
+    ]
+    raise ValueError(
+        f'{run.name} would have no teacher in any of its {len(steps)} steps'
+        f' ({", ".join(said)}): it is no codistillation; shorten the burn-in'
+        ' and the interval, and set the weight above 0'
+    )
+  if weight is None:
+    return experiment
+  last = float(schedule(steps[-1]))
   if not last:
     raise ValueError(
-        'the distill weight of the configuration is 0 at its last step, so it'
-        ' cannot be scaled to that of an arm; bind'
-        ' schedules.distill_weight.weight to 1'
+        f'{run.name}: the distill weight is 0 at step {steps[-1]}, the last, so'
+        ' it cannot be scaled to that of an arm; let it end above 0'
     )
-  return lambda step: weight * (float(schedule(step)) / last)
+  return dataclasses.replace(
+      experiment,
+      distill_weight=lambda step: weight * (float(schedule(step)) / last),
+  )
 
 
 # --- study.json --------------------------------------------------------------
@@ -237,20 +216,24 @@ def describe(
 ) -> dict[str, Any]:
   """Returns what study.json says."""
   plan, by_arm = configurations.plan, {}
+  rate = 1.0 if plan.scale.rates else None  # Whatever it will be.
   for arm in plan.trained:
-    configurations.parse(_any_run(plan, arm))
+    # What cannot work is said before anything is trained.
+    configurations.configure(PlannedRun(arm.name, 0, rate))
     # Of a grid each run says which of its rates it has.
     by_arm[arm.name] = [
-        x for x in shared_by_seeds() if not (plan.scale.rates and _is_rate(x))
+        x
+        for x in shared_by_seeds()
+        if not (plan.scale.rates and x.split(' = ')[0].endswith('RATE'))
     ]
   baseline = plan.arm(plan.study.baseline)
-  experiment = configurations.configure(_any_run(plan, baseline))
+  experiment = configurations.configure(PlannedRun(baseline.name, 0, rate))
   model = gin_utils.call(experiment_lib.make_model, experiment)
   row = experiment_lib.first_row(experiment, baseline.num_groups)
   variables = jax.eval_shape(model.init, jax.random.PRNGKey(0), row)
   count = sum(x.size for x in jax.tree.leaves(variables.params))
   labels = int(np.prod(np.shape(row['labels'])[1:]))
-  task = experiment.task
+  task, made_by = experiment.task, experiment.model
   return {
       'study': plan.study.name,
       'scale': plan.scale_name,
@@ -261,12 +244,12 @@ def describe(
       'example': task.example_name,
       'examples_per_row': labels,
       'has_test_split': task.test_batches is not None,
-      'num_groups': max(arm.num_groups for arm in plan.arms),
+      'num_groups': max(arm.num_groups for arm in plan.study.arms),
       'group_batch': experiment.group_batch,
       'num_steps': experiment.num_steps,
       'exchange_every': experiment.exchange.every,
       'publish_dtype': getattr(experiment.exchange, 'publish_dtype', 'float32'),
-      'model': _name_of(experiment.model),
+      'model': f'{made_by.__module__.split(".")[-1]}.{made_by.__name__}',
       'model_parameters': int(count),
       'replicas': num_replicas,
       'device': jax.devices()[0].device_kind,
@@ -274,16 +257,3 @@ def describe(
       'cores': os.cpu_count() or 1,
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
   }
-
-
-def _is_rate(statement: str) -> bool:
-  return statement.split(' = ')[0].endswith('RATE')
-
-
-def _name_of(model: Any) -> str:
-  """Returns module and name of what makes the model."""
-  return f'{model.__module__.split(".")[-1]}.{model.__name__}'
-
-
-def _any_run(plan: StudyPlan, arm: Arm) -> PlannedRun:
-  return PlannedRun(arm.name, 0, 1.0 if plan.scale.rates else None, False)

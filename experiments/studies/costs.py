@@ -29,8 +29,6 @@ from .study_plan import Arm
 
 # --- Bytes -------------------------------------------------------------------
 
-PATTERNS = ('none', 'all_reduce', 'exchange', 'outer', 'server')
-
 
 def bytes_per_update(
     pattern: str,
@@ -42,27 +40,20 @@ def bytes_per_update(
   """Returns bytes received per update; publications of peers come besides.
 
   Args:
-    pattern: One of `PATTERNS`.
+    pattern: As of `Arm.communication`.
     parameter_bytes: b, of one set of parameters or gradients.
     workers: W, of one group.
     outer_every: H, updates between outer steps.
-
-  Raises:
-    ValueError: If there is no such pattern.
   """
-  match pattern:
-    case 'none':
-      return 0.0
-    case 'all_reduce' | 'exchange':
-      return all_reduce_bytes(parameter_bytes, workers)
-    case 'outer':
-      return all_reduce_bytes(parameter_bytes, workers) / outer_every
-    case 'server':  # An update is the work of one worker, whatever W.
-      return 2.0 * parameter_bytes
-  raise ValueError(
-      f'No pattern of communication {pattern!r}; there are'
-      f' {", ".join(PATTERNS)}.'
-  )
+  within = all_reduce_bytes(parameter_bytes, workers)
+  return {
+      'none': 0.0,
+      'all_reduce': within,
+      'exchange': within,
+      'outer': within / outer_every,
+      # An update is the work of one worker, whatever W.
+      'server': 2.0 * parameter_bytes,
+  }[pattern]
 
 
 def all_reduce_bytes(parameter_bytes: float, workers: int) -> float:
@@ -76,32 +67,29 @@ def all_reduce_bytes(parameter_bytes: float, workers: int) -> float:
 
 # --- Time of an update -------------------------------------------------------
 
-_P99 = 0.99
 
+class Latency(NamedTuple):
+  """What is assumed of workers and network; the unit is a median step.
 
-class LogNormal(NamedTuple):
-  """Step times of a worker: median and 99th percentile.
-
-  In any unit of time; all times of one `Latency` share theirs.
+  Attributes:
+    tail: 99th percentile of the step times of a worker, without the all-reduce;
+      they are log-normal.
+    sample: Step times as they were measured, if any, in place of that; see
+      `sampled`. Beyond them there is no tail: with many workers the model is
+      too kind.
+    alpha: Time of an all-reduce that does not depend on its size.
+    model_time: Time in which a worker receives as many bytes as one model.
+    most_workers: Up to how many workers the model is drawn.
   """
 
-  median: float
-  p99: float
+  tail: float = 2.0
+  sample: tuple[float, ...] = ()
+  alpha: float = 0.05
+  model_time: float = 0.05
+  most_workers: int = 4096
 
 
-class Empirical(NamedTuple):
-  """Step times of a worker as they were measured; see `from_sample`.
-
-  Beyond the sample there is no tail: with many workers the model is too kind.
-  """
-
-  sample: tuple[float, ...]
-
-
-Distribution = LogNormal | Empirical
-
-
-def from_sample(times: Sequence[float]) -> Empirical:
+def sampled(times: Sequence[float]) -> tuple[float, ...]:
   """Returns measured step times of one worker, in units of their median.
 
   Raises:
@@ -113,50 +101,23 @@ def from_sample(times: Sequence[float]) -> Empirical:
         'Expected step times, all positive and finite, got'
         f' {times.tolist()[:5]}.'
     )
-  return Empirical(tuple((times / np.median(times)).tolist()))
-
-
-class Latency(NamedTuple):
-  """What is assumed of workers and network; the unit is a median step.
-
-  Attributes:
-    steps: Of one worker, without the all-reduce.
-    alpha: Time of an all-reduce that does not depend on its size.
-    model_time: Time in which a worker receives as many bytes as one model.
-    most_workers: Up to how many workers the model is drawn.
-  """
-
-  steps: Distribution = LogNormal(1.0, 2.0)
-  alpha: float = 0.05
-  model_time: float = 0.05
-  most_workers: int = 4096
+  return tuple((times / np.median(times)).tolist())
 
 
 @functools.lru_cache(maxsize=1024)  # Tables, tails and the plot ask again.
-def expected_maximum(distribution: Distribution, workers: int) -> float:
-  """Returns the expected largest of so many independent step times.
-
-  Raises:
-    ValueError: If the distribution or the number makes no sense.
-  """
-  if workers < 1:
-    raise ValueError(f'Expected at least 1 worker, got {workers}.')
-  if isinstance(distribution, Empirical):
-    return _maximum_of_sample(np.array(distribution.sample), workers)
-  return _maximum_of_log_normal(*distribution, workers)
-
-
-def _maximum_of_log_normal(median: float, p99: float, workers: int) -> float:
+def expected_maximum(latency: Latency, workers: int) -> float:
+  """Returns the expected largest of so many independent step times."""
   from scipy import integrate, special
 
-  if not 0 < median <= p99:
-    raise ValueError(
-        f'Expected 0 < median <= p99, got median={median}, p99={p99}.'
-    )
-  sigma = math.log(p99 / median) / special.ndtri(_P99)
+  if latency.sample:
+    # Of draws with replacement: P(max <= i-th of N) = (i / N)^W.
+    count = len(latency.sample)
+    below = (np.arange(count + 1) / count) ** workers
+    return float(np.sort(latency.sample) @ np.diff(below))
+  sigma = math.log(latency.tail) / special.ndtri(0.99)
   if not sigma:
-    return median
-  # Over z = log(x / median) / sigma: 1 - F^W keeps its digits in the tail.
+    return 1.0
+  # Over z = log(x) / sigma: 1 - F^W keeps its digits in the tail.
   exceeded = lambda z: -np.expm1(workers * special.log_ndtr(z))
   weighed = lambda z: exceeded(z) * sigma * np.exp(sigma * z)
   # Below, all workers are slower; beyond, the tail weighs nothing.
@@ -164,15 +125,7 @@ def _maximum_of_log_normal(median: float, p99: float, workers: int) -> float:
   rest, _ = integrate.quad(
       weighed, low, high, epsabs=0, epsrel=1e-10, limit=200
   )
-  return float(median * (math.exp(sigma * low) + rest))
-
-
-def _maximum_of_sample(sample_N: np.ndarray, workers: int) -> float:
-  """Returns that of draws with replacement: P(max <= i-th) = (i / N)^W."""
-  if not len(sample_N) or not np.isfinite(sample_N).all():
-    raise ValueError('Expected a sample of at least one finite step time.')
-  below = (np.arange(len(sample_N) + 1) / len(sample_N)) ** workers
-  return float(np.sort(sample_N) @ np.diff(below))
+  return float(math.exp(sigma * low) + rest)
 
 
 def step_time(latency: Latency, workers: int, compute: float = 1.0) -> float:
@@ -183,7 +136,7 @@ def step_time(latency: Latency, workers: int, compute: float = 1.0) -> float:
     workers: W, of one group.
     compute: Factor of the step time of a worker, such as for teachers.
   """
-  slowest = compute * expected_maximum(latency.steps, workers)
+  slowest = compute * expected_maximum(latency, workers)
   if workers == 1:
     return slowest
   models = all_reduce_bytes(1.0, workers)
@@ -212,19 +165,15 @@ class Fit(NamedTuple):
 
 
 def fit_steps(workers_K: Sequence[float], steps_K: Sequence[float]) -> Fit:
-  """Fits log steps; in one dimension, since the floor is solved for.
+  """Fits log steps, in one dimension, since the floor is solved for.
 
-  Raises:
-    ValueError: For fewer than three points, or values that are not positive.
+  Args:
+    workers_K: Three numbers of workers or more.
+    steps_K: Steps to the target, all positive.
   """
   from scipy import optimize
 
   workers_K, steps_K = np.asarray(workers_K, float), np.asarray(steps_K, float)
-  if len(workers_K) < 3 or (steps_K <= 0).any() or (workers_K <= 0).any():
-    raise ValueError(
-        'Expected steps, all positive, at three or more numbers of workers, got'
-        f' {steps_K.tolist()} at {workers_K.tolist()}.'
-    )
   rest_K = lambda g: np.log(steps_K) - np.log1p(math.exp(g) / workers_K)
   error = lambda g: rest_K(g).std()
   # There may be more than one valley: first the deepest, then its bottom.

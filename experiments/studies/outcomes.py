@@ -48,14 +48,20 @@ def load(
           f'{os.fspath(workdir)} holds a study with {key} {settings[key]!r},'
           f' not {ours!r}; give --{key}={settings[key]}'
       )
+  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  settings = {
+      **settings,
+      'bytes_of_model': size,
+      'seeds': plan.scale.seeds,
+      'rates': plan.scale.rates,
+      'runs': len(plan.runs()),
+  }
   runs: dict[PlannedRun, Run] = {}
-  seconds = 0.0
   for planned in plan.runs():
     outcome = plan_lib.read_outcome(workdir, planned)
     if outcome is not None:
       found = _read_run(workdir, plan, planned, outcome, settings)
       runs[planned] = _with_teachers(found, plan, planned, runs)
-      seconds += found.seconds
   _check_rates(workdir, runs)
   if not runs:
     raise FileNotFoundError(
@@ -64,13 +70,14 @@ def load(
     )
   ensembles = [
       _ensemble(workdir, arm, planned, run)
-      for arm in plan.arms
+      for arm in plan.study.arms
       if arm.ensemble_of
       for planned, run in runs.items()
       if planned.arm == arm.ensemble_of and not planned.tuning
   ]
   found = [*runs.values(), *(run for run in ensembles if run is not None)]
-  return _setting(settings, plan, seconds, len(runs)), found
+  seconds = sum(run.seconds for run in runs.values())
+  return {**settings, 'done': len(runs), 'minutes': seconds / 60}, found
 
 
 def _check_rates(
@@ -99,7 +106,11 @@ def _read_run(
 ) -> Run:
   arm = plan.arm(planned.arm)
   directory = plan_lib.run_dir(workdir, planned)
-  groups = _groups(directory, arm)
+  groups = [
+      run_records.read_group(path, group_id)
+      for group_id in range(arm.num_groups)
+      if (path := run_directory.metrics_path(directory, group_id)).exists()
+  ]
   losses = run_records.mean_curve(g.curve('eval/loss') for g in groups)
   accuracies = run_records.mean_curve(g.curve('eval/accuracy') for g in groups)
   steps_N = losses.index.to_numpy()
@@ -109,7 +120,7 @@ def _read_run(
   return Run(
       arm=arm.name,
       seed=planned.seed,
-      rate=_number(outcome['rate']),
+      rate=float('nan') if outcome['rate'] is None else outcome['rate'],
       tuning=planned.tuning,
       steps_N=steps_N,
       loss_N=losses.to_numpy()[at_N],
@@ -139,20 +150,6 @@ def _diverged_at(
   return None
 
 
-def _groups(
-    directory: files.PathLike, arm: Arm
-) -> list[run_records.GroupRecords]:
-  paths = (
-      run_directory.metrics_path(directory, group_id)
-      for group_id in range(arm.num_groups)
-  )
-  return [
-      run_records.read_group(path, i)
-      for i, path in enumerate(paths)
-      if path.exists()
-  ]
-
-
 def _flops(group: run_records.GroupRecords, steps_N: np.ndarray) -> np.ndarray:
   """Adds up FLOPs until each evaluation, from those on record."""
   curve = group.curve('perf/model_flops_per_step')
@@ -169,7 +166,7 @@ def _bytes(
     steps_N: np.ndarray,
 ) -> np.ndarray:
   """Returns bytes that a worker or group has received at evaluations."""
-  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
+  size = settings['bytes_of_model']
   within_N = steps_N * costs.bytes_per_update(
       arm.communication,
       size,
@@ -224,22 +221,3 @@ def _ensemble(
       bytes_N=run.bytes_N[at],
       seconds=float('nan'),
   )
-
-
-def _setting(
-    settings: Mapping[str, Any], plan: StudyPlan, seconds: float, done: int
-) -> dict[str, Any]:
-  size = _BYTES[settings['publish_dtype']] * settings['model_parameters']
-  return {
-      **settings,
-      'bytes_of_model': size,
-      'seeds': plan.scale.seeds,
-      'rates': plan.scale.rates,
-      'runs': len(plan.runs()),
-      'done': done,
-      'minutes': seconds / 60,
-  }
-
-
-def _number(value: float | None) -> float:
-  return float('nan') if value is None else value

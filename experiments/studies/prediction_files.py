@@ -1,5 +1,8 @@
 """Reads predictions of anybody's models: `.npy`, `.csv`, `.parquet`.
 
+Ids are names: they are compared as the text that a .csv has of them, and a row
+without one has the empty name.
+
 Shape suffixes: N examples, C classes.
 """
 
@@ -7,16 +10,19 @@ import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from codistill_jax import statistics
 
-from .retrains import Row, summarise
+from . import retrains
+from .retrains import Row
 
 _TABLES = ('.csv', '.tsv', '.parquet')
+# Of numbers; NA may be an id.
+_MISSING = ('', 'NA', 'N/A', 'NaN', 'nan', 'null', 'NULL', 'None')
 
 
 class Columns(NamedTuple):
@@ -77,29 +83,20 @@ def compare(
     )
   given = None
   if labels:
-    given = read_labels(labels, columns)
+    given = _read_labels(labels, columns)
     columns = columns._replace(label='')
   models = [read(path, columns) for _, path in named]
   arrays, joined = join(models, given)
-  arms: dict[str, list[np.ndarray]] = {}
-  for (arm, _), array in zip(named, arrays):
-    arms.setdefault(arm, []).append(array)
-  return summarise(arms, joined), _pairs(named), len(arrays[0])
-
-
-def _pairs(
-    named: Sequence[tuple[str, str]],
-) -> dict[str, list[tuple[str, str]]]:
   paths = [os.path.abspath(path) for _, path in named]
   # Their names, if all lie in one directory.
   together = os.path.commonpath(map(os.path.dirname, paths))
-  found: dict[str, list[str]] = {}
-  for (arm, _), path in zip(named, paths):
-    found.setdefault(arm, []).append(os.path.relpath(path, together))
-  return {
-      arm: list(itertools.combinations(names, 2))
-      for arm, names in found.items()
-  }
+  arms: dict[str, list[np.ndarray]] = {}
+  names: dict[str, list[str]] = {}
+  for (arm, _), array, path in zip(named, arrays, paths):
+    arms.setdefault(arm, []).append(array)
+    names.setdefault(arm, []).append(os.path.relpath(path, together))
+  pairs = {arm: list(itertools.combinations(x, 2)) for arm, x in names.items()}
+  return retrains.summarise(arms, joined), pairs, len(arrays[0])
 
 
 def read(path: str, columns: Columns) -> PredictionTable:
@@ -110,56 +107,33 @@ def read(path: str, columns: Columns) -> PredictionTable:
       what it holds are no probabilities.
     OSError: If it cannot be read.
   """
-  if _ending(path) == '.npy':
-    _check_no_ids(path, columns)
-    probs = statistics.check_probabilities(_read_npy(path), path)
+  if _is_array(path, columns):
+    probs = statistics.check_probabilities(retrains.load_array(path), path)
     return PredictionTable(path, probs, pd.RangeIndex(len(probs)), None, {})
-  table = _read_table(path)
-  picked = [_column(table, c, path) for c in columns.predictions]
-  probs = picked[0] if len(picked) == 1 else np.stack(_numbers(picked), axis=1)
+  table = _read_table(path, columns)
+  picked = [_numbers(table, column, path) for column in columns.predictions]
+  probs = picked[0] if len(picked) == 1 else np.stack(picked, axis=1)
   probs = statistics.check_probabilities(probs, path)
   labels = None
   if columns.label in table:
-    labels = _column(table, columns.label, path)
     try:
       labels = statistics.check_labels(
-          labels, probs, f'{path}, {columns.label}'
+          _numbers(table, columns.label, path),
+          probs,
+          f'{path}, {columns.label}',
       )
     except ValueError as e:
       raise ValueError(f'{e}; to read no labels, give --label_column=') from e
-  return PredictionTable(
-      path,
-      probs,
-      _ids(table, columns.id, path),
-      labels,
-      {} if columns.id else _unused(table, columns),
-  )
-
-
-def _unused(table: pd.DataFrame, columns: Columns) -> dict[str, pd.Series]:
-  read = {*columns.predictions, columns.label}
-  return {
+  used = {*columns.predictions, columns.label}
+  unused = {
       name: values
       for name, values in table.items()
-      if name not in read and values.is_unique
+      if name not in used
+      and pd.api.types.is_hashable(values.iloc[0])
+      and values.is_unique
   }
-
-
-def read_labels(path: str, columns: Columns) -> pd.Series:
-  """Reads labels (N,) by id; errors as `read`."""
-  if _ending(path) == '.npy':
-    _check_no_ids(path, columns)
-    return pd.Series(_read_npy(path))
-  table = _read_table(path)
-  values = _column(table, columns.label, path)
-  return pd.Series(values, _ids(table, columns.id, path))
-
-
-def _check_no_ids(path: str, columns: Columns) -> None:
-  if columns.id:
-    raise ValueError(
-        f'{path} has no ids; leave --id_column out, or give tables only'
-    )
+  ids = _ids(table, columns.id, path)
+  return PredictionTable(path, probs, ids, labels, {} if columns.id else unused)
 
 
 def join(
@@ -207,7 +181,7 @@ def _check_same_labels(name_a, labels_a, name_b, labels_b, ids) -> None:
   wrong = np.flatnonzero(labels_a != labels_b)
   if wrong.size:
     row = int(wrong[0])
-    where, remedy = f'id {ids.tolist()[row]!r}', 'give --labels'
+    where, remedy = f'id {ids[row]!r}', 'give --labels'
     if isinstance(ids, pd.RangeIndex):
       where, remedy = f'row {row:,}', 'to join them, give --id_column'
     raise ValueError(
@@ -231,18 +205,13 @@ def _check_same_examples(
         f'{first.name} has predictions of shape {first.probs.shape},'
         f' {other.name} of {other.probs.shape}; predict the same classes'
     )
-  for column, values in first.unused.items():
-    theirs = other.unused.get(column)
-    if theirs is not None and _shuffled(values, theirs):
+  for column in first.unused.keys() & other.unused.keys():
+    ours, theirs = (m.unused[column].tolist() for m in (first, other))
+    if ours != theirs and set(ours) == set(theirs):
       raise ValueError(
           f'{column} has the same values in {first.name} and {other.name}, in'
           f' another order; give --id_column={column} to join them'
       )
-
-
-def _shuffled(a: pd.Series, b: pd.Series) -> bool:
-  """Returns whether these are the same values in different orders."""
-  return not np.array_equal(a, b) and set(a.tolist()) == set(b.tolist())
 
 
 def _places(wanted: pd.Index, ids: pd.Index, name: str) -> np.ndarray:
@@ -257,36 +226,11 @@ def _places(wanted: pd.Index, ids: pd.Index, name: str) -> np.ndarray:
   return places
 
 
-def _ids(table: pd.DataFrame, column: str, path: str) -> pd.Index:
-  if not column:
-    return pd.RangeIndex(len(table))
-  ids = pd.Index(_column(table, column, path))
-  again = ids[ids.duplicated()].tolist()
-  if again:
-    raise ValueError(
-        f'{path}: {len(again):,} duplicate ids, such as {again[0]!r}; give each'
-        ' example once'
-    )
-  return ids
+# --- Files -------------------------------------------------------------------
 
 
-def _column(table: pd.DataFrame, column: str, path: str) -> np.ndarray:
-  if column not in table:
-    raise ValueError(
-        f'{path} has no column {column!r}; it has'
-        f' {", ".join(map(str, table.columns))}'
-    )
-  return table[column].to_numpy()
-
-
-def _numbers(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
-  try:
-    return [np.asarray(c, np.float64) for c in columns]
-  except (TypeError, ValueError) as e:
-    raise ValueError(f'predictions are not numbers: {e}') from e
-
-
-def _ending(path: str) -> str:
+def _is_array(path: str, columns: Columns) -> bool:
+  """Returns whether a file is .npy, and not a table; refuses all else."""
   ending = os.path.splitext(path)[1].lower()
   if ending not in ('.npy', *_TABLES):
     raise ValueError(
@@ -294,33 +238,111 @@ def _ending(path: str) -> str:
     )
   if not os.path.exists(path):
     raise FileNotFoundError(f'there is no file {path}')
-  return ending
+  if ending == '.npy' and columns.id:
+    raise ValueError(
+        f'{path} has no ids; leave --id_column out, or give tables only'
+    )
+  return ending == '.npy'
 
 
-def _read_npy(path: str) -> np.ndarray:
-  try:
-    return np.load(path, allow_pickle=False)
-  except (ValueError, EOFError) as e:
-    raise ValueError(f'{path} is no array of numbers: {e}') from e
+def _read_labels(path: str, columns: Columns) -> pd.Series:
+  """Reads labels (N,) by id; errors as `read`."""
+  if _is_array(path, columns):
+    return pd.Series(retrains.load_array(path))
+  table = _read_table(path, columns)
+  values = _numbers(table, columns.label, path)
+  return pd.Series(values, _ids(table, columns.id, path))
 
 
-def _read_table(path: str) -> pd.DataFrame:
-  ending = _ending(path)
+def _ids(table: pd.DataFrame, column: str, path: str) -> pd.Index:
+  if not column:
+    return pd.RangeIndex(len(table))
+  ids = pd.Index(_column(table, column, path), dtype=object)
+  again = ids[ids.duplicated()]
+  if len(again):
+    raise ValueError(
+        f'{path}: {len(again):,} duplicate ids, such as {again[0]!r}; give each'
+        ' example once'
+    )
+  return ids
+
+
+def _column(table: pd.DataFrame, column: str, path: str) -> pd.Series:
+  if column not in table:
+    raise ValueError(
+        f'{path} has no column {column!r}; it has'
+        f' {", ".join(map(str, table.columns))}'
+    )
+  return table[column]
+
+
+def _numbers(table: pd.DataFrame, column: str, path: str) -> np.ndarray:
+  values = _column(table, column, path)
+  numbers = pd.to_numeric(values, errors='coerce')
+  wrong = np.flatnonzero(numbers.isna() & values.notna())
+  if len(wrong):
+    raise ValueError(
+        f'{path}, {column}: expected numbers, got {values.iloc[wrong[0]]!r} in'
+        f' row {wrong[0]:,}'
+    )
+  return numbers.astype(
+      float if numbers.isna().any() else numbers.dtype
+  ).to_numpy()
+
+
+def _read_table(path: str, columns: Columns) -> pd.DataFrame:
+  ending = os.path.splitext(path)[1].lower()
   try:
     if ending == '.parquet':
-      return pd.read_parquet(path)
+      return _read_parquet(path, columns.id)
+    separator = '\t' if ending == '.tsv' else ','
+    # Pandas would give the second column of a name another one.
+    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str)
+    again = head.T[0][head.T[0].duplicated()].dropna().tolist()
+    if again:
+      raise ValueError(f'it has two columns {again[0]!r}')
     with warnings.catch_warnings():
       # Of rows that are longer than the header.
       warnings.simplefilter('error', pd.errors.ParserWarning)
-      # Or the first column of such rows would be taken for an index, and each
-      # of the others would have the name of its neighbour.
-      separator = '\t' if ending == '.tsv' else ','
-      return pd.read_csv(path, sep=separator, index_col=False)
-  # Also a parser's errors; pyarrow, where it is missing, and what it cannot do.
+      return pd.read_csv(
+          path,
+          sep=separator,
+          # Or the first column of such rows would be taken for an index, and
+          # each of the others would have the name of its neighbour.
+          index_col=False,
+          dtype={columns.id: str},
+          keep_default_na=False,
+          na_values=dict.fromkeys(
+              (*columns.predictions, columns.label), _MISSING
+          ),
+      )
+  # Also a parser's errors, what pyarrow cannot do, and lengths that lie.
   except (
       ValueError,
-      ImportError,
       NotImplementedError,
+      MemoryError,
       pd.errors.ParserWarning,
   ) as e:
     raise ValueError(f'{path} cannot be read as {ending[1:]}: {e}') from e
+
+
+def _read_parquet(path: str, id_column: str) -> pd.DataFrame:
+  from pyarrow import parquet
+
+  table = parquet.read_table(path)
+  frame = table.to_pandas()
+  if id_column in frame.index.names:
+    frame = frame.reset_index(id_column)
+  if id_column in frame:
+    ids = frame[id_column]
+    if id_column in table.column_names:
+      # Not by way of pandas: where one is missing, it rounds integers.
+      ids = table[id_column].to_pylist()
+    frame[id_column] = list(map(_name, ids))
+  return frame
+
+
+def _name(value: Any) -> str:
+  if isinstance(value, bytes):
+    return value.decode(errors='surrogateescape')
+  return '' if value is None else str(value)

@@ -91,7 +91,7 @@ def with_controls(
   first = single._replace(seeds=tuple(range(size * count)))
   # Retrain 0 of both would be the first single model.
   others = tuple(range(1, controls))
-  weighted = [arm for arm in plan.arms if arm.weight is not None]
+  weighted = [arm for arm in plan.study.arms if arm.weight is not None]
   compared = {SINGLE, ENSEMBLE, *(arm.name for arm in weighted)}
   arms = (
       first,
@@ -101,7 +101,7 @@ def with_controls(
       *map(_again, weighted[:1]),
       single._replace(name=FIXED_INIT, fixed='parameters', seeds=others),
       single._replace(name=FIXED_ORDER, fixed='order', seeds=others),
-      *(arm for arm in plan.arms if arm.name not in compared),
+      *(arm for arm in plan.study.arms if arm.name not in compared),
   )
   return plan._replace(study=plan.study._replace(arms=arms))
 
@@ -148,7 +148,7 @@ def done(workdir: files.PathLike) -> Iterator[tuple[str, int, dict[str, Any]]]:
   for arm in sorted(p.name for p in root.iterdir()) if root.exists() else ():
     numbers = [p.name.removeprefix('seed_') for p in (root / arm).iterdir()]
     for seed in sorted(int(n) for n in numbers if n.isdecimal()):
-      run = PlannedRun(arm, seed, None, False)
+      run = PlannedRun(arm, seed)
       outcome = plan_lib.read_outcome(workdir, run)
       if outcome is not None:
         yield arm, seed, outcome
@@ -172,7 +172,7 @@ def read_predictions(
 
   Never two copies of one run: they are no independent retrains.
   """
-  run = PlannedRun(arm, seed, None, False)
+  run = PlannedRun(arm, seed)
   return _load(_path(plan_lib.run_dir(workdir, run), group_id, split))
 
 
@@ -206,13 +206,40 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _load(path: epath.Path) -> np.ndarray:
-  data = path.read_bytes()
   try:
-    return np.load(io.BytesIO(data), allow_pickle=False)
-  except (ValueError, EOFError) as e:
+    return load_array(path)
+  except ValueError as e:
     raise ValueError(
-        f'{os.fspath(path)} is damaged ({e}); delete it, and the outcome.json'
-        ' beside it, if any, and both are made again'
+        f'{e}; delete it, and the outcome.json beside it, if any, and both are'
+        ' made again'
+    ) from e
+
+
+def load_array(path: files.PathLike) -> np.ndarray:
+  """Reads a .npy; its header may lie, but the file is as long as it is.
+
+  Raises:
+    ValueError: If it is no array of numbers, or not as long as it says.
+    OSError: If it cannot be read.
+  """
+  data = epath.Path(path).read_bytes()
+  file = io.BytesIO(data)
+  try:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, in_columns, dtype = read_header(file)
+    found = np.frombuffer(data, dtype, offset=file.tell())
+    if min(shape, default=0) < 0:
+      raise ValueError(f'shape {shape}')
+    return found.reshape(shape, order='F' if in_columns else 'C')
+  # Numpy evaluates the header, and that raises what parsers raise.
+  except Exception as e:
+    raise ValueError(
+        f'{os.fspath(path)} is damaged, or no array of numbers:'
+        f' {e or type(e).__name__}'
     ) from e
 
 
@@ -402,7 +429,7 @@ def _others(arms: Iterable[str]) -> list[str]:
 
 
 def _configuration(workdir: files.PathLike, arm: str, seed: int) -> str:
-  run = PlannedRun(arm, seed, None, False)
+  run = PlannedRun(arm, seed)
   path = run_directory.config_path(plan_lib.run_dir(workdir, run))
   return path.read_text() if path.exists() else ''
 

@@ -5,8 +5,9 @@ curves.csv (a row per evaluation).
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from etils import epath
 
 from codistill_jax.storage import files
 
+from .. import cli
 from ..reports import pages
 from ..reports.pages import (
     Block,
@@ -25,11 +27,7 @@ from ..reports.pages import (
     count,
     sentence_start,
 )
-from . import (
-    analysis,
-    costs,
-    words,
-)
+from . import analysis, costs, words
 from .analysis import (
     DIVERGED,
     MEASURED,
@@ -40,14 +38,8 @@ from .analysis import (
     Run,
     Score,
 )
-from .costs import Latency, LogNormal, WallTime
+from .costs import Latency, WallTime
 from .study_plan import MEASURES, Arm, Study
-
-# Further parts of a page, by their names in declarations: 'latency' wall time
-# from a tail-latency model; 'bytes' loss against bytes received; 'topology',
-# 'staleness' and every other study with `x_label` measures against it;
-# 'speed-accuracy' accuracy beside loss, among the curves.
-VIEWS = ('bytes', 'latency', 'speed-accuracy', 'staleness', 'topology')
 
 # How much longer than the median one step in a hundred is.
 _TAILS = (1.2, 1.5, 2.0, 3.0, 5.0)
@@ -56,31 +48,14 @@ _TAILS = (1.2, 1.5, 2.0, 3.0, 5.0)
 Settings = Mapping[str, Any]
 
 
-class Summary(NamedTuple):
-  """What to print.
-
-  Attributes:
-    table: The arms, aligned for a terminal.
-    lines: Verdicts and what went wrong, a sentence each.
-    verdicts: In the order of the study's comparisons.
-    page: The Markdown page.
-  """
-
-  table: str
-  lines: tuple[str, ...]
-  verdicts: tuple[words.Verdict, ...]
-  page: epath.Path
-
-
-def write(
+def report(
     study: Study,
     settings: Settings,
     runs: Sequence[Run],
     output: files.PathLike,
-    *,
     latency: Latency | None = None,
-) -> Summary:
-  """Analyses the runs of a study and writes everything about them.
+) -> list[words.Verdict]:
+  """Analyses the runs of a study; prints, and writes everything about them.
 
   Args:
     study: Its declaration.
@@ -89,21 +64,32 @@ def write(
     output: Directory; what lies there under the same names is replaced.
     latency: What is assumed of workers and network, for the view 'latency'.
 
-  Raises:
-    ValueError: If runs and declaration do not fit.
+  Returns:
+    A verdict on each comparison of the study.
   """
   found = analysis.analyse(study, runs)
-  judged = tuple(words.judge(found, c) for c in study.comparisons)
-  said = (*(v.sentence for v in judged), *_divergences(found))
+  judged = [words.judge(found, c) for c in study.comparisons]
+  said = [*(v.sentence for v in judged), *_divergences(found)]
   directory = epath.Path(output)
   made = _blocks(found, settings, said, latency or Latency())
   pages.write(directory, 'page', study.title, made)
-  for name, frame in (('study', _study_csv(found)), ('curves', _curves(found))):
-    text = frame.to_csv(index=False, lineterminator='\n')
-    files.write_bytes(directory / f'{name}.csv', text.encode())
-  short = _short_table(found)
-  table = pages.to_text(list(short), short.to_numpy().tolist())
-  return Summary(table, said, judged, directory / 'page.md')
+  write_csv(directory / 'study.csv', _study_csv(found))
+  write_csv(directory / 'curves.csv', _curves(found))
+  cli.tell(f'\n{as_text(_short_table(found))}\n')
+  for line in said:
+    cli.tell(line)
+  cli.tell(f'page: {os.fspath(directory / "page.md")}')
+  return judged
+
+
+def as_text(frame: pd.DataFrame) -> str:
+  """Returns a table for a terminal."""
+  return pages.to_text(list(frame), frame.to_numpy().tolist())
+
+
+def write_csv(path: epath.Path, frame: pd.DataFrame) -> None:
+  text = frame.to_csv(index=False, lineterminator='\n')
+  files.write_bytes(path, text.encode())
 
 
 def _blocks(
@@ -113,46 +99,54 @@ def _blocks(
   from . import study_plots  # Needs matplotlib.
 
   study, views = found.study, found.study.views
-  for name in views:
-    if name not in VIEWS:
-      raise ValueError(
-          f'No view {name!r} for {study.name}; there are {", ".join(VIEWS)}.'
-      )
-  seeds = 'Steps to the target, seed by seed'
   baseline = _title(study, study.baseline)
   rules = words.paragraphs('rules', window=found.window, baseline=baseline)
   example = settings['example']
   drawn = [*study_plots.curves(found, example), study_plots.against_axis(found)]
-  return [
+  groups = sorted({arm.num_groups for arm in study.arms})
+  made = [
       Paragraph(study.question),
       Paragraph(claim(study)),
-      Paragraph(_settings(study, settings)),
-      *([Heading('Verdict'), Bullets(said)] if said else []),
+      _said(
+          'settings',
+          s=settings,
+          groups=' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]]))),
+          baseline=baseline,
+      ),
+  ]
+  if said:
+    made += [Heading('Verdict'), Bullets(said)]
+  made += [
       Heading('Arms'),
       Table(arms_table(found, settings)),
-      Paragraph(
-          words.paragraph('targets', targets=found.targets, example=example)
-      ),
-      *([Heading(seeds), Table(_seeds_table(found))] if found.trained else []),
-      *(b for plot in drawn if plot for b in (Heading(plot.title), plot)),
-      *(_bytes(found, settings) if 'bytes' in views else []),
-      *(
-          wall_time_blocks(found, settings, latency)
-          if 'latency' in views
-          else []
-      ),
-      *_rates(found, settings),
+      _said('targets', targets=found.targets, example=example),
+  ]
+  if found.trained:
+    made.append(Heading('Steps to the target, seed by seed'))
+    made.append(Table(_seeds_table(found)))
+  for plot in filter(None, drawn):
+    made += [Heading(plot.title), plot]
+  if 'bytes' in views:
+    made += _bytes(found, example)
+  if 'latency' in views:
+    made += wall_time_blocks(found, settings, latency)
+  made += _rates(found, settings)
+  made += [
       Heading('Rules'),
       Bullets([*rules, *words.paragraphs('verdict_rules')]),
-      *(
-          [Heading('Notes'), *map(Paragraph, study.notes)]
-          if study.notes
-          else []
-      ),
+  ]
+  if study.notes:
+    made += [Heading('Notes'), *map(Paragraph, study.notes)]
+  return [
+      *made,
       Heading('How to make it again'),
       Code(settings['command']),
-      Paragraph(words.paragraph('minutes', s=settings)),
+      _said('minutes', s=settings),
   ]
+
+
+def _said(macro: str, **values: Any) -> Paragraph:
+  return Paragraph(words.paragraph(macro, **values))
 
 
 # --- Settings and runs ------------------------------------------------------
@@ -162,17 +156,6 @@ def claim(study: Study) -> str:
   """Returns what the paper says, or whoever else does."""
   ours = study.source.startswith(words.NOT_OF_THE_PAPER)
   return f'The {"claim" if ours else "paper"} ({study.source}): {study.claim}'
-
-
-def _settings(study: Study, settings: Settings) -> str:
-  """Returns what all arms have in common, in one line."""
-  groups = sorted({arm.num_groups for arm in study.arms})
-  return words.paragraph(
-      'settings',
-      s=settings,
-      groups=' to '.join(map(str, dict.fromkeys([groups[0], groups[-1]]))),
-      baseline=_title(study, study.baseline),
-  )
 
 
 def _title(study: Study, name: str) -> str:
@@ -298,7 +281,7 @@ def _score(found: Score) -> str:
 def _rates(found: Analysis, settings: Settings) -> list[Block]:
   tuned = any(found.tuning.values())
   heading = Heading('Learning rates')
-  said = Paragraph(words.paragraph('rates', s=settings, tuned=tuned))
+  said = _said('rates', s=settings, tuned=tuned)
   if not tuned:
     return [heading, said]
   table = pd.DataFrame(
@@ -346,17 +329,17 @@ def _chosen(found: Analysis, arm: Arm, settings: Settings) -> str:
 # --- Views -------------------------------------------------------------------
 
 
-def _bytes(found: Analysis, settings: Settings) -> list[Block]:
+def _bytes(found: Analysis, example: str) -> list[Block]:
   from . import study_plots
 
-  plot = study_plots.against_bytes(found, settings['example'])
+  plot = study_plots.against_bytes(found, example)
   if plot is None:
     return []
   return [
       Heading(plot.title),
       plot,
       Table(_bytes_table(found)),
-      Paragraph(words.paragraph('equal_bytes')),
+      _said('equal_bytes'),
       Bullets(words.paragraphs('formulas')),
   ]
 
@@ -399,7 +382,7 @@ def wall_time_blocks(
   model = costs.measure(found, latency)
   said = [
       Heading('Wall time, on paper'),
-      Paragraph(words.paragraph('wall_time', model=model)),
+      _said('wall_time', model=model),
   ]
   if model.fit is None:
     return said
@@ -436,8 +419,8 @@ def tails_table(model: WallTime) -> pd.DataFrame:
   """Returns the crossover for shorter and longer tails."""
   rows = []
   for tail in _TAILS:
-    steps = LogNormal(1.0, tail)
-    other = model._replace(assumed=model.assumed._replace(steps=steps))
+    assumed = model.assumed._replace(tail=tail, sample=())
+    other = model._replace(assumed=assumed)
     first, (*_, gain) = other.crossover(), other.gains().values()
     rows.append(
         {

@@ -141,18 +141,18 @@ class Comparison(NamedTuple):
 
   Attributes:
     arm: The one of interest.
+    expect: What the paper leads us to expect of its number: 'less', 'more' or
+      'equal' to the other's.
     against: The other.
-    measure: A key of `MEASURES`.
-    expect: What the paper leads us to expect of the arm's number: 'less',
-      'more' or 'equal' to the other's.
     paper: What the paper says, with its mark: 'half the steps [B]'.
+    measure: A key of `MEASURES`.
   """
 
   arm: str
-  against: str
-  measure: str
   expect: str
+  against: str
   paper: str
+  measure: str
 
 
 class Scale(NamedTuple):
@@ -197,9 +197,10 @@ class Study(NamedTuple):
     scales: By name.
     predictions: Whether its runs leave what they predict in the end, on the
       validation and the test split; see `retrains`.
-    x_label: Of the axis on which arms stand; '' for none.
-    x_log: Whether that axis is logarithmic.
-    views: Further figures of this study, names in `study_page.VIEWS`.
+    x_label: Of the logarithmic axis on which arms stand; '' for none.
+    views: Further figures: 'latency', wall time from a tail-latency model;
+      'bytes', loss against bytes received; 'speed-accuracy', accuracy beside
+      loss.
     notes: Paragraphs for the page: what the result depends on.
   """
 
@@ -214,7 +215,6 @@ class Study(NamedTuple):
   scales: Mapping[str, Scale]
   predictions: bool = False
   x_label: str = ''
-  x_log: bool = False
   views: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
@@ -235,8 +235,8 @@ class PlannedRun(NamedTuple):
 
   arm: str
   seed: int
-  rate: float | None
-  tuning: bool
+  rate: float | None = None
+  tuning: bool = False
 
   @property
   def name(self) -> str:
@@ -266,18 +266,13 @@ class StudyPlan(NamedTuple):
   scale: Scale
   declared: tuple[Arm, ...]
 
-  @property
-  def arms(self) -> tuple[Arm, ...]:
-    """Returns all arms, trained or derived, in order."""
-    return self.study.arms
-
   def arm(self, name: str) -> Arm:
-    return next(arm for arm in self.arms if arm.name == name)
+    return next(arm for arm in self.study.arms if arm.name == name)
 
   @property
   def trained(self) -> list[Arm]:
     """Returns the arms that are not made of the runs of another one."""
-    return [arm for arm in self.arms if not arm.ensemble_of]
+    return [arm for arm in self.study.arms if not arm.ensemble_of]
 
   def group_batch(self, arm: Arm) -> int | None:
     """Returns rows of an update of one group; None: as configured."""
@@ -293,18 +288,23 @@ class StudyPlan(NamedTuple):
     """Returns the seeds of the runs of an arm."""
     return range(self.scale.seeds) if arm.seeds is None else arm.seeds
 
+  def tuning(self, arm: Arm) -> list[PlannedRun]:
+    """Returns the runs that choose the rate of an arm."""
+    return [
+        PlannedRun(arm.name, TUNING_SEED, rate, True) for rate in self.grid(arm)
+    ]
+
   def runs(self) -> list[PlannedRun]:
     """Returns all runs; those that others need come before those."""
     found = []
     for arm in self.trained:  # Compiled once for all seeds.
-      found += [
-          PlannedRun(arm.name, TUNING_SEED, rate, True)
-          for rate in self.grid(arm)
-      ]
-      found += [
-          PlannedRun(arm.name, seed, None, False) for seed in self.seeds(arm)
-      ]
+      found += self.tuning(arm)
+      found += [PlannedRun(arm.name, seed) for seed in self.seeds(arm)]
     return found
+
+  def tuned(self, arm: Arm) -> Arm:
+    """Returns the arm whose runs choose the rate of this one."""
+    return self.arm(arm.tuned_as) if arm.tuned_as else arm
 
   def needed(self, run: PlannedRun) -> list[PlannedRun]:
     """Returns the runs that must be done before this one.
@@ -313,21 +313,13 @@ class StudyPlan(NamedTuple):
     arm is not tuned on them but for that seed.
     """
     arm = self.arm(run.arm)
-    tuned = self.arm(arm.tuned_as) if arm.tuned_as else arm
-    needed = []
-    if not run.tuning:
-      needed = [
-          PlannedRun(tuned.name, TUNING_SEED, rate, True)
-          for rate in self.grid(tuned)
-      ]
-    if arm.taught_by:
-      needed.append(self.teachers(run))
-    return needed
+    needed = [] if run.tuning else self.tuning(self.tuned(arm))
+    return [*needed, self.teachers(run)] if arm.taught_by else needed
 
   def teachers(self, run: PlannedRun) -> PlannedRun:
     """Returns the run whose groups teach in this one."""
     seed = 0 if run.tuning else run.seed
-    return PlannedRun(self.arm(run.arm).taught_by, seed, None, False)
+    return PlannedRun(self.arm(run.arm).taught_by, seed)
 
 
 def make_plan(
@@ -352,7 +344,7 @@ def make_plan(
     arms: Names, in place of its choice; what they need is added.
 
   Raises:
-    ValueError: If there is no such scale or arm, or an arm is declared wrongly.
+    ValueError: If there is no such scale or arm, or nothing for `worker_rows`.
   """
   if scale_name not in study.scales:
     raise ValueError(
@@ -381,7 +373,7 @@ def make_plan(
   ]
   names = {arm.name for arm in chosen}
   comparisons = [c for c in study.comparisons if {c.arm, c.against} <= names]
-  study = study._replace(arms=_in_order(chosen), comparisons=tuple(comparisons))
+  study = study._replace(arms=tuple(chosen), comparisons=tuple(comparisons))
   return StudyPlan(study, scale_name, scale, declared)
 
 
@@ -403,18 +395,6 @@ def _with_needed(study: Study, names: Sequence[str]) -> list[Arm]:
       found.add(arm.name)
       wanted += filter(None, (arm.ensemble_of, arm.taught_by, arm.tuned_as))
   return [arm for arm in study.arms if arm.name in found]
-
-
-def _in_order(arms: Sequence[Arm]) -> tuple[Arm, ...]:
-  """Checks that teachers are declared before their students."""
-  names = [arm.name for arm in arms]
-  for i, arm in enumerate(arms):
-    if arm.taught_by and arm.taught_by not in names[:i]:
-      raise ValueError(
-          f'arm {arm.name} is taught by {arm.taught_by!r}, which must be'
-          ' declared before it'
-      )
-  return tuple(arms)
 
 
 # --- Files -------------------------------------------------------------------

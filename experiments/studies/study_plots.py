@@ -329,10 +329,7 @@ def _draw_series(
 
 def _place(found: Analysis, arm: Arm, apart: float) -> float:
   """Returns x, moved so that bars of several lines do not hide each other."""
-  if found.study.x_log and arm.x > 0:
-    return arm.x * (1 + 0.03 * apart)
-  places = [a.x for a in found.study.arms if a.x is not None]
-  return arm.x + 0.008 * (max(places) - min(places)) * apart
+  return arm.x * (1 + 0.03 * apart)
 
 
 def _ends(estimate: Estimate) -> list[list[float]] | None:
@@ -344,9 +341,8 @@ def _ends(estimate: Estimate) -> list[list[float]] | None:
 def _finish_panel(ax: Axes, found: Analysis, measure: str) -> None:
   ax.set_ylabel(MEASURES[measure].label)
   places = sorted({a.x for a in found.study.arms if a.x is not None})
-  if found.study.x_log and min(places) > 0:
-    ax.set_xscale('log')
-    ax.xaxis.set_minor_locator(NullLocator())
+  ax.set_xscale('log')
+  ax.xaxis.set_minor_locator(NullLocator())
   ax.xaxis.set_major_locator(FixedLocator(places))
   ax.xaxis.set_major_formatter('{x:,g}')
   if measure == 'compute_to_target':

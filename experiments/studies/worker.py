@@ -35,13 +35,13 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
   """Defines the flags of the binaries that train a study."""
-  flags.DEFINE_string(
+  cli.define_path(
       'workdir',
       None,
       'Directory of the study: its runs, and what came of them. Default of'
       ' reproduce: runs/STUDY_SCALE.',
   )
-  flags.DEFINE_string(
+  cli.define_path(
       'output',
       None,
       'Directory of tables, page and plots; default: report/ in --workdir, or'
@@ -70,11 +70,6 @@ def check_least(**least: int) -> None:
     value = _FLAGS[flag].value
     if value is not None and value < number:
       raise ValueError(f'--{flag}={value}; set it to {number} or more')
-
-
-def absolute(workdir: str) -> str:
-  """Returns a directory wherever this process goes."""
-  return workdir if files.is_remote(workdir) else os.path.abspath(workdir)
 
 
 def train(

@@ -1,6 +1,6 @@
 """Asynchronous SGD: what stale gradients do as workers are added."""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 _WORKERS = (2, 4, 8, 32, 128)
@@ -52,32 +52,28 @@ STUDY = Study(
     ),
     baseline='synchronous_1',
     comparisons=(
-        Comparison(
+        tasks.loss(
             'asynchronous_2',
-            'synchronous_1',
-            'final_loss',
             'more',
+            'synchronous_1',
             'not in the paper: stale gradients are worse per update',
         ),
-        Comparison(
+        tasks.loss(
             'asynchronous_8',
-            'synchronous_1',
-            'final_loss',
             'more',
+            'synchronous_1',
             'not in the paper: stale gradients are worse per update',
         ),
-        Comparison(
+        tasks.loss(
             'asynchronous_32',
-            'synchronous_1',
-            'final_loss',
             'more',
+            'synchronous_1',
             'hard to keep stable with 32 workers [A]',
         ),
-        Comparison(
+        tasks.loss(
             'asynchronous_128',
-            'synchronous_1',
-            'final_loss',
             'more',
+            'synchronous_1',
             'hard to keep stable with 128 workers [A]',
         ),
     ),
@@ -94,7 +90,6 @@ STUDY = Study(
         },
     ),
     x_label='workers',
-    x_log=True,
     notes=(
         'A step is one update of the server, on the rows of one worker. W'
         ' workers make W of them in the time of one, as long as the server'

@@ -1,7 +1,12 @@
 """Table 1: do retrains of a codistilled model differ less?"""
 
+import functools
+
 from .. import retrains
 from ..study_plan import Comparison, Scale, Study
+
+_churn = functools.partial(Comparison, measure='churn')
+_log_loss = functools.partial(Comparison, measure='log_loss')
 
 STUDY = Study(
     name='churn',
@@ -21,42 +26,29 @@ STUDY = Study(
     predictions=True,
     baseline='single',
     comparisons=(
-        Comparison(
-            'codistilled_1', 'single', 'churn', 'less', '35 % less churn [B]'
-        ),
-        Comparison(
+        _churn('codistilled_1', 'less', 'single', '35 % less churn [B]'),
+        _churn(
             'codistilled_1',
-            'ensemble',
-            'churn',
             'equal',
+            'ensemble',
             'as much as of an ensemble of two [C]',
         ),
-        Comparison(
-            'codistilled_1',
-            'single',
-            'log_loss',
-            'less',
-            'better than a single model [C]',
+        _log_loss(
+            'codistilled_1', 'less', 'single', 'better than a single model [C]'
         ),
-        Comparison(
+        _log_loss(
             'codistilled_1',
-            'ensemble',
-            'log_loss',
             'equal',
+            'ensemble',
             'at the quality of the ensemble [C]',
         ),
-        Comparison(
-            'codistilled_2',
-            'single',
-            'churn',
-            'less',
-            'not in the paper: a weight of 2',
+        _churn(
+            'codistilled_2', 'less', 'single', 'not in the paper: a weight of 2'
         ),
-        Comparison(
+        _log_loss(
             'codistilled_2',
-            'ensemble',
-            'log_loss',
             'less',
+            'ensemble',
             'not in the paper: a weight of 2',
         ),
     ),

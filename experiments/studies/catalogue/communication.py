@@ -1,6 +1,6 @@
 """Loss against bytes: what does it take to use more workers?"""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 _INTERVALS = (2, 10, 50, 200, 250)
@@ -68,39 +68,31 @@ STUDY = Study(
     ),
     baseline='synchronous_1',
     comparisons=(
-        Comparison(
+        tasks.loss(
             'codistillation_50',
-            'synchronous_1',
-            'final_loss',
             'less',
+            'synchronous_1',
             'not in the paper at this batch: a second group helps',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation_50',
-            'synchronous_2',
-            'final_loss',
             'less',
+            'synchronous_2',
             'not in the paper at this batch: a second group or a second worker',
         ),
-        Comparison(
-            'codistillation_50',
-            'diloco_2_every_50',
-            'final_loss',
-            'less',
-            'not in the paper',
+        tasks.loss(
+            'codistillation_50', 'less', 'diloco_2_every_50', 'not in the paper'
         ),
-        Comparison(
+        tasks.loss(
             'diloco_2_every_50',
-            'diloco_1_every_50',
-            'final_loss',
             'less',
+            'diloco_1_every_50',
             'not in the paper: what the second worker of DiLoCo adds',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation_2',
-            'synchronous_1',
-            'final_loss',
             'less',
+            'synchronous_1',
             'not in the paper at this batch: a second group helps',
         ),
     ),

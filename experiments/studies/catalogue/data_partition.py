@@ -1,6 +1,6 @@
 """Figure 2b: the same data for all groups, or disjoint parts?"""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 STUDY = Study(
@@ -33,27 +33,16 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        Comparison(
-            'disjoint',
-            'same',
-            'final_loss',
-            'less',
-            'much better on disjoint data [B]',
+        tasks.loss(
+            'disjoint', 'less', 'same', 'much better on disjoint data [B]'
         ),
-        Comparison(
+        tasks.loss(
             'same',
-            'baseline',
-            'final_loss',
             'less',
+            'baseline',
             'only slightly better on the same data [B]',
         ),
-        Comparison(
-            'disjoint',
-            'baseline',
-            'steps_to_target',
-            'less',
-            'half the steps [B]',
-        ),
+        tasks.steps('disjoint', 'less', 'baseline', 'half the steps [B]'),
     ),
     scales=tasks.LANGUAGE,
     notes=(

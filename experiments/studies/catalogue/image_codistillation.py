@@ -1,6 +1,6 @@
 """Figure 3: an image classifier."""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 STUDY = Study(
@@ -26,25 +26,22 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        Comparison(
+        tasks.steps(
             'codistillation',
-            'baseline',
-            'steps_to_target',
             'less',
+            'baseline',
             '5,250 steps against 7,250 [C]',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation',
-            'ensemble',
-            'final_loss',
             'equal',
+            'ensemble',
             'close to the ensemble of two, as for the language model [B]',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation',
-            'smoothing_uniform',
-            'final_loss',
             'less',
+            'smoothing_uniform',
             'better than label smoothing, as for the language model [A]',
         ),
     ),

@@ -1,6 +1,6 @@
 """Figure 2a: does a second group learn faster than more workers would?"""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 STUDY = Study(
@@ -43,39 +43,29 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        Comparison(
+        tasks.steps('codistillation', 'less', 'baseline', 'half the steps [B]'),
+        tasks.steps(
             'codistillation',
-            'baseline',
-            'steps_to_target',
             'less',
-            'half the steps [B]',
-        ),
-        Comparison(
-            'codistillation',
             'twice_the_batch',
-            'steps_to_target',
-            'less',
             'a larger batch had stopped helping, a second group had not [B]',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation',
-            'ensemble',
-            'final_loss',
             'equal',
+            'ensemble',
             'close to the ensemble of two [B]',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation',
-            'smoothing_uniform',
-            'final_loss',
             'less',
+            'smoothing_uniform',
             'clearly better than label smoothing [A]',
         ),
-        Comparison(
+        tasks.loss(
             'codistillation',
-            'smoothing_unigram',
-            'final_loss',
             'less',
+            'smoothing_unigram',
             'clearly better than label smoothing [A]',
         ),
     ),

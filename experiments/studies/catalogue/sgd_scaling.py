@@ -1,6 +1,6 @@
 """Figures 1a and 1b: where do more workers stop helping?"""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 _WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -51,55 +51,37 @@ STUDY = Study(
     arms=tuple(map(_one_group, _WORKERS)) + tuple(map(_two_groups, _WORKERS)),
     baseline='sgd_1',
     comparisons=(
-        Comparison(
+        tasks.steps(
             'sgd_2',
-            'sgd_1',
-            'steps_to_target',
             'less',
+            'sgd_1',
             'far from the limit, twice the workers save steps [B]',
         ),
-        Comparison(
+        tasks.steps(
             'sgd_8',
+            'equal',
             'sgd_4',
-            'steps_to_target',
-            'equal',
             'at the limit, twice the workers save none [B]',
         ),
-        Comparison(
-            'codistilled_4',
-            'sgd_8',
-            'steps_to_target',
-            'less',
-            'there, a second group does [B]',
+        tasks.steps(
+            'codistilled_4', 'less', 'sgd_8', 'there, a second group does [B]'
         ),
-        Comparison(
+        tasks.steps(
             'sgd_32',
+            'equal',
             'sgd_16',
-            'steps_to_target',
-            'equal',
             'at the limit, twice the workers save none [B]',
         ),
-        Comparison(
-            'codistilled_16',
-            'sgd_32',
-            'steps_to_target',
-            'less',
-            'there, a second group does [B]',
+        tasks.steps(
+            'codistilled_16', 'less', 'sgd_32', 'there, a second group does [B]'
         ),
-        Comparison(
+        tasks.steps(
             'sgd_256',
-            'sgd_128',
-            'steps_to_target',
             'equal',
+            'sgd_128',
             '256 workers bring nothing over 128 [B]',
         ),
-        Comparison(
-            'codistilled_128',
-            'sgd_128',
-            'steps_to_target',
-            'less',
-            'half the steps [B]',
-        ),
+        tasks.steps('codistilled_128', 'less', 'sgd_128', 'half the steps [B]'),
     ),
     scales=tasks.changed(
         tasks.LANGUAGE,
@@ -112,7 +94,6 @@ STUDY = Study(
         },
     ),
     x_label='workers',
-    x_log=True,
     views=('latency',),
     notes=(
         'A worker is 1 / W of the group batch: synchronous SGD with W workers'

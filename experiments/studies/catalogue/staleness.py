@@ -1,6 +1,6 @@
 """Figure 4: how often must groups exchange?"""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 _INTERVALS = (2, 4, 5, 10, 25, 50, 100, 250)
@@ -37,32 +37,22 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        Comparison(
-            'every_100',
-            'every_50',
-            'final_loss',
-            'more',
-            '100 slightly worse than 50 [B]',
+        tasks.loss(
+            'every_100', 'more', 'every_50', '100 slightly worse than 50 [B]'
         ),
-        Comparison(
-            'every_250',
-            'every_50',
-            'final_loss',
-            'more',
-            '250 slightly worse than 50 [B]',
+        tasks.loss(
+            'every_250', 'more', 'every_50', '250 slightly worse than 50 [B]'
         ),
-        Comparison(
+        tasks.loss(
             'every_50',
+            'more',
             'every_5',
-            'final_loss',
-            'more',
             'not in the paper at these intervals: longer is slightly worse',
         ),
-        Comparison(
+        tasks.loss(
             'every_4',
-            'every_2',
-            'final_loss',
             'more',
+            'every_2',
             'not in the paper at these intervals: longer is slightly worse',
         ),
     ),
@@ -74,7 +64,6 @@ STUDY = Study(
         paper=_at(50, 100, 250),
     ),
     x_label='steps between exchanges',
-    x_log=True,
     notes=(
         'The burn-in is a multiple of every interval, so that all arms have'
         ' their first teacher at the same step.',

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..study_plan import Arm, Scale
+from ..study_plan import Arm, Comparison, Scale
 
 _GIN = 'gin_configs/studies/'
 ABLATIONS = 'gin_configs/ablations/'
@@ -81,3 +81,13 @@ SHARED = "text.language_model_task.partition='shared'"
 def exchange_every(steps: int) -> str:
   """Returns a binding."""
   return f'Checkpoints.every={steps}'
+
+
+def steps(arm: str, expect: str, against: str, paper: str) -> Comparison:
+  """Compares steps to the target."""
+  return Comparison(arm, expect, against, paper, 'steps_to_target')
+
+
+def loss(arm: str, expect: str, against: str, paper: str) -> Comparison:
+  """Compares losses at the end."""
+  return Comparison(arm, expect, against, paper, 'final_loss')

@@ -1,6 +1,6 @@
 """Who learns from whom, with four groups."""
 
-from ..study_plan import Arm, Comparison, Study
+from ..study_plan import Arm, Study
 from . import tasks
 
 
@@ -42,25 +42,22 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        Comparison(
+        tasks.loss(
             'ring',
-            'all',
-            'final_loss',
             'equal',
+            'all',
             'not in the paper, which proposes rings: no worse',
         ),
-        Comparison(
+        tasks.loss(
             'pairs',
-            'all',
-            'final_loss',
             'more',
+            'all',
             'not in the paper: a pair knows half as much',
         ),
-        Comparison(
+        tasks.loss(
             'all',
-            'two',
-            'final_loss',
             'less',
+            'two',
             'not in the paper: more groups, more knowledge',
         ),
     ),

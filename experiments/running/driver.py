@@ -33,7 +33,7 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from .. import cli
 from ..cli import Stopped
 from .job import Job, claim_workdir
-from .watch import Efficiency, Watch
+from .watch import Efficiency, Heartbeat, Watch
 
 
 class GroupStart(NamedTuple):
@@ -100,9 +100,22 @@ def train(
     FloatingPointError: If the loss is not finite; the checkpoints before stay.
     ValueError: If what is in the run directory does not fit.
   """
-  done = run_directory.done_path(job.workdir, job.group_id)
-  if done.exists():
+  if run_directory.done_path(job.workdir, job.group_id).exists():
     return
+  with Heartbeat(job) as heartbeat:
+    yield from _train(job, make_exchange, writer_of, heartbeat)
+    if job.agreement.is_primary:
+      _write_done(job)
+    heartbeat.tell(job.experiment.num_steps, 'done')
+  _meet(job)
+
+
+def _train(
+    job: Job,
+    make_exchange: Callable[[Variables], Exchange],
+    writer_of: Callable[[int], writers.Writer],
+    heartbeat: Heartbeat,
+) -> Iterator[int]:
   state, stream, examples, efficiency = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
@@ -110,6 +123,7 @@ def train(
     with _stopping_in_time(job):
       lease = _lease(job)
     stack.push(_closing(lease.release))
+    heartbeat.begin()
 
     def before_saving(step: int) -> None:
       lease.check()
@@ -129,13 +143,14 @@ def train(
     with _stopping_in_time(job):
       exchange = make_exchange(state.variables)
     stack.push(_closing(exchange.close))
+    heartbeat.exchange = exchange
     keeper = _Keeper(job, checkpoints, exchange, start)
     writer = writers.NullWriter()
     if job.agreement.is_primary:
       writer = writer_of(start)
     stack.push(_closing(writer.close))
     stack.callback(efficiency.close)
-    watch = Watch(job, exchange, writer, start, examples, efficiency)
+    watch = Watch(job, heartbeat, writer, start, examples, efficiency)
     if resume:
       exchange.restore(start, resume.teacher_steps)
       exchange.checkpointed(checkpoints.restart_step)
@@ -168,10 +183,6 @@ def train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
-  if job.agreement.is_primary:
-    _write_done(job)
-    watch.status(job.experiment.num_steps, 'done')
-  keeper.meet()
 
 
 def _after_update(
@@ -189,7 +200,7 @@ def _after_update(
   if due(experiment.log_every) or save or exchanged:
     watch.log(step)
   if _evaluation_due(job, step) and not stopping and job.agreement.is_primary:
-    watch.status(step, 'evaluating')
+    watch.heartbeat.tell(step, 'evaluating')
     # One device's copy: else every replica would evaluate everything.
     local = jax.tree.map(
         lambda x: x.addressable_shards[0].data, result.state.variables
@@ -200,7 +211,7 @@ def _after_update(
   if stopping:
     keeper.save_and_stop()
   if save:
-    watch.status(step, 'saving')
+    watch.heartbeat.tell(step, 'saving')
     keeper.save()
   keeper.tell_peers()
 
@@ -262,7 +273,7 @@ class _Keeper:
     if not self._job.agreement.choose(saved):
       self.save()
     self._checkpoints.wait()
-    self.meet()
+    _meet(self._job)
     raise _stopped(self._job, self._result.step)
 
   def tell_peers(self) -> None:
@@ -271,12 +282,13 @@ class _Keeper:
     if step is not None:
       self._exchange.checkpointed(step)
 
-  def meet(self) -> None:
-    """Waits for the other processes of the group.
 
-    One that left while the primary still saves would take the group with it.
-    """
-    self._job.agreement.all_true(np.array(True))
+def _meet(job: Job) -> None:
+  """Waits for the other processes of the group.
+
+  One that left while the primary still saves would take the group with it.
+  """
+  job.agreement.all_true(np.array(True))
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:

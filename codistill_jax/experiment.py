@@ -20,7 +20,15 @@ from codistill_jax import (
     schedules,
     step,
 )
-from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
+from codistill_jax.base import (
+    Array,
+    Batch,
+    Model,
+    Stream,
+    Task,
+    TrainState,
+    Variables,
+)
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
 
@@ -189,8 +197,18 @@ def init_state(
     row: Batch,
     *,
     num_peers: int,
+    variables: Variables | None = None,
 ) -> TrainState:
-  """Returns the state of a group before its first update."""
+  """Returns the state of a group before its first update.
+
+  Args:
+    experiment: The configuration.
+    model: Its model.
+    rng: Of this group.
+    row: A row of its data.
+    num_peers: P.
+    variables: What it begins with; None: random ones.
+  """
   state = step.init_state(
       model,
       experiment.optimizer,
@@ -199,6 +217,11 @@ def init_state(
       num_peers=num_peers,
       group_batch=experiment.group_batch,
   )
+  if variables is not None:
+    state = state.replace(
+        variables=variables,
+        opt_state=jax.jit(experiment.optimizer.init)(variables.params),
+    )
   return method_of(experiment).init_state(experiment.optimizer, state)
 
 

@@ -168,7 +168,7 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
       and `prior_steps`: all updates that had to be done before, which belong
       to the cost of the run.
   """
-  write_json(run_path(workdir), run)
+  write_json(run_path(workdir), run, sync=True)
 
 
 def read_run(workdir: PathLike) -> dict[str, Any]:

@@ -92,6 +92,13 @@ def define_run_flags(num_groups: int) -> None:
     num_groups: How many, unless it is said.
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
+  define_path(
+      'init_from',
+      '',
+      'Begin with the parameters of this run directory (each group with those'
+      ' of its own number), checkpoint or publication: a directory of steps,'
+      ' for its newest, or one step.',
+  )
   flags.DEFINE_integer(
       'num_groups',
       num_groups,
@@ -120,6 +127,43 @@ def define_process_flags() -> None:
       'After SIGTERM: how long a compilation or a read of data may last before'
       ' the process leaves without a save, with status 75.',
       lower_bound=0.0,
+  )
+
+
+def define_preparation_flags(what: str, parted: str, workers: str) -> None:
+  """Defines the flags of all binaries that prepare data.
+
+  Args:
+    what: What is prepared: documents, lines.
+    parted: How they are divided into splits.
+    workers: What a worker does, and how many there are by default.
+  """
+  define_path(
+      'output',
+      None,
+      'Directory of the prepared data; made if missing. A preparation in it'
+      ' with the same settings is continued.',
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      0.05,
+      f'Share of the {what} in the validation split, {parted}; 0 for none.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer('seed', 0, 'Of what is chosen at random.', lower_bound=0)
+  define_path(
+      'checksums',
+      None,
+      'A list made by sha256sum. All files of the source are compared with it'
+      ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_integer(
+      'workers',
+      None,
+      f'Processes that {workers}. With 1 it is done without others. The result'
+      ' does not depend on it.',
+      lower_bound=1,
   )
 
 

@@ -96,6 +96,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--num_groups={_FLAGS.num_groups}',
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
+      f'--init_from={_FLAGS.init_from}',
       *gin_utils.flag_arguments(),
   ]
 

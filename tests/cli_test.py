@@ -185,7 +185,14 @@ def test_a_flag_of_one_value_is_given_once(binary):
 
 
 # All of these, and `name=path` or lists with commas, where they are taken.
-PATHS = ('checksums', 'labels', 'output', 'paragraph_ids', 'step_times')
+PATHS = (
+    'checksums',
+    'init_from',
+    'labels',
+    'output',
+    'paragraph_ids',
+    'step_times',
+)
 PATHS += ('tokenizer', 'workdir')
 
 

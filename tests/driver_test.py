@@ -20,6 +20,7 @@ from waits import until
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
+from codistill_jax.exchange import publications
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
@@ -324,7 +325,9 @@ def test_a_gradient_that_is_not_finite_is_never_saved(make_job):
       model=model,
       train_step=train_step,
   )
-  with pytest.raises(FloatingPointError, match='grad_norm of group 0 is nan'):
+  with pytest.raises(
+      FloatingPointError, match='gradient of a finite loss is not'
+  ):
     run(job)
   assert checkpoint_steps(job) == []
 
@@ -388,7 +391,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
 
   task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
   job = make_job(task=task)
-  with pytest.raises(FloatingPointError, match='nan at step 6; nothing'):
+  with pytest.raises(FloatingPointError, match='step 6: 24 weights'):
     run(job)
   assert checkpoint_steps(job) == [4]
   # A run that only looks at its loss when it saves does not save it either.
@@ -788,6 +791,132 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
     with pytest.raises(ValueError, match=message):
       job_lib.check_workdir(job, state)
   assert run_directory.run_path(job.workdir).read_text() == run_json
+
+
+X, N = 'x.Experiment', 'x.Experiment.num_steps'
+
+
+@pytest.mark.parametrize(
+    'before, after, refused',
+    [
+        ([f'{N} = 6'], [f'{N} = 9'], ''),
+        ([], [f'{N} = 9', f'{X}.eval_every = 3'], ''),
+        ([f'{X}.log_every = 5', f'{X}.checkpoint_every = 6'], [], ''),
+        ([f"{N} = '%S'", 'S = 6'], [f"{N} = '%S'", 'S = 9'], ''),
+        # A schedule that ends with the run does so.
+        *(
+            (
+                [f"{N} = '%S'", f"{to} = '%S'", 'S = 6'],
+                [f"{N} = '%S'", f"{to} = '%S'", 'S = 9'],
+                '',
+            )
+            for to in ('s.cosine.total_steps', f'{X}.eval_every')
+        ),
+        # But not one that is told of a length of its own.
+        (['s.cosine.total = 6'], ['s.cosine.total = 9'], 'total = 6.*= 9'),
+        (['S = 6', 'c.t = %S'], ['S = 9', 'c.t = %S'], 'S = 6.*S = 9'),
+        (
+            [f"{X}.eval_every = '%E'", "c.every = '%E'", 'E = 6'],
+            [f"{X}.eval_every = '%E'", "c.every = '%E'", 'E = 9'],
+            'E = 6.*E = 9',
+        ),
+        ([f'{X}.group_batch = 6'], [f'{X}.group_batch = 9'], '= 6.*= 9'),
+        ([f'{X}.seed = 1'], [], 'seed = 1.*no such binding'),
+        (['Other.eval_every = 1'], [], 'no such binding'),
+        ([f'{N}_of_another = 1'], [], 'no such binding'),
+    ],
+)
+def test_what_changes_no_number_may_change(
+    make_job, monkeypatch, before, after, refused
+):
+  job = make_job()
+  state = driver.new_state(job).state
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: before)
+  job_lib.claim_workdir(job, state)
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: after)
+  if refused:
+    for act in (job_lib.check_workdir, job_lib.claim_workdir):
+      with pytest.raises(ValueError, match=refused):
+        act(job, state)
+  else:
+    for _ in range(2):
+      job_lib.check_workdir(job, state)
+      job_lib.claim_workdir(job, state)
+  found = run_directory.read_run(job.workdir)
+  assert found['configuration'] == (before if refused else after)
+  gone = [s for s in before if s not in after]
+  assert found.get('earlier', []) == ([] if refused else gone)
+
+
+def test_a_run_that_was_done_goes_on_to_more_steps(make_job):
+  """With the bits of one that was that long from the start."""
+  run(make_job('whole'))
+  assert run(make_job(num_steps=5, log_every=3)) == [1, 2, 3, 4, 5]
+  assert run(make_job(num_steps=5)) == []
+  assert run(make_job(eval_every=4)) == list(range(6, STEPS + 1))
+  assert run(make_job()) == []
+  tiny_run.assert_same_bits(
+      *(
+          tiny_run.saved_arrays(make_job(name).workdir, 0)[1]
+          for name in ('run', 'whole')
+      )
+  )
+  shorter = make_job(num_steps=STEPS - 1)
+  with pytest.raises(ValueError, match=rf'reached step {STEPS}.*=11;'):
+    job_lib.check_workdir(shorter, driver.new_state(shorter).state)
+
+
+# --- Where a run begins ------------------------------------------------------
+
+
+def begun(make_job, init_from, **kwargs):
+  job = dataclasses.replace(make_job('new', **kwargs), init_from=init_from)
+  return job, driver.new_state(job).state
+
+
+@pytest.mark.parametrize(
+    'where',
+    [
+        '',
+        'groups/group_0/checkpoints',
+        'groups/group_0/checkpoints/4',
+        'exchange/group_0',
+        'exchange/group_0/4',
+    ],
+)
+def test_a_run_begins_at_a_checkpoint_or_a_publication(make_job, where):
+  first = make_job(num_steps=4)
+  run(first)
+  _, arrays = tiny_run.saved_arrays(first.workdir, 0)
+  trained = driver.new_state(first).state.variables
+  trained = jax.tree.unflatten(
+      jax.tree.structure(trained),
+      [x for path, x in arrays.items() if path.startswith('variables/')],
+  )
+  publications.write(
+      run_directory.exchange_root(first.workdir),
+      Publication(0, 4, 1.0),
+      trained,
+  )
+  job, state = begun(make_job, f'{first.workdir}/{where}'.rstrip('/'))
+  fresh = driver.new_state(make_job('another')).state
+  assert jax.tree.all(jax.tree.map(np.array_equal, state.variables, trained))
+  rest = lambda state: state.replace(variables=None)
+  assert jax.tree.all(jax.tree.map(np.array_equal, rest(state), rest(fresh)))
+  assert run(job) == list(range(1, STEPS + 1))
+  known = run_directory.read_run(job.workdir)['init_from']
+  assert known == f'{first.workdir}/{where}'.rstrip('/')
+  other = make_job('new')
+  with pytest.raises(ValueError, match=f'--init_from={known}, this one has'):
+    job_lib.check_workdir(other, state)
+
+
+def test_a_run_does_not_begin_where_nothing_fits(make_job, tmp_path):
+  with pytest.raises(ValueError, match='has no checkpoint or publication'):
+    begun(make_job, str(tmp_path / 'nowhere'))
+  checkpoints.save(tmp_path, 3, {'params': {'x': np.ones(3)}}, {})
+  with pytest.raises(ValueError, match=r'--init_from=.*/3 is of another'):
+    begun(make_job, str(tmp_path))
 
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):

@@ -259,10 +259,13 @@ def _client(path: epath.Path) -> Any:
 # --- JSON --------------------------------------------------------------------
 
 
-def write_json(path: PathLike, tree: Any) -> None:
-  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
+def write_json(path: PathLike, tree: Any, *, sync: bool = False) -> None:
+  """Replaces a file by `tree` as JSON; NaN and infinities become strings.
+
+  `sync` as of `write_bytes`.
+  """
   text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
-  write_bytes(path, (text + '\n').encode())
+  write_bytes(path, (text + '\n').encode(), sync=sync)
 
 
 def read_json(path: PathLike) -> dict[str, Any] | None:

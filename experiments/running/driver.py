@@ -4,6 +4,7 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir
+from .job import Job, claim_workdir, initial_variables
 from .watch import Efficiency, Heartbeat, Watch
 
 
@@ -63,13 +64,18 @@ def new_state(job: Job) -> GroupStart:
       replicas.process_rows(experiment.group_batch),
   )
   row = first_row(experiment, job.num_groups)
-  state = experiment_lib.init_state(
+  init = functools.partial(
+      experiment_lib.init_state,
       experiment,
       job.model,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       row,
       num_peers=experiment.exchange.num_teachers(job.group_id, job.num_groups),
   )
+  variables = None
+  if job.init_from:
+    variables = initial_variables(job, jax.eval_shape(init).variables)
+  state = init(variables=variables)
   # Not on a device, where it would stay beside the state in training.
   return GroupStart(
       base.host_copy(state),
@@ -100,7 +106,8 @@ def train(
     FloatingPointError: If the loss is not finite; the checkpoints before stay.
     ValueError: If what is in the run directory does not fit.
   """
-  if run_directory.done_path(job.workdir, job.group_id).exists():
+  done = run_directory.done_path(job.workdir, job.group_id)
+  if done.exists() and not _goes_on(job):
     return
   with Heartbeat(job) as heartbeat:
     yield from _train(job, make_exchange, writer_of, heartbeat)
@@ -124,6 +131,8 @@ def _train(
       lease = _lease(job)
     stack.push(_closing(lease.release))
     heartbeat.begin()
+    if job.agreement.is_primary:
+      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
 
     def before_saving(step: int) -> None:
       lease.check()
@@ -338,6 +347,13 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
       interrupted=job.stop,
       patience=job.patience,
   )
+
+
+def _goes_on(job: Job) -> bool:
+  """Returns whether a run that was done is longer now."""
+  directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
+  newest = run_directory.newest_saved(directory)
+  return newest is not None and newest < job.experiment.num_steps
 
 
 def _claim(job: Job, result: StepResult) -> bool:

@@ -209,7 +209,10 @@ class Watch:
       if key.startswith('loss/'):
         found = [float(r[key]) for r in results if key in r]
         newest[key] = sum(found) / len(found)
+    found = [r['optim/fault'] for r in results if r.get('optim/fault')]
+    newest['optim/fault'] = found[0] if found else 0.0  # The first.
     check_finite(self._job.group_id, step, newest)
+    del newest['optim/fault']
     newest['exchange/stall_ms'] = sum(
         m['exchange/stall_ms'] for m in self._results
     )

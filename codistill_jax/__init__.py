@@ -17,6 +17,7 @@ _HOMES = {
         'Updates',
         'Variables',
     ),
+    'data.tables': ('table_task',),
     'storage.resume': ('ResumeCheckpoints',),
     'exchange.plan': ('Exchange', 'NoExchange', 'Plan', 'Waiting'),
     'exchange.kinds': ('PredictionExchange',),

@@ -45,14 +45,19 @@ class HeadOutputs(NamedTuple):
 
   features: Array  # (..., D)
   kernel: Array  # (D, C)
-  bias: Array  # (C,)
+  bias: Array | None = None  # (C,); None for no bias.
 
 
 Outputs = Array | HeadOutputs
 
 
 def logits_of(outputs: Outputs) -> jax.Array:
-  """Logits (..., C), in float32, of either form of model output."""
+  """Logits (..., C), in float32, of either form of model output.
+
+  Raises:
+    ValueError: If it is neither.
+  """
+  outputs = checked_outputs(outputs)
   if isinstance(outputs, HeadOutputs):
     features, kernel, bias = outputs
     # As a matrix: of more axes, the gradient of the kernel would transpose that
@@ -61,6 +66,75 @@ def logits_of(outputs: Outputs) -> jax.Array:
     logits = contract(rows, kernel, 1, 0) + bias.astype(jnp.float32)[None]
     return jnp.reshape(logits, (*features.shape[:-1], kernel.shape[-1]))
   return jnp.asarray(outputs, jnp.float32)
+
+
+def checked_outputs(outputs: Any) -> Outputs:
+  """Returns what a model said; a head has a bias, of 0 if need be.
+
+  Raises:
+    ValueError: If it is neither logits nor `HeadOutputs` whose shapes fit.
+  """
+  if isinstance(outputs, HeadOutputs):
+    features, kernel, bias = outputs
+    if bias is None and getattr(kernel, 'ndim', 0) == 2:
+      bias = jnp.zeros(kernel.shape[1], kernel.dtype)
+    outputs = HeadOutputs(features, kernel, bias)
+    if all(map(_is_floating, outputs)):
+      last = features.shape[-1:]
+      if (kernel.shape, kernel.ndim) == ((*last, *bias.shape), 2) and last:
+        return outputs
+  elif _is_floating(outputs):
+    return outputs
+  raise ValueError(
+      'A model returns floating logits (..., C), or HeadOutputs of features'
+      f' (..., D), kernel (D, C) and bias (C,); got {form_of(outputs)}'
+  )
+
+
+def _is_floating(x: Any) -> bool:
+  dtype = getattr(x, 'dtype', None)
+  return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def form_of(tree: PyTree) -> str:
+  """Returns types, dtypes and shapes of a tree in words, for an error."""
+  if isinstance(tree, tuple | list):
+    inner = ', '.join(map(form_of, tree))
+    return f'{type(tree).__name__} of ({inner})'
+  if isinstance(tree, Mapping):
+    inner = ', '.join(f'{k}: {form_of(x)}' for k, x in tree.items())
+    return f'{type(tree).__name__} of ({inner})'
+  if hasattr(tree, 'dtype'):
+    return f'{tree.dtype}{list(tree.shape)}'
+  return type(tree).__name__
+
+
+def check_form(name: str, before: PyTree, after: PyTree) -> None:
+  """Raises ValueError if state changed its structure, a shape or a dtype.
+
+  Args:
+    name: What it is.
+    before: The state that went in.
+    after: What came out.
+  """
+  leaves = lambda tree: {
+      jax.tree_util.keystr(path): f'{jnp.result_type(x)}{list(jnp.shape(x))}'
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  old, new = leaves(before), leaves(after)
+  for leaf in old | new:
+    if old.get(leaf) != new.get(leaf):
+      sown = ' (what a module sows grows with each call: hold it in a variable)'
+      raise ValueError(
+          f'{name}{leaf} was {old.get(leaf, "not there")} before the step and'
+          f' is {new.get(leaf, "not there")} after it; state keeps its'
+          f' structure, shapes and dtypes{"" if leaf in old else sown}'
+      )
+  if jax.tree.structure(before) != jax.tree.structure(after):
+    raise ValueError(
+        f'{name} was {form_of(before)} before the step and is'
+        f' {form_of(after)} after it; state keeps its structure'
+    )
 
 
 def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -112,6 +186,44 @@ class Model(NamedTuple):
   init: Callable[[Array, Batch], Variables]
   apply: Callable[..., tuple[Outputs, Updates]]
   init_carry: Callable[[int], PyTree] = _no_carry
+
+
+def forward(
+    model: Model,
+    variables: Variables,
+    batch: Batch,
+    carry: PyTree,
+    rng: Array | None,
+    train: bool,
+) -> tuple[Outputs, Updates]:
+  """Calls `Model.apply`, and checks once, while it is traced, what it returns.
+
+  Raises:
+    ValueError: If that is of another form than `Model` says, or the carry has
+      other rows than the batch.
+  """
+  rows = jnp.shape(jax.tree.leaves(dict(batch))[0])[:1]
+  for path, x in jax.tree_util.tree_leaves_with_path(carry):
+    if jnp.shape(x)[:1] != rows:
+      raise ValueError(
+          f'carry{jax.tree_util.keystr(path)} is {form_of(x)}, but the batch'
+          f' has {rows[0]} rows; make it with init_carry of that number'
+      )
+  result = model.apply(variables, batch, carry, rng, train)
+  if type(result) is not tuple or len(result) != 2:
+    raise ValueError(
+        f'Model.apply returns (outputs, Updates), got {form_of(result)}'
+    )
+  outputs, updates = result
+  if not isinstance(updates, Updates):
+    raise ValueError(
+        'Model.apply returns (outputs, Updates(model_state, carry)), got'
+        f' {form_of(updates)} for the latter'
+    )
+  if train:
+    check_form('model_state', variables.model_state, updates.model_state)
+  check_form('carry', carry, updates.carry)
+  return checked_outputs(outputs), updates
 
 
 @struct.dataclass

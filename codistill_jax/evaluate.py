@@ -127,7 +127,7 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
   def step(variables_list, batch, carries):
     labels, weights = batch['labels'], batch.get('weights')
     results = [
-        model.apply(variables, batch, carry, None, False)
+        base.forward(model, variables, batch, carry, None, False)
         for variables, carry in zip(variables_list, carries)
     ]
     logits = [base.logits_of(outputs) for outputs, _ in results]

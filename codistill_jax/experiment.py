@@ -33,6 +33,7 @@ from codistill_jax.base import (
     Stream,
     Task,
     TrainState,
+    Variables,
 )
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
@@ -369,8 +370,18 @@ def init_state(
     row: Batch,
     *,
     num_peers: int,
+    variables: Variables | None = None,
 ) -> TrainState:
-  """Returns the state of a group before its first update."""
+  """Returns the state of a group before its first update.
+
+  Args:
+    experiment: The configuration.
+    model: Its model.
+    rng: Of this group.
+    row: A row of its data.
+    num_peers: P.
+    variables: What it begins with; None: random ones.
+  """
   with naming('the model or the optimiser cannot be started on a batch'):
     state = step.init_state(
         model,
@@ -379,6 +390,11 @@ def init_state(
         row,
         num_peers=num_peers,
         group_batch=experiment.group_batch,
+    )
+  if variables is not None:
+    init = functools.partial(optimizers.init, experiment.optimizer)
+    state = state.replace(
+        variables=variables, opt_state=jax.jit(init)(variables.params)
     )
   return method_of(experiment).init_state(experiment.optimizer, state)
 

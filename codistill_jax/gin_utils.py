@@ -320,13 +320,6 @@ def steps_out_of(num_steps: int) -> list[str]:
   return found
 
 
-def lift_caps() -> None:
-  """Binds None to every `max_eval_...`: evaluations are of whole splits."""
-  for s in _bindings(gin.config_str()):
-    if s.arg_name.startswith('max_eval_'):
-      gin.bind_parameter((s.scope, s.selector, s.arg_name), None)
-
-
 def configuration() -> list[str]:
   """Returns the bindings, one normalised statement each, for comparison."""
   return sorted(_text(s) for s in _bindings(gin.config_str()))

@@ -17,6 +17,9 @@ import jax
 
 from codistill_jax.base import Batch, Metrics, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import Exchange, NoExchange
+from codistill_jax.step import DATA_FAULTS, fault_of
+
+_BEHIND = 8  # Updates that may be under way while their faults are unread.
 
 
 class PlacedState(Protocol):
@@ -82,11 +85,29 @@ def run_group(
     A `StepResult` for each update.
 
   Raises:
-    FloatingPointError: At an exchange step, if loss or gradient of the update
-      are not finite; nothing is published then.
+    FloatingPointError: At the first, the last and each exchange step, if loss
+      or gradient of the update are not finite, with what was so first; nothing
+      is published then. In between it is a few updates late.
+    ValueError: If an argument is of another kind.
     What `Exchange.fetch` raises, before an update; the last result stands.
   """
-  exchange = exchange or NoExchange()
+  exchange = NoExchange() if exchange is None else exchange
+  for name, part, has, advice in (
+      (
+          'train_step',
+          train_step,
+          'place',
+          'PmapStep(make_train_step(model, tx, axis_name=REPLICA_AXIS))',
+      ),
+      ('state', state, 'carry', 'the TrainState of init_state'),
+      ('stream', stream, 'batch', 'an object with batch(step) -> dict'),
+      ('exchange', exchange, 'fetch', 'that of one group, as exchanges[0]'),
+      ('distill_weight', distill_weight, '__call__', 'lambda step: 1.0'),
+  ):
+    if not hasattr(part, has):
+      raise ValueError(
+          f'run_group: {name} is of type {type(part).__name__}; give {advice}'
+      )
   step = int(state.step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
@@ -94,7 +115,43 @@ def run_group(
   if exchange.due(step):
     exchange.publish_if_due(step, state.variables)
   batches = prefetch(stream, step, num_steps)
-  return _turns(train_step, state, batches, step, exchange, distill_weight)
+  return _turns(
+      train_step, state, batches, step, num_steps, exchange, distill_weight
+  )
+
+
+class _Faults:
+  """Finds the first update that went wrong, a few behind the newest.
+
+  To look at the newest would hold the loop until it is made.
+  """
+
+  def __init__(self):
+    self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+    self._since = 0
+    self._said = ''
+
+  def add(self, step: int, metrics: Metrics, now: bool) -> None:
+    """Raises FloatingPointError if an update, or that of `step`, went wrong.
+
+    Args:
+      step: Updates done.
+      metrics: Of the last.
+      now: Whether not to let any pass. Otherwise a few may, as of an optimiser
+        that leaves out such gradients; the data are wrong whatever it does.
+    """
+    self._pending.append((step, dict(metrics)))
+    while len(self._pending) > (0 if now else _BEHIND):
+      seen, metrics = self._pending.popleft()
+      name, said = fault_of(metrics)
+      if not said:
+        self._said = ''
+        continue
+      if not self._said:
+        self._since, self._said = seen, said
+      last = now and not self._pending
+      if last or name in DATA_FAULTS or seen - self._since >= _BEHIND:
+        raise FloatingPointError(f'update {self._since}: {self._said}')
 
 
 def _turns(
@@ -102,10 +159,12 @@ def _turns(
     state: PlacedState,
     batches: Iterator[Batch],
     step: int,
+    last: int,
     exchange: Exchange,
     distill_weight: Callable[[int], float],
 ) -> Iterator[StepResult]:
   teachers = placed = None
+  faults, first = _Faults(), step + 1
   for batch in batches:
     held = time.perf_counter()
     weight = float(distill_weight(step))
@@ -125,7 +184,9 @@ def _turns(
       metrics |= exchange.metrics(step)
     step += 1
 
-    if exchange.due(step):
+    due = exchange.due(step)
+    faults.add(step, metrics, due or step in (first, last))
+    if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.
       jax.block_until_ready(variables)

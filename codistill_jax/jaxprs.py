@@ -94,6 +94,15 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
       yield from equations(inner)
 
 
+def axes_of(equation: Any) -> tuple:
+  """Returns the named axes that an equation computes over."""
+  names = []
+  for key in ('axes', 'axis_name'):
+    found = equation.params.get(key, ())
+    names += found if isinstance(found, tuple | list) else [found]
+  return tuple(names)
+
+
 def _of_equation(equation) -> Flops:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':

@@ -3,7 +3,7 @@
 Logits have any leading axes: (B, C) for images, (B, T, C) for a language
 model; teachers have one more axis P in front. A sigmoid output has no C.
 Everything is computed in float32, whatever the dtype of the logits. A logit of
-minus infinity (a padded class) has probability 0 and does no harm.
+minus infinity (a padded class) counts nowhere: a loss is that of the others.
 
 Shape suffixes: B examples, C classes, P peers; `...` any axes of examples.
 """
@@ -24,6 +24,7 @@ DISTILL_TARGETS = ('mean', 'each')
 # Stands for minus infinity: exp of it is 0, and 0 times it is 0 and not NaN,
 # so that x log x and its gradient are right at 0 without a mask.
 _LOWEST = -1e30
+_PADDED = 1e-3 * _LOWEST  # What at most is left of it in a mean over peers.
 
 
 def task_loss(
@@ -37,13 +38,13 @@ def task_loss(
 
   Args:
     logits: (..., C).
-    labels: Integers (...). Outside [0, C) the loss is NaN: pad with any class
-      and weight 0.
+    labels: Integers (...) of any width. Outside [0, C), or at a padded class,
+      the loss is NaN: pad with any class and weight 0.
     label_smoothing: Share of the target, in [0, 1), that is taken from the
       label and given to `smoothing_distribution`. A Python number.
     smoothing_distribution: (C,); the uniform distribution if None. The unigram
-      frequencies of a corpus are the other usual choice. It must be 0 where a
-      logit is minus infinity.
+      frequencies of a corpus are the other usual choice. What it gives to
+      padded classes is shared by the others.
 
   Returns:
     Loss per example in nats, (...).
@@ -53,7 +54,7 @@ def task_loss(
   """
   logits = finite(logits)
   labels = jnp.asarray(labels)
-  if logits.shape[:-1] != labels.shape or not logits.ndim:
+  if not logits.ndim or logits.shape[:-1] != labels.shape:
     raise ValueError(
         f'Expected logits (..., C) and labels (...), got {logits.shape} and'
         f' {labels.shape}.'
@@ -61,20 +62,26 @@ def task_loss(
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(f'Labels must be integers, got dtype {labels.dtype}.')
   _check_smoothing(label_smoothing)
+  # A narrow type may hold fewer numbers than there are classes.
+  labels = labels.astype(jnp.int32)
   shifted, log_sum = _normalized(logits)
   num_classes = logits.shape[-1]
-  classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, labels.ndim)
+  classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, labels.ndim)
   picked = jnp.where(classes == labels[..., None], shifted, 0.0)
-  loss = log_sum - jnp.sum(picked, axis=-1)
-  loss = jnp.where((labels < 0) | (labels >= num_classes), jnp.nan, loss)
+  picked = jnp.sum(picked, axis=-1)
+  wrong = (labels < 0) | (labels >= num_classes) | (picked <= _PADDED)
+  loss = jnp.where(wrong, jnp.nan, log_sum - picked)
   if not label_smoothing:
     return loss
-  if smoothing_distribution is None:
-    smooth = log_sum - jnp.mean(shifted, axis=-1)
-  else:
-    target = _check_distribution(smoothing_distribution, num_classes)
-    target = jnp.broadcast_to(target, shifted.shape)
-    smooth = log_sum - jnp.sum(target * shifted, axis=-1)
+  target = jnp.ones(num_classes)
+  if smoothing_distribution is not None:
+    target = _checked_distribution(
+        'smoothing_distribution', smoothing_distribution, num_classes
+    )
+  target = jnp.broadcast_to(target, logits.shape)
+  target = jnp.where(logits > _PADDED, target, 0.0)
+  total = jnp.sum(target * shifted, axis=-1)
+  smooth = log_sum - total / jnp.sum(target, axis=-1)
   return (1.0 - label_smoothing) * loss + label_smoothing * smooth
 
 
@@ -89,7 +96,8 @@ def sigmoid_task_loss(
 
   Args:
     logits: (...).
-    labels: (...); 0 or 1 (or a probability), of any dtype.
+    labels: (...); 0 or 1 (or a probability), of any dtype. Outside [0, 1] the
+      loss is NaN.
     label_smoothing: Share of the target, in [0, 1), that is taken from the
       label and given to `smoothing_probability`.
     smoothing_probability: Of the positive class; 0.5 is the uniform
@@ -114,6 +122,7 @@ def sigmoid_task_loss(
         'smoothing_probability must lie in [0, 1], got'
         f' {smoothing_probability}.'
     )
+  labels = jnp.where((labels < 0) | (labels > 1), jnp.nan, labels)
   positive = (
       1.0 - label_smoothing
   ) * labels + label_smoothing * smoothing_probability
@@ -155,7 +164,10 @@ def log_soft_target(
 def _log_soft_target(teachers, present_P):
   logits = jnp.stack(teachers)
   num_classes = logits.shape[-1]
-  present = jnp.broadcast_to(_align(present_P, logits.ndim), logits.shape)
+  present = (
+      jnp.asarray(present_P).reshape((-1,) + (1,) * (logits.ndim - 1)) != 0
+  )
+  present = jnp.broadcast_to(present, logits.shape)
   # -1e30 rather than `logsumexp(where=)`: nobody present stays finite.
   log_p = jnp.where(present, jax.nn.log_softmax(logits), _LOWEST)
   count = jnp.maximum(_count(present_P), 1.0)
@@ -216,7 +228,7 @@ def _of_teachers(teachers, present_P) -> SoftTarget:
   )
 
 
-def _distillation(core, class_logits=lambda logits: logits):
+def _distillation(core, class_logits=None):
   """A distillation loss with the common arguments around its formula."""
 
   def loss(
@@ -230,7 +242,11 @@ def _distillation(core, class_logits=lambda logits: logits):
     student, teachers = _prepare(
         student_logits, teacher_logits_P, present_P, temperature
     )
-    teachers = [class_logits(x) for x in teachers]
+    if class_logits is None:
+      padded = student <= _PADDED
+      teachers = [jnp.where(padded, _LOWEST, x) for x in teachers]
+    else:
+      teachers = [class_logits(x) for x in teachers]
     values = core(student, _of_teachers(teachers, present_P))
     if scale_by_temperature_squared:
       values = values * temperature**2
@@ -239,7 +255,7 @@ def _distillation(core, class_logits=lambda logits: logits):
   # Not functools.wraps, which would show the signature of `core`.
   loss.__name__ = loss.__qualname__ = core.__name__
   loss.__doc__ = core.__doc__
-  loss.formula = Formula(core, class_logits)
+  loss.formula = Formula(core, class_logits or (lambda logits: logits))
   return loss
 
 
@@ -287,6 +303,7 @@ def reverse_kl(student_logits, target):
   Arguments as in `cross_entropy`.
   """
   log_p = target.log_probabilities()
+  student_logits = jnp.where(log_p <= _PADDED, _LOWEST, student_logits)
   return _kl(jax.nn.log_softmax(student_logits), log_p)
 
 
@@ -311,14 +328,15 @@ def squared_logits(student_logits, target):
   (after Ba & Caruana 2014). The difference is centred over C, because a
   constant added to all logits changes no prediction. So defined, it is what
   temperature**2 times `kl` of a single teacher tends to as the temperature
-  grows. A class that student and teachers all hold at minus infinity counts
-  as agreement. Arguments as in `cross_entropy`.
+  grows. Arguments as in `cross_entropy`.
   """
   teacher = target.logits()
-  padded = (student_logits <= _LOWEST) & (teacher <= 0.5 * _LOWEST)
-  difference = jnp.where(padded, 0.0, student_logits - teacher)
-  centred = difference - jnp.mean(difference, axis=-1, keepdims=True)
-  return 0.5 * jnp.mean(jnp.square(centred), axis=-1)
+  real = (student_logits > _PADDED) & (teacher > _PADDED)
+  count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1)
+  mean = lambda x: jnp.sum(x, axis=-1, keepdims=True) / count
+  difference = jnp.where(real, student_logits - teacher, 0.0)
+  centred = jnp.where(real, difference - mean(difference), 0.0)
+  return 0.5 * mean(jnp.square(centred))[..., 0]
 
 
 @functools.partial(_distillation, class_logits=base.two_class_logits)
@@ -435,11 +453,6 @@ def _log_loss(logits, positive, negative):
   )
 
 
-def _align(present_P, ndim):
-  """Presence as booleans (P, 1, ...) of `ndim` axes."""
-  return jnp.reshape(jnp.asarray(present_P) != 0, (-1,) + (1,) * (ndim - 1))
-
-
 def _anyone(present_P):
   return jnp.any(jnp.asarray(present_P) != 0)
 
@@ -497,18 +510,18 @@ def _check_smoothing(label_smoothing):
     )
 
 
-def _check_distribution(distribution, num_classes):
+def _checked_distribution(name, distribution, num_classes):
   """The distribution as float32 (C,); checked where its values are known."""
   if jnp.shape(distribution) != (num_classes,):
     raise ValueError(
-        'smoothing_distribution must have the shape of the classes,'
-        f' {(num_classes,)}, got {jnp.shape(distribution)}.'
+        f'{name} has the shape {jnp.shape(distribution)}, expected'
+        f' {(num_classes,)}: one number for each class.'
     )
   if not isinstance(distribution, jax.core.Tracer):
     values = np.asarray(distribution, np.float64)
-    if not (np.all(values >= 0) and abs(values.sum() - 1) < 1e-3):
+    if not (np.all(values >= 0) and abs(values.sum() - 1) < 1e-5):
       raise ValueError(
-          'smoothing_distribution must be >= 0 and sum to 1, got a sum of'
+          f'{name} must be >= 0 and sum to 1, got a sum of'
           f' {values.sum():.6g} and a minimum of {values.min():.6g}.'
       )
   return jnp.asarray(distribution, jnp.float32)
@@ -546,8 +559,8 @@ def training_loss(
   smoothed = functools.partial(plain, label_smoothing=label_smoothing)
   if smoothing_distribution == 'uniform':
     return smoothed
-  frequencies_C = _checked_frequencies(
-      task.label_frequencies(), task.num_classes
+  frequencies_C = _checked_distribution(
+      'Task.label_frequencies', task.label_frequencies(), task.num_classes
   )
   if task.output == 'sigmoid':
     return functools.partial(
@@ -584,24 +597,6 @@ def check_smoothing(
         ' the task does not count its labels; give it Task.label_frequencies,'
         " or set 'uniform'"
     )
-
-
-def _checked_frequencies(
-    frequencies: base.Array, num_classes: int
-) -> np.ndarray:
-  """Frequencies (C,) as float32, of which none is negative and the sum is 1."""
-  found = np.asarray(frequencies, np.float64)
-  if found.shape != (num_classes,):
-    raise ValueError(
-        f'Task.label_frequencies gives the shape {found.shape}, expected'
-        f' {(num_classes,)}: one for each class'
-    )
-  if found.min() < 0 or not abs(found.sum() - 1) < 1e-6:
-    raise ValueError(
-        'Task.label_frequencies must be >= 0 and sum to 1, got a sum of'
-        f' {found.sum():.6g} and a minimum of {found.min():.6g}'
-    )
-  return found.astype(np.float32)
 
 
 def towards(

@@ -132,7 +132,7 @@ def check_model(
 
   args = state.variables, dict(batch), state.carry
   for equation in jaxprs.equations(jax.make_jaxpr(apply)(*args).jaxpr):
-    if axis_name in _axes(equation.params):
+    if axis_name in jaxprs.axes_of(equation):
       raise ValueError(
           f'simulated_replicas={num_microbatches}, but the model computes'
           f' over the axis {axis_name!r} of all replicas (by'
@@ -140,14 +140,6 @@ def check_model(
           ' them does, and simulated ones run one after another; normalise'
           ' within a replica, or set simulated_replicas=1'
       )
-
-
-def _axes(params: dict) -> tuple:
-  names = []
-  for key in ('axes', 'axis_name'):
-    found = params.get(key, ())
-    names += found if isinstance(found, tuple | list) else [found]
-  return tuple(names)
 
 
 def _split(x: Array, axis: int, num_microbatches: int) -> jax.Array:

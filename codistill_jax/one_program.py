@@ -98,10 +98,11 @@ class Population:
     self._batch = NamedSharding(mesh, rows)
     self._specs = _state_specs()
     self._mesh = mesh
+    summed = replicas.summing(train_step, num_replicas)
 
     def counted(*args: Any) -> tuple[TrainState, Metrics]:
       self.num_traces += 1  # Runs only while jax traces.
-      return train_step(*args)
+      return summed(*args)
 
     in_axes = (0, None if shared_batch else 0, 0, None)
     block_step = jax.vmap(counted, in_axes=in_axes, axis_name=GROUP_AXIS)
@@ -353,10 +354,8 @@ class Seat:
     """Registers the group; of the last one on, states are on the devices."""
     return self._update.register(self._group_id, state)
 
-  def place_teachers(
-      self, teachers: PeerPredictions | Teachers
-  ) -> PeerPredictions | Teachers:
-    """Returns the teachers of all groups: the given ones are those already."""
+  def place_teachers(self, teachers: Any) -> PeerPredictions | Teachers:
+    """Returns the teachers of all groups: those given, or their predictions."""
     peers = self._update.peers
     return teachers if peers is None else peers
 

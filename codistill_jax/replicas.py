@@ -8,6 +8,7 @@ Shape suffixes: R replicas of this process, B rows of the group batch,
 P peers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from codistill_jax import jaxprs
 from codistill_jax.base import (
     ALONE,
     REPLICA_AXIS,
@@ -26,6 +28,7 @@ from codistill_jax.base import (
     PyTree,
     Teachers,
     TrainState,
+    form_of,
     host_copy,
 )
 
@@ -101,6 +104,45 @@ def check_group_batch(
     )
 
 
+def summing(
+    train_step: Callable[..., tuple[TrainState, Metrics]], num_replicas: int
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns the step of a replica, which is refused if it does not sum.
+
+  Each replica would else be updated by its own rows, and none would notice.
+
+  Args:
+    train_step: From `make_train_step(..., axis_name=REPLICA_AXIS)`.
+    num_replicas: How many there are.
+  """
+  if not callable(train_step) or hasattr(train_step, 'place'):
+    raise ValueError(
+        'Expected a step from make_train_step(model, tx,'
+        f' axis_name=REPLICA_AXIS), got {type(train_step).__name__}'
+    )
+  if num_replicas == 1:
+    return train_step
+
+  def summed(state: TrainState, *args: Any) -> tuple[TrainState, Metrics]:
+    step = jax.jit(train_step, inline=True)
+    equations = jaxprs.equations(step.trace(state, *args).jaxpr.jaxpr)
+    size = sum(
+        math.prod(x.aval.shape)
+        for equation in equations
+        if REPLICA_AXIS in jaxprs.axes_of(equation)
+        for x in equation.invars
+    )
+    if size < sum(map(np.size, jax.tree.leaves(state.variables.params))):
+      raise ValueError(
+          f'The step sums no gradient over its {num_replicas} replicas: each'
+          ' would train on its own rows alone; make it by'
+          ' make_train_step(..., axis_name=REPLICA_AXIS)'
+      )
+    return step(state, *args)  # The trace that has been made.
+
+  return summed
+
+
 class PmapStep:
   """A train step on all R replicas of a group.
 
@@ -143,10 +185,11 @@ class PmapStep:
     self.train_step = train_step
     self.axis_sizes = {REPLICA_AXIS: 1}
     self.num_traces = 0
+    summed = summing(train_step, self.num_replicas)
 
     def counted(*args: Any) -> tuple[TrainState, Metrics]:
       self.num_traces += 1  # Runs only while jax traces.
-      return train_step(*args)
+      return summed(*args)
 
     axes = TrainState(
         step=None,
@@ -237,12 +280,17 @@ class PmapStep:
     """(B, ...) of this process -> (R, B / R, ...)."""
     replicas = self.num_replicas // jax.process_count()
 
-    def split(x: Array) -> Array:
+    def split(path: Any, x: Array) -> Array:
+      if not np.shape(x):
+        raise ValueError(
+            f'batch{jax.tree_util.keystr(path)} is {form_of(x)}; a batch has'
+            ' arrays with a row for each example, and nothing else'
+        )
       if x.shape[0] % replicas:
         check_group_batch(x.shape[0] * jax.process_count(), self.num_replicas)
       return x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:])
 
-    return jax.tree.map(split, batch)
+    return jax.tree_util.tree_map_with_path(split, batch)
 
   def _place_rows(self, x: Array, axis: int) -> jax.Array:
     x = np.array(x)

@@ -10,8 +10,8 @@ model has T tokens behind B; losses and weights then have shape (B, T).
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from codistill_jax import (
 )
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
+    REPLICA_AXIS,
     Array,
     Batch,
     HeadOutputs,
@@ -40,11 +41,48 @@ from codistill_jax.base import (
     TrainState,
     Updates,
     Variables,
+    check_form,
+    form_of,
+    forward,
     is_typed_key,
     logits_of,
     with_keys,
     without_keys,
 )
+
+# What can go wrong in an update, in the order in which it does. What is wrong
+# of `data` is so whatever the parameters are.
+FAULTS = {
+    'inputs': (
+        'numbers in the inputs are not finite; clean the data, or give'
+        ' such rows any finite inputs and the weight 0'
+    ),
+    'labels': (
+        'labels are outside [0, C), the classes of the logits; count'
+        ' classes from 0, or give labels to be ignored the weight 0'
+    ),
+    'weights': 'weights are negative or not finite; 0 is that of padding',
+    'logits': (
+        'logits or features of sound inputs are not finite: the'
+        ' parameters were not, or the model overflows; lower the learning rate'
+    ),
+    'loss/task': (
+        'task loss of finite logits is not finite; look at the task'
+        ' loss and its labels'
+    ),
+    'loss/distill': (
+        'distillation loss is not finite: look at what the'
+        ' teachers predict, or lower the distill weight'
+    ),
+    'loss/total': 'distill weight is not finite',
+    'gradient': (
+        'gradient of a finite loss is not finite; lower the learning'
+        ' rate or clip gradients'
+    ),
+}
+DATA_FAULTS = ('inputs', 'labels', 'weights')
+_CODES = 16  # More than there are faults: a count and a code are one number.
+_LARGEST_COUNT = 2.0**19  # So that float32 holds both.
 
 TrainStep = Callable[
     [TrainState, Batch, Teachers | PeerPredictions | None, Array],
@@ -205,6 +243,11 @@ def make_train_step(
     With `PeerPredictions` none is evaluated either: the soft target is what
     the other groups of the program predict in the same step.
   """
+  _check_parts(
+      tx=tx, task_loss=task_loss, distill_loss=distill_loss, model=model
+  )
+  if teacher_model is not None:
+    _check_parts(model=teacher_model)
   config = StepConfig(
       model,
       tx,
@@ -236,11 +279,22 @@ def update(
 
   Returns:
     The state after it, and metrics over the whole group batch: `loss/task`,
-    `loss/distill` (with teachers), `loss/total`, `optim/grad_norm`.
+    `loss/distill` (with teachers), `loss/total`, `optim/grad_norm`, and
+    `optim/fault`: 0, or what was first not finite; see `fault_of`.
+
+  Raises:
+    ValueError: While it is traced, if parts, shapes or dtypes do not fit.
   """
   axis_name, simulated = config.axis_name, config.simulated_replicas
+  _check_axis(axis_name)
+  if not isinstance(teachers, Teachers | PeerPredictions | None):
+    raise ValueError(
+        'teachers must be Teachers (stacked Variables and presence),'
+        f' PeerPredictions or None, got {form_of(teachers)}'
+    )
   weights = example_weights(batch)
-  count = jnp.maximum(_psum(jnp.sum(weights), axis_name), 1e-9)
+  count = _psum(jnp.sum(weights), axis_name)
+  count = jnp.where(count == 0, 1.0, count)  # Then all sums are 0, too.
   distill_weight = jnp.asarray(distill_weight, jnp.float32)
   microbatches.check_model(config.model, state, batch, axis_name, simulated)
   found = microbatches.accumulate(
@@ -251,8 +305,10 @@ def update(
   )
   grads = _psum(found.grads, axis_name)
   sums = _psum(found.sums, axis_name)
+  faults = sums.pop('faults')
   metrics = {key: x / count for key, x in sums.items()}
   metrics['optim/grad_norm'] = optax.tree.norm(grads)
+  metrics['optim/fault'] = _fault(faults, metrics)
   params, opt_state = optimizers.update(
       config.tx,
       grads,
@@ -260,6 +316,7 @@ def update(
       state.variables.params,
       metrics['loss/total'],
   )
+  check_form('opt_state', state.opt_state, opt_state)
   after = TrainState(
       step=state.step + 1,
       variables=Variables(params, _pmean_floats(found.model_state, axis_name)),
@@ -297,8 +354,9 @@ def objective(
   Returns:
     The share, the sums of losses over the rows, and what the model updates.
   """
-  outputs, updates = config.model.apply(
-      state.variables.replace(params=params), batch, state.carry, rng, True
+  variables = state.variables.replace(params=params)
+  outputs, updates = forward(
+      config.model, variables, batch, state.carry, rng, True
   )
   losses_of = functools.partial(
       _summed_losses, config.task_loss, config.distill_loss
@@ -312,7 +370,8 @@ def objective(
     if taught is not None:
       taught = jax.vmap(logits_of)(taught)
     total, sums = losses_of(logits_of(outputs), taught, rows, shared)
-  return total / count, (sums | {'loss/total': total}, updates)
+  sums |= {'loss/total': total, 'faults': _count_faults(config, batch, outputs)}
+  return total / count, (sums, updates)
 
 
 def make_eval_step(
@@ -325,6 +384,7 @@ def make_eval_step(
   `number()`.
   """
   loss_fn = task_loss or losses.task_loss
+  _check_parts(model=model, task_loss=loss_fn)
 
   def qualities(
       logits: Array, teacher_logits: None, rows: tuple, shared: None
@@ -339,7 +399,7 @@ def make_eval_step(
   def eval_step(
       variables: Variables, batch: Batch, carry: PyTree
   ) -> tuple[dict[str, metrics_lib.Metric], PyTree]:
-    outputs, updates = model.apply(variables, batch, carry, None, False)
+    outputs, updates = forward(model, variables, batch, carry, None, False)
     rows = batch['labels'], example_weights(batch)
     if isinstance(outputs, HeadOutputs):
       _, sums = blocks.summed(qualities, outputs, None, rows, None)
@@ -351,13 +411,130 @@ def make_eval_step(
 
 
 def example_weights(batch: Batch) -> jax.Array:
-  """Returns the batch's weights, or 1 for each example: float32, as labels."""
-  if 'weights' in batch:
-    return jnp.asarray(batch['weights'], jnp.float32)
-  return jnp.ones(np.shape(batch['labels']), jnp.float32)
+  """Returns the batch's weights, or 1 for each example: float32, as labels.
+
+  One that is negative or no number is NaN, so that the loss is.
+
+  Raises:
+    ValueError: If there are no labels, or weights of another shape.
+  """
+  if not isinstance(batch, Mapping) or 'labels' not in batch:
+    raise ValueError(
+        "Expected a batch: a dict of arrays, with 'labels'; got"
+        f' {form_of(batch)}'
+    )
+  labels = batch['labels']
+  if 'weights' not in batch:
+    return jnp.ones(np.shape(labels), jnp.float32)
+  weights = batch['weights']
+  if np.shape(weights) != np.shape(labels):
+    raise ValueError(
+        'Expected one weight for each label, got weights'
+        f' {form_of(weights)} and labels {form_of(labels)}; give them one shape'
+    )
+  weights = jnp.asarray(weights, jnp.float32)
+  return jnp.where((weights >= 0) & (weights < jnp.inf), weights, jnp.nan)
+
+
+def fault_of(metrics: Metrics) -> tuple[str, str]:
+  """Returns what was first not finite in an update, and a sentence on it.
+
+  Args:
+    metrics: Of a train step; reading them waits for the update.
+
+  Returns:
+    A key of `FAULTS`, and which, how many, and what to do; '' and '' if loss
+    and gradient are finite. Of a step without `optim/fault`, a key of metrics.
+  """
+  code = int(float(metrics.get('optim/fault', 0)))
+  if code:
+    name = list(FAULTS)[code % _CODES - 1]
+    count = f'{code // _CODES} ' if code // _CODES else 'the '
+    return name, f'{count}{FAULTS[name]}'
+  for key in ('loss/total', 'optim/grad_norm'):
+    if key in metrics and not np.isfinite(value := float(metrics[key])):
+      return key, f'{key} is {value}; lower the learning rate'
+  return '', ''
+
+
+def _count_faults(
+    config: StepConfig, batch: Batch, outputs: Outputs
+) -> jax.Array:
+  """Counts what is wrong of the data and outputs of some rows, by `FAULTS`."""
+  count = lambda wrong: jnp.sum(wrong, dtype=jnp.float32)
+  rest = {k: x for k, x in batch.items() if k not in ('labels', 'weights')}
+  inputs = sum(
+      count(~jnp.isfinite(x))
+      for x in jax.tree.leaves(rest)
+      if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+  )
+  weights, labels = example_weights(batch), jnp.asarray(batch['labels'])
+  if isinstance(outputs, HeadOutputs):
+    said, classes = outputs.features, outputs.bias.shape[0]
+  elif outputs.shape == labels.shape:
+    said, classes = outputs, 2  # One logistic output.
+  else:
+    said, classes = outputs, outputs.shape[-1]
+  # A loss of somebody else may know what to do with other numbers.
+  own = getattr(config.task_loss, 'func', config.task_loss)
+  wrong = ~jnp.isfinite(labels)
+  if own is losses.sigmoid_task_loss or labels.dtype.kind in 'iub':
+    wrong = ~((labels >= 0) & (labels.astype(jnp.float32) <= classes - 1))
+  # A logit of minus infinity is that of a padded class.
+  odd = jnp.isnan(said) | (said == jnp.inf)
+  counts = inputs, wrong & (weights != 0), jnp.isnan(weights), odd
+  return jnp.stack([count(x) for x in counts])
+
+
+def _fault(counts: Array, metrics: Metrics) -> jax.Array:
+  """Returns the first of `FAULTS` and how many, in one number; 0 for none."""
+  values = [metrics.get(key, jnp.float32(0)) for key in list(FAULTS)[4:7]]
+  values.append(metrics['optim/grad_norm'])
+  odd = [~jnp.isfinite(x) for x in values]
+  first = jnp.argmax(jnp.concatenate([counts > 0, jnp.stack(odd)]))
+  count = jnp.pad(counts, (0, len(odd)))[first]
+  code = _CODES * jnp.minimum(count, _LARGEST_COUNT) + first + 1
+  return jnp.where(odd[2] | odd[3], code, 0.0).astype(jnp.float32)
+
+
+def _check_axis(axis_name: str | None) -> None:
+  try:
+    if axis_name is not None:
+      jax.lax.axis_size(axis_name)
+  except NameError as e:
+    raise ValueError(
+        f'make_train_step(axis_name={axis_name!r}) makes a step that sums over'
+        ' that axis, and there is none; run it in a PmapStep, whose axis is'
+        f' {REPLICA_AXIS!r}, or leave axis_name out'
+    ) from e
+
+
+def _check_parts(**parts: Any) -> None:
+  """Raises ValueError if an argument is no model, optimiser or loss."""
+  for name, part in parts.items():
+    if name == 'model' and not isinstance(part, Model):
+      raise ValueError(
+          f'Expected a Model, got {type(part).__name__}; wrap a flax.linen'
+          ' module by from_linen(module)'
+      )
+    if name == 'tx' and not callable(getattr(part, 'update', None)):
+      raise ValueError(
+          f'tx={part!r} is no optimiser; give an optax transformation, such as'
+          ' optax.adam(1e-3)'
+      )
+    if name.endswith('loss') and not callable(part):
+      raise ValueError(
+          f'{name}={part!r} is no function; give one of codistill_jax.losses,'
+          ' such as losses.DISTILL_LOSSES[name]'
+      )
 
 
 def _weighted_sum(values: Array, weights: Array) -> jax.Array:
+  if jnp.shape(values) != weights.shape:
+    raise ValueError(
+        f'Expected a loss for each label, of shape {weights.shape}, got'
+        f' {form_of(values)}'
+    )
   # A loss of weight 0 is ignored, be it NaN: padding may hold any label. (Its
   # inputs must be finite: no mask helps the gradient of what is not.)
   return jnp.sum(jnp.where(weights == 0, 0.0, values) * weights)
@@ -442,7 +619,7 @@ def _teacher_outputs(
   """
 
   def one(variables: Variables, carry: PyTree) -> tuple[Outputs, PyTree]:
-    outputs, updates = model.apply(variables, batch, carry, None, False)
+    outputs, updates = forward(model, variables, batch, carry, None, False)
     return outputs, updates.carry
 
   many = jax.vmap(one)

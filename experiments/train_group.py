@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
       stop=stop,
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
+      init_from=_FLAGS.init_from,
   )
   start = driver.new_state(job)
   if not _FLAGS.dry_run:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
           stop=latch,
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
+          init_from=_FLAGS.init_from,
           shared_stream=shared_stream,
       )
       for group_id in range(num_groups)

@@ -1,4 +1,4 @@
-"""Clicks and flights: what is in a batch, and what is not."""
+"""Flights: what is in a batch, and what is not."""
 
 import importlib.util
 
@@ -143,20 +143,6 @@ def test_dense_columns_are_standardised_with_the_training_split_alone(task):
 
 
 @needs_flights
-def test_gaps_become_zeros_and_are_marked():
-  some = clicks.read_flights().dense_NI[::7]
-  found = tables.standardised(some, some)
-  columns = some.shape[1]
-  known = ~np.isnan(some)
-  for i in range(columns):
-    column = found[known[:, i], i]
-    assert abs(column.mean()) < 1e-3 and abs(column.std() - 1) < 1e-3
-  gaps = np.flatnonzero(~known.all(axis=0))
-  np.testing.assert_array_equal(found[:, columns:], ~known[:, gaps])
-  assert (found[:, :columns][~known] == 0).all()
-
-
-@needs_flights
 def test_groups_that_read_categories_otherwise_do_not_exchange(task):
   identities = [
       dict(t.identity)
@@ -186,63 +172,6 @@ def test_groups_that_read_categories_otherwise_do_not_exchange(task):
 def test_a_wrong_argument_of_the_task_is_named(changes, words):
   with pytest.raises(ValueError, match=words):
     clicks.flights_task(**changes)
-
-
-# --- Features -----------------------------------------------------------------
-
-
-def test_rare_values_share_an_id_and_unseen_ones_have_it_too():
-  values = np.asarray([7, 7, 7, 9, 9, 5, 0, 0, 0, 0], np.uint32)
-  counts = [np.unique(values, return_counts=True)]
-  for min_count, kept in ((1, [5, 7, 9]), (2, [7, 9]), (3, [7]), (4, [])):
-    encoder = tables.vocabulary(counts, min_count)
-    assert encoder.table_sizes == (len(kept) + 2,)
-    asked = np.asarray([[0], [5], [7], [9], [8], [2**32 - 1]], np.uint32)
-    expected = [
-        0 if v == 0 else kept.index(v) + 2 if v in kept else 1
-        for v in asked[:, 0].tolist()
-    ]
-    assert encoder.encode(asked)[:, 0].tolist() == expected
-    assert encoder.encode(asked).dtype == np.int32
-
-
-@pytest.mark.parametrize('size', [0, 1, 2, 3, 300])
-def test_each_frequent_value_is_found_in_its_own_column(size):
-  rng = np.random.default_rng(0)
-  kept = [
-      np.unique(rng.integers(1, 2**32, size=size, dtype=np.uint32))
-      for _ in range(3)
-  ]
-  encoder = tables.vocabulary([(v, np.full(len(v), 9)) for v in kept], 9)
-  # Half of what is asked for is known in another column only.
-  asked = np.concatenate([*kept, [0, 1, 2**32 - 1]]).astype(np.uint32)
-  found = encoder.encode(np.stack([asked] * 3, axis=1))
-  for k, values in enumerate(kept):
-    ids = {int(v): i + 2 for i, v in enumerate(values)}
-    expected = [ids.get(v, 1) if v else 0 for v in asked.tolist()]
-    assert found[:, k].tolist() == expected
-
-
-def test_hashed_ids_fill_their_tables_evenly_and_never_move():
-  encoder = tables.hashed([100, 7], 2)
-  assert encoder.table_sizes == (101, 8)
-  values = np.random.default_rng(0).integers(1, 2**32, size=20_000)
-  ids = encoder.encode(np.stack([values, values], 1).astype(np.uint32))
-  assert ids.min() == 1 and ids.max(axis=0).tolist() == [100, 7]
-  share = np.bincount(ids[:, 0])[1:] / len(ids)
-  assert np.abs(share - 0.01).max() < 0.004
-  # In the other column other values meet.
-  same = ids[:, 0] == ids[0, 0]
-  assert len(np.unique(ids[same, 1])) == 7
-  assert encoder.encode(np.zeros((1, 2), np.uint32)).tolist() == [[0, 0]]
-  fixed = encoder.encode(np.asarray([[1, 1], [2**32 - 1, 77]], np.uint32))
-  assert fixed.tolist() == [[84, 2], [75, 2]]
-
-
-def test_text_has_a_value_of_its_own_that_never_moves():
-  assert tables.value_of_text('N14228') == 2521498091
-  found = {tables.value_of_text(str(i)) for i in range(5000)}
-  assert len(found) == 5000 and 0 not in found
 
 
 def test_integers_are_logarithms_with_their_sign_and_gaps_marked():

@@ -9,10 +9,6 @@ def unused(size=1):
   return size
 
 
-def capped(max_eval_rows=None):
-  return max_eval_rows
-
-
 def strict(size):
   if size < 0:
     raise ValueError(f'size={size} is negative; set it to 0 or more')

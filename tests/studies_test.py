@@ -281,7 +281,7 @@ MISTAKES = {
     ],
     'is no learning rate': ['--rates=fast'],
     '--all_reduce=1; expected two numbers': ['--all_reduce=1'],
-    '--step_times=none: No such file': ['--step_times=none'],
+    '/none: No such file': ['--step_times=none'],
     '--seeds=0; set it to 1 or more': ['--seeds=0'],
     'holds no study; train it first': ['--report_only', '--workdir={new}'],
     'acts nowhere': ['--gin=UNUSED=1', '--workdir={new}'],

@@ -349,11 +349,10 @@ def _join(state: TrainState, joining: Array) -> TrainState:
 
 def _as_seen_by(worker: Array, state: TrainState) -> TrainState:
   """Returns the state of a worker: its parameters, the carries of its rows."""
+  params = _take(state.opt_state.pulled, worker, 0)
   return state.replace(
-      variables=Variables(
-          _take(state.opt_state.pulled, worker, 0), state.variables.model_state
-      ),
-      opt_state=(),
+      variables=Variables(params, state.variables.model_state),
+      opt_state=params,  # Of the form of the gradient, which takes its place.
       carry=_take(state.carry, worker, 1),
       teacher_carry=_take(state.teacher_carry, worker, 2),
   )

@@ -166,6 +166,7 @@ class Diloco:
       batch_M = _split_rows(dict(batch), self.workers)
       workers_M, metrics_M = _map_workers(model, each, workers_M, batch_M)
       metrics = jax.tree.map(lambda x: jnp.mean(x, 0), metrics_M)
+      metrics['optim/fault'] = jnp.max(metrics_M['optim/fault'])
       metrics['local/divergence'] = _spread(workers_M.variables.params)
       held = state.opt_state.replace(
           workers=workers_M.variables, inner=workers_M.opt_state

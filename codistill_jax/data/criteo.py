@@ -348,7 +348,7 @@ def prepare_clicks(
 
   Args:
     output: Directory of the data; made if missing.
-    source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
+    source: 'criteo:PATH_OR_GLOB'.
     split: 'time' or 'hash'; see the head of this file.
     source_checksums: --checksums.
     report: Takes a line about what goes on. All others: as the flags of the
@@ -556,11 +556,23 @@ def _finish(
   """Checks the splits, and counts the values of categories."""
   fractions = 1, config['validation_fraction'], config['test_fraction']
   for name, fraction in zip(SPLITS, fractions):
-    if fraction and not meta['splits'].get(name, {}).get('rows'):
-      raise ValueError(
+    split = meta['splits'].get(name, {})
+    rows, positives = split.get('rows', 0), split.get('positives', 0)
+    fault = None
+    if fraction and not rows:
+      fault = (
           f'Of {meta["records"]:,} lines, none that is good fell into the'
-          f' {name} split (rejects: {prepare.counts_text(meta["rejects"])});'
-          ' check the source, or choose other fractions, and another output.'
+          f' {name} split'
+      )
+    elif rows and positives in (0, rows):
+      fault = (
+          f'All {rows:,} rows of the {name} split have the label'
+          f' {int(positives > 0)}'
+      )
+    if fault:
+      raise ValueError(
+          f'{fault} (rejects: {prepare.counts_text(meta["rejects"])}); check'
+          ' the source, or choose other fractions, and another output.'
       )
   report('Counting the values of each column.')
   train = meta['splits']['train']['shards']

@@ -33,16 +33,23 @@ rows of a table.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from codistill_jax import base
-from codistill_jax.data import examples, order
+from codistill_jax.data import examples, order, records
+from codistill_jax.storage.files import one_line
 
 CATEGORIES = ('hash', 'vocabulary')
 MISSING = 0  # A raw category that is none.
+
+# How tables write that a number is missing.
+_NO_NUMBER = ('', '?', 'NA', 'N/A', 'NaN', 'nan', 'NULL', 'null', 'None')
 
 Counts = tuple[np.ndarray, np.ndarray]  # Values rising, and how often each.
 
@@ -59,6 +66,76 @@ class Rows(NamedTuple):
   categories_NK: np.ndarray
   dense_NI: np.ndarray
   labels_N: np.ndarray
+
+
+def table_task(
+    table: Any,
+    label: str,
+    categorical: Sequence[str] = (),
+    numeric: Sequence[str] = (),
+    name: str = 'table',
+    categories: str = 'vocabulary',
+    min_count: int = 5,
+    buckets: int | Sequence[int] = 1000,
+    partition: str = 'shared',
+    seed: int = 0,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    split_seed: int = 0,
+) -> base.Task:
+  """Returns the task of telling the label of a row from its other columns.
+
+  Two classes are told apart by one logistic output, as of `dnn.click_model`;
+  more have a logit each. All is in memory.
+
+  Args:
+    table: A file (CSV, or what else separates columns; Parquet), a pandas
+      DataFrame, a `datasets.Dataset`, columns by name or a list of rows by
+      name.
+    label: The column of classes, of any values; they are numbered in their
+      order.
+    categorical: Columns of categories: any values, compared as text.
+    numeric: Columns of numbers.
+    name: Of the task. Others: as at the head of this file.
+  """
+  categorical, numeric = (
+      (names,) if isinstance(names, str) else tuple(names)
+      for names in (categorical, numeric)
+  )
+  columns = [label, *categorical, *numeric]
+  if len(columns) < 2 or len(set(columns)) < len(columns):
+    raise ValueError(
+        'Expected a label and other columns, each once; got'
+        f' label={label!r}, categorical={categorical}, numeric={numeric}.'
+    )
+  frame = read_table(table, columns)
+  labels, classes = _classes(frame[label])
+  size = len(labels)
+  raw = [raw_categories(frame[c]) for c in categorical]
+  dense = [_numbers(frame[c]) for c in numeric]
+  return task_of_rows(
+      Rows(
+          np.stack([np.zeros(size, np.uint32), *raw], axis=1)[:, 1:],
+          np.stack([np.zeros(size), *dense], axis=1)[:, 1:],
+          labels,
+      ),
+      name=name,
+      description=name,
+      example_name='row',
+      num_classes=len(classes),
+      identity={
+          'columns': ' '.join(map(repr, columns)),
+          'label_space': examples.label_space(classes),
+      },
+      categories=categories,
+      min_count=min_count,
+      buckets=buckets,
+      partition=partition,
+      seed=seed,
+      validation_fraction=validation_fraction,
+      test_fraction=test_fraction,
+      split_seed=split_seed,
+  )
 
 
 def task_of_rows(
@@ -82,6 +159,15 @@ def task_of_rows(
       size, split_sizes(size, validation_fraction, test_fraction), split_seed
   )
   chosen = train.numbers()
+  for split, part in zip(
+      ('training', 'validation', 'test'), (train, validation, test)
+  ):
+    found = np.unique(rows.labels_N[part.numbers()])
+    if len(found) == 1:
+      raise ValueError(
+          f'All {part.size} rows of the {split} split have one label; use more'
+          ' rows, or other fractions or another split_seed.'
+      )
   encoder = make_encoder(
       categories,
       rows.categories_NK.shape[1],
@@ -118,6 +204,8 @@ def make_task(
     num_integers: int,
     description: str,
     partition: str,
+    num_classes: int = 2,
+    identity: Mapping[str, str] = {},
     **fields: Any,
 ) -> base.Task:
   """Returns the task of three splits; an empty test split is none.
@@ -131,6 +219,8 @@ def make_task(
     num_integers: I, as in a batch.
     description: What the data are.
     partition: As at the head of this file.
+    num_classes: C.
+    identity: What groups must agree on besides columns and ids.
     **fields: Others of `examples.make_task`.
   """
   return examples.make_task(
@@ -138,8 +228,9 @@ def make_task(
       validation,
       test if test_size else None,
       partition=partition,
-      num_classes=2,
+      num_classes=num_classes,
       identity={
+          **identity,
           'task': name,
           'categories': encoder.identity,
           'integers': str(num_integers),
@@ -150,7 +241,7 @@ def make_task(
           f' {sum(encoder.table_sizes):,} ids in {len(encoder.table_sizes)}'
           f' columns, {partition} partition'
       ),
-      output='sigmoid',
+      output='sigmoid' if num_classes == 2 else 'softmax',
       model_arguments={
           'table_sizes': encoder.table_sizes,
           'num_integers': num_integers,
@@ -205,6 +296,115 @@ def read_arrays(
   return read
 
 
+# --- Columns ------------------------------------------------------------------
+
+
+def read_table(table: Any, columns: Sequence[str]) -> Any:
+  """Reads columns of a table, see `table_task`, as a DataFrame.
+
+  Raises:
+    ValueError: If there is no such column, or it is no table.
+  """
+  try:
+    import pandas as pd
+  except ImportError as e:
+    raise ValueError(
+        'A table needs the package pandas: pip install pandas.'
+    ) from e
+  where = f'A {type(table).__name__}'
+  try:
+    if isinstance(table, str | os.PathLike):
+      where = str(table)
+      table = _read_file(os.path.expanduser(table))
+    elif hasattr(table, 'to_pandas'):
+      # Images and the like are not decoded to be left out.
+      known = set(getattr(table, 'column_names', columns))
+      if hasattr(table, 'select_columns') and known.issuperset(columns):
+        table = table.select_columns(list(columns))
+      table = table.to_pandas()
+    elif not isinstance(table, pd.DataFrame):
+      table = pd.DataFrame(table)
+  except (ValueError, TypeError, AttributeError, Warning) as e:
+    raise ValueError(f'{where} cannot be read as a table: {one_line(e)}') from e
+  names = list(table.columns)
+  if missing := [c for c in columns if names.count(c) != 1]:
+    raise ValueError(
+        f'{where} has {names.count(missing[0])} columns {missing[0]!r},'
+        f' expected one; there are: {", ".join(map(str, names))}.'
+    )
+  if not len(table):
+    raise ValueError(f'{where} has no rows.')
+  return table[list(columns)]
+
+
+def _read_file(path: str) -> Any:
+  """Reads a table of any kind, told by its first bytes; CSV as text."""
+  import pandas as pd
+
+  with open(path, 'rb') as file:
+    if file.read(4) == b'PAR1':
+      return pd.read_parquet(path)
+  with records.open_text(epath.Path(path)) as file:
+    head = file.readline(1 << 20)
+  with records.open_text(epath.Path(path)) as file, warnings.catch_warnings():
+    # More fields than names would be dropped, or shift all columns.
+    warnings.simplefilter('error', pd.errors.ParserWarning)
+    return pd.read_csv(
+        file,
+        sep=max(',', '\t', ';', key=lambda mark: head.count(mark.encode())),
+        dtype=str,
+        keep_default_na=False,
+        index_col=False,
+        encoding='utf-8-sig',
+    )
+
+
+def _classes(column: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+  """Returns the number of each row's class, int32 (N,), and all classes."""
+  import pandas as pd
+
+  codes, values = pd.factorize(column)
+  names = list(map(str, values))
+  if missing := int(np.sum(codes < 0)) + column.eq('').sum():
+    raise ValueError(
+        f'Column {column.name!r} has no label in {missing:,} rows; leave them'
+        ' out.'
+    )
+  if not 2 <= len(names) <= max(2, len(codes) // 2):
+    raise ValueError(
+        f'Column {column.name!r} has {len(names):,} different values in'
+        f' {len(codes):,} rows, such as {names[0]!r}; expected two classes or'
+        ' more, each of some rows.'
+    )
+  try:
+    rank = np.argsort(np.asarray(names, np.float64), kind='stable')
+  except ValueError:
+    rank = np.argsort(np.asarray(names), kind='stable')
+  number = np.empty(len(rank), np.int32)
+  number[rank] = np.arange(len(rank))
+  return number[codes], tuple(names[i] for i in rank)
+
+
+def _numbers(column: Any) -> np.ndarray:
+  """Returns the numbers of a column, float64 (N,), NaN where one is missing."""
+  import pandas as pd
+
+  try:
+    if column.dtype.kind in 'mM':
+      raise ValueError(f'{column.iloc[0]} is a time')
+    if not pd.api.types.is_numeric_dtype(column):
+      column = column.where(~column.isin(_NO_NUMBER))
+    numbers = pd.to_numeric(column).to_numpy(np.float64, na_value=np.nan)
+    if not np.isfinite(numbers).any() or np.isinf(numbers).any():
+      raise ValueError('some are infinite, or all are missing')
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+        f'Column {column.name!r} does not hold numbers: {one_line(e)}; make it'
+        ' categorical, or mend it.'
+    ) from e
+  return numbers
+
+
 # --- Numbers ------------------------------------------------------------------
 
 
@@ -240,15 +440,22 @@ def raw_categories(column: Any) -> np.ndarray:
   """Returns raw categories of a pandas column of anything, by its text."""
   import pandas as pd
 
-  codes, values = pd.factorize(column)
-  raw = [value_of_text(str(value)) for value in values]
+  try:
+    codes, values = pd.factorize(column)
+  except TypeError as e:
+    raise ValueError(
+        f'Column {column.name!r} does not hold categories: {one_line(e)}.'
+    ) from e
+  texts = map(str, values)
+  raw = [value_of_text(text) if text else MISSING for text in texts]
   # Code -1, the last, is a missing value.
   return np.asarray([*raw, MISSING], np.uint32)[codes]
 
 
 def value_of_text(text: str) -> int:
   """Returns a raw category of a string, never `MISSING`."""
-  digest = hashlib.blake2b(text.encode('utf-8'), digest_size=4).digest()
+  encoded = text.encode('utf-8', 'surrogatepass')
+  digest = hashlib.blake2b(encoded, digest_size=4).digest()
   return int.from_bytes(digest, 'big') or 1
 
 
@@ -322,7 +529,8 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
   ]
   sizes = [len(values) for values in kept]
   columns_K = np.arange(len(kept), dtype=np.uint64) << np.uint64(32)
-  keys = np.concatenate([c | values for c, values in zip(columns_K, kept)])
+  keys = [c | values for c, values in zip(columns_K, kept)]
+  keys = np.concatenate([*keys, np.zeros(0, np.uint64)])
   ids = [np.arange(2, 2 + n, dtype=np.int32) for n in sizes]
   ids = np.concatenate([*ids, [np.int32(1)]])  # Last: what is not found.
   known = pd.Index(keys)

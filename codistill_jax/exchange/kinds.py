@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from etils import epath
 from flax import serialization
 
 from codistill_jax import peer_predictions, run_directory
 from codistill_jax.base import (
     Agreement,
-    PeerPredictions,
     Teachers,
     Variables,
     cast_floats,
@@ -357,21 +355,21 @@ class PredictionExchange(NoExchange):
     kind = kind or Predictions()
     self.peers = kind.peers_of(group_id, num_groups)
     self.in_use: tuple[Publication | None, ...] = (None,) * len(self.peers)
-    mix_G = np.zeros(num_groups, np.float32)
-    mix_G[list(self.peers)] = 1.0 / max(len(self.peers), 1)
-    self._teachers = PeerPredictions(mix_G, top_k=kind.top_k)
     readers = readers_of(
         group_id, num_groups, kind.topology, kind.topology_seed
     )
     self._bytes_sent = float(bytes_to_peer * len(readers))
 
-  def fetch(self, step: int) -> PeerPredictions | None:
-    """Returns the peers, who all teach after `step`; None without any."""
+  def fetch(self, step: int) -> tuple[int, ...] | None:
+    """Returns the peers, who all teach after `step`; None without any.
+
+    Their predictions are where the update is made; see `one_program.Seat`.
+    """
     if not self.peers:
       return None
     now = time.time()
     self.in_use = tuple(Publication(peer, step, now) for peer in self.peers)
-    return self._teachers
+    return self.peers
 
   def metrics(self, step: int) -> dict[str, float]:
     metrics = staleness_metrics(step, self.in_use)

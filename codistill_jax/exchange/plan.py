@@ -34,6 +34,7 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
+from codistill_jax.step import fault_of
 from codistill_jax.storage.background import Interrupted
 
 Topology = str | Sequence[Sequence[int]]
@@ -45,6 +46,10 @@ DTYPES = ('float32', 'bfloat16')
 
 class StaleError(ValueError):
   """A teacher is older than allowed, and the policy is to fail."""
+
+
+class PeerError(ValueError):
+  """What lockstep asks of a peer will never come."""
 
 
 class Exchange(Protocol):
@@ -92,6 +97,7 @@ class Exchange(Protocol):
 
     Raises:
       TimeoutError: In lockstep, if a peer does not publish in time.
+      PeerError: In lockstep, if it never will.
       Interrupted: While waiting, if the process was asked to stop.
       StaleError: If a teacher is too old and the policy is `fail`.
       checkpoints.MismatchError: In lockstep, if a peer trains something else.
@@ -243,19 +249,34 @@ class Waiting:
   timeout_seconds: float = 600.0
   interrupted: Callable[[], bool] = lambda: False
 
-  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
+  def go_on(
+      self,
+      start: float,
+      why: str,
+      agreement: Agreement,
+      in_vain: str | None = None,
+  ) -> None:
     """Checks a wait that has begun at `start` (monotonic).
+
+    Args:
+      start: When it began.
+      why: What is waited for.
+      agreement: How the processes of the group decide together.
+      in_vain: Why it will never come, if that is known.
 
     Raises:
       Interrupted, TimeoutError: With `why`.
+      PeerError: With `in_vain`.
     """
     late = time.monotonic() - start >= self.timeout_seconds
     # Together: a process that went on alone would wait for the others.
-    go_on, in_time = agreement.all_true(
-        np.array([not self.interrupted(), not late])
+    go_on, hopeful, in_time = agreement.all_true(
+        np.array([not self.interrupted(), in_vain is None, not late])
     )
     if not go_on:
       raise Interrupted(f'stopped while waiting: {why}')
+    if not hopeful:
+      raise PeerError(in_vain or f'in vain: {why}')
     if not in_time:
       raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
 
@@ -291,13 +312,12 @@ def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
 
   Its parameters may look sound: a clipped gradient hides a loss of infinity.
   """
-  for key in ('loss/total', 'optim/grad_norm'):
-    if metrics and key in metrics and not np.isfinite(float(metrics[key])):
-      raise FloatingPointError(
-          f'{key} of group {group_id} is {float(metrics[key])} at step {step};'
-          ' nothing is published, and the last checkpoint is kept; lower the'
-          ' learning rate or the distill weight'
-      )
+  _, said = fault_of(metrics or {})
+  if said:
+    raise FloatingPointError(
+        f'the update of group {group_id} went wrong at step {step}: {said};'
+        ' nothing is published, and the last checkpoint is kept'
+    )
 
 
 class NoExchange(Exchange):

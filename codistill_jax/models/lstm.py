@@ -90,11 +90,6 @@ class LstmLanguageModel(nn.Module):
   @nn.compact
   def __call__(self, inputs_BT, carry, resets=None, train=False):
     """`(HeadOutputs, carry)` of tokens; `resets` (B, T) or None."""
-    if carry[0][0].shape[0] != inputs_BT.shape[0]:
-      raise ValueError(
-          f'The carry has {carry[0][0].shape[0]} rows, the inputs have'
-          f' {inputs_BT.shape[0]}; make it with init_carry of that number.'
-      )
     drop = nn.Dropout(self.dropout, deterministic=not train)
     embed = nn.Embed(self.vocab_size, self.embedding, dtype=self.dtype)
     x_BTE = drop(embed(inputs_BT))

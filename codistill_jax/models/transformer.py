@@ -141,11 +141,6 @@ class TransformerLanguageModel(nn.Module):
   @nn.compact
   def __call__(self, inputs_BT, carry, resets=None, train=False):
     """`(HeadOutputs, carry)` of tokens; `resets` (B, T) or None."""
-    if self.memory and len(carry.live) != len(inputs_BT):
-      raise ValueError(
-          f'The carry has {len(carry.live)} rows, the inputs have'
-          f' {len(inputs_BT)}; make it with init_carry of that number.'
-      )
     if resets is None:
       resets = jnp.zeros(inputs_BT.shape, bool)
     document_BS = _documents(resets, carry.live if self.memory else None)

@@ -518,7 +518,7 @@ def _batches(experiment: Experiment, split: str) -> Iterator[Batch]:
 @functools.lru_cache(maxsize=4)
 def _predict_step(model: Model) -> Callable[..., tuple]:
   def predict(variables, batch, carry):
-    outputs, updates = model.apply(variables, batch, carry, None, False)
+    outputs, updates = base.forward(model, variables, batch, carry, None, False)
     logits = base.logits_of(outputs)
     if logits.shape == batch['labels'].shape:
       return jax.nn.sigmoid(logits), updates.carry

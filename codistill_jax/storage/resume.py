@@ -152,8 +152,10 @@ class ResumeCheckpoints:
 
     Raises:
       ValueError: If the checkpoints are of another model, optimiser, number of
-        peers, group batch or task; or if none of those present can be read.
+        peers, group batch or task; or if none of those present can be read;
+        or if such a state cannot be saved.
     """
+    checkpoints.describe(serialization.to_state_dict(like))
     damaged = []
     for step in reversed(self.steps()):
       try:

@@ -115,9 +115,20 @@ def run_group(
   if exchange.due(step):
     exchange.publish_if_due(step, state.variables)
   batches = prefetch(stream, step, num_steps)
-  return _turns(
+  turns = _turns(
       train_step, state, batches, step, num_steps, exchange, distill_weight
   )
+  return _telling(exchange, turns)
+
+
+def _telling(
+    exchange: Exchange, turns: Iterator[StepResult]
+) -> Iterator[StepResult]:
+  try:
+    yield from turns
+  except Exception as e:
+    exchange.fail(e)
+    raise
 
 
 class _Faults:

@@ -123,6 +123,9 @@ class Exchange(Protocol):
   def checkpointed(self, step: int) -> None:
     """Learns that a restart would begin at `step` or later."""
 
+  def fail(self, error: Exception) -> None:
+    """Learns what ends the run before its time; tells peers that would wait."""
+
   def close(self) -> None:
     """Finishes what is under way."""
 

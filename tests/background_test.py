@@ -2,11 +2,13 @@
 
 import gc
 import logging
+import subprocess
 import threading
 import time
 import weakref
 
 import pytest
+import tiny_run
 from waits import PATIENCE, until
 
 from codistill_jax.storage.background import (
@@ -297,6 +299,27 @@ def test_an_error_of_what_was_given_up_is_dropped(disk, writer):
   one.close()
   until(lambda: one.finished)
   one.raise_failure()
+
+
+_LEFT = """
+import sys, time
+from codistill_jax.storage import background
+written = []
+def write(step, item):
+  time.sleep(0.3)
+  open(sys.argv[1], 'a').write(f'{step} ')
+writer = background.BackgroundWriter(
+    write, 'writing', background.Troubles(), room=None)
+for step in (1, 2):
+  writer.put(step, None)
+background.submit(write, 3, None)
+"""
+
+
+def test_what_is_under_way_when_the_process_ends_is_written(tmp_path, python):
+  path = tmp_path / 'written'
+  subprocess.run([python, '-c', _LEFT, path], check=True, cwd=tiny_run.ROOT)
+  assert sorted(path.read_text().split()) == ['1', '2', '3']
 
 
 @pytest.mark.parametrize('inline', [False, True])

@@ -7,9 +7,11 @@ limits of storage and exchange.
 
 All threads here are daemons. Those of `concurrent.futures` are joined when the
 interpreter ends: one that hangs in a dead network disk would keep the process
-alive for ever.
+alive for ever. These are waited for too, but only for a while: a thread that
+is in a library of C++ when the interpreter goes would abort the process.
 """
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -17,6 +19,7 @@ import dataclasses
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -235,10 +238,8 @@ class BackgroundWriter:
       self.raise_failure()  # There may be one by now.
       self._waiting.append(_Work(step, item))
       if self._thread is None:
-        self._thread = threading.Thread(
-            target=self._run, name=self._doing, daemon=True
-        )
-        self._thread.start()
+        self._thread = _start(self._run, self._doing)
+        _WRITERS.add(self)
       self._changed.notify_all()
 
   def withdraw(self) -> Any:
@@ -311,12 +312,16 @@ class BackgroundWriter:
 
   def close(self) -> None:
     """Ends the thread once it has nothing to write; see `wait`."""
+    self.end()
+    thread = self._thread
+    if thread is not None:
+      thread.join(self._patience.join)
+
+  def end(self) -> None:
+    """Lets the thread end once it has nothing to write; waits for nothing."""
     with self._changed:
       self._closed = True
       self._changed.notify_all()
-      thread = self._thread
-    if thread is not None:
-      thread.join(self._patience.join)
 
   @property
   def finished(self) -> bool:
@@ -420,6 +425,26 @@ class BackgroundWriter:
     return False
 
 
+_THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()
+
+
+def _start(function: Callable[[], None], name: str) -> threading.Thread:
+  thread = threading.Thread(target=function, name=name, daemon=True)
+  _THREADS.add(thread)
+  thread.start()
+  return thread
+
+
+@atexit.register
+def _let_threads_end() -> None:
+  for writer in list(_WRITERS):
+    writer.end()
+  deadline = time.monotonic() + DEFAULT_PATIENCE.join
+  for thread in list(_THREADS):
+    thread.join(max(deadline - time.monotonic(), 0.0))
+
+
 def submit(
     function: Callable[..., Any], *args: Any, inline: bool = False
 ) -> concurrent.futures.Future:
@@ -435,7 +460,7 @@ def submit(
   if inline:
     run()
   else:
-    threading.Thread(target=run, name=function.__name__, daemon=True).start()
+    _start(run, function.__name__)
   return future
 
 

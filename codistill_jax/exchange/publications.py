@@ -90,6 +90,23 @@ def write(
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
 
 
+def check_form(
+    publication: Publication, variables: Variables, like: Variables
+) -> None:
+  """Raises MismatchError unless the variables have the leaves of `like`."""
+  checkpoints.check_match(
+      f'what group {publication.group_id} has at step {publication.step}',
+      identity={},
+      leaves=checkpoints.describe(_as_dict(variables)),
+      our_identity={},
+      like=_as_dict(like),
+      advice=(
+          'give all groups one model, whose parameters and state keep their'
+          ' structure, shapes and dtypes'
+      ),
+  )
+
+
 def check_finite(publication: Publication, variables: Variables) -> None:
   """Raises FloatingPointError if no peer should learn from the variables."""
   for path, x in checkpoints.flatten(_as_dict(variables)):

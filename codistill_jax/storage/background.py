@@ -7,19 +7,17 @@ limits of storage and exchange.
 
 All threads here are daemons. Those of `concurrent.futures` are joined when the
 interpreter ends: one that hangs in a dead network disk would keep the process
-alive for ever. These are waited for too, but only for a while: a thread that
-is in a library of C++ when the interpreter goes would abort the process.
+alive for ever.
 """
 
 import atexit
 import collections
-import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import dataclasses
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -238,8 +236,10 @@ class BackgroundWriter:
       self.raise_failure()  # There may be one by now.
       self._waiting.append(_Work(step, item))
       if self._thread is None:
-        self._thread = _start(self._run, self._doing)
-        _WRITERS.add(self)
+        self._thread = threading.Thread(
+            target=self._run, name=self._doing, daemon=True
+        )
+        self._thread.start()
       self._changed.notify_all()
 
   def withdraw(self) -> Any:
@@ -312,16 +312,12 @@ class BackgroundWriter:
 
   def close(self) -> None:
     """Ends the thread once it has nothing to write; see `wait`."""
-    self.end()
-    thread = self._thread
-    if thread is not None:
-      thread.join(self._patience.join)
-
-  def end(self) -> None:
-    """Lets the thread end once it has nothing to write; waits for nothing."""
     with self._changed:
       self._closed = True
       self._changed.notify_all()
+      thread = self._thread
+    if thread is not None:
+      thread.join(self._patience.join)
 
   @property
   def finished(self) -> bool:
@@ -397,7 +393,8 @@ class BackgroundWriter:
     pause = self._patience.retry
     while True:
       try:
-        self._write(work.step, work.item)
+        with _at_work():
+          self._write(work.step, work.item)
       except OSError as e:
         self._troubles.failed(self._doing, e)
         with self._changed:
@@ -425,24 +422,32 @@ class BackgroundWriter:
     return False
 
 
-_THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()
+# What is at work in a thread, by its end.
+_AT_WORK: set[threading.Event] = set()
+_AT_EXIT_SECONDS = 10.0
 
 
-def _start(function: Callable[[], None], name: str) -> threading.Thread:
-  thread = threading.Thread(target=function, name=name, daemon=True)
-  _THREADS.add(thread)
-  thread.start()
-  return thread
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+  end = threading.Event()
+  _AT_WORK.add(end)
+  try:
+    yield
+  finally:
+    _AT_WORK.discard(end)
+    end.set()
 
 
-@atexit.register
-def _let_threads_end() -> None:
-  for writer in list(_WRITERS):
-    writer.end()
-  deadline = time.monotonic() + DEFAULT_PATIENCE.join
-  for thread in list(_THREADS):
-    thread.join(max(deadline - time.monotonic(), 0.0))
+def _let_finish() -> None:
+  # A thread that the interpreter ends in the middle of C++ aborts the process.
+  start = time.monotonic()
+  for end in list(_AT_WORK):
+    end.wait(max(0.0, start + _AT_EXIT_SECONDS - time.monotonic()))
+
+
+# Before the thread pools of others are shut (for which that module has to be
+# loaded first), if there is a way to.
+getattr(threading, '_register_atexit', atexit.register)(_let_finish)
 
 
 def submit(
@@ -453,14 +458,16 @@ def submit(
 
   def run() -> None:
     try:
-      future.set_result(function(*args))
+      with _at_work():
+        result = function(*args)
+      future.set_result(result)
     except BaseException as e:  # Raised by `result`.
       future.set_exception(e)
 
   if inline:
     run()
   else:
-    _start(run, function.__name__)
+    threading.Thread(target=run, name=function.__name__, daemon=True).start()
   return future
 
 

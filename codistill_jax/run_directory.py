@@ -207,8 +207,10 @@ def write_status(
     workdir: The run directory.
     group_id: The group.
     status: `step`, `num_steps`, `time` and `started` (Unix seconds), `pid`,
-      `host`, `phase` (compiling, training, evaluating, saving, done),
-      `steps_per_sec`, `num_groups`; and of the exchange:
+      `host`, `phase` (starting, compiling, training, evaluating, saving; done,
+      stopped, failed), `reason` (of a failure), `since` (Unix seconds of the
+      last update or change of phase), `steps_per_sec`, `num_groups`; and of
+      the exchange:
       `peers`: the ids of the groups that could teach this one.
       `teachers`: of those that do, a list of `{'peer': id, 'step': n, 'time':
       Unix seconds}`, the time being that of the publication.

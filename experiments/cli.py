@@ -10,6 +10,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import runpy
 import select
@@ -96,6 +97,13 @@ def define_run_flags(num_groups: int) -> None:
     num_groups: How many, unless it is said.
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
+  define_path(
+      'init_from',
+      '',
+      'Begin with the parameters of this run directory (each group with those'
+      ' of its own number), checkpoint or publication: a directory of steps,'
+      ' for its newest, or one step.',
+  )
   flags.DEFINE_integer(
       'num_groups',
       num_groups,
@@ -177,6 +185,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   # The notes of orbax, jax and XLA would bury our own lines; --verbosity=0
   # brings them back.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  prepare_to_print()
+  refuse_twice()
 
   def quiet(argv: Sequence[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
@@ -186,6 +196,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     sys.exit(status)
 
   app.run(quiet)
+
+
+def prepare_to_print() -> None:
+  """Lets any text be printed: what a terminal cannot show is escaped."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def refuse_twice() -> None:
+  """Makes it an error to give a flag of one value twice; one would be lost."""
+  for name in flags.FLAGS:
+    flags.FLAGS[name].allow_overwrite = False
 
 
 def status_of(
@@ -252,17 +275,6 @@ def _may_pass(error: Exception) -> bool:
   )
 
 
-def define_init_from() -> None:
-  """Defines the flag --init_from."""
-  flags.DEFINE_string(
-      'init_from',
-      '',
-      'Begin with the parameters of this run directory (each group with those'
-      ' of its own number), checkpoint or publication: a directory of steps,'
-      ' for its newest, or one step.',
-  )
-
-
 def tell(text: str, *, error: bool = False) -> None:
   """Prints, or does not: the log may lie on the very disk that is full.
 
@@ -318,6 +330,8 @@ class StopRequest:
     signal_number: The first signal that came, or None.
     unsaved: By directory of a group, the step of its newest checkpoint, while
       there are updates after it.
+    last_words: By directory of a group, what to do if the process leaves at
+      once.
   """
 
   def __init__(self, line: str | None = None, grace_seconds: float = 20.0):
@@ -332,6 +346,7 @@ class StopRequest:
     """
     self.signal_number: int | None = None
     self.unsaved: dict[str, int] = {}
+    self.last_words: dict[str, Callable[[], None]] = {}
     self._line = line
     self._grace_seconds = grace_seconds
     self._heard = threading.Event()
@@ -414,6 +429,8 @@ class StopRequest:
   def _leave(self) -> None:
     """Ends the process as it is."""
     status = MAY_PASS
+    for say_it in list(self.last_words.values()):
+      say_it()
     if self.unsaved:
       steps = ', '.join(f'{s} of {g}' for g, s in self.unsaved.items())
       line = (

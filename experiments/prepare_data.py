@@ -29,13 +29,6 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
-_PARAGRAPH_IDS_SHA256 = flags.DEFINE_string(
-    'paragraph_ids_sha256',
-    None,
-    'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
-    ' for a tar that of the released file, otherwise any.',
-)
-
 
 _FLAGS = flags.FLAGS
 
@@ -122,6 +115,12 @@ def define_flags() -> None:
       ' path or glob of the CSV files in it. It is read once for each start,'
       ' which takes minutes.',
   )
+  flags.DEFINE_string(
+      'paragraph_ids_sha256',
+      None,
+      'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
+      ' for a tar that of the released file, otherwise any.',
+  )
   flags.DEFINE_enum(
       'paragraph_unit',
       'line',
@@ -163,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
       filters=_FLAGS.filter,
       max_document_bytes=_FLAGS.max_document_bytes,
       paragraphs=_FLAGS.paragraph_ids,
-      paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
+      paragraphs_sha256=_FLAGS.paragraph_ids_sha256,
       paragraph_unit=_FLAGS.paragraph_unit,
       source_checksums=_FLAGS.checksums,
       workers=_FLAGS.workers or prepare.usable_cores(),

@@ -34,7 +34,6 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
-  cli.define_init_from()
   cli.define_run_flags(num_groups=1)
   cli.define_process_flags()
   flags.DEFINE_integer('group_id', 0, 'This group, from 0 to --num_groups - 1.')
@@ -87,12 +86,14 @@ def main(argv: Sequence[str]) -> None:
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
   )
-  state = driver.new_state(job).state
+  start = driver.new_state(job)
+  if not _FLAGS.dry_run:
+    check_workdir(job, start.state)
+  driver.check_start(job, start)
   if _FLAGS.dry_run:
-    print_dry_run(job, state)
+    print_dry_run(job, start.state)
     return
-  check_workdir(job, state)
-  del state
+  del start
   progress = job.agreement.is_primary
   for _ in driver.train(
       job,

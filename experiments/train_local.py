@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax import gin_utils
+from codistill_jax import gin_utils, run_directory
 from codistill_jax.exchange.plan import peers_of
+from codistill_jax.storage import files
 
 from . import cli
 from .running import processes
@@ -25,7 +26,6 @@ _FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this binary."""
   gin_utils.define_flags()
-  cli.define_init_from()
   cli.define_run_flags(num_groups=2)
   flags.DEFINE_integer(
       'cpu_replicas',
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
   if _FLAGS.dry_run:
     command = [*groups[0].command, '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
+  files.check_writable(run_directory.groups_root(_FLAGS.workdir))
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
       f' in {_FLAGS.workdir}/groups/group_*/log.txt'

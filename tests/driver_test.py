@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import signal
+import threading
 import types
 
 import jax
@@ -15,6 +16,7 @@ import optax
 import pytest
 import tiny_run
 import toy
+from waits import until
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
@@ -159,7 +161,7 @@ class StopAt:
 
   def __init__(self, looks):
     self._looks = looks
-    self.unsaved = {}
+    self.unsaved, self.last_words = {}, {}
 
   def __call__(self):
     self._looks -= 1
@@ -588,6 +590,87 @@ def test_each_exchange_is_on_record(make_job):
   run(job)
   training = [r['step'] for r in records_of(job) if 'loss/task' in r]
   assert training == [12]
+
+
+# How a group ends; what its status then says of it, and why.
+ENDS = {
+    'done': ('done', None),
+    'asked': ('stopped', cli.Stopped),
+    'asked while it waits': ('stopped', cli.Stopped),
+    'asked amid an evaluation': ('stopped', cli.Stopped),
+    'left by its process': ('stopped', None),
+    'not finite': ('failed', FloatingPointError),
+    'disk': ('failed', TimeoutError),
+    'crash': ('failed', KeyError),
+    'DONE cannot be written': ('failed', TimeoutError),
+}
+
+
+@pytest.mark.parametrize('how', ENDS)
+def test_the_last_status_says_how_the_process_ended(make_job, monkeypatch, how):
+  phase, error = ENDS[how]
+  stop = {'asked': StopAt(3), 'asked amid an evaluation': StopAt(6)}.get(how)
+  exchange = Recorder(interrupt_at=5 if how == 'asked while it waits' else None)
+  patience = Patience(retry=0.01, failing=0.05)
+  job = make_job(stop=stop, patience=patience)
+  if how == 'not finite':
+    monkeypatch.setattr(driver, 'check_finite', _raise(FloatingPointError('x')))
+  elif how == 'disk':
+    failing_saves(monkeypatch, {12})
+  elif how == 'crash':
+    exchange.checkpointed = _raise(KeyError('x'))
+  elif how == 'DONE cannot be written':
+    done = run_directory.done_path(job.workdir, 0)
+    done.parent.mkdir(parents=True)
+    write = files.write_bytes
+    refuse = _raise(OSError(errno.ENOSPC, 'full'))
+    monkeypatch.setattr(
+        files,
+        'write_bytes',
+        lambda path, *args, **how: (refuse if path == done else write)(
+            path, *args, **how
+        ),
+    )
+  turns = driver.train(
+      job, lambda v: exchange, watch.group_writer(job, progress=False)
+  )
+  with pytest.raises(error) if error else contextlib.nullcontext():
+    for step in turns:
+      if how == 'left by its process' and step == 3:
+        turns.close()
+  status = run_directory.read_status(job.workdir, 0)
+  assert status['phase'] == phase
+  assert bool(status['reason']) == (phase == 'failed')
+  assert not [t for t in threading.enumerate() if t.name == 'heartbeat']
+
+
+def _raise(error):
+  def call(*unused, **unused_by_name):
+    raise error
+
+  return call
+
+
+def test_a_long_update_does_not_look_like_a_death(make_job, monkeypatch):
+  """A compilation of minutes: the heart beats on, and says what it is."""
+  monkeypatch.setattr(watch, '_BEAT_SECONDS', 0.01)
+  job = make_job()
+  read = lambda: run_directory.read_status(job.workdir, 0) or {}
+  seen = []
+
+  class Slow(Recorder):
+    peers = (1,)
+
+    def fetch(self, step):
+      if step in (0, 5):  # A program is compiled: without teachers, and with.
+        self.in_use = (Publication(1, 40, 7.0),) if step else ()
+        until(lambda: read().get('phase') == 'compiling')
+        first = read()['time']
+        until(lambda: read()['time'] > first)
+        seen.append((step, read()['step'], read()['phase']))
+
+  run(job, Slow())
+  assert seen == [(0, 0, 'compiling'), (5, 5, 'compiling')]
 
 
 def test_status_says_how_the_exchange_fares(make_job):

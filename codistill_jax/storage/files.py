@@ -54,6 +54,32 @@ def absolute(path: PathLike) -> str:
   return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def check_writable(directory: PathLike) -> None:
+  """Makes a directory; raises ValueError if that will never be possible.
+
+  What may pass, such as a full disk, is no error.
+  """
+  directory = epath.Path(directory)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / '.probe'
+    probe.write_bytes(b'')
+    probe.unlink(missing_ok=True)
+  except OSError as e:
+    if isinstance(e, _REFUSED) or e.errno in (errno.EROFS, errno.ENAMETOOLONG):
+      raise ValueError(
+          f'{directory} cannot be written ({e.strerror}); choose another'
+          ' directory, or see to its permissions'
+      ) from e
+
+
+_REFUSED = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+)
+
 # --- Errors ------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """Jobs: one group of one run, its run.json, its devices; several in turn."""
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -114,11 +115,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
-      'init_from': (
-          os.fspath(checkpoints.absolute(job.init_from))
-          if job.init_from
-          else None
-      ),
+      'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
       'configuration': job.configuration().bindings,
@@ -400,6 +397,7 @@ class Latch:
     self._request = request
     self._stop = False
     self.unsaved = request.unsaved
+    self.last_words = request.last_words
 
   def __call__(self) -> bool:
     # Asked only now, and not in `update`: until the groups are about to save,
@@ -418,14 +416,14 @@ class Latch:
     self._stop = self.signal_number is not None
 
 
-def train_in_turn(groups: Sequence[Iterator[Any]], latch: Latch) -> None:
+def train_in_turn(groups: Sequence[Generator], latch: Latch) -> None:
   """Steps all groups, one update each, until all are done."""
   latch.update()
   for _ in in_turn(groups):
     latch.update()
 
 
-def in_turn(groups: Sequence[Iterator[Any]]) -> Iterator[None]:
+def in_turn(groups: Sequence[Generator]) -> Iterator[None]:
   """Steps all groups, one update each, until all are done.
 
   Yields:
@@ -434,19 +432,22 @@ def in_turn(groups: Sequence[Iterator[Any]]) -> Iterator[None]:
   Raises:
     Stopped: What the first one raised, after all others had the same update.
   """
-  running = list(groups)
-  while running:
-    stopped = None
-    for group in list(running):
-      try:
-        next(group)
-      except StopIteration:
-        running.remove(group)
-      except cli.Stopped as e:
-        stopped = e  # The others save at this step too.
-    if stopped is not None:
-      raise stopped
-    yield
+  with contextlib.ExitStack() as stack:
+    for group in groups:  # Whatever ends one, all of them know it.
+      stack.callback(group.close)
+    running = list(groups)
+    while running:
+      stopped = None
+      for group in list(running):
+        try:
+          next(group)
+        except StopIteration:
+          running.remove(group)
+        except cli.Stopped as e:
+          stopped = e  # The others save at this step too.
+      if stopped is not None:
+        raise stopped
+      yield
 
 
 def keep_common_checkpoints(

@@ -29,24 +29,17 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
-_PARAGRAPH_IDS_SHA256 = flags.DEFINE_string(
-    'paragraph_ids_sha256',
-    None,
-    'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
-    ' for a tar that of the released file, otherwise any.',
-)
-
 
 _FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  cli.define_path(
-      'output',
-      None,
-      'Directory of the prepared data; made if missing. A preparation in it'
-      ' with the same settings is continued.',
+  cli.define_preparation_flags(
+      'documents',
+      'chosen by a hash of the text',
+      'decode, filter and tokenise, about 0.5 GB each with large shards;'
+      ' default: up to one for each core that this process may use',
   )
   flags.DEFINE_string(
       'source',
@@ -83,17 +76,6 @@ def define_flags() -> None:
       'Train the tokenizer on the first so many bytes of the training split;'
       ' they are held in memory.',
       lower_bound=1,
-  )
-  flags.DEFINE_float(
-      'validation_fraction',
-      0.05,
-      'Share of the documents in the validation split, chosen by a hash of the'
-      ' text; 0 for none.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_integer(
-      'seed', 0, 'Of the choice of validation documents.', lower_bound=0
   )
   flags.DEFINE_integer(
       'max_documents',
@@ -133,6 +115,12 @@ def define_flags() -> None:
       ' path or glob of the CSV files in it. It is read once for each start,'
       ' which takes minutes.',
   )
+  flags.DEFINE_string(
+      'paragraph_ids_sha256',
+      None,
+      'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
+      ' for a tar that of the released file, otherwise any.',
+  )
   flags.DEFINE_enum(
       'paragraph_unit',
       'line',
@@ -141,20 +129,6 @@ def define_flags() -> None:
       ' lines that are not blank, or records (pages). The authors do not say.'
       ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
       ' that are no text.',
-  )
-  cli.define_path(
-      'checksums',
-      None,
-      'A list made by sha256sum. All files of the source are compared with it'
-      ' first, which reads them once more, at each start that has work to do.',
-  )
-  flags.DEFINE_integer(
-      'workers',
-      None,
-      'Processes that decode, filter and tokenise, about 0.5 GB each with large'
-      ' shards; with 1 it is done without others. The result does not depend on'
-      ' it. Default: up to one for each core that this process may use.',
-      lower_bound=1,
   )
   flags.DEFINE_bool(
       'verify',
@@ -188,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
       filters=_FLAGS.filter,
       max_document_bytes=_FLAGS.max_document_bytes,
       paragraphs=_FLAGS.paragraph_ids,
-      paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
+      paragraphs_sha256=_FLAGS.paragraph_ids_sha256,
       paragraph_unit=_FLAGS.paragraph_unit,
       source_checksums=_FLAGS.checksums,
       workers=_FLAGS.workers or prepare.usable_cores(),

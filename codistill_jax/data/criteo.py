@@ -348,7 +348,7 @@ def prepare_clicks(
 
   Args:
     output: Directory of the data; made if missing.
-    source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
+    source: 'criteo:PATH_OR_GLOB'.
     split: 'time' or 'hash'; see the head of this file.
     source_checksums: --checksums.
     report: Takes a line about what goes on. All others: as the flags of the

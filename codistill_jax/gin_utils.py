@@ -11,7 +11,7 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gin
 from absl import flags
@@ -22,6 +22,7 @@ from codistill_jax.data import records
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
 
+_T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
 # What gin files are relative to: the package where it is installed, or a clone.
 _ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
@@ -54,6 +55,15 @@ RENAMED = {
     'Experiment.teacher_step': 'exchange.FixedTeachers.step',
     'Experiment.prediction_top_k': 'exchange.Predictions.top_k',
 }
+# What a typed binding may name without a file that imports it.
+_ALWAYS = """
+from __gin__ import dynamic_registration
+import optax
+from codistill_jax import exchange
+from codistill_jax import experiment
+from codistill_jax import optimizers
+from codistill_jax import schedules
+"""
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -134,9 +144,32 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         )
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'), _superseding():
+      _register_names(binding)
       gin.parse_config(binding)
   # Files bring along what a swap puts out of use; what is typed is meant.
   _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def _register_names(binding: str) -> None:
+  """Makes known what a typed binding names in the modules of the files.
+
+  And in those of `_ALWAYS`: a file knows what it imports, a binding nothing.
+  """
+  context = gin.config.ParseContext()
+  for statement in (
+      *_statements(_ALWAYS, config_parser.ImportStatement),
+      *_statements(gin.config_str(), config_parser.ImportStatement),
+  ):
+    if (
+        statement.module != '__gin__.dynamic_registration'
+        or not context.imports
+    ):
+      context.process_import(statement)
+  for s in _bindings(binding):
+    for name in (s.selector, *_references([s])):
+      # Else it may be a part of a name that is known.
+      with contextlib.suppress(NameError, AttributeError):
+        context.get_configurable(name)
 
 
 def _is_whole(parsed: Any) -> bool:
@@ -246,9 +279,45 @@ def _one_line_errors(where: str) -> Iterator[None]:
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')
-          + '; gin knows a name of a module once a --gin_file has used it'
+          + '; write module.name, as @optax.sgd(), of a module that a'
+          ' --gin_file imports'
       )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
+
+
+# Counts of steps: what has to be over by the last step of a run, and what
+# should last as long as the run.
+_OVER = {
+    'boundaries',
+    'max_staleness_steps',
+    'ramp_steps',
+    'transition_begin',
+    'transition_steps',
+    'warmup_steps',
+}
+_AS_LONG = {'decay_steps', 'total_steps'}
+
+
+def steps_out_of(num_steps: int) -> list[str]:
+  """Returns the bindings of counts of steps that do not suit a run.
+
+  Such as those of schedules that end long before it, or after it.
+  """
+  statements = _bindings(gin.config_str())
+  macros = {f'%{s.selector}': s.value for s in statements if not s.arg_name}
+  used = {_key(s) for s in _bindings(gin.operative_config_str())}
+  found = []
+  for s in statements:
+    value = macros.get(str(s.value), s.value)
+    counts = value if isinstance(value, list | tuple) else [value]
+    if s.arg_name not in _OVER | _AS_LONG or _key(s) not in used:
+      continue
+    if not all(isinstance(n, int) for n in counts):
+      continue
+    early = s.arg_name in _AS_LONG and max(counts) < 0.9 * num_steps
+    if early or any(n > num_steps for n in counts):
+      found.append(f'{s.selector}.{s.arg_name} = {value}')
+  return found
 
 
 def configuration() -> list[str]:
@@ -344,11 +413,12 @@ class _AsText(config_parser.ParserDelegate):
 
 
 def _bindings(text: str) -> list[config_parser.BindingStatement]:
-  return [
-      s
-      for s in config_parser.ConfigParser(text, _AsText())
-      if isinstance(s, config_parser.BindingStatement)
-  ]
+  return _statements(text, config_parser.BindingStatement)
+
+
+def _statements(text: str, kind: type[_T]) -> list[_T]:
+  parser = config_parser.ConfigParser(text, _AsText())
+  return [s for s in parser if isinstance(s, kind)]
 
 
 def _key(statement: config_parser.BindingStatement) -> tuple[str, str, str]:

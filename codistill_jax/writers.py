@@ -284,6 +284,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     'eval/accuracy': '  accuracy {:.2%}'.format,
     'eval/auc': '  auc {:.4f}'.format,
     'eval/calibration': '  calibration {:.3f}'.format,
+    'eval/examples': '  over {:,.0f}'.format,
     'perf/steps_per_sec': '  {:.1f} steps/s'.format,
     'exchange/staleness_steps': '  staleness {:.0f}'.format,
 }

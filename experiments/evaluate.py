@@ -216,8 +216,6 @@ _TITLES = {
     'eval/calibration': 'calibration',
     'eval/calibration_error': 'calibration error',
 }
-
-
 _FORMS = {'eval/examples': ',.0f'}
 
 

@@ -3,9 +3,10 @@
 import gzip
 
 import configurables
+import numpy as np
 import pytest
 
-from codistill_jax import gin_utils
+from codistill_jax import experiment, gin_utils
 
 _IMPORTS = """\
 from __gin__ import dynamic_registration
@@ -263,6 +264,94 @@ def test_a_file_says_what_it_is_for(tmp_path):
     gin_utils.headline('none.gin')
 
 
+DIGITS = 'gin_configs/tasks/digits_resnet.gin'
+CLIPPED = (
+    'Experiment.optimizer=@optimizers.chain()',
+    'optimizers.chain.transformations='
+    '[@optax.clip_by_global_norm(), @optax.sgd()]',
+    'optax.clip_by_global_norm.max_norm=0.5',
+    'optax.sgd.learning_rate=2.0',
+)
+
+
+@pytest.mark.parametrize(
+    'bindings, change',
+    [
+        (
+            [
+                'Experiment.optimizer=@optax.sgd()',
+                'optax.sgd.learning_rate=2.0',
+            ],
+            6,
+        ),
+        (
+            [
+                'optax.sgd.learning_rate=2.0',
+                'Experiment.optimizer=@optax.sgd()',
+            ],
+            6,
+        ),
+        (['Experiment.optimizer=@a/optax.sgd()', 'a/sgd.learning_rate=2.0'], 6),
+        (
+            [
+                'Experiment.optimizer=@optimizers.momentum_sgd()',
+                'momentum_sgd.learning_rate=2.0',
+                'momentum_sgd.weight_decay=0.0',
+            ],
+            6,
+        ),
+        (CLIPPED, 1),
+        (CLIPPED[::-1], 1),
+    ],
+)
+def test_an_optimiser_is_swapped_and_clipped_on_the_command_line(
+    bindings, change
+):
+  gin_utils.parse([DIGITS], bindings)
+  made = gin_utils.make(experiment.Experiment)
+  gin_utils.call(experiment.make_model, made)
+  gin_utils.check_no_dead_bindings()
+  params = {'kernel': np.float32([3.0])}
+  tx = made.optimizer
+  found, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_allclose(found['kernel'], -change)
+
+
+@pytest.mark.parametrize(
+    'bindings, expected',
+    [
+        ([], []),
+        (['STEPS=4000'], []),
+        (['Experiment.num_steps=4000'], ['warmup_cosine.total_steps = 200']),
+        (['Experiment.num_steps=100'], ['warmup_cosine.total_steps = 200']),
+        (['warmup_cosine.warmup_steps=150'], []),
+        (
+            ['STEPS=100', 'warmup_cosine.total_steps=150'],
+            ['warmup_cosine.total_steps = 150'],
+        ),
+        (
+            [
+                'adam.learning_rate=@optax.linear_schedule()',
+                'linear_schedule.init_value=0.0',
+                'linear_schedule.end_value=1.0',
+                'linear_schedule.transition_steps=500',
+            ],
+            ['optax.linear_schedule.transition_steps = 500'],
+        ),
+    ],
+)
+def test_counts_of_steps_that_do_not_suit_the_run_are_named(bindings, expected):
+  gin_utils.parse([DIGITS], bindings)
+  made = gin_utils.make(experiment.Experiment)
+  found = gin_utils.steps_out_of(made.num_steps)
+  assert [s.removeprefix('schedules.') for s in found] == expected
+
+
+def test_what_no_file_imports_is_refused_with_what_to_write():
+  with pytest.raises(ValueError, match='--gin_file imports'):
+    gin_utils.parse([DIGITS], ['Experiment.optimizer=@subprocess.getoutput()'])
+
+
 @pytest.mark.parametrize('old', gin_utils.RENAMED)
 @pytest.mark.parametrize('typed', [True, False])
 def test_a_renamed_binding_names_the_new_one_in_one_line(old, typed, tmp_path):
@@ -273,24 +362,22 @@ from codistill_jax import experiment
 
 experiment.{old} = 1
 """)
-  task = 'gin_configs/tasks/digits_resnet.gin'
   with pytest.raises(ValueError) as e:
     if typed:
-      gin_utils.parse([task], [f'{old}=1'])
+      gin_utils.parse([DIGITS], [f'{old}=1'])
     else:
-      gin_utils.parse([task, str(file)])
+      gin_utils.parse([DIGITS, str(file)])
   assert f'{old} is now {gin_utils.RENAMED[old]}' in str(e.value)
   assert '\n' not in str(e.value)
 
 
 def test_what_renamed_bindings_became_is_there():
-  task = 'gin_configs/tasks/digits_resnet.gin'
   kinds = {'Checkpoints': [], 'Predictions': [], 'FixedTeachers': []}
   kinds['Predictions'] = ['gin_configs/ablations/deep_mutual_learning.gin']
   kinds['FixedTeachers'] = ['gin_configs/ablations/offline_distillation.gin']
   for new in gin_utils.RENAMED.values():
     binding = new.split()[0]
-    gin_utils.parse([task, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
+    gin_utils.parse([DIGITS, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,21 @@ def test_validation_is_carved_out_where_there_is_none(tmp_path):
   assert len(epoch(task)[1]) == 14 and len(rows(task.eval_batches(4))[1]) == 6
 
 
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_a_split_of_one_class_is_refused(tmp_path, split):
+  for name in ('train', 'validation', 'test'):
+    one = {'a': 3} if name == split else {'a': 2, 'b': 2}
+    write_folder(tmp_path, name, one | ({'b': 1} if name == 'train' else {}))
+  if split == 'train':
+    shutil.rmtree(tmp_path / 'train' / 'b')
+    for name in ('validation', 'test'):
+      shutil.rmtree(tmp_path / name / 'b')
+  with pytest.raises(
+      ValueError, match="images of a split are of the class 'a'"
+  ):
+    folder_task(tmp_path).test_batches(2)
+
+
 def test_a_limited_validation_is_of_all_classes(tmp_path):
   for split in ('train', 'val'):
     write_folder(tmp_path, split, {'a': 20, 'b': 20, 'c': 20})

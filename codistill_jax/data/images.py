@@ -327,6 +327,11 @@ def _task(
   num_classes = len(data.classes)
 
   def split(part: _Images) -> examples.Split:
+    if part.labels.min() == part.labels.max():
+      raise ValueError(
+          f'{name}: all {len(part.labels):,} images of a split are of the class'
+          f' {part.classes[part.labels[0]]!r}; there is nothing to tell apart.'
+      )
     rows = order.all_rows(len(part.labels))
     return examples.Split(reader(part), rows, num_draws, held=True)
 

@@ -37,6 +37,7 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
+from codistill_jax.experiment import split_batches
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
 from codistill_jax.storage import leases
@@ -236,7 +237,9 @@ class Watch:
     needed = step == experiment.num_steps and job.agreement is not ALONE
     start = time.perf_counter()
     if self._eval_batches is None:
-      self._eval_batches = experiment.task.eval_batches(experiment.eval_batch)
+      self._eval_batches = split_batches(
+          experiment.task, 'validation', experiment.eval_batch
+      )
     found = evaluate.evaluate(
         self._eval_step,
         variables,
@@ -323,6 +326,14 @@ class Efficiency:
     )
     self._counts: dict[bool, concurrent.futures.Future] = {}
     self._counter = concurrent.futures.ThreadPoolExecutor(1, 'count-flops')
+
+  def trace(self) -> None:
+    """Traces the step, with teachers if there are any."""
+    job = self._job
+    kind = job.experiment.exchange
+    self._count(
+        kind.one_program or kind.num_teachers(job.group_id, job.num_groups) > 0
+    )
 
   def seen(self, taught: bool) -> None:
     """Starts to count the FLOPs of a step that has run, taught or not."""

@@ -39,8 +39,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
       'source',
       None,
-      'criteo:PATH_OR_GLOB. Files may end in .gz and are read in the order of'
-      ' their names. Quote globs.',
+      'criteo:PATH_OR_GLOB. Files may be compressed (gzip, bzip2, xz,'
+      ' Zstandard) and are read in the order of their names. Quote globs.',
   )
   flags.DEFINE_enum(
       'split',
@@ -84,6 +84,14 @@ def define_flags() -> None:
       'A list made by sha256sum. All files of the source are compared with it'
       ' first, which reads them once more, at each start that has work to do.',
   )
+  flags.DEFINE_float(
+      'max_rejected',
+      prepare.DEFAULT_MAX_REJECTED,
+      'End with an error if more than this share of the lines is broken, or of'
+      ' the files cut short.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
   flags.DEFINE_integer(
       'workers',
       None,
@@ -115,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
       max_lines=_FLAGS.max_lines,
       shard_lines=_FLAGS.shard_lines,
       source_checksums=_FLAGS.checksums,
+      max_rejected=_FLAGS.max_rejected,
       workers=_FLAGS.workers or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )

@@ -29,14 +29,6 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
-_PARAGRAPH_IDS_SHA256 = flags.DEFINE_string(
-    'paragraph_ids_sha256',
-    None,
-    'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
-    ' for a tar that of the released file, otherwise any.',
-)
-
-
 _FLAGS = flags.FLAGS
 
 
@@ -48,16 +40,36 @@ def define_flags() -> None:
       'Directory of the prepared data; made if missing. A preparation in it'
       ' with the same settings is continued.',
   )
-  flags.DEFINE_string(
+  flags.DEFINE_multi_string(
       'source',
-      'bible',
+      ['bible'],
       'The corpus: bible (packaged default, King James Bible),'
       ' text:PATH_OR_GLOB (plain text, documents separated by blank lines),'
       ' files:PATH_OR_GLOB (a file a document), jsonl:PATH_OR_GLOB (JSON lines,'
       ' as C4 and dolma have them), wet:PATH_OR_GLOB (WET files of Common'
       ' Crawl, a page a document) or hf:NAME[:CONFIG[:SPLIT]] (Hugging Face,'
-      ' streamed, as hf:allenai/c4:en). Files may end in .gz or .xz. Quote'
-      ' globs.',
+      ' streamed, as hf:allenai/c4:en). Files may be compressed (gzip,'
+      ' bzip2, xz, Zstandard). Quote globs. Repeat it for several, which are'
+      ' mixed: all their documents; or with a weight before each, as 0.7*bible,'
+      ' in these shares of the documents, up to where the first of them ends.',
+  )
+  flags.DEFINE_string(
+      'document_start',
+      None,
+      'With text: sources: a regular expression. A document starts with each'
+      ' line whose beginning matches it, as " = [^=]" in WikiText or "CHAPTER",'
+      ' and blank lines belong to it. Default: they separate documents.',
+  )
+  flags.DEFINE_string(
+      'validation_source',
+      None,
+      'The validation split, written as --source is: that of a benchmark, as'
+      ' hf:NAME:CONFIG:validation. Nothing of --source is in it then.',
+  )
+  flags.DEFINE_string(
+      'test_source',
+      None,
+      'The test split, likewise. Default: there is none.',
   )
   flags.DEFINE_string(
       'text_key',
@@ -86,9 +98,16 @@ def define_flags() -> None:
   )
   flags.DEFINE_float(
       'validation_fraction',
-      0.05,
+      None,
       'Share of the documents in the validation split, chosen by a hash of the'
-      ' text; 0 for none.',
+      ' text; 0 for none. Default: 0.05, and 0 with --validation_source.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+      'test_fraction',
+      0.0,
+      'Share of the documents in the test split, likewise.',
       lower_bound=0.0,
       upper_bound=1.0,
   )
@@ -98,8 +117,8 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'max_documents',
       None,
-      'Stop after so many documents, both splits together; rejected records are'
-      ' not counted. Default: all.',
+      'Stop after so many documents of --source, all splits together; rejected'
+      ' records are not counted. Default: all.',
       lower_bound=1,
   )
   flags.DEFINE_integer(
@@ -133,6 +152,12 @@ def define_flags() -> None:
       ' path or glob of the CSV files in it. It is read once for each start,'
       ' which takes minutes.',
   )
+  flags.DEFINE_string(
+      'paragraph_ids_sha256',
+      None,
+      'SHA-256 that the file of --paragraph_ids must have; none: any. Default:'
+      ' for a tar that of the released file, otherwise any.',
+  )
   flags.DEFINE_enum(
       'paragraph_unit',
       'line',
@@ -147,6 +172,14 @@ def define_flags() -> None:
       None,
       'A list made by sha256sum. All files of the source are compared with it'
       ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_float(
+      'max_rejected',
+      prepare.DEFAULT_MAX_REJECTED,
+      'End with an error if more than this share of the records is broken, or'
+      ' of the files cut short. What filters reject is not counted.',
+      lower_bound=0.0,
+      upper_bound=1.0,
   )
   flags.DEFINE_integer(
       'workers',
@@ -177,20 +210,25 @@ def main(argv: Sequence[str]) -> None:
   meta = prepare_text.prepare_text(
       _FLAGS.output,
       _FLAGS.source,
+      document_start=_FLAGS.document_start,
+      validation_source=_FLAGS.validation_source,
+      test_source=_FLAGS.test_source,
       text_key=_FLAGS.text_key,
       vocab_size=_FLAGS.vocab_size,
       tokenizer=_FLAGS.tokenizer,
       tokenizer_bytes=_FLAGS.tokenizer_bytes,
       validation_fraction=_FLAGS.validation_fraction,
+      test_fraction=_FLAGS.test_fraction,
       seed=_FLAGS.seed,
       max_documents=_FLAGS.max_documents,
       shard_tokens=_FLAGS.shard_tokens,
       filters=_FLAGS.filter,
       max_document_bytes=_FLAGS.max_document_bytes,
       paragraphs=_FLAGS.paragraph_ids,
-      paragraphs_sha256=_PARAGRAPH_IDS_SHA256.value,
+      paragraphs_sha256=_FLAGS.paragraph_ids_sha256,
       paragraph_unit=_FLAGS.paragraph_unit,
       source_checksums=_FLAGS.checksums,
+      max_rejected=_FLAGS.max_rejected,
       workers=_FLAGS.workers or prepare.usable_cores(),
       report=lambda line: print(line, flush=True),
   )

@@ -341,6 +341,7 @@ def prepare_clicks(
     max_lines: int | None = None,
     shard_lines: int = DEFAULT_SHARD_LINES,
     source_checksums: str | None = None,
+    max_rejected: float = prepare.DEFAULT_MAX_REJECTED,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -383,6 +384,7 @@ def prepare_clicks(
       output,
       recipe,
       source_checksums=source_checksums,
+      max_rejected=max_rejected,
       workers=workers,
       report=report,
   )
@@ -463,6 +465,7 @@ def _write_rows(
 ) -> dict[str, Any]:
   """Writes the rows of a piece, a shard for each split, and its run."""
   rows, numbers_N, rejects = _parse(piece)
+  bad = np.setdiff1d(np.arange(len(piece)), numbers_N)
   numbers_N += number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
   splits = {}
@@ -474,7 +477,17 @@ def _write_rows(
       splits[name]['sha256'] = prepared_files.write_array(path, part)
       if name == 'train':
         _write_run(_run_path(output, number), part)
-  return {'records': len(piece), 'rejects': rejects, 'splits': splits}
+  return {
+      'records': len(piece),
+      'rejects': rejects,
+      'first': _rejected(piece, int(bad[0])) if len(bad) else None,
+      'splits': splits,
+  }
+
+
+def _rejected(piece: Sequence[Raw], place: int) -> tuple[int, str, str]:
+  (reason,) = _parse(piece[place : place + 1])[2]
+  return prepare.rejected(place, reason, piece[place])
 
 
 def _parse(

@@ -11,15 +11,14 @@ class Figure(NamedTuple):
     title: Of the section.
     goal: In words; '' if there is none.
     text: What the reader needs to know of the columns.
-    columns: (heading, key of a row), beside the name and the goal; () for
-      whatever a row has.
+    columns: (heading, key of a row), beside the name and the goal.
   """
 
   benchmark: str
   title: str
   goal: str
   text: str
-  columns: tuple[tuple[str, str], ...] = ()
+  columns: tuple[tuple[str, str], ...]
 
 
 FIGURES = (

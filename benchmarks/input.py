@@ -47,7 +47,7 @@ class Pipeline(NamedTuple):
     name: In the results.
     config: Under gin_configs/tasks.
     unit: What is counted.
-    data: Makes the data in an empty directory.
+    data: Makes the data in an empty directory; None: a package has them.
     bindings: Gin bindings; `{}` stands for that directory.
     step: Whether one update of the model is timed.
   """
@@ -55,7 +55,7 @@ class Pipeline(NamedTuple):
   name: str
   config: str
   unit: str
-  data: Callable[[pathlib.Path], None]
+  data: Callable[[pathlib.Path], None] | None = None
   bindings: Sequence[str] = ()
   step: bool = True
 
@@ -68,8 +68,8 @@ PIPELINES = (
         input_data.token_shards,
         ("text.language_model_task.data_dir='{}'",),
     ),
-    Pipeline('flights', 'flights_dnn.gin', 'click', input_data.no_data),
-    Pipeline('digits', 'digits_resnet.gin', 'image', input_data.no_data),
+    Pipeline('flights', 'flights_dnn.gin', 'click'),
+    Pipeline('digits', 'digits_resnet.gin', 'image'),
     Pipeline(
         'fashion-mnist',
         'fashion_mnist_resnet20.gin',
@@ -118,66 +118,49 @@ class Measured(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  load = measure.load()
-  chosen = [
-      p
-      for p in PIPELINES
-      if not _ONLY.value or any(word in p.name for word in _ONLY.value)
-  ]
+  machine, opened, skipped = measure.machine(), [], {}
+  wanted = lambda p: any(word in p.name for word in _ONLY.value or [''])
   with tempfile.TemporaryDirectory() as root:
-    opened, skipped = _open_all(chosen, pathlib.Path(root))
+    for pipeline in filter(wanted, PIPELINES):
+      try:
+        opened.append(_open(pipeline, pathlib.Path(root)))
+      except (ValueError, OSError) as e:
+        skipped[pipeline.name] = str(e)
     for repeat in range(_REPEATS.value):
       for one in measure.in_turn(opened, repeat):
         _load(one)
-    if _STEP.value:
-      for one in opened:
-        if one.pipeline.step:
-          one.steps.extend(_time_step(one))
-  results = [_result(one) for one in opened]
-  import jax
+    for one in opened:
+      if _STEP.value and one.pipeline.step:
+        one.steps.extend(_time_step(one))
+  results = list(map(_result, opened))
+  found = {
+      'benchmark': 'input',
+      **machine,
+      'repeats': _REPEATS.value,
+      'seconds': _SECONDS.value,
+      'need': _NEED.value,
+      'results': results,
+      'skipped': skipped,
+  }
+  print(json.dumps(found, indent=2))
+  import pandas as pd
 
-  print(
-      json.dumps(
-          {
-              'benchmark': 'input',
-              'device': jax.devices()[0].device_kind,
-              'cores': measure.cores(),
-              'load': load,
-              'repeats': _REPEATS.value,
-              'seconds': _SECONDS.value,
-              'need': _NEED.value,
-              'results': results,
-              'skipped': skipped,
-          },
-          indent=2,
-      )
-  )
-  print(_table(results), file=sys.stderr)
+  table = pd.DataFrame(results).drop(columns=['config', 'step_ms'])
+  print(table.to_string(index=False, na_rep='-'), file=sys.stderr)
   for name, reason in skipped.items():
     print(f'skipped {name}: {reason}', file=sys.stderr)
 
 
-def _open_all(
-    pipelines: Sequence[Pipeline], root: pathlib.Path
-) -> tuple[list[Measured], dict[str, str]]:
-  """Returns every pipeline whose configuration and packages are there."""
-  opened, skipped, directories = [], {}, {}
-  for pipeline in pipelines:
-    if pipeline.data not in directories:
-      directories[pipeline.data] = root / str(len(directories))
-      directories[pipeline.data].mkdir()
-      pipeline.data(directories[pipeline.data])
-    try:
-      opened.append(_open(pipeline, directories[pipeline.data]))
-    except (ValueError, OSError) as e:
-      skipped[pipeline.name] = str(e)
-  return opened, skipped
-
-
-def _open(pipeline: Pipeline, directory: pathlib.Path) -> Measured:
+def _open(pipeline: Pipeline, root: pathlib.Path) -> Measured:
+  """Makes the data, unless another pipeline has made them, and the stream."""
   from codistill_jax import experiment as experiment_lib
   from codistill_jax import gin_utils
 
+  directory = root / pipeline.config
+  if not directory.exists():
+    directory.mkdir()
+    if pipeline.data:
+      pipeline.data(directory)
   gin_utils.parse(
       [f'gin_configs/tasks/{pipeline.config}'],
       [binding.format(directory) for binding in pipeline.bindings],
@@ -228,8 +211,7 @@ def _time_step(one: Measured) -> list[float]:
 
 
 def _result(one: Measured) -> dict[str, Any]:
-  rate = statistics.median(one.rates)
-  per_core = statistics.median(one.core_rates)
+  rate, per_core = map(statistics.median, (one.rates, one.core_rates))
   result = {
       'name': one.pipeline.name,
       'config': one.pipeline.config,
@@ -251,38 +233,6 @@ def _result(one: Measured) -> dict[str, Any]:
     result['share_of_need'] = measure.brief(rate * one.units / _NEED.value)
     result['cores_needed'] = measure.brief(_NEED.value / (per_core * one.units))
   return result
-
-
-_COLUMNS = {
-    'name': 'pipeline',
-    'unit': 'unit',
-    'batch': 'per batch',
-    'batches_per_sec': 'batches/s',
-    'per_sec': 'units/s',
-    'per_core': 'units/s/core',
-    'step_needs_per_sec': 'step takes/s',
-    'headroom': 'headroom',
-    'cores_needed': 'cores for need',
-}
-
-
-def _table(results: Sequence[dict[str, Any]]) -> str:
-  rows = [list(_COLUMNS.values())]
-  rows += [[_cell(r.get(key)) for key in _COLUMNS] for r in results]
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return '\n'.join(
-      '  '.join(
-          cell.ljust(width) if i < 2 else cell.rjust(width)
-          for i, (cell, width) in enumerate(zip(row, widths))
-      ).rstrip()
-      for row in rows
-  )
-
-
-def _cell(value: Any) -> str:
-  if value is None:
-    return '-'
-  return f'{value:,.15g}' if isinstance(value, int | float) else value
 
 
 if __name__ == '__main__':

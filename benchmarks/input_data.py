@@ -8,11 +8,6 @@ import numpy as np
 _JPEG_FILES = 256
 
 
-def no_data(directory: pathlib.Path) -> None:
-  """For data that come with a package."""
-  del directory
-
-
 def token_shards(directory: pathlib.Path, documents: int = 20_000) -> None:
   """Writes ten million tokens in documents of 500, or that many documents."""
   from codistill_jax.data import prepared_files, shards, tokenizer

@@ -111,8 +111,6 @@ def goal(
     value: float, *, at_most: float | None = None, at_least: float | None = None
 ) -> dict[str, Any]:
   """Returns a goal in numbers, and whether it is met."""
-  if (at_most is None) == (at_least is None):
-    raise ValueError('Give a goal either at_most or at_least.')
   if at_most is not None:
     return {'at_most': at_most, 'value': brief(value), 'met': value <= at_most}
   return {'at_least': at_least, 'value': brief(value), 'met': value >= at_least}

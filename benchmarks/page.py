@@ -191,25 +191,13 @@ def _repeats(row: Mapping[str, Any]) -> int:
 
 
 def _table(figure: figures.Figure, rows: Sequence[Mapping[str, Any]]) -> str:
-  columns = figure.columns or _columns_of(rows)
-  head = ['', *(title for title, _ in columns)]
+  head = ['', *(title for title, _ in figure.columns)]
   with_goal = any(row.get('goal') for row in rows)
   table = [head + (['goal', 'met'] if with_goal else [])]
   for row in rows:
-    cells = [row['name'], *(cell(row.get(key)) for _, key in columns)]
+    cells = [row['name'], *(cell(row.get(key)) for _, key in figure.columns)]
     table.append(cells + (_goal_cells(row.get('goal')) if with_goal else []))
   return markdown_table(table)
-
-
-def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """Returns whatever has one number, if nobody chose columns."""
-  keys = [
-      key
-      for key, value in rows[0].items()
-      if isinstance(value, int | float)
-      or (isinstance(value, dict) and 'median' in value)
-  ]
-  return [(key.replace('_', ' '), key) for key in keys]
 
 
 def _goal_cells(goal: Mapping[str, Any] | None) -> list[str]:

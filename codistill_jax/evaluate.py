@@ -25,9 +25,10 @@ class ModelComparison(NamedTuple):
   """What `compare` finds.
 
   Attributes:
-    members: For each set of variables 'eval/loss' (nats), 'eval/accuracy' and
-      'eval/perplexity'; of a sigmoid output 'eval/auc', 'eval/calibration' and
-      'eval/calibration_error' in place of the perplexity.
+    members: For each set of variables 'eval/loss' (nats), 'eval/accuracy',
+      'eval/perplexity' and 'eval/examples', over how many; of a sigmoid output
+      'eval/auc', 'eval/calibration' and 'eval/calibration_error' in place of
+      the perplexity.
     ensemble: The same of the ensemble.
     pairs: For each pair of indices a < b 'churn/mean_abs' and
       'churn/disagreement'; of a sigmoid output 'churn/relative_difference' too.
@@ -57,9 +58,10 @@ def evaluate(
     should_stop: Asked before every batch.
 
   Returns:
-    Their numbers by key, NaN if nothing had weight; and 'eval/perplexity', the
-    exp of 'eval/loss', unless there is an 'eval/auc': a sigmoid output has
-    none. None if `should_stop` said so.
+    Their numbers by key, NaN if nothing had weight; 'eval/examples', the weight
+    of all examples (tokens); and 'eval/perplexity', the exp of 'eval/loss',
+    unless there is an 'eval/auc': a sigmoid output has none. None if
+    `should_stop` said so.
 
   Raises:
     ValueError: If there is no batch.
@@ -207,9 +209,12 @@ def _add(sums, pending):
 
 
 def _values(sums):
-  """Returns numbers by key, with the perplexity of 'eval/loss'."""
+  """Returns numbers by key, with perplexity and count of 'eval/loss'."""
   values = {key: metric.number() for key, metric in sums.items()}
-  if 'eval/loss' in values and 'eval/auc' not in values:
+  if 'eval/loss' not in values:
+    return values
+  values['eval/examples'] = float(sums['eval/loss'].count)
+  if 'eval/auc' not in values:
     with np.errstate(over='ignore'):
       values['eval/perplexity'] = float(np.exp(values['eval/loss']))
   return values

@@ -5,24 +5,40 @@ experiment.Experiment.model = @lstm.language_model
 experiment.Experiment.optimizer = @optax.adam()
 """
 
+import bisect
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from codistill_jax import (
     losses,
     one_program,
+    optimizers,
     replicas,
     schedules,
     step,
 )
-from codistill_jax.base import Array, Batch, Model, Stream, Task, TrainState
+from codistill_jax.base import (
+    Array,
+    Batch,
+    Model,
+    PyTree,
+    Stream,
+    Task,
+    TrainState,
+    Variables,
+)
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
+
+_FAR = 10**9  # Beyond the last step of any run.
 
 _RENAMED = {
     'checkpoints': '@exchange.Checkpoints()',
@@ -123,9 +139,19 @@ def check_group_batch(experiment: Experiment, num_replicas: int) -> None:
 
 
 def make_model(experiment: Experiment) -> Model:
-  """Returns the model of every group."""
+  """Returns the model of every group.
+
+  Raises:
+    ValueError: If it is none.
+  """
   task = experiment.task
-  return experiment.model(task.num_classes, **task.model_arguments)
+  model = experiment.model(task.num_classes, **task.model_arguments)
+  if not isinstance(model, Model):
+    raise ValueError(
+        f'Experiment.model gave a {type(model).__name__}, expected a'
+        ' base.Model; make one of a flax.linen module by from_linen(module)'
+    )
+  return model
 
 
 def make_teacher_model(experiment: Experiment) -> Model | None:
@@ -144,26 +170,85 @@ def train_stream(
     num_groups: int,
     rows: slice | None = None,
 ) -> Stream:
-  """Returns the training batches of one group; see `Task.train_stream`."""
+  """Returns the training batches of one group; see `Task.train_stream`.
+
+  Each is checked to be a mapping of as many rows as were asked for.
+  """
+  return _train_stream(experiment, group_id, num_groups, rows)
+
+
+def _train_stream(
+    experiment: Experiment,
+    group_id: int,
+    num_groups: int,
+    rows: slice | None,
+    or_all: bool = False,
+) -> Stream:
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
+
+  def make(group_batch: int, rows: slice | None) -> Stream:
+    stream = experiment.task.train_stream(
+        group_id=group_id,
+        num_groups=num_groups,
+        group_batch=group_batch,
+        rows=rows,
+        **given,
+    )
+    if not callable(getattr(stream, 'batch', None)):
+      raise ValueError(
+          f'Task.train_stream gave a {type(stream).__name__}, expected an'
+          ' object whose batch(step) is the batch of that update'
+      )
+    expected = len(range(group_batch)[rows or slice(None)])
+    return _CheckedStream(
+        stream, {expected, group_batch if or_all else expected}
+    )
+
   return method_of(experiment).train_stream(
-      functools.partial(
-          experiment.task.train_stream,
-          group_id=group_id,
-          num_groups=num_groups,
-          **given,
-      ),
+      make,
       group_batch=experiment.group_batch,
       num_steps=experiment.num_steps,
       rows=rows,
   )
 
 
+class _CheckedStream(NamedTuple):
+  """A stream whose batches have as many rows as were asked for."""
+
+  stream: Stream
+  rows: set[int]
+
+  def batch(self, step: int) -> Batch:
+    return check_batch(
+        self.stream.batch(step), self.rows, f'the training batch of step {step}'
+    )
+
+
+def check_batch(batch: Any, rows: set[int], what: str) -> Batch:
+  """Returns a batch; raises ValueError unless it has one of these sizes."""
+  if not isinstance(batch, Mapping) or 'labels' not in batch:
+    found = type(batch).__name__
+    if isinstance(batch, Mapping):
+      found += f' of {", ".join(map(str, batch)) or "nothing"}'
+    raise ValueError(
+        f"{what} is a {found}, expected a mapping of arrays with 'labels'"
+    )
+  for path, x in jax.tree.leaves_with_path(dict(batch)):
+    if np.ndim(x) == 0 or len(x) not in rows:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(
+          f'{what}: {name} has shape {np.shape(x)}, expected {max(rows)} rows;'
+          ' a stream gives the rows that it is asked for, and eval_batches pads'
+          ' the last batch with weights of 0'
+      )
+  return batch
+
+
 def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
   """Returns the batches of the 'validation' or 'test' split, in order.
 
   Raises:
-    ValueError: If there is no such split.
+    ValueError: If there is no such split, or if it can be read but once.
   """
   splits = {'validation': task.eval_batches, 'test': task.test_batches}
   if splits.get(split) is None:
@@ -171,7 +256,14 @@ def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
         f'the task has no {split} split; it has:'
         f' {", ".join(name for name, batches in splits.items() if batches)}'
     )
-  return splits[split](batch_size)
+  batches = splits[split](batch_size)
+  if not hasattr(batches, '__len__') or not hasattr(batches, '__getitem__'):
+    raise ValueError(
+        f'the {split} batches of the task are a {type(batches).__name__}, which'
+        ' can be read but once, and a run evaluates many times; return a'
+        ' sequence, such as a list'
+    )
+  return batches
 
 
 def first_row(experiment: Experiment, num_groups: int) -> Batch:
@@ -179,7 +271,96 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
 
   The whole batch may be many gigabytes, and take a minute to decode.
   """
-  return train_stream(experiment, 0, num_groups, slice(0, 1)).batch(0)
+  # A stream for one process alone may look at no `rows`.
+  stream = _train_stream(experiment, 0, num_groups, slice(0, 1), or_all=True)
+  return jax.tree.map(lambda x: x[:1], dict(stream.batch(0)))
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+  """Makes one line of what code of a user's own raises inside.
+
+  Raises:
+    ValueError: Which names the part, in place of what was raised; `OSError`
+      and `ValueError` say enough themselves.
+  """
+  try:
+    yield
+  except (OSError, ValueError):
+    raise
+  except Exception as e:
+    reason = ' '.join(str(e).split('\n\n')[0].split())
+    raise ValueError(f'{what}: {type(e).__name__}: {reason}') from e
+
+
+def idle_settings(
+    experiment: Experiment, num_groups: int, params: PyTree
+) -> list[str]:
+  """Returns which numbers act nowhere, or early alone, a text for each.
+
+  Args:
+    experiment: The configuration.
+    num_groups: G.
+    params: Of the model, numpy arrays; a few numbers of each are looked at.
+  """
+  last, exchange = experiment.num_steps, experiment.exchange
+  found, ours = [], {f.name: f for f in dataclasses.fields(experiment)}
+  if exchange.one_program or exchange.num_teachers(0, num_groups):
+    weight = experiment.distill_weight
+    # A weight of 0 for ever is meant.
+    if not any(map(weight, range(last))) and weight(_FAR):
+      begin = bisect.bisect_left(range(_FAR), True, key=lambda n: weight(n) > 0)
+      found.append(f'distillation begins (distill_weight) at step {begin}')
+    first = (exchange.every or 0) + getattr(exchange, 'staleness', 0)
+    if not exchange.one_program and first >= last:
+      found.append(f'the first exchange (exchange.every) is at step {first}')
+  for name in ('log_every', 'eval_every', 'checkpoint_every'):
+    value = getattr(experiment, name)
+    if value > last and value != ours[name].default:
+      found.append(f'{name} = {value}')
+  for name in ('ramp_up_steps', 'inner_steps'):
+    value = getattr(experiment.method, name, 0)
+    if value > last:
+      found.append(f'{type(experiment.method).__name__}.{name} = {value}')
+  # An optimiser may refuse the little that is left of the parameters.
+  with contextlib.suppress(ValueError):
+    end = _last_change(experiment.optimizer, params, last)
+    if end is not None:
+      found.append(f'the optimiser changes nothing from step {end} on')
+  return found
+
+
+def _last_change(
+    tx: optax.GradientTransformation, params: PyTree, num_steps: int
+) -> int | None:
+  """Returns from where on updates are 0 until the end, if that is long."""
+  params = jax.tree.map(lambda x: x[(slice(0, 1),) * np.ndim(x)], params)
+  grads = jax.tree.map(np.ones_like, params)
+  state = optimizers.init(tx, params)
+
+  @functools.cache
+  def change(step: int) -> float:
+    """Returns the largest change where schedules have come so far."""
+    at = jax.tree.map_with_path(
+        lambda path, x: (
+            np.full_like(x, step)
+            if jax.tree_util.keystr(path).endswith('.count')
+            else x
+        ),
+        state,
+    )
+    after, _ = optimizers.update(tx, grads, at, params, np.float32(1))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, params)
+    return float(max(jax.tree.leaves(moved)))
+
+  begin = (0, 1, 2, num_steps // 100, num_steps // 4)
+  still = lambda step: change(step) <= 1e-6 * max(map(change, begin))
+  # A few of them: some optimisers move in each k-th step alone.
+  tail = range(num_steps - max(num_steps // 20, 1), num_steps)[:9]
+  moving = [n for n in begin if not still(n)]
+  if not moving or not all(map(still, (num_steps - 1, *tail))):
+    return None
+  return bisect.bisect_left(range(num_steps), True, lo=max(moving), key=still)
 
 
 def init_state(
@@ -189,16 +370,32 @@ def init_state(
     row: Batch,
     *,
     num_peers: int,
+    variables: Variables | None = None,
 ) -> TrainState:
-  """Returns the state of a group before its first update."""
-  state = step.init_state(
-      model,
-      experiment.optimizer,
-      rng,
-      row,
-      num_peers=num_peers,
-      group_batch=experiment.group_batch,
-  )
+  """Returns the state of a group before its first update.
+
+  Args:
+    experiment: The configuration.
+    model: Its model.
+    rng: Of this group.
+    row: A row of its data.
+    num_peers: P.
+    variables: What it begins with; None: random ones.
+  """
+  with naming('the model or the optimiser cannot be started on a batch'):
+    state = step.init_state(
+        model,
+        experiment.optimizer,
+        rng,
+        row,
+        num_peers=num_peers,
+        group_batch=experiment.group_batch,
+    )
+  if variables is not None:
+    init = functools.partial(optimizers.init, experiment.optimizer)
+    state = state.replace(
+        variables=variables, opt_state=jax.jit(init)(variables.params)
+    )
   return method_of(experiment).init_state(experiment.optimizer, state)
 
 
@@ -261,6 +458,14 @@ def _check(experiment: Experiment) -> None:
     raise ValueError(
         f'Experiment.task={experiment.task!r}; bind it to a task, such as'
         ' @text.language_model_task()'
+    )
+  if not all(
+      callable(getattr(experiment.optimizer, name, None))
+      for name in ('init', 'update')
+  ):
+    raise ValueError(
+        f'Experiment.optimizer={experiment.optimizer!r}; bind it to an'
+        ' optimiser that was made, such as @optax.adam()'
     )
   for name in ('model', 'distill_weight'):
     if not callable(getattr(experiment, name)):

@@ -6,22 +6,28 @@ files begin with `from __gin__ import dynamic_registration`.
 
 import codecs
 import contextlib
+import importlib
 import itertools
+import os
 import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gin
 from absl import flags
+from etils import epath
 from gin import config_parser
 
 from codistill_jax.data import records
+from codistill_jax.storage import files as files_lib
+from codistill_jax.storage.files import PathLike
 
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
 
+_T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
 # What gin files are relative to: the package where it is installed, or a clone.
 _ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
@@ -54,6 +60,39 @@ RENAMED = {
     'Experiment.teacher_step': 'exchange.FixedTeachers.step',
     'Experiment.prediction_top_k': 'exchange.Predictions.top_k',
 }
+# What a typed binding may name without a file that imports it.
+_ALWAYS = """
+from __gin__ import dynamic_registration
+import optax
+from codistill_jax import exchange
+from codistill_jax import experiment
+from codistill_jax import optimizers
+from codistill_jax import schedules
+"""
+# What a config.gin that is read back may import, and where the functions and
+# classes that it names may be defined: what makes a run, and writes nothing.
+_IMPORTS = {'codistill_jax', 'flax', 'jax', 'optax'}
+_PARTS = {
+    'codistill_jax.baselines',
+    'codistill_jax.data.clicks',
+    'codistill_jax.data.images',
+    'codistill_jax.data.tables',
+    'codistill_jax.data.text',
+    'codistill_jax.exchange.kinds',
+    'codistill_jax.experiment',
+    'codistill_jax.losses',
+    'codistill_jax.models',
+    'codistill_jax.optimizers',
+    'codistill_jax.schedules',
+    'flax.linen',
+    'jax.lax',
+    'jax.nn',
+    'jax.numpy',
+    'jax._src.nn',
+    'optax',
+}
+_WITH_FILES = {'fromfile', 'load', 'save', 'savez', 'savez_compressed'}
+_LARGEST = 1_000_000  # Bytes.
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -99,12 +138,21 @@ def flag_arguments() -> list[str]:
   ]
 
 
-def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+def parse(
+    files: Sequence[str],
+    bindings: Sequence[str] = (),
+    *,
+    saved: PathLike | None = None,
+    trusted: Sequence[str] = (),
+) -> None:
   """Makes files and bindings the configuration of this process.
 
   Args:
     files: Gin files, in order.
     bindings: `Configurable.argument=value` strings, applied last.
+    saved: The config.gin of a run, which comes first. Whoever can write there
+      wrote it: it may name what a model or a task is made of, and nothing else.
+    trusted: Modules besides that it may name; those of `files` are.
 
   Raises:
     ValueError: If a file is missing, a name is unknown, a line does not parse,
@@ -112,6 +160,11 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
   """
   gin.clear_config()
   _superseded.clear()
+  if saved is not None:
+    with _one_line_errors(os.fspath(saved)):
+      text = _read_saved(saved)
+      _check_names(text, {*trusted, *imported_by(files)})
+      gin.parse_config(text)
   for number, file in enumerate(files):
     found = _find(file)
     # From the root, to which the includes of the project's files are relative:
@@ -134,9 +187,98 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         )
   for binding in bindings:
     with _one_line_errors(f'--gin={binding}'), _superseding():
+      _register_names(binding)
       gin.parse_config(binding)
   # Files bring along what a swap puts out of use; what is typed is meant.
   _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def imported_by(files: Sequence[str]) -> set[str]:
+  """Returns the modules that gin files, and what they include, import."""
+  found = set()
+  for file in files:
+    for s in _statements(_find(file).read_text()):
+      if isinstance(s, config_parser.ImportStatement):
+        found.add(s.module)
+      elif isinstance(s, config_parser.IncludeStatement):
+        found |= imported_by([s.filename])
+  return {m for m in found if not m.startswith('__gin__')}
+
+
+def _read_saved(path: PathLike) -> str:
+  path = epath.Path(path)
+  if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
+    raise ValueError('no regular file')
+  if path.stat().length > _LARGEST:
+    raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
+  return path.read_text()
+
+
+def _check_names(text: str, trusted: set[str]) -> None:
+  """Raises ValueError if a saved configuration names anything but parts.
+
+  Nothing is imported before all imports are known to be harmless, and nothing
+  that it names is called.
+  """
+  advice = (
+      'a config.gin is read as data, whoever wrote it; if it is yours, and that'
+      ' is a module of your own, name it by --trust'
+  )
+  modules = {}
+  delegate = _AsText()
+  statements = list(config_parser.ConfigParser(text, delegate))
+  for s in statements:
+    if isinstance(s, config_parser.IncludeStatement):
+      raise ValueError(f'it includes {s.filename!r}; {advice}')
+    if not isinstance(s, config_parser.ImportStatement):
+      continue
+    if s.module.startswith('__gin__.'):
+      continue
+    if not _within(s.module, {*_IMPORTS, *trusted}):
+      raise ValueError(f'it imports {s.module}; {advice}')
+    module = importlib.import_module(s.module)
+    whole = not s.is_from and not s.alias
+    modules[s.module if whole else s.bound_name()] = module
+  selectors = {
+      s.selector
+      for s in statements
+      if isinstance(s, config_parser.BlockDeclaration)
+      or (isinstance(s, config_parser.BindingStatement) and s.arg_name)
+  }
+  for name in selectors | delegate.references:
+    first, _, last = name.rpartition('.')
+    # Not what a module has imported itself, such as `os`.
+    found = getattr(modules.get(first), last, None)
+    home = getattr(found, '__module__', None) or ''
+    known = callable(found) and _within(home, {*_PARTS, *trusted})
+    if first != 'gin' and (not known or last in _WITH_FILES):
+      raise ValueError(f'it names {name}, which is no part of a run; {advice}')
+
+
+def _within(module: str, packages: set[str]) -> bool:
+  return any(f'{module}.'.startswith(f'{package}.') for package in packages)
+
+
+def _register_names(binding: str) -> None:
+  """Makes known what a typed binding names in the modules of the files.
+
+  And in those of `_ALWAYS`: a file knows what it imports, a binding nothing.
+  """
+  context = gin.config.ParseContext()
+  for statement in (
+      *_statements(_ALWAYS, config_parser.ImportStatement),
+      *_statements(gin.config_str(), config_parser.ImportStatement),
+  ):
+    if (
+        statement.module != '__gin__.dynamic_registration'
+        or not context.imports
+    ):
+      context.process_import(statement)
+  for s in _bindings(binding):
+    for name in (s.selector, *_references([s])):
+      # Else it may be a part of a name that is known.
+      with contextlib.suppress(NameError, AttributeError):
+        context.get_configurable(name)
 
 
 def _is_whole(parsed: Any) -> bool:
@@ -231,6 +373,8 @@ def _one_line_errors(where: str) -> Iterator[None]:
       AttributeError,
       TypeError,
       ImportError,
+      RecursionError,
+      MemoryError,
       tokenize.TokenError,
   ) as e:
     reason = str(e)
@@ -246,9 +390,45 @@ def _one_line_errors(where: str) -> Iterator[None]:
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')
-          + '; gin knows a name of a module once a --gin_file has used it'
+          + '; write module.name, as @optax.sgd(), of a module that a'
+          ' --gin_file imports'
       )
     raise ValueError(f'{where}: {" ".join(reason.split())}') from e
+
+
+# Counts of steps: what has to be over by the last step of a run, and what
+# should last as long as the run.
+_OVER = {
+    'boundaries',
+    'max_staleness_steps',
+    'ramp_steps',
+    'transition_begin',
+    'transition_steps',
+    'warmup_steps',
+}
+_AS_LONG = {'decay_steps', 'total_steps'}
+
+
+def steps_out_of(num_steps: int) -> list[str]:
+  """Returns the bindings of counts of steps that do not suit a run.
+
+  Such as those of schedules that end long before it, or after it.
+  """
+  statements = _bindings(gin.config_str())
+  macros = {f'%{s.selector}': s.value for s in statements if not s.arg_name}
+  used = {_key(s) for s in _bindings(gin.operative_config_str())}
+  found = []
+  for s in statements:
+    value = macros.get(str(s.value), s.value)
+    counts = value if isinstance(value, list | tuple) else [value]
+    if s.arg_name not in _OVER | _AS_LONG or _key(s) not in used:
+      continue
+    if not all(isinstance(n, int) for n in counts):
+      continue
+    early = s.arg_name in _AS_LONG and max(counts) < 0.9 * num_steps
+    if early or any(n > num_steps for n in counts):
+      found.append(f'{s.selector}.{s.arg_name} = {value}')
+  return found
 
 
 def configuration() -> list[str]:
@@ -334,9 +514,13 @@ def _references(
 
 
 class _AsText(config_parser.ParserDelegate):
-  """Leaves references and macros as text."""
+  """Leaves references and macros as text; notes what is referred to."""
+
+  def __init__(self):
+    self.references = set()
 
   def configurable_reference(self, scoped_name, evaluate):
+    self.references.add(scoped_name.split('/')[-1])
     return f'@{scoped_name}' + ('()' if evaluate else '')
 
   def macro(self, scoped_name):
@@ -344,11 +528,12 @@ class _AsText(config_parser.ParserDelegate):
 
 
 def _bindings(text: str) -> list[config_parser.BindingStatement]:
-  return [
-      s
-      for s in config_parser.ConfigParser(text, _AsText())
-      if isinstance(s, config_parser.BindingStatement)
-  ]
+  return _statements(text, config_parser.BindingStatement)
+
+
+def _statements(text: str, kind: type[_T] = tuple) -> list[_T]:
+  parser = config_parser.ConfigParser(text, _AsText())
+  return [s for s in parser if isinstance(s, kind)]
 
 
 def _key(statement: config_parser.BindingStatement) -> tuple[str, str, str]:

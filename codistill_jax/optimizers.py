@@ -8,7 +8,7 @@ has no trust ratio. Learning rates are numbers or schedules; see
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,22 @@ def _refusing(doing: str) -> Iterator[None]:
         ' value= at one point: choose an optimiser that needs no more, such as'
         ' optax.lbfgs without its line search'
     ) from e
+
+
+def chain(
+    transformations: Sequence[optax.GradientTransformation],
+) -> optax.GradientTransformation:
+  """Applies transformations one after another: `optax.chain`, for gin files.
+
+    experiment.Experiment.optimizer = @optimizers.chain()
+    optimizers.chain.transformations = [
+        @optax.clip_by_global_norm(), @optax.adam()]
+    optax.clip_by_global_norm.max_norm = 1.0
+
+  Args:
+    transformations: In order, the gradient going through the first one first.
+  """
+  return optax.chain(*transformations)
 
 
 def momentum_sgd(

@@ -162,13 +162,13 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
     workdir: The run directory.
     run: Known keys are `arm`, `num_groups`, `replicas`, `group_batch`, `seed`,
       `num_steps`, `burn_in_steps`, `exchange_every`, `mode`, `example` (what
-      one example is, such as 'token'), `data`, `model_parameters` and
-      `command`; others are shown as they are. With fixed teachers
-      `teacher_runs`, a list of `{'workdir': path, 'steps': [of each group]}`,
-      and `prior_steps`: all updates that had to be done before, which belong
-      to the cost of the run.
+      one example is, such as 'token'), `data`, `model_parameters`,
+      `config_sha256` (of config.gin) and `command`; others are shown as they
+      are. With fixed teachers `teacher_runs`, a list of `{'workdir': path,
+      'steps': [of each group]}`, and `prior_steps`: all updates that had to be
+      done before, which belong to the cost of the run.
   """
-  write_json(run_path(workdir), run)
+  write_json(run_path(workdir), run, sync=True)
 
 
 def read_run(workdir: PathLike) -> dict[str, Any]:
@@ -207,8 +207,10 @@ def write_status(
     workdir: The run directory.
     group_id: The group.
     status: `step`, `num_steps`, `time` and `started` (Unix seconds), `pid`,
-      `host`, `phase` (compiling, training, evaluating, saving, done),
-      `steps_per_sec`, `num_groups`; and of the exchange:
+      `host`, `phase` (starting, compiling, training, evaluating, saving; done,
+      stopped, failed), `reason` (of a failure), `since` (Unix seconds of the
+      last update or change of phase), `steps_per_sec`, `num_groups`; and of
+      the exchange:
       `peers`: the ids of the groups that could teach this one.
       `teachers`: of those that do, a list of `{'peer': id, 'step': n, 'time':
       Unix seconds}`, the time being that of the publication.

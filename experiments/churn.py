@@ -27,9 +27,6 @@ from .studies import retrains, study_plan, worker
 from .studies.catalogue import churn as catalogue
 from .studies.study_plan import Scale
 
-# --- Files of anybody's models -----------------------------------------------
-
-
 _OF_FILES = ('prediction_column', 'labels', 'label_column', 'id_column')
 # Without --workdir, which is refused in words of its own.
 _OF_STUDIES = (
@@ -72,7 +69,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
       'control_retrains',
-      3,
+      retrains.CONTROL_RETRAINS,
       'Retrains of the two controls with one seed fixed, that of the parameters'
       ' or that of the order of data; at least 2, or 0 for none.',
   )
@@ -114,12 +111,12 @@ def main(argv: Sequence[str]) -> None:
           '--predictions and --workdir: compare files or train a study; leave'
           ' one out (--output says where a comparison is written)'
       )
-    _refuse_flags_of('a study', _OF_STUDIES)
+    worker.refuse(_OF_STUDIES, 'belongs to a study, and would act nowhere')
     _compare_files()
     return
   if not _FLAGS.workdir:
     raise ValueError('give --workdir to train a study, or --predictions')
-  _refuse_flags_of('--predictions', _OF_FILES)
+  worker.refuse(_OF_FILES, 'belongs to --predictions, and would act nowhere')
   planned = _plan()
   workdir = _FLAGS.workdir
   began = time.time()
@@ -163,15 +160,6 @@ def _split_name(text: str) -> tuple[str, str]:
   return name, files.absolute(path)
 
 
-def _refuse_flags_of(what: str, names: Sequence[str]) -> None:
-  """Raises ValueError for a flag that would act nowhere."""
-  for name in names:
-    if _FLAGS[name].present:
-      raise ValueError(
-          f'--{name} belongs to {what}, and would act nowhere; leave it out'
-      )
-
-
 def _plan() -> study_plan.StudyPlan:
   """Returns the plan of the study that the flags declare.
 
@@ -196,17 +184,7 @@ def _plan() -> study_plan.StudyPlan:
 
 
 def _weights() -> list[float]:
-  weights = []
-  for text in _FLAGS.weights:
-    try:
-      weights.append(float(text))
-    except ValueError:
-      weights.append(-1.0)
-    if not 0 < weights[-1] < float('inf'):
-      raise ValueError(
-          f'--weights: {text!r} is no distill weight; give numbers above 0,'
-          ' such as --weights=1,3,6'
-      )
+  weights = worker.positive('weights', 'distill weight')
   if len({f'{weight:g}' for weight in weights}) < len(weights):
     raise ValueError(f'--weights={",".join(_FLAGS.weights)} names one twice')
   return weights

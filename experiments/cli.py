@@ -10,6 +10,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import runpy
 import select
@@ -37,11 +38,16 @@ _PASSING = {
     errno.EFBIG,  # A limit of the system on how much may be written.
     errno.EIO,
     errno.EMFILE,
+    errno.ENODEV,
     errno.ENOSPC,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
     errno.EROFS,
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
+# Of a path that is wrong, and stays so.
+_FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -91,6 +97,13 @@ def define_run_flags(num_groups: int) -> None:
     num_groups: How many, unless it is said.
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
+  define_path(
+      'init_from',
+      '',
+      'Begin with the parameters of this run directory (each group with those'
+      ' of its own number), checkpoint or publication: a directory of steps,'
+      ' for its newest, or one step.',
+  )
   flags.DEFINE_integer(
       'num_groups',
       num_groups,
@@ -122,6 +135,54 @@ def define_process_flags() -> None:
   )
 
 
+def define_preparation_flags(
+    what: str, parted: str, workers: str, validation: float | None = 0.05
+) -> None:
+  """Defines the flags of all binaries that prepare data.
+
+  Args:
+    what: What is prepared: documents, lines.
+    parted: How they are divided into splits.
+    workers: What a worker does, and how many there are by default.
+    validation: Share of the validation split by default; None: others say.
+  """
+  define_path(
+      'output',
+      None,
+      'Directory of the prepared data; made if missing. A preparation in it'
+      ' with the same settings is continued.',
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      validation,
+      f'Share of the {what} in the validation split, {parted}; 0 for none.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer('seed', 0, 'Of what is chosen at random.', lower_bound=0)
+  define_path(
+      'checksums',
+      None,
+      'A list made by sha256sum. All files of the source are compared with it'
+      ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_float(
+      'max_rejected',
+      0.05,
+      f'End with an error if more than this share of the {what} is broken, or of'
+      ' the files cut short. What filters reject is not counted.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_integer(
+      'workers',
+      None,
+      f'Processes that {workers}. With 1 it is done without others. The result'
+      ' does not depend on it.',
+      lower_bound=1,
+  )
+
+
 class Stopped(Exception):
   """The process was asked to stop, and everything is saved."""
 
@@ -135,6 +196,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   # The notes of orbax, jax and XLA would bury our own lines; --verbosity=0
   # brings them back.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  prepare_to_print()
+  refuse_twice()
 
   def quiet(argv: Sequence[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
@@ -144,6 +207,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     sys.exit(status)
 
   app.run(quiet)
+
+
+def prepare_to_print() -> None:
+  """Lets any text be printed: what a terminal cannot show is escaped."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def refuse_twice() -> None:
+  """Makes it an error to give a flag of one value twice; one would be lost."""
+  for name in flags.FLAGS:
+    flags.FLAGS[name].allow_overwrite = False
 
 
 def status_of(
@@ -179,10 +255,7 @@ def say(error: Exception) -> int:
     # Jax raises ValueError too, from inside a user's own model.
     logging.info('Where the error came from:', exc_info=error)
     tell(f'error: {" ".join(str(error).split())}', error=True)
-    passing = isinstance(error, TimeoutError) or (
-        isinstance(error, OSError) and error.errno in _PASSING
-    )
-    return MAY_PASS if passing else CLEAR_ERROR
+    return MAY_PASS if _may_pass(error) else CLEAR_ERROR
   package = str(getattr(error, 'name', '')).partition('.')[0]
   if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
     extra = f"'codistill_jax[{_EXTRAS[package]}]'"
@@ -192,6 +265,25 @@ def say(error: Exception) -> int:
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)
   return CRASH
+
+
+def _may_pass(error: Exception) -> bool:
+  """Returns whether the same command may do better later.
+
+  Below the run directory whatever a file system says may pass: a ticket expires
+  (EACCES, EPERM), a disk is mounted anew (ENOENT).
+  """
+  if not isinstance(error, OSError):
+    return False
+  if isinstance(error, TimeoutError) or error.errno in _PASSING:
+    return True
+  workdir = getattr(flags.FLAGS, 'workdir', None)
+  return (
+      error.errno is not None
+      and error.errno not in _FINAL
+      and isinstance(workdir, str)
+      and os.path.abspath(workdir) in f'{error.filename} {error}'
+  )
 
 
 def tell(text: str, *, error: bool = False) -> None:
@@ -249,6 +341,8 @@ class StopRequest:
     signal_number: The first signal that came, or None.
     unsaved: By directory of a group, the step of its newest checkpoint, while
       there are updates after it.
+    last_words: By directory of a group, what to do if the process leaves at
+      once.
   """
 
   def __init__(self, line: str | None = None, grace_seconds: float = 20.0):
@@ -263,6 +357,7 @@ class StopRequest:
     """
     self.signal_number: int | None = None
     self.unsaved: dict[str, int] = {}
+    self.last_words: dict[str, Callable[[], None]] = {}
     self._line = line
     self._grace_seconds = grace_seconds
     self._heard = threading.Event()
@@ -345,6 +440,8 @@ class StopRequest:
   def _leave(self) -> None:
     """Ends the process as it is."""
     status = MAY_PASS
+    for say_it in list(self.last_words.values()):
+      say_it()
     if self.unsaved:
       steps = ', '.join(f'{s} of {g}' for g, s in self.unsaved.items())
       line = (

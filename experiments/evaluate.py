@@ -4,10 +4,10 @@
 
 For each run: the validation metrics of each group, of the ensemble of its
 groups (the mean of their probabilities), and churn and disagreement between
-them. The run's own configuration is used; the figures are printed, and written
-to `<workdir>/report/comparison.json`, where a report finds them (of another
-step than the newest: to `comparison_<step>.json`; of the test split, to
-`comparison_test.json`).
+them. The run's own configuration is used, with what --gin_file and --gin say on
+top; the figures are printed, and written to `<workdir>/report/comparison.json`,
+where a report finds them. Those of another step, of the test split, of --all or
+of another configuration are written beside it.
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
@@ -27,6 +28,7 @@ from codistill_jax.storage.resume import ResumeCheckpoints
 
 from . import cli
 from .reports import pages
+from .reports.pages import number
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
 
@@ -47,6 +49,7 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
+  gin_utils.define_flags()
   cli.define_paths('workdir', 'Run directory; repeatable.', required=True)
   flags.DEFINE_enum(
       'source',
@@ -63,6 +66,20 @@ def define_flags() -> None:
       ['validation', 'test'],
       'Evaluate on this split, where the task has it.',
   )
+  flags.DEFINE_bool(
+      'all',
+      False,
+      'Evaluate on the whole split, where the run takes a sample of it'
+      ' (max_eval_batches, max_eval_examples).',
+  )
+  flags.DEFINE_multi_string(
+      'trust',
+      [],
+      'Module of your own that the config.gin of a run may name, as mine.tasks;'
+      ' repeatable. Whoever can write in a run directory wrote that file, so it'
+      ' may name only what makes a run (models, tasks, optimisers), and what'
+      ' the --gin_file of this command import; see SECURITY.md.',
+  )
   flags.DEFINE_integer(
       'eval_batch',
       None,
@@ -77,11 +94,20 @@ def main(argv: Sequence[str]) -> None:
   # What is found is written as a whole: there is nothing to save.
   cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _FLAGS.workdir:
-    comparison = compare(open_run(workdir))
-    path = run_directory.comparison_path(workdir, _FLAGS.step, _FLAGS.split)
+    run = open_run(workdir)
+    path = _output(workdir)
+    files.check_writable(path.parent)
+    comparison = compare(run)
     files.write_json(path, comparison)
     print(describe(comparison))
     print(f'written to {path}\n')
+
+
+def _output(workdir: str) -> epath.Path:
+  """Returns where the figures go: a report shows those of the run as it is."""
+  path = run_directory.comparison_path(workdir, _FLAGS.step, _FLAGS.split)
+  other = '_other' * any(gin_utils.flag_values()) + '_all' * _FLAGS.all
+  return path.with_stem(path.stem + other)
 
 
 def compare(run: EvaluatedRun) -> dict[str, Any]:
@@ -100,6 +126,7 @@ def compare(run: EvaluatedRun) -> dict[str, Any]:
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   return {
+      'configuration': gin_utils.flag_arguments(),
       'models': {
           name: {'step': at, **metrics}
           for name, (at, _), metrics in zip(names, found, result.members)
@@ -127,7 +154,13 @@ def open_run(workdir: str) -> EvaluatedRun:
         f'{workdir} holds no trained group yet (no {config.name}); train one'
         ' first, or check --workdir'
     )
-  gin_utils.parse([os.path.abspath(config)])
+  gin_files, bindings = gin_utils.flag_values()
+  saved = {'saved': config, 'trusted': _FLAGS.trust}
+  gin_utils.parse(gin_files, bindings, **saved)
+  if _FLAGS.all:
+    names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
+    bindings += [f'{name}=None' for name in names if '.max_eval_' in name]
+    gin_utils.parse(gin_files, bindings, **saved)
   experiment = gin_utils.make(experiment_lib.Experiment)
   facts = run_directory.read_run(workdir)
   arm = facts.get('arm', os.path.basename(workdir))
@@ -183,6 +216,7 @@ def _like(run: EvaluatedRun, group_id: int) -> TrainState:
 
 
 _TITLES = {
+    'eval/examples': 'examples',
     'eval/loss': 'loss (nats)',
     'eval/perplexity': 'perplexity',
     'eval/accuracy': 'accuracy',
@@ -190,6 +224,7 @@ _TITLES = {
     'eval/calibration': 'calibration',
     'eval/calibration_error': 'calibration error',
 }
+_FORMS = {'eval/examples': ',.0f'}
 
 
 def describe(comparison: dict[str, Any]) -> str:
@@ -204,7 +239,7 @@ def describe(comparison: dict[str, Any]) -> str:
           [
               name,
               str(found.get('step', '-')),
-              *(f'{found[k]:.4f}' for k in keys),
+              *(number(found[k], _FORMS.get(k, '.4f')) for k in keys),
           ]
           for name, found in rows.items()
       ],

@@ -4,7 +4,7 @@ r"""Prepares clicks: lines of Criteo's format -> rows on disk.
       --output=data/criteo
 
 The format is that of Kaggle's Display Advertising Challenge: a label, 13
-integers and 26 categories, separated by tabs, plain or gzip. Streaming: 45.8 M
+integers and 26 categories, separated by tabs. Streaming: 45.8 M
 rows need about 1 GB of memory for each worker. Lines that do not fit are
 counted by reason and left out. Killed at any moment, the same command
 continues; when all is done it says so. The files do not depend on --workers.
@@ -30,17 +30,17 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  cli.define_path(
-      'output',
-      None,
-      'Directory of the prepared data; made if missing. A preparation in it'
-      ' with the same settings is continued.',
+  cli.define_preparation_flags(
+      'lines',
+      'as --split says',
+      'parse lines, about 1 GB each; default: one for each core that this'
+      ' process may use, at most 4, as reading is done by one',
   )
   flags.DEFINE_string(
       'source',
       None,
-      'criteo:PATH_OR_GLOB. Files may be compressed (gzip, bzip2, xz,'
-      ' Zstandard) and are read in the order of their names. Quote globs.',
+      'criteo:PATH_OR_GLOB. Files may be compressed; they are read in the'
+      ' order of their names. Quote globs.',
   )
   flags.DEFINE_enum(
       'split',
@@ -51,20 +51,12 @@ def define_flags() -> None:
       ' hash: at random, by the number of the line.',
   )
   flags.DEFINE_float(
-      'validation_fraction',
-      0.05,
-      'Share of the lines in the validation split.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_float(
       'test_fraction',
       0.05,
       'Share of the lines in the test split.',
       lower_bound=0.0,
       upper_bound=1.0,
   )
-  flags.DEFINE_integer('seed', 0, 'Of the split by hash.', lower_bound=0)
   flags.DEFINE_integer(
       'max_lines',
       None,
@@ -76,28 +68,6 @@ def define_flags() -> None:
       criteo.DEFAULT_SHARD_LINES,
       'Lines of a shard, all splits together. A killed run loses at most the'
       ' shards that it was writing, one for each worker.',
-      lower_bound=1,
-  )
-  cli.define_path(
-      'checksums',
-      None,
-      'A list made by sha256sum. All files of the source are compared with it'
-      ' first, which reads them once more, at each start that has work to do.',
-  )
-  flags.DEFINE_float(
-      'max_rejected',
-      prepare.DEFAULT_MAX_REJECTED,
-      'End with an error if more than this share of the lines is broken, or of'
-      ' the files cut short.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_integer(
-      'workers',
-      None,
-      'Processes that parse lines, about 1 GB each; with 1 it is done without'
-      ' others. The result does not depend on it. Default: one for each core'
-      ' that this process may use, at most 4, as reading is done by one.',
       lower_bound=1,
   )
   flags.DEFINE_bool(

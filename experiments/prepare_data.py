@@ -29,16 +29,26 @@ from . import cli
 
 _STOPPED = 'stopped; the same command goes on'
 
+
 _FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of this binary."""
-  cli.define_path(
-      'output',
-      None,
-      'Directory of the prepared data; made if missing. A preparation in it'
-      ' with the same settings is continued.',
+  cli.define_preparation_flags(
+      'documents',
+      'chosen by a hash of the text; default: 0.05, or 0 with'
+      ' --validation_source',
+      'decode, filter and tokenise, about 0.5 GB each with large shards;'
+      ' default: up to one for each core that this process may use',
+      validation=None,
+  )
+  flags.DEFINE_float(
+      'test_fraction',
+      0.0,
+      'Share of the documents in the test split, likewise.',
+      lower_bound=0.0,
+      upper_bound=1.0,
   )
   flags.DEFINE_multi_string(
       'source',
@@ -96,24 +106,6 @@ def define_flags() -> None:
       ' they are held in memory.',
       lower_bound=1,
   )
-  flags.DEFINE_float(
-      'validation_fraction',
-      None,
-      'Share of the documents in the validation split, chosen by a hash of the'
-      ' text; 0 for none. Default: 0.05, and 0 with --validation_source.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_float(
-      'test_fraction',
-      0.0,
-      'Share of the documents in the test split, likewise.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_integer(
-      'seed', 0, 'Of the choice of validation documents.', lower_bound=0
-  )
   flags.DEFINE_integer(
       'max_documents',
       None,
@@ -166,28 +158,6 @@ def define_flags() -> None:
       ' lines that are not blank, or records (pages). The authors do not say.'
       ' record shows as missing_paragraphs if it is wrong, line as paragraphs'
       ' that are no text.',
-  )
-  cli.define_path(
-      'checksums',
-      None,
-      'A list made by sha256sum. All files of the source are compared with it'
-      ' first, which reads them once more, at each start that has work to do.',
-  )
-  flags.DEFINE_float(
-      'max_rejected',
-      prepare.DEFAULT_MAX_REJECTED,
-      'End with an error if more than this share of the records is broken, or'
-      ' of the files cut short. What filters reject is not counted.',
-      lower_bound=0.0,
-      upper_bound=1.0,
-  )
-  flags.DEFINE_integer(
-      'workers',
-      None,
-      'Processes that decode, filter and tokenise, about 0.5 GB each with large'
-      ' shards; with 1 it is done without others. The result does not depend on'
-      ' it. Default: up to one for each core that this process may use.',
-      lower_bound=1,
   )
   flags.DEFINE_bool(
       'verify',

@@ -70,13 +70,13 @@ def define_flags() -> None:
   )
   flags.DEFINE_float(
       'tail',
-      2.0,
+      Latency().tail,
       '99th percentile of the step times of a worker over their median, if'
       ' there is no --step_times.',
   )
   flags.DEFINE_list(
       'all_reduce',
-      ['0.05', '0.05'],
+      [str(Latency().alpha), str(Latency().model_time)],
       'What an all-reduce takes, in median steps: its fixed time, and the time'
       ' in which a worker receives as many bytes as one model has.',
   )
@@ -92,7 +92,11 @@ def main(argv: Sequence[str]) -> None:
     _print_studies()
     return
   plan = _plan()
-  _check_churn(plan)
+  if plan.study.predictions:
+    worker.refuse(
+        ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'),
+        f'would act nowhere in the study {plan.study.name}',
+    )
   _latency()  # Raises now rather than after the training.
   default = f'runs/{_FLAGS.study}_{_FLAGS.scale}'
   workdir = _FLAGS.workdir or files.absolute(default)
@@ -118,7 +122,7 @@ def _plan() -> plan_lib.StudyPlan:
       _FLAGS.scale,
       gin_files=gin_utils.flag_values()[0],
       seeds=_FLAGS.seeds,
-      rates=None if _FLAGS.rates is None else list(map(_rate, _FLAGS.rates)),
+      rates=_FLAGS.rates and worker.positive('rates', 'learning rate'),
       worker_rows=_FLAGS.worker_rows,
       arms=_FLAGS.arms,
   )
@@ -126,17 +130,10 @@ def _plan() -> plan_lib.StudyPlan:
 
 def _make_plan(study: Study, scale: str, **flags: Any) -> plan_lib.StudyPlan:
   plan = plan_lib.make_plan(study, scale, **flags)
-  return retrains.with_controls(plan) if study.predictions else plan
-
-
-def _check_churn(plan: plan_lib.StudyPlan) -> None:
-  """Raises ValueError for flags that act nowhere in a study of churn."""
-  for flag in ('rates', 'one_program', 'step_times', 'tail', 'all_reduce'):
-    if plan.study.predictions and _FLAGS[flag].present:
-      raise ValueError(
-          f'--{flag} would act nowhere in the study {plan.study.name}; leave it'
-          ' out'
-      )
+  if not study.predictions:
+    return plan
+  controls = min(retrains.CONTROL_RETRAINS, plan.scale.seeds)
+  return retrains.with_controls(plan, controls)
 
 
 def _latency() -> Latency:
@@ -161,19 +158,6 @@ def _latency() -> Latency:
         ' at least 0, such as --all_reduce=0.05,0.05'
     )
   return Latency(_FLAGS.tail, sample, alpha, model_time)
-
-
-def _rate(text: str) -> float:
-  try:
-    rate = float(text)
-  except ValueError:
-    rate = -1.0
-  if not 0 < rate < float('inf'):
-    raise ValueError(
-        f'--rates: {text!r} is no learning rate; give numbers above 0, such as'
-        ' --rates=1e-3,3e-3'
-    )
-  return rate
 
 
 def _report(workdir: str, plan: plan_lib.StudyPlan) -> None:

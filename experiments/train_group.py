@@ -84,13 +84,16 @@ def main(argv: Sequence[str]) -> None:
       stop=stop,
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
+      init_from=_FLAGS.init_from,
   )
-  state = driver.new_state(job).state
+  start = driver.new_state(job)
+  if not _FLAGS.dry_run:
+    check_workdir(job, start.state)
+  driver.check_start(job, start)
   if _FLAGS.dry_run:
-    print_dry_run(job, state)
+    print_dry_run(job, start.state)
     return
-  check_workdir(job, state)
-  del state
+  del start
   progress = job.agreement.is_primary
   for _ in driver.train(
       job,

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from codistill_jax import gin_utils
+from codistill_jax import gin_utils, run_directory
 from codistill_jax.exchange.plan import peers_of
+from codistill_jax.storage import files
 
 from . import cli
 from .running import processes
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
   if _FLAGS.dry_run:
     command = [*groups[0].command, '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
+  files.check_writable(run_directory.groups_root(_FLAGS.workdir))
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
       f' in {_FLAGS.workdir}/groups/group_*/log.txt'
@@ -76,6 +78,10 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
   for binary in ('evaluate', 'report'):
     command = [sys.executable, '-m', cli.module_of(binary)]
     command.append(f'--workdir={_FLAGS.workdir}')
+    if binary == 'evaluate':
+      files_given, _ = gin_utils.flag_values()
+      modules = sorted(gin_utils.imported_by(files_given))
+      command += [f'--trust={module}' for module in modules]
     status = processes.call(command, stop).returncode
     if status:
       raise ValueError(
@@ -94,6 +100,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--num_groups={_FLAGS.num_groups}',
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
+      f'--init_from={_FLAGS.init_from}',
       *gin_utils.flag_arguments(),
   ]
 

@@ -60,15 +60,18 @@ def main(argv: Sequence[str]) -> None:
           stop=latch,
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
+          init_from=_FLAGS.init_from,
           shared_stream=shared_stream,
       )
       for group_id in range(num_groups)
   ]
   start = driver.new_state(jobs[0])
+  if not _FLAGS.dry_run:
+    check_workdir(jobs[0], start.state)
+  driver.check_start(jobs[0], start)
   if _FLAGS.dry_run:
     print_dry_run(jobs[0], start.state)
     return
-  check_workdir(jobs[0], start.state)
   job_lib.keep_common_checkpoints(jobs)
   exchanges = experiment.exchange.join_all(
       jobs[0], start.state.variables, start.examples

@@ -13,7 +13,7 @@ class StopAt:
 
   def __init__(self, rounds=None):
     self._rounds = rounds
-    self.unsaved = {}
+    self.unsaved, self.last_words = {}, {}
 
   @property
   def signal_number(self):

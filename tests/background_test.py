@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -374,3 +376,24 @@ def test_troubles_are_apart_and_ordered_by_age():
   assert troubles.now[0].since <= troubles.now[1].since
   troubles.worked('publishing')
   assert [t.doing for t in troubles.now] == ['saving']
+
+
+def test_what_is_at_work_when_the_process_ends_is_finished():
+  code = """
+import concurrent.futures, time
+from codistill_jax.storage import background
+
+def work(*unused):
+  time.sleep(0.3)
+  pool = concurrent.futures.ThreadPoolExecutor(1)  # As of a library.
+  print(pool.submit(str, 'done').result())
+
+background.submit(work)
+writer = background.BackgroundWriter(work, 'saving', background.Troubles())
+writer.put(1, None)
+time.sleep(0.1)
+"""
+  done = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == 'done\n' * 2 and not done.stderr

@@ -84,11 +84,6 @@ def test_a_goal_is_met_at_its_bound(value, bound, met):
   assert measure.goal(value, **bound) == {**bound, 'value': value, 'met': met}
 
 
-def test_a_goal_has_one_bound():
-  with pytest.raises(ValueError, match='either'):
-    measure.goal(1.0, at_most=1.0, at_least=1.0)
-
-
 def test_lines_are_found_again():
   x = [1, 2, 4, 8]
   power = measure.slope(x, [3 * n**2 for n in x])
@@ -241,14 +236,6 @@ def test_every_benchmark_is_on_the_page():
   assert {f.benchmark for f in figures.FIGURES} == set(run_all.BENCHMARKS)
 
 
-def test_rows_of_a_benchmark_without_columns_are_shown(monkeypatch):
-  plain = [figure._replace(columns=()) for figure in figures.FIGURES]
-  monkeypatch.setattr(figures, 'FIGURES', plain)
-  rows = [a_row('G = 4', 1.01, groups=4)]
-  text = page.make([a_run(prediction_exchange=rows)], [])
-  assert '| G = 4 | 1.01 | 4 | ≤ 1.05: 1.01 | yes |' in text
-
-
 def test_what_was_not_measured_says_why():
   run = a_run(rivals=[command.skipped('PyTorch', 'needs torch')])
   run['not_run'] = {'loss': 'no time was left'}
@@ -287,17 +274,6 @@ def test_the_note_that_fits_best_is_taken(row, device, expected):
   notes = page.read_notes(NOTES)
   assert page.find_note(notes, 'step_cost', row, device) == expected
   assert page.find_note(notes, 'loss', row, device) == ''
-
-
-def test_a_page_made_again_keeps_the_notes(tmp_path):
-  paths = {n: tmp_path / n for n in ('run.json', 'notes.md', 'page.md')}
-  command.write_json(paths['run.json'], a_run(step_cost=ROWS))
-  paths['notes.md'].write_text(NOTES)
-  for _ in range(2):
-    page.write([paths['run.json']], paths['notes.md'], paths['page.md'])
-    text = paths['page.md'].read_text()
-    assert text.count('Layer norm.') == 1 and text.count('About all.') == 1
-  assert paths['notes.md'].read_text() == NOTES
 
 
 def test_a_page_of_something_else_is_refused(tmp_path):

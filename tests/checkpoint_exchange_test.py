@@ -31,7 +31,7 @@ from waits import PATIENCE, until
 
 from codistill_jax.base import Agreement
 from codistill_jax.exchange import publications
-from codistill_jax.exchange.plan import Plan, StaleError, Waiting
+from codistill_jax.exchange.plan import PeerError, Plan, StaleError, Waiting
 from codistill_jax.storage import checkpoints, leases
 from codistill_jax.storage.background import Patience
 
@@ -373,7 +373,7 @@ def test_lockstep_with_different_intervals_is_an_error(join, tmp_path):
   publish(tmp_path, 1, 15)
   publish(tmp_path, 1, 30)
   exchange = join(mode='lockstep', patience=Patience(out_of_order=0.0))
-  with pytest.raises(FileNotFoundError, match='the same every'):
+  with pytest.raises(PeerError, match='the same every'):
     exchange.fetch(20)
 
 

@@ -202,6 +202,25 @@ def test_random_keys_come_back(tmp_path, impl, typed):
     )
 
 
+@pytest.mark.parametrize('dtype', ['object', 'S3', 'U3', 'M8[s]', 'uint4'])
+def test_an_array_that_no_checkpoint_can_hold_is_named(tmp_path, dtype):
+  tree = {'params': {'odd': np.zeros(2, jnp.dtype(dtype))}}
+  with pytest.raises(ValueError, match=r'params/odd is an array of type'):
+    checkpoints.save(tmp_path, STEP, tree, {})
+
+
+def test_lists_and_names_with_dots_and_slashes_come_back_or_are_refused(
+    tmp_path,
+):
+  x, y = np.ones(2), np.zeros(3)
+  tree = {'a': [x, {'b/c': y}], 'd.e': (x,), '..': y, '[0]*': x, 'none': None}
+  checkpoints.save(tmp_path, STEP, tree, {})
+  assert_same(read(tmp_path, like=tree), tree)
+  for name in ('a.b', 'a/b'):  # One name to orbax.
+    with pytest.raises(ValueError, match='and a/b have one name'):
+      checkpoints.save(tmp_path, STEP, {name: x, 'a': {'b': y}}, {})
+
+
 @pytest.mark.parametrize('what', ['lost', 'altered'])
 def test_what_cannot_be_read_back_is_no_checkpoint(place, monkeypatch, what):
   """Whatever the reason; and the one before stays."""

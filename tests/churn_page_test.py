@@ -42,7 +42,7 @@ def rows_of(seed):
 
 def made_up(**kwargs):
   rows = {'validation': rows_of(0), 'test': rows_of(1)}
-  chosen, reason = retrains.choose(rows['validation'])
+  chosen, rule = retrains.choose(rows['validation'])
   settings = {
       'data': 'toy points',
       'headline': 'Do toys churn?',
@@ -60,11 +60,12 @@ def made_up(**kwargs):
       'examples': {'validation': 400, 'test': 400},
       'rows': rows,
       'chosen': chosen,
-      'reason': reason,
+      'rule': rule,
       'controls': rows['test'][:2],
       'repeats': [Repeat('single', 0, 800, 0.0, True)],
       'runs': [
-          ('single', k, RECORD | {'seed': k, 'data_seed': k}) for k in range(10)
+          RECORD | {'arm': 'single', 'retrain': k, 'seed': k, 'data_seed': k}
+          for k in range(10)
       ],
       'configurations': {'config.gin': 'optax.adam.learning_rate = 0.1\n'},
   }

@@ -1,7 +1,5 @@
 """A task of seconds with two classes, for tests of the churn study."""
 
-import itertools
-
 import flax.linen as nn
 import numpy as np
 
@@ -9,7 +7,6 @@ from codistill_jax import base
 from codistill_jax.models.linen import from_linen
 
 FEATURES, TRAIN, EVAL = 6, 512, 150
-_drift = itertools.count()
 # Of this process; at the end of them it is killed, as far as one can tell.
 batches_left = 10**9
 
@@ -18,7 +15,6 @@ def task(
     output='sigmoid',
     seed=0,
     test_split=True,
-    drifts=False,
     data=0,
     bad_seed=None,
 ):
@@ -28,7 +24,6 @@ def task(
     output: 'sigmoid' or 'softmax'.
     seed: Of the order of examples.
     test_split: Whether there is one.
-    drifts: Whether batches change with every call: nothing is deterministic.
     data: Seed of the data themselves.
     bad_seed: Where it is that of the order, training diverges at step 4.
   """
@@ -45,7 +40,6 @@ def task(
               part(0, TRAIN),
               (seed, group_id),
               group_batch,
-              drifts,
               seed == bad_seed,
           )
       ),
@@ -61,9 +55,9 @@ def task(
 
 class _Stream:
 
-  def __init__(self, data, key, size, drifts, bad):
+  def __init__(self, data, key, size, bad):
     self._data, self._key, self._size = data, key, size
-    self._drifts, self._bad = drifts, bad
+    self._bad = bad
 
   def batch(self, step):
     global batches_left
@@ -73,8 +67,6 @@ class _Stream:
     rng = np.random.default_rng([*self._key, step])
     rows = rng.integers(TRAIN, size=self._size)
     inputs, labels = (x[rows] for x in self._data)
-    if self._drifts:
-      inputs = inputs + np.float32(1e-3 * next(_drift))
     if self._bad and step >= 3:
       inputs = np.full_like(inputs, np.nan)
     return {'inputs': inputs, 'labels': labels}

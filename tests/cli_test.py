@@ -4,13 +4,16 @@ And a signal ends a process soon, also one whose main thread is inside C code.
 """
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny_run
+from absl import flags
 from waits import PATIENCE
 
 from experiments import cli
@@ -44,6 +47,30 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
   assert capsys.readouterr().err.startswith('error: ')
+
+
+@pytest.mark.parametrize(
+    'code, below, elsewhere',
+    [
+        *((c, 75, 75) for c in (errno.ENOTCONN, errno.EREMOTEIO, errno.ENODEV)),
+        *((c, 75, 1) for c in (errno.EACCES, errno.EPERM, errno.ENOENT)),
+        *((c, 1, 1) for c in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)),
+    ],
+)
+def test_below_the_run_directory_a_refusal_may_pass(
+    code, below, elsewhere, monkeypatch, tmp_path
+):
+  workdir = types.SimpleNamespace(workdir=str(tmp_path / 'run'))
+  monkeypatch.setattr(cli.flags, 'FLAGS', workdir)
+  inside = os.path.join(workdir.workdir, 'groups', 'a')
+  for error in (
+      OSError(code, 'no', inside),
+      OSError(code, f'{inside} cannot be read: no'),
+  ):
+    assert status_of(error) == below
+  assert status_of(OSError(code, 'no', str(tmp_path / 'data'))) == elsewhere
+  monkeypatch.setattr(cli.flags, 'FLAGS', types.SimpleNamespace())
+  assert status_of(OSError(code, 'no', inside)) == elsewhere
 
 
 @pytest.mark.parametrize('error', [RuntimeError('deep'), KeyError('k')])
@@ -93,18 +120,19 @@ def test_a_log_on_a_full_disk_does_not_change_the_status(error, status):
 
 
 # A flag that none has, a value of another kind, one out of range, one that is
-# missing, one of no use: each binary has one of them.
+# missing, one given twice, one of no use: each binary has one of them. And a
+# character that the terminal cannot show, where it is repeated.
 BAD_FLAGS = {
-    'churn': (['--prediction=a.csv'], "flag 'prediction'"),
+    'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
-    'prepare_data': (['--output=x', '--vocab_size=many'], '--vocab_size'),
-    'report': ([], '--workdir'),
-    'reproduce': (['--study=nonsense'], '--study'),
-    'status': ([], 'pass --workdir'),
+    'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
+    'report': (['--workdir=/né'], r'No run directory at /n\xe9'),
+    'reproduce': (['--study=né'], r'--study=n\xe9'),
+    'status': (['--workdir=/né'], r'No run directory at /n\xe9'),
     'train_group': (['--workdir=x', '--group_id=2'], 'group_id=2'),
-    'train_local': (['--workdir=x', '--cpu_replicas=0'], '--cpu_replicas'),
-    'train_lockstep': (['--workdir=x', 'seed=3'], "unexpected argument 'seed="),
+    'train_local': (['--workdir=/a', '--workdir=/é'], 'already defined as /a'),
+    'train_lockstep': (['--workdir=x', 'é=3'], r"unexpected argument '\xe9="),
 }
 
 
@@ -113,19 +141,106 @@ def test_every_binary_has_a_bad_flag():
   assert {p.stem for p in found} - {'__init__', 'cli'} == set(BAD_FLAGS)
 
 
-@pytest.mark.parametrize('binary', BAD_FLAGS)
-def test_a_bad_flag_is_status_1_without_a_traceback(binary):
-  flags, words = BAD_FLAGS[binary]
+@pytest.mark.parametrize('name', BAD_FLAGS)
+def test_a_bad_flag_is_status_1_without_a_traceback(name):
+  arguments, words = BAD_FLAGS[name]
   done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{binary}', *flags],
+      [sys.executable, '-m', f'experiments.{name}', *arguments],
       cwd=tiny_run.ROOT,
       capture_output=True,
       text=True,
+      env={**os.environ, 'PYTHONIOENCODING': 'ascii'},
       timeout=600,
   )
   assert done.returncode == 1
   assert words in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+# --- Flags --------------------------------------------------------------------
+
+
+def project_flags():
+  """The names of the flags of this project, by the module that has them."""
+  return {
+      module: {flag.name for flag in found}
+      for module, found in flags.FLAGS.flags_by_module_dict().items()
+      if module.startswith(('experiments', 'codistill_jax')) and found
+  }
+
+
+@pytest.fixture(params=sorted(BAD_FLAGS))
+def binary(request):
+  """A binary, with its flags defined."""
+  name = f'experiments.{request.param}'
+  module = importlib.import_module(name)
+  assert not project_flags()  # An import defines none.
+  module.define_flags()
+  cli.refuse_twice()
+  yield name
+  for found in project_flags().values():
+    for flag in found:
+      delattr(flags.FLAGS, flag)
+
+
+def test_a_binary_has_the_flags_that_its_help_shows_and_no_others(binary):
+  assert set(project_flags()) == {binary}
+  shown = {f.name for f in flags.FLAGS.get_key_flags_for_module(binary)}
+  assert shown == project_flags()[binary]
+
+
+def parses(flag, text):
+  try:
+    flag.parser.parse(text)
+  except ValueError:
+    return False
+  return True
+
+
+def test_a_flag_of_one_value_is_given_once(binary):
+  once = [flags.FLAGS[name] for name in project_flags()[binary]]
+  once = [flag for flag in once if not isinstance(flag, flags.MultiFlag)]
+  assert once or binary.endswith('status')
+  for flag in once:
+    value = getattr(flag.parser, 'enum_values', None) or ['true', '2', '1']
+    (value,) = [v for v in value if parses(flag, v)][:1]
+    flag.parse(value)
+    with pytest.raises(flags.IllegalFlagValueError, match='already defined'):
+      flag.parse(value)
+
+
+# All of these, and `name=path` or lists with commas, where they are taken.
+PATHS = (
+    'checksums',
+    'init_from',
+    'labels',
+    'output',
+    'paragraph_ids',
+    'step_times',
+)
+PATHS += ('tokenizer', 'workdir')
+
+
+def test_paths_are_absolute_know_home_and_leave_object_stores_alone(
+    binary, monkeypatch
+):
+  monkeypatch.setenv('HOME', '/home/me')
+  found = project_flags()[binary] & {*PATHS}
+  assert found
+  for name in found:
+    flag = flags.FLAGS[name]
+    if binary.split('.')[1] in ('status', 'report') and name == 'workdir':
+      continue  # See `split_commas` and `load_arms`.
+    for given, meant in (
+        ('~/a b', '/home/me/a b'),
+        ('a/../b', os.path.abspath('b')),
+        ('/a', '/a'),
+        ('s3://a/~', 's3://a/~'),
+        ('gs://a', 'gs://a'),
+    ):
+      flag.unparse()
+      flag.parse(given)
+      assert flag.value in (meant, [meant]), name
 
 
 # --- The request to stop ------------------------------------------------------

@@ -25,7 +25,6 @@ def test_an_all_reduce_is_a_ring(pattern, workers):
 @pytest.mark.parametrize(
     'pattern, numbers, expected',
     [
-        ('none', {'workers': 128}, 0),
         # The server sends and receives, whatever the workers.
         ('server', {'workers': 128}, 2000),
         # An all-reduce now and then.

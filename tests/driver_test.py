@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import signal
+import threading
 import types
 
 import jax
@@ -15,9 +16,11 @@ import optax
 import pytest
 import tiny_run
 import toy
+from waits import until
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
+from codistill_jax.exchange import publications
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.exchange.plan import NoExchange
 from codistill_jax.exchange.publications import Publication
@@ -158,7 +161,7 @@ class StopAt:
 
   def __init__(self, looks):
     self._looks = looks
-    self.unsaved = {}
+    self.unsaved, self.last_words = {}, {}
 
   def __call__(self):
     self._looks -= 1
@@ -589,6 +592,87 @@ def test_each_exchange_is_on_record(make_job):
   assert training == [12]
 
 
+# How a group ends; what its status then says of it, and why.
+ENDS = {
+    'done': ('done', None),
+    'asked': ('stopped', cli.Stopped),
+    'asked while it waits': ('stopped', cli.Stopped),
+    'asked amid an evaluation': ('stopped', cli.Stopped),
+    'left by its process': ('stopped', None),
+    'not finite': ('failed', FloatingPointError),
+    'disk': ('failed', TimeoutError),
+    'crash': ('failed', KeyError),
+    'DONE cannot be written': ('failed', TimeoutError),
+}
+
+
+@pytest.mark.parametrize('how', ENDS)
+def test_the_last_status_says_how_the_process_ended(make_job, monkeypatch, how):
+  phase, error = ENDS[how]
+  stop = {'asked': StopAt(3), 'asked amid an evaluation': StopAt(6)}.get(how)
+  exchange = Recorder(interrupt_at=5 if how == 'asked while it waits' else None)
+  patience = Patience(retry=0.01, failing=0.05)
+  job = make_job(stop=stop, patience=patience)
+  if how == 'not finite':
+    monkeypatch.setattr(driver, 'check_finite', _raise(FloatingPointError('x')))
+  elif how == 'disk':
+    failing_saves(monkeypatch, {12})
+  elif how == 'crash':
+    exchange.checkpointed = _raise(KeyError('x'))
+  elif how == 'DONE cannot be written':
+    done = run_directory.done_path(job.workdir, 0)
+    done.parent.mkdir(parents=True)
+    write = files.write_bytes
+    refuse = _raise(OSError(errno.ENOSPC, 'full'))
+    monkeypatch.setattr(
+        files,
+        'write_bytes',
+        lambda path, *args, **how: (refuse if path == done else write)(
+            path, *args, **how
+        ),
+    )
+  turns = driver.train(
+      job, lambda v: exchange, watch.group_writer(job, progress=False)
+  )
+  with pytest.raises(error) if error else contextlib.nullcontext():
+    for step in turns:
+      if how == 'left by its process' and step == 3:
+        turns.close()
+  status = run_directory.read_status(job.workdir, 0)
+  assert status['phase'] == phase
+  assert bool(status['reason']) == (phase == 'failed')
+  assert not [t for t in threading.enumerate() if t.name == 'heartbeat']
+
+
+def _raise(error):
+  def call(*unused, **unused_by_name):
+    raise error
+
+  return call
+
+
+def test_a_long_update_does_not_look_like_a_death(make_job, monkeypatch):
+  """A compilation of minutes: the heart beats on, and says what it is."""
+  monkeypatch.setattr(watch, '_BEAT_SECONDS', 0.01)
+  job = make_job()
+  read = lambda: run_directory.read_status(job.workdir, 0) or {}
+  seen = []
+
+  class Slow(Recorder):
+    peers = (1,)
+
+    def fetch(self, step):
+      if step in (0, 5):  # A program is compiled: without teachers, and with.
+        self.in_use = (Publication(1, 40, 7.0),) if step else ()
+        until(lambda: read().get('phase') == 'compiling')
+        first = read()['time']
+        until(lambda: read()['time'] > first)
+        seen.append((step, read()['step'], read()['phase']))
+
+  run(job, Slow())
+  assert seen == [(0, 0, 'compiling'), (5, 5, 'compiling')]
+
+
 def test_status_says_how_the_exchange_fares(make_job):
   exchange = Recorder((Publication(1, 40, 7.0), None))
   exchange.peers = (1, 2)
@@ -707,6 +791,132 @@ def test_a_run_directory_belongs_to_one_configuration(make_job, monkeypatch):
     with pytest.raises(ValueError, match=message):
       job_lib.check_workdir(job, state)
   assert run_directory.run_path(job.workdir).read_text() == run_json
+
+
+X, N = 'x.Experiment', 'x.Experiment.num_steps'
+
+
+@pytest.mark.parametrize(
+    'before, after, refused',
+    [
+        ([f'{N} = 6'], [f'{N} = 9'], ''),
+        ([], [f'{N} = 9', f'{X}.eval_every = 3'], ''),
+        ([f'{X}.log_every = 5', f'{X}.checkpoint_every = 6'], [], ''),
+        ([f"{N} = '%S'", 'S = 6'], [f"{N} = '%S'", 'S = 9'], ''),
+        # A schedule that ends with the run does so.
+        *(
+            (
+                [f"{N} = '%S'", f"{to} = '%S'", 'S = 6'],
+                [f"{N} = '%S'", f"{to} = '%S'", 'S = 9'],
+                '',
+            )
+            for to in ('s.cosine.total_steps', f'{X}.eval_every')
+        ),
+        # But not one that is told of a length of its own.
+        (['s.cosine.total = 6'], ['s.cosine.total = 9'], 'total = 6.*= 9'),
+        (['S = 6', 'c.t = %S'], ['S = 9', 'c.t = %S'], 'S = 6.*S = 9'),
+        (
+            [f"{X}.eval_every = '%E'", "c.every = '%E'", 'E = 6'],
+            [f"{X}.eval_every = '%E'", "c.every = '%E'", 'E = 9'],
+            'E = 6.*E = 9',
+        ),
+        ([f'{X}.group_batch = 6'], [f'{X}.group_batch = 9'], '= 6.*= 9'),
+        ([f'{X}.seed = 1'], [], 'seed = 1.*no such binding'),
+        (['Other.eval_every = 1'], [], 'no such binding'),
+        ([f'{N}_of_another = 1'], [], 'no such binding'),
+    ],
+)
+def test_what_changes_no_number_may_change(
+    make_job, monkeypatch, before, after, refused
+):
+  job = make_job()
+  state = driver.new_state(job).state
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: before)
+  job_lib.claim_workdir(job, state)
+  monkeypatch.setattr(gin_utils, 'configuration', lambda: after)
+  if refused:
+    for act in (job_lib.check_workdir, job_lib.claim_workdir):
+      with pytest.raises(ValueError, match=refused):
+        act(job, state)
+  else:
+    for _ in range(2):
+      job_lib.check_workdir(job, state)
+      job_lib.claim_workdir(job, state)
+  found = run_directory.read_run(job.workdir)
+  assert found['configuration'] == (before if refused else after)
+  gone = [s for s in before if s not in after]
+  assert found.get('earlier', []) == ([] if refused else gone)
+
+
+def test_a_run_that_was_done_goes_on_to_more_steps(make_job):
+  """With the bits of one that was that long from the start."""
+  run(make_job('whole'))
+  assert run(make_job(num_steps=5, log_every=3)) == [1, 2, 3, 4, 5]
+  assert run(make_job(num_steps=5)) == []
+  assert run(make_job(eval_every=4)) == list(range(6, STEPS + 1))
+  assert run(make_job()) == []
+  tiny_run.assert_same_bits(
+      *(
+          tiny_run.saved_arrays(make_job(name).workdir, 0)[1]
+          for name in ('run', 'whole')
+      )
+  )
+  shorter = make_job(num_steps=STEPS - 1)
+  with pytest.raises(ValueError, match=rf'reached step {STEPS}.*=11;'):
+    job_lib.check_workdir(shorter, driver.new_state(shorter).state)
+
+
+# --- Where a run begins ------------------------------------------------------
+
+
+def begun(make_job, init_from, **kwargs):
+  job = dataclasses.replace(make_job('new', **kwargs), init_from=init_from)
+  return job, driver.new_state(job).state
+
+
+@pytest.mark.parametrize(
+    'where',
+    [
+        '',
+        'groups/group_0/checkpoints',
+        'groups/group_0/checkpoints/4',
+        'exchange/group_0',
+        'exchange/group_0/4',
+    ],
+)
+def test_a_run_begins_at_a_checkpoint_or_a_publication(make_job, where):
+  first = make_job(num_steps=4)
+  run(first)
+  _, arrays = tiny_run.saved_arrays(first.workdir, 0)
+  trained = driver.new_state(first).state.variables
+  trained = jax.tree.unflatten(
+      jax.tree.structure(trained),
+      [x for path, x in arrays.items() if path.startswith('variables/')],
+  )
+  publications.write(
+      run_directory.exchange_root(first.workdir),
+      Publication(0, 4, 1.0),
+      trained,
+  )
+  job, state = begun(make_job, f'{first.workdir}/{where}'.rstrip('/'))
+  fresh = driver.new_state(make_job('another')).state
+  assert jax.tree.all(jax.tree.map(np.array_equal, state.variables, trained))
+  rest = lambda state: state.replace(variables=None)
+  assert jax.tree.all(jax.tree.map(np.array_equal, rest(state), rest(fresh)))
+  assert run(job) == list(range(1, STEPS + 1))
+  known = run_directory.read_run(job.workdir)['init_from']
+  assert known == f'{first.workdir}/{where}'.rstrip('/')
+  other = make_job('new')
+  with pytest.raises(ValueError, match=f'--init_from={known}, this one has'):
+    job_lib.check_workdir(other, state)
+
+
+def test_a_run_does_not_begin_where_nothing_fits(make_job, tmp_path):
+  with pytest.raises(ValueError, match='has no checkpoint or publication'):
+    begun(make_job, str(tmp_path / 'nowhere'))
+  checkpoints.save(tmp_path, 3, {'params': {'x': np.ones(3)}}, {})
+  with pytest.raises(ValueError, match=r'--init_from=.*/3 is of another'):
+    begun(make_job, str(tmp_path))
 
 
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):

@@ -85,6 +85,7 @@ def expected_metrics(probs):
       'eval/loss': loss,
       'eval/accuracy': (probs.argmax(-1) == labels).mean(),
       'eval/perplexity': np.exp(loss),
+      'eval/examples': len(probs),
   }
 
 
@@ -193,6 +194,7 @@ def test_nothing_to_evaluate_is_an_error_and_no_weight_is_nan():
   (batch,) = batches(20)
   batch['weights'][:] = 0
   got = evaluated(table_model(), variables, [batch])
+  assert got.pop('eval/examples') == 0
   assert np.isnan(list(got.values())).all()
 
 
@@ -262,6 +264,7 @@ def test_a_sigmoid_output_has_an_area_and_no_perplexity():
                 -labels * np.log(p_one) - (1 - labels) * np.log(1 - p_one)
             ),
             'eval/accuracy': np.mean((p_one > 0.5) == labels),
+            'eval/examples': 20,
             'eval/auc': exact_auc(logit, labels),
             'eval/calibration': p_one.sum() / labels.sum(),
             'eval/calibration_error': got['eval/calibration_error'],

@@ -1,6 +1,7 @@
 """The exchange when a disk is full, slow, torn or hangs: nothing is lost."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -30,7 +31,7 @@ from waits import PATIENCE, until
 
 from codistill_jax.base import ALONE, Agreement
 from codistill_jax.exchange import fetching, publications
-from codistill_jax.exchange.plan import Waiting
+from codistill_jax.exchange.plan import PeerError, Waiting
 from codistill_jax.exchange.store_exchange import memory_exchanges
 from codistill_jax.exchange.stores import Mirror
 from codistill_jax.storage import checkpoints, leases
@@ -70,19 +71,51 @@ def test_what_a_full_disk_refuses_is_tried_again_and_said_once(
   assert exchange.metrics(10)['exchange/publish_failures'] == 3
 
 
-def test_what_a_library_raises_of_a_disk_is_tried_again(
-    join, tmp_path, monkeypatch
+@both_modes
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('Cannot save arrays with zero size'),
+        RuntimeError('a bug\nof a library'),
+        TypeError('no such type'),
+    ],
+)
+def test_what_no_later_try_would_mend_ends_the_group_and_peers_are_told(
+    join, tmp_path, monkeypatch, mode, error
 ):
-  original, errors = publications.write, [RuntimeError('no room for a chunk')]
+  exchanges = [join(g, 3, mode, waiting=Waiting(PATIENCE)) for g in range(3)]
+  tried, words = [], str(error).split()[-1]
 
-  def write(*args):
-    if errors:
-      raise errors.pop()
-    return original(*args)
+  def write(root, publication, variables):
+    tried.append(publication.group_id)
+    raise error
 
-  monkeypatch.setattr(publications, 'write', write)
-  publish_all(join(), 10)
-  assert kept(tmp_path) == [10]
+  with monkeypatch.context() as patch:
+    patch.setattr(publications, 'write', write)
+    # Of two that fail at one step none waits for the other.
+    for exchange in exchanges[:2]:
+      exchange.publish_if_due(10, variables_of(1))
+    for exchange in exchanges[:2]:
+      if mode == 'lockstep':
+        with pytest.raises((type(error), PeerError), match=words):
+          exchange.fetch(10)
+      # Its own error, if it was not that.
+      with contextlib.suppress(type(error)):
+        exchange.flush()
+        assert mode == 'lockstep'
+  assert sorted(tried) == [0, 1]
+  reason = ' '.join(str(error).split())
+  if mode == 'lockstep':
+    with pytest.raises(PeerError, match=f'group 0 has ended: {reason}$'):
+      exchanges[2].fetch(10)
+    for exchange in exchanges[:2]:
+      exchange.close()
+    ours = join(0, 3, mode)  # Started again.
+    publish_all(ours, 10)
+    publish(tmp_path, 1, 10)
+    assert shown(exchanges[2].fetch(10)) == [10.0, 10.0]
+  else:
+    assert exchanges[2].fetch(10) is None  # It waits for nobody.
 
 
 def test_a_newer_publication_replaces_one_that_the_disk_refuses(

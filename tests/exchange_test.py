@@ -22,7 +22,7 @@ from exchange_kit import join as join
 from exchange_kit import publish as publish_in
 from waits import PATIENCE
 
-from codistill_jax.exchange.plan import StaleError, Waiting
+from codistill_jax.exchange.plan import PeerError, Plan, StaleError, Waiting
 from codistill_jax.exchange.store_exchange import (
     CheckpointExchange,
     memory_exchanges,
@@ -143,7 +143,7 @@ def test_dtypes_of_publications_and_of_teachers(
 @pytest.mark.parametrize('key', ['loss/total', 'optim/grad_norm', 'w'])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_what_is_not_finite_is_not_published(made, store, mode, key, value):
-  ours, theirs = made(store, mode=mode, timeout=0.05)
+  ours, theirs = made(store, mode=mode, timeout=PATIENCE)
   metrics = {'loss/total': 1.0, 'optim/grad_norm': 1.0}
   if key == 'w':
     bad = value
@@ -156,9 +156,54 @@ def test_what_is_not_finite_is_not_published(made, store, mode, key, value):
   assert 'group 0' in str(e.value) and 'step 10' in str(e.value)
   if mode == 'freshest':
     assert theirs.fetch(10) is None
-  else:
-    with pytest.raises(TimeoutError):
+  else:  # It does not wait for what will never come.
+    with pytest.raises(PeerError, match=f'group 0 has ended: .*{key}') as e:
       theirs.fetch(10)
+  assert '\n' not in str(e.value)
+
+
+def other_forms():
+  """(What, the leaf that is named) of variables that are not as the others."""
+  more = variables_of(1)
+  more.model_state['losses'] = {'sown': (np.float32(1),)}
+  less = variables_of(1)
+  del less.model_state['n']
+  other = variables_of(1)
+  other.params['w'] = other.params['w'].astype(np.float16)
+  return [
+      (more, 'model_state/losses/sown/0'),
+      (less, 'model_state/n'),
+      (other, r'params/w float16\[3\]'),
+      (variables_of(1, width=4), r'params/w float32\[4\]'),
+  ]
+
+
+@both_modes
+@both_stores
+@pytest.mark.parametrize('variables, leaf', other_forms())
+def test_variables_that_change_their_form_are_named(
+    made, store, mode, variables, leaf
+):
+  for exchange in made(store, mode=mode):  # Its own form, and that of a peer.
+    publish(exchange, 10)
+    message = f'group . has at step 20.*{leaf}'
+    with pytest.raises(ValueError, match=message) as e:
+      exchange.publish_if_due(20, variables)
+    assert '\n' not in str(e.value)
+
+
+def test_the_default_of_the_mode_is_one_and_a_plan_has_the_fields():
+  ours, theirs = memory_exchanges(2, every=EVERY)
+  same, _ = memory_exchanges(2, plan=Plan(every=EVERY))
+  for exchange in (ours, same):
+    publish(exchange, 10)
+    with pytest.raises(TimeoutError):
+      exchange.fetch(10)  # In lockstep.
+  assert shown(theirs.fetch(10)) == [10.0]
+  assert memory_exchanges(2, plan=Plan(mode='freshest'))[0].fetch(50) is None
+  for name, value in (('every', 50), ('mode', 'lockstep')):
+    with pytest.raises(ValueError, match=f'also {name}; set it in the plan'):
+      memory_exchanges(2, plan=Plan(), **{name: value})
 
 
 @both_stores
@@ -178,6 +223,50 @@ def test_who_learns_from_whom_is_the_topology(made, store, mode):
   for g, exchange in enumerate(four):
     publish(exchange, 10, g)
   assert [shown(fetch_until(e, 10, 10)) for e in four] == [[3], [0], [1], [2]]
+
+
+# --- Used twice ---------------------------------------------------------------
+
+
+def life_of(exchanges, stop=30):
+  """Groups that train to step `stop`, in turn; what they were shown."""
+  seen = []
+  for step in range(stop):
+    for exchange in exchanges:
+      seen.append(shown(exchange.fetch(step)))
+    for exchange in exchanges:
+      exchange.publish_if_due(step + 1, variables_of(step + 1))
+      exchange.flush()
+  return seen
+
+
+@both_modes
+@both_stores
+@pytest.mark.parametrize('again', [0, 9, 10, 29])
+def test_an_exchange_serves_one_run(made, store, mode, again):
+  exchanges = made(store, mode=mode)
+  life_of(exchanges)
+  uses = [
+      lambda e: e.fetch(again),
+      lambda e: e.publish_if_due(again - again % EVERY + EVERY, None)
+      if again < 20
+      else e.fetch(again),
+      lambda e: e.restore(again, [None]),
+  ]
+  for exchange in exchanges:
+    for use in uses:
+      with pytest.raises(ValueError, match='make new exchanges for another'):
+        use(exchange)
+    exchange.fetch(30)  # What goes on, goes on.
+    exchange.close()
+    with pytest.raises(ValueError, match='step 31 after it was closed; make'):
+      exchange.fetch(31)
+
+
+@both_modes
+def test_new_exchanges_give_the_numbers_of_the_first_time(mode):
+  lives = [life_of(memory_exchanges(2, every=7, mode=mode)) for _ in range(2)]
+  assert lives[0] == lives[1]
 
 
 # --- Freshest ----------------------------------------------------------------
@@ -204,17 +293,6 @@ def test_freshest_takes_the_newest_and_never_waits(made, store):
   assert metrics['exchange/staleness_steps'] == 10.0
   assert metrics['exchange/staleness_steps_max'] == 15.0
   assert metrics['exchange/rejected'] == 0.0
-
-
-@both_stores
-def test_freshest_moves_forward_only(made, store):
-  ours, theirs = made(store)
-  publish(ours, 30)
-  teachers = fetch_until(theirs, 10, 30)
-  publish(ours, 20)  # Of a run that began again.
-  assert all(theirs.fetch(n) is teachers for n in range(20, 100))
-  publish(ours, 40)
-  assert shown(fetch_until(theirs, 100, 40)) == [40.0]
 
 
 @both_stores

@@ -1,5 +1,7 @@
 """What an experiment refuses, it refuses with what to change."""
 
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,9 +9,11 @@ import optax
 import pytest
 import toy
 
-from codistill_jax import base, losses
+from codistill_jax import base, losses, optimizers, schedules
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
+from codistill_jax.baselines.diloco import Diloco
 from codistill_jax.exchange.kinds import Checkpoints
 from codistill_jax.models import linen
 
@@ -55,6 +59,184 @@ def test_a_wrong_value_is_named_with_its_remedy(wrong, message):
   with pytest.raises(ValueError, match=message) as e:
     make(**wrong)
   assert '\n' not in str(e.value)
+
+
+# -- numbers that act nowhere -------------------------------------------------
+
+PARAMS = {'kernel': np.ones((2, 3), np.float32), 'bias': np.zeros(3, 'f')}
+IDLE = {
+    'burn-in': (
+        {'distill_weight': schedules.distill_weight(1.0, 5000)},
+        'distillation begins .* at step 5000',
+    ),
+    'exchange': ({'exchange': Checkpoints(5000)}, 'first exchange .* 5000'),
+    'staleness': (
+        {'exchange': Checkpoints(150, 'lockstep', 150)},
+        'first exchange .* 300',
+    ),
+    'eval_every': ({'eval_every': 500}, 'eval_every = 500'),
+    'checkpoint_every': ({'checkpoint_every': 500}, 'checkpoint_every = 500'),
+    'log_every': ({'log_every': 500}, 'log_every = 500'),
+    'ramp_up_steps': (
+        {'method': AsynchronousSgd(4, ramp_up_steps=300)},
+        'AsynchronousSgd.ramp_up_steps = 300',
+    ),
+    'inner_steps': (
+        {'method': Diloco(4, inner_steps=300)},
+        'Diloco.inner_steps = 300',
+    ),
+}
+
+
+@pytest.mark.parametrize('given, said', IDLE.values(), ids=IDLE)
+def test_a_number_beyond_the_last_step_is_named(given, said):
+  found = experiment_lib.idle_settings(make(num_steps=200, **given), 2, PARAMS)
+  assert len(found) == 1 and re.search(said, found[0])
+  longer = make(num_steps=9000, **given)
+  assert experiment_lib.idle_settings(longer, 2, PARAMS) == []
+
+
+def test_what_is_off_or_alone_is_no_mistake():
+  off = {'distill_weight': schedules.distill_weight(0.0, 5000)}
+  late = {'distill_weight': schedules.distill_weight(1.0, 5000)}
+  assert experiment_lib.idle_settings(make(**off), 2, PARAMS) == []
+  assert experiment_lib.idle_settings(make(**late), 1, PARAMS) == []
+  # The defaults of a short run.
+  assert experiment_lib.idle_settings(make(num_steps=60), 2, PARAMS) == []
+
+
+OPTIMISERS = {
+    'sgd': optax.sgd,
+    'adam': optax.adam,
+    'adamw': lambda rate: optax.adamw(rate, weight_decay=0.1),
+    'momentum': optimizers.momentum_sgd,
+    'lars': optimizers.lars,
+    'chain': lambda rate: optax.chain(optax.clip(1.0), optax.adam(rate)),
+    'steps': lambda rate: optax.MultiSteps(optax.sgd(rate), 4),
+    'every': lambda rate: optax.chain(optax.apply_every(4), optax.sgd(rate)),
+    'injected': optax.inject_hyperparams(optax.sgd),
+}
+ENDING = {
+    'cosine': schedules.warmup_cosine(0.1, 100, 10),
+    'optax cosine': optax.cosine_decay_schedule(0.1, 100),
+    'linear': optax.linear_schedule(0.1, 0.0, 100),
+    'steps': optax.piecewise_constant_schedule(0.1, {100: 0.0}),
+}
+GOING_ON = {
+    'constant': schedules.constant(0.1, 10),
+    'number': 0.1,
+    'cosine': schedules.warmup_cosine(0.1, 1000, 10),
+    'steps': schedules.step_decay(0.1, [100]),
+    'exponential': optax.exponential_decay(0.1, 10, 0.9),
+    'linear': optax.linear_schedule(0.1, 0.0, 1000),
+}
+
+
+@pytest.mark.parametrize('optimiser', OPTIMISERS)
+def test_a_schedule_that_is_over_long_before_the_run_is_found(optimiser):
+  named = lambda rate: experiment_lib.idle_settings(
+      make(num_steps=1000, optimizer=OPTIMISERS[optimiser](rate)), 1, PARAMS
+  )
+  if optimiser in ('steps', 'every'):
+    assert named(ENDING['cosine']) == []  # It cannot be told.
+    return
+  for name, schedule in ENDING.items():
+    assert len(named(schedule)) == 1, name
+    (said,) = named(schedule)
+    step = int(said.split('step ')[1].split()[0])
+    assert 90 <= step <= 104, name
+  for schedule in GOING_ON.values():
+    assert named(schedule) == []
+
+
+# -- contracts ----------------------------------------------------------------
+
+
+class Fixed:
+  """A stream that gives one batch, whatever is asked."""
+
+  def __init__(self, batch):
+    self.given = batch
+
+  def batch(self, step):
+    return self.given
+
+
+def points(rows):
+  return toy.Clusters(rows).batch(0)
+
+
+class Bare(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(toy.CLASSES)(x['integers'])
+
+
+def stream_of(batch):
+  return TASK._replace(train_stream=lambda **kwargs: Fixed(batch))
+
+
+@pytest.mark.parametrize(
+    'given, message',
+    [
+        (
+            {'task': stream_of(points(100))},
+            r'inputs has .* \(100, 5\), expected 8',
+        ),
+        (
+            {'task': stream_of([1, 2])},
+            'batch of step 0 is a list, expected a ma',
+        ),
+        ({'task': stream_of({'x': 1})}, "is a dict of x, expected .*'labels'"),
+        (
+            {'task': stream_of(points(8) | {'weights': np.float32(1)})},
+            r'weights has shape \(\), expected',
+        ),
+        (
+            {'task': TASK._replace(train_stream=lambda **kw: [points(8)])},
+            'train_stream gave a list, expected an object',
+        ),
+        ({'model': lambda n: Bare()}, 'model gave a Bare, .* from_linen'),
+        (
+            {'model': lambda n: linen.from_linen(Bare())},
+            'the model .* cannot be started on a batch: ',
+        ),
+        ({'optimizer': optax.sgd}, 'Experiment.optimizer=.* that was made'),
+    ],
+)
+def test_a_contract_that_is_broken_is_one_line(given, message):
+  with pytest.raises(ValueError, match=message) as e:
+    experiment = make(group_batch=8, **given)
+    model = experiment_lib.make_model(experiment)
+    row = experiment_lib.first_row(experiment, 2)
+    experiment_lib.init_state(
+        experiment, model, jax.random.key(0), row, num_peers=1
+    )
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('rows', [1, 7, 9, 100])
+def test_a_batch_of_other_rows_is_refused_whenever_it_comes(rows):
+  class Shrinking(Fixed):
+
+    def batch(self, step):
+      return points(rows if step == 3 else 8)
+
+  task = TASK._replace(train_stream=lambda **kwargs: Shrinking(None))
+  stream = experiment_lib.train_stream(make(task=task, group_batch=8), 0, 1)
+  stream.batch(2)
+  with pytest.raises(ValueError, match=r'batch of step 3: .*expected 8 rows'):
+    stream.batch(3)
+
+
+@pytest.mark.parametrize(
+    'given', [iter([]), (points(4) for _ in range(3)), map(points, [4]), None]
+)
+def test_validation_batches_that_can_be_read_once_are_refused(given):
+  task = TASK._replace(eval_batches=lambda rows: given)
+  with pytest.raises(ValueError, match='can be read but once'):
+    experiment_lib.split_batches(task, 'validation', 4)
 
 
 def test_the_distill_loss_is_looked_up_by_name():
@@ -105,16 +287,24 @@ class Logistic(nn.Module):
 def test_a_model_is_told_what_the_task_knows():
   task = TASK._replace(model_arguments={'table_sizes': (3, 5)})
   told = []
-  experiment_lib.make_model(
-      make(task=task, model=lambda *args, **kw: told.append((args, kw)))
-  )
+
+  def model(*args, **kwargs):
+    told.append((args, kwargs))
+    return toy.TWO_LAYERS
+
+  experiment_lib.make_model(make(task=task, model=model))
   assert told == [((toy.CLASSES,), {'table_sizes': (3, 5)})]
 
 
 @pytest.mark.parametrize('data_seed, given', [(None, {}), (0, {'seed': 0})])
 def test_a_data_seed_replaces_the_one_of_the_task(data_seed, given):
   asked = []
-  task = TASK._replace(train_stream=lambda **kwargs: asked.append(kwargs))
+
+  def train_stream(**kwargs):
+    asked.append(kwargs)
+    return toy.Clusters(8)
+
+  task = TASK._replace(train_stream=train_stream)
   experiment = make(task=task, data_seed=data_seed, group_batch=8)
   experiment_lib.train_stream(experiment, 1, 2)
   expected = {'group_id': 1, 'num_groups': 2, 'group_batch': 8, 'rows': None}

@@ -1,11 +1,13 @@
 """Configuration: one-line errors, nothing dead, the same text every time."""
 
 import gzip
+import os
 
 import configurables
+import numpy as np
 import pytest
 
-from codistill_jax import gin_utils
+from codistill_jax import experiment, gin_utils
 
 _IMPORTS = """\
 from __gin__ import dynamic_registration
@@ -263,6 +265,94 @@ def test_a_file_says_what_it_is_for(tmp_path):
     gin_utils.headline('none.gin')
 
 
+DIGITS = 'gin_configs/tasks/digits_resnet.gin'
+CLIPPED = (
+    'Experiment.optimizer=@optimizers.chain()',
+    'optimizers.chain.transformations='
+    '[@optax.clip_by_global_norm(), @optax.sgd()]',
+    'optax.clip_by_global_norm.max_norm=0.5',
+    'optax.sgd.learning_rate=2.0',
+)
+
+
+@pytest.mark.parametrize(
+    'bindings, change',
+    [
+        (
+            [
+                'Experiment.optimizer=@optax.sgd()',
+                'optax.sgd.learning_rate=2.0',
+            ],
+            6,
+        ),
+        (
+            [
+                'optax.sgd.learning_rate=2.0',
+                'Experiment.optimizer=@optax.sgd()',
+            ],
+            6,
+        ),
+        (['Experiment.optimizer=@a/optax.sgd()', 'a/sgd.learning_rate=2.0'], 6),
+        (
+            [
+                'Experiment.optimizer=@optimizers.momentum_sgd()',
+                'momentum_sgd.learning_rate=2.0',
+                'momentum_sgd.weight_decay=0.0',
+            ],
+            6,
+        ),
+        (CLIPPED, 1),
+        (CLIPPED[::-1], 1),
+    ],
+)
+def test_an_optimiser_is_swapped_and_clipped_on_the_command_line(
+    bindings, change
+):
+  gin_utils.parse([DIGITS], bindings)
+  made = gin_utils.make(experiment.Experiment)
+  gin_utils.call(experiment.make_model, made)
+  gin_utils.check_no_dead_bindings()
+  params = {'kernel': np.float32([3.0])}
+  tx = made.optimizer
+  found, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_allclose(found['kernel'], -change)
+
+
+@pytest.mark.parametrize(
+    'bindings, expected',
+    [
+        ([], []),
+        (['STEPS=4000'], []),
+        (['Experiment.num_steps=4000'], ['warmup_cosine.total_steps = 200']),
+        (['Experiment.num_steps=100'], ['warmup_cosine.total_steps = 200']),
+        (['warmup_cosine.warmup_steps=150'], []),
+        (
+            ['STEPS=100', 'warmup_cosine.total_steps=150'],
+            ['warmup_cosine.total_steps = 150'],
+        ),
+        (
+            [
+                'adam.learning_rate=@optax.linear_schedule()',
+                'linear_schedule.init_value=0.0',
+                'linear_schedule.end_value=1.0',
+                'linear_schedule.transition_steps=500',
+            ],
+            ['optax.linear_schedule.transition_steps = 500'],
+        ),
+    ],
+)
+def test_counts_of_steps_that_do_not_suit_the_run_are_named(bindings, expected):
+  gin_utils.parse([DIGITS], bindings)
+  made = gin_utils.make(experiment.Experiment)
+  found = gin_utils.steps_out_of(made.num_steps)
+  assert [s.removeprefix('schedules.') for s in found] == expected
+
+
+def test_what_no_file_imports_is_refused_with_what_to_write():
+  with pytest.raises(ValueError, match='--gin_file imports'):
+    gin_utils.parse([DIGITS], ['Experiment.optimizer=@subprocess.getoutput()'])
+
+
 @pytest.mark.parametrize('old', gin_utils.RENAMED)
 @pytest.mark.parametrize('typed', [True, False])
 def test_a_renamed_binding_names_the_new_one_in_one_line(old, typed, tmp_path):
@@ -273,24 +363,22 @@ from codistill_jax import experiment
 
 experiment.{old} = 1
 """)
-  task = 'gin_configs/tasks/digits_resnet.gin'
   with pytest.raises(ValueError) as e:
     if typed:
-      gin_utils.parse([task], [f'{old}=1'])
+      gin_utils.parse([DIGITS], [f'{old}=1'])
     else:
-      gin_utils.parse([task, str(file)])
+      gin_utils.parse([DIGITS, str(file)])
   assert f'{old} is now {gin_utils.RENAMED[old]}' in str(e.value)
   assert '\n' not in str(e.value)
 
 
 def test_what_renamed_bindings_became_is_there():
-  task = 'gin_configs/tasks/digits_resnet.gin'
   kinds = {'Checkpoints': [], 'Predictions': [], 'FixedTeachers': []}
   kinds['Predictions'] = ['gin_configs/ablations/deep_mutual_learning.gin']
   kinds['FixedTeachers'] = ['gin_configs/ablations/offline_distillation.gin']
   for new in gin_utils.RENAMED.values():
     binding = new.split()[0]
-    gin_utils.parse([task, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
+    gin_utils.parse([DIGITS, *kinds[binding.split('.')[1]]], [f'{binding}=1'])
 
 
 @pytest.mark.parametrize(
@@ -309,3 +397,102 @@ def test_a_file_that_is_no_plain_text_is_refused(tmp_path, content, message):
   with pytest.raises(ValueError, match=message) as raised:
     gin_utils.parse([str(path)])
   assert '\n' not in str(raised.value) and 'a.gin' in str(raised.value)
+
+
+# -- a config.gin that is read back is data -----------------------------------
+
+PLANTED = {
+    'a program': (
+        'import subprocess\nRoot.x = @subprocess.getoutput()\n'
+        "subprocess.getoutput.cmd = 'touch {marker}'\n"
+    ),
+    'through a module of ours': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax import run_directory\n'
+        'experiment.Experiment.seed = @run_directory.os.system()\n'
+        "run_directory.os.system.command = 'touch {marker}'\n"
+    ),
+    'a module of ours that writes': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax.storage import files\n'
+        'experiment.Experiment.seed = @files.write_bytes()\n'
+        "files.write_bytes.path = '{marker}'\n"
+        "files.write_bytes.data = b'x'\n"
+    ),
+    'what a module imports from others': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax import run_directory\n'
+        'experiment.Experiment.seed = @run_directory.write_json()\n'
+        "run_directory.write_json.path = '{marker}'\n"
+        'run_directory.write_json.tree = {{}}\n'
+    ),
+    'a module by its side': 'import planted\n',
+    'a name within a name': (
+        'import codistill_jax as subprocess\n'
+        'X = @subprocess.gin_utils.os.system()\n'
+    ),
+    'an include': "include '{other}'\n",
+    'pickles': (
+        'import jax.numpy\nX = @jax.numpy.load()\n'
+        "jax.numpy.load.file = '{marker}.npy'\n"
+        'jax.numpy.load.allow_pickle = True\n'
+    ),
+    'within a value': (
+        'import optax\nimport os\n'
+        "optax.sgd.learning_rate = [1, {{'a': @os.getcwd()}}]\n"
+    ),
+    'a scope': 'import os\nX = @a/b/os.getcwd()\n',
+    'a block': 'import os\nos.system:\n  command = 1\n',
+    'without dynamic registration': 'X = @getoutput()\n',
+    'deep': 'X = ' + 5000 * '[' + '\n',
+    'large': '# ' + 2_000_000 * 'x' + '\n',
+}
+
+
+@pytest.mark.parametrize('text', PLANTED.values(), ids=PLANTED)
+def test_a_planted_configuration_is_refused_and_runs_nothing(
+    text, tmp_path, monkeypatch
+):
+  marker, other = tmp_path / 'marker', tmp_path / 'other.gin'
+  monkeypatch.syspath_prepend(tmp_path)
+  code = f'import pathlib; pathlib.Path({str(marker)!r}).touch()'
+  (tmp_path / 'planted.py').write_text(code)
+  dynamic = 'from __gin__ import dynamic_registration\n'
+  other.write_text(f'{dynamic}import planted\n')
+  text = text.format(marker=marker, other=other)
+  if not text.endswith('getoutput()\n'):
+    text = dynamic + text
+  path = write(tmp_path, text)
+  with pytest.raises(ValueError) as e:
+    gin_utils.parse([], saved=path)
+    gin_utils.make(experiment.Experiment)
+  assert str(e.value).startswith(path) and '\n' not in str(e.value)
+  assert not marker.exists()
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+  os.mkfifo(tmp_path / 'config.gin')
+  with pytest.raises(ValueError, match='no regular file'):
+    gin_utils.parse([], saved=tmp_path / 'config.gin')
+
+
+def test_what_a_run_saves_is_read_back_and_a_module_of_ones_own_is_named(
+    tmp_path,
+):
+  gin_utils.parse([DIGITS], CLIPPED)
+  made = gin_utils.make(experiment.Experiment)
+  gin_utils.call(experiment.make_model, made)
+  text = gin_utils.operative_configuration()
+  saved = write(tmp_path, text)
+  gin_utils.parse([], ['Experiment.seed=7'], saved=saved)
+  assert gin_utils.make(experiment.Experiment).seed == 7
+  own = write(tmp_path, _CONFIG, 'own.gin')
+  with pytest.raises(ValueError, match=r'imports configurables; .* by --trust'):
+    gin_utils.parse([], saved=own)
+  for given in ({'trusted': ['configurables']}, {'files': [own]}):
+    gin_utils.parse(**{'files': [], 'saved': own, **given})
+    assert make_root().value == (3, 'x')
+  # No reference, though it looks like one.
+  text = _CONFIG + "configurables.leaf.name = 'me@os.system'\n"
+  path = write(tmp_path, text, 'mail.gin')
+  gin_utils.parse([], saved=path, trusted=['configurables'])

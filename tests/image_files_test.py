@@ -154,6 +154,7 @@ class TestHuggingFace:
               "no column 'photo' but image, label, number",
           ),
           ({'label_key': 'number'}, 'expected class labels with names'),
+          ({'image_key': 'number'}, 'expected images'),
           ({'split': 'test'}, 'has no labels'),
       ],
   )

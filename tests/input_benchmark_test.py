@@ -4,6 +4,8 @@ import json
 import pathlib
 import subprocess
 
+from benchmarks import input as input_benchmark
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -21,14 +23,9 @@ def test_a_pipeline_is_measured_against_a_need(python):
   assert result['per_sec'] > 0 and result['cores_needed'] > 0
   assert abs(result['share_of_need'] * 100 / result['per_sec'] - 1) < 0.01
   header, row = done.stderr.splitlines()[-2:]
-  assert header.startswith('pipeline') and row.startswith('digits')
+  assert header.split()[0] == 'name' and row.split()[0] == 'digits'
 
 
 def test_every_pipeline_has_a_configuration():
-  text = (ROOT / 'benchmarks' / 'input.py').read_text()
-  configs = [w.strip("',") for w in text.split() if w.endswith(".gin',")]
-  assert len(configs) >= 6
-  missing = [
-      c for c in configs if not (ROOT / 'gin_configs' / 'tasks' / c).is_file()
-  ]
-  assert not missing
+  for pipeline in input_benchmark.PIPELINES:
+    assert (ROOT / 'gin_configs' / 'tasks' / pipeline.config).is_file()

@@ -69,7 +69,7 @@ class Request:
   signal_number = signal.SIGTERM
 
   def __init__(self):
-    self.asked, self.unsaved = False, {}
+    self.asked, self.unsaved, self.last_words = False, {}, {}
 
   def __call__(self):
     return self.asked

@@ -12,6 +12,7 @@ from experiments import churn
 from experiments.studies import prediction_files
 
 SIZE = 40
+BY_KEY = prediction_files.Columns(['prediction'], 'label', 'key')
 
 
 @pytest.fixture
@@ -183,10 +184,8 @@ def test_ids_are_names_and_compared_as_text(
   a, b = tmp_path / f'a{first}', tmp_path / f'b{second}'
   write(a, models[0], ids=ids)
   write(b, models[1][order], ids=STORED[stored](ids[order]))
-  columns = prediction_files.Columns(id='key')
-  (row,), _, count = prediction_files.compare(
-      [('x', str(a)), ('x', str(b))], columns, None
-  )
+  named = [('x', str(a)), ('x', str(b))]
+  (row,), _, count = prediction_files.compare(named, BY_KEY, None)
   assert count == SIZE
   found = row.figures['churn'].mean
   assert found == pytest.approx(statistics.churn(*models[:2]), rel=1e-5)
@@ -198,8 +197,7 @@ def test_what_pandas_kept_as_its_index_is_a_column(tmp_path, models):
     table = pd.DataFrame({'prediction': probs, 'key': np.arange(SIZE) + 5})
     paths.append(('x', str(tmp_path / f'{i}.parquet')))
     table.set_index('key').to_parquet(paths[-1][1])
-  columns = prediction_files.Columns(id='key')
-  assert prediction_files.compare(paths, columns, None)[2] == SIZE
+  assert prediction_files.compare(paths, BY_KEY, None)[2] == SIZE
 
 
 @pytest.mark.parametrize(

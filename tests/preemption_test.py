@@ -71,6 +71,7 @@ class Run:
       until(lambda: self._process.send(number) or self._process.ended)
     output = self._process.wait(status)
     assert 'Traceback' not in output
+    assert run_directory.read_status(self.workdir, 0)['phase'] == 'stopped'
     return output.splitlines()[-1] if output else ''
 
   def saved(self, group_id=0):

@@ -559,10 +559,12 @@ def test_no_rejection_is_said_and_not_drawn(tmp_path):
 
 
 def test_an_arm_keeps_its_colour_whatever_stands_beside_it():
-  names = ['codistillation', 'baseline', 'a', 'b', 'c', 'd']
-  colours = plots.arm_colours(names)
+  names = ['codistillation', 'baseline', 'a', 'b', 'c', 'd', 'ensemble']
+  colours = plots.arm_colours(names[:-1])
   assert colours['baseline'] == plots.arm_colours(['baseline'])['baseline']
-  assert len(set(colours.values())) == len(names)
+  assert len(set(colours.values())) == len(names) - 1
+  assert plots.arm_colours(names[-2::-1]) == colours
+  assert len(set(plots.arm_colours(['x', *names[:4]]).values())) == 5
 
 
 class _Page(html.parser.HTMLParser):

@@ -21,6 +21,7 @@ def run(module, argv):
   output = io.StringIO()
   before = set(flags.FLAGS)
   module.define_flags()
+  cli.refuse_twice()
   try:
     with (
         contextlib.redirect_stdout(output),

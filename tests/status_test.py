@@ -124,6 +124,14 @@ def test_a_live_group_shows_all_it_says(tmp_path):
         # As in an older run.
         ({'peers': 'absent'}, {'teachers': '3 of 3'}),
         ({'rejected': 'absent'}, {'rejected': '2'}),
+        (
+            {'phase': 'stopped', 'time': NOW - 3600},
+            {'phase': 'stopped', 'ETA': '-', 'last seen': 'STOPPED 60 min ago'},
+        ),
+        (
+            {'phase': 'failed'},
+            {'phase': 'failed', 'ETA': '-', 'last seen': 'FAILED 0 s ago'},
+        ),
         ({'steps_per_sec': None}, {'steps/s': '2.0', 'ETA': '20 s'}),
     ],
 )
@@ -217,6 +225,11 @@ ALONE = 'group 2 trains alone: of its peers (0, 1, 3) none teaches'
         ({'teachers': []}, ALONE),
         ({'teachers': [], 'step': 50}, None),  # The end of burn-in.
         ({'teachers': [], 'peers': []}, None),
+        ({'teachers': [], 'phase': 'stopped'}, None),
+        (
+            {'phase': 'failed', 'reason': 'loss is\nnan'},
+            'group 2 has failed: loss is nan',
+        ),
         ({'teachers': [], 'phase': 'compiling'}, None),
         ({}, None),
     ],

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import pathlib
+import subprocess
 
 import churn_toy
 import pytest
@@ -281,7 +283,7 @@ MISTAKES = {
     ],
     'is no learning rate': ['--rates=fast'],
     '--all_reduce=1; expected two numbers': ['--all_reduce=1'],
-    '--step_times=none: No such file': ['--step_times=none'],
+    '/none: No such file': ['--step_times=none'],
     '--seeds=0; set it to 1 or more': ['--seeds=0'],
     'holds no study; train it first': ['--report_only', '--workdir={new}'],
     'acts nowhere': ['--gin=UNUSED=1', '--workdir={new}'],
@@ -440,6 +442,70 @@ def test_one_program_goes_on_where_all_seeds_have_a_checkpoint(
   assert status == 0, output
   curves = [places / x / 'report' / 'curves.csv' for x in ('whole', 'killed')]
   assert curves[0].read_text() == curves[1].read_text()
+
+
+# --- Several processes -------------------------------------------------------
+
+WORKER = """
+import os, pathlib, signal, sys, time
+ends = {ends}
+first = '--worker=0/2' in sys.argv
+leave = lambda *_: os._exit(ends[1])
+signal.signal(signal.SIGTERM, leave)
+if first:
+  pathlib.Path({workdir!r}, 'study.json').write_text('{{}}')
+  time.sleep(60)
+if ends[0] == 'killed':
+  os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.3)  # Until the other one has its handler.
+sys.exit(ends[0])
+"""
+
+
+ENDS = {
+    (75, 143): 75,
+    (143, 75): 75,
+    (143, 143): 143,
+    (1, 143): 1,
+    (75, 1): 1,
+    (70, 75): 70,
+    (75, 0): 75,
+    ('killed', 143): 75,
+    ('killed', 1): 1,
+}
+SUPERVISOR = """
+import os, sys
+from absl import flags
+from experiments import cli, reproduce
+reproduce.define_flags()
+for path in sys.argv[1:]:
+  cli.module_of = lambda binary: 'stand_in'
+  argv = ['reproduce', '--study=topology', f'--workdir={path}', '--jobs=2']
+  argv = flags.FLAGS(argv)
+  os.environ['PYTHONPATH'] = path
+  try:
+    print(cli.status_of(reproduce.main, argv))
+  except SystemExit as e:
+    print(e.code)
+"""
+
+
+def test_the_status_is_the_worst_of_all_processes(python, tmp_path):
+  """Of one that ends by itself, and of the other, which is asked to."""
+  paths = []
+  for i, ends in enumerate(ENDS):
+    paths.append(tmp_path / str(i))
+    paths[-1].mkdir()
+    code = WORKER.format(ends=ends, workdir=str(paths[-1]))
+    (paths[-1] / 'stand_in.py').write_text(code)
+  done = subprocess.run(
+      [python, '-c', SUPERVISOR, *map(str, paths)],
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+      timeout=60,
+  )
+  assert done.stdout.split('\n')[:-1] == [str(x) for x in ENDS.values()], done
 
 
 # --- Killed in the middle ----------------------------------------------------

@@ -122,9 +122,9 @@ def together(experiments, num_groups=2, devices=None):
       devices or jax.devices()[:1],
   )
   return {
-      (run.seed, g): (run, place.seat, stream, place.exchange)
+      (run.seed, g): (run, seat, stream, exchange)
       for run, of_seed in zip(experiments, places)
-      for g, place in enumerate(of_seed)
+      for g, (seat, exchange) in enumerate(of_seed)
   }
 
 

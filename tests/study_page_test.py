@@ -4,20 +4,25 @@ import contextlib
 import csv
 import html
 import io
+import itertools
 import os
 import re
 import subprocess
 import textwrap
 
 import golden_page
+import matplotlib
 import numpy as np
 import pytest
 import study_toy as toy
 
 from codistill_jax.statistics import Estimate
+from experiments.reports import plots
 from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import analysis, costs, study_page, study_plots, words
+from experiments.studies.catalogue import STUDIES
 from experiments.studies.costs import Latency
+from experiments.studies.study_plan import make_plan
 
 PNG = b'\x89PNG'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -282,7 +287,48 @@ def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():
   assert study_plots.point(found, late, 'steps_to_target') == (1000, None)
 
 
-def test_many_arms_on_an_axis_are_told_apart():
-  study, _ = scaling(both=(4, 8, 16, 32))
-  styles = [tuple(s.values()) for s in study_plots.styles_of(study).values()]
-  assert len(set(styles)) == len(styles) == 8
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that are saved, by name."""
+  figures, save = {}, plots.save
+
+  def keep(figure, name, *args):
+    figures[name] = figure
+    return save(figure, name, *args)
+
+  monkeypatch.setattr(plots, 'save', keep)
+  return figures
+
+
+def colours_of(figure):
+  return {
+      handle.get_label(): matplotlib.colors.to_hex(handle.get_color())
+      for handle in figure.legends[0].legend_handles
+  }
+
+
+SEVERAL_PLOTS = ['sgd_scaling', 'staleness', 'communication']
+
+
+@pytest.mark.parametrize('name', SEVERAL_PLOTS)
+def test_an_arm_has_one_colour_on_all_plots(tmp_path, drawn, name):
+  """And so has a series of arms, which have a shade of it each."""
+  study = make_plan(STUDIES[name], 'cpu').study
+  runs = []
+  for i, arm in enumerate(study.arms):
+    runs += toy.runs(arm.name, 2, speed=1 + i / 9, received=i * 1e4)
+  study_page.report(study, toy.settings(), runs, tmp_path)
+  plots_of = [colours_of(figure) for figure in drawn.values()]
+  assert len(plots_of) > 1
+  for ours, theirs in itertools.combinations(plots_of, 2):
+    both = (ours.keys() & theirs.keys()) - {'target'}
+    assert [ours[x] for x in both] == [theirs[x] for x in both]
+
+
+def test_many_arms_are_told_apart():
+  for study in STUDIES.values():
+    for scale in study.scales:
+      arms = make_plan(study, scale).study
+      styles = study_plots.styles_of(arms)
+      looks = {(style['color'], style['ls']) for style in styles.values()}
+      assert len(looks) == len(styles) == len(arms.arms)

@@ -148,6 +148,7 @@ BAD = {
     'one class': ({'label': 'one'}, '1 different values'),
     'rare': ({'label': 'rare'}, 'validation split have one label'),
     'infinite': ({'numeric': ['inf']}, "'inf' does not hold numbers"),
+    'huge': ({'numeric': ['huge']}, "'huge' does not hold numbers"),
     'nothing': ({'numeric': ['nan']}, "'nan' does not hold numbers"),
     'time': ({'numeric': ['time']}, "'time' does not hold numbers: .* a time"),
     'lists': ({'categorical': ['other']}, "'other' does not hold cat"),
@@ -163,6 +164,7 @@ def test_a_wrong_column_or_argument_is_one_line(frame, changes, words):
       one=1,
       rare=np.arange(ROWS) < 2,
       inf=np.inf,
+      huge=1e308,
       nan=np.nan,
       time=pd.Timestamp(0),
   )
@@ -181,7 +183,7 @@ def test_a_wrong_column_or_argument_is_one_line(frame, changes, words):
         ({'x': [], 'y': []}, ValueError),
         (b'', ValueError),
         (b'x,y\n1,0\n2,1,3\n', ValueError),  # A field more, in a row, in all.
-        (b'x,y\n1,0,3\n2,1,3\n', ValueError),
+        (b'x,y\n' + b'1,0,3\n2,1,3\n' * 9, ValueError),
         (b'x,y\n\xff,0\n', ValueError),
         (b'PAR1 and nothing', ValueError),
         (b'\x1f\x8b damaged', (ValueError, OSError)),

@@ -260,6 +260,28 @@ def test_validation_is_a_sequence_and_can_be_capped(data):
       batches[index]
 
 
+@pytest.mark.parametrize('batch_size', [1, 4, 16])
+@pytest.mark.parametrize('max_batches', [4, 12])
+def test_a_capped_validation_is_a_sample_of_the_split(batch_size, max_batches):
+  """Not its beginning: here the pieces rise from document to document."""
+  lengths = np.random.default_rng(0).integers(1, 30, 3000)
+  data = in_memory(unlike_documents(lengths))
+  capped = text.DocumentBatches(
+      data, batch_size, unroll=16, max_batches=max_batches
+  )
+  found = predictions(capped)[0]
+  room = max_batches * batch_size * 16
+  assert 0.7 * room < len(found) <= room
+  # Of a uniform distribution, whole documents counting as one draw.
+  places = np.array([a for a, _ in found if a > END_ID]) / sum(lengths)
+  documents = len(found) / 15
+  assert abs(places.mean() - 0.5) < 3.5 * np.sqrt(1 / 12 / documents)
+  again = text.DocumentBatches(
+      data, batch_size, unroll=16, max_batches=max_batches
+  )
+  np.testing.assert_array_equal(again[-1]['inputs'], capped[-1]['inputs'])
+
+
 @pytest.mark.parametrize(
     'options',
     [

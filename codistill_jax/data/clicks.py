@@ -200,7 +200,8 @@ def criteo_task(
 
   Args:
     data_dir: What `prepare_clicks` wrote.
-    max_eval_examples: Evaluate on the first so many rows of a split; None: all.
+    max_eval_examples: Evaluate on so many rows of a split, a fixed random
+      choice; None: all.
       Others: see `tables`.
   """
   if max_eval_examples is not None and max_eval_examples < 1:
@@ -221,8 +222,12 @@ def criteo_task(
 
   def split_of(data: prepared_files.Stack) -> examples.Split:
     rows = order.all_rows(len(data))
-    if data is not train and max_eval_examples:
-      rows = rows.first(max_eval_examples)
+    if (
+        data is not train
+        and max_eval_examples
+        and max_eval_examples < len(data)
+    ):
+      rows = order.listed_rows(order.subset(len(data), max_eval_examples)[0])
     return examples.Split(read_mapped(data, encoder), rows)
 
   return tables.make_task(

@@ -341,7 +341,7 @@ def prepare_clicks(
     max_lines: int | None = None,
     shard_lines: int = DEFAULT_SHARD_LINES,
     source_checksums: str | None = None,
-    max_rejected: float = prepare.DEFAULT_MAX_REJECTED,
+    max_rejected: float = 0.05,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def prepare_clicks(
 
   Args:
     output: Directory of the data; made if missing.
-    source: 'criteo:PATH_OR_GLOB', of files that may end in .gz.
+    source: 'criteo:PATH_OR_GLOB'.
     split: 'time' or 'hash'; see the head of this file.
     source_checksums: --checksums.
     report: Takes a line about what goes on. All others: as the flags of the

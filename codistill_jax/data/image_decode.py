@@ -31,6 +31,7 @@ _CROP_TRIES = 10
 CROP_DRAWS = 2 * _CROP_TRIES  # Then 2 for the place, 1 for the flip, 1 unused.
 RESIZED_CROP_DRAWS = CROP_DRAWS + 4
 PAD_CROP_DRAWS = 4
+_AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # Of random parts.
 
 Box = tuple[float, float, float, float]  # Left, top, right, bottom; pixels.
 _NAMED = 20  # Images that are named in the log; the others are counted.
@@ -340,47 +341,39 @@ def random_resized_box(
     width: int,
     height: int,
     draws_K: np.ndarray,
-    *,
-    area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
   """Returns a random part of an image, to be resized to a square.
 
-  The augmentation of Szegedy et al. 2015 that Goyal et al. 2017 use: area
-  uniform, aspect ratio log-uniform. What does not fit into the image is drawn
-  again, up to 10 times; then the largest centred part of a permitted aspect.
+  The augmentation of Szegedy et al. 2015 that Goyal et al. 2017 use: 8 % to all
+  of the area, uniform, width / height from 3 / 4 to 4 / 3, log-uniform. What
+  does not fit into the image is drawn again, up to 10 times; then the largest
+  centred part of a permitted aspect.
 
   Args:
     width: Of the image, in pixels.
     height: Of the image, in pixels.
     draws_K: Uniform in [0, 1); RESIZED_CROP_DRAWS of them.
-    area: Range of the part's share of the image.
-    aspect: Range of width / height.
 
   Returns:
     Whole pixels, at least one each way.
   """
   tries = draws_K[:CROP_DRAWS].reshape(-1, 2)
-  areas = width * height * (area[0] + (area[1] - area[0]) * tries[:, 0])
-  low, high = np.log(aspect)
+  areas = width * height * (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[:, 0])
+  low, high = np.log(_ASPECT)
   ratios = np.exp(low + (high - low) * tries[:, 1])
   widths = np.rint(np.sqrt(areas * ratios)).astype(int)
   heights = np.rint(np.sqrt(areas / ratios)).astype(int)
   fits = (widths <= width) & (heights <= height)
   fits &= (widths > 0) & (heights > 0)
   if not fits.any():
-    return _largest_box(width, height, aspect)
+    w = max(1, min(width, round(height * _ASPECT[1])))
+    h = max(1, min(height, round(width / _ASPECT[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
   first = int(np.argmax(fits))
   w, h = int(widths[first]), int(heights[first])
   left = int(draws_K[CROP_DRAWS] * (width - w + 1))
   top = int(draws_K[CROP_DRAWS + 1] * (height - h + 1))
-  return left, top, left + w, top + h
-
-
-def _largest_box(width: int, height: int, aspect: tuple[float, float]) -> Box:
-  w = max(1, min(width, round(height * aspect[1])))
-  h = max(1, min(height, round(width / aspect[0])))
-  left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
 
 

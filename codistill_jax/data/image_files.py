@@ -374,6 +374,11 @@ def read_hugging_face(
         f'Column {label_key!r} of {where} is {label_feature}; expected class'
         ' labels with names. Cast it, or choose another with label_key.'
     )
+  if not isinstance(rows.features[image_key], datasets.Image):
+    raise ValueError(
+        f'Column {image_key!r} of {where} is {rows.features[image_key]};'
+        ' expected images. Cast it, or choose another with image_key.'
+    )
   column = rows.select_columns([label_key]).with_format('arrow')[:][label_key]
   labels = column.to_numpy()
   names = tuple(label_feature.names)

@@ -36,7 +36,6 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -190,12 +189,13 @@ def image_folder_task(
         *(root, ', '.join(map(image_files.printable, sorted(there - used)))),
     )
   read = functools.partial(image_files.read_folder, classes=train.classes)
-  return _task_of_files(
+  return _task(
       'image_folder',
       train,
       validation and read(root / validation),
       test and (lambda: read(test)),
-      (size, resize, workers, max_damaged),
+      _decoded(size, resize, workers, max_damaged),
+      image_decode.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
 
@@ -242,12 +242,13 @@ def hugging_face_images_task(
   for other in (validation, test):
     if other and other.classes != train.classes:
       raise ValueError(f'The splits of {name} do not have the same classes.')
-  return _task_of_files(
+  return _task(
       name,
       train,
       validation,
       test and (lambda: test),
-      (size, resize, workers, max_damaged),
+      _decoded(size, resize, workers, max_damaged),
+      image_decode.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
 
@@ -296,29 +297,18 @@ def task_in_memory(
   )
 
 
-def _task_of_files(
-    name: str,
-    train: image_decode.Encoded,
-    validation: image_decode.Encoded | None,
-    test: Callable[[], image_decode.Encoded] | None,
-    decoding: tuple[int, int, int | None, float],
-    *how: Any,
-) -> base.Task:
-  size, resize, workers, max_damaged = decoding
-
-  def reader(data: image_decode.Encoded) -> Callable[..., base.Batch]:
-    return image_decode.EncodedImages(
-        data,
-        size=size,
-        resize=resize,
-        mean=_IMAGENET[0],
-        std=_IMAGENET[1],
-        workers=workers,
-        max_damaged=max_damaged,
-    ).read
-
-  draws = image_decode.RESIZED_CROP_DRAWS
-  return _task(name, train, validation, test, reader, draws, *how)
+def _decoded(
+    size: int, resize: int, workers: int | None, max_damaged: float
+) -> Callable[[image_decode.Encoded], Callable[..., base.Batch]]:
+  return lambda data: image_decode.EncodedImages(
+      data,
+      size=size,
+      resize=resize,
+      mean=_IMAGENET[0],
+      std=_IMAGENET[1],
+      workers=workers,
+      max_damaged=max_damaged,
+  ).read
 
 
 def _task(
@@ -337,6 +327,11 @@ def _task(
   num_classes = len(data.classes)
 
   def split(part: _Images) -> examples.Split:
+    if part.labels.min() == part.labels.max():
+      raise ValueError(
+          f'{name}: all {len(part.labels):,} images of a split are of the class'
+          f' {part.classes[part.labels[0]]!r}; there is nothing to tell apart.'
+      )
     rows = order.all_rows(len(part.labels))
     return examples.Split(reader(part), rows, num_draws, held=True)
 

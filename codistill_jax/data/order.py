@@ -26,7 +26,7 @@ Bijection = Callable[[np.ndarray], np.ndarray]
 _PARTITION_KEYS = {False: 3, True: 1}
 _EPOCH_KEYS = {False: 4, True: 2}
 _SPLIT_KEY = 5
-_SUBSET_KEY = 12
+SUBSET_KEY = 12
 
 _ROUNDS = 6
 
@@ -139,10 +139,6 @@ class Rows(NamedTuple):
     """Returns all row numbers in order, int64 (size,)."""
     return self.row_of(np.arange(self.size))
 
-  def first(self, count: int) -> 'Rows':
-    """Returns the first `count` of them, or all if there are fewer."""
-    return Rows(min(count, self.size), self.row_of)
-
 
 def all_rows(num_rows: int) -> Rows:
   """Returns all rows, in order."""
@@ -236,7 +232,7 @@ def subset(
   Returns:
     Both in rising order, int64.
   """
-  order = permutation(size, (_SUBSET_KEY, seed))
+  order = permutation(size, (SUBSET_KEY, seed))
   return np.sort(order[:count]), np.sort(order[count:])
 
 

@@ -51,7 +51,6 @@ from codistill_jax.storage import files, leases
 
 SETTINGS = 'settings.json'
 PIECES = 'pieces'
-DEFAULT_MAX_REJECTED = 0.05
 _SECONDS_BETWEEN_LINES = 10.0
 _REST_OF_A_FILE = ('damaged_file', 'unnumbered', 'missing_paragraphs')
 

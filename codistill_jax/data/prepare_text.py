@@ -64,7 +64,7 @@ def prepare_text(
     paragraphs_sha256: str | None = None,
     paragraph_unit: str = 'line',
     source_checksums: str | None = None,
-    max_rejected: float = prepare.DEFAULT_MAX_REJECTED,
+    max_rejected: float = 0.05,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:

@@ -222,12 +222,22 @@ def check_source(paths: Sequence[epath.Path], list_path: str) -> int:
 
   Raises:
     FileNotFoundError: If there is no such list.
-    ValueError: If the list is malformed or contradicts itself; if a file is not
-      listed, or differs.
+    ValueError: If the list is malformed; if a file is not listed, or differs.
   """
   list_path = epath.Path(list_path).expanduser()
   listed = _read_list(list_path)
-  expected = [_listed(path, listed, list_path) for path in paths]
+  expected = []
+  for path in paths:
+    names = [str(path), path.name]
+    if path.is_relative_to(list_path.parent):
+      names.insert(0, str(path.relative_to(list_path.parent)))
+    known = [listed[name] for name in names if name in listed]
+    if not known:
+      raise ValueError(
+          f'{list_path} has no checksum of {path}; add it with sha256sum, or'
+          ' leave --checksums out.'
+      )
+    expected.append(known[0])
   size = 0
   # Hashing leaves the interpreter free.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -247,33 +257,12 @@ def _read_list(path: epath.Path) -> dict[str, str]:
   """Reads a list that `sha256sum` wrote: file name -> SHA-256."""
   found = {}
   for number, line in enumerate(path.read_text().splitlines(), 1):
-    if not line.strip() or line.startswith('#'):
-      continue
     match = _LINE.fullmatch(line)
-    if not match:
+    if match:
+      found[match[2].removeprefix('./')] = match[1].lower()
+    elif line.strip() and not line.startswith('#'):
       raise ValueError(
           f'{path}, line {number}: expected a SHA-256, two spaces and a file'
           ' name, as sha256sum writes them.'
       )
-    name, digest = match[2], match[1].lower()
-    if found.setdefault(name, digest) != digest:
-      raise ValueError(
-          f'{path}, line {number}: {name} has another SHA-256 in a line before;'
-          ' leave in the right one.'
-      )
   return found
-
-
-def _listed(
-    path: epath.Path, listed: dict[str, str], list_path: epath.Path
-) -> str:
-  names = [str(path), path.name]
-  if path.is_relative_to(list_path.parent):
-    names.insert(0, str(path.relative_to(list_path.parent)))
-  for name in [*names, *(f'./{name}' for name in names)]:
-    if name in listed:
-      return listed[name]
-  raise ValueError(
-      f'{list_path} has no checksum of {path}; add it with sha256sum, or leave'
-      ' --checksums out.'
-  )

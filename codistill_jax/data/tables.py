@@ -50,6 +50,7 @@ MISSING = 0  # A raw category that is none.
 
 # How tables write that a number is missing.
 _NO_NUMBER = ('', '?', 'NA', 'N/A', 'NaN', 'nan', 'NULL', 'null', 'None')
+_HUGE = 1e100  # The squares of larger numbers overflow in a sum.
 
 Counts = tuple[np.ndarray, np.ndarray]  # Values rising, and how often each.
 
@@ -318,7 +319,7 @@ def read_table(table: Any, columns: Sequence[str]) -> Any:
       table = _read_file(os.path.expanduser(table))
     elif hasattr(table, 'to_pandas'):
       # Images and the like are not decoded to be left out.
-      known = set(getattr(table, 'column_names', columns))
+      known = set(getattr(table, 'column_names', None) or columns)
       if hasattr(table, 'select_columns') and known.issuperset(columns):
         table = table.select_columns(list(columns))
       table = table.to_pandas()
@@ -390,13 +391,15 @@ def _numbers(column: Any) -> np.ndarray:
   import pandas as pd
 
   try:
-    if column.dtype.kind in 'mM':
-      raise ValueError(f'{column.iloc[0]} is a time')
+    if column.dtype.kind in 'mMc':
+      raise ValueError(f'{column.iloc[0]} is a time, or complex')
     if not pd.api.types.is_numeric_dtype(column):
       column = column.where(~column.isin(_NO_NUMBER))
     numbers = pd.to_numeric(column).to_numpy(np.float64, na_value=np.nan)
-    if not np.isfinite(numbers).any() or np.isinf(numbers).any():
-      raise ValueError('some are infinite, or all are missing')
+    if not np.nanmax(np.abs(numbers), initial=-1) < _HUGE:
+      raise ValueError(f'some are {_HUGE} or more')
+    if np.isnan(numbers).all():
+      raise ValueError('all are missing')
   except (ValueError, TypeError) as e:
     raise ValueError(
         f'Column {column.name!r} does not hold numbers: {one_line(e)}; make it'

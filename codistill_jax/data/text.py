@@ -188,7 +188,8 @@ class DocumentBatches(Sequence):
       data: The validation split.
       batch_size: B.
       unroll: T.
-      max_batches: Stop after so many batches; None: the whole split.
+      max_batches: At most so many, of a random choice of the documents, the
+        same always; None: the whole split.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -202,7 +203,16 @@ class DocumentBatches(Sequence):
         raise ValueError(f'{name} must be 1 or more; got {value}.')
     self._data = data
     self._unroll = unroll
-    lanes = _deal(data.lengths, batch_size)
+    documents = np.arange(len(data))
+    if max_batches is not None:
+      # The first of each lane would be other documents than the rest.
+      documents = order.permutation(len(data), (order.SUBSET_KEY, 0))
+      before_D = np.cumsum(data.lengths[documents]) - data.lengths[documents]
+      room = max_batches * batch_size * unroll
+      documents = np.sort(documents[before_D < room])
+    lanes = [
+        documents[lane] for lane in _deal(data.lengths[documents], batch_size)
+    ]
     self._reading = _read_in_order(data, np.concatenate(lanes))
     lane_lengths = np.asarray([data.lengths[lane].sum() for lane in lanes])
     self._ends = np.cumsum(lane_lengths)
@@ -251,8 +261,8 @@ def language_model_task(
     unroll: T, word pieces at a time.
     partition: 'shared' or 'disjoint': how groups divide the documents.
     seed: Of the order of documents and of the partition.
-    max_eval_batches: Evaluate on so many batches; None: the whole validation
-      split.
+    max_eval_batches: Evaluate on at most so many batches, of a fixed random
+      choice of documents; None: the whole validation split.
 
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.

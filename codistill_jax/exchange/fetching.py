@@ -603,19 +603,24 @@ class Lockstep:
       slot = slot or reader.read_if_there(peer, step)
       if means.agreement.all_true(np.array(slot is not None)):
         return slot
+      means.store.raise_failure()
       newest = reader.newest(peer, None)
       now = time.monotonic()
-      if newest is None or newest < step or reader.is_bad(peer, step):
+      in_vain = means.store.failure(peer)
+      if in_vain is not None:
+        in_vain = f'group {peer} has ended: {in_vain}'
+      elif newest is None or newest < step or reader.is_bad(peer, step):
         overtaken = None
       elif overtaken is None:
         overtaken = now
       elif now - overtaken > limit:
-        raise FileNotFoundError(
+        in_vain = (
             f'group {peer} has published step {newest} but not, or no longer,'
             f' step {step}, which lockstep asks for; all groups need the same'
             ' every, and publications must not be deleted by hand'
         )
-      means.waiting.go_on(start, self._why(peer, step, newest), means.agreement)
+      why = self._why(peer, step, newest)
+      means.waiting.go_on(start, why, means.agreement, in_vain)
       means.store.wait(means.patience.poll)
 
   def _why(self, peer: int, step: int, newest: int | None) -> str:

@@ -48,6 +48,10 @@ class StaleError(ValueError):
   """A teacher is older than allowed, and the policy is to fail."""
 
 
+class PeerError(ValueError):
+  """What lockstep asks of a peer will never come."""
+
+
 class Exchange(Protocol):
   """How one group gives its variables to its peers and gets theirs.
 
@@ -93,6 +97,7 @@ class Exchange(Protocol):
 
     Raises:
       TimeoutError: In lockstep, if a peer does not publish in time.
+      PeerError: In lockstep, if it never will.
       Interrupted: While waiting, if the process was asked to stop.
       StaleError: If a teacher is too old and the policy is `fail`.
       checkpoints.MismatchError: In lockstep, if a peer trains something else.
@@ -244,19 +249,34 @@ class Waiting:
   timeout_seconds: float = 600.0
   interrupted: Callable[[], bool] = lambda: False
 
-  def go_on(self, start: float, why: str, agreement: Agreement) -> None:
+  def go_on(
+      self,
+      start: float,
+      why: str,
+      agreement: Agreement,
+      in_vain: str | None = None,
+  ) -> None:
     """Checks a wait that has begun at `start` (monotonic).
+
+    Args:
+      start: When it began.
+      why: What is waited for.
+      agreement: How the processes of the group decide together.
+      in_vain: Why it will never come, if that is known.
 
     Raises:
       Interrupted, TimeoutError: With `why`.
+      PeerError: With `in_vain`.
     """
     late = time.monotonic() - start >= self.timeout_seconds
     # Together: a process that went on alone would wait for the others.
-    go_on, in_time = agreement.all_true(
-        np.array([not self.interrupted(), not late])
+    go_on, hopeful, in_time = agreement.all_true(
+        np.array([not self.interrupted(), in_vain is None, not late])
     )
     if not go_on:
       raise Interrupted(f'stopped while waiting: {why}')
+    if not hopeful:
+      raise PeerError(in_vain or f'in vain: {why}')
     if not in_time:
       raise TimeoutError(f'after {self.timeout_seconds:g} s of waiting: {why}')
 

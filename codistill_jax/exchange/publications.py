@@ -90,6 +90,23 @@ def write(
   return dataclasses.replace(publication, num_bytes=_size(record.leaves))
 
 
+def check_form(
+    publication: Publication, variables: Variables, like: Variables
+) -> None:
+  """Raises MismatchError unless the variables have the leaves of `like`."""
+  checkpoints.check_match(
+      f'what group {publication.group_id} has at step {publication.step}',
+      identity={},
+      leaves=checkpoints.describe(_as_dict(variables)),
+      our_identity={},
+      like=_as_dict(like),
+      advice=(
+          'give all groups one model, whose parameters and state keep their'
+          ' structure, shapes and dtypes'
+      ),
+  )
+
+
 def check_finite(publication: Publication, variables: Variables) -> None:
   """Raises FloatingPointError if no peer should learn from the variables."""
   for path, x in checkpoints.flatten(_as_dict(variables)):
@@ -178,6 +195,7 @@ def load_sound(
     theirs: Mapping[str, str],
     ours: Mapping[str, str],
     part: str | None = None,
+    advice: str = 'give all groups the same model, task and prepared data',
 ) -> PyTree:
   """Reads the arrays of a checkpoint for a model to predict with.
 
@@ -190,6 +208,7 @@ def load_sound(
     theirs: The identity of its writer.
     ours: That of this process.
     part: As of `checkpoints.load_tree`.
+    advice: What to do about another architecture or task, in the error.
 
   Raises:
     MismatchError: If it is of another architecture or task.
@@ -207,7 +226,7 @@ def load_sound(
       ],
       our_identity=ours,
       like=like,
-      advice='give all groups the same model, task and prepared data',
+      advice=advice,
       any_float=True,
   )
   tree = checkpoints.load_tree(directory, step, record, like, part)

@@ -71,6 +71,8 @@ class StoreExchange:
     self.peers = plan.peers_of(group_id, num_groups)
     self._store = store
     self._group_id = group_id
+    self._step = 0  # That the run has come to.
+    self._closed = False
     self._plan = plan
     self._identity = dict(identity)
     self._speaks = agreement.is_primary and plan.mode == 'freshest'
@@ -105,13 +107,31 @@ class StoreExchange:
   ) -> bool:
     if not self.due(step):
       return False
-    check_finite(self._group_id, step, metrics)
+    self._go_on(step)
     publication = Publication(self._group_id, step, time.time(), self._identity)
+    try:
+      check_finite(self._group_id, step, metrics)
+      self._store.check(publication, variables)
+    except (FloatingPointError, ValueError) as e:
+      self._store.fail(e)
+      raise
     copy = host_copy(variables, into=self._store.spare())
     self._store.write(publication, copy)
     return True
 
+  def _go_on(self, step: int) -> None:
+    """Raises ValueError unless `step` is of the run that this is for."""
+    if step < self._step or self._closed:
+      closed = ' after it was closed' if self._closed else ''
+      raise ValueError(
+          f'the exchange of group {self._group_id} has served a run up to step'
+          f' {self._step}, and is asked for step {step}{closed}; make new'
+          ' exchanges for another run, of all its groups'
+      )
+    self._step = step
+
   def fetch(self, step: int) -> Teachers | None:
+    self._go_on(step)
     if not self.peers:
       return None
     self._fetching.fetch(step)
@@ -121,6 +141,7 @@ class StoreExchange:
     return shown
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
+    self._go_on(step)
     self._store.restore(self.peers, self._plan.keep_from(step), step)
     self._fetching.restore(dict(zip(self.peers, teacher_steps)))
     self._teaching.show(step)
@@ -142,6 +163,7 @@ class StoreExchange:
 
   def close(self) -> None:
     """Waits for publications under way; raises what the last one raised."""
+    self._closed = True
     try:
       self._fetching.close()
     finally:
@@ -269,7 +291,7 @@ def memory_exchanges(
         mirrored=keep,
         **shared,
     )
-    return MemoryStore(board, plan, directory)
+    return MemoryStore(board, group_id, plan, directory)
 
   return [
       StoreExchange(

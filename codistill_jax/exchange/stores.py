@@ -31,6 +31,7 @@ from codistill_jax.storage.background import (
 
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
+FAILED_FILE = 'failed.json'
 _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
 
 
@@ -62,12 +63,24 @@ class Store(Protocol):
       OSError: If the file system refuses to give it.
     """
 
+  def check(self, publication: Publication, variables: Variables) -> None:
+    """Raises ValueError if peers could not use it, by its leaves alone."""
+
   def write(self, publication: Publication, variables: Variables) -> None:
     """Takes one publication, and its numpy arrays for good.
 
     Raises:
       What writing before has raised, unless the file system only refused.
     """
+
+  def raise_failure(self) -> None:
+    """Raises what writing has raised, as `write` would."""
+
+  def fail(self, error: Exception) -> None:
+    """Tells the peers why this group will publish no more."""
+
+  def failure(self, group_id: int) -> str | None:
+    """Returns why a group publishes no more, or None if it may."""
 
   def spare(self) -> Variables | None:
     """Returns arrays whose memory the next publication may take, if any."""
@@ -116,6 +129,7 @@ class DirectoryStore(Store):
 
       <root>/group_<id>/restart_step.json  where a restart may begin
       <root>/group_<id>/reading.json       what is being read at this moment
+      <root>/group_<id>/failed.json        why the group publishes no more
   """
 
   at_hand = False
@@ -185,6 +199,7 @@ class DirectoryStore(Store):
       )
     try:
       if writes:
+        files.remove(self._directory / FAILED_FILE)
         checkpoints.delete_torn(self._directory)
     except BaseException:
       self._release()
@@ -240,6 +255,25 @@ class DirectoryStore(Store):
     if self._plan.mode == 'lockstep':
       self._unwritten.add(publication.step)
     self._writer.put(publication.step, (publication, variables))
+
+  def check(self, publication: Publication, variables: Variables) -> None:
+    publications.check_form(publication, variables, self._like)
+
+  def raise_failure(self) -> None:
+    self._writer.raise_failure()
+
+  def fail(self, error: Exception) -> None:
+    with self._troubles.noted('telling peers of an error'):
+      reason = files.one_line(error)
+      files.write_json(self._directory / FAILED_FILE, {'reason': reason})
+
+  def failure(self, group_id: int) -> str | None:
+    directory = publications.group_directory(self.root, group_id)
+    try:
+      written = files.read_json(directory / FAILED_FILE) or {}
+    except (OSError, ValueError):
+      return None
+    return written.get('reason')
 
   def spare(self) -> Variables | None:
     # Nobody needs what the next one is newer than; it goes before the copy.
@@ -326,15 +360,16 @@ class DirectoryStore(Store):
             publication,
             cast_floats(variables, self._plan.publish_dtype),
         )
-    except (FloatingPointError, leases.LostError):
-      raise
-    except Exception as e:  # Whatever a library makes of a disk that fails.
+    except OSError:
       self._failures += 1
       # The file system may be full of publications that readers have left.
       self._prune()
-      if isinstance(e, OSError):
-        raise
-      raise OSError(f'{type(e).__name__}: {e}') from e
+      raise
+    except leases.LostError:
+      raise
+    except Exception as e:  # No later try would do better.
+      self.fail(e)
+      raise
     self._unwritten.discard(step)
     self._spare = variables
     self._prune()
@@ -437,6 +472,8 @@ class Board:
     self.keep = keep
     self.changed = threading.Condition()
     self.shelves: list[dict[int, Slot]] = [{} for _ in range(num_groups)]
+    self.failures: dict[int, str] = {}
+    self.like: Variables | None = None  # What all groups publish, by example.
 
   def put(self, publication: Publication, variables: Variables) -> None:
     """Adds a publication; the oldest goes where there are too many."""
@@ -463,8 +500,15 @@ class MemoryStore(Store):
   reading = staticmethod(contextlib.nullcontext)
   turn = staticmethod(contextlib.nullcontext)
 
-  def __init__(self, board: Board, plan: Plan, mirror: Store | None = None):
+  def __init__(
+      self,
+      board: Board,
+      group_id: int,
+      plan: Plan,
+      mirror: Store | None = None,
+  ):
     self._board = board
+    self._group_id = group_id
     self._plan = plan
     self._mirror = mirror = mirror or _Nowhere()
     self._num_bytes = 0
@@ -486,9 +530,28 @@ class MemoryStore(Store):
       )
     return slot
 
+  def check(self, publication: Publication, variables: Variables) -> None:
+    if self._board.like is None:
+      self._board.like = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables
+      )
+    publications.check_form(publication, variables, self._board.like)
+
+  def fail(self, error: Exception) -> None:
+    with self._board.changed:
+      self._board.failures[self._group_id] = files.one_line(error)
+      self._board.changed.notify_all()
+
+  def failure(self, group_id: int) -> str | None:
+    return self._board.failures.get(group_id)
+
   def write(self, publication: Publication, variables: Variables) -> None:
     variables = cast_floats(variables, self._plan.publish_dtype)
-    publications.check_finite(publication, variables)
+    try:
+      publications.check_finite(publication, variables)
+    except FloatingPointError as e:
+      self.fail(e)
+      raise
     self._num_bytes = sum(x.nbytes for x in jax.tree.leaves(variables))
     self._board.put(publication, variables)
     self._mirror.write(publication, variables)

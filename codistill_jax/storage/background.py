@@ -10,8 +10,9 @@ interpreter ends: one that hangs in a dead network disk would keep the process
 alive for ever.
 """
 
+import atexit
 import collections
-import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import dataclasses
 import math
@@ -229,6 +230,11 @@ class BackgroundWriter:
     """
     with self._changed:
       self.raise_failure()
+      if self._closed:
+        raise ValueError(
+            f'{self._doing} of step {step}, after it was closed; make a new'
+            ' one for another run'
+        )
       if self._has(step):
         return
       self._make_room()
@@ -392,7 +398,8 @@ class BackgroundWriter:
     pause = self._patience.retry
     while True:
       try:
-        self._write(work.step, work.item)
+        with _at_work():
+          self._write(work.step, work.item)
       except OSError as e:
         self._troubles.failed(self._doing, e)
         with self._changed:
@@ -420,6 +427,34 @@ class BackgroundWriter:
     return False
 
 
+# What is at work in a thread, by its end.
+_AT_WORK: set[threading.Event] = set()
+_AT_EXIT_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+  end = threading.Event()
+  _AT_WORK.add(end)
+  try:
+    yield
+  finally:
+    _AT_WORK.discard(end)
+    end.set()
+
+
+def _let_finish() -> None:
+  # A thread that the interpreter ends in the middle of C++ aborts the process.
+  start = time.monotonic()
+  for end in list(_AT_WORK):
+    end.wait(max(0.0, start + _AT_EXIT_SECONDS - time.monotonic()))
+
+
+# Before the thread pools of others are shut (for which that module has to be
+# loaded first), if there is a way to.
+getattr(threading, '_register_atexit', atexit.register)(_let_finish)
+
+
 def submit(
     function: Callable[..., Any], *args: Any, inline: bool = False
 ) -> concurrent.futures.Future:
@@ -428,7 +463,9 @@ def submit(
 
   def run() -> None:
     try:
-      future.set_result(function(*args))
+      with _at_work():
+        result = function(*args)
+      future.set_result(result)
     except BaseException as e:  # Raised by `result`.
       future.set_exception(e)
 

@@ -48,9 +48,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 from etils import epath
-from flax import traverse_util
 
 from codistill_jax.base import PyTree
 from codistill_jax.storage import files
@@ -131,19 +131,32 @@ def describe(tree: PyTree) -> tuple[Leaf, ...]:
   """Returns the leaves of a tree of arrays or shapes, without checksums.
 
   Raises:
-    ValueError: If one is of a type that a checkpoint cannot hold.
+    ValueError: If a checkpoint cannot hold one, or tell two of them apart.
   """
-  return tuple(_describe(path, x) for path, x in flatten(tree))
+  leaves = tuple(_describe(path, x) for path, x in flatten(tree))
+  names: dict[str, str] = {}
+  for leaf in leaves:
+    other = names.setdefault(leaf.path.replace('/', '.'), leaf.path)
+    if other is not leaf.path:
+      raise ValueError(
+          f'{leaf.path} and {other} have one name in a checkpoint; rename one'
+      )
+  return leaves
 
 
 def _describe(path: str, x: Any) -> Leaf:
-  if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return Leaf(path, tuple(x.shape), np.dtype(x.dtype).name)
-  if str(x.dtype) not in _KEYS:
+  try:
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      name = np.dtype(x.dtype).name
+      ts.dtype(name)
+      return Leaf(path, tuple(x.shape), name)
+    _KEYS[str(x.dtype)]
+  except (ValueError, KeyError):
     raise ValueError(
-        f'{path} is a random key of type {x.dtype}, which cannot be saved; use'
-        f' one of {", ".join(_KEYS.values())}'
-    )
+        f'{path} is an array of type {x.dtype}, which a checkpoint cannot hold;'
+        ' make it one of numbers, or a random key of type'
+        f' {", ".join(_KEYS.values())}'
+    ) from None
   return Leaf(path, jax.eval_shape(jax.random.key_data, x).shape, str(x.dtype))
 
 
@@ -185,7 +198,7 @@ def save(
   Raises:
     OSError: If the file system refuses; then the step is not there.
     DamagedError: If what was written cannot be read back; likewise.
-    ValueError: If an array is of a type that a checkpoint cannot hold.
+    ValueError: If a checkpoint cannot hold it; see `describe`.
   """
   leaves, tree = describe(tree), jax.tree.map(_numbers, tree)
   leaves = tuple(
@@ -267,7 +280,8 @@ def load_tree(
 
   def read() -> PyTree:
     with _verified_arrays(path, record) as arrays:
-      tree = _restore(arrays, target, partial=part is not None)
+      tree = _restore(arrays, _without_empty(target), partial=part is not None)
+    tree = jax.tree.map(lambda x, y: y if x.size else x, target, tree)
     _check_leaves(path, leaves, tree)
     return tree
 
@@ -397,21 +411,25 @@ def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
 
 def _read_back(path: epath.Path, tree: PyTree) -> None:
   """Raises DamagedError unless orbax finds what it has written."""
-  flat = traverse_util.flatten_dict(tree)
-  while flat:
+  leaves, treedef = jax.tree.flatten(tree)
+  names = [name for name, _ in flatten(tree)]
+  start = 0
+  while start < len(leaves):
     # In pieces: training needs the memory.
-    batch, size = {}, 0
-    while flat and size < _BATCH_BYTES:
-      name, x = flat.popitem()
-      batch[name], size = x, size + x.nbytes
+    end, size = start, 0
+    while end < len(leaves) and size < _BATCH_BYTES:
+      end, size = end + 1, size + leaves[end].nbytes
+    target = treedef.unflatten(
+        x if start <= n < end else ocp.PLACEHOLDER for n, x in enumerate(leaves)
+    )
     try:
-      found = _restore(path, traverse_util.unflatten_dict(batch), partial=True)
+      found = jax.tree.leaves(_restore(path, target))
     except Exception as e:  # Whatever a library makes of what it finds.
       raise DamagedError(f'it cannot be read back: {files.one_line(e)}') from e
-    found = traverse_util.flatten_dict(found)
-    for name, x in batch.items():
-      if _checksum(found[name]) != _checksum(x):
-        raise DamagedError(f'{"/".join(name)} is read back as other numbers')
+    for n in range(start, end):
+      if _checksum(found[n]) != _checksum(leaves[n]):
+        raise DamagedError(f'{names[n]} is read back as other numbers')
+    start = end
 
 
 @contextlib.contextmanager
@@ -683,11 +701,15 @@ _SAID = {
 }
 
 
+def _without_empty(tree: PyTree) -> PyTree:
+  """Drops arrays of size 0, which orbax refuses; the record tells all."""
+  return jax.tree.map(lambda x: x if x.size else {}, tree)
+
+
 def _save(path: epath.Path, tree: PyTree) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    # Orbax knows no arrays of size 0; the record has all there is of them.
-    arrays = jax.tree.map(lambda x: x if x.size else {}, tree)
+    arrays = _without_empty(tree)
     with (
         _SAVING,
         _quiet(),
@@ -707,24 +729,27 @@ def _save(path: epath.Path, tree: PyTree) -> None:
     raise refusal from e
 
 
-def _restore(path: epath.Path, target: PyTree, *, partial: bool) -> PyTree:
-  arrays = jax.tree.map(lambda x: x if x.size else {}, target)
+def _restore(
+    path: epath.Path, target: PyTree, *, partial: bool = False
+) -> PyTree:
   with (
       _quiet(),
       _plainly_named(path) as plain,
       _checkpointer() as checkpointer,
   ):
-    found = checkpointer.restore(
+    return checkpointer.restore(
         plain,
         ocp.args.PyTreeRestore(
-            arrays,
+            target,
             restore_args=jax.tree.map(
-                lambda x: ocp.RestoreArgs(np.ndarray, dtype=x.dtype), arrays
+                lambda x: ocp.RestoreArgs(
+                    np.ndarray, dtype=getattr(x, 'dtype', None)
+                ),
+                target,
             ),
             partial_restore=partial,
         ),
     )
-  return jax.tree.map(lambda x, y: y if x.size else x, target, found)
 
 
 def _checkpointer() -> ocp.Checkpointer:

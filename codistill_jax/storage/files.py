@@ -54,6 +54,32 @@ def absolute(path: PathLike) -> str:
   return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def check_writable(directory: PathLike) -> None:
+  """Makes a directory; raises ValueError if that will never be possible.
+
+  What may pass, such as a full disk, is no error.
+  """
+  directory = epath.Path(directory)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / '.probe'
+    probe.write_bytes(b'')
+    probe.unlink(missing_ok=True)
+  except OSError as e:
+    if isinstance(e, _REFUSED) or e.errno in (errno.EROFS, errno.ENAMETOOLONG):
+      raise ValueError(
+          f'{directory} cannot be written ({e.strerror}); choose another'
+          ' directory, or see to its permissions'
+      ) from e
+
+
+_REFUSED = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+)
+
 # --- Errors ------------------------------------------------------------------
 
 
@@ -233,10 +259,13 @@ def _client(path: epath.Path) -> Any:
 # --- JSON --------------------------------------------------------------------
 
 
-def write_json(path: PathLike, tree: Any) -> None:
-  """Replaces a file by `tree` as JSON; NaN and infinities become strings."""
+def write_json(path: PathLike, tree: Any, *, sync: bool = False) -> None:
+  """Replaces a file by `tree` as JSON; NaN and infinities become strings.
+
+  `sync` as of `write_bytes`.
+  """
   text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
-  write_bytes(path, (text + '\n').encode())
+  write_bytes(path, (text + '\n').encode(), sync=sync)
 
 
 def read_json(path: PathLike) -> dict[str, Any] | None:

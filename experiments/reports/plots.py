@@ -6,6 +6,7 @@ needs matplotlib, but none of its interactive backends.
 """
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,10 +21,12 @@ from matplotlib.ticker import MaxNLocator
 from .pages import Plot
 from .run_records import EMPTY, finite
 
-# The two arms that nearly every page has keep their colours on all pages.
+# Arms, and series of them, that keep their colours on all pages.
 ONE, TWO = '#D55E00', '#0072B2'
-_ARM_COLOURS = {'baseline': ONE, 'codistillation': TWO}
-PALETTE = ('#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_KEPT = dict.fromkeys(('baseline', 'one group', 'single'), ONE)
+_KEPT |= dict.fromkeys(('codistillation', 'two groups'), TWO)
+_KEPT |= {'ensemble': '#009E73'}
+_PALETTE = ('#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # Levels and marks that belong to no arm.
 GREY = '#555555'
 DOTTED = (0, (2, 2))
@@ -62,11 +65,12 @@ def style() -> Any:
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, str]:
-  """Returns a colour for every arm, by name."""
-  others = [name for name in names if name not in _ARM_COLOURS]
-  return _ARM_COLOURS | {
-      name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)
-  }
+  """Returns a colour for every arm, by name, whatever their order."""
+  names = set(names)
+  kept = {name: _KEPT[name] for name in names & _KEPT.keys()}
+  free = [colour for colour in _PALETTE if colour not in kept.values()]
+  others = sorted(names - kept.keys())
+  return kept | dict(zip(others, itertools.cycle(free)))
 
 
 # --- Figures and axes --------------------------------------------------------

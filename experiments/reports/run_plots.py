@@ -19,9 +19,6 @@ from .run_records import GroupRecords, RunRecords
 
 # The zoom on the later part of a run shows what follows this share of it.
 _LATER_PART = 0.4
-# Peers have a colour each while they are few; of many one stands out.
-_PEER_COLOURS = (plots.TWO, plots.ONE, *plots.PALETTE[:3])
-_OLDEST_COLOUR = plots.ONE
 _PEER_COLOUR = '#8A8A8A'
 # Bands of more groups than this would lie on each other as a fog.
 _MOST_BANDS = 2
@@ -338,11 +335,12 @@ def _draw_by_peer(arm: RunRecords, index: int) -> Plot | None:
   )
   binning = _is_long(c for curves in found.values() for c in curves.values())
   peers = sorted({peer for curves in found.values() for peer in curves})
-  few = dict(zip(peers, _PEER_COLOURS)) if len(peers) <= 5 else {}
+  # Of many one stands out; few have the dashes of their groups.
+  few = {} if peers[len(plots.DASHES) :] else dict(zip(peers, plots.DASHES))
   low, high = 0.0, 1.0
   for ax, (group_id, curves) in zip(axes, found.items()):
     drawn = {p: plots.drawable(c, binning) for p, c in curves.items()}
-    _draw_peers_of(ax, group_id, drawn, few)
+    _draw_peers_of(ax, group_id, drawn, few, arm.colour)
     # Of an empty panel the limits are infinite, and change nothing.
     low, high = min(low, ax.dataLim.y0), max(high, ax.dataLim.y1)
   for ax in axes:  # One scale, so that panels can be compared.
@@ -363,7 +361,8 @@ def _draw_peers_of(
     ax: Axes,
     group_id: int,
     curves: Mapping[int, pd.Series],
-    few: Mapping[int, str],
+    few: Mapping[int, object],
+    colour: str,
 ) -> None:
   """Draws one panel; of many peers the stalest is in colour and named."""
   title = f'group {group_id}'
@@ -376,10 +375,11 @@ def _draw_peers_of(
   ax.set_title(title)
   for peer, curve in curves.items():
     if few:
-      style = {'color': few[peer], 'label': f'teacher: group {peer}', 'lw': 1.3}
+      style = {'color': colour, 'ls': few[peer], 'lw': 1.3}
+      style['label'] = f'teacher: group {peer}'
     elif peer == oldest:
       label = 'the stalest peer on average'
-      style = {'color': _OLDEST_COLOUR, 'label': label, 'lw': 1.5, 'zorder': 3}
+      style = {'color': colour, 'label': label, 'lw': 1.5, 'zorder': 3}
     else:
       style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
     ax.plot(curve, **style, **_marker(curve))

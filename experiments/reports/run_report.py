@@ -200,6 +200,7 @@ _QUALITY = {
     'eval/accuracy': ('accuracy', '.2%'),
     'eval/auc': ('AUC', '.4f'),
     'eval/calibration': ('calibration', '.3f'),
+    'eval/examples': ('examples', ',.0f'),
 }
 _STALENESS = 'staleness, steps: mean / max'
 _STALL = 'stall, ms per exchange (share)'
@@ -209,6 +210,7 @@ _SHORT = {
     'perplexity': 'perp-\nlexity',
     'accuracy': 'accu-\nracy',
     'calibration': 'cali-\nbration',
+    'examples': 'exam-\nples',
     _STALENESS: 'staleness\nmean / max',
     _STALL: 'stall, ms per\nexchange',
     'disagreement': 'disagree-\nment',

@@ -44,11 +44,11 @@ class Status(NamedTuple):
     seen: Time of the last sign of life, Unix seconds, if there was any.
     age: Seconds since then.
     silent: Whether it should have been heard of since.
+    ended: 'done', 'stopped' or 'failed'; '' for one that may run.
     published: Step of the newest publication, or None.
     saved: Step of the newest resume checkpoint, or None.
     peers: The groups that could teach this one, if that is known.
     ages: Of each teacher in use, by peer; None if there is no sign of life.
-    done: Whether the group has reached its last step.
     unreadable: The files that could not be read, and why, a line each.
   """
 
@@ -57,11 +57,11 @@ class Status(NamedTuple):
   seen: float | None
   age: float | None
   silent: bool
+  ended: str
   published: int | None
   saved: int | None
   peers: list[int] | None
   ages: Mapping[int, Age] | None
-  done: bool
   unreadable: tuple[str, ...]
 
 
@@ -73,7 +73,9 @@ _KINDS = {
     'num_groups': int,
     'burn_in_steps': int,
     'time': _NUMBER,
+    'since': _NUMBER,
     'phase': str,
+    'reason': str,
     'host': str,
     'pid': int,
     'steps_per_sec': _NUMBER,
@@ -120,7 +122,9 @@ def look(
   blocks = [block for part in parts if part for block in (*part, Text())]
   # A group that has not made its directory yet is not done either.
   expected = max(group.known.get('num_groups') or 1 for group in groups)
-  done = len(groups) >= expected and all(group.done for group in groups)
+  done = len(groups) >= expected and all(
+      group.ended == 'done' for group in groups
+  )
   return Stack(*top, *blocks[:-1]), done
 
 
@@ -162,19 +166,23 @@ def read_group(
           run_directory.checkpoints_dir,
       )
   )
-  done = bool(ask(run_directory.done_path(workdir, group_id).exists))
+  ended = sign.get('phase', '')
+  if ask(run_directory.done_path(workdir, group_id).exists):
+    ended = 'done'
+  elif ended not in ('stopped', 'failed'):
+    ended = ''
   return Status(
       group_id=group_id,
       known=known,
       seen=seen,
       age=None if seen is None else now - seen,
-      silent=not done and seen is not None and now - seen > silent_after,
+      silent=not ended and seen is not None and now - seen > silent_after,
+      ended=ended,
       published=published,
       saved=saved,
       peers=peers,
       # Teachers that are no peers are fixed: no age in steps of this run.
       ages={} if peers == [] else _ages(sign),
-      done=done,
       unreadable=tuple(bad),
   )
 
@@ -240,8 +248,10 @@ def _notes(status: Status) -> Iterable[str]:
   who, known = f'group {status.group_id}', status.known
   for why in status.unreadable:
     yield f'{who}: cannot be read: {why}'
+  if status.ended == 'failed' and known.get('reason'):
+    yield f'{who} has failed: {known["reason"]}'
   absent = [p for p in status.peers or () if p not in (status.ages or ())]
-  if status.ages is not None and absent and not status.done:
+  if status.ages is not None and absent and not status.ended:
     ids = ', '.join(map(str, absent))
     if status.ages:
       yield f'{who} goes without the teacher(s) {ids}'
@@ -269,10 +279,10 @@ def _should_be_taught(known: Mapping[str, Any]) -> bool:
 
 
 def _processes(groups: Sequence[Status]) -> list[str]:
-  """Says where processes run, a line per host; of finished groups none does."""
+  """Says where processes run, a line per host; an ended group has none."""
   hosts: dict[str, list[str]] = {}
   for group in groups:
-    if not group.done and 'pid' in group.known:
+    if not group.ended and 'pid' in group.known:
       entry = f'{group.known["pid"]} (group {group.group_id})'
       hosts.setdefault(group.known.get('host') or '?', []).append(entry)
   return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]
@@ -301,7 +311,11 @@ def _speed(status: Status) -> str:
 def _eta(status: Status) -> str:
   known = status.known
   named = {'step', 'num_steps'} <= known.keys()
-  if status.done or status.silent or not (named and known.get('steps_per_sec')):
+  if (
+      status.ended
+      or status.silent
+      or not (named and known.get('steps_per_sec'))
+  ):
     return '-'
   left = known['num_steps'] - known['step']
   return number(left / known['steps_per_sec'], 'time')
@@ -327,12 +341,19 @@ def _span(values: Sequence[float], form: str) -> str:
 
 
 def _last_seen(status: Status) -> Text:
+  word = 'silent' if status.silent else status.ended
+  style = _STYLES.get(word, '')
   if status.age is None:
-    return Text('DONE' if status.done else 'none yet')
-  age = f'{number(status.age, "time")} ago'
-  if status.done:
-    return Text(f'DONE {age}', 'green')
-  return Text(f'SILENT {age}', 'bold red') if status.silent else Text(age)
+    return Text(word.upper() or 'none yet', style)
+  return Text(f'{word.upper()} {number(status.age, "time")} ago'.strip(), style)
+
+
+_STYLES = {
+    'done': 'green',
+    'stopped': 'yellow',
+    'failed': 'bold red',
+    'silent': 'bold red',
+}
 
 
 _COLUMNS: dict[str, Callable[[Status], str | Text]] = {
@@ -340,7 +361,7 @@ _COLUMNS: dict[str, Callable[[Status], str | Text]] = {
     'step': lambda s: '/'.join(
         number(s.known.get(key), 'd') for key in ('step', 'num_steps')
     ),
-    'phase': lambda s: 'done' if s.done else s.known.get('phase') or '?',
+    'phase': lambda s: s.ended or s.known.get('phase') or '?',
     'steps/s': _speed,
     'ETA': _eta,
     'eval/loss': lambda s: number(s.known.get('eval_loss'), '.3f'),

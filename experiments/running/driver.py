@@ -4,6 +4,7 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir
-from .watch import Efficiency, Watch
+from .job import Job, claim_workdir, initial_variables
+from .watch import Efficiency, Heartbeat, Watch
 
 
 class GroupStart(NamedTuple):
@@ -63,13 +64,18 @@ def new_state(job: Job) -> GroupStart:
       replicas.process_rows(experiment.group_batch),
   )
   row = first_row(experiment, job.num_groups)
-  state = experiment_lib.init_state(
+  init = functools.partial(
+      experiment_lib.init_state,
       experiment,
       job.model,
       jax.random.fold_in(jax.random.PRNGKey(experiment.seed), job.group_id),
       row,
       num_peers=experiment.exchange.num_teachers(job.group_id, job.num_groups),
   )
+  variables = None
+  if job.init_from:
+    variables = initial_variables(job, jax.eval_shape(init).variables)
+  state = init(variables=variables)
   # Not on a device, where it would stay beside the state in training.
   return GroupStart(
       base.host_copy(state),
@@ -77,6 +83,42 @@ def new_state(job: Job) -> GroupStart:
       experiment.group_batch * int(np.prod(np.shape(row['labels'])[1:])),
       Efficiency(job, state, row),
   )
+
+
+def check_start(job: Job, start: GroupStart) -> None:
+  """Traces an update and an evaluation; warns of numbers that act nowhere.
+
+  Raises:
+    ValueError: One line, if the task or the model breaks its contract.
+  """
+  experiment, agreement = job.experiment, job.agreement
+  batches = experiment_lib.split_batches(
+      experiment.task, 'validation', experiment.eval_batch
+  )
+  if not len(batches):
+    raise ValueError('the task has no validation batch; it needs one at least')
+  batch = experiment_lib.check_batch(
+      batches[0], {experiment.eval_batch}, 'the first validation batch'
+  )
+  with experiment_lib.naming('the update cannot be traced'):
+    start.efficiency.trace()
+  with experiment_lib.naming('the evaluation cannot be traced'):
+    jax.eval_shape(
+        experiment_lib.make_eval_step(experiment, job.model),
+        start.state.variables,
+        dict(batch),
+        job.model.init_carry(experiment.eval_batch),
+    )
+  idle = experiment_lib.idle_settings(
+      experiment, job.num_groups, start.state.variables.params
+  )
+  idle += gin_utils.steps_out_of(experiment.num_steps)
+  if idle and agreement.is_primary:
+    cli.tell(
+        f'warning: {"; ".join(idle)}; but the run ends at'
+        f' Experiment.num_steps = {experiment.num_steps}',
+        error=True,
+    )
 
 
 def train(
@@ -101,8 +143,22 @@ def train(
     ValueError: If what is in the run directory does not fit.
   """
   done = run_directory.done_path(job.workdir, job.group_id)
-  if done.exists():
+  if done.exists() and not _goes_on(job):
     return
+  with Heartbeat(job) as heartbeat:
+    yield from _train(job, make_exchange, writer_of, heartbeat)
+    if job.agreement.is_primary:
+      _write_done(job)
+    heartbeat.tell(job.experiment.num_steps, 'done')
+  _meet(job)
+
+
+def _train(
+    job: Job,
+    make_exchange: Callable[[Variables], Exchange],
+    writer_of: Callable[[int], writers.Writer],
+    heartbeat: Heartbeat,
+) -> Iterator[int]:
   state, stream, examples, efficiency = new_state(job)
   # Closed in reverse order, each even if another fails.
   with contextlib.ExitStack() as stack:
@@ -110,6 +166,9 @@ def train(
     with _stopping_in_time(job):
       lease = _lease(job)
     stack.push(_closing(lease.release))
+    heartbeat.begin()
+    if job.agreement.is_primary:
+      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
 
     def before_saving(step: int) -> None:
       lease.check()
@@ -129,13 +188,14 @@ def train(
     with _stopping_in_time(job):
       exchange = make_exchange(state.variables)
     stack.push(_closing(exchange.close))
+    heartbeat.exchange = exchange
     keeper = _Keeper(job, checkpoints, exchange, start)
     writer = writers.NullWriter()
     if job.agreement.is_primary:
       writer = writer_of(start)
     stack.push(_closing(writer.close))
     stack.callback(efficiency.close)
-    watch = Watch(job, exchange, writer, start, examples, efficiency)
+    watch = Watch(job, heartbeat, writer, start, examples, efficiency)
     if resume:
       exchange.restore(start, resume.teacher_steps)
       exchange.checkpointed(checkpoints.restart_step)
@@ -168,10 +228,6 @@ def train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
-  if job.agreement.is_primary:
-    _write_done(job)
-    watch.status(job.experiment.num_steps, 'done')
-  keeper.meet()
 
 
 def _after_update(
@@ -189,7 +245,7 @@ def _after_update(
   if due(experiment.log_every) or save or exchanged:
     watch.log(step)
   if _evaluation_due(job, step) and not stopping and job.agreement.is_primary:
-    watch.status(step, 'evaluating')
+    watch.heartbeat.tell(step, 'evaluating')
     # One device's copy: else every replica would evaluate everything.
     local = jax.tree.map(
         lambda x: x.addressable_shards[0].data, result.state.variables
@@ -200,7 +256,7 @@ def _after_update(
   if stopping:
     keeper.save_and_stop()
   if save:
-    watch.status(step, 'saving')
+    watch.heartbeat.tell(step, 'saving')
     keeper.save()
   keeper.tell_peers()
 
@@ -262,7 +318,7 @@ class _Keeper:
     if not self._job.agreement.choose(saved):
       self.save()
     self._checkpoints.wait()
-    self.meet()
+    _meet(self._job)
     raise _stopped(self._job, self._result.step)
 
   def tell_peers(self) -> None:
@@ -271,12 +327,13 @@ class _Keeper:
     if step is not None:
       self._exchange.checkpointed(step)
 
-  def meet(self) -> None:
-    """Waits for the other processes of the group.
 
-    One that left while the primary still saves would take the group with it.
-    """
-    self._job.agreement.all_true(np.array(True))
+def _meet(job: Job) -> None:
+  """Waits for the other processes of the group.
+
+  One that left while the primary still saves would take the group with it.
+  """
+  job.agreement.all_true(np.array(True))
 
 
 def _asked_to_stop(job: Job, at_record: bool) -> bool:
@@ -326,6 +383,13 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
       interrupted=job.stop,
       patience=job.patience,
   )
+
+
+def _goes_on(job: Job) -> bool:
+  """Returns whether a run that was done is longer now."""
+  directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
+  newest = run_directory.newest_saved(directory)
+  return newest is not None and newest < job.experiment.num_steps
 
 
 def _claim(job: Job, result: StepResult) -> bool:

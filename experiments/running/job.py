@@ -1,11 +1,17 @@
 """Jobs: one group of one run, its run.json, its devices; several in turn."""
 
+import contextlib
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
+from flax import serialization
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, one_program, replicas, run_directory
@@ -17,9 +23,10 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
+from codistill_jax.exchange import publications
 from codistill_jax.experiment import Experiment
 from codistill_jax.peer_predictions import mixing_matrix
-from codistill_jax.storage import files
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
     Patience,
@@ -53,6 +60,8 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    init_from: Where the first parameters and statistics come from; '' for
+      random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
       of a process that trains several runs at once, that of this one.
     evaluated: Called with the group, the step and the variables after each
@@ -72,6 +81,7 @@ class Job:
   patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
+  init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
 
@@ -106,6 +116,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
+      'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
       'configuration': job.configuration().bindings,
@@ -124,42 +135,200 @@ def print_dry_run(job: Job, state: TrainState) -> None:
 
 
 def check_workdir(job: Job, state: TrainState) -> None:
-  """Raises ValueError if the workdir holds a run of another configuration."""
+  """Raises ValueError if the workdir holds a run of another configuration.
+
+  What changes no number that was computed may change: how long the run is, and
+  how often it is evaluated, recorded and saved.
+  """
   before = run_directory.read_run(job.workdir)
-  if before:
-    _check_same_run(job.workdir, before, describe_run(job, state))
+  if not before:
+    return
+  _check_same_run(job, before, describe_run(job, state))
+  config = run_directory.config_path(job.workdir)
+  expected = before.get('config_sha256')  # Older runs have none.
+  if expected and config.exists():
+    found = hashlib.sha256(config.read_bytes()).hexdigest()
+    if found != expected:
+      raise ValueError(
+          f'{config} is not what this run wrote (its digest is another one than'
+          ' that in run.json); look at who did that, and delete it: the run'
+          ' writes it anew'
+      )
 
 
 def claim_workdir(job: Job, state: TrainState) -> None:
   """Writes run.json and config.gin, once; after the first update.
 
   Not before: a mistake that the first update brings out would leave a workdir
-  that refuses the corrected configuration.
+  that refuses the corrected configuration. Both are written anew for a run that
+  goes on with a change that it may have.
 
   Raises:
     ValueError: If the run directory belongs to another configuration.
   """
   if not job.agreement.is_primary:
     return
-  if not run_directory.read_run(job.workdir):
-    run_directory.write_run(job.workdir, describe_run(job, state))
-  # Read again: another group may have claimed it at the same moment.
-  check_workdir(job, state)
+  now = describe_run(job, state)
+  text = job.configuration().operative.encode()
+  now['config_sha256'] = hashlib.sha256(text).hexdigest()
   config = run_directory.config_path(job.workdir)
-  if not config.exists():
-    files.write_bytes(config, job.configuration().operative.encode())
+  if not run_directory.read_run(job.workdir):
+    # Also over one that is there: this run did not write it.
+    files.write_bytes(config, text, sync=True)
+    run_directory.write_run(job.workdir, now)
+  # Read again: another group may have claimed it at the same moment.
+  before = run_directory.read_run(job.workdir)
+  _check_same_run(job, before, now)
+  changed = before.get('configuration') != now['configuration']
+  if changed:
+    now['earlier'] = [
+        *before.get('earlier', []),
+        *(s for s in before['configuration'] if s not in now['configuration']),
+    ]
+  if changed or not config.exists():
+    files.write_bytes(config, text, sync=True)
+  if changed:
+    run_directory.write_run(job.workdir, now)
 
 
-def _check_same_run(workdir: str, before: dict, now: dict) -> None:
-  theirs, ours = (
-      [f'num_groups={run.get("num_groups")}', *run.get('configuration', [])]
+# Of an `Experiment`: settings that change no number that was computed.
+_MAY_CHANGE = re.compile(
+    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every) = '
+)
+
+
+def _check_same_run(job: Job, before: dict, now: dict) -> None:
+  theirs, ours = (run.get('configuration', []) for run in (before, now))
+  free = _free_macros([*theirs, *ours])
+  settled = (
+      [
+          f'num_groups={run.get("num_groups")}',
+          f'--init_from={run.get("init_from") or ""}',
+          *(
+              s
+              for s in run.get('configuration', [])
+              if not _MAY_CHANGE.match(s) and s.split(' = ')[0] not in free
+          ),
+      ]
       for run in (before, now)
   )
   run_directory.check_same_configuration(
-      f'{workdir} holds a run of another configuration',
-      theirs,
-      ours,
+      f'{job.workdir} holds a run of another configuration',
+      *settled,
       'use another --workdir, or the first configuration',
+  )
+  if now['num_steps'] != before.get('num_steps', now['num_steps']):
+    _check_not_passed(job.workdir, now['num_steps'])
+  for name in free:
+    there, here = (
+        next((s for s in run if s.startswith(f'{name} = ')), None)
+        for run in (theirs, ours)
+    )
+    with_it = [
+        s.split(' = ')[0]
+        for s in ours
+        if f"'%{name}'" in s and not _MAY_CHANGE.match(s)
+    ]
+    if there != here and with_it:
+      cli.tell(
+          f'{job.workdir} had {there} so far, now {here}: with it changes'
+          f' {", ".join(with_it)}, from here on',
+          error=True,
+      )
+
+
+def _free_macros(statements: Sequence[str]) -> set[str]:
+  """Returns the macros that may change: of what may, and of the run's length.
+
+  Whoever gives the length a name, and to a schedule the same, wants them to
+  change together.
+  """
+  users: dict[str, list[str]] = {}
+  for statement in statements:
+    for name in re.findall(r'%([\w./]+)', statement):
+      users.setdefault(name, []).append(statement)
+  return {
+      name
+      for name, found in users.items()
+      if all(map(_MAY_CHANGE.match, found))
+      or any('Experiment.num_steps = ' in s for s in found)
+  }
+
+
+def _check_not_passed(workdir: str, num_steps: int) -> None:
+  for group_id in run_directory.list_groups(workdir):
+    step = run_directory.newest_saved(
+        run_directory.checkpoints_dir(workdir, group_id)
+    )
+    if step is not None and step > num_steps:
+      raise ValueError(
+          f'group {group_id} of {workdir} has reached step {step}, and this run'
+          f' ends at num_steps={num_steps}; set it to at least {step}, or use'
+          ' another --workdir'
+      )
+
+
+# --- Where a run begins -------------------------------------------------------
+
+
+def initial_variables(job: Job, like: Variables) -> Variables:
+  """Reads what `--init_from` names: a checkpoint or a publication, verified.
+
+  Only parameters and model state: the optimiser, the step and the place in the
+  data are those of a new run.
+
+  Args:
+    job: The group.
+    like: Its variables, or their shapes.
+
+  Raises:
+    ValueError: If there is none, if it is of another model, or damaged.
+    OSError: If the file system refuses to give it.
+  """
+  directory, step = _find_initial(job)
+  where = f'--init_from={directory / str(step)}'
+  record = checkpoints.load_record(directory, step)
+  is_resume = any(leaf.path.startswith('variables/') for leaf in record.leaves)
+  found = publications.load_sound(
+      directory,
+      step,
+      record,
+      serialization.to_state_dict(like),
+      who=where,
+      theirs={},
+      ours={},
+      part='variables' if is_resume else None,
+      advice='begin with a model of the same configuration',
+  )
+  theirs = record.facts.get('identity')
+  if theirs != job.identity:
+    cli.tell(
+        f'{where} was trained as {theirs}; this run is {job.identity}',
+        error=True,
+    )
+  return jax.tree.map(
+      lambda x, y: np.asarray(x, y.dtype),
+      serialization.from_state_dict(like, found),
+      like,
+  )
+
+
+def _find_initial(job: Job) -> tuple[epath.Path, int]:
+  """Returns directory and step: of a run, those of the same group."""
+  path = checkpoints.absolute(job.init_from)
+  if path.name in map(str, checkpoints.completed_steps(path.parent)):
+    return path.parent, int(path.name)
+  for directory in (
+      run_directory.checkpoints_dir(path, job.group_id),
+      run_directory.publications_dir(path, job.group_id),
+      path,
+  ):
+    if steps := checkpoints.completed_steps(directory):
+      return directory, steps[-1]
+  raise ValueError(
+      f'--init_from={job.init_from} has no checkpoint or publication for group'
+      f' {job.group_id}; give a run directory with as many groups, a directory'
+      ' of steps, or one step of it'
   )
 
 
@@ -244,6 +413,7 @@ class Latch:
     self._request = request
     self._stop = False
     self.unsaved = request.unsaved
+    self.last_words = request.last_words
 
   def __call__(self) -> bool:
     # Asked only now, and not in `update`: until the groups are about to save,
@@ -262,14 +432,14 @@ class Latch:
     self._stop = self.signal_number is not None
 
 
-def train_in_turn(groups: Sequence[Iterator[Any]], latch: Latch) -> None:
+def train_in_turn(groups: Sequence[Generator], latch: Latch) -> None:
   """Steps all groups, one update each, until all are done."""
   latch.update()
   for _ in in_turn(groups):
     latch.update()
 
 
-def in_turn(groups: Sequence[Iterator[Any]]) -> Iterator[None]:
+def in_turn(groups: Sequence[Generator]) -> Iterator[None]:
   """Steps all groups, one update each, until all are done.
 
   Yields:
@@ -278,19 +448,22 @@ def in_turn(groups: Sequence[Iterator[Any]]) -> Iterator[None]:
   Raises:
     Stopped: What the first one raised, after all others had the same update.
   """
-  running = list(groups)
-  while running:
-    stopped = None
-    for group in list(running):
-      try:
-        next(group)
-      except StopIteration:
-        running.remove(group)
-      except cli.Stopped as e:
-        stopped = e  # The others save at this step too.
-    if stopped is not None:
-      raise stopped
-    yield
+  with contextlib.ExitStack() as stack:
+    for group in groups:  # Whatever ends one, all of them know it.
+      stack.callback(group.close)
+    running = list(groups)
+    while running:
+      stopped = None
+      for group in list(running):
+        try:
+          next(group)
+        except StopIteration:
+          running.remove(group)
+        except cli.Stopped as e:
+          stopped = e  # The others save at this step too.
+      if stopped is not None:
+        raise stopped
+      yield
 
 
 def keep_common_checkpoints(

@@ -8,8 +8,10 @@ import functools
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,22 +36,132 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
-from codistill_jax.exchange.plan import Exchange, check_finite
+from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
+from codistill_jax.experiment import split_batches
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
+from codistill_jax.storage import leases
 
+from .. import cli
 from .job import Job
 
-_STATUS_SECONDS = 2.0
+_BEAT_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 1.0
+
+
+class Heartbeat:
+  """The sign of life of a group, status.json: by a thread, and when it ends.
+
+  A compilation or a slow disk does not look like a death, and holds nobody up.
+
+  Attributes:
+    exchange: The group's, once it is made.
+    steps_per_sec: Of the updates since the last record but one.
+    taught: Whether an update with teachers has run.
+  """
+
+  def __init__(self, job: Job):
+    """Writes nothing: the group may be another process's, see `begin`."""
+    self.exchange: Exchange = NoExchange()
+    self.steps_per_sec: float | None = None
+    self.taught = False
+    self._job = job
+    self._step: int | None = None
+    self._phase, self._reason = 'starting', ''
+    self._started = self._since = time.time()
+    self._ended = False
+    self._news = threading.Event()
+    self._thread = threading.Thread(
+        target=self._beat, name='heartbeat', daemon=True
+    )
+
+  def begin(self) -> None:
+    """Begins to write, of a primary; the lease of the group is held."""
+    if self._job.agreement.is_primary:
+      self._job.stop.last_words[self._job.directory] = self._leave_at_once
+      self._thread.start()
+
+  def tell(self, step: int, phase: str) -> None:
+    """Says where the group is; a new phase is written at once."""
+    changed = phase != self._phase
+    self._step, self._phase, self._since = step, phase, time.time()
+    if changed:
+      self._news.set()
+
+  def __enter__(self) -> 'Heartbeat':
+    return self
+
+  def __exit__(
+      self, kind: type[BaseException] | None, error: Any, trace: Any
+  ) -> None:
+    self._job.stop.last_words.pop(self._job.directory, None)
+    if self._thread.ident is None:
+      return
+    self._ended = True
+    self._news.set()
+    self._thread.join()
+    # Who has lost the lease would speak for another process.
+    if kind is None or not issubclass(kind, leases.LostError):
+      self._end(error)
+      self._write()
+
+  def _end(self, error: BaseException | None) -> None:
+    if isinstance(error, cli.Stopped | GeneratorExit | KeyboardInterrupt):
+      self._phase = 'stopped'
+    elif error is not None:
+      self._phase = 'failed'
+      self._reason = ' '.join(str(error).split()) or type(error).__name__
+
+  def _leave_at_once(self) -> None:
+    """Writes once more, in any thread, unless the disk hangs."""
+    self._ended, self._phase = True, 'stopped'
+    last = threading.Thread(target=self._write, daemon=True)
+    last.start()
+    last.join(_LAST_WORDS_SECONDS)
+
+  def _beat(self) -> None:
+    while not self._ended:
+      self._write()
+      self._news.wait(_BEAT_SECONDS)
+      self._news.clear()
+
+  def _write(self) -> None:
+    job, exchange, phase = self._job, self.exchange, self._phase
+    teachers = [p for p in exchange.in_use if p is not None]
+    if phase == 'training' and teachers and not self.taught:
+      phase = 'compiling'  # The second program of a run.
+    content = {
+        'step': self._step,
+        'num_steps': job.experiment.num_steps,
+        'time': time.time(),
+        'started': self._started,
+        'since': self._since,
+        'pid': os.getpid(),
+        'host': socket.gethostname(),
+        'phase': phase,
+        'reason': self._reason,
+        'steps_per_sec': self.steps_per_sec,
+        'num_groups': job.num_groups,
+        'peers': list(exchange.peers),
+        'teachers': [
+            {'peer': p.group_id, 'step': p.step, 'time': p.time}
+            for p in teachers
+        ],
+        'rejected': exchange.rejected,
+        'last_rejection': exchange.last_rejection,
+        'troubles': [trouble._asdict() for trouble in job.troubles.now],
+    }
+    with job.troubles.noted('writing status.json'):
+      run_directory.write_status(job.workdir, job.group_id, content)
 
 
 class Watch:
-  """Turns the results of a loop into records and signs of life."""
+  """Turns the results of a loop into records."""
 
   def __init__(
       self,
       job: Job,
-      exchange: Exchange,
+      heartbeat: Heartbeat,
       writer: writers.Writer,
       start: int,
       examples: int,
@@ -59,7 +171,7 @@ class Watch:
 
     Args:
       job: What is watched.
-      exchange: The group's.
+      heartbeat: Of the group.
       writer: Where records go.
       start: The step before the first update.
       examples: Per update of the group.
@@ -68,28 +180,25 @@ class Watch:
     self._job = job
     self._examples = examples
     self._efficiency = efficiency
-    self._exchange = exchange
+    self.heartbeat = heartbeat
     self._writer = writer
     self._eval_step = _eval_step(job.experiment.task.output, job.model)
     self._eval_batches = None
     self._results: list[dict] = []
     self._logged_step = start
     self._logged_time = time.perf_counter()
-    self._started = time.time()
-    # Of the clock that nobody sets back.
-    self._status_written = -math.inf
-    self._speed: float | None = None
     self._first_step = start + 1
-    self.status(start, 'compiling')
+    heartbeat.tell(start, 'compiling')
 
   def add(self, result: StepResult) -> None:
     self._results.append(result.metrics)
-    self._efficiency.seen(_taught(result.metrics))
+    taught = _taught(result.metrics)
+    self._efficiency.seen(taught)
+    self.heartbeat.taught |= taught
+    self.heartbeat.tell(result.step, 'training')
     if result.step == self._first_step:
       # The first update includes compilation; it says nothing of the speed.
       self._restart_clock(result.step)
-    if time.monotonic() - self._status_written > _STATUS_SECONDS:
-      self.status(result.step, 'training')
 
   def log(self, step: int) -> None:
     """Writes a record: losses are means since the last record."""
@@ -111,9 +220,9 @@ class Watch:
     steps = step - self._logged_step
     if steps > 0:
       seconds = time.perf_counter() - self._logged_time
-      self._speed = steps / seconds
-      newest['perf/steps_per_sec'] = self._speed
-      newest['perf/examples_per_sec'] = self._speed * self._examples
+      speed = self.heartbeat.steps_per_sec = steps / seconds
+      newest['perf/steps_per_sec'] = speed
+      newest['perf/examples_per_sec'] = speed * self._examples
       taught = [_taught(metrics) for metrics in self._results[-steps:]]
       newest |= self._efficiency.metrics(taught, seconds)
     self._results = []
@@ -128,7 +237,9 @@ class Watch:
     needed = step == experiment.num_steps and job.agreement is not ALONE
     start = time.perf_counter()
     if self._eval_batches is None:
-      self._eval_batches = experiment.task.eval_batches(experiment.eval_batch)
+      self._eval_batches = split_batches(
+          experiment.task, 'validation', experiment.eval_batch
+      )
     found = evaluate.evaluate(
         self._eval_step,
         variables,
@@ -141,36 +252,6 @@ class Watch:
       self._job.evaluated(self._job.group_id, step, variables)
     self._logged_time += time.perf_counter() - start
     return found is not None
-
-  def status(self, step: int, phase: str) -> None:
-    """Replaces the sign of life in the run directory."""
-    job = self._job
-    if not job.agreement.is_primary:
-      return
-    self._status_written = time.monotonic()
-    exchange = self._exchange
-    content = {
-        'step': step,
-        'num_steps': job.experiment.num_steps,
-        'time': time.time(),
-        'started': self._started,
-        'pid': os.getpid(),
-        'host': socket.gethostname(),
-        'phase': phase,
-        'steps_per_sec': self._speed,
-        'num_groups': job.num_groups,
-        'peers': list(exchange.peers),
-        'teachers': [
-            {'peer': p.group_id, 'step': p.step, 'time': p.time}
-            for p in exchange.in_use
-            if p is not None
-        ],
-        'rejected': exchange.rejected,
-        'last_rejection': exchange.last_rejection,
-        'troubles': [trouble._asdict() for trouble in job.troubles.now],
-    }
-    with job.troubles.noted('writing status.json'):
-      run_directory.write_status(job.workdir, job.group_id, content)
 
   def _restart_clock(self, step: int) -> None:
     self._logged_step, self._logged_time = step, time.perf_counter()
@@ -245,6 +326,14 @@ class Efficiency:
     )
     self._counts: dict[bool, concurrent.futures.Future] = {}
     self._counter = concurrent.futures.ThreadPoolExecutor(1, 'count-flops')
+
+  def trace(self) -> None:
+    """Traces the step, with teachers if there are any."""
+    job = self._job
+    kind = job.experiment.exchange
+    self._count(
+        kind.one_program or kind.num_teachers(job.group_id, job.num_groups) > 0
+    )
 
   def seen(self, taught: bool) -> None:
     """Starts to count the FLOPs of a step that has run, taught or not."""

@@ -77,7 +77,7 @@ def report(
     blocks = [*head, Heading('Verdict'), Bullets(said), *blocks]
     pages.write(directory, 'page', study.title, blocks)
     cli.tell(f'page: {os.fspath(directory / "page.md")}')
-  _write_study(directory, found)
+  _write_data(directory, found.rows, found)
   for failure in _failures(found):
     raise ValueError(f'the deterministic control failed: {failure}')
 
@@ -158,22 +158,6 @@ def _blocks(found: Retrains, note: str) -> list[Block]:
   ]
 
 
-def _write_study(directory: epath.Path, found: Retrains) -> None:
-  tree = {
-      'settings': found.settings,
-      'examples': found.examples,
-      'chosen': found.chosen,
-      'rule': found.reason,
-      'rows': {split: _trees(rows) for split, rows in found.rows.items()},
-      'controls': _trees(found.controls),
-      'repeats': [repeat._asdict() for repeat in found.repeats],
-      'runs': [
-          {'arm': arm, 'retrain': k, **record} for arm, k, record in found.runs
-      ],
-  }
-  _write_data(directory, found.rows, tree)
-
-
 # --- Files of other people's models ------------------------------------------
 
 
@@ -218,12 +202,7 @@ def report_files(
       Code(cli.own_command()),
   ]
   page = pages.write(output, 'churn', 'Prediction churn', blocks)
-  tree = {
-      'examples': examples,
-      'files': list(paths),
-      'rows': _trees(rows),
-      'pairs': {arm: list(names) for arm, names in pairs.items()},
-  }
+  tree = {'examples': examples, 'files': paths, 'rows': rows, 'pairs': pairs}
   _write_data(epath.Path(output), {'': rows}, tree)
   cli.tell(f'report: {os.fspath(page)}')
 
@@ -254,7 +233,7 @@ def table_1(
     prefix: Before 'log loss' and 'error', such as 'test '.
     short: Whether titles are for a terminal.
   """
-  compared = any(row.change is not None for row in rows)
+  compared = any(row.change_of_churn is not None for row in rows)
   lines = []
   for row in rows:
     line = {'arm': row.title, 'retrains': str(row.retrains)}
@@ -263,7 +242,7 @@ def table_1(
       title = title if key in _OF_PAIRS else prefix + title
       line[title] = _cell(row, key, spread=True)
       if key == 'churn' and compared:
-        line['change [95 %]'] = words.percent(row.change)
+        line['change [95 %]'] = words.percent(row.change_of_churn)
     lines.append(line)
   return pd.DataFrame(lines)
 
@@ -293,7 +272,7 @@ def _weight_table(found: Retrains) -> pd.DataFrame:
     line = [title + (' (chosen)' if arm == found.chosen else '')]
     for row in of_splits:
       line += [_cell(row, key, spread=True) for key in ('log_loss', 'churn')]
-      line += [words.percent(row.change)]
+      line += [words.percent(row.change_of_churn)]
     lines.append(line)
   return pd.DataFrame(lines, columns=columns)
 
@@ -333,7 +312,7 @@ def _repeat_table(repeats: Iterable[Repeat]) -> pd.DataFrame:
 
 def _settings_table(found: Retrains) -> pd.DataFrame:
   """Returns what the study was, one setting a row."""
-  s, records = found.settings, [record for _, _, record in found.runs]
+  s, records = found.settings, found.runs
   known = lambda key: sorted({r[key] for r in records})
   each = lambda key, form: ', '.join(format(x, form) for x in known(key))
   took = max(r['ended'] for r in records) - min(r['began'] for r in records)
@@ -392,7 +371,7 @@ def _choice(found: Retrains) -> str:
   return words.paragraph(
       'choice',
       weight=found.chosen and retrains.weight_of(found.chosen),
-      reason=found.reason,
+      reason=found.rule,
       has_test_split=found.settings['has_test_split'],
   )
 
@@ -411,39 +390,28 @@ def _failures(found: Retrains) -> list[str]:
 
 
 def _write_data(
-    directory: epath.Path,
-    rows: Mapping[str, Sequence[Row]],
-    tree: Mapping[str, Any],
+    directory: epath.Path, rows: Mapping[str, Sequence[Row]], found: Any
 ) -> None:
-  """Writes churn.csv and churn.json."""
-  lines = [
-      {'split': split, 'arm': row.arm, 'retrains': row.retrains, 'figure': key}
-      | {name: repr(x) for name, x in figure._asdict().items()}
-      for split, of_split in rows.items()
-      for row in of_split
-      for key, figure in _with_change(row).items()
-  ]
+  """Writes churn.csv, and all that was found as churn.json."""
+  lines = []
+  for split, of_split in rows.items():
+    for row in of_split:
+      figures = dict(row.figures)
+      if row.change_of_churn is not None:
+        figures['change_of_churn'] = row.change_of_churn
+      for key, figure in figures.items():
+        line = {'split': split, 'arm': row.arm, 'retrains': row.retrains}
+        numbers = {name: repr(x) for name, x in figure._asdict().items()}
+        lines.append(line | {'figure': key} | numbers)
   frame = pd.DataFrame(lines).drop(columns='values')
   write_csv(directory / 'churn.csv', frame)
-  files.write_json(directory / 'churn.json', tree)
+  files.write_json(directory / 'churn.json', _tree(found))
 
 
-def _with_change(row: Row) -> dict[str, Estimate]:
-  change = {} if row.change is None else {'change_of_churn': row.change}
-  return {**row.figures, **change}
-
-
-def _trees(rows: Iterable[Row]) -> list[dict[str, Any]]:
-  """Returns rows with the figures of every retrain and pair, for JSON."""
-  return [
-      {
-          'arm': row.arm,
-          'title': row.title,
-          'retrains': row.retrains,
-          'figures': {key: f._asdict() for key, f in row.figures.items()},
-          'change_of_churn': (
-              None if row.change is None else row.change._asdict()
-          ),
-      }
-      for row in rows
-  ]
+def _tree(value: Any) -> Any:
+  """Returns a value with the fields of its records by name, for JSON."""
+  if hasattr(value, '_asdict'):
+    value = value._asdict()
+  if isinstance(value, Mapping):
+    return {key: _tree(x) for key, x in value.items()}
+  return list(map(_tree, value)) if isinstance(value, list | tuple) else value

@@ -47,7 +47,6 @@ def bytes_per_update(
   """
   within = all_reduce_bytes(parameter_bytes, workers)
   return {
-      'none': 0.0,
       'all_reduce': within,
       'exchange': within,
       'outer': within / outer_every,

@@ -34,9 +34,9 @@ class Columns(NamedTuple):
     id: Of what tells examples apart; '' if files agree row by row.
   """
 
-  predictions: Sequence[str] = ('prediction',)
-  label: str = 'label'
-  id: str = ''
+  predictions: Sequence[str]
+  label: str
+  id: str
 
 
 class PredictionTable(NamedTuple):

@@ -34,7 +34,7 @@ _WAYS = {2: 'two'}
 
 def arms(
     weights: Sequence[float],
-    num_groups: int = 2,
+    num_groups: int,
     own: Mapping[str, tuple[int, str]] | None = None,
 ) -> tuple[Arm, ...]:
   """Returns the arms that are compared.
@@ -70,9 +70,7 @@ def arms(
   )
 
 
-def with_controls(
-    plan: StudyPlan, control_retrains: int | None = None
-) -> StudyPlan:
+def with_controls(plan: StudyPlan, control_retrains: int) -> StudyPlan:
   """Returns the plan of a study of churn with all of its retrains.
 
   The single models are as many times more as an ensemble has members, so that
@@ -80,17 +78,14 @@ def with_controls(
 
   Args:
     plan: Of the arms that are compared.
-    control_retrains: Of the controls with one seed fixed; 0 for none. None:
-      `CONTROL_RETRAINS`, or as many as there are of the other arms.
+    control_retrains: Of the controls with one seed fixed; 0 for none.
   """
   count = plan.scale.seeds
-  controls = min(CONTROL_RETRAINS, count)
-  controls = controls if control_retrains is None else control_retrains
   single = plan.arm(SINGLE)
   size = plan.arm(ENSEMBLE).num_groups
   first = single._replace(seeds=tuple(range(size * count)))
   # Retrain 0 of both would be the first single model.
-  others = tuple(range(1, controls))
+  others = tuple(range(1, control_retrains))
   weighted = [arm for arm in plan.study.arms if arm.weight is not None]
   compared = {SINGLE, ENSEMBLE, *(arm.name for arm in weighted)}
   arms = (
@@ -256,14 +251,14 @@ class Row(NamedTuple):
     figures: Estimates of 'log_loss' and 'error' (over retrains), 'churn',
       'relative' and 'disagreement' (over pairs); without those that cannot be
       had.
-    change: Of the churn against the baseline's; None for the baseline.
+    change_of_churn: Against the baseline's; None for the baseline.
   """
 
   arm: str
   title: str
   retrains: int
   figures: Mapping[str, Estimate]
-  change: Estimate | None
+  change_of_churn: Estimate | None
 
 
 class Repeat(NamedTuple):
@@ -292,10 +287,10 @@ class Retrains(NamedTuple):
     examples: By split, how many.
     rows: By split, the rows of all arms, the single model first.
     chosen: The arm chosen on validation among the codistilled ones, or None.
-    reason: How it was chosen.
+    rule: How it was chosen.
     controls: On the test split, with one of the two seeds fixed.
     repeats: The deterministic controls.
-    runs: (arm, retrain, outcome) of all.
+    runs: Outcome of each, with its 'arm' and which 'retrain' of it.
     configurations: Operative gin configurations, by the names of files: that of
       the single model, and those of arms with gin files of their own.
   """
@@ -304,10 +299,10 @@ class Retrains(NamedTuple):
   examples: Mapping[str, int]
   rows: Mapping[str, Sequence[Row]]
   chosen: str | None
-  reason: str
+  rule: str
   controls: Sequence[Row]
   repeats: Sequence[Repeat]
-  runs: Sequence[tuple[str, int, Mapping[str, Any]]]
+  runs: Sequence[Mapping[str, Any]]
   configurations: Mapping[str, str]
 
   @property
@@ -335,7 +330,7 @@ def summarise(
   Raises:
     ValueError: What `statistics.measure` raises, with the name of the arm.
   """
-  rows, baseline_KK = [], None
+  rows: list[Row] = []
   for name, predictions in arms.items():
     try:
       found = statistics.measure(predictions, labels)
@@ -348,9 +343,8 @@ def summarise(
         'relative': (statistics.mean_over_pairs, found.relative_KK),
         'disagreement': (statistics.mean_over_pairs, found.disagreement_KK),
     }
-    change = None
-    if baseline_KK is None:
-      baseline_KK = found.churn_KK
+    if not rows:
+      baseline_KK, change = found.churn_KK, None
     else:
       change = statistics.change_of_churn(found.churn_KK, baseline_KK)
     rows.append(
@@ -363,7 +357,7 @@ def summarise(
                 for key, (mean, values) in figures.items()
                 if values is not None
             },
-            change=change,
+            change_of_churn=change,
         )
     )
   return rows
@@ -378,7 +372,9 @@ def load_study(workdir: files.PathLike) -> Retrains:
   settings = files.read_json(plan_lib.study_path(workdir))
   plan_lib.check_known(workdir, settings)
   runs = list(done(workdir))
-  seeds = _seeds(runs)
+  seeds: dict[str, list[int]] = {}
+  for arm, seed, _ in runs:
+    seeds.setdefault(arm, []).append(seed)
   size = settings['num_groups'] if settings else 2
   if len(seeds.get(SINGLE, ())) < 2 * size:
     raise ValueError(
@@ -391,30 +387,23 @@ def load_study(workdir: files.PathLike) -> Retrains:
     arms = load_arms(workdir, seeds, split, size)
     rows[split] = summarise(arms, labels, titles_of(list(arms), size))
     examples[split] = len(labels)
-  chosen, reason = choose(rows['validation'])
+  configurations = {}
+  for arm in (SINGLE, *_others(seeds)):
+    directory = plan_lib.run_dir(workdir, PlannedRun(arm, seeds[arm][0]))
+    path = run_directory.config_path(directory)
+    if path.exists():
+      name = 'config.gin' if arm == SINGLE else f'config_{arm}.gin'
+      configurations[name] = path.read_text()
   return Retrains(
-      settings=settings,
-      examples=examples,
-      rows=rows,
-      chosen=chosen,
-      reason=reason,
+      settings,
+      examples,
+      rows,
+      *choose(rows['validation']),
       controls=_controls(workdir, seeds),
       repeats=_repeats(workdir, runs),
-      runs=runs,
-      configurations={
-          f'config_{arm}.gin' if arm != SINGLE else 'config.gin': text
-          for arm in (SINGLE, *_others(seeds))
-          if (text := _configuration(workdir, arm, seeds[arm][0]))
-      },
+      runs=[{'arm': arm, 'retrain': k, **record} for arm, k, record in runs],
+      configurations=configurations,
   )
-
-
-def _seeds(runs) -> dict[str, list[int]]:
-  """Returns those of each arm, ascending."""
-  found: dict[str, list[int]] = {}
-  for arm, seed, _ in runs:
-    found.setdefault(arm, []).append(seed)
-  return found
 
 
 def _others(arms: Iterable[str]) -> list[str]:
@@ -426,12 +415,6 @@ def _others(arms: Iterable[str]) -> list[str]:
       and weight_of(arm) is None
       and not arm.startswith(REPEAT)
   )
-
-
-def _configuration(workdir: files.PathLike, arm: str, seed: int) -> str:
-  run = PlannedRun(arm, seed)
-  path = run_directory.config_path(plan_lib.run_dir(workdir, run))
-  return path.read_text() if path.exists() else ''
 
 
 def load_arms(
@@ -507,23 +490,21 @@ def _controls(workdir, seeds) -> list[Row]:
 
 def _repeats(workdir, runs) -> list[Repeat]:
   outcomes = {(arm, k): outcome for arm, k, outcome in runs}
-  return [
-      _repeat(workdir, arm, outcomes)
-      for arm, _, _ in runs
-      if arm.startswith(REPEAT) and (arm.removeprefix(REPEAT), 0) in outcomes
-  ]
-
-
-def _repeat(workdir, arm: str, outcomes) -> Repeat:
-  first = arm.removeprefix(REPEAT)
-  different, total, largest = 0, 0, 0.0
-  for group_id in range(outcomes[arm, 0]['num_groups']):
-    for split in SPLITS:
-      a, b = (
-          read_predictions(workdir, x, 0, split, group_id) for x in (first, arm)
-      )
-      different += int(np.sum(a != b))
-      total += a.size
-      largest = max(largest, float(np.max(np.abs(a - b))))
-  cores = {outcomes[x, 0]['cores'] for x in (first, arm)}
-  return Repeat(first, different, total, largest, len(cores) == 1)
+  found = []
+  for again in sorted(arm for arm, _ in outcomes if arm.startswith(REPEAT)):
+    arm = again.removeprefix(REPEAT)
+    if (arm, 0) not in outcomes:
+      continue
+    different, total, largest = 0, 0, 0.0
+    for group_id in range(outcomes[again, 0]['num_groups']):
+      for split in SPLITS:
+        a, b = (
+            read_predictions(workdir, x, 0, split, group_id)
+            for x in (arm, again)
+        )
+        different += int(np.sum(a != b))
+        total += a.size
+        largest = max(largest, float(np.max(np.abs(a - b))))
+    cores = {outcomes[x, 0]['cores'] for x in (arm, again)}
+    found.append(Repeat(arm, different, total, largest, len(cores) == 1))
+  return found

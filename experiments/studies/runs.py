@@ -238,11 +238,11 @@ class Trainer:
             run,
             experiment,
             model,
-            [place.seat for place in of_seed],
+            [seat for seat, _ in of_seed],
             latch,
             shared_stream=stream,
             configuration=functools.cache(gin_utils.current),
-        )._replace(exchanges=[place.exchange for place in of_seed])
+        )._replace(exchanges=[exchange for _, exchange in of_seed])
         for run, experiment, of_seed in zip(runs, experiments, places)
     ]
     job_lib.keep_common_checkpoints(

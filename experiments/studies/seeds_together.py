@@ -12,7 +12,7 @@ Shape suffixes: N = S * G members, seed by seed; S seeds, G groups, P peers.
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +39,9 @@ from codistill_jax.exchange.publications import Publication
 from codistill_jax.experiment import Experiment
 from codistill_jax.one_program import JointUpdate, Seat, SharedStream
 
-
-class Place(NamedTuple):
-  """What a group of a seed has in the program.
-
-  Attributes:
-    seat: In place of its step.
-    exchange: Through the devices.
-  """
-
-  seat: Seat
-  exchange: 'StackedExchange'
+# What a group of a seed has in the program, in place of its step, and its
+# exchange, which is through the devices.
+Place = tuple[Seat, 'StackedExchange']
 
 
 def possible(experiment: Experiment, num_groups: int) -> bool:
@@ -88,7 +80,7 @@ def make_places(
       )
   )
   exchanges = exchanges_of(update, experiments[0].exchange, num_groups)
-  members = list(map(Place, update.seats, exchanges))
+  members = list(zip(update.seats, exchanges))
   places = [
       members[first : first + num_groups]
       for first in range(0, len(members), num_groups)

@@ -106,8 +106,8 @@ class Arm(NamedTuple):
     times: See `workers`.
     batch_workers: Workers whose rows make up one update, if not all: 1 for
       asynchronous SGD.
-    communication: Pattern of bytes, a name in `communication`: 'none',
-      'all_reduce', 'exchange', 'outer' or 'server'.
+    communication: Pattern of bytes, see `costs.bytes_per_update`: 'all_reduce',
+      'exchange', 'outer' or 'server'.
     seeds: Of its runs; None: as many as the scale says, from 0.
     fixed: What all its runs have of seed 0: 'parameters', the 'order' of data,
       or '', nothing.
@@ -128,7 +128,7 @@ class Arm(NamedTuple):
   workers: int = 0
   times: int = 1
   batch_workers: int | None = None
-  communication: str = 'none'
+  communication: str = 'all_reduce'
   seeds: tuple[int, ...] | None = None
   fixed: str = ''
   weight: float | None = None
@@ -144,15 +144,19 @@ class Comparison(NamedTuple):
     expect: What the paper leads us to expect of its number: 'less', 'more' or
       'equal' to the other's.
     against: The other.
-    paper: What the paper says, with its mark: 'half the steps [B]'.
     measure: A key of `MEASURES`.
+    paper: What the paper says, with its mark: 'half the steps [B]'.
   """
 
   arm: str
   expect: str
   against: str
-  paper: str
   measure: str
+  paper: str = ''
+
+  def by(self, paper: str) -> 'Comparison':
+    """Returns the comparison, with what the paper says."""
+    return self._replace(paper=paper)
 
 
 class Scale(NamedTuple):

@@ -26,56 +26,51 @@ from .costs import WallTime
 from .retrains import Row
 from .study_plan import MEASURES, Arm, Study
 
-_COLOURS = (plots.ONE, plots.TWO, *plots.PALETTE)
 _MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X')
-# Arms that do not stand on the axis of a study, where others do.
-_APART = (plots.ONE, *plots.PALETTE[1:3], '#000000')
 _TARGET = {'color': plots.GREY, 'ls': plots.DOTTED, 'lw': 1.0}
 # Curves are shown from about this share of a run on.
 _SHOWN_FROM = 0.35
 # An arm that ends so many times higher above the best is not in the frame.
 _FAR = 3.0
 _MARKED = 30  # Evaluations up to which each has a marker.
+_MANY = 7  # Arms from which on bands are lighter.
 
 
 # --- Styles ------------------------------------------------------------------
 
 
 def styles_of(study: Study) -> dict[str, dict]:
-  """Returns colour and dashes of every arm.
+  """Returns colour and dashes of every arm, the same in all plots.
 
-  Where many arms stand on an axis, colour is the place on it, from dark to
-  light, and dashes are the series; else arms have the colours of all pages.
+  The arms of a series have its colour, from dark to light along the axis.
   """
-  on_axis = [arm for arm in study.arms if arm.x is not None]
-  if study.x_label and len(on_axis) > len(_COLOURS):
-    return _by_place(study, on_axis)
-  colours = plots.arm_colours(arm.name for arm in study.arms)
-  return {
-      arm.name: {'color': colours[arm.name], 'ls': _dashes(i // len(_COLOURS))}
-      for i, arm in enumerate(study.arms)
-  }
-
-
-def _by_place(study: Study, on_axis: Sequence[Arm]) -> dict[str, dict]:
-  places = sorted({arm.x for arm in on_axis})
-  series = list(dict.fromkeys(arm.series for arm in on_axis))
-  shades = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, len(places)))
-  others = [arm for arm in study.arms if arm.x is None]
-  styles = {
-      arm.name: {'color': _APART[i % len(_APART)], 'ls': _dashes(2)}
-      for i, arm in enumerate(others)
-  }
-  for arm in on_axis:
+  names = list(dict.fromkeys(arm.series or arm.name for arm in study.arms))
+  colours = plots.arm_colours(names)
+  styles = {}
+  for arm in study.arms:
+    name = arm.series or arm.name
+    before = names[: names.index(name)]
+    again = sum(colours[x] == colours[name] for x in before)
+    xs = sorted({a.x for a in study.arms if arm.series and a.series == name})
     styles[arm.name] = {
-        'color': matplotlib.colors.to_hex(shades[places.index(arm.x)]),
-        'ls': _dashes(series.index(arm.series)),
+        'color': (
+            _shade(colours[name], xs.index(arm.x), len(xs))
+            if len(xs) > 1
+            else colours[name]
+        ),
+        'ls': plots.DASHES[again % len(plots.DASHES)],
     }
   return styles
 
 
-def _dashes(number: int):
-  return plots.DASHES[number % len(plots.DASHES)]
+def _shade(colour: str, place: int, places: int) -> str:
+  """Returns a colour on the way from half black to half white."""
+  at = place / (places - 1) - 0.5
+  towards = float(at > 0)
+  mixed = [
+      x + abs(at) * (towards - x) for x in matplotlib.colors.to_rgb(colour)
+  ]
+  return matplotlib.colors.to_hex(mixed)
 
 
 def _legend(found: Analysis, styles: Mapping[str, dict]) -> list[Line2D]:
@@ -111,7 +106,7 @@ def _two_axes(
     found: Analysis, y: str, label: str, title: str, caption: str
 ) -> Plot:
   styles = styles_of(found.study)
-  shade = 0.15 if len(found.study.arms) <= len(_COLOURS) else 0.08
+  shade = 0.15 if len(found.study.arms) <= _MANY else 0.08
   with plots.style():
     figure, (left, right) = plots.figure_of(2, x_label='steps of each group')
     for ax, x in ((left, 'steps'), (right, 'flops')):
@@ -260,20 +255,21 @@ def against_axis(found: Analysis) -> Plot | None:
   if not panels:
     return None
   others = [arm for arm in found.trained if arm.x is None]
+  colours = plots.arm_colours(a.series or a.name for a in found.study.arms)
   with plots.style():
     label = found.study.x_label
     figure, axes = plots.figure_of(len(panels), x_label=label)
     legend = []
     for i, (name, arms) in enumerate(series.items()):
-      style = {'color': _colour(i), 'marker': _MARKERS[i % len(_MARKERS)]}
+      style = {'color': colours[name], 'marker': _MARKERS[i % len(_MARKERS)]}
       apart = i - (len(series) - 1) / 2
       for ax, measure in zip(axes, panels):
         _draw_series(ax, found, arms, measure, style, apart)
       legend.append(Line2D([], [], label=name or label, lw=1.4, ms=5, **style))
     for ax, measure in zip(axes, panels):
       _finish_panel(ax, found, measure)
-    for i, arm in enumerate(others, len(series)):
-      style = {'color': _colour(i), 'ls': (0, (1.5, 1.5)), 'lw': 1.2}
+    for arm in others:
+      style = {'color': colours[arm.name], 'ls': (0, (1.5, 1.5)), 'lw': 1.2}
       for ax, measure in zip(axes, panels):
         estimate = analysis.cell(found, arm.name, measure).estimate
         if estimate is not None:
@@ -284,10 +280,6 @@ def against_axis(found: Analysis) -> Plot | None:
         'axis_caption', several=len(series) > 1, others=others
     )
     return plots.save(figure, 'against_x', f'Against {label}', caption)
-
-
-def _colour(number: int) -> str:
-  return _COLOURS[number % len(_COLOURS)]
 
 
 def point(
@@ -410,7 +402,6 @@ def _log_axes(ax: Axes) -> None:
 
 # --- Churn -------------------------------------------------------------------
 
-_CODISTILLED = plots.TWO
 _MARKERS_OF_CHURN = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
 
 
@@ -418,16 +409,8 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws log loss against churn, arms of several weights as one line."""
   weights = {r.arm: retrains.weight_of(r.arm) for r in rows}
   weighted = [r for r in rows if weights[r.arm] is not None]
-  others = [r for r in rows if r not in weighted]
-  colours = {r.arm: _CODISTILLED for r in weighted} | {
-      retrains.SINGLE: plots.ONE,
-      retrains.ENSEMBLE: plots.PALETTE[0],
-  }
-  own = [r.arm for r in others if r.arm not in colours]
-  colours |= {
-      arm: plots.PALETTE[1:][i % (len(plots.PALETTE) - 1)]
-      for i, arm in enumerate(own)
-  }
+  colours = plots.arm_colours(r.arm for r in rows if r not in weighted)
+  colours |= dict.fromkeys((r.arm for r in weighted), plots.TWO)
   with plots.style():
     label = f'{split} log loss (nats)'
     figure, (ax,) = plots.figure_of(1, x_label=label)
@@ -436,7 +419,7 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
     line = [
         [r.figures[key].mean for r in weighted] for key in ('log_loss', 'churn')
     ]
-    ax.plot(*line, color=_CODISTILLED, lw=1.2, zorder=2)
+    ax.plot(*line, color=plots.TWO, lw=1.2, zorder=2)
     handles = []
     for row in rows:
       colour, weight = colours[row.arm], weights[row.arm]
@@ -453,7 +436,7 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
     caption = words.paragraph('churn_caption', split=split, weighted=weighted)
     if weighted:
       label = f'{weighted[0].title.partition(",")[0]}, by distill weight'
-      handles.append(plots.line(_CODISTILLED, label, marker='o', lw=1.2))
+      handles.append(plots.line(plots.TWO, label, marker='o', lw=1.2))
     plots.legend_below(figure, handles)
     return plots.save(figure, 'churn', 'Log loss against churn', caption)
 

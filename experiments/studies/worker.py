@@ -7,7 +7,6 @@ each has its share of the CPU cores.
 import contextlib
 import functools
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -72,6 +71,29 @@ def check_least(**least: int) -> None:
       raise ValueError(f'--{flag}={value}; set it to {number} or more')
 
 
+def positive(flag: str, what: str) -> list[float]:
+  """Returns the numbers of a flag; raises ValueError unless all are above 0."""
+  numbers = []
+  for text in _FLAGS[flag].value:
+    try:
+      numbers.append(float(text))
+    except ValueError:
+      numbers.append(0.0)
+    if not 0 < numbers[-1] < float('inf'):
+      raise ValueError(
+          f'--{flag}: {text!r} is no {what}; give numbers above 0, such as'
+          f' --{flag}=1,3'
+      )
+  return numbers
+
+
+def refuse(names: Sequence[str], why: str) -> None:
+  """Raises ValueError for a flag that is given and would act nowhere."""
+  for name in names:
+    if _FLAGS[name].present:
+      raise ValueError(f'--{name} {why}; leave it out')
+
+
 def train(
     module: str,
     workdir: files.PathLike,
@@ -123,8 +145,8 @@ def _run_side_by_side(
   said once.
 
   Raises:
-    Stopped: If asked to stop.
-    SystemExit: With the status of the first that failed, which has said why.
+    Stopped: If asked to stop, and all of them have saved everything.
+    SystemExit: With the worst status of theirs, who have said why.
   """
   begun = plan_lib.begun_at(workdir)
   environment = {**os.environ, cli.COMMAND_VARIABLE: cli.own_command()}
@@ -134,19 +156,29 @@ def _run_side_by_side(
   )
   workers = [start(0)]
   try:
-    while any(worker.poll() is None for worker in workers):
-      if stop():
-        raise cli.Stopped(cli.STOPPED, stop.signal_number)
-      _leave_with(workers)
+    while None in [worker.poll() for worker in workers]:
+      if stop() or any(worker.returncode for worker in workers):
+        break
       if len(workers) < jobs and plan_lib.begun_at(workdir) != begun:
         workers += map(start, range(1, jobs))
       time.sleep(0.1)
-    _leave_with(workers)
   finally:
     for worker in workers:
       processes.ask_to_leave(worker)
     for worker in workers:
       processes.wait_or_kill(worker, processes.PACE.grace)
+  if any(worker.returncode < 0 for worker in workers):
+    line = 'error: a process was killed; what it had not saved is lost'
+    cli.tell(line, error=True)
+  # Of statuses as `cli` gives them the smallest is the worst, after 0.
+  statuses = [
+      w.returncode if w.returncode >= 0 else cli.MAY_PASS for w in workers
+  ]
+  worst = min(filter(None, statuses), default=0)
+  if stop() and not 0 < worst < 128:
+    raise cli.Stopped(cli.STOPPED, stop.signal_number)
+  if worst:
+    sys.exit(worst)
 
 
 def _take_cores(worker: str) -> int:
@@ -163,13 +195,6 @@ def _take_cores(worker: str) -> int:
       share = len(cores) // jobs
       os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
   return jobs
-
-
-def _leave_with(workers: Sequence[subprocess.Popen]) -> None:
-  """Ends as the first process that failed."""
-  for worker in workers:
-    if worker.returncode:
-      sys.exit(worker.returncode % 256)
 
 
 # --- One process -------------------------------------------------------------

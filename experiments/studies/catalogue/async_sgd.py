@@ -28,7 +28,6 @@ def _synchronous(workers: int) -> Arm:
       f'synchronous_{workers}',
       f'synchronous, {workers} worker{"s" * (workers > 1)}',
       workers=workers,
-      communication='all_reduce',
       x=workers,
       series='synchronous',
   )
@@ -52,29 +51,17 @@ STUDY = Study(
     ),
     baseline='synchronous_1',
     comparisons=(
-        tasks.loss(
-            'asynchronous_2',
-            'more',
-            'synchronous_1',
-            'not in the paper: stale gradients are worse per update',
+        tasks.loss('asynchronous_2', 'more', 'synchronous_1').by(
+            'not in the paper: stale gradients are worse per update'
         ),
-        tasks.loss(
-            'asynchronous_8',
-            'more',
-            'synchronous_1',
-            'not in the paper: stale gradients are worse per update',
+        tasks.loss('asynchronous_8', 'more', 'synchronous_1').by(
+            'not in the paper: stale gradients are worse per update'
         ),
-        tasks.loss(
-            'asynchronous_32',
-            'more',
-            'synchronous_1',
-            'hard to keep stable with 32 workers [A]',
+        tasks.loss('asynchronous_32', 'more', 'synchronous_1').by(
+            'hard to keep stable with 32 workers [A]'
         ),
-        tasks.loss(
-            'asynchronous_128',
-            'more',
-            'synchronous_1',
-            'hard to keep stable with 128 workers [A]',
+        tasks.loss('asynchronous_128', 'more', 'synchronous_1').by(
+            'hard to keep stable with 128 workers [A]'
         ),
     ),
     scales=tasks.changed(

@@ -22,34 +22,25 @@ STUDY = Study(
         ' two-way codistilled DNN 0.4458 and 0.019 [C]: 35 % less churn [B], at'
         ' the quality of the ensemble and the serving cost of one model.'
     ),
-    arms=retrains.arms(weights=(1, 2)),
+    arms=retrains.arms((1, 2), num_groups=2),
     predictions=True,
     baseline='single',
     comparisons=(
-        _churn('codistilled_1', 'less', 'single', '35 % less churn [B]'),
-        _churn(
-            'codistilled_1',
-            'equal',
-            'ensemble',
-            'as much as of an ensemble of two [C]',
+        _churn('codistilled_1', 'less', 'single').by('35 % less churn [B]'),
+        _churn('codistilled_1', 'equal', 'ensemble').by(
+            'as much as of an ensemble of two [C]'
         ),
-        _log_loss(
-            'codistilled_1', 'less', 'single', 'better than a single model [C]'
+        _log_loss('codistilled_1', 'less', 'single').by(
+            'better than a single model [C]'
         ),
-        _log_loss(
-            'codistilled_1',
-            'equal',
-            'ensemble',
-            'at the quality of the ensemble [C]',
+        _log_loss('codistilled_1', 'equal', 'ensemble').by(
+            'at the quality of the ensemble [C]'
         ),
-        _churn(
-            'codistilled_2', 'less', 'single', 'not in the paper: a weight of 2'
+        _churn('codistilled_2', 'less', 'single').by(
+            'not in the paper: a weight of 2'
         ),
-        _log_loss(
-            'codistilled_2',
-            'less',
-            'ensemble',
-            'not in the paper: a weight of 2',
+        _log_loss('codistilled_2', 'less', 'ensemble').by(
+            'not in the paper: a weight of 2'
         ),
     ),
     scales={

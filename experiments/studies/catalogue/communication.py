@@ -60,7 +60,6 @@ STUDY = Study(
             'synchronous_2',
             'synchronous, 2 workers',
             workers=2,
-            communication='all_reduce',
         ),
         *map(_every, _INTERVALS),
         *(_diloco(2, steps) for steps in _INTERVALS),
@@ -68,32 +67,20 @@ STUDY = Study(
     ),
     baseline='synchronous_1',
     comparisons=(
-        tasks.loss(
-            'codistillation_50',
-            'less',
-            'synchronous_1',
-            'not in the paper at this batch: a second group helps',
+        tasks.loss('codistillation_50', 'less', 'synchronous_1').by(
+            'not in the paper at this batch: a second group helps'
         ),
-        tasks.loss(
-            'codistillation_50',
-            'less',
-            'synchronous_2',
-            'not in the paper at this batch: a second group or a second worker',
+        tasks.loss('codistillation_50', 'less', 'synchronous_2').by(
+            'not in the paper at this batch: a second group or a second worker'
         ),
-        tasks.loss(
-            'codistillation_50', 'less', 'diloco_2_every_50', 'not in the paper'
+        tasks.loss('codistillation_50', 'less', 'diloco_2_every_50').by(
+            'not in the paper'
         ),
-        tasks.loss(
-            'diloco_2_every_50',
-            'less',
-            'diloco_1_every_50',
-            'not in the paper: what the second worker of DiLoCo adds',
+        tasks.loss('diloco_2_every_50', 'less', 'diloco_1_every_50').by(
+            'not in the paper: what the second worker of DiLoCo adds'
         ),
-        tasks.loss(
-            'codistillation_2',
-            'less',
-            'synchronous_1',
-            'not in the paper at this batch: a second group helps',
+        tasks.loss('codistillation_2', 'less', 'synchronous_1').by(
+            'not in the paper at this batch: a second group helps'
         ),
     ),
     scales=tasks.changed(

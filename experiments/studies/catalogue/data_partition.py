@@ -33,16 +33,13 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        tasks.loss(
-            'disjoint', 'less', 'same', 'much better on disjoint data [B]'
+        tasks.loss('disjoint', 'less', 'same').by(
+            'much better on disjoint data [B]'
         ),
-        tasks.loss(
-            'same',
-            'less',
-            'baseline',
-            'only slightly better on the same data [B]',
+        tasks.loss('same', 'less', 'baseline').by(
+            'only slightly better on the same data [B]'
         ),
-        tasks.steps('disjoint', 'less', 'baseline', 'half the steps [B]'),
+        tasks.steps('disjoint', 'less', 'baseline').by('half the steps [B]'),
     ),
     scales=tasks.LANGUAGE,
     notes=(

@@ -21,28 +21,18 @@ STUDY = Study(
             'smoothing_uniform',
             'label smoothing',
             gin_files=(tasks.ABLATIONS + 'label_smoothing.gin',),
-            communication='all_reduce',
         ),
     ),
     baseline='baseline',
     comparisons=(
-        tasks.steps(
-            'codistillation',
-            'less',
-            'baseline',
-            '5,250 steps against 7,250 [C]',
+        tasks.steps('codistillation', 'less', 'baseline').by(
+            '5,250 steps against 7,250 [C]'
         ),
-        tasks.loss(
-            'codistillation',
-            'equal',
-            'ensemble',
-            'close to the ensemble of two, as for the language model [B]',
+        tasks.loss('codistillation', 'equal', 'ensemble').by(
+            'close to the ensemble of two, as for the language model [B]'
         ),
-        tasks.loss(
-            'codistillation',
-            'less',
-            'smoothing_uniform',
-            'better than label smoothing, as for the language model [A]',
+        tasks.loss('codistillation', 'less', 'smoothing_uniform').by(
+            'better than label smoothing, as for the language model [A]'
         ),
     ),
     scales=tasks.IMAGES,

@@ -23,7 +23,6 @@ STUDY = Study(
             'twice_the_batch',
             'one group, twice the batch',
             times=2,
-            communication='all_reduce',
         ),
         tasks.CODISTILLATION,
         tasks.TWO_ALONE,
@@ -32,41 +31,29 @@ STUDY = Study(
             'smoothing_uniform',
             'label smoothing, uniform',
             gin_files=(tasks.ABLATIONS + 'label_smoothing.gin',),
-            communication='all_reduce',
         ),
         Arm(
             'smoothing_unigram',
             'label smoothing, unigram',
             gin_files=(tasks.ABLATIONS + 'label_smoothing_unigram.gin',),
-            communication='all_reduce',
         ),
     ),
     baseline='baseline',
     comparisons=(
-        tasks.steps('codistillation', 'less', 'baseline', 'half the steps [B]'),
-        tasks.steps(
-            'codistillation',
-            'less',
-            'twice_the_batch',
-            'a larger batch had stopped helping, a second group had not [B]',
+        tasks.steps('codistillation', 'less', 'baseline').by(
+            'half the steps [B]'
         ),
-        tasks.loss(
-            'codistillation',
-            'equal',
-            'ensemble',
-            'close to the ensemble of two [B]',
+        tasks.steps('codistillation', 'less', 'twice_the_batch').by(
+            'a larger batch had stopped helping, a second group had not [B]'
         ),
-        tasks.loss(
-            'codistillation',
-            'less',
-            'smoothing_uniform',
-            'clearly better than label smoothing [A]',
+        tasks.loss('codistillation', 'equal', 'ensemble').by(
+            'close to the ensemble of two [B]'
         ),
-        tasks.loss(
-            'codistillation',
-            'less',
-            'smoothing_unigram',
-            'clearly better than label smoothing [A]',
+        tasks.loss('codistillation', 'less', 'smoothing_uniform').by(
+            'clearly better than label smoothing [A]'
+        ),
+        tasks.loss('codistillation', 'less', 'smoothing_unigram').by(
+            'clearly better than label smoothing [A]'
         ),
     ),
     scales=tasks.LANGUAGE,

@@ -33,23 +33,15 @@ STUDY = Study(
             # Its teachers have learnt all that they will.
             bindings=('schedules.distill_weight.burn_in_steps=0',),
             taught_by='teachers',
-            communication='all_reduce',
         ),
     ),
     baseline='baseline',
     comparisons=(
         Comparison(
-            'codistillation',
-            'less',
-            'student',
-            '10 K steps in all against 27 K [B]',
-            'total_steps_to_target',
-        ),
-        tasks.loss(
-            'student',
-            'less',
-            'baseline',
-            'not in the paper as recalled: better than a model trained alone',
+            'codistillation', 'less', 'student', 'total_steps_to_target'
+        ).by('10 K steps in all against 27 K [B]'),
+        tasks.loss('student', 'less', 'baseline').by(
+            'not in the paper as recalled: better than a model trained alone'
         ),
     ),
     scales=tasks.LANGUAGE,

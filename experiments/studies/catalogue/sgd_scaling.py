@@ -11,7 +11,6 @@ def _one_group(workers: int) -> Arm:
       f'sgd_{workers}',
       f'{workers} worker{"s" * (workers > 1)}',
       workers=workers,
-      communication='all_reduce',
       x=workers,
       series='one group',
   )
@@ -51,37 +50,27 @@ STUDY = Study(
     arms=tuple(map(_one_group, _WORKERS)) + tuple(map(_two_groups, _WORKERS)),
     baseline='sgd_1',
     comparisons=(
-        tasks.steps(
-            'sgd_2',
-            'less',
-            'sgd_1',
-            'far from the limit, twice the workers save steps [B]',
+        tasks.steps('sgd_2', 'less', 'sgd_1').by(
+            'far from the limit, twice the workers save steps [B]'
         ),
-        tasks.steps(
-            'sgd_8',
-            'equal',
-            'sgd_4',
-            'at the limit, twice the workers save none [B]',
+        tasks.steps('sgd_8', 'equal', 'sgd_4').by(
+            'at the limit, twice the workers save none [B]'
         ),
-        tasks.steps(
-            'codistilled_4', 'less', 'sgd_8', 'there, a second group does [B]'
+        tasks.steps('codistilled_4', 'less', 'sgd_8').by(
+            'there, a second group does [B]'
         ),
-        tasks.steps(
-            'sgd_32',
-            'equal',
-            'sgd_16',
-            'at the limit, twice the workers save none [B]',
+        tasks.steps('sgd_32', 'equal', 'sgd_16').by(
+            'at the limit, twice the workers save none [B]'
         ),
-        tasks.steps(
-            'codistilled_16', 'less', 'sgd_32', 'there, a second group does [B]'
+        tasks.steps('codistilled_16', 'less', 'sgd_32').by(
+            'there, a second group does [B]'
         ),
-        tasks.steps(
-            'sgd_256',
-            'equal',
-            'sgd_128',
-            '256 workers bring nothing over 128 [B]',
+        tasks.steps('sgd_256', 'equal', 'sgd_128').by(
+            '256 workers bring nothing over 128 [B]'
         ),
-        tasks.steps('codistilled_128', 'less', 'sgd_128', 'half the steps [B]'),
+        tasks.steps('codistilled_128', 'less', 'sgd_128').by(
+            'half the steps [B]'
+        ),
     ),
     scales=tasks.changed(
         tasks.LANGUAGE,

@@ -37,23 +37,17 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        tasks.loss(
-            'every_100', 'more', 'every_50', '100 slightly worse than 50 [B]'
+        tasks.loss('every_100', 'more', 'every_50').by(
+            '100 slightly worse than 50 [B]'
         ),
-        tasks.loss(
-            'every_250', 'more', 'every_50', '250 slightly worse than 50 [B]'
+        tasks.loss('every_250', 'more', 'every_50').by(
+            '250 slightly worse than 50 [B]'
         ),
-        tasks.loss(
-            'every_50',
-            'more',
-            'every_5',
-            'not in the paper at these intervals: longer is slightly worse',
+        tasks.loss('every_50', 'more', 'every_5').by(
+            'not in the paper at these intervals: longer is slightly worse'
         ),
-        tasks.loss(
-            'every_4',
-            'more',
-            'every_2',
-            'not in the paper at these intervals: longer is slightly worse',
+        tasks.loss('every_4', 'more', 'every_2').by(
+            'not in the paper at these intervals: longer is slightly worse'
         ),
     ),
     scales=tasks.changed(

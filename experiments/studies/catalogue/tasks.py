@@ -1,5 +1,6 @@
 """The tasks of the studies at each scale, and bindings that arms share."""
 
+import functools
 from collections.abc import Mapping
 
 from ..study_plan import Arm, Comparison, Scale
@@ -59,7 +60,7 @@ def changed(
 
 
 # Arms of many studies.
-BASELINE = Arm('baseline', 'one group', communication='all_reduce')
+BASELINE = Arm('baseline', 'one group')
 CODISTILLATION = Arm(
     'codistillation',
     'two groups, codistilled',
@@ -72,7 +73,6 @@ TWO_ALONE = Arm(
     bindings=('schedules.distill_weight.weight=0.0',),
     num_groups=2,
     tuned_as='baseline',
-    communication='all_reduce',
 )
 ENSEMBLE = Arm('ensemble', 'ensemble of two', num_groups=2, ensemble_of='alone')
 SHARED = "text.language_model_task.partition='shared'"
@@ -83,11 +83,6 @@ def exchange_every(steps: int) -> str:
   return f'Checkpoints.every={steps}'
 
 
-def steps(arm: str, expect: str, against: str, paper: str) -> Comparison:
-  """Compares steps to the target."""
-  return Comparison(arm, expect, against, paper, 'steps_to_target')
-
-
-def loss(arm: str, expect: str, against: str, paper: str) -> Comparison:
-  """Compares losses at the end."""
-  return Comparison(arm, expect, against, paper, 'final_loss')
+# Comparisons by steps to the target, and by the loss at the end.
+steps = functools.partial(Comparison, measure='steps_to_target')
+loss = functools.partial(Comparison, measure='final_loss')

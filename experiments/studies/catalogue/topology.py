@@ -28,7 +28,7 @@ STUDY = Study(
         ' topologies are proposed [C].'
     ),
     arms=(
-        Arm('baseline', 'one group', workers=1, communication='all_reduce'),
+        Arm('baseline', 'one group', workers=1),
         Arm(
             'two',
             'two groups',
@@ -42,23 +42,14 @@ STUDY = Study(
     ),
     baseline='baseline',
     comparisons=(
-        tasks.loss(
-            'ring',
-            'equal',
-            'all',
-            'not in the paper, which proposes rings: no worse',
+        tasks.loss('ring', 'equal', 'all').by(
+            'not in the paper, which proposes rings: no worse'
         ),
-        tasks.loss(
-            'pairs',
-            'more',
-            'all',
-            'not in the paper: a pair knows half as much',
+        tasks.loss('pairs', 'more', 'all').by(
+            'not in the paper: a pair knows half as much'
         ),
-        tasks.loss(
-            'all',
-            'less',
-            'two',
-            'not in the paper: more groups, more knowledge',
+        tasks.loss('all', 'less', 'two').by(
+            'not in the paper: more groups, more knowledge'
         ),
     ),
     scales=tasks.LANGUAGE,

@@ -169,8 +169,8 @@ def define_preparation_flags(
   flags.DEFINE_float(
       'max_rejected',
       0.05,
-      f'End with an error if more than this share of the {what} is broken, or of'
-      ' the files cut short. What filters reject is not counted.',
+      f'End with an error if more than this share of the {what} is broken, or'
+      ' of the files cut short. What filters reject is not counted.',
       lower_bound=0.0,
       upper_bound=1.0,
   )

@@ -38,11 +38,16 @@ _PASSING = {
     errno.EFBIG,  # A limit of the system on how much may be written.
     errno.EIO,
     errno.EMFILE,
+    errno.ENODEV,
     errno.ENOSPC,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
     errno.EROFS,
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
+# Of a path that is wrong, and stays so.
+_FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -239,10 +244,7 @@ def say(error: Exception) -> int:
     # Jax raises ValueError too, from inside a user's own model.
     logging.info('Where the error came from:', exc_info=error)
     tell(f'error: {" ".join(str(error).split())}', error=True)
-    passing = isinstance(error, TimeoutError) or (
-        isinstance(error, OSError) and error.errno in _PASSING
-    )
-    return MAY_PASS if passing else CLEAR_ERROR
+    return MAY_PASS if _may_pass(error) else CLEAR_ERROR
   package = str(getattr(error, 'name', '')).partition('.')[0]
   if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
     extra = f"'codistill_jax[{_EXTRAS[package]}]'"
@@ -252,6 +254,25 @@ def say(error: Exception) -> int:
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)
   return CRASH
+
+
+def _may_pass(error: Exception) -> bool:
+  """Returns whether the same command may do better later.
+
+  Below the run directory whatever a file system says may pass: a ticket expires
+  (EACCES, EPERM), a disk is mounted anew (ENOENT).
+  """
+  if not isinstance(error, OSError):
+    return False
+  if isinstance(error, TimeoutError) or error.errno in _PASSING:
+    return True
+  workdir = getattr(flags.FLAGS, 'workdir', None)
+  return (
+      error.errno is not None
+      and error.errno not in _FINAL
+      and isinstance(workdir, str)
+      and os.path.abspath(workdir) in f'{error.filename} {error}'
+  )
 
 
 def tell(text: str, *, error: bool = False) -> None:

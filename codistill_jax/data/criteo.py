@@ -83,7 +83,6 @@ _HEX_DIGITS = 8
 _MAX_DIGITS = 10  # Of an int32.
 
 _RUNS = 'runs'
-_MERGED = 8  # Runs that are merged at once.
 _PARSED = 4096  # Lines that are parsed at once: a megabyte.
 _SPLIT_KEY = 6  # The next after those of order.py.
 
@@ -539,18 +538,17 @@ def _merge(
 ) -> dict[str, Any]:
   """Writes the value counts of one column; describes the file.
 
-  The different values of the column are held in memory, and a few runs of it.
+  All runs of the column are held in memory.
   """
-  total = np.zeros((0, 2), np.uint32)  # Values, rising, and counts.
-  for start in range(0, len(runs), _MERGED):
-    parts = [total]
-    for number in runs[start : start + _MERGED]:
-      with np.load(_run_path(output, number)) as run:
-        parts.append(run[f'arr_{column}'])
-    values, place = np.unique(np.concatenate(parts)[:, 0], return_inverse=True)
-    # Weights are float64, which counts exactly up to 2**53.
-    counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
-    total = np.stack([values, counts.astype(np.uint32)], axis=1)
+  parts = [np.zeros((0, 2), np.uint32)]
+  for number in runs:
+    with np.load(_run_path(output, number)) as run:
+      parts.append(run[f'arr_{column}'])
+  values_N, counts_N = np.concatenate(parts).T
+  values, place_N = np.unique(values_N, return_inverse=True)
+  # Weights are float64, which counts exactly up to 2**53.
+  counts = np.bincount(place_N, weights=counts_N)
+  total = np.stack([values, counts.astype(np.uint32)], axis=1)
   path = output / counts_name(column)
   digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
   return {'values': len(total), 'sha256': digest}

@@ -170,7 +170,12 @@ def reproduce_once(places):
   def reproduce_once(study, *flags, workdir=None):
     key = study, flags, workdir
     if key not in known:
-      made = arguments(places, study, workdir or study)
+      given = {flag.partition('=')[0] for flag in flags} - {'--gin'}
+      made = [
+          flag
+          for flag in arguments(places, study, workdir or study)
+          if flag.partition('=')[0] not in given
+      ]
       known[key] = run_binary(reproduce, [*made, *flags])
     return known[key]
 

@@ -154,6 +154,13 @@ def seeds_of(name):
   return 2 if name in two else 1
 
 
+def last_of_each(*flags):
+  """The last of each flag that is given once."""
+  many = [flag for flag in flags if flag.startswith('--gin')]
+  once = {flag.split('=')[0]: flag for flag in flags if flag not in many}
+  return [*once.values(), *many]
+
+
 def arguments(places, name, workdir):
   made = [f'--study={name}', '--scale=smoke', f'--workdir={places / workdir}']
   if name in LANGUAGE:
@@ -171,7 +178,7 @@ def reproduce_once(places):
     key = study, flags, workdir
     if key not in known:
       made = arguments(places, study, workdir or study)
-      known[key] = run_binary(reproduce, [*made, *flags])
+      known[key] = run_binary(reproduce, last_of_each(*made, *flags))
     return known[key]
 
   return reproduce_once
@@ -292,6 +299,10 @@ MISTAKES = {
         '--workdir={new}',
         '--gin_file={toy}',
         '--gin=schedules.distill_weight.burn_in_steps=6',
+    ],
+    'gives group 1 the peer 5': [
+        '--gin=Checkpoints.topology=[[1],[5]]',
+        '--workdir={new}',
     ],
     'the group batch is that of the configuration': [
         '--study=image_codistillation',

@@ -446,6 +446,7 @@ class JointUpdate:
     """Registers the state that a group begins with; a run may begin again."""
     self._state = None
     self._waiting = set()
+    self._here.add(group_id)
     self._begun[group_id] = state
     return _Begun(self, group_id, self._turn, state)
 

@@ -217,6 +217,7 @@ class JsonlWriter:
       room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
+    self._step = 0
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _repair(path, resume_step)
@@ -232,14 +233,21 @@ class JsonlWriter:
     """Appends one record, or keeps it while the disk fails.
 
     Raises:
-      ValueError: If a metric is no scalar, or is called `step` or `time`.
+      ValueError: If a metric is no scalar, or is called `step` or `time`; or if
+        the run was further on.
     """
     for key in ('step', 'time'):
       if key in metrics:
         raise ValueError(
             f'Metric key {key!r} is taken by the record itself; rename it.'
         )
-    record: dict[str, Any] = {'step': int(step), 'time': self._clock()}
+    if step < self._step:
+      raise ValueError(
+          f'a record of step {step} after one of step {self._step}; make a new'
+          ' writer for another run'
+      )
+    self._step = int(step)
+    record: dict[str, Any] = {'step': self._step, 'time': self._clock()}
     for key, value in as_floats(metrics).items():
       record[key] = files.encode_number(value)
     line = json.dumps(record, allow_nan=False) + '\n'

@@ -191,6 +191,17 @@ def runs(seats, states, stream, num_steps=4, order=None):
   return [made[g] for g in range(len(seats))]
 
 
+def test_seats_serve_another_run_as_well_as_the_first():
+  again, lives = seats(), []
+  for num_steps in (2, 4, 4):
+    states = []
+    for results in zip(*runs(again, starts(), toy.Tokens(8), num_steps)):
+      states = [again[g].collect(r.state) for g, r in enumerate(results)]
+    lives.append(states)
+    again[1].leave()  # As a group that ended by itself.
+  toy.assert_same(lives[1], lives[2])
+
+
 @pytest.mark.parametrize('order', [(0, 1, 2, 3), (2, 0, 3, 1)])
 def test_the_loop_makes_the_updates_of_the_program_in_any_order(order):
   groups = runs(seats(), starts(), toy.Tokens(8), 3, order)

@@ -311,3 +311,29 @@ def test_discard_after_keeps_the_step_itself(tmp_path, state):
   assert store.steps() == [10, 20]
   store.discard_after(-1)
   assert store.steps() == []
+
+
+# --- Used twice --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('new', [False, True])
+@pytest.mark.parametrize('step', [1, 9, 10])
+def test_another_run_needs_checkpoints_of_its_own(tmp_path, state, step, new):
+  store = save_all(tmp_path, [at(state, 10)])
+  if new:
+    if step == 10:
+      return  # Saved again, by the kill that came before it was known.
+    store = open_checkpoints(tmp_path)
+  else:
+    store = open_checkpoints(tmp_path)
+    store.restore(state)
+  with pytest.raises(ValueError, match=f'come to step 10, and are .* {step};'):
+    store.save(at(state, step, 2.0))
+    store.wait()
+  store.close()
+  store = open_checkpoints(tmp_path)
+  assert_same_state(store.restore(state).state, at(state, 10))
+  store.save(at(state, 11))
+  store.close()
+  with pytest.raises(ValueError, match='after it was closed; make a new one'):
+    store.save(at(state, 12))

@@ -154,13 +154,6 @@ def seeds_of(name):
   return 2 if name in two else 1
 
 
-def last_of_each(*flags):
-  """The last of each flag that is given once."""
-  many = [flag for flag in flags if flag.startswith('--gin')]
-  once = {flag.split('=')[0]: flag for flag in flags if flag not in many}
-  return [*once.values(), *many]
-
-
 def arguments(places, name, workdir):
   made = [f'--study={name}', '--scale=smoke', f'--workdir={places / workdir}']
   if name in LANGUAGE:
@@ -177,8 +170,13 @@ def reproduce_once(places):
   def reproduce_once(study, *flags, workdir=None):
     key = study, flags, workdir
     if key not in known:
-      made = arguments(places, study, workdir or study)
-      known[key] = run_binary(reproduce, last_of_each(*made, *flags))
+      given = {flag.partition('=')[0] for flag in flags} - {'--gin'}
+      made = [
+          flag
+          for flag in arguments(places, study, workdir or study)
+          if flag.partition('=')[0] not in given
+      ]
+      known[key] = run_binary(reproduce, [*made, *flags])
     return known[key]
 
   return reproduce_once

@@ -314,3 +314,16 @@ def test_several_writers_get_the_same_and_all_are_closed():
   with pytest.raises(OSError, match='disk is full'):
     writer.close()
   assert last.closed
+
+
+def test_a_writer_serves_one_run(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  writer = writers.JsonlWriter(path)
+  for step in (10, 30, 30):  # An update and its evaluation.
+    writer.write(step, {'loss': 1.0})
+  with pytest.raises(ValueError, match='step 10 after one of step 30; make a'):
+    writer.write(10, {'loss': 2.0})
+  writer.close()
+  with pytest.raises(ValueError, match='after it was closed; make a new one'):
+    writer.write(40, {'loss': 2.0})
+  assert _steps(path) == [10, 30, 30]

@@ -230,6 +230,11 @@ class BackgroundWriter:
     """
     with self._changed:
       self.raise_failure()
+      if self._closed:
+        raise ValueError(
+            f'{self._doing} of step {step}, after it was closed; make a new'
+            ' one for another run'
+        )
       if self._has(step):
         return
       self._make_room()

@@ -4,6 +4,7 @@ Checkpoint n holds the state after n updates (so the data position, since a
 batch is a function of the step) and which publications were the teachers.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -103,7 +104,10 @@ class ResumeCheckpoints:
 
     Raises:
       What a save before raised, unless it was an OSError.
+      ValueError: If a run that was further on has been saved or restored here.
     """
+    if self._writer.saved is not None and state.step <= self._writer.saved:
+      raise self._of_another_run(int(state.step), self._writer.saved)
     self._writer.put(int(state.step), (state, list(teacher_steps)))
 
   def wait(self, seconds: float | None = None) -> int | None:
@@ -186,6 +190,11 @@ class ResumeCheckpoints:
 
   def _write(self, step: int, item: tuple[TrainState, list]) -> None:
     self._check(step)
+    newest = step
+    with contextlib.suppress(OSError):  # That is no trouble with the new one.
+      newest = max(self.steps(), default=step)
+    if newest > step:  # Else this one would be the first to be deleted.
+      raise self._of_another_run(step, newest)
     state, teacher_steps = item
     facts = {'teacher_steps': teacher_steps, 'identity': self._identity}
     checkpoints.delete_torn(self._directory)
@@ -193,6 +202,13 @@ class ResumeCheckpoints:
         self._directory, step, serialization.to_state_dict(state), facts
     )
     self._prune()
+
+  def _of_another_run(self, step: int, newest: int) -> ValueError:
+    return ValueError(
+        f'the resume checkpoints in {self._directory} have come to step'
+        f' {newest}, and are to save step {step}; restore to go on there, or'
+        ' make new ones in another directory for another run'
+    )
 
   def _prune(self) -> None:
     """Deletes all but the newest; a failure must not look like one to save."""

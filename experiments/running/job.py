@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -140,8 +141,19 @@ def check_workdir(job: Job, state: TrainState) -> None:
   how often it is evaluated, recorded and saved.
   """
   before = run_directory.read_run(job.workdir)
-  if before:
-    _check_same_run(job, before, describe_run(job, state))
+  if not before:
+    return
+  _check_same_run(job, before, describe_run(job, state))
+  config = run_directory.config_path(job.workdir)
+  expected = before.get('config_sha256')  # Older runs have none.
+  if expected and config.exists():
+    found = hashlib.sha256(config.read_bytes()).hexdigest()
+    if found != expected:
+      raise ValueError(
+          f'{config} is not what this run wrote (its digest is another one than'
+          ' that in run.json); look at who did that, and delete it: the run'
+          ' writes it anew'
+      )
 
 
 def claim_workdir(job: Job, state: TrainState) -> None:
@@ -157,7 +169,12 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   if not job.agreement.is_primary:
     return
   now = describe_run(job, state)
+  text = job.configuration().operative.encode()
+  now['config_sha256'] = hashlib.sha256(text).hexdigest()
+  config = run_directory.config_path(job.workdir)
   if not run_directory.read_run(job.workdir):
+    # Also over one that is there: this run did not write it.
+    files.write_bytes(config, text, sync=True)
     run_directory.write_run(job.workdir, now)
   # Read again: another group may have claimed it at the same moment.
   before = run_directory.read_run(job.workdir)
@@ -168,9 +185,8 @@ def claim_workdir(job: Job, state: TrainState) -> None:
         *before.get('earlier', []),
         *(s for s in before['configuration'] if s not in now['configuration']),
     ]
-  config = run_directory.config_path(job.workdir)
   if changed or not config.exists():
-    files.write_bytes(config, job.configuration().operative.encode(), sync=True)
+    files.write_bytes(config, text, sync=True)
   if changed:
     run_directory.write_run(job.workdir, now)
 

@@ -108,6 +108,12 @@ def run_group(
       raise ValueError(
           f'run_group: {name} is of type {type(part).__name__}; give {advice}'
       )
+  pure = getattr(train_step, 'train_step', None)
+  if num_steps > (made_for := getattr(pure, 'num_steps', num_steps)):
+    raise ValueError(
+        f'num_steps={num_steps}, but the step was made for'
+        f' num_steps={made_for}; make it for as many'
+    )
   step = int(state.step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
@@ -185,7 +191,11 @@ def _turns(
     step += 1
 
     due = exchange.due(step)
-    faults.add(step, metrics, due or step in (first, last))
+    try:
+      faults.add(step, metrics, due or step in (first, last))
+    except FloatingPointError as e:
+      exchange.fail(e)
+      raise
     if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.

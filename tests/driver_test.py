@@ -392,7 +392,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
 
   task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
   job = make_job(task=task)
-  with pytest.raises(FloatingPointError, match='step 6: 24 weights'):
+  with pytest.raises(FloatingPointError, match='step 6: 12 weights'):
     run(job)
   assert checkpoint_steps(job) == [4]
   # A run that only looks at its loss when it saves does not save it either.
@@ -1008,3 +1008,35 @@ def test_devices_are_chosen_by_number():
     job_lib.chosen_devices(9)
   with pytest.raises(ValueError, match='--replicas=-1'):
     job_lib.use_replicas(-1)
+
+
+def test_the_start_of_a_run_is_checked_before_its_first_update(
+    make_job, capsys
+):
+  driver.check_start(job := make_job(), start := driver.new_state(job))
+  assert capsys.readouterr().err == ''
+  driver.check_start(make_job(eval_every=500), start)
+  said = capsys.readouterr().err
+  assert said.startswith('warning: eval_every = 500; but the run ends at')
+  assert f'num_steps = {STEPS}' in said
+  task = TASK._replace(eval_batches=lambda rows: iter([]))
+  with pytest.raises(ValueError, match='can be read but once'):
+    driver.check_start(make_job(task=task), start)
+  broken = MODEL._replace(apply=lambda *args: {}['integers'])
+  job = dataclasses.replace(
+      job,
+      train_step=experiment_lib.make_replicated_step(
+          job.experiment, broken, jax.devices()[:1]
+      ),
+  )
+  with pytest.raises(
+      ValueError, match="cannot be traced: KeyError: 'integers'"
+  ):
+    driver.check_start(
+        job,
+        start._replace(
+            efficiency=watch.Efficiency(
+                job, start.state, experiment_lib.first_row(job.experiment, 1)
+            )
+        ),
+    )

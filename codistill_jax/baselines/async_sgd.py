@@ -145,6 +145,7 @@ class WorkerStreams:
     self._read = functools.lru_cache(size)(self._read_batch)
 
   def batch(self, step: int) -> dict[str, Array]:
+    _check_turn(step, len(self._turns.worker_N))
     number, place = divmod(int(self._turns.worker_N[step]), self._together)
     batch = self._read(number, int(self._turns.batch_N[step]))
     rows = slice(place * self._rows, (place + 1) * self._rows)
@@ -284,13 +285,19 @@ class AsynchronousSgd:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """Makes one update of the server, with the gradient of one worker."""
+    """Makes one update of the server, with the gradient of one worker.
+
+    There are `num_steps` turns. Whoever asks for another update is refused, or
+    finds losses that are NaN where the step is compiled and cannot refuse.
+    """
     turns = self.turns(num_steps)
     gradient_step = step.make_train_step(model, _KEEP_GRADIENT, **kwargs)
 
     def train_step(
         state: TrainState, batch: Batch, teachers: Any, distill_weight: Array
     ) -> tuple[TrainState, Metrics]:
+      if not isinstance(state.step, jax.core.Tracer):
+        _check_turn(int(state.step), num_steps)
       worker = jnp.asarray(turns.worker_N)[state.step]
       if self.ramp_up_steps:
         joining = jnp.asarray(turns.joining_N)[state.step]
@@ -301,9 +308,20 @@ class AsynchronousSgd:
       metrics['async/staleness_steps'] = (
           state.step - state.opt_state.pulled_at_W[worker]
       )
+      for key in ('loss/task', 'loss/total'):
+        metrics[key] = jnp.where(state.step < num_steps, metrics[key], jnp.nan)
       return _serve(tx, state, worker, answer, metrics)
 
+    train_step.num_steps = num_steps
     return train_step
+
+
+def _check_turn(step: int, num_steps: int) -> None:
+  if step >= num_steps:
+    raise ValueError(
+        f'asynchronous SGD has turns for num_steps={num_steps} updates, and'
+        f' this would be number {step + 1}; make step and stream for more'
+    )
 
 
 # Applies nothing: of a step with this optimiser, the new `opt_state` is the

@@ -6,6 +6,7 @@
   <data_dir>/train/00000.offsets.npy       int64, documents + 1: where each
                                            document starts, and the end
   <data_dir>/validation/...                the same
+  <data_dir>/test/...                      the same, if one was asked for
 
 A document is stored as `<s> pieces </s>` and never divided between shards. A
 shard without documents has no files. `meta.json` has the SHA-256 of every file.
@@ -21,15 +22,15 @@ import numpy as np
 
 from codistill_jax.data import prepared_files
 
-SPLITS = ('train', 'validation')
+SPLITS = ('train', 'validation', 'test')
 TOKENIZER = 'tokenizer.model'
 
 
 def _files(meta: dict[str, Any]) -> dict[str, str]:
   """Returns the SHA-256 of each file."""
   found = {TOKENIZER: meta['tokenizer_sha256']}
-  for split in SPLITS:
-    for i, shard in enumerate(meta['splits'][split]['shards']):
+  for split, described in meta['splits'].items():
+    for i, shard in enumerate(described['shards']):
       if shard['documents']:
         found[tokens_name(split, i)] = shard['tokens_sha256']
         found[offsets_name(split, i)] = shard['offsets_sha256']
@@ -160,7 +161,9 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   meta = read_meta(data_dir)
   dtype = token_dtype(meta['vocab_size'])
   tokens, offsets = [], []
-  for i, shard in enumerate(meta['splits'][split]['shards']):
+  for i, shard in enumerate(
+      meta['splits'].get(split, {'shards': ()})['shards']
+  ):
     size = shard['documents']
     if not size:
       continue
@@ -179,7 +182,7 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   if not tokens:
     raise ValueError(
         f'The {split} split of {data_dir} is empty; prepare the data again with'
-        ' another --validation_fraction or more documents.'
+        f' --{split}_fraction, --{split}_source or more documents.'
     )
   return TokenData(
       tokens, offsets, meta['vocab_size'], meta['tokenizer_sha256']

@@ -92,29 +92,15 @@ def check_start(job: Job, start: GroupStart) -> None:
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment, agreement = job.experiment, job.agreement
-  batches = experiment_lib.split_batches(
-      experiment.task, 'validation', experiment.eval_batch
-  )
-  if not len(batches):
-    raise ValueError('the task has no validation batch; it needs one at least')
-  batch = experiment_lib.check_batch(
-      batches[0], {experiment.eval_batch}, 'the first validation batch'
-  )
+  experiment = job.experiment
   with experiment_lib.naming('the update cannot be traced'):
     start.efficiency.trace()
-  with experiment_lib.naming('the evaluation cannot be traced'):
-    jax.eval_shape(
-        experiment_lib.make_eval_step(experiment, job.model),
-        start.state.variables,
-        dict(batch),
-        job.model.init_carry(experiment.eval_batch),
-    )
+  experiment_lib.check_evaluation(experiment, job.model, start.state.variables)
   idle = experiment_lib.idle_settings(
       experiment, job.num_groups, start.state.variables.params
   )
   idle += gin_utils.steps_out_of(experiment.num_steps)
-  if idle and agreement.is_primary:
+  if idle and job.agreement.is_primary:
     cli.tell(
         f'warning: {"; ".join(idle)}; but the run ends at'
         f' Experiment.num_steps = {experiment.num_steps}',

@@ -34,6 +34,7 @@ from codistill_jax.base import (
     Task,
     TrainState,
     Variables,
+    logits_of,
 )
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
@@ -187,13 +188,14 @@ def _train_stream(
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
 
   def make(group_batch: int, rows: slice | None) -> Stream:
-    stream = experiment.task.train_stream(
-        group_id=group_id,
-        num_groups=num_groups,
-        group_batch=group_batch,
-        rows=rows,
-        **given,
-    )
+    with naming('Task.train_stream cannot be called'):
+      stream = experiment.task.train_stream(
+          group_id=group_id,
+          num_groups=num_groups,
+          group_batch=group_batch,
+          rows=rows,
+          **given,
+      )
     if not callable(getattr(stream, 'batch', None)):
       raise ValueError(
           f'Task.train_stream gave a {type(stream).__name__}, expected an'
@@ -271,9 +273,42 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
 
   The whole batch may be many gigabytes, and take a minute to decode.
   """
-  # A stream for one process alone may look at no `rows`.
-  stream = _train_stream(experiment, 0, num_groups, slice(0, 1), or_all=True)
-  return jax.tree.map(lambda x: x[:1], dict(stream.batch(0)))
+  with naming('the first training batch cannot be made'):
+    # A stream for one process alone may look at no `rows`.
+    stream = _train_stream(experiment, 0, num_groups, slice(0, 1), or_all=True)
+    return jax.tree.map(lambda x: x[:1], dict(stream.batch(0)))
+
+
+def check_evaluation(
+    experiment: Experiment, model: Model, variables: Variables
+) -> None:
+  """Traces an evaluation of the first validation batch.
+
+  Raises:
+    ValueError: One line, if there is none, or if what the model makes of it
+      does not fit its labels.
+  """
+  task, rows = experiment.task, experiment.eval_batch
+  batches = split_batches(task, 'validation', rows)
+  if not len(batches):
+    raise ValueError('the task has no validation batch; it needs one at least')
+  batch = dict(check_batch(batches[0], {rows}, 'the first validation batch'))
+  args = variables, batch, model.init_carry(rows)
+  with naming('the evaluation cannot be traced'):
+    jax.eval_shape(make_eval_step(experiment, model), *args)
+    logits = jax.eval_shape(
+        lambda *args: logits_of(model.apply(*args, None, False)[0]), *args
+    )
+  labels = np.shape(batch['labels'])
+  expected = labels
+  if task.output == 'softmax':
+    expected = (*labels, max(task.num_classes, logits.shape[-1]))
+  if logits.shape != expected:
+    raise ValueError(
+        f'the model gives logits of shape {logits.shape} for labels of shape'
+        f' {labels}, expected {expected}, as the task has num_classes='
+        f"{task.num_classes} and output='{task.output}'"
+    )
 
 
 @contextlib.contextmanager

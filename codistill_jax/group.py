@@ -191,7 +191,11 @@ def _turns(
     step += 1
 
     due = exchange.due(step)
-    faults.add(step, metrics, due or step in (first, last))
+    try:
+      faults.add(step, metrics, due or step in (first, last))
+    except FloatingPointError as e:
+      exchange.fail(e)
+      raise
     if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -874,6 +875,53 @@ def test_a_run_that_was_done_goes_on_to_more_steps(make_job):
   shorter = make_job(num_steps=STEPS - 1)
   with pytest.raises(ValueError, match=rf'reached step {STEPS}.*=11;'):
     job_lib.check_workdir(shorter, driver.new_state(shorter).state)
+
+
+@pytest.mark.parametrize('damage', [b'', b'{"arm": ', bytes(64), b'[]'])
+def test_a_damaged_run_json_is_written_again(
+    make_job, monkeypatch, capsys, damage
+):
+  """As after a power cut; but not over a run of another configuration."""
+  job = make_job(num_steps=2)
+  run(job)
+  path = run_directory.run_path(job.workdir)
+  whole = path.read_bytes()
+  path.write_bytes(damage)
+  job = make_job(num_steps=3)
+  job_lib.check_workdir(job, driver.new_state(job).state)
+  assert run(job) == [3]
+  assert 'run.json' in capsys.readouterr().err
+  assert json.loads(path.read_bytes()) == json.loads(whole) | {'num_steps': 3}
+  path.write_bytes(damage)
+  config = run_directory.config_path(job.workdir)
+  config.write_text('a.b = 1\n')
+  with pytest.raises(ValueError, match=r'it has a.b = 1, this one has no such'):
+    run(make_job(num_steps=4))
+  config.write_text('')  # Neither is whole.
+  assert run(make_job(num_steps=4)) == [4]
+  assert 'configuration' in run_directory.read_run(job.workdir)
+
+
+def test_leftovers_are_removed_at_the_start_and_counted(make_job, caplog):
+  job = make_job(num_steps=2)
+  run(job)
+  group = run_directory.group_dir(job.workdir, 0)
+  steps = run_directory.checkpoints_dir(job.workdir, 0)
+  left = [
+      run_directory.run_path(job.workdir).parent / '.run.json.0123abcd.tmp',
+      group / '.status.json.ffffffff.tmp',
+      steps / '1.damaged' / 'record.json',
+      steps / '7' / 'record.json',
+  ]
+  others = [group / 'notes.tmp', steps / 'mine.damaged' / 'a']
+  for path in left + others:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('')
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    run(make_job(num_steps=3))
+  assert not any(path.exists() for path in left)
+  assert all(path.exists() for path in others)
+  assert 'Group 0: removed 4 leftovers' in caplog.text
 
 
 # --- Where a run begins ------------------------------------------------------

@@ -298,6 +298,10 @@ MISTAKES = {
         '--gin_file={toy}',
         '--gin=schedules.distill_weight.burn_in_steps=6',
     ],
+    'gives group 1 the peer 5': [
+        '--gin=Checkpoints.topology=[[1],[5]]',
+        '--workdir={new}',
+    ],
     'the group batch is that of the configuration': [
         '--study=image_codistillation',
         '--worker_rows=4',

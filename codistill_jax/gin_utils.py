@@ -6,7 +6,9 @@ files begin with `from __gin__ import dynamic_registration`.
 
 import codecs
 import contextlib
+import importlib
 import itertools
+import os
 import pathlib
 import re
 import tokenize
@@ -15,9 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import gin
 from absl import flags
+from etils import epath
 from gin import config_parser
 
 from codistill_jax.data import records
+from codistill_jax.storage import files as files_lib
+from codistill_jax.storage.files import PathLike
 
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
@@ -64,6 +69,30 @@ from codistill_jax import experiment
 from codistill_jax import optimizers
 from codistill_jax import schedules
 """
+# What a config.gin that is read back may import, and where the functions and
+# classes that it names may be defined: what makes a run, and writes nothing.
+_IMPORTS = {'codistill_jax', 'flax', 'jax', 'optax'}
+_PARTS = {
+    'codistill_jax.baselines',
+    'codistill_jax.data.clicks',
+    'codistill_jax.data.images',
+    'codistill_jax.data.tables',
+    'codistill_jax.data.text',
+    'codistill_jax.exchange.kinds',
+    'codistill_jax.experiment',
+    'codistill_jax.losses',
+    'codistill_jax.models',
+    'codistill_jax.optimizers',
+    'codistill_jax.schedules',
+    'flax.linen',
+    'jax.lax',
+    'jax.nn',
+    'jax.numpy',
+    'jax._src.nn',
+    'optax',
+}
+_WITH_FILES = {'fromfile', 'load', 'save', 'savez', 'savez_compressed'}
+_LARGEST = 1_000_000  # Bytes.
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -109,12 +138,21 @@ def flag_arguments() -> list[str]:
   ]
 
 
-def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+def parse(
+    files: Sequence[str],
+    bindings: Sequence[str] = (),
+    *,
+    saved: PathLike | None = None,
+    trusted: Sequence[str] = (),
+) -> None:
   """Makes files and bindings the configuration of this process.
 
   Args:
     files: Gin files, in order.
     bindings: `Configurable.argument=value` strings, applied last.
+    saved: The config.gin of a run, which comes first. Whoever can write there
+      wrote it: it may name what a model or a task is made of, and nothing else.
+    trusted: Modules besides that it may name; those of `files` are.
 
   Raises:
     ValueError: If a file is missing, a name is unknown, a line does not parse,
@@ -122,6 +160,11 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
   """
   gin.clear_config()
   _superseded.clear()
+  if saved is not None:
+    with _one_line_errors(os.fspath(saved)):
+      text = _read_saved(saved)
+      _check_names(text, {*trusted, *imported_by(files)})
+      gin.parse_config(text)
   for number, file in enumerate(files):
     found = _find(file)
     # From the root, to which the includes of the project's files are relative:
@@ -148,6 +191,72 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
       gin.parse_config(binding)
   # Files bring along what a swap puts out of use; what is typed is meant.
   _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def imported_by(files: Sequence[str]) -> set[str]:
+  """Returns the modules that gin files, and what they include, import."""
+  found = set()
+  for file in files:
+    for s in _statements(_find(file).read_text()):
+      if isinstance(s, config_parser.ImportStatement):
+        found.add(s.module)
+      elif isinstance(s, config_parser.IncludeStatement):
+        found |= imported_by([s.filename])
+  return {m for m in found if not m.startswith('__gin__')}
+
+
+def _read_saved(path: PathLike) -> str:
+  path = epath.Path(path)
+  if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
+    raise ValueError('no regular file')
+  if path.stat().length > _LARGEST:
+    raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
+  return path.read_text()
+
+
+def _check_names(text: str, trusted: set[str]) -> None:
+  """Raises ValueError if a saved configuration names anything but parts.
+
+  Nothing is imported before all imports are known to be harmless, and nothing
+  that it names is called.
+  """
+  advice = (
+      'a config.gin is read as data, whoever wrote it; if it is yours, and that'
+      ' is a module of your own, name it by --trust'
+  )
+  modules = {}
+  delegate = _AsText()
+  statements = list(config_parser.ConfigParser(text, delegate))
+  for s in statements:
+    if isinstance(s, config_parser.IncludeStatement):
+      raise ValueError(f'it includes {s.filename!r}; {advice}')
+    if not isinstance(s, config_parser.ImportStatement):
+      continue
+    if s.module.startswith('__gin__.'):
+      continue
+    if not _within(s.module, {*_IMPORTS, *trusted}):
+      raise ValueError(f'it imports {s.module}; {advice}')
+    module = importlib.import_module(s.module)
+    whole = not s.is_from and not s.alias
+    modules[s.module if whole else s.bound_name()] = module
+  selectors = {
+      s.selector
+      for s in statements
+      if isinstance(s, config_parser.BlockDeclaration)
+      or (isinstance(s, config_parser.BindingStatement) and s.arg_name)
+  }
+  for name in selectors | delegate.references:
+    first, _, last = name.rpartition('.')
+    # Not what a module has imported itself, such as `os`.
+    found = getattr(modules.get(first), last, None)
+    home = getattr(found, '__module__', None) or ''
+    known = callable(found) and _within(home, {*_PARTS, *trusted})
+    if first != 'gin' and (not known or last in _WITH_FILES):
+      raise ValueError(f'it names {name}, which is no part of a run; {advice}')
+
+
+def _within(module: str, packages: set[str]) -> bool:
+  return any(f'{module}.'.startswith(f'{package}.') for package in packages)
 
 
 def _register_names(binding: str) -> None:
@@ -264,6 +373,8 @@ def _one_line_errors(where: str) -> Iterator[None]:
       AttributeError,
       TypeError,
       ImportError,
+      RecursionError,
+      MemoryError,
       tokenize.TokenError,
   ) as e:
     reason = str(e)
@@ -403,9 +514,13 @@ def _references(
 
 
 class _AsText(config_parser.ParserDelegate):
-  """Leaves references and macros as text."""
+  """Leaves references and macros as text; notes what is referred to."""
+
+  def __init__(self):
+    self.references = set()
 
   def configurable_reference(self, scoped_name, evaluate):
+    self.references.add(scoped_name.split('/')[-1])
     return f'@{scoped_name}' + ('()' if evaluate else '')
 
   def macro(self, scoped_name):
@@ -416,7 +531,7 @@ def _bindings(text: str) -> list[config_parser.BindingStatement]:
   return _statements(text, config_parser.BindingStatement)
 
 
-def _statements(text: str, kind: type[_T]) -> list[_T]:
+def _statements(text: str, kind: type[_T] = tuple) -> list[_T]:
   parser = config_parser.ConfigParser(text, _AsText())
   return [s for s in parser if isinstance(s, kind)]
 

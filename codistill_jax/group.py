@@ -108,6 +108,12 @@ def run_group(
       raise ValueError(
           f'run_group: {name} is of type {type(part).__name__}; give {advice}'
       )
+  pure = getattr(train_step, 'train_step', None)
+  if num_steps > (made_for := getattr(pure, 'num_steps', num_steps)):
+    raise ValueError(
+        f'num_steps={num_steps}, but the step was made for'
+        f' num_steps={made_for}; make it for as many'
+    )
   step = int(state.step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange

@@ -228,7 +228,7 @@ def _of_teachers(teachers, present_P) -> SoftTarget:
   )
 
 
-def _distillation(core, class_logits=None):
+def _distillation(core, class_logits=lambda logits: logits):
   """A distillation loss with the common arguments around its formula."""
 
   def loss(
@@ -242,11 +242,7 @@ def _distillation(core, class_logits=None):
     student, teachers = _prepare(
         student_logits, teacher_logits_P, present_P, temperature
     )
-    if class_logits is None:
-      padded = student <= _PADDED
-      teachers = [jnp.where(padded, _LOWEST, x) for x in teachers]
-    else:
-      teachers = [class_logits(x) for x in teachers]
+    teachers = [class_logits(x) for x in teachers]
     values = core(student, _of_teachers(teachers, present_P))
     if scale_by_temperature_squared:
       values = values * temperature**2
@@ -255,7 +251,7 @@ def _distillation(core, class_logits=None):
   # Not functools.wraps, which would show the signature of `core`.
   loss.__name__ = loss.__qualname__ = core.__name__
   loss.__doc__ = core.__doc__
-  loss.formula = Formula(core, class_logits or (lambda logits: logits))
+  loss.formula = Formula(core, class_logits)
   return loss
 
 

@@ -9,7 +9,7 @@ P peers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,7 +219,7 @@ class PmapStep:
   ) -> tuple[TrainState, Metrics]:
     state, metrics = self._step(
         state,
-        self._split_rows(dict(batch)),
+        self._split_rows(batch),
         teachers,
         np.float32(distill_weight),
     )
@@ -276,8 +276,12 @@ class PmapStep:
         ),
     )
 
-  def _split_rows(self, batch: dict[str, Array]) -> dict[str, Array]:
+  def _split_rows(self, batch: Batch) -> dict[str, Array]:
     """(B, ...) of this process -> (R, B / R, ...)."""
+    if not isinstance(batch, Mapping):
+      raise ValueError(
+          f'Expected a batch: a dict of arrays; got {form_of(batch)}'
+      )
     replicas = self.num_replicas // jax.process_count()
 
     def split(path: Any, x: Array) -> Array:
@@ -290,7 +294,7 @@ class PmapStep:
         check_group_batch(x.shape[0] * jax.process_count(), self.num_replicas)
       return x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:])
 
-    return jax.tree_util.tree_map_with_path(split, batch)
+    return jax.tree_util.tree_map_with_path(split, dict(batch))
 
   def _place_rows(self, x: Array, axis: int) -> jax.Array:
     x = np.array(x)

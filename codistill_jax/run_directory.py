@@ -163,11 +163,11 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
     workdir: The run directory.
     run: Known keys are `arm`, `num_groups`, `replicas`, `group_batch`, `seed`,
       `num_steps`, `burn_in_steps`, `exchange_every`, `mode`, `example` (what
-      one example is, such as 'token'), `data`, `model_parameters` and
-      `command`; others are shown as they are. With fixed teachers
-      `teacher_runs`, a list of `{'workdir': path, 'steps': [of each group]}`,
-      and `prior_steps`: all updates that had to be done before, which belong
-      to the cost of the run.
+      one example is, such as 'token'), `data`, `model_parameters`,
+      `config_sha256` (of config.gin) and `command`; others are shown as they
+      are. With fixed teachers `teacher_runs`, a list of `{'workdir': path,
+      'steps': [of each group]}`, and `prior_steps`: all updates that had to be
+      done before, which belong to the cost of the run.
   """
   write_json(run_path(workdir), run, sync=True)
 

@@ -38,11 +38,16 @@ _PASSING = {
     errno.EFBIG,  # A limit of the system on how much may be written.
     errno.EIO,
     errno.EMFILE,
+    errno.ENODEV,
     errno.ENOSPC,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
     errno.EROFS,
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
+# Of a path that is wrong, and stays so.
+_FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -130,13 +135,16 @@ def define_process_flags() -> None:
   )
 
 
-def define_preparation_flags(what: str, parted: str, workers: str) -> None:
+def define_preparation_flags(
+    what: str, parted: str, workers: str, validation: float | None = 0.05
+) -> None:
   """Defines the flags of all binaries that prepare data.
 
   Args:
     what: What is prepared: documents, lines.
     parted: How they are divided into splits.
     workers: What a worker does, and how many there are by default.
+    validation: Share of the validation split by default; None: others say.
   """
   define_path(
       'output',
@@ -146,7 +154,7 @@ def define_preparation_flags(what: str, parted: str, workers: str) -> None:
   )
   flags.DEFINE_float(
       'validation_fraction',
-      0.05,
+      validation,
       f'Share of the {what} in the validation split, {parted}; 0 for none.',
       lower_bound=0.0,
       upper_bound=1.0,
@@ -157,6 +165,14 @@ def define_preparation_flags(what: str, parted: str, workers: str) -> None:
       None,
       'A list made by sha256sum. All files of the source are compared with it'
       ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_float(
+      'max_rejected',
+      0.05,
+      f'End with an error if more than this share of the {what} is broken, or'
+      ' of the files cut short. What filters reject is not counted.',
+      lower_bound=0.0,
+      upper_bound=1.0,
   )
   flags.DEFINE_integer(
       'workers',
@@ -239,10 +255,7 @@ def say(error: Exception) -> int:
     # Jax raises ValueError too, from inside a user's own model.
     logging.info('Where the error came from:', exc_info=error)
     tell(f'error: {" ".join(str(error).split())}', error=True)
-    passing = isinstance(error, TimeoutError) or (
-        isinstance(error, OSError) and error.errno in _PASSING
-    )
-    return MAY_PASS if passing else CLEAR_ERROR
+    return MAY_PASS if _may_pass(error) else CLEAR_ERROR
   package = str(getattr(error, 'name', '')).partition('.')[0]
   if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
     extra = f"'codistill_jax[{_EXTRAS[package]}]'"
@@ -252,6 +265,25 @@ def say(error: Exception) -> int:
   text = ''.join(traceback.format_exception(error)).rstrip()
   tell(text, error=True)
   return CRASH
+
+
+def _may_pass(error: Exception) -> bool:
+  """Returns whether the same command may do better later.
+
+  Below the run directory whatever a file system says may pass: a ticket expires
+  (EACCES, EPERM), a disk is mounted anew (ENOENT).
+  """
+  if not isinstance(error, OSError):
+    return False
+  if isinstance(error, TimeoutError) or error.errno in _PASSING:
+    return True
+  workdir = getattr(flags.FLAGS, 'workdir', None)
+  return (
+      error.errno is not None
+      and error.errno not in _FINAL
+      and isinstance(workdir, str)
+      and os.path.abspath(workdir) in f'{error.filename} {error}'
+  )
 
 
 def tell(text: str, *, error: bool = False) -> None:

@@ -72,6 +72,14 @@ def define_flags() -> None:
       'Evaluate on the whole split, where the run takes a sample of it'
       ' (max_eval_batches, max_eval_examples).',
   )
+  flags.DEFINE_multi_string(
+      'trust',
+      [],
+      'Module of your own that the config.gin of a run may name, as mine.tasks;'
+      ' repeatable. Whoever can write in a run directory wrote that file, so it'
+      ' may name only what makes a run (models, tasks, optimisers), and what'
+      ' the --gin_file of this command import; see SECURITY.md.',
+  )
   flags.DEFINE_integer(
       'eval_batch',
       None,
@@ -147,12 +155,12 @@ def open_run(workdir: str) -> EvaluatedRun:
         ' first, or check --workdir'
     )
   gin_files, bindings = gin_utils.flag_values()
-  gin_files = [os.fspath(config), *gin_files]
-  gin_utils.parse(gin_files, bindings)
+  saved = {'saved': config, 'trusted': _FLAGS.trust}
+  gin_utils.parse(gin_files, bindings, **saved)
   if _FLAGS.all:
     names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
     bindings += [f'{name}=None' for name in names if '.max_eval_' in name]
-    gin_utils.parse(gin_files, bindings)
+    gin_utils.parse(gin_files, bindings, **saved)
   experiment = gin_utils.make(experiment_lib.Experiment)
   facts = run_directory.read_run(workdir)
   arm = facts.get('arm', os.path.basename(workdir))
@@ -211,6 +219,7 @@ _TITLES = {
     'eval/examples': 'examples',
     'eval/loss': 'loss (nats)',
     'eval/perplexity': 'perplexity',
+    'eval/bits_per_byte': 'bits per byte',
     'eval/accuracy': 'accuracy',
     'eval/auc': 'AUC',
     'eval/calibration': 'calibration',

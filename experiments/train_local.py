@@ -78,6 +78,10 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
   for binary in ('evaluate', 'report'):
     command = [sys.executable, '-m', cli.module_of(binary)]
     command.append(f'--workdir={_FLAGS.workdir}')
+    if binary == 'evaluate':
+      files_given, _ = gin_utils.flag_values()
+      modules = sorted(gin_utils.imported_by(files_given))
+      command += [f'--trust={module}' for module in modules]
     status = processes.call(command, stop).returncode
     if status:
       raise ValueError(

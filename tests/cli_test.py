@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny_run
@@ -46,6 +47,30 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
   assert capsys.readouterr().err.startswith('error: ')
+
+
+@pytest.mark.parametrize(
+    'code, below, elsewhere',
+    [
+        *((c, 75, 75) for c in (errno.ENOTCONN, errno.EREMOTEIO, errno.ENODEV)),
+        *((c, 75, 1) for c in (errno.EACCES, errno.EPERM, errno.ENOENT)),
+        *((c, 1, 1) for c in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)),
+    ],
+)
+def test_below_the_run_directory_a_refusal_may_pass(
+    code, below, elsewhere, monkeypatch, tmp_path
+):
+  workdir = types.SimpleNamespace(workdir=str(tmp_path / 'run'))
+  monkeypatch.setattr(cli.flags, 'FLAGS', workdir)
+  inside = os.path.join(workdir.workdir, 'groups', 'a')
+  for error in (
+      OSError(code, 'no', inside),
+      OSError(code, f'{inside} cannot be read: no'),
+  ):
+    assert status_of(error) == below
+  assert status_of(OSError(code, 'no', str(tmp_path / 'data'))) == elsewhere
+  monkeypatch.setattr(cli.flags, 'FLAGS', types.SimpleNamespace())
+  assert status_of(OSError(code, 'no', inside)) == elsewhere
 
 
 @pytest.mark.parametrize('error', [RuntimeError('deep'), KeyError('k')])

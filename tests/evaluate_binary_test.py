@@ -9,6 +9,7 @@ from codistill_jax import run_directory
 from codistill_jax.storage import files
 
 LAST = tiny_run.NUM_STEPS
+TRUST = '--trust=paced'  # What the tiny run's configuration imports.
 
 
 @pytest.fixture(scope='module')
@@ -40,11 +41,13 @@ def results(workdirs, tmp_path_factory):
       'nowhere': [],
   }
   cases = {
-      name: [f'--workdir={workdirs[name]}', *words]
+      name: [f'--workdir={workdirs[name]}', TRUST, *words]
       for name, words in arguments.items()
   }
-  cases['no_split'] = [f'--workdir={workdirs["good"]}', '--split=test']
-  cases['no_step'] = [f'--workdir={workdirs["good"]}', '--step=13']
+  good = [f'--workdir={workdirs["good"]}', TRUST]
+  cases['no_split'] = [*good, '--split=test']
+  cases['no_step'] = [*good, '--step=13']
+  cases['untrusted'] = good[:1]
   with tiny_run.launcher(tmp_path_factory) as launch:
     return launch.cases('evaluate', cases)
 
@@ -111,6 +114,7 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
         ('torn_config', ['config.gin', 'line ']),
         ('no_config', ['holds no trained group yet', 'check --workdir']),
         ('nowhere', ['nowhere']),
+        ('untrusted', ['config.gin: it imports paced;', '--trust']),
     ],
 )
 def test_a_mistake_is_one_line(results, name, words):

@@ -1,6 +1,7 @@
 """Configuration: one-line errors, nothing dead, the same text every time."""
 
 import gzip
+import os
 
 import configurables
 import numpy as np
@@ -386,7 +387,7 @@ def test_what_renamed_bindings_became_is_there():
         ('# x\n'.encode('utf-16'), 'in UTF-16'),
         ('# x\n'.encode('utf-16-le') * 40, 'UTF-16 without a mark'),
         (b'\xef\xbb\xbf# x\n', 'begins with a mark of UTF-8'),
-        (gzip.compress(b'# x\n'), 'compressed'),
+        (gzip.compress(b'# x\n', mtime=0), 'compressed'),
         (b'PK\3\4' + bytes(99), 'zip archive'),
     ],
 )
@@ -396,3 +397,102 @@ def test_a_file_that_is_no_plain_text_is_refused(tmp_path, content, message):
   with pytest.raises(ValueError, match=message) as raised:
     gin_utils.parse([str(path)])
   assert '\n' not in str(raised.value) and 'a.gin' in str(raised.value)
+
+
+# -- a config.gin that is read back is data -----------------------------------
+
+PLANTED = {
+    'a program': (
+        'import subprocess\nRoot.x = @subprocess.getoutput()\n'
+        "subprocess.getoutput.cmd = 'touch {marker}'\n"
+    ),
+    'through a module of ours': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax import run_directory\n'
+        'experiment.Experiment.seed = @run_directory.os.system()\n'
+        "run_directory.os.system.command = 'touch {marker}'\n"
+    ),
+    'a module of ours that writes': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax.storage import files\n'
+        'experiment.Experiment.seed = @files.write_bytes()\n'
+        "files.write_bytes.path = '{marker}'\n"
+        "files.write_bytes.data = b'x'\n"
+    ),
+    'what a module imports from others': (
+        'from codistill_jax import experiment\n'
+        'from codistill_jax import run_directory\n'
+        'experiment.Experiment.seed = @run_directory.write_json()\n'
+        "run_directory.write_json.path = '{marker}'\n"
+        'run_directory.write_json.tree = {{}}\n'
+    ),
+    'a module by its side': 'import planted\n',
+    'a name within a name': (
+        'import codistill_jax as subprocess\n'
+        'X = @subprocess.gin_utils.os.system()\n'
+    ),
+    'an include': "include '{other}'\n",
+    'pickles': (
+        'import jax.numpy\nX = @jax.numpy.load()\n'
+        "jax.numpy.load.file = '{marker}.npy'\n"
+        'jax.numpy.load.allow_pickle = True\n'
+    ),
+    'within a value': (
+        'import optax\nimport os\n'
+        "optax.sgd.learning_rate = [1, {{'a': @os.getcwd()}}]\n"
+    ),
+    'a scope': 'import os\nX = @a/b/os.getcwd()\n',
+    'a block': 'import os\nos.system:\n  command = 1\n',
+    'without dynamic registration': 'X = @getoutput()\n',
+    'deep': 'X = ' + 5000 * '[' + '\n',
+    'large': '# ' + 2_000_000 * 'x' + '\n',
+}
+
+
+@pytest.mark.parametrize('text', PLANTED.values(), ids=PLANTED)
+def test_a_planted_configuration_is_refused_and_runs_nothing(
+    text, tmp_path, monkeypatch
+):
+  marker, other = tmp_path / 'marker', tmp_path / 'other.gin'
+  monkeypatch.syspath_prepend(tmp_path)
+  code = f'import pathlib; pathlib.Path({str(marker)!r}).touch()'
+  (tmp_path / 'planted.py').write_text(code)
+  dynamic = 'from __gin__ import dynamic_registration\n'
+  other.write_text(f'{dynamic}import planted\n')
+  text = text.format(marker=marker, other=other)
+  if not text.endswith('getoutput()\n'):
+    text = dynamic + text
+  path = write(tmp_path, text)
+  with pytest.raises(ValueError) as e:
+    gin_utils.parse([], saved=path)
+    gin_utils.make(experiment.Experiment)
+  assert str(e.value).startswith(path) and '\n' not in str(e.value)
+  assert not marker.exists()
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+  os.mkfifo(tmp_path / 'config.gin')
+  with pytest.raises(ValueError, match='no regular file'):
+    gin_utils.parse([], saved=tmp_path / 'config.gin')
+
+
+def test_what_a_run_saves_is_read_back_and_a_module_of_ones_own_is_named(
+    tmp_path,
+):
+  gin_utils.parse([DIGITS], CLIPPED)
+  made = gin_utils.make(experiment.Experiment)
+  gin_utils.call(experiment.make_model, made)
+  text = gin_utils.operative_configuration()
+  saved = write(tmp_path, text)
+  gin_utils.parse([], ['Experiment.seed=7'], saved=saved)
+  assert gin_utils.make(experiment.Experiment).seed == 7
+  own = write(tmp_path, _CONFIG, 'own.gin')
+  with pytest.raises(ValueError, match=r'imports configurables; .* by --trust'):
+    gin_utils.parse([], saved=own)
+  for given in ({'trusted': ['configurables']}, {'files': [own]}):
+    gin_utils.parse(**{'files': [], 'saved': own, **given})
+    assert make_root().value == (3, 'x')
+  # No reference, though it looks like one.
+  text = _CONFIG + "configurables.leaf.name = 'me@os.system'\n"
+  path = write(tmp_path, text, 'mail.gin')
+  gin_utils.parse([], saved=path, trusted=['configurables'])

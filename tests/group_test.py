@@ -323,17 +323,6 @@ def test_a_run_compiles_its_step_twice():
   assert {t and float(t.present_P.sum()) for t in given} == {None, 1.0, 2.0}
 
 
-def test_the_counter_of_compilations_counts():
-  # Or the test above could not fail.
-  step, batch = toy.replicated(TWO_LAYERS), toy.stream_of(TWO_LAYERS).batch(0)
-  state = step.place(start(TWO_LAYERS, 0))
-  small = {key: x[:4] for key, x in batch.items()}
-  with toy.compilations() as programs:
-    for one in (batch, batch, small, batch):
-      state, _ = step(state, one, None, 0.0)
-  assert len(programs) == step.num_traces == 2
-
-
 # -- the loop -----------------------------------------------------------------
 
 
@@ -532,14 +521,6 @@ class Numbers:
     return {'step': step}
 
 
-def test_prefetch_keeps_order_and_makes_no_batch_too_many():
-  stream = Numbers(free=99)
-  assert [b['step'] for b in prefetch(stream, 3, 9)] == list(range(3, 9))
-  assert stream.asked == list(range(3, 9))
-  assert list(prefetch(stream, 9, 9)) == []
-  assert [b['step'] for b in prefetch(stream, 8, 9)] == [8]
-
-
 def test_prefetch_loads_ahead_but_not_far():
   stream = Numbers(free=99)
   batches = prefetch(stream, 0, 50)
@@ -584,6 +565,87 @@ def test_what_an_exchange_raises_ends_the_run():
   with pytest.raises(TimeoutError, match='group 1 has not published step 4'):
     steps.extend(result.step for result in run)
   assert steps == [1, 2, 3, 4]
+
+
+class Spoilt(Recorded):
+  """Says something wrong in some batches."""
+
+  def __init__(self, steps, key='labels', value=-1):
+    super().__init__(toy.stream_of(TWO_LAYERS, 0))
+    self._spoils = {'steps': steps, 'key': key, 'value': value}
+
+  def batch(self, step):
+    batch = super().batch(step)
+    if step in self._spoils['steps']:
+      batch[self._spoils['key']][:] = self._spoils['value']
+    return batch
+
+
+def steps_of(stream, num_steps=20, model=TWO_LAYERS, tx=toy.SGD):
+  """Steps of a group alone, and what ends it."""
+  step, steps = toy.on_replicas(model, tx), []
+  try:
+    for result in run_group(
+        step, toy.start(model, tx), stream, num_steps=num_steps
+    ):
+      steps.append(result.step)
+  except FloatingPointError as e:
+    return len(steps), str(e)
+  return len(steps), ''
+
+
+@pytest.mark.parametrize('first, seen', [(0, 0), (2, 10), (15, 19), (19, 19)])
+@pytest.mark.parametrize('key', ['labels', 'weights'])
+def test_a_group_alone_names_what_is_wrong_of_its_data(first, seen, key):
+  """At once in its first and last update, a few later in between."""
+  found, said = steps_of(Spoilt([first], key))
+  assert (found, said[: len(f'update {first + 1}: ')]) == (
+      seen,
+      f'update {first + 1}: ',
+  )
+  assert f' {key} are ' in said
+
+
+def test_an_optimiser_may_leave_out_what_is_not_finite_for_a_while():
+  def overflowing(variables, batch, *args):
+    logits, updates = TWO_LAYERS.apply(variables, batch, *args)
+    return logits / (batch['inputs'][:, :1] < 1e30), updates
+
+  model = TWO_LAYERS._replace(apply=overflowing)
+  for tx, passes in ((optax.apply_if_finite(toy.SGD, 100), 1), (toy.SGD, 0)):
+    stream = Spoilt([3, 4, 5], 'inputs', 1e31)
+    found, said = steps_of(stream, model=model, tx=tx)
+    assert (found, said[:10]) == ((20, '') if passes else (11, 'update 4: '))
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (
+            {'train_step': jax.jit(lambda *a: a)},
+            r'train_step .*; give PmapStep\(',
+        ),
+        (
+            {'state': {}},
+            'state is of type dict; give the TrainState of init_st',
+        ),
+        ({'stream': iter([])}, r'stream .*; give an object with batch\(step\)'),
+        (
+            {'exchange': memory_exchanges(2)},
+            'exchange .* list; give that of one',
+        ),
+        ({'distill_weight': 1.0}, 'distill_weight .* float; give lambda step'),
+    ],
+)
+def test_parts_of_other_kinds_are_refused_at_the_call(wrong, message):
+  parts = {
+      'train_step': shared_step(TWO_LAYERS),
+      'state': start(TWO_LAYERS, 0),
+      'stream': toy.stream_of(TWO_LAYERS),
+      **wrong,
+  }
+  with pytest.raises(ValueError, match=f'^run_group: {message}'):
+    run_group(num_steps=2, **parts)
 
 
 def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():

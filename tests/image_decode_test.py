@@ -1,6 +1,7 @@
 """Decoding: any mode to RGB, the right part, damaged files, threads, crops."""
 
 import logging
+import struct
 
 import hypothesis
 import jax
@@ -52,6 +53,19 @@ def pgm(most, number):
   return f'P5 16 12 {most}\n'.encode() + pixels
 
 
+def twelve_bits(number):
+  """A TIFF file of 16 x 12 pixels, two in three bytes."""
+  pixels = bytes([number >> 4, (number & 15) << 4 | number >> 8, number & 255])
+  pixels *= 16 * 12 // 2
+  tags = {256: 16, 257: 12, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1}
+  tags |= {278: 12, 279: len(pixels)}
+  directory = b''.join(
+      struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items()
+  )
+  head = struct.pack('<2sHI', b'II', 42, 8 + len(pixels))
+  return head + pixels + struct.pack('<H', len(tags)) + directory + bytes(4)
+
+
 GREY = (90, 90, 90)
 PHOTOMETRIC = 262  # 0: white is 0.
 
@@ -78,6 +92,7 @@ PHOTOMETRIC = 262  # 0: white is 0.
         (encode(deep(40_000)), (156,) * 3),
         (encode(deep(40_000), 'TIFF'), (156,) * 3),
         (encode(big_endian(40_000), 'TIFF'), (156,) * 3),
+        (twelve_bits(2500), (156,) * 3),
         (pgm(65_535, 40_000), (156,) * 3),
         (pgm(1023, 625), (156,) * 3),
         # Nothing says which number is white.

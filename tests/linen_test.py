@@ -4,12 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
+from codistill_jax import base
+from codistill_jax import step as step_lib
 from codistill_jax.models import linen
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-BATCH = {'inputs': X}
+BATCH = {'inputs': X, 'labels': np.arange(4) % 2}
 
 
 class Plain(nn.Module):
@@ -154,25 +158,192 @@ def test_inputs_may_be_a_pytree_under_another_key():
   assert logits.shape == (4, 2)
 
 
-def test_vmap_over_variables_gives_each_models_logits():
-  model, a = make(Noisy())
-  b = jax.tree.map(lambda x: 2 * x, a)
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), a, b)
-  run = lambda v: model.apply(v, BATCH, (), None, False)[0]
-  np.testing.assert_allclose(
-      jax.vmap(run)(stacked), jnp.stack([run(a), run(b)]), rtol=1e-5, atol=1e-6
+# --- Flags of training --------------------------------------------------------
+
+FLAGS = {
+    **dict.fromkeys(('train', 'training', 'is_training'), True),
+    **dict.fromkeys(
+        ('deterministic', 'use_running_average', 'inference'), False
+    ),
+}
+
+
+def module_of(body, arguments='x', **names):
+  """A module whose call has this signature; `body(self, x, **rest)`."""
+  namespace = {'body': body, **names}
+  keywords = [a.split('=')[0].strip(' *') for a in arguments.split(',')[1:]]
+  given = ''.join(f', {k}={k}' for k in keywords)
+  code = f'def call(self, {arguments}): return body(self, x{given})'
+  exec(code, namespace)
+  return type(
+      'Made', (nn.Module,), {'__call__': nn.compact(namespace['call'])}
+  )()
+
+
+@pytest.mark.parametrize('default', ['', '=True', '=False'])
+@pytest.mark.parametrize('flag', FLAGS)
+def test_a_flag_of_training_is_told_by_any_of_its_names(flag, default):
+  def body(self, x, **told):
+    rest = told[flag] != FLAGS[flag]
+    x = nn.BatchNorm(use_running_average=rest, momentum=0.5)(x)
+    return nn.Dropout(0.5)(x, deterministic=rest)
+
+  model, variables = make(module_of(body, f'x, {flag}{default}'))
+  run = lambda train: model.apply(
+      variables, BATCH, (), jax.random.key(0), train
   )
+  (taught, updates), (judged, _) = run(True), run(False)
+  np.testing.assert_allclose(judged, X, rtol=1e-4)
+  assert np.any(taught == 0) and not np.any(judged == 0)
+  mean = updates.model_state['batch_stats']['BatchNorm_0']['mean']
+  np.testing.assert_allclose(mean, 0.5 * X.mean(0), rtol=1e-5)
 
 
-def test_mistakes_are_named():
+UNTOLD = {
+    'Dropout': nn.Dropout(0.1, deterministic=True),
+    'BatchNorm': nn.BatchNorm(use_running_average=True),
+    'MultiHeadDotProductAttention': nn.MultiHeadDotProductAttention(
+        1, dropout_rate=0.1, deterministic=True
+    ),
+}
+
+
+@pytest.mark.parametrize('name', UNTOLD)
+@pytest.mark.parametrize('arguments', ['x', 'x, **kwargs', 'x, resets=None'])
+def test_layers_that_are_not_told_whether_they_train_are_refused(
+    name, arguments
+):
+  layer = UNTOLD[name]
+  module = module_of(lambda self, x, **_: layer.copy()(x), arguments)
+  for wrapped in (module, nn.Sequential([nn.Dense(3), layer])):
+    with pytest.raises(ValueError, match=f'has a {name} and is not told'):
+      make(wrapped)
+
+
+def test_layers_that_do_the_same_in_training_need_no_flag():
+  def body(self, x):
+    x = nn.Dropout(0.0, deterministic=True)(nn.LayerNorm()(x))
+    return nn.MultiHeadDotProductAttention(1)(x)
+
+  make(module_of(body))
+
+
+# --- What is refused, by name -------------------------------------------------
+
+
+class Careless(nn.Module):
+
+  def __call__(self, x, carry):
+    return x, carry
+
+
+@pytest.mark.parametrize(
+    'module, message',
+    [
+        (Plain, 'instance of a flax.linen module, got the class .*Plain'),
+        (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 'got a flax.nnx.*Linear;'),
+        (lambda x: x, 'got a builtins.function'),
+        (Careless(), 'Careless takes a carry'),
+        (module_of(None, 'x, mask'), r'takes \(x, mask\); .*wrap it'),
+        (module_of(None, 'carry, x=0'), r'the first argument is the inputs'),
+    ],
+)
+def test_what_is_no_module_of_this_kind_is_refused(module, message):
+  with pytest.raises(ValueError, match=message):
+    linen.from_linen(module)
+
+
+def test_a_batch_without_inputs_is_named():
   model, variables = make(Plain())
   with pytest.raises(ValueError, match=r"'inputs', got \['x'\]"):
     model.apply(variables, {'x': X}, (), None, False)
 
-  class Careless(nn.Module):
 
-    def __call__(self, x, carry):
-      return x, carry
+def trained(module):
+  """An update of a model of it, traced."""
+  model, tx = linen.from_linen(module), optax.sgd(0.1)
+  state = step_lib.init_state(model, tx, jax.random.PRNGKey(0), BATCH)
+  step = step_lib.make_train_step(model, tx)
+  return jax.eval_shape(step, state, BATCH, None, 0.0)
 
-  with pytest.raises(ValueError, match='Careless takes a carry'):
-    linen.from_linen(Careless())
+
+def head(self, x, kernel=(3, 2), bias=None):
+  make = lambda n, shape: self.param(n, nn.initializers.ones, shape)
+  return base.HeadOutputs(x, make('k', kernel), bias and make('b', bias))
+
+
+@pytest.mark.parametrize('bias', [None, (2,)])
+def test_a_head_may_be_without_bias(bias):
+  trained(module_of(lambda self, x: head(self, x, bias=bias)))
+
+
+@pytest.mark.parametrize(
+    'body, got',
+    [
+        (lambda self, x: (x, x), r'tuple of \(float32\[4, 3\], float32'),
+        (lambda self, x: [x], r'list of \(float32\[4, 3\]\)'),
+        (lambda self, x: {'logits': x}, r'dict of \(logits: float32'),
+        (lambda self, x: None, 'NoneType'),
+        (lambda self, x: jnp.argmax(x, -1), r'int32\[4\]'),
+        (lambda self, x: head(self, x, (2, 3)), 'HeadOutputs'),
+        (lambda self, x: head(self, x, bias=(3,)), 'HeadOutputs'),
+        (lambda self, x: head(self, x, (3, 2, 1)), 'HeadOutputs'),
+    ],
+)
+def test_outputs_that_are_not_understood_are_refused(body, got):
+  with pytest.raises(ValueError, match=f'A model returns .*; got {got}'):
+    trained(module_of(body))
+
+
+class Odd(nn.Module):
+  """Recurrent, with a carry that changes its form."""
+
+  change: str
+
+  def init_carry(self, rows):
+    return jnp.zeros((rows + (self.change == 'rows'), 3))
+
+  @nn.compact
+  def __call__(self, x, carry):
+    if self.change == 'swapped':
+      return carry + x, nn.Dense(2)(x)
+    new = carry.astype(jnp.bfloat16) if self.change == 'dtype' else (carry,)
+    return x if self.change == 'missing' else (x, new)
+
+
+def sowing(self, x):
+  self.sow('losses', 'activity', jnp.mean(x))
+  return x
+
+
+def counting(self, x, train=False):
+  count = self.variable('n', 'n', lambda: jnp.zeros((), jnp.int32))
+  if train:
+    count.value = count.value + 0.5
+  return x
+
+
+@pytest.mark.parametrize(
+    'module, message',
+    [
+        (module_of(sowing), r"model_state\['losses'\].*not there.* sows"),
+        (
+            module_of(counting, 'x, train=False'),
+            r"model_state\['n'\]\['n'\] was int32\[\] .* is float32\[\] after",
+        ),
+        (Odd('dtype'), r'carry was float32\[4, 3\] .* is bfloat16'),
+        (Odd('swapped'), r'carry was float32\[4, 3\] .* is float32\[4, 2\]'),
+        (Odd('structure'), r'carry.* state keeps its structure'),
+        (Odd('rows'), r'carry is float32\[5, 3\], .* batch has 4 rows'),
+        (Odd('missing'), r'takes a carry: it returns \(outputs, carry\), got'),
+        (
+            module_of(
+                lambda self, x: x + jax.random.uniform(self.make_rng('noise'))
+            ),
+            'needs PRNG for "noise"',
+        ),
+    ],
+)
+def test_state_that_changes_its_form_is_named(module, message):
+  with pytest.raises(ValueError, match=message):
+    trained(module)

@@ -339,3 +339,73 @@ def test_dropout_acts_in_training_only(case):
 def test_a_carry_of_another_number_of_rows_is_refused(case):
   with pytest.raises(ValueError, match=r'carry.* the batch has 3 rows'):
     run(case, tokens(), made(case).init_carry(2))
+
+
+# --- The click model ----------------------------------------------------------
+
+CLICK = CASES['clicks']
+
+
+def test_a_click_model_computes_what_its_head_says():
+  data, variables = clicks(), variables_of(CLICK)
+  p = jax.tree.map(np.asarray, variables.params)
+  found, _ = compiled(made(CLICK))(variables, data, ())
+  ids = data['inputs']['categories']
+  looked_up = [p[f'table_{k}'][ids[:, k]] for k in range(3)]
+  x = np.concatenate([data['inputs']['integers'], *looked_up], axis=1)
+  for name in ('hidden_0', 'hidden_1'):
+    x = np.maximum(x @ p[name]['kernel'] + p[name]['bias'][None], 0)
+  expected = x @ p['logit']['kernel'] + p['logit']['bias'][None]
+  assert found.shape == (6,)
+  np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_widths_of_tables_are_those_of_the_rule():
+  widths = {1: 6, 16: 12, 81: 18, 10_000: 60, 13_000: 64, 10**7: 64}
+  assert {n: dnn.embedding_width(n) for n in widths} == widths
+  for embedding, expected in [(None, (10, 8, 13)), (5, (5, 5, 5))]:
+    like = jax.eval_shape(
+        CLICKS(embedding=embedding).init, jax.random.key(0), clicks()
+    )
+    shapes = [like.params[f'table_{k}'].shape for k in range(3)]
+    assert shapes == [*zip(SIZES, expected)]
+
+
+def test_rows_that_were_looked_up_learn_and_no_others():
+  data, variables = clicks(), variables_of(CLICK)
+
+  def loss(params):
+    now = variables.replace(params=params)
+    return jnp.sum(jnp.square(apply(made(CLICK), now, data, ())[0] - 1.0))
+
+  grads = fast.jit(jax.grad(loss))(variables.params)
+  for k in range(3):
+    moved = np.flatnonzero(np.abs(grads[f'table_{k}']).max(axis=1))
+    seen = np.unique(data['inputs']['categories'][:, k])
+    np.testing.assert_array_equal(moved, seen)
+
+
+def test_embeddings_start_at_a_length_of_about_one():
+  model = dnn.click_model(2, (4000,), 0, hidden=(4,), embedding=16)
+  one = {
+      'integers': np.zeros((1, 0), 'f4'),
+      'categories': np.zeros((1, 1), int),
+  }
+  start = fast.jit(model.init)(jax.random.key(0), {'inputs': one})
+  lengths = np.sum(start.params['table_0'] ** 2, axis=1)
+  np.testing.assert_allclose(np.mean(lengths), 1, atol=0.05)
+
+
+@pytest.mark.parametrize('bad', [20, -21, 2**31 - 1])
+def test_an_id_outside_its_table_is_not_overlooked(bad):
+  data = clicks()
+  data['inputs']['categories'][1, 2] = bad
+  found, _ = compiled(made(CLICK))(variables_of(CLICK), data, ())
+  np.testing.assert_array_equal(np.isnan(found), np.arange(6) == 1)
+
+
+def test_columns_of_another_task_are_refused():
+  data = clicks()
+  data['inputs']['integers'] = data['inputs']['integers'][:, :3]
+  with pytest.raises(ValueError, match=r'\(4, 3\) columns, got \(3, 3\)'):
+    made(CLICK).init(jax.random.key(0), data)

@@ -132,6 +132,29 @@ def test_a_run_that_goes_nowhere_is_given_up(pretend):
   )
 
 
+def test_a_clear_error_is_said_at_once_and_the_others_train_on(
+    pretend, tmp_path, capsys
+):
+  waits = """
+import pathlib, sys, time
+go = pathlib.Path(sys.argv[1]) / 'go'
+while not go.exists():
+  time.sleep(0.01)
+"""
+  groups = pretend('import sys; print("error: a typo"); sys.exit(1)', waits)
+  said = []
+
+  def go():  # Only once it is said.
+    said.append(capsys.readouterr().err)
+    if 'group 0: error: a typo; the other groups train on' in ''.join(said):
+      (tmp_path / 'go').touch()
+    return False
+
+  with pytest.raises(ValueError, match='group 0: error: a typo'):
+    supervise(groups, Stop(go))
+  assert groups[1].done and not groups[0].restarts
+
+
 # What a process does to the checkpoints before it dies, and how often it does.
 GETS_ON = """
 import pathlib, sys
@@ -167,21 +190,6 @@ def test_going_back_is_no_progress(pretend):
   (group,) = pretend(LOSES_ONE)
   assert 'died 2 times' in given_up([group])
   assert group.restarts == 1
-
-
-def test_a_clear_error_is_passed_on_and_ends_the_others(pretend):
-  wrong = """
-import pathlib, sys, time
-while not (pathlib.Path(sys.argv[1]) / 'begun1').exists():
-  time.sleep(0.01)
-print('error: num_steps=0; set it to at least 1')
-sys.exit(1)
-"""
-  groups = pretend(wrong, PATIENT)
-  why = given_up(groups, max_restarts=5)
-  assert why == 'group 0: error: num_steps=0; set it to at least 1'
-  assert groups[0].restarts == 0
-  assert 'saved after 1' in groups[1].log.read_text()
 
 
 def test_what_may_pass_is_tried_four_times_as_often(pretend, capsys):

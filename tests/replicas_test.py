@@ -256,6 +256,73 @@ def test_rows_that_cannot_be_shared_are_refused_one_line_each():
     step(state, toy.Tokens(6).batch(0), None, 0.0)
 
 
+def make(axis_name=None, wrap=lambda step: step, number=4):
+  step = step_lib.make_train_step(TWO_LAYERS, SGD, axis_name=axis_name)
+  return replicas.PmapStep(wrap(step), jax.devices()[:number])
+
+
+def first_update(step, batch=None):
+  batch = batch or toy.stream_of(TWO_LAYERS).batch(0)
+  return step(step.place(toy.start(TWO_LAYERS)), batch, None, 0.0)
+
+
+# As a user may wrap it.
+WRAPS = {
+    'as it is': lambda f: f,
+    'function': lambda f: lambda *a: f(*a),
+    'jit': jax.jit,
+}
+
+
+@pytest.mark.parametrize('wrap', WRAPS.values(), ids=WRAPS)
+def test_a_step_that_does_not_sum_over_the_replicas_is_refused(wrap):
+  with pytest.raises(ValueError, match='sums no gradient over its 4 replicas'):
+    first_update(make(None, wrap))
+  first_update(make(None, wrap, 1))  # There is nothing to sum.
+  first_update(make(replicas.REPLICA_AXIS, wrap, 2))
+
+
+def test_sums_of_the_model_are_not_those_of_its_gradient():
+  def apply(*args):
+    logits, updates = TWO_LAYERS.apply(*args)
+    mean = jax.lax.pmean(logits, replicas.REPLICA_AXIS)
+    return logits + 0 * mean, updates
+
+  step = step_lib.make_train_step(TWO_LAYERS._replace(apply=apply), SGD)
+  with pytest.raises(ValueError, match='sums no gradient'):
+    first_update(replicas.PmapStep(step))
+
+
+@pytest.mark.parametrize(
+    'act, message',
+    [
+        (
+            lambda: first_update(make('batch')),
+            'run it in a PmapStep, whose axis',
+        ),
+        (
+            lambda: make(wrap=lambda step: None),
+            'step from make_train_step.* None',
+        ),
+        (lambda: make(wrap=replicas.PmapStep), 'make_train_step.*got PmapStep'),
+        (
+            lambda: first_update(make(), {'inputs': [1.0], 'labels': [1]}),
+            r"batch\['inputs'\]\[0\] is float; a batch has arrays",
+        ),
+        (
+            lambda: first_update(
+                make(), {'inputs': np.ones((8, 5)), 'n': np.int32(1)}
+            ),
+            r"batch\['n'\] is int32\[\]",
+        ),
+        (lambda: first_update(make(), [np.ones(8)]), 'Expected a batch'),
+    ],
+)
+def test_what_is_put_together_wrongly_is_refused(act, message):
+  with pytest.raises(ValueError, match=message):
+    act()
+
+
 def test_a_group_of_one_process_loads_all_rows_and_decides_alone():
   assert replicas.process_rows(8) is None
   assert replicas.agreement() is ALONE

@@ -33,6 +33,10 @@ def theta(variables):
   return algorithm1.as_float64(variables.params)
 
 
+def two_teachers():
+  return toy.stacked(toy.peers_of(TWO_LAYERS, 2))
+
+
 # -- algorithm 1 --------------------------------------------------------------
 
 
@@ -250,12 +254,19 @@ def test_padding_holds_any_label_and_any_finite_input():
   pad = WEIGHTED['weights'] == 0
   rubbish['labels'] = np.where(pad, -7, WEIGHTED['labels']).astype(np.int32)
   rubbish['inputs'] = np.where(pad[:, None], np.float32(1e4), rubbish['inputs'])
-  state, teachers = toy.start(TWO_LAYERS), toy.stacked(
-      toy.peers_of(TWO_LAYERS, 2)
-  )
+  state, teachers = toy.start(TWO_LAYERS), two_teachers()
   clean = compiled(TWO_LAYERS)(state, WEIGHTED, teachers, 1.0)
   found = compiled(TWO_LAYERS)(state, rubbish, teachers, 1.0)
   toy.assert_same(found, clean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e-3, 0.1, 100.0])
+def test_an_update_does_not_depend_on_the_unit_of_the_weights(scale):
+  state, teachers = toy.start(TWO_LAYERS), two_teachers()
+  scaled = WEIGHTED | {'weights': WEIGHTED['weights'] * np.float32(scale)}
+  expected = compiled(TWO_LAYERS)(state, WEIGHTED, teachers, 1.0)
+  found = compiled(TWO_LAYERS)(state, scaled, teachers, 1.0)
+  toy.assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_of_padding_alone_changes_nothing():
@@ -264,10 +275,8 @@ def test_a_batch_of_padding_alone_changes_nothing():
       'labels': np.full(8, -1, np.int32),
       'weights': np.zeros(8, np.float32),
   }
-  state, teachers = toy.start(TWO_LAYERS), toy.stacked(
-      toy.peers_of(TWO_LAYERS, 2)
-  )
-  after, found = compiled(TWO_LAYERS)(state, batch, teachers, 1.0)
+  state = toy.start(TWO_LAYERS)
+  after, found = compiled(TWO_LAYERS)(state, batch, two_teachers(), 1.0)
   toy.assert_same(after.variables, state.variables)
   assert {k: float(x) for k, x in found.items()} == dict.fromkeys(found, 0.0)
 
@@ -396,6 +405,183 @@ def test_a_model_starts_from_one_row_however_large_the_batch():
   state = step_lib.init_state(model, TX, jax.random.PRNGKey(0), batch)
   assert seen == [(1, *batch['inputs'].shape[1:])]
   toy.assert_same(state, initialised(0))
+
+
+# -- what is wrong with a batch, and with what it makes ------------------------
+
+
+def spoilt(model=TWO_LAYERS, batch=WEIGHTED, teachers=None, weight=1.0, **kw):
+  """What is said of an update."""
+  step = step_lib.make_train_step(model, kw.pop('tx', TX), **kw)
+  _, found = jax.jit(step)(toy.start(TWO_LAYERS), batch, teachers, weight)
+  return ': '.join(step_lib.fault_of(found))
+
+
+def changed(key, index, value, dtype=None):
+  array = np.array(WEIGHTED[key], dtype)
+  array[index] = value
+  return WEIGHTED | {key: array}
+
+
+def overflowing(*args):
+  logits, updates = TWO_LAYERS.apply(*args)
+  return logits * jnp.inf, updates
+
+
+@jax.custom_jvp
+def steep(x):
+  return x
+
+
+steep.defjvp(lambda primal, tangent: (primal[0], tangent[0] * jnp.inf))
+
+
+def without_gradient(*args):
+  logits, updates = TWO_LAYERS.apply(*args)
+  return steep(logits), updates
+
+
+NAN_TEACHER = jax.tree.map(lambda x: x * np.nan, two_teachers().variables)
+
+
+@pytest.mark.parametrize(
+    'said, kwargs',
+    [
+        ('', {}),
+        ('', {'batch': changed('labels', 1, -100)}),  # Of weight 0.
+        ('inputs: 3 ', {'batch': changed('inputs', (0, slice(3)), np.nan)}),
+        ('inputs: 1 ', {'batch': changed('inputs', (1, 0), -np.inf)}),
+        ('labels: 2 ', {'batch': changed('labels', [0, 2], toy.CLASSES)}),
+        ('labels: 1 ', {'batch': changed('labels', 0, -1)}),
+        ('labels: 1 ', {'batch': changed('labels', 0, 255, np.uint8)}),
+        ('labels: 1 ', {'batch': changed('labels', 0, 2**32 - 1, np.uint32)}),
+        ('labels: 1 ', {'batch': changed('labels', 0, -1), 'fused': False}),
+        (
+            'labels: 1 ',
+            {'batch': changed('labels', 0, 9), 'simulated_replicas': 4},
+        ),
+        ('weights: 1 ', {'batch': changed('weights', 1, -1e-3)}),
+        ('weights: 2 ', {'batch': changed('weights', [0, 1], np.nan)}),
+        ('weights: 1 ', {'batch': changed('weights', 0, np.inf)}),
+        ('logits: ', {'model': TWO_LAYERS._replace(apply=overflowing)}),
+        ('loss/task: the ', {'task_loss': lambda z, y: z[:, 0] * jnp.nan}),
+        (
+            'loss/distill: the ',
+            {'teachers': Teachers(NAN_TEACHER, np.ones(2, np.float32))},
+        ),
+        ('loss/total: ', {'weight': np.nan, 'teachers': two_teachers()}),
+        ('gradient: ', {'model': TWO_LAYERS._replace(apply=without_gradient)}),
+    ],
+)
+def test_what_was_first_not_finite_is_named(said, kwargs):
+  found = spoilt(**kwargs)
+  assert found == ': ' if not said else found.startswith(said)
+
+
+@pytest.mark.parametrize('label, wrong', [(0, 0), (1, 0), (-1, 1), (2, 1)])
+@pytest.mark.parametrize('dtype', [np.int32, np.float32, np.int8])
+def test_labels_of_a_logistic_output_are_0_and_1(label, wrong, dtype):
+  def apply(*args):
+    logits, updates = TWO_LAYERS.apply(*args)
+    return logits[:, 0], updates
+
+  labels = np.array([0, 1] * 4, dtype)
+  labels[3] = label
+  found = spoilt(
+      base.Model(TWO_LAYERS.init, apply),
+      {**BATCH, 'labels': labels},
+      task_loss=losses.sigmoid_task_loss,
+      distill_loss=losses.sigmoid_cross_entropy,
+  )
+  assert found.startswith('labels: 1 ') if wrong else found == ': '
+
+
+def test_a_loss_that_knows_other_labels_is_left_to_it():
+  ignore = lambda z, y: jnp.where(y < 0, 0.0, losses.task_loss(z, y % 4))
+  batch = changed('labels', [0, 2], -100)
+  assert spoilt(batch=batch, task_loss=ignore) == ': '
+
+
+@pytest.mark.parametrize(
+    'batch, message',
+    [
+        (
+            {'weights': np.ones((8, 1), 'f4')},
+            r'weights float32\[8, 1\] and label',
+        ),
+        ({'weights': np.ones(4, 'f4')}, r'weights float32\[4\]'),
+        ({'weights': np.float32(1)}, r'weights float32\[\] and labels int32'),
+        ({'labels': np.zeros((8, 1), int)}, r'labels int32\[8, 1\]'),
+        (
+            {'labels': np.zeros((8, 1), int), 'weights': np.ones((8, 1))},
+            'logits',
+        ),
+        ({'labels': np.zeros(8), 'weights': np.ones(8)}, 'must be integers'),
+        ({'labels': np.zeros((8, 4)), 'weights': np.ones((8, 4))}, 'logits'),
+        ({'labels': np.zeros(4, int), 'weights': np.ones(4)}, 'logits'),
+    ],
+)
+def test_shapes_and_dtypes_that_do_not_fit_are_named(batch, message):
+  step = step_lib.make_train_step(TWO_LAYERS, TX)
+  for run in (step, lambda s, b, *_: evaluate(s.variables, b, ())):
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(run, toy.start(TWO_LAYERS), WEIGHTED | batch, None, 0.0)
+
+
+evaluate = step_lib.make_eval_step(TWO_LAYERS)
+
+
+def updated(**parts):
+  """An update, traced, of parts put together."""
+  parts = {'model': TWO_LAYERS, 'tx': TX, 'batch': WEIGHTED, **parts}
+  batch, teachers = parts.pop('batch'), parts.pop('teachers', None)
+  step = step_lib.make_train_step(**parts)
+  jax.eval_shape(step, toy.start(TWO_LAYERS), batch, teachers, 1.0)
+
+
+@pytest.mark.parametrize(
+    'parts, message',
+    [
+        ({'batch': (BATCH['inputs'], BATCH['labels'])}, 'Expected a batch'),
+        ({'batch': {'inputs': BATCH['inputs']}}, "with 'labels'"),
+        ({'model': toy.TwoLayers()}, 'wrap a flax.linen module by from_linen'),
+        ({'teacher_model': toy.TwoLayers()}, 'by from_linen'),
+        ({'tx': 0.1}, r'tx=0.1 is no optimiser'),
+        ({'distill_loss': 'kl'}, "distill_loss='kl' is no function; give one"),
+        ({'task_loss': 'softmax'}, "task_loss='softmax' is no function"),
+        ({'task_loss': lambda z, y: z}, r'loss for each label.*got float32\['),
+        ({'task_loss': lambda z, y: jnp.mean(z)}, r'got float32\[\]'),
+        (
+            {'distill_loss': lambda *a: a[0], 'teachers': two_teachers()},
+            r'loss for each label, of shape \(8,\)',
+        ),
+        (
+            {'teachers': toy.peers_of(TWO_LAYERS, 2)},
+            'teachers must be Teachers',
+        ),
+        ({'axis_name': 'replica'}, r'run it in a PmapStep'),
+        (
+            {'tx': TX._replace(update=lambda g, s, p=None: (g, jnp.zeros(2)))},
+            r'opt_state.* was not there before',
+        ),
+        (
+            {'model': TWO_LAYERS._replace(apply=lambda *a: jnp.zeros((2, 4)))},
+            r'Model.apply returns \(outputs, Updates\), got float32\[2, 4\]',
+        ),
+        (
+            {
+                'model': TWO_LAYERS._replace(
+                    apply=lambda *a: (a[1]['inputs'], ())
+                )
+            },
+            r'Updates\(model_state, carry\)\), got',
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(parts, message):
+  with pytest.raises(ValueError, match=message) as e:
+    updated(**parts)
+  assert '\n' not in str(e.value).split('\n---')[0]
 
 
 # -- evaluation ---------------------------------------------------------------

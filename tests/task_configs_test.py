@@ -9,8 +9,10 @@ import inspect
 import itertools
 import math
 import os
+import pathlib
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -205,7 +207,18 @@ def configured(files, *bindings):
   experiment = gin_utils.make(experiment_lib.Experiment)
   model = gin_utils.call(experiment_lib.make_model, experiment)
   gin_utils.check_no_dead_bindings()
+  check_it_is_read_back()
   return experiment, model
+
+
+def check_it_is_read_back():
+  """What such a run leaves may name all that it names."""
+  with tempfile.TemporaryDirectory() as directory:
+    saved = pathlib.Path(directory) / 'config.gin'
+    saved.write_text(gin_utils.operative_configuration())
+    before = gin_utils.configuration()
+    gin_utils.parse([], saved=saved)
+  assert set(before) <= set(gin_utils.configuration())
 
 
 def size(tree):

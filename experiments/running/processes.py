@@ -329,13 +329,15 @@ def supervise(
 
   Raises:
     ValueError: If a group ended with a clear error, or dies again and again.
+      That is said at once, and the others train on to their last step.
     Stopped: If asked to stop.
     TimeoutError: If asked to stop, but a group has left without a save.
   """
   with contextlib.ExitStack() as stack:
     stack.callback(end_all, groups)
     progress = [stack.enter_context(Progress(group)) for group in groups]
-    while not all(group.done for group in groups):
+    given_up: dict[int, ValueError] = {}
+    while any(not g.done and g.group_id not in given_up for g in groups):
       # First: who stops all processes at once stops the groups as well, and
       # they have not died.
       if stop():
@@ -344,12 +346,21 @@ def supervise(
         _check_saved(groups)
         raise cli.Stopped(cli.STOPPED, stop.signal_number)
       for group in groups:
-        group.poll(max_restarts)
+        if group.group_id in given_up:
+          continue
+        try:
+          group.poll(max_restarts)
+        except ValueError as e:
+          given_up[group.group_id] = e
+          if len(groups) > 1:
+            cli.tell(f'{e}; the other groups train on', error=True)
       for one in progress:
         one.update()
       time.sleep(groups[0].pace.poll)
     for one in progress:
       one.update()
+    for error in given_up.values():
+      raise error
 
 
 def _check_saved(groups: Sequence[Group]) -> None:

@@ -123,7 +123,7 @@ def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
   assert found['eval/loss'] == pytest.approx(expected['eval/loss'], rel=1e-5)
   younger = cj.load(workdirs['good'], step=20, trusted=['paced'])
   assert younger.step == 20
-  with pytest.raises(FileNotFoundError, match='group 2 .* there are: none'):
+  with pytest.raises(FileNotFoundError, match='group 2 of'):
     cj.load(workdirs['good'], group=2, trusted=['paced'])
   with pytest.raises(ValueError, match='imports paced'):
     cj.load(workdirs['good'])

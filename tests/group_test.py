@@ -320,17 +320,6 @@ def test_a_run_compiles_its_step_twice():
   assert {t and float(t.present_P.sum()) for t in given} == {None, 1.0, 2.0}
 
 
-def test_the_counter_of_compilations_counts():
-  # Or the test above could not fail.
-  step, batch = toy.replicated(TWO_LAYERS), toy.stream_of(TWO_LAYERS).batch(0)
-  state = step.place(start(TWO_LAYERS, 0))
-  small = {key: x[:4] for key, x in batch.items()}
-  with toy.compilations() as programs:
-    for one in (batch, batch, small, batch):
-      state, _ = step(state, one, None, 0.0)
-  assert len(programs) == step.num_traces == 2
-
-
 # -- the loop -----------------------------------------------------------------
 
 
@@ -527,14 +516,6 @@ class Numbers:
       assert self.leave.wait(PATIENCE)
     self.given.append(step)
     return {'step': step}
-
-
-def test_prefetch_keeps_order_and_makes_no_batch_too_many():
-  stream = Numbers(free=99)
-  assert [b['step'] for b in prefetch(stream, 3, 9)] == list(range(3, 9))
-  assert stream.asked == list(range(3, 9))
-  assert list(prefetch(stream, 9, 9)) == []
-  assert [b['step'] for b in prefetch(stream, 8, 9)] == [8]
 
 
 def test_prefetch_loads_ahead_but_not_far():

@@ -27,6 +27,7 @@ from codistill_jax.exchange.plan import (
 )
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
+from codistill_jax.storage import checkpoints as storage
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
@@ -154,6 +155,7 @@ def _train(
     stack.push(_closing(lease.release))
     heartbeat.begin()
     if job.agreement.is_primary:
+      _clear_up(job)
       run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
 
     def before_saving(step: int) -> None:
@@ -369,6 +371,21 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
       interrupted=job.stop,
       patience=job.patience,
   )
+
+
+def _clear_up(job: Job) -> None:
+  """Deletes what earlier processes left behind, and says how much that was."""
+  with job.troubles.noted('clearing up'):
+    checkpoints = run_directory.checkpoints_dir(job.workdir, job.group_id)
+    count = storage.clear_up(checkpoints)
+    for directory in (job.directory, job.workdir):
+      count += files.remove_leftovers(directory)
+    if count:
+      logging.warning(
+          'Group %d: removed %d leftovers of earlier starts',
+          job.group_id,
+          count,
+      )
 
 
 def _goes_on(job: Job) -> bool:

@@ -246,7 +246,7 @@ def test_prepare_data_prints_a_summary_and_verifies(tmp_path, outcomes):
               f'--output={tmp_path}/c',
               f'--source={source}',
               f'--source=text:{ROOT}/README.md',
-              '--vocab_size=320',
+              '--vocab_size=400',
               '--workers=1',
           ],
           'lost': [

@@ -11,7 +11,8 @@ import pytest
 from prepared import contents, run_text, texts, write_corpus
 from wet_files import write_wet
 
-from codistill_jax.data import order, prepare_text, shards, sources
+from codistill_jax import evaluate, metrics
+from codistill_jax.data import order, prepare_text, shards, sources, text
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
 
@@ -331,6 +332,33 @@ def test_a_test_split_takes_nothing_from_the_validation_split(tmp_path, corpus):
   )
   assert not splits['train'] & splits['test']
   assert 15 < len(splits['test']) < 60
+
+
+def test_a_task_knows_the_bytes_of_its_splits(tmp_path, corpus):
+  """Bits per byte compare models with different tokenizers."""
+  run_text(tmp_path, corpus, test_fraction=0.3)
+  task = text.language_model_task(tmp_path, unroll=7)
+  for split, batches in (
+      ('validation', task.eval_batches(3)),
+      ('test', task.test_batches(2)),
+  ):
+    labels = sum(batch['weights'].sum() for batch in batches)
+    size = sum(len(text.encode()) for text in decoded(tmp_path, split))
+    assert batches.bytes_per_example * labels == pytest.approx(size)
+    step = lambda _, batch, carry: (
+        {
+            'eval/loss': metrics.Mean(
+                3 * batch['weights'].sum(), batch['weights'].sum()
+            )
+        },
+        carry,
+    )
+    found = evaluate.evaluate(step, {}, batches, None)
+    expected = 3 * labels / size / np.log(2)
+    assert found['eval/bits_per_byte'] == pytest.approx(expected)
+  run_text(tmp_path / 'two', corpus)
+  two = text.language_model_task(tmp_path / 'two', unroll=7)
+  assert two.test_batches is None
 
 
 def test_source_without_documents_says_what_was_rejected(tmp_path):

@@ -92,6 +92,8 @@ class TokenData:
       of the split.
     lengths: int64 (documents,): tokens of each document, with `<s>`, `</s>`.
     num_tokens: Of all documents.
+    bytes_per_label: Of text, in the mean, for each token that is predicted, so
+      not for `<s>`; None: unknown.
   """
 
   def __init__(
@@ -100,6 +102,7 @@ class TokenData:
       offsets: Sequence[np.ndarray],
       vocab_size: int,
       tokenizer_sha256: str,
+      num_bytes: int | None = None,
   ):
     self._tokens = prepared_files.Stack(shards)
     self.vocab_size = vocab_size
@@ -108,6 +111,8 @@ class TokenData:
     # Documents lie one after another, without a gap.
     self.starts = np.cumsum(self.lengths) - self.lengths
     self.num_tokens = len(self._tokens)
+    labels = self.num_tokens - len(self.starts)
+    self.bytes_per_label = num_bytes / labels if num_bytes else None
 
   def __len__(self) -> int:
     """Returns the number of documents."""
@@ -161,9 +166,8 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   meta = read_meta(data_dir)
   dtype = token_dtype(meta['vocab_size'])
   tokens, offsets = [], []
-  for i, shard in enumerate(
-      meta['splits'].get(split, {'shards': ()})['shards']
-  ):
+  described = meta['splits'].get(split, {'shards': ()})
+  for i, shard in enumerate(described['shards']):
     size = shard['documents']
     if not size:
       continue
@@ -185,7 +189,11 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
         f' --{split}_fraction, --{split}_source or more documents.'
     )
   return TokenData(
-      tokens, offsets, meta['vocab_size'], meta['tokenizer_sha256']
+      tokens,
+      offsets,
+      meta['vocab_size'],
+      meta['tokenizer_sha256'],
+      described.get('bytes'),
   )
 
 

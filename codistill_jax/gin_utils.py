@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import gin
@@ -458,19 +458,22 @@ def operative_configuration() -> str:
   return gin.operative_config_str()
 
 
-def check_no_dead_bindings() -> None:
+def check_no_dead_bindings(but: Collection[str] = ()) -> None:
   """Raises ValueError if a binding acted nowhere; after the first step.
 
   Gin silently ignores a binding to something that nothing references: a
   misspelled ablation would be reported as a negative result. What one file
   binds and a later one has put out of use is not dead: the sizes of a model
   that another replaces.
+
+  Args:
+    but: Statements, as of `configuration`, that need not act.
   """
   used = {_key(s) for s in _bindings(gin.operative_config_str())}
   dead = [
       s
       for s in _bindings(gin.config_str())
-      if _key(s) not in used and _text(s) not in _superseded
+      if _key(s) not in used and _text(s) not in {*_superseded, *but}
   ]
   if dead:
     raise ValueError(

@@ -156,6 +156,8 @@ def open_run(workdir: str) -> EvaluatedRun:
     )
   gin_files, bindings = gin_utils.flag_values()
   saved = {'saved': config, 'trusted': _FLAGS.trust}
+  gin_utils.parse([], **saved)
+  own = gin_utils.configuration()
   gin_utils.parse(gin_files, bindings, **saved)
   if _FLAGS.all:
     names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
@@ -165,6 +167,8 @@ def open_run(workdir: str) -> EvaluatedRun:
   facts = run_directory.read_run(workdir)
   arm = facts.get('arm', os.path.basename(workdir))
   model = gin_utils.call(experiment_lib.make_model, experiment)
+  # Of the run's own, what only training uses does not act here.
+  gin_utils.check_no_dead_bindings(own)
   num_groups = facts.get('num_groups', len(groups))
   return EvaluatedRun(workdir, arm, experiment, model, num_groups, groups)
 

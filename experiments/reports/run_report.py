@@ -62,7 +62,7 @@ def blocks(
       made += [Heading(title), Table(frame, names=2), Bullets(_write(about))]
   made += [Heading('Settings'), Table(settings(arms), names=1 + len(arms))]
   made += [
-      Code(arm.config, f'config.gin of {arm.name}')
+      Code(_portable_text(arm.config), f'config.gin of {arm.name}')
       for arm in arms
       if arm.config
   ]

@@ -17,7 +17,7 @@ import jax
 
 from codistill_jax.base import Batch, Metrics, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import Exchange, NoExchange
-from codistill_jax.step import DATA_FAULTS, fault_of
+from codistill_jax.step import fault_error, fault_of
 
 _BEHIND = 8  # Updates that may be under way while their faults are unread.
 
@@ -88,7 +88,8 @@ def run_group(
     FloatingPointError: At the first, the last and each exchange step, if loss
       or gradient of the update are not finite, with what was so first; nothing
       is published then. In between it is a few updates late.
-    ValueError: If an argument is of another kind.
+    ValueError: If an argument is of another kind; likewise, if the data are
+      wrong.
     What `Exchange.fetch` raises, before an update; the last result stands.
   """
   exchange = NoExchange() if exchange is None else exchange
@@ -127,31 +128,44 @@ class _Faults:
   """
 
   def __init__(self):
-    self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-    self._since = 0
-    self._said = ''
+    self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
+    self._first: tuple[int, Metrics] | None = None
 
-  def add(self, step: int, metrics: Metrics, now: bool) -> None:
-    """Raises FloatingPointError if an update, or that of `step`, went wrong.
+  def add(self, step: int, metrics: Metrics) -> None:
+    """Takes note of an update."""
+    self._unread.append((step, dict(metrics)))
+
+  def first(self) -> Metrics | None:
+    """Returns the metrics of the first of those that go wrong up to now."""
+    while self._unread:
+      self._read()
+    return self._first and self._first[1]
+
+  def check(self, now: bool) -> None:
+    """Raises what `fault_error` gives if an update went wrong.
 
     Args:
-      step: Updates done.
-      metrics: Of the last.
-      now: Whether not to let any pass. Otherwise a few may, as of an optimiser
-        that leaves out such gradients; the data are wrong whatever it does.
+      now: Whether not to let the newest pass. Otherwise a few may, as of an
+        optimiser that leaves out such gradients; the data may not.
     """
-    self._pending.append((step, dict(metrics)))
-    while len(self._pending) > (0 if now else _BEHIND):
-      seen, metrics = self._pending.popleft()
-      name, said = fault_of(metrics)
-      if not said:
-        self._said = ''
-        continue
-      if not self._said:
-        self._since, self._said = seen, said
-      last = now and not self._pending
-      if last or name in DATA_FAULTS or seen - self._since >= _BEHIND:
-        raise FloatingPointError(f'update {self._since}: {self._said}')
+    while len(self._unread) > (0 if now else _BEHIND):
+      step = self._read()
+      if self._first:
+        since, metrics = self._first
+        name, said = fault_of(metrics)
+        error = fault_error(name, f'update {since}: {said}')
+        newest = now and not self._unread
+        diverged = isinstance(error, FloatingPointError)
+        if newest or not diverged or step - since >= _BEHIND:
+          raise error
+
+  def _read(self) -> int:
+    step, metrics = self._unread.popleft()
+    if not fault_of(metrics)[0]:
+      self._first = None
+    elif self._first is None:
+      self._first = step, metrics
+    return step
 
 
 def _turns(
@@ -184,15 +198,15 @@ def _turns(
       metrics |= exchange.metrics(step)
     step += 1
 
-    due = exchange.due(step)
-    faults.add(step, metrics, due or step in (first, last))
-    if due:
+    faults.add(step, metrics)
+    if exchange.due(step):
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.
       jax.block_until_ready(variables)
       start = time.perf_counter()
-      exchange.publish_if_due(step, variables, metrics)
+      exchange.publish_if_due(step, variables, faults.first() or metrics)
       held += time.perf_counter() - start
+    faults.check(step in (first, last))
     metrics['exchange/stall_ms'] = 1e3 * held
     yield StepResult(step, state, metrics)
 

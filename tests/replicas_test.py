@@ -275,7 +275,7 @@ def test_sums_of_the_model_are_not_those_of_its_gradient():
         (lambda: make(wrap=replicas.PmapStep), 'make_train_step.*got PmapStep'),
         (
             lambda: first_update(make(), {'inputs': [1.0], 'labels': [1]}),
-            r"batch\['inputs'\]\[0\] is float; a batch has arrays",
+            r"batch\['inputs'\]\[0\] is float; a batch has",
         ),
         (
             lambda: first_update(
@@ -283,7 +283,10 @@ def test_sums_of_the_model_are_not_those_of_its_gradient():
             ),
             r"batch\['n'\] is int32\[\]",
         ),
-        (lambda: first_update(make(), [np.ones(8)]), 'Expected a batch'),
+        (
+            lambda: first_update(make(), [np.ones(8)]),
+            'Expected a batch: a dict',
+        ),
     ],
 )
 def test_what_is_put_together_wrongly_is_refused(act, message):

@@ -483,7 +483,7 @@ def test_a_loss_that_knows_other_labels_is_left_to_it():
             r'weights float32\[8, 1\] and label',
         ),
         ({'weights': np.ones(4, 'f4')}, r'weights float32\[4\]'),
-        ({'weights': np.float32(1)}, r'weights float32\[\] and labels int32'),
+        ({'weights': np.float32(1)}, r"batch\['weights'\] is float32\[\]"),
         ({'labels': np.zeros((8, 1), int)}, r'labels int32\[8, 1\]'),
         (
             {'labels': np.zeros((8, 1), int), 'weights': np.ones((8, 1))},
@@ -515,7 +515,7 @@ def updated(**parts):
 @pytest.mark.parametrize(
     'parts, message',
     [
-        ({'batch': (BATCH['inputs'], BATCH['labels'])}, 'Expected a batch'),
+        ({'batch': (BATCH['inputs'], BATCH['labels'])}, 'Expected a batch: a dict'),
         ({'batch': {'inputs': BATCH['inputs']}}, "with 'labels'"),
         ({'model': toy.TwoLayers()}, 'wrap a flax.linen module by from_linen'),
         ({'teacher_model': toy.TwoLayers()}, 'by from_linen'),

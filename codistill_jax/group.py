@@ -109,6 +109,12 @@ def run_group(
       raise ValueError(
           f'run_group: {name} is of type {type(part).__name__}; give {advice}'
       )
+  pure = getattr(train_step, 'train_step', None)
+  if num_steps > (made_for := getattr(pure, 'num_steps', num_steps)):
+    raise ValueError(
+        f'num_steps={num_steps}, but the step was made for'
+        f' num_steps={made_for}; make it for as many'
+    )
   step = int(state.step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
@@ -129,43 +135,31 @@ class _Faults:
 
   def __init__(self):
     self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
-    self._first: tuple[int, Metrics] | None = None
+    self._first: tuple[int, Exception] | None = None
 
   def add(self, step: int, metrics: Metrics) -> None:
     """Takes note of an update."""
     self._unread.append((step, dict(metrics)))
 
-  def first(self) -> Metrics | None:
-    """Returns the metrics of the first of those that go wrong up to now."""
-    while self._unread:
-      self._read()
-    return self._first and self._first[1]
-
   def check(self, now: bool) -> None:
-    """Raises what `fault_error` gives if an update went wrong.
+    """Raises what `fault_error` gives of the first update that went wrong.
 
     Args:
       now: Whether not to let the newest pass. Otherwise a few may, as of an
-        optimiser that leaves out such gradients; the data may not.
+        optimiser that leaves out such gradients; wrong data may not.
     """
     while len(self._unread) > (0 if now else _BEHIND):
-      step = self._read()
-      if self._first:
-        since, metrics = self._first
-        name, said = fault_of(metrics)
-        error = fault_error(name, f'update {since}: {said}')
-        newest = now and not self._unread
-        diverged = isinstance(error, FloatingPointError)
-        if newest or not diverged or step - since >= _BEHIND:
-          raise error
-
-  def _read(self) -> int:
-    step, metrics = self._unread.popleft()
-    if not fault_of(metrics)[0]:
-      self._first = None
-    elif self._first is None:
-      self._first = step, metrics
-    return step
+      step, metrics = self._unread.popleft()
+      name, said = fault_of(metrics)
+      if not name:
+        self._first = None
+        continue
+      if self._first is None:
+        self._first = step, fault_error(name, f'update {step}: {said}')
+      since, error = self._first
+      wrong_data, newest = isinstance(error, ValueError), not self._unread
+      if wrong_data or newest or step - since >= _BEHIND:
+        raise error
 
 
 def _turns(
@@ -198,15 +192,20 @@ def _turns(
       metrics |= exchange.metrics(step)
     step += 1
 
+    due = exchange.due(step)
     faults.add(step, metrics)
-    if exchange.due(step):
+    try:
+      faults.check(due or step in (first, last))
+    except (FloatingPointError, ValueError) as e:
+      exchange.fail(e)
+      raise
+    if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.
       jax.block_until_ready(variables)
       start = time.perf_counter()
-      exchange.publish_if_due(step, variables, faults.first() or metrics)
+      exchange.publish_if_due(step, variables, metrics)
       held += time.perf_counter() - start
-    faults.check(step in (first, last))
     metrics['exchange/stall_ms'] = 1e3 * held
     yield StepResult(step, state, metrics)
 

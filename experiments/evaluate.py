@@ -219,6 +219,7 @@ _TITLES = {
     'eval/examples': 'examples',
     'eval/loss': 'loss (nats)',
     'eval/perplexity': 'perplexity',
+    'eval/bits_per_byte': 'bits per byte',
     'eval/accuracy': 'accuracy',
     'eval/auc': 'AUC',
     'eval/calibration': 'calibration',

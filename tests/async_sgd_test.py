@@ -12,6 +12,7 @@ import toy
 from codistill_jax import base
 from codistill_jax import step as step_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd, worker_turns
+from codistill_jax.group import run_group
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
 ROWS, UPDATES = 2, 14
@@ -166,15 +167,6 @@ def test_one_worker_is_synchronous_sgd():
       toy.assert_same(states[n].variables, expected[n].variables)
 
 
-def test_staleness_in_round_robin_is_one_less_than_the_workers():
-  turns = worker_turns(5, 50)
-  pulled_at, ages = [0] * 5, []
-  for n, w in enumerate(turns.worker_N):
-    ages.append(n - pulled_at[w])
-    pulled_at[w] = n + 1
-  assert ages == [0, 1, 2, 3] + [4] * 46
-
-
 @pytest.mark.parametrize('order', ['round_robin', 'random'])
 @pytest.mark.parametrize('ramp', [0, 17])
 def test_turns_are_rounds_of_all_who_are_there(order, ramp):
@@ -319,6 +311,27 @@ def test_a_loss_far_above_the_start_is_reported():
   assert metrics[0]['async/loss_over_start'] == 1
   assert metrics[-1]['async/loss_over_start'] > 2
   assert metrics[-1]['async/diverged'] == 1
+
+
+def test_beyond_its_last_turn_it_is_refused():
+  """All updates would be the last worker's."""
+  method = AsynchronousSgd(2)
+  stream = stream_of(method, points, num_steps=3)
+  update = method.make_train_step(toy.TWO_LAYERS, toy.SGD, num_steps=3)
+  state = start(method, toy.TWO_LAYERS, toy.SGD)
+  states, metrics = toy.trained(update, state, points(ROWS), range(4))
+  assert [bool(np.isfinite(m['loss/task'])) for m in metrics] == 3 * [True] + [
+      False
+  ]
+  assert np.isnan(metrics[-1]['loss/total'])
+  with pytest.raises(ValueError, match=r'num_steps=3 .* be number 4; make'):
+    update(states[2], stream.batch(0), None, 0.0)
+  with pytest.raises(ValueError, match=r'num_steps=3 .* be number 4; make'):
+    stream.batch(3)
+  with pytest.raises(
+      ValueError, match='num_steps=5, but the step was made for'
+  ):
+    run_group(PmapStep(update), state, stream, num_steps=5)
 
 
 @pytest.mark.parametrize(

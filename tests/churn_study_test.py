@@ -59,17 +59,16 @@ def configuration(tmp_path_factory):
 
 
 def study(configuration, workdir, *arguments, retrains=2):
-  return run(
-      churn,
-      [
-          f'--workdir={workdir}',
-          f'--gin_file={configuration / "toy.gin"}',
-          f'--retrains={retrains}',
-          '--weights=1,4',
-          '--control_retrains=2',
-          *arguments,
-      ],
-  )
+  flags = {
+      '--workdir': workdir,
+      '--gin_file': configuration / 'toy.gin',
+      '--retrains': retrains,
+      '--weights': '1,4',
+      '--control_retrains': 2,
+  }
+  given = {argument.split('=')[0] for argument in arguments}
+  usual = [f'{k}={v}' for k, v in flags.items() if k not in given]
+  return run(churn, [*usual, *arguments])
 
 
 @pytest.fixture(scope='module')

@@ -368,7 +368,7 @@ def test_an_exchange_that_could_not_be_made_holds_no_lease(
     join, tmp_path, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints, 'delete_torn', refuse)
+    patch.setattr(checkpoints, 'clear_up', refuse)
     with pytest.raises(OSError, match='bad sector'):
       join()
   assert leases.peek(tmp_path / 'group_0') is None

@@ -176,7 +176,8 @@ TEXTS = [f'document {i}' for i in range(4000)]
 
 
 def validation(fraction, seed=0, count=4000):
-  return [order.in_validation(t, fraction, seed) for t in TEXTS[:count]]
+  found = [order.split_of(t, fraction, 0.2, seed) for t in TEXTS[:count]]
+  return [split == 'validation' for split in found]
 
 
 @pytest.mark.parametrize('fraction', [0.0, 0.05, 0.5])

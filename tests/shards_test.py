@@ -98,8 +98,8 @@ def test_what_is_no_directory_is_refused(tmp_path, name):
 
 
 def test_unknown_split_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="train, validation; got 'test'"):
-    shards.open_tokens(write_data(tmp_path, [[[5]]]), 'test')
+  with pytest.raises(ValueError, match="train, validation, test; got 'dev'"):
+    shards.open_tokens(write_data(tmp_path, [[[5]]]), 'dev')
 
 
 def test_a_shard_without_documents_has_no_files(tmp_path):

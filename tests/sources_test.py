@@ -49,6 +49,30 @@ def test_text_documents_are_separated_by_blank_lines(tmp_path):
   assert read(f'text:{path}') == ['one\n  two  ', 'three', 'four']
 
 
+@given(
+    st.lists(
+        st.lists(st.sampled_from(['', ' ', 'x y', '= a', 'Z']), max_size=5),
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_documents_start_where_a_line_matches(articles, preamble):
+  """Whatever lines follow, blank ones too."""
+  blocks = ['\n'.join([f' = {i} = ', *a]) for i, a in enumerate(articles)]
+  texts = ['\nbefore'] * preamble + blocks
+  with tempfile.TemporaryDirectory() as folder:
+    path = write(epath.Path(folder) / 'a', '\n'.join(texts))
+    options = {'document_start': r' = \d+ = $'}
+    if blocks:
+      found = read(f'text:{path}', **options)
+      assert found == [text.rstrip('\n') for text in texts]
+    elif preamble:
+      with pytest.raises(ValueError, match='no line that document_start= = '):
+        read(f'text:{path}', **options)
+  with pytest.raises(ValueError, match='is no regular expression'):
+    sources.open_source(f'text:{ROOT}/setup.py', document_start='(')
+
+
 def test_files_are_whole_documents_in_the_order_of_their_names(tmp_path):
   write(tmp_path / 'b.txt', 'b\n\nb\n')
   write(tmp_path / 'a.txt', 'a')
@@ -441,13 +465,38 @@ class TestHuggingFace:
   )
   def test_unreachable_is_one_line(self, folder, spec):
     source = sources.open_source(spec.format(folder))
-    with pytest.raises(OSError, match='Cannot read hf:') as raised:
+    with pytest.raises(
+        (OSError, ValueError), match='Cannot read hf:'
+    ) as raised:
       next(source.raw())
     assert '\n' not in str(raised.value)
 
+  @pytest.mark.parametrize('form', ['json', 'csv', 'parquet'])
+  def test_a_column_that_nobody_reads_may_be_anything(self, tmp_path, form):
+    pd = pytest.importorskip('pandas')
+    others = [{'meta': None}, {'meta': {'lang': 'en'}}, {'meta': [3]}, {}]
+    others += [{'meta': 'x', 'more': 1.5}, {'n': 2}]
+    for i, other in enumerate(others):
+      table = pd.DataFrame([{'text': f'{i} {n}', **other} for n in range(3)])
+      path = tmp_path / f'{i}.{form}'
+      match form:
+        case 'json':
+          table.to_json(path, orient='records', lines=True)
+        case 'csv':
+          table.to_csv(path, index=False)
+        case 'parquet':
+          table.to_parquet(path)
+    expected = [f'{i} {n}' for i in range(len(others)) for n in range(3)]
+    assert read(f'hf:{tmp_path}') == expected
+    if form != 'csv':  # Which datasets leaves open where reading ends early.
+      with pytest.raises(ValueError, match="no column 'body' but text, meta"):
+        read(f'hf:{tmp_path}', text_key='body')
+
   def test_failure_in_the_middle_is_one_line(self, folder):
     write(folder / 'train.jsonl', '{"text": broken\n')
-    with pytest.raises(OSError, match='Cannot read hf:') as raised:
+    with pytest.raises(
+        (OSError, ValueError), match='Cannot read hf:'
+    ) as raised:
       read(f'hf:{folder}')
     assert '\n' not in str(raised.value)
 

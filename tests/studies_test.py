@@ -170,7 +170,12 @@ def reproduce_once(places):
   def reproduce_once(study, *flags, workdir=None):
     key = study, flags, workdir
     if key not in known:
-      made = arguments(places, study, workdir or study)
+      given = {flag.partition('=')[0] for flag in flags} - {'--gin'}
+      made = [
+          flag
+          for flag in arguments(places, study, workdir or study)
+          if flag.partition('=')[0] not in given
+      ]
       known[key] = run_binary(reproduce, [*made, *flags])
     return known[key]
 
@@ -292,6 +297,10 @@ MISTAKES = {
         '--workdir={new}',
         '--gin_file={toy}',
         '--gin=schedules.distill_weight.burn_in_steps=6',
+    ],
+    'gives group 1 the peer 5': [
+        '--gin=Checkpoints.topology=[[1],[5]]',
+        '--workdir={new}',
     ],
     'the group batch is that of the configuration': [
         '--study=image_codistillation',

@@ -154,7 +154,11 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
   # Stopped again, now before its first update: there is nothing to save, but
   # it says where it stands.
   group = start_group(launch, workdir, gin_file, 1)
-  until(lambda: _status(workdir, 1).get('pid') == group.pid, process=group)
+  begun = lambda: _status(workdir, 1)
+  until(
+      lambda: (begun().get('pid'), begun().get('step')) == (group.pid, 40),
+      process=group,
+  )
   group.send(signal.SIGTERM)
   assert 'stopped and saved at step 40' in group.wait(143)
 
@@ -274,9 +278,9 @@ def wrong(launch, reference, finished, tmp_path_factory):
 
   workdirs = {}
 
-  def case(name, *args, workdir=fresh, gin=gin_file, group_id=0):
+  def case(name, *args, workdir=fresh, gin=gin_file, group_id=0, groups=2):
     workdirs[name] = workdir
-    flags = {'num_groups': 2, 'group_id': group_id, 'gin_file': gin}
+    flags = {'num_groups': groups, 'group_id': group_id, 'gin_file': gin}
     words = [f'--{k}={v}' for k, v in flags.items()]
     return [f'--workdir={workdir}', *words, *args]
 
@@ -331,7 +335,7 @@ def wrong(launch, reference, finished, tmp_path_factory):
               ['--gin=optax.adam.learning_rate=5'],
               {'workdir': other_config},
           ),
-          ('other_groups', ['--num_groups=3'], {'workdir': other_config}),
+          ('other_groups', [], {'workdir': other_config, 'groups': 3}),
           ('torn_run', [], {'workdir': torn_run}),
           ('other_data', [], {'workdir': other_data, 'gin': foreign}),
           ('peer_data', [], {'workdir': peer_data, 'gin': foreign}),
@@ -421,7 +425,8 @@ def test_a_mistake_is_one_line_and_damages_nothing(wrong, name, words):
 )
 def test_what_is_noticed_at_once_changes_no_file(wrong, name):
   _, output, gone = wrong[name]
-  assert not gone
+  # But its status, which says that it has failed.
+  assert not [path for path in gone if not path.endswith('status.json')]
   assert len(output.splitlines()) <= 1 + 3  # A warning for each checkpoint.
 
 

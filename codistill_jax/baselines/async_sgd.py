@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from codistill_jax import optimizers, replicas, step
+from codistill_jax import optimizers, step
 from codistill_jax.base import (
     Array,
     Batch,
@@ -42,7 +42,7 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
-from codistill_jax.baselines.method import check_workers, copies
+from codistill_jax.baselines.method import Method, check_workers, copies
 
 # A run has diverged while its loss is so many times that of its first update.
 DIVERGED = 2.0
@@ -145,6 +145,7 @@ class WorkerStreams:
     self._read = functools.lru_cache(size)(self._read_batch)
 
   def batch(self, step: int) -> dict[str, Array]:
+    _check_turn(step, len(self._turns.worker_N))
     number, place = divmod(int(self._turns.worker_N[step]), self._together)
     batch = self._read(number, int(self._turns.batch_N[step]))
     rows = slice(place * self._rows, (place + 1) * self._rows)
@@ -174,7 +175,7 @@ class AsyncState:
 
 
 @dataclasses.dataclass(frozen=True)
-class AsynchronousSgd:
+class AsynchronousSgd(Method):
   """Asynchronous SGD with W workers.
 
   A worker receives one set of parameters, 4 bytes each in float32, in each of
@@ -225,9 +226,6 @@ class AsynchronousSgd:
     return worker_turns(
         self.workers, num_steps, self.order, self.seed, self.ramp_up_steps
     )
-
-  def check(self, group_batch: int, num_replicas: int) -> None:
-    replicas.check_group_batch(group_batch, num_replicas)
 
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
@@ -284,13 +282,19 @@ class AsynchronousSgd:
       num_steps: int,
       **kwargs: Any,
   ) -> step.TrainStep:
-    """Makes one update of the server, with the gradient of one worker."""
+    """Makes one update of the server, with the gradient of one worker.
+
+    There are `num_steps` turns. Whoever asks for another update is refused, or
+    finds losses that are NaN where the step is compiled and cannot refuse.
+    """
     turns = self.turns(num_steps)
     gradient_step = step.make_train_step(model, _KEEP_GRADIENT, **kwargs)
 
     def train_step(
         state: TrainState, batch: Batch, teachers: Any, distill_weight: Array
     ) -> tuple[TrainState, Metrics]:
+      if not isinstance(state.step, jax.core.Tracer):
+        _check_turn(int(state.step), num_steps)
       worker = jnp.asarray(turns.worker_N)[state.step]
       if self.ramp_up_steps:
         joining = jnp.asarray(turns.joining_N)[state.step]
@@ -301,9 +305,20 @@ class AsynchronousSgd:
       metrics['async/staleness_steps'] = (
           state.step - state.opt_state.pulled_at_W[worker]
       )
+      for key in ('loss/task', 'loss/total'):
+        metrics[key] = jnp.where(state.step < num_steps, metrics[key], jnp.nan)
       return _serve(tx, state, worker, answer, metrics)
 
+    train_step.num_steps = num_steps
     return train_step
+
+
+def _check_turn(step: int, num_steps: int) -> None:
+  if step >= num_steps:
+    raise ValueError(
+        f'asynchronous SGD has turns for num_steps={num_steps} updates, and'
+        f' this would be number {step + 1}; make step and stream for more'
+    )
 
 
 # Applies nothing: of a step with this optimiser, the new `opt_state` is the

@@ -90,6 +90,9 @@ class Exchange(Protocol):
     """
     return False
 
+  def fail(self, error: Exception) -> None:
+    """Tells the peers that this group has ended for good, and why."""
+
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
     """Returns the teachers of the update after `step`; None without any.
 

@@ -113,11 +113,14 @@ class StoreExchange:
       check_finite(self._group_id, step, metrics)
       self._store.check(publication, variables)
     except (FloatingPointError, ValueError) as e:
-      self._store.fail(e)
+      self.fail(e)
       raise
     copy = host_copy(variables, into=self._store.spare())
     self._store.write(publication, copy)
     return True
+
+  def fail(self, error: Exception) -> None:
+    self._store.fail(error)
 
   def _go_on(self, step: int) -> None:
     """Raises ValueError unless `step` is of the run that this is for."""

@@ -200,7 +200,7 @@ class DirectoryStore(Store):
     try:
       if writes:
         files.remove(self._directory / FAILED_FILE)
-        checkpoints.delete_torn(self._directory)
+        checkpoints.clear_up(self._directory)
     except BaseException:
       self._release()
       raise

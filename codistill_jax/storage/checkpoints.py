@@ -584,6 +584,28 @@ def delete_torn(directory: epath.PathLike) -> None:
       _try_to_delete(directory / name)
 
 
+def clear_up(directory: epath.PathLike) -> int:
+  """Deletes what earlier lives of the writer left behind, at its start.
+
+  Half-written files and steps, and what was set aside.
+
+  Returns:
+    How much was found.
+
+  Raises:
+    OSError: If the file system does not tell what there is.
+  """
+  directory = epath.Path(directory)
+  there = files.names(directory)
+  aside = [name for name in there if re.fullmatch(r'\d+\.damaged', name)]
+  for name in aside:
+    _try_to_delete(directory / name)
+  steps = set(map(str, completed_steps(directory)))
+  torn = [name for name in there if _is_step(name) and name not in steps]
+  delete_torn(directory)
+  return len(aside) + len(torn) + files.remove_leftovers(directory)
+
+
 def _path_of(directory: epath.PathLike, step: int) -> epath.Path:
   return epath.Path(directory) / str(step)
 

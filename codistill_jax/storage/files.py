@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -191,6 +192,22 @@ def to_disk(path: PathLike) -> None:
       raise
   finally:
     os.close(handle)
+
+
+def remove_leftovers(directory: PathLike) -> int:
+  """Deletes what writers that were killed left half-written; counts it.
+
+  For whoever alone writes there. Only its lease is renewed at any time, so what
+  may be one under way stays.
+  """
+  found = [
+      name
+      for name in names(directory)
+      if re.fullmatch(r'\.(?!lease\.).+\.[0-9a-f]{8}\.tmp', name)
+  ]
+  for name in found:
+    remove(epath.Path(directory) / name)
+  return len(found)
 
 
 def remove(path: PathLike) -> None:

@@ -323,7 +323,10 @@ class _Candidacy(NamedTuple):
       if alive or (changed and holder):
         other = _sentence(holder, self.path)
         raise HeldError(f'{other}; end it, or wait until it is done')
-      limit = max(ttl, holder.ttl_seconds if holder else ttl)
+      # Whoever lives mends a damaged file at its next beat.
+      limit = (
+          max(ttl, holder.ttl_seconds) if holder else 2 * ttl / _BEATS_PER_TTL
+      )
       if first is None:
         logging.warning(
             'Waiting up to %g s for a sign of life in %s: %s',

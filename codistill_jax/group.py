@@ -122,9 +122,20 @@ def run_group(
   if exchange.due(step):
     exchange.publish_if_due(step, state.variables)
   batches = prefetch(stream, step, num_steps)
-  return _turns(
+  turns = _turns(
       train_step, state, batches, step, num_steps, exchange, distill_weight
   )
+  return _telling(exchange, turns)
+
+
+def _telling(
+    exchange: Exchange, turns: Iterator[StepResult]
+) -> Iterator[StepResult]:
+  try:
+    yield from turns
+  except Exception as e:
+    exchange.fail(e)
+    raise
 
 
 class _Faults:
@@ -194,11 +205,7 @@ def _turns(
 
     due = exchange.due(step)
     faults.add(step, metrics)
-    try:
-      faults.check(due or step in (first, last))
-    except (FloatingPointError, ValueError) as e:
-      exchange.fail(e)
-      raise
+    faults.check(due or step in (first, last))
     if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.

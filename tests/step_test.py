@@ -515,7 +515,10 @@ def updated(**parts):
 @pytest.mark.parametrize(
     'parts, message',
     [
-        ({'batch': (BATCH['inputs'], BATCH['labels'])}, 'Expected a batch: a dict'),
+        (
+            {'batch': (BATCH['inputs'], BATCH['labels'])},
+            'Expected a batch: a dict',
+        ),
         ({'batch': {'inputs': BATCH['inputs']}}, "with 'labels'"),
         ({'model': toy.TwoLayers()}, 'wrap a flax.linen module by from_linen'),
         ({'teacher_model': toy.TwoLayers()}, 'by from_linen'),

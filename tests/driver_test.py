@@ -373,12 +373,22 @@ def test_a_mistake_in_the_first_update_leaves_the_workdir_free(
   assert run(job) == list(range(1, STEPS + 1))
 
 
-def test_the_operative_configuration_is_written_once(make_job):
+def test_the_configuration_is_that_of_the_run_that_began(make_job):
   job = make_job()
   path = run_directory.config_path(job.workdir)
-  files.write_bytes(path, b'of the first start')
+  files.write_bytes(path, b'planted')
   run(job)
-  assert path.read_text() == 'of the first start'
+  text = path.read_bytes()
+  assert text != b'planted'
+  state = driver.new_state(job).state
+  job_lib.check_workdir(job, state)
+  path.write_bytes(b'planted')
+  with pytest.raises(ValueError, match=r'is not what this run wrote.*delete'):
+    job_lib.check_workdir(job, state)
+  path.unlink()
+  job_lib.check_workdir(job, state)
+  job_lib.claim_workdir(job, state)
+  assert path.read_bytes() == text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):

@@ -209,9 +209,11 @@ def claim_workdir(job: Job, state: TrainState) -> None:
         ),
     ]
   if changed or not config.exists():
+    # In this order, so that nobody finds one file beside the other's digest.
+    config.unlink(missing_ok=True)
+    sums = {'config_sha256': now['config_sha256']}
+    run_directory.write_run(job.workdir, now if changed else {**before, **sums})
     files.write_bytes(config, text, sync=True)
-  if changed:
-    run_directory.write_run(job.workdir, now)
 
 
 # Of an `Experiment`: settings that change no number that was computed.

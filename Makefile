@@ -17,7 +17,7 @@ RUN = .venv/bin/python -m
 
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo churn study test bench docs lint clean
+.PHONY: demo churn study test test_python bench docs lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -61,6 +61,16 @@ lint: .venv/test
 
 test: lint
 	$(RUN) pytest -n 2 --dist loadfile
+
+# A part of the suite, three minutes of it, on another Python with the newest
+# releases that the bounds allow: make test_python PYTHON=python3.13
+PART = frozen base losses step replicas group resume gin_utils readme packaging
+test_python:
+	$(PYTHON) -m venv .venv-other
+	.venv-other/bin/pip install --quiet --disable-pip-version-check \
+	    '.[demo,pytest]'
+	.venv-other/bin/python -m pytest -n 2 --dist loadfile \
+	    $(PART:%=tests/%_test.py)
 
 # PyTorch, which nothing else needs.
 .venv/bench: .venv/demo

@@ -80,6 +80,7 @@ setuptools.setup(
         'report': _bounded(_REPORT),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
+        'pytest': _bounded(('hypothesis', 'pytest', 'pytest-xdist')),
         # The rivals of benchmarks/rivals.py; nothing else needs it.
         'bench': ['torch>=2.13,<2.14'],
         # The site of docs/.

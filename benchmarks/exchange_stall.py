@@ -12,6 +12,7 @@ of its own, alternating:
 
 Prints JSON: medians over repeats. `lost_ms` is the time per exchange by which
 an arm is slower than `off`; `stall_ms` is how long the loop itself was held;
+`sync_ms` is how long a publication waited for the disk (fsync) in its thread;
 `extra_copies` is peak memory above `off`, in sizes of the parameters, from one
 more process for each arm in which malloc gives memory back at once: else what
 is free, but kept, would count.
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -95,6 +96,7 @@ def compare(millions: int) -> dict[str, Any]:
         'lost_share': round(lost / interval, 4),
         'stall_ms': round(middle(arm, 'stall_ms'), 2),
         'stall_share': round(middle(arm, 'stall_ms') / interval / 1e3, 5),
+        'sync_ms': round(middle(arm, 'sync_ms'), 1),
         'publication_bytes': middle(arm, 'publication_bytes'),
         'swaps': middle(arm, 'swaps'),
         'peak_bytes': peaks[arm],
@@ -158,8 +160,11 @@ def measure_arm(arm: str, millions: int) -> dict[str, Any]:
     )
     sizes = [x.nbytes for x in jax.tree.leaves(state.variables)]
     del state
-    found = _time(turns)
-    exchange.close()
+    with _timed_syncs() as seconds:
+      found = _time(turns)
+      exchange.close()
+  # One more exchange warms up.
+  found['sync_ms'] = 1e3 * sum(seconds) / (_EXCHANGES.value + 1)
   return {
       'arm': arm,
       'platform': jax.default_backend(),
@@ -226,6 +231,25 @@ def _time(turns) -> dict[str, Any]:
       'swaps': max(len(swaps) - 1, 0),
       'peak_bytes': _peak_bytes(),
   }
+
+
+@contextlib.contextmanager
+def _timed_syncs() -> Iterator[list[float]]:
+  """Gives the seconds of each wait for the disk inside."""
+  from codistill_jax.storage import files
+
+  seconds, to_disk = [], files.to_disk
+
+  def timed(path) -> None:
+    start = time.perf_counter()
+    to_disk(path)
+    seconds.append(time.perf_counter() - start)
+
+  files.to_disk = timed
+  try:
+    yield seconds
+  finally:
+    files.to_disk = to_disk
 
 
 def _forget_peak() -> None:

@@ -109,6 +109,21 @@ def form_of(tree: PyTree) -> str:
   return type(tree).__name__
 
 
+def checked_batch(batch: Batch) -> dict[str, PyTree]:
+  """Returns a batch as a dict; raises ValueError if it is no such thing."""
+  if not isinstance(batch, Mapping):
+    raise ValueError(
+        f'Expected a batch: a dict of arrays, got {form_of(batch)}'
+    )
+  for path, x in jax.tree_util.tree_leaves_with_path(dict(batch)):
+    if not jnp.shape(x):
+      raise ValueError(
+          f'batch{jax.tree_util.keystr(path)} is {form_of(x)}; a batch has'
+          ' arrays with a row for each example, and nothing else'
+      )
+  return dict(batch)
+
+
 def check_form(name: str, before: PyTree, after: PyTree) -> None:
   """Raises ValueError if state changed its structure, a shape or a dtype.
 
@@ -375,6 +390,7 @@ class Task(NamedTuple):
     label_frequencies: `label_frequencies()` gives how often each class is the
       label in the training split, that of all groups: float64 (C,), of sum 1.
       None: nobody counts.
+    tokenizer: `tokenizer()` gives that of a task of text; None for others.
   """
 
   train_stream: Callable[..., Stream]
@@ -388,6 +404,7 @@ class Task(NamedTuple):
   test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
   partition: str = 'shared'
   label_frequencies: Callable[[], np.ndarray] | None = None
+  tokenizer: Callable[[], Any] | None = None
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

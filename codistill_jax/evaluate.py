@@ -26,7 +26,8 @@ class ModelComparison(NamedTuple):
 
   Attributes:
     members: For each set of variables 'eval/loss' (nats), 'eval/accuracy',
-      'eval/perplexity' and 'eval/examples', over how many; of a sigmoid output
+      'eval/perplexity' and 'eval/examples', over how many; of text
+      'eval/bits_per_byte' (see `evaluate`); of a sigmoid output
       'eval/auc', 'eval/calibration' and 'eval/calibration_error' in place of
       the perplexity.
     ensemble: The same of the ensemble.
@@ -60,8 +61,10 @@ def evaluate(
   Returns:
     Their numbers by key, NaN if nothing had weight; 'eval/examples', the weight
     of all examples (tokens); and 'eval/perplexity', the exp of 'eval/loss',
-    unless there is an 'eval/auc': a sigmoid output has none. None if
-    `should_stop` said so.
+    unless there is an 'eval/auc': a sigmoid output has none; and, if `batches`
+    have `bytes_per_example`, 'eval/bits_per_byte', the same loss of a byte of
+    text: it compares models with different tokenizers. None if `should_stop`
+    said so.
 
   Raises:
     ValueError: If there is no batch.
@@ -72,7 +75,7 @@ def evaluate(
     # Where later carries are; else the second batch would compile once more.
     carry = jax.device_put(carry, leaf.sharding)
   sums = _sum_over(step, batches, carry, should_stop)
-  return None if sums is None else _values(sums)
+  return None if sums is None else _values(sums, batches)
 
 
 def compare(
@@ -98,18 +101,18 @@ def compare(
   variables_list = list(variables_list)
   if not variables_list:
     raise ValueError('Expected at least one set of variables, got none.')
-  batches = iter(batches)
-  first = next(batches, None)
+  stream = iter(batches)
+  first = next(stream, None)
   if first is None:
     raise ValueError(_NO_BATCH)
   rows = first['labels'].shape[0]
   carries = [model.init_carry(rows) for _ in variables_list]
   compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
-  sums = _sum_over(step, itertools.chain([first], batches), carries)
+  sums = _sum_over(step, itertools.chain([first], stream), carries)
   return ModelComparison(
-      members=[_values(member) for member in sums.members],
-      ensemble=_values(sums.ensemble),
+      members=[_values(member, batches) for member in sums.members],
+      ensemble=_values(sums.ensemble, batches),
       pairs={pair: _values(found) for pair, found in sums.pairs.items()},
   )
 
@@ -208,7 +211,7 @@ def _add(sums, pending):
   return sums
 
 
-def _values(sums):
+def _values(sums, batches=()):
   """Returns numbers by key, with perplexity and count of 'eval/loss'."""
   values = {key: metric.number() for key, metric in sums.items()}
   if 'eval/loss' not in values:
@@ -217,4 +220,7 @@ def _values(sums):
   if 'eval/auc' not in values:
     with np.errstate(over='ignore'):
       values['eval/perplexity'] = float(np.exp(values['eval/loss']))
+  if bytes_per_example := getattr(batches, 'bytes_per_example', None):
+    nats_per_byte = values['eval/loss'] / bytes_per_example
+    values['eval/bits_per_byte'] = nats_per_byte / float(np.log(2))
   return values

@@ -34,10 +34,20 @@ from codistill_jax.base import (
     Task,
     TrainState,
     Variables,
+    logits_of,
 )
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
 
+_COUNTS = (
+    'num_steps',
+    'group_batch',
+    'simulated_replicas',
+    'log_every',
+    'eval_every',
+    'eval_batch',
+    'checkpoint_every',
+)
 _FAR = 10**9  # Beyond the last step of any run.
 
 _RENAMED = {
@@ -187,13 +197,14 @@ def _train_stream(
   given = {} if experiment.data_seed is None else {'seed': experiment.data_seed}
 
   def make(group_batch: int, rows: slice | None) -> Stream:
-    stream = experiment.task.train_stream(
-        group_id=group_id,
-        num_groups=num_groups,
-        group_batch=group_batch,
-        rows=rows,
-        **given,
-    )
+    with naming('Task.train_stream cannot be called'):
+      stream = experiment.task.train_stream(
+          group_id=group_id,
+          num_groups=num_groups,
+          group_batch=group_batch,
+          rows=rows,
+          **given,
+      )
     if not callable(getattr(stream, 'batch', None)):
       raise ValueError(
           f'Task.train_stream gave a {type(stream).__name__}, expected an'
@@ -271,9 +282,42 @@ def first_row(experiment: Experiment, num_groups: int) -> Batch:
 
   The whole batch may be many gigabytes, and take a minute to decode.
   """
-  # A stream for one process alone may look at no `rows`.
-  stream = _train_stream(experiment, 0, num_groups, slice(0, 1), or_all=True)
-  return jax.tree.map(lambda x: x[:1], dict(stream.batch(0)))
+  with naming('the first training batch cannot be made'):
+    # A stream for one process alone may look at no `rows`.
+    stream = _train_stream(experiment, 0, num_groups, slice(0, 1), or_all=True)
+    return jax.tree.map(lambda x: x[:1], dict(stream.batch(0)))
+
+
+def check_evaluation(
+    experiment: Experiment, model: Model, variables: Variables
+) -> None:
+  """Traces an evaluation of the first validation batch.
+
+  Raises:
+    ValueError: One line, if there is none, or if what the model makes of it
+      does not fit its labels.
+  """
+  task, rows = experiment.task, experiment.eval_batch
+  batches = split_batches(task, 'validation', rows)
+  if not len(batches):
+    raise ValueError('the task has no validation batch; it needs one at least')
+  batch = dict(check_batch(batches[0], {rows}, 'the first validation batch'))
+  args = variables, batch, model.init_carry(rows)
+  with naming('the evaluation cannot be traced'):
+    jax.eval_shape(make_eval_step(experiment, model), *args)
+    logits = jax.eval_shape(
+        lambda *args: logits_of(model.apply(*args, None, False)[0]), *args
+    )
+  labels = np.shape(batch['labels'])
+  expected = labels
+  if task.output == 'softmax':
+    expected = (*labels, max(task.num_classes, logits.shape[-1]))
+  if logits.shape != expected:
+    raise ValueError(
+        f'the model gives logits of shape {logits.shape} for labels of shape'
+        f' {labels}, expected {expected}, as the task has num_classes='
+        f"{task.num_classes} and output='{task.output}'"
+    )
 
 
 @contextlib.contextmanager
@@ -454,49 +498,55 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
 
 def _check(experiment: Experiment) -> None:
   """Raises ValueError, one line, if an `Experiment` makes no sense."""
-  if not isinstance(experiment.task, Task):
+  method, chosen = experiment.method, experiment.exchange
+  if isinstance(chosen, str) and chosen in _RENAMED:
     raise ValueError(
-        f'Experiment.task={experiment.task!r}; bind it to a task, such as'
-        ' @text.language_model_task()'
+        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that'
+        ' in a gin file, with "from codistill_jax import exchange", as those of'
+        ' gin_configs/ablations do'
     )
-  if not all(
-      callable(getattr(experiment.optimizer, name, None))
-      for name in ('init', 'update')
-  ):
-    raise ValueError(
-        f'Experiment.optimizer={experiment.optimizer!r}; bind it to an'
-        ' optimiser that was made, such as @optax.adam()'
-    )
-  for name in ('model', 'distill_weight'):
-    if not callable(getattr(experiment, name)):
-      raise ValueError(
-          f'Experiment.{name}={getattr(experiment, name)!r}; bind it to a'
-          ' reference, such as @lstm.language_model or'
-          ' @schedules.distill_weight()'
-      )
-  for name in (
-      'num_steps',
-      'group_batch',
-      'simulated_replicas',
-      'log_every',
-      'eval_every',
-      'eval_batch',
-      'checkpoint_every',
-  ):
+  parts = {
+      'task': (
+          isinstance(experiment.task, Task),
+          'a task, such as @text.language_model_task()',
+      ),
+      'model': (
+          callable(experiment.model),
+          'a reference, such as @lstm.language_model',
+      ),
+      'optimizer': (
+          callable(getattr(experiment.optimizer, 'init', None))
+          and callable(getattr(experiment.optimizer, 'update', None)),
+          'an optimiser that was made, such as @optax.adam()',
+      ),
+      'distill_weight': (
+          callable(experiment.distill_weight),
+          'a reference, such as @schedules.distill_weight()',
+      ),
+      'method': (
+          method is None or _is_made(method, Method),
+          'a method, such as @async_sgd.AsynchronousSgd()',
+      ),
+      'exchange': (
+          _is_made(chosen, Kind),
+          'a kind of exchange: @exchange.Checkpoints(),'
+          ' @exchange.Predictions() or @exchange.FixedTeachers(), with "from'
+          ' codistill_jax import exchange"',
+      ),
+  }
+  for name, (fits, what) in parts.items():
+    if not fits:
+      value = getattr(experiment, name)
+      raise ValueError(f'Experiment.{name}={value!r}; bind it to {what}')
+  least = dict.fromkeys(_COUNTS, 1) | {'seed': 0, 'data_seed': 0}
+  if experiment.data_seed is None:
+    del least['data_seed']
+  for name, smallest in least.items():
     value = getattr(experiment, name)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or value < smallest:
       raise ValueError(
           f'Experiment.{name}={value!r}; set it to a whole number of at'
-          ' least 1'
-      )
-  for name in ('seed', 'data_seed'):
-    value = getattr(experiment, name)
-    if value is None and name == 'data_seed':
-      continue
-    if type(value) is not int or value < 0:
-      raise ValueError(
-          f'Experiment.{name}={value!r}; set it to a whole number of at'
-          ' least 0'
+          f' least {smallest}'
       )
   losses.task_loss_of(experiment.task.output)  # Raises on an unknown name.
   experiment.distillation  # noqa: B018  Raises on an unknown name.
@@ -505,41 +555,16 @@ def _check(experiment: Experiment) -> None:
       experiment.label_smoothing,
       experiment.smoothing_distribution,
   )
-  _check_exchange(experiment)
-  _check_method(experiment)
-
-
-def _check_method(experiment: Experiment) -> None:
-  if experiment.method is None:
+  chosen.check(experiment)
+  if method is None:
     return
-  if isinstance(experiment.method, type) or not isinstance(
-      experiment.method, Method
-  ):
-    raise ValueError(
-        f'Experiment.method={experiment.method!r}; bind it to a method, such as'
-        ' @async_sgd.AsynchronousSgd()'
-    )
   if experiment.simulated_replicas > 1:
     raise ValueError(
         f'Experiment.simulated_replicas={experiment.simulated_replicas} are of'
-        f' synchronous SGD, but method={experiment.method!r}; leave one of them'
-        ' out'
+        f' synchronous SGD, but method={method!r}; leave one of them out'
     )
-  experiment.method.check(experiment.group_batch, 1)
+  method.check(experiment.group_batch, 1)
 
 
-def _check_exchange(experiment: Experiment) -> None:
-  chosen = experiment.exchange
-  if isinstance(chosen, str) and chosen in _RENAMED:
-    raise ValueError(
-        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that'
-        ' in a gin file, with "from codistill_jax import exchange", as those of'
-        ' gin_configs/ablations do'
-    )
-  if isinstance(chosen, type) or not isinstance(chosen, Kind):
-    raise ValueError(
-        f'Experiment.exchange={chosen!r}; bind it to a kind of exchange:'
-        ' @exchange.Checkpoints(), @exchange.Predictions() or'
-        ' @exchange.FixedTeachers(), with "from codistill_jax import exchange"'
-    )
-  chosen.check(experiment)
+def _is_made(value: Any, protocol: type) -> bool:
+  return isinstance(value, protocol) and not isinstance(value, type)

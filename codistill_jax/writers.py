@@ -289,6 +289,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     'loss/task': '  loss/task {:.3f}'.format,
     'eval/loss': '  eval/loss {:.4f}'.format,
     'eval/perplexity': '  perplexity {:.1f}'.format,
+    'eval/bits_per_byte': '  bits per byte {:.3f}'.format,
     'eval/accuracy': '  accuracy {:.2%}'.format,
     'eval/auc': '  auc {:.4f}'.format,
     'eval/calibration': '  calibration {:.3f}'.format,

@@ -135,13 +135,16 @@ def define_process_flags() -> None:
   )
 
 
-def define_preparation_flags(what: str, parted: str, workers: str) -> None:
+def define_preparation_flags(
+    what: str, parted: str, workers: str, validation: float | None = 0.05
+) -> None:
   """Defines the flags of all binaries that prepare data.
 
   Args:
     what: What is prepared: documents, lines.
     parted: How they are divided into splits.
     workers: What a worker does, and how many there are by default.
+    validation: Share of the validation split by default; None: others say.
   """
   define_path(
       'output',
@@ -151,7 +154,7 @@ def define_preparation_flags(what: str, parted: str, workers: str) -> None:
   )
   flags.DEFINE_float(
       'validation_fraction',
-      0.05,
+      validation,
       f'Share of the {what} in the validation split, {parted}; 0 for none.',
       lower_bound=0.0,
       upper_bound=1.0,
@@ -162,6 +165,14 @@ def define_preparation_flags(what: str, parted: str, workers: str) -> None:
       None,
       'A list made by sha256sum. All files of the source are compared with it'
       ' first, which reads them once more, at each start that has work to do.',
+  )
+  flags.DEFINE_float(
+      'max_rejected',
+      0.05,
+      f'End with an error if more than this share of the {what} is broken, or'
+      ' of the files cut short. What filters reject is not counted.',
+      lower_bound=0.0,
+      upper_bound=1.0,
   )
   flags.DEFINE_integer(
       'workers',

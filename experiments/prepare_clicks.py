@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
       max_lines=_FLAGS.max_lines,
       shard_lines=_FLAGS.shard_lines,
       source_checksums=_FLAGS.checksums,
+      max_rejected=_FLAGS.max_rejected,
       workers=_FLAGS.workers or min(prepare.usable_cores(), 4),
       report=lambda line: print(line, flush=True),
   )

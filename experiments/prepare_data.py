@@ -37,20 +37,49 @@ def define_flags() -> None:
   """Defines the flags of this binary."""
   cli.define_preparation_flags(
       'documents',
-      'chosen by a hash of the text',
+      'chosen by a hash of the text; default: 0.05, or 0 with'
+      ' --validation_source',
       'decode, filter and tokenise, about 0.5 GB each with large shards;'
       ' default: up to one for each core that this process may use',
+      validation=None,
   )
-  flags.DEFINE_string(
+  flags.DEFINE_float(
+      'test_fraction',
+      0.0,
+      'Share of the documents in the test split, likewise.',
+      lower_bound=0.0,
+      upper_bound=1.0,
+  )
+  flags.DEFINE_multi_string(
       'source',
-      'bible',
+      ['bible'],
       'The corpus: bible (packaged default, King James Bible),'
       ' text:PATH_OR_GLOB (plain text, documents separated by blank lines),'
       ' files:PATH_OR_GLOB (a file a document), jsonl:PATH_OR_GLOB (JSON lines,'
       ' as C4 and dolma have them), wet:PATH_OR_GLOB (WET files of Common'
       ' Crawl, a page a document) or hf:NAME[:CONFIG[:SPLIT]] (Hugging Face,'
-      ' streamed, as hf:allenai/c4:en). Files may end in .gz or .xz. Quote'
-      ' globs.',
+      ' streamed, as hf:allenai/c4:en). Files may be compressed (gzip,'
+      ' bzip2, xz, Zstandard). Quote globs. Repeat it for several, which are'
+      ' mixed: all their documents; or with a weight before each, as 0.7*bible,'
+      ' in these shares of the documents, up to where the first of them ends.',
+  )
+  flags.DEFINE_string(
+      'document_start',
+      None,
+      'With text: sources: a regular expression. A document starts with each'
+      ' line whose beginning matches it, as " = [^=]" in WikiText or "CHAPTER",'
+      ' and blank lines belong to it. Default: they separate documents.',
+  )
+  flags.DEFINE_string(
+      'validation_source',
+      None,
+      'The validation split, written as --source is: that of a benchmark, as'
+      ' hf:NAME:CONFIG:validation. Nothing of --source is in it then.',
+  )
+  flags.DEFINE_string(
+      'test_source',
+      None,
+      'The test split, likewise. Default: there is none.',
   )
   flags.DEFINE_string(
       'text_key',
@@ -80,8 +109,8 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'max_documents',
       None,
-      'Stop after so many documents, both splits together; rejected records are'
-      ' not counted. Default: all.',
+      'Stop after so many documents of --source, all splits together; rejected'
+      ' records are not counted. Default: all.',
       lower_bound=1,
   )
   flags.DEFINE_integer(
@@ -151,11 +180,15 @@ def main(argv: Sequence[str]) -> None:
   meta = prepare_text.prepare_text(
       _FLAGS.output,
       _FLAGS.source,
+      document_start=_FLAGS.document_start,
+      validation_source=_FLAGS.validation_source,
+      test_source=_FLAGS.test_source,
       text_key=_FLAGS.text_key,
       vocab_size=_FLAGS.vocab_size,
       tokenizer=_FLAGS.tokenizer,
       tokenizer_bytes=_FLAGS.tokenizer_bytes,
       validation_fraction=_FLAGS.validation_fraction,
+      test_fraction=_FLAGS.test_fraction,
       seed=_FLAGS.seed,
       max_documents=_FLAGS.max_documents,
       shard_tokens=_FLAGS.shard_tokens,
@@ -165,6 +198,7 @@ def main(argv: Sequence[str]) -> None:
       paragraphs_sha256=_FLAGS.paragraph_ids_sha256,
       paragraph_unit=_FLAGS.paragraph_unit,
       source_checksums=_FLAGS.checksums,
+      max_rejected=_FLAGS.max_rejected,
       workers=_FLAGS.workers or prepare.usable_cores(),
       report=lambda line: print(line, flush=True),
   )

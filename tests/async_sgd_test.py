@@ -167,15 +167,6 @@ def test_one_worker_is_synchronous_sgd():
       toy.assert_same(states[n].variables, expected[n].variables)
 
 
-def test_staleness_in_round_robin_is_one_less_than_the_workers():
-  turns = worker_turns(5, 50)
-  pulled_at, ages = [0] * 5, []
-  for n, w in enumerate(turns.worker_N):
-    ages.append(n - pulled_at[w])
-    pulled_at[w] = n + 1
-  assert ages == [0, 1, 2, 3] + [4] * 46
-
-
 @pytest.mark.parametrize('order', ['round_robin', 'random'])
 @pytest.mark.parametrize('ramp', [0, 17])
 def test_turns_are_rounds_of_all_who_are_there(order, ramp):

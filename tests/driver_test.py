@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -372,12 +373,22 @@ def test_a_mistake_in_the_first_update_leaves_the_workdir_free(
   assert run(job) == list(range(1, STEPS + 1))
 
 
-def test_the_operative_configuration_is_written_once(make_job):
+def test_the_configuration_is_that_of_the_run_that_began(make_job):
   job = make_job()
   path = run_directory.config_path(job.workdir)
-  files.write_bytes(path, b'of the first start')
+  files.write_bytes(path, b'planted')
   run(job)
-  assert path.read_text() == 'of the first start'
+  text = path.read_bytes()
+  assert text != b'planted'
+  state = driver.new_state(job).state
+  job_lib.check_workdir(job, state)
+  path.write_bytes(b'planted')
+  with pytest.raises(ValueError, match=r'is not what this run wrote.*delete'):
+    job_lib.check_workdir(job, state)
+  path.unlink()
+  job_lib.check_workdir(job, state)
+  job_lib.claim_workdir(job, state)
+  assert path.read_bytes() == text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
@@ -391,12 +402,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(make_job):
 
   task = TASK._replace(train_stream=lambda group_batch, **_: Poisoned(BATCH))
   job = make_job(task=task)
-  with pytest.raises(FloatingPointError, match='step 6: 12 weights'):
+  with pytest.raises(ValueError, match='step 6: 12 weights'):
     run(job)
   assert checkpoint_steps(job) == [4]
   # A run that only looks at its loss when it saves does not save it either.
   job = make_job('rarely', task=task, log_every=100)
-  with pytest.raises(FloatingPointError, match='step 8'):
+  with pytest.raises(ValueError, match='step 8'):
     run(job)
   assert checkpoint_steps(job) == [4]
 
@@ -866,6 +877,53 @@ def test_a_run_that_was_done_goes_on_to_more_steps(make_job):
     job_lib.check_workdir(shorter, driver.new_state(shorter).state)
 
 
+@pytest.mark.parametrize('damage', [b'', b'{"arm": ', bytes(64), b'[]'])
+def test_a_damaged_run_json_is_written_again(
+    make_job, monkeypatch, capsys, damage
+):
+  """As after a power cut; but not over a run of another configuration."""
+  job = make_job(num_steps=2)
+  run(job)
+  path = run_directory.run_path(job.workdir)
+  whole = path.read_bytes()
+  path.write_bytes(damage)
+  job = make_job(num_steps=3)
+  job_lib.check_workdir(job, driver.new_state(job).state)
+  assert run(job) == [3]
+  assert 'run.json' in capsys.readouterr().err
+  assert json.loads(path.read_bytes()) == json.loads(whole) | {'num_steps': 3}
+  path.write_bytes(damage)
+  config = run_directory.config_path(job.workdir)
+  config.write_text('a.b = 1\n')
+  with pytest.raises(ValueError, match=r'it has a.b = 1, this one has no such'):
+    run(make_job(num_steps=4))
+  config.write_text('')  # Neither is whole.
+  assert run(make_job(num_steps=4)) == [4]
+  assert 'configuration' in run_directory.read_run(job.workdir)
+
+
+def test_leftovers_are_removed_at_the_start_and_counted(make_job, caplog):
+  job = make_job(num_steps=2)
+  run(job)
+  group = run_directory.group_dir(job.workdir, 0)
+  steps = run_directory.checkpoints_dir(job.workdir, 0)
+  left = [
+      run_directory.run_path(job.workdir).parent / '.run.json.0123abcd.tmp',
+      group / '.status.json.ffffffff.tmp',
+      steps / '1.damaged' / 'record.json',
+      steps / '7' / 'record.json',
+  ]
+  others = [group / 'notes.tmp', steps / 'mine.damaged' / 'a']
+  for path in left + others:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('')
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    run(make_job(num_steps=3))
+  assert not any(path.exists() for path in left)
+  assert all(path.exists() for path in others)
+  assert 'Group 0: removed 4 leftovers' in caplog.text
+
+
 # --- Where a run begins ------------------------------------------------------
 
 
@@ -960,3 +1018,35 @@ def test_devices_are_chosen_by_number():
     job_lib.chosen_devices(9)
   with pytest.raises(ValueError, match='--replicas=-1'):
     job_lib.use_replicas(-1)
+
+
+def test_the_start_of_a_run_is_checked_before_its_first_update(
+    make_job, capsys
+):
+  driver.check_start(job := make_job(), start := driver.new_state(job))
+  assert capsys.readouterr().err == ''
+  driver.check_start(make_job(eval_every=500), start)
+  said = capsys.readouterr().err
+  assert said.startswith('warning: eval_every = 500; but the run ends at')
+  assert f'num_steps = {STEPS}' in said
+  task = TASK._replace(eval_batches=lambda rows: iter([]))
+  with pytest.raises(ValueError, match='can be read but once'):
+    driver.check_start(make_job(task=task), start)
+  broken = MODEL._replace(apply=lambda *args: {}['integers'])
+  job = dataclasses.replace(
+      job,
+      train_step=experiment_lib.make_replicated_step(
+          job.experiment, broken, jax.devices()[:1]
+      ),
+  )
+  with pytest.raises(
+      ValueError, match="cannot be traced: KeyError: 'integers'"
+  ):
+    driver.check_start(
+        job,
+        start._replace(
+            efficiency=watch.Efficiency(
+                job, start.state, experiment_lib.first_row(job.experiment, 1)
+            )
+        ),
+    )

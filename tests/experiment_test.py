@@ -231,6 +231,49 @@ def test_a_batch_of_other_rows_is_refused_whenever_it_comes(rows):
 
 
 @pytest.mark.parametrize(
+    'outputs, batches, message',
+    [
+        (lambda x: x @ np.ones((5, 4)), None, None),
+        (lambda x: x @ np.ones((5, 6)), None, None),  # Padded classes.
+        (
+            lambda x: x @ np.ones((5, 2)),
+            None,
+            r'shape \(8, 2\) .*expected \(8, 4',
+        ),
+        (lambda x: x[:, 0], None, 'expected|Labels|classes|logits'),
+        (lambda x: {'logits': x}, None, 'logits'),
+        (lambda x: x['integers'], None, 'evaluation cannot be traced'),
+        (lambda x: x, [], 'no validation batch'),
+        (
+            lambda x: x,
+            [points(7)],
+            r'first validation batch: .*expected 8 rows',
+        ),
+    ],
+)
+def test_what_a_model_gives_fits_the_labels(outputs, batches, message):
+  model = base.Model(
+      init=None,
+      apply=lambda variables, batch, carry, rng, train: (
+          outputs(batch['inputs']),
+          base.Updates({}, carry),
+      ),
+  )
+  task = TASK
+  if batches is not None:
+    task = TASK._replace(eval_batches=lambda rows: batches)
+  made = make(task=task, eval_batch=8)
+  check = lambda: experiment_lib.check_evaluation(
+      made, model, base.Variables({})
+  )
+  if message is None:
+    check()
+    return
+  with pytest.raises(ValueError, match=message):
+    check()
+
+
+@pytest.mark.parametrize(
     'given', [iter([]), (points(4) for _ in range(3)), map(points, [4]), None]
 )
 def test_validation_batches_that_can_be_read_once_are_refused(given):

@@ -84,6 +84,9 @@ class Watched:
   def metrics(self, step):
     return self.exchange.metrics(step)
 
+  def fail(self, error):
+    self.exchange.fail(error)
+
   def fetch(self, step):
     self.given[step] = self.exchange.fetch(step)
     return self.given[step]
@@ -320,17 +323,6 @@ def test_a_run_compiles_its_step_twice():
   assert {t and float(t.present_P.sum()) for t in given} == {None, 1.0, 2.0}
 
 
-def test_the_counter_of_compilations_counts():
-  # Or the test above could not fail.
-  step, batch = toy.replicated(TWO_LAYERS), toy.stream_of(TWO_LAYERS).batch(0)
-  state = step.place(start(TWO_LAYERS, 0))
-  small = {key: x[:4] for key, x in batch.items()}
-  with toy.compilations() as programs:
-    for one in (batch, batch, small, batch):
-      state, _ = step(state, one, None, 0.0)
-  assert len(programs) == step.num_traces == 2
-
-
 # -- the loop -----------------------------------------------------------------
 
 
@@ -529,14 +521,6 @@ class Numbers:
     return {'step': step}
 
 
-def test_prefetch_keeps_order_and_makes_no_batch_too_many():
-  stream = Numbers(free=99)
-  assert [b['step'] for b in prefetch(stream, 3, 9)] == list(range(3, 9))
-  assert stream.asked == list(range(3, 9))
-  assert list(prefetch(stream, 9, 9)) == []
-  assert [b['step'] for b in prefetch(stream, 8, 9)] == [8]
-
-
 def test_prefetch_loads_ahead_but_not_far():
   stream = Numbers(free=99)
   batches = prefetch(stream, 0, 50)
@@ -605,7 +589,7 @@ def steps_of(stream, num_steps=20, model=TWO_LAYERS, tx=toy.SGD):
         step, toy.start(model, tx), stream, num_steps=num_steps
     ):
       steps.append(result.step)
-  except FloatingPointError as e:
+  except (FloatingPointError, ValueError) as e:
     return len(steps), str(e)
   return len(steps), ''
 
@@ -631,7 +615,7 @@ def test_an_optimiser_may_leave_out_what_is_not_finite_for_a_while():
   for tx, passes in ((optax.apply_if_finite(toy.SGD, 100), 1), (toy.SGD, 0)):
     stream = Spoilt([3, 4, 5], 'inputs', 1e31)
     found, said = steps_of(stream, model=model, tx=tx)
-    assert (found, said[:10]) == ((20, '') if passes else (11, 'update 4: '))
+    assert (found, said[:10]) == ((20, '') if passes else (19, 'update 4: '))
 
 
 @pytest.mark.parametrize(
@@ -683,11 +667,11 @@ def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():
       distill_weight=lambda step: 0.0,
   )
   steps = []
-  with pytest.raises(FloatingPointError, match='update 7: 1 numbers in the in'):
+  with pytest.raises(ValueError, match='update 7: 1 numbers in the in'):
     steps.extend(result.step for result in run)
   assert steps == [1, 2, 3, 4, 5, 6, 7]
   assert exchanges[1].fetch(4) is not None
-  with pytest.raises(PeerError, match=r'group 0 has ended: .* at step 8'):
+  with pytest.raises(PeerError, match='group 0 has ended: update 7: 1 numbers'):
     exchanges[1].fetch(8)
 
 

@@ -106,9 +106,11 @@ def test_labels_match_the_images_through_shuffling(fashion):
 
 
 def test_training_is_augmented_and_evaluation_is_not(tmp_path):
-  for split in ('train', 'test'):
-    write_cifar_archive(tmp_path, split)
+  write_cifar_archive(tmp_path, 'train')
   task = images.cifar10_task(tmp_path, validation_fraction=0.2)
+  with pytest.raises(FileNotFoundError, match='holds neither cifar10_test'):
+    task.test_batches(6)
+  write_cifar_archive(tmp_path, 'test')
   assert task.num_classes == 10 and len(task.eval_batches(6)) == 1
   read = [epoch(task, number=n)[0] for n in (0, 1)]
   assert read[0].shape == (24, 32, 32, 3)

@@ -100,7 +100,7 @@ def test_images_of_the_training_split_count():
   task = images.task_in_memory(
       'toy',
       data,
-      data,
+      lambda: data,
       ((0.5,), (0.5,)),
       validation_fraction=0.5,
       pad=0,

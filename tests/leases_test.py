@@ -439,7 +439,8 @@ def test_a_damaged_file_is_watched_then_replaced(
   assert leases.peek(tmp_path) is None
   start = clock.now
   acquire(ttl_seconds=4.0).check()
-  assert clock.now - start >= 4.0
+  # Whoever lives would have mended it at its next beat.
+  assert 4.0 / 5 < clock.now - start < 3.0
 
 
 def test_fields_of_no_sense_are_damage(tmp_path):

@@ -242,6 +242,17 @@ def test_prepare_data_prints_a_summary_and_verifies(tmp_path, outcomes):
       {
           'again': again,
           'good': [f'--output={tmp_path}/a', '--verify'],
+          'two': [
+              f'--output={tmp_path}/c',
+              f'--source={source}',
+              f'--source=text:{ROOT}/README.md',
+              '--vocab_size=400',
+              '--workers=1',
+          ],
+          'lost': [
+              f'--output={tmp_path}/d',
+              f'--source=jsonl:{ROOT}/README.md',
+          ],
           'damaged': [f'--output={tmp_path}/b', '--verify'],
       },
   )
@@ -251,6 +262,10 @@ def test_prepare_data_prints_a_summary_and_verifies(tmp_path, outcomes):
     assert part in output
   status, output = found['good']
   assert status == 0 and 'as they were written' in output
+  assert found['two'][0] == 0
+  assert ' + text:' in (tmp_path / 'c' / 'meta.json').read_text()
+  status, output = found['lost']
+  assert status == 1 and len(output.splitlines()) == 1
   status, output = found['damaged']
   assert status == 1
   assert output.startswith(f'error: {path} is damaged (SHA-256')
@@ -270,6 +285,7 @@ def test_prepare_clicks_prints_a_summary_and_verifies(tmp_path, outcomes):
               '--test_fraction=0.2',
               '--shard_lines=64',
               '--workers=1',
+              '--max_rejected=0.5',
               '--verify',
           ],
           'no source': [f'--output={output}'],

@@ -1,5 +1,6 @@
 """Text is prepared: nothing is lost, and every document decodes."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import pytest
 from prepared import contents, run_text, texts, write_corpus
 from wet_files import write_wet
 
-from codistill_jax.data import order, prepare_text, shards, sources
+from codistill_jax import evaluate, metrics
+from codistill_jax.data import order, prepare_text, shards, sources, text
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
 
@@ -41,11 +43,11 @@ def test_every_document_is_there_once_and_decodes(tmp_path, corpus):
   meta, _ = run_text(tmp_path, corpus)
   tokenizer = Tokenizer((tmp_path / 'tokenizer.model').read_bytes())
   assert tokenizer.vocab_size == 320
-  for split in shards.SPLITS:
+  for split in ('train', 'validation'):
     expected = [
         text
         for text in texts(120)
-        if order.in_validation(text, 0.2, 0) == (split == 'validation')
+        if order.split_of(text, 0.2, 0.0, 0) == split
     ]
     documents = documents_in(tmp_path, split)
     assert [tokenizer.decode(d) for d in documents] == expected
@@ -69,7 +71,7 @@ def test_every_document_is_there_once_and_decodes(tmp_path, corpus):
 def test_shard_size_moves_no_document(tmp_path, corpus):
   for name, size in (('small', 300), ('large', 10**6)):
     run_text(tmp_path / name, corpus, shard_tokens=size)
-  for split in shards.SPLITS:
+  for split in ('train', 'validation'):
     small = documents_in(tmp_path / 'small', split)
     large = documents_in(tmp_path / 'large', split)
     assert len(small) == len(large)
@@ -90,7 +92,7 @@ def test_max_documents_is_the_beginning(tmp_path):
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
   run_text(tmp_path / 'a', corpus)
-  train = [t for t in texts(120) if not order.in_validation(t, 0.2, 0)]
+  train = [t for t in texts(120) if order.split_of(t, 0.2, 0.0, 0) == 'train']
   source = write_corpus(tmp_path / 'train', train)
   run_text(tmp_path / 'b', source, validation_fraction=0)
   models = [(tmp_path / n / 'tokenizer.model').read_bytes() for n in 'ab']
@@ -102,7 +104,7 @@ def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
 
 def test_given_tokenizer_is_used(tmp_path, corpus):
   first, _ = run_text(tmp_path / 'a', corpus)
-  other = write_corpus(tmp_path / 'other', texts(60, seed=1))
+  other = write_corpus(tmp_path / 'other', texts(60, seed=1), damaged=False)
   model = tmp_path / 'a' / 'tokenizer.model'
   second, _ = run_text(tmp_path / 'b', other, tokenizer=model, vocab_size=None)
   assert second['tokenizer_sha256'] == first['tokenizer_sha256']
@@ -121,7 +123,7 @@ def test_a_swapped_tokenizer_is_noticed_and_a_missing_one_made_again(
   output, finished = tmp_path / 'data', tmp_path / 'whole'
   run_text(finished, corpus)
   # Killed where all is done but `meta.json`: no text falls into a split.
-  with pytest.raises(ValueError, match='0 into the validation split'):
+  with pytest.raises(ValueError, match='0 into validation'):
     run_text(output, corpus, validation_fraction=1e-9)
   options = {'validation_fraction': 1e-9}
   model = (output / 'tokenizer.model').read_bytes()
@@ -129,7 +131,7 @@ def test_a_swapped_tokenizer_is_noticed_and_a_missing_one_made_again(
   with pytest.raises(ValueError, match='not the one that the preparation'):
     run_text(output, corpus, **options)
   (output / 'tokenizer.model').unlink()
-  with pytest.raises(ValueError, match='0 into the validation split'):
+  with pytest.raises(ValueError, match='0 into validation'):
     run_text(output, corpus, **options)
   assert (output / 'tokenizer.model').read_bytes() == model
 
@@ -170,12 +172,181 @@ def test_failed_start_leaves_no_settings_behind(tmp_path, corpus):
 
 def test_empty_splits_are_explained(tmp_path, corpus):
   source = write_corpus(tmp_path / 'a', texts(60), damaged=False)
-  with pytest.raises(ValueError, match='0 into the validation split'):
-    run_text(tmp_path / 'data', source, validation_fraction=1e-9)
+  for split in ('validation', 'test'):
+    with pytest.raises(ValueError, match=f', 0 into {split}'):
+      run_text(tmp_path / split, source, **{f'{split}_fraction': 1e-9})
   meta, _ = run_text(tmp_path / 'none', source, validation_fraction=0)
   assert meta['splits']['validation']['documents'] == 0
   with pytest.raises(ValueError, match=r'validation split of .* is empty'):
     shards.open_tokens(tmp_path / 'none', 'validation')
+
+
+BROKEN = {
+    'bad_json': '{"text": "half',
+    'no_text': '{"body": "a text under another key"}',
+    'not_utf8': '{"text": "\\ud800"}',
+    'empty': '{"text": " "}',
+}
+
+
+@pytest.mark.parametrize('reason', BROKEN)
+def test_losing_much_is_an_error_that_quotes_the_first(tmp_path, reason):
+  good = [json.dumps({'text': text}) for text in texts(90)]
+  for share, place in ((10, 0), (10, 70), (5, 33)):
+    lines = [*good[:place], *[BROKEN[reason]] * share, *good[place:]]
+    (tmp_path / 'a').write_text('\n'.join(lines))
+    output, source = tmp_path / f'{place}', f'jsonl:{tmp_path}/a'
+    with pytest.raises(ValueError, match='are broken, more') as raised:
+      run_text(output, source)
+    assert f'{share} are broken, more than max_rejected=0.05' in str(
+        raised.value
+    )
+    quoted = repr(BROKEN[reason])
+    assert f'first is record {place}, {reason}: {quoted}.' in str(raised.value)
+    # The same preparation goes on when more is allowed.
+    meta, said = run_text(output, source, max_rejected=0.11)
+    assert meta['rejects'] == {reason: share} and 'Continuing' in said[0]
+
+
+def test_a_file_cut_short_is_a_file_and_not_a_record(tmp_path):
+  for name in 'abcd':
+    write_corpus(tmp_path / name, texts(60, seed=ord(name)), damaged=False)
+  data = gzip.compress((tmp_path / 'd').read_bytes())
+  (tmp_path / 'd').write_bytes(data[: len(data) // 2])
+  source = f'jsonl:{tmp_path}/[a-d]'
+  with pytest.raises(ValueError, match=r'Of 4 files of .*, 1 are broken'):
+    run_text(tmp_path / 'data', source)
+  meta, _ = run_text(tmp_path / 'data', source, max_rejected=0.25)
+  assert meta['rejects'] == {'damaged_file': 1}
+
+
+def test_what_was_asked_for_is_no_loss(tmp_path):
+  source = write_corpus(tmp_path / 'a', texts(90), damaged=False)
+  meta, _ = run_text(
+      tmp_path / 'data', source, filters=['long_paragraphs:min_words=30']
+  )
+  assert meta['rejects']['short'] > 30
+  meta, _ = run_text(tmp_path / 'short', source, max_document_bytes=150)
+  assert meta['rejects']['too_long'] > 30
+
+
+# --- several sources ---------------------------------------------------------
+
+
+def decoded(output, split):
+  tokenizer = Tokenizer((output / 'tokenizer.model').read_bytes())
+  return [tokenizer.decode(d) for d in documents_in(output, split)]
+
+
+def plain(path, documents):
+  path.write_text('\n\n'.join(documents))
+  return f'text:{path}'
+
+
+def marked(mark, count):
+  return [f'{mark} {text.strip()}' for text in texts(count, seed=ord(mark))]
+
+
+@pytest.mark.parametrize(
+    ('weights', 'sizes', 'taken'),
+    [
+        (('', ''), (60, 30), (60, 30)),
+        (('', ''), (10, 80), (10, 80)),
+        (('3*', '1*'), (60, 60), (60, 20)),
+        (('1*', '3*'), (60, 60), (20, 60)),
+        (('0.25*', '0.75*'), (60, 60), (20, 60)),
+        (('1*', '1*'), (60, 30), (31, 30)),
+    ],
+)
+def test_sources_are_mixed(tmp_path, weights, sizes, taken):
+  documents = marked('a', sizes[0]), marked('b', sizes[1])
+  (tmp_path / 'b').write_text(
+      '\n'.join(json.dumps({'text': text}) for text in documents[1])
+  )
+  given = [
+      weights[0] + plain(tmp_path / 'a', documents[0]),
+      f'{weights[1]}jsonl:{tmp_path}/b',
+  ]
+  options = {'validation_fraction': 0, 'shard_tokens': 10**6}
+  meta, _ = run_text(tmp_path / 'data', given, **options)
+  found = decoded(tmp_path / 'data', 'train')
+  for mark, texts_, count in zip('ab', documents, taken):
+    mine = [text for text in found if text.startswith(mark)]
+    assert abs(len(mine) - count) <= 1 and mine == texts_[: len(mine)]
+  # Mixed from the start to the end: the tokenizer sees both, and each part.
+  half = [text[0] for text in found[: len(found) // 2]]
+  assert abs(half.count('a') - taken[0] / 2) <= 0.1 * len(half) + 1
+  assert meta['config']['source'] == ' + '.join(given)
+  run_text(tmp_path / 'two', given, workers=2, **options)
+  assert contents(tmp_path / 'two') == contents(tmp_path / 'data')
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        ['2*bible', 'bible'],
+        ['0*bible'],
+        ['1.2.3*bible'],
+        [],
+        ['bible', 'nothing'],
+    ],
+)
+def test_bad_mixtures_are_refused(tmp_path, given):
+  with pytest.raises(ValueError, match=r'weight|Weights|Unknown source'):
+    run_text(tmp_path / 'data', given)
+  assert not (tmp_path / 'data').exists()
+
+
+@pytest.mark.parametrize('max_documents', [None, 40])
+def test_splits_of_a_benchmark_are_what_they_are(tmp_path, max_documents):
+  train, validation, test = marked('t', 80), marked('v', 20), marked('x', 15)
+  run_text(
+      tmp_path / 'data',
+      plain(tmp_path / 'a', train),
+      validation_fraction=None,
+      validation_source=plain(tmp_path / 'b', validation),
+      test_source=plain(tmp_path / 'c', test),
+      max_documents=max_documents,
+  )
+  assert decoded(tmp_path / 'data', 'train') == train[:max_documents]
+  assert decoded(tmp_path / 'data', 'validation') == validation
+  assert decoded(tmp_path / 'data', 'test') == test
+  # The tokenizer saw the training split alone.
+  run_text(
+      tmp_path / 'alone',
+      plain(tmp_path / 'a', train),
+      validation_fraction=0,
+      max_documents=max_documents,
+  )
+  models = [(tmp_path / n / 'tokenizer.model') for n in ('data', 'alone')]
+  assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_a_task_knows_the_bytes_of_its_splits(tmp_path, corpus):
+  """Bits per byte compare models with different tokenizers."""
+  run_text(tmp_path, corpus, test_fraction=0.3)
+  task = text.language_model_task(tmp_path, unroll=7)
+  for split, batches in (
+      ('validation', task.eval_batches(3)),
+      ('test', task.test_batches(2)),
+  ):
+    labels = sum(batch['weights'].sum() for batch in batches)
+    size = sum(len(text.encode()) for text in decoded(tmp_path, split))
+    assert batches.bytes_per_example * labels == pytest.approx(size)
+    step = lambda _, batch, carry: (
+        {
+            'eval/loss': metrics.Mean(
+                3 * batch['weights'].sum(), batch['weights'].sum()
+            )
+        },
+        carry,
+    )
+    found = evaluate.evaluate(step, {}, batches, None)
+    expected = 3 * labels / size / np.log(2)
+    assert found['eval/bits_per_byte'] == pytest.approx(expected)
+  run_text(tmp_path / 'two', corpus)
+  two = text.language_model_task(tmp_path / 'two', unroll=7)
+  assert two.test_batches is None
 
 
 def test_source_without_documents_says_what_was_rejected(tmp_path):
@@ -187,7 +358,7 @@ def test_source_without_documents_says_what_was_rejected(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'validation_fraction': 1.0}, r'in \[0, 1\); got 1.0'),
+        ({'validation_fraction': 1.0}, r'in \[0, 1\), also together; got 1.0'),
         ({'validation_fraction': float('nan')}, 'got nan'),
         ({'vocab_size': 0}, 'vocab_size must be 1 or more; got 0'),
         ({'max_documents': 0}, 'max_documents must be 1'),
@@ -196,7 +367,13 @@ def test_source_without_documents_says_what_was_rejected(tmp_path):
         ({'filters': ['french']}, "no filter 'french'"),
         ({'paragraph_unit': 'word'}, 'one of line, record'),
         ({'paragraphs': 'none.csv'}, 'no file'),
+        ({'paragraphs': __file__}, 'expected wet:PATH_OR_GLOB'),
+        ({'paragraphs': __file__, 'paragraphs_sha256': '0'}, 'the SHA-256'),
         ({'paragraphs_sha256': 'ab'}, 'no list of paragraphs'),
+        ({'max_rejected': 5}, r'max_rejected must be in \[0, 1\]; got 5'),
+        ({'test_fraction': 0.8}, 'also together; got 0.2 and 0.8'),
+        ({'validation_source': 'bible'}, 'both say what the validation split'),
+        ({'document_start': 'x'}, 'of plain text, but no source is'),
     ],
 )
 def test_bad_arguments(tmp_path, corpus, changes, message):
@@ -209,15 +386,16 @@ def test_filters_are_counted_and_part_of_the_settings(tmp_path):
   long = ['lines of text that are long enough ' * 9, 'also long ' * 30]
   documents = [f'{n} menu\n{n} {long[n % 2]}' for n in range(60)]
   source = write_corpus(tmp_path / 'a', [*documents, 'short', 'x', 'y'])
-  meta, _ = run_text(tmp_path / 'data', source, filters=['long_paragraphs'])
+  options = {'filters': ['long_paragraphs'], 'max_rejected': 0.1}
+  meta, _ = run_text(tmp_path / 'data', source, **options)
   full = 'long_paragraphs:min_characters=200,min_words=0'
   assert meta['config']['filters'] == [full]
   assert meta['rejects']['short'] == 3 and meta['records'] == 67
   tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
-  for split in shards.SPLITS:
+  for split in ('train', 'validation'):
     for document in documents_in(tmp_path / 'data', split):
       assert 'menu' not in tokenizer.decode(document)
-  run_text(tmp_path / 'data', source, filters=[full])
+  run_text(tmp_path / 'data', source, **options | {'filters': [full]})
   assert 'of 67: 3 bad_json' not in prepare_text.summary(meta)
   assert 'rejected records of 67: 2 bad_json' in prepare_text.summary(meta)
 
@@ -238,22 +416,10 @@ def test_wet_files_and_their_listed_paragraphs(tmp_path):
   assert len(wanted) == 80 and len(lines) == 240
   listed = write_paragraph_list(tmp_path / 'list.csv', path.name, wanted)
   meta, _ = run_text(tmp_path / 'data', f'wet:{path}', paragraphs=listed)
-  tokenizer = Tokenizer((tmp_path / 'data' / 'tokenizer.model').read_bytes())
-  found = [
-      tokenizer.decode(document)
-      for split in shards.SPLITS
-      for document in documents_in(tmp_path / 'data', split)
-  ]
+  splits = ('train', 'validation')
+  found = [t for split in splits for t in decoded(tmp_path / 'data', split)]
   assert sorted(found) == sorted(lines[i].strip() for i in wanted)
   digest = hashlib.sha256((tmp_path / 'list.csv').read_bytes()).hexdigest()
   assert meta['config']['paragraph_ids'] == digest
   with pytest.raises(ValueError, match='prepared with paragraph_ids='):
     run_text(tmp_path / 'data', f'wet:{path}')
-  with pytest.raises(ValueError, match='SHA-256'):
-    run_text(
-        tmp_path / 'other',
-        f'wet:{path}',
-        paragraphs=listed,
-        paragraphs_sha256='0' * 64,
-    )
-  assert not (tmp_path / 'other').exists()

@@ -182,8 +182,8 @@ def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
       for at in range(width - 1)
       if not any(line[at : at + 2].strip() for line in lines)
   ]
-  # Two blank columns between each two of the ten columns of cells.
-  assert len([at for at in blank if at - 1 not in blank]) == 9
+  # Two blank columns between each two of the eleven columns of cells.
+  assert len([at for at in blank if at - 1 not in blank]) == 10
 
 
 def test_training_time_counts_the_steps_before_the_first_record(arms):

@@ -15,31 +15,30 @@ def _record(step: int, **metrics: float) -> bytes:
 
 def test_paths_are_those_of_the_contract(tmp_path):
   expected = {
-      run_directory.config_path: 'config.gin',
-      run_directory.run_path: 'run.json',
-      run_directory.exchange_root: 'exchange',
-      run_directory.report_dir: 'report',
+      (run_directory.config_path,): 'config.gin',
+      (run_directory.run_path,): 'run.json',
+      (run_directory.exchange_root,): 'exchange',
+      (run_directory.report_dir,): 'report',
+      (run_directory.publications_dir, 3): 'exchange/group_3',
+      (run_directory.group_dir, 3): 'groups/group_3',
+      (run_directory.metrics_path, 3): 'groups/group_3/metrics.jsonl',
+      (run_directory.checkpoints_dir, 3): 'groups/group_3/checkpoints',
+      (run_directory.done_path, 3): 'groups/group_3/DONE',
+      (run_directory.comparison_path,): 'report/comparison.json',
+      (run_directory.comparison_path, 40): 'report/comparison_40.json',
+      (
+          run_directory.comparison_path,
+          None,
+          'test',
+      ): 'report/comparison_test.json',
+      (
+          run_directory.comparison_path,
+          40,
+          'test',
+      ): 'report/comparison_test_40.json',
   }
-  for function, path in expected.items():
-    assert os.fspath(function(tmp_path)) == str(tmp_path / path)
-  expected = {
-      run_directory.publications_dir: 'exchange/group_3',
-      run_directory.group_dir: 'groups/group_3',
-      run_directory.metrics_path: 'groups/group_3/metrics.jsonl',
-      run_directory.checkpoints_dir: 'groups/group_3/checkpoints',
-      run_directory.done_path: 'groups/group_3/DONE',
-  }
-  for function, path in expected.items():
-    assert os.fspath(function(tmp_path, 3)) == str(tmp_path / path)
-  comparisons = {
-      (): 'comparison.json',
-      (40,): 'comparison_40.json',
-      (None, 'test'): 'comparison_test.json',
-      (40, 'test'): 'comparison_test_40.json',
-  }
-  for args, name in comparisons.items():
-    found = run_directory.comparison_path(tmp_path, *args)
-    assert os.fspath(found) == str(tmp_path / 'report' / name)
+  for (function, *args), path in expected.items():
+    assert os.fspath(function(tmp_path, *args)) == str(tmp_path / path)
 
 
 def test_groups_are_listed_by_number_and_nothing_else_is(tmp_path):

@@ -180,12 +180,6 @@ def test_retrains_are_resampled_and_none_is_compared_with_itself():
   assert got == pytest.approx(expected, rel=0.03)
 
 
-def test_pairs_are_not_taken_for_independent():
-  found = statistics.mean_over_pairs(distances([1, 1, 1, 1, 1, 4]))
-  naive = 1.96 * np.std(found.values) / np.sqrt(len(found.values))
-  assert half(found) > 1.5 * naive
-
-
 @pytest.mark.parametrize('retrains', [3, 6, 20])
 def test_the_interval_of_a_mean_of_retrains_is_students(retrains):
   values = np.random.default_rng(0).normal(size=retrains)

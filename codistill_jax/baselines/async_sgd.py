@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from codistill_jax import optimizers, replicas, step
+from codistill_jax import optimizers, step
 from codistill_jax.base import (
     Array,
     Batch,
@@ -42,7 +42,7 @@ from codistill_jax.base import (
     TrainState,
     Variables,
 )
-from codistill_jax.baselines.method import check_workers, copies
+from codistill_jax.baselines.method import Method, check_workers, copies
 
 # A run has diverged while its loss is so many times that of its first update.
 DIVERGED = 2.0
@@ -175,7 +175,7 @@ class AsyncState:
 
 
 @dataclasses.dataclass(frozen=True)
-class AsynchronousSgd:
+class AsynchronousSgd(Method):
   """Asynchronous SGD with W workers.
 
   A worker receives one set of parameters, 4 bytes each in float32, in each of
@@ -226,9 +226,6 @@ class AsynchronousSgd:
     return worker_turns(
         self.workers, num_steps, self.order, self.seed, self.ramp_up_steps
     )
-
-  def check(self, group_batch: int, num_replicas: int) -> None:
-    replicas.check_group_batch(group_batch, num_replicas)
 
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState

@@ -38,13 +38,12 @@ from codistill_jax.base import (
     Metrics,
     Model,
     PyTree,
-    Stream,
     TrainState,
     Variables,
     with_keys,
     without_keys,
 )
-from codistill_jax.baselines.method import check_workers, copies
+from codistill_jax.baselines.method import Method, check_workers, copies
 
 
 @struct.dataclass
@@ -66,7 +65,7 @@ class LocalState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diloco:
+class Diloco(Method):
   """DiLoCo, or local SGD, with M workers.
 
   A worker receives one all-reduced outer gradient, of the size of the
@@ -131,17 +130,6 @@ class Diloco:
             outer=self._outer().init(params),
         )
     )
-
-  def train_stream(
-      self,
-      make: Callable[..., Stream],
-      *,
-      group_batch: int,
-      num_steps: int,
-      rows: slice | None,
-  ) -> Stream:
-    del num_steps
-    return make(group_batch=group_batch, rows=rows)
 
   def make_train_step(
       self,

@@ -21,10 +21,14 @@ from codistill_jax.base import Model, PyTree, Stream, TrainState
 
 @runtime_checkable
 class Method(Protocol):
-  """How one group updates; hashable, and the same for all groups of a run."""
+  """How one group updates; hashable, and the same for all groups of a run.
+
+  What a method does not say otherwise is as in synchronous SGD.
+  """
 
   def check(self, group_batch: int, num_replicas: int) -> None:
     """Raises ValueError if so many rows cannot be shared by the replicas."""
+    replicas.check_group_batch(group_batch, num_replicas)
 
   def init_state(
       self, tx: optax.GradientTransformation, state: TrainState
@@ -35,6 +39,8 @@ class Method(Protocol):
     `carry`, and the second of `teacher_carry`, stays the one over rows that
     replicas share; everything else is replicated.
     """
+    del tx
+    return state
 
   def make_train_step(
       self,
@@ -45,6 +51,8 @@ class Method(Protocol):
       **kwargs: Any,
   ) -> step.TrainStep:
     """Makes the step; `kwargs` are those of `step.make_train_step`."""
+    del num_steps
+    return step.make_train_step(model, tx, **kwargs)
 
   def train_stream(
       self,
@@ -62,46 +70,17 @@ class Method(Protocol):
       num_steps: Updates of the run.
       rows: Which of the B rows this process loads; None: all.
     """
+    del num_steps
+    return make(group_batch=group_batch, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class SynchronousSgd:
+class SynchronousSgd(Method):
   """All replicas compute on the same parameters, and all wait for all.
 
   A replica receives one all-reduced gradient, of the size of the parameters,
   in each update.
   """
-
-  def check(self, group_batch: int, num_replicas: int) -> None:
-    replicas.check_group_batch(group_batch, num_replicas)
-
-  def init_state(
-      self, tx: optax.GradientTransformation, state: TrainState
-  ) -> TrainState:
-    del tx
-    return state
-
-  def make_train_step(
-      self,
-      model: Model,
-      tx: optax.GradientTransformation,
-      *,
-      num_steps: int,
-      **kwargs: Any,
-  ) -> step.TrainStep:
-    del num_steps
-    return step.make_train_step(model, tx, **kwargs)
-
-  def train_stream(
-      self,
-      make: Callable[..., Stream],
-      *,
-      group_batch: int,
-      num_steps: int,
-      rows: slice | None,
-  ) -> Stream:
-    del num_steps
-    return make(group_batch=group_batch, rows=rows)
 
 
 def check_workers(name: str, workers: Any) -> None:

@@ -83,7 +83,6 @@ _HEX_DIGITS = 8
 _MAX_DIGITS = 10  # Of an int32.
 
 _RUNS = 'runs'
-_MERGED = 8  # Runs that are merged at once.
 _PARSED = 4096  # Lines that are parsed at once: a megabyte.
 _SPLIT_KEY = 6  # The next after those of order.py.
 
@@ -341,6 +340,7 @@ def prepare_clicks(
     max_lines: int | None = None,
     shard_lines: int = DEFAULT_SHARD_LINES,
     source_checksums: str | None = None,
+    max_rejected: float = 0.05,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -383,6 +383,7 @@ def prepare_clicks(
       output,
       recipe,
       source_checksums=source_checksums,
+      max_rejected=max_rejected,
       workers=workers,
       report=report,
   )
@@ -463,6 +464,7 @@ def _write_rows(
 ) -> dict[str, Any]:
   """Writes the rows of a piece, a shard for each split, and its run."""
   rows, numbers_N, rejects = _parse(piece)
+  bad = np.setdiff1d(np.arange(len(piece)), numbers_N)
   numbers_N += number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
   splits = {}
@@ -474,7 +476,17 @@ def _write_rows(
       splits[name]['sha256'] = prepared_files.write_array(path, part)
       if name == 'train':
         _write_run(_run_path(output, number), part)
-  return {'records': len(piece), 'rejects': rejects, 'splits': splits}
+  return {
+      'records': len(piece),
+      'rejects': rejects,
+      'first': _rejected(piece, int(bad[0])) if len(bad) else None,
+      'splits': splits,
+  }
+
+
+def _rejected(piece: Sequence[Raw], place: int) -> tuple[int, str, str]:
+  (reason,) = _parse(piece[place : place + 1])[2]
+  return prepare.rejected(place, reason, piece[place])
 
 
 def _parse(
@@ -526,18 +538,17 @@ def _merge(
 ) -> dict[str, Any]:
   """Writes the value counts of one column; describes the file.
 
-  The different values of the column are held in memory, and a few runs of it.
+  All runs of the column are held in memory.
   """
-  total = np.zeros((0, 2), np.uint32)  # Values, rising, and counts.
-  for start in range(0, len(runs), _MERGED):
-    parts = [total]
-    for number in runs[start : start + _MERGED]:
-      with np.load(_run_path(output, number)) as run:
-        parts.append(run[f'arr_{column}'])
-    values, place = np.unique(np.concatenate(parts)[:, 0], return_inverse=True)
-    # Weights are float64, which counts exactly up to 2**53.
-    counts = np.bincount(place, weights=np.concatenate(parts)[:, 1])
-    total = np.stack([values, counts.astype(np.uint32)], axis=1)
+  parts = [np.zeros((0, 2), np.uint32)]
+  for number in runs:
+    with np.load(_run_path(output, number)) as run:
+      parts.append(run[f'arr_{column}'])
+  values_N, counts_N = np.concatenate(parts).T
+  values, place_N = np.unique(values_N, return_inverse=True)
+  # Weights are float64, which counts exactly up to 2**53.
+  counts = np.bincount(place_N, weights=counts_N)
+  total = np.stack([values, counts.astype(np.uint32)], axis=1)
   path = output / counts_name(column)
   digest = prepared_files.write_file(path, total.astype('<u4').tobytes())
   return {'values': len(total), 'sha256': digest}

@@ -91,7 +91,7 @@ def digits_task(
   return task_in_memory(
       source,
       train,
-      test,
+      lambda: test,
       _DIGITS[source],
       *(validation_fraction, pad, flip, partition, seed),
   )
@@ -121,7 +121,9 @@ def fashion_mnist_task(
   return task_in_memory(
       'fashion_mnist',
       image_files.read_idx_split(root, 'train', image_files.FASHION_CLASSES),
-      image_files.read_idx_split(root, 't10k', image_files.FASHION_CLASSES),
+      lambda: image_files.read_idx_split(
+          root, 't10k', image_files.FASHION_CLASSES
+      ),
       _FASHION,
       *(validation_fraction, pad, flip, partition, seed),
   )
@@ -150,7 +152,7 @@ def cifar10_task(
   return task_in_memory(
       'cifar10',
       image_files.read_cifar10(root, 'train'),
-      image_files.read_cifar10(root, 'test'),
+      lambda: image_files.read_cifar10(root, 'test'),
       _CIFAR10,
       *(validation_fraction, pad, flip, partition, seed),
   )
@@ -182,12 +184,10 @@ def image_folder_task(
   test = root / 'test'
   if not any((test / name).is_dir() for name in train.classes):
     test = None  # As of ImageNet, whose labels are secret.
-  used = {'train', validation, 'test' if test else None}
-  if there - used:
-    logging.info(
-        'In %s, not read: %s',
-        *(root, ', '.join(map(image_files.printable, sorted(there - used)))),
-    )
+  passed = there - {'train', validation, 'test' if test else None}
+  if passed:
+    shown = ', '.join(map(image_files.printable, sorted(passed)))
+    logging.info('In %s, not read: %s', image_files.printable(root), shown)
   read = functools.partial(image_files.read_folder, classes=train.classes)
   return _task(
       'image_folder',
@@ -256,7 +256,7 @@ def hugging_face_images_task(
 def task_in_memory(
     name: str,
     train: image_files.Labelled,
-    test: image_files.Labelled,
+    test: Callable[[], image_files.Labelled],
     statistics: Statistics,
     validation_fraction: float,
     pad: int,
@@ -290,7 +290,7 @@ def task_in_memory(
       name,
       train,
       None,
-      lambda: test,
+      test,
       reader,
       image_decode.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
@@ -360,7 +360,7 @@ def _task(
   return examples.make_task(
       train,
       validation,
-      test and (lambda: split(test())),
+      test and functools.cache(lambda: split(test())),
       partition=partition,
       seed=seed,
       labels=lambda: [data.labels[train.rows.numbers()]],
@@ -385,5 +385,7 @@ def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
 def _existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
   path = pathlib.Path(directory).expanduser()
   if not path.is_dir():
-    raise FileNotFoundError(f'There is no directory {path}; {advice}')
+    raise FileNotFoundError(
+        f'There is no directory {image_files.printable(path)}; {advice}'
+    )
   return path

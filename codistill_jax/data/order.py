@@ -236,18 +236,22 @@ def subset(
   return np.sort(order[:count]), np.sort(order[count:])
 
 
-def in_validation(text: str, fraction: float, seed: int) -> bool:
-  """Returns whether a document belongs to the validation split.
+def split_of(text: str, validation: float, test: float, seed: int) -> str:
+  """Returns 'train', 'validation' or 'test', the split of a document.
 
   The text itself is hashed: the answer does not depend on the document's
   place, and two copies of one text never land on both sides.
 
   Args:
     text: The whole document.
-    fraction: Share of the documents in the validation split, 0 <= f < 1.
+    validation: Share of the documents in the validation split.
+    test: Share of the documents in the test split; less than 1 together.
     seed: Another seed gives another split.
   """
   digest = hashlib.blake2b(
       text.encode('utf-8'), digest_size=8, key=str(seed).encode('ascii')
   ).digest()
-  return int.from_bytes(digest, 'big') < fraction * 2**64
+  place = int.from_bytes(digest, 'big')
+  if place < validation * 2**64:
+    return 'validation'
+  return 'test' if place < (validation + test) * 2**64 else 'train'

@@ -31,20 +31,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import process as process_lib
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 from codistill_jax.data import prepared_files
 from codistill_jax.data.prepared_files import META
-from codistill_jax.data.records import Raw
+from codistill_jax.data.records import Raw, Reject
 from codistill_jax.data.sources import Source
 from codistill_jax.storage import files, leases
 
 SETTINGS = 'settings.json'
 PIECES = 'pieces'
 _SECONDS_BETWEEN_LINES = 10.0
+_REST_OF_A_FILE = ('damaged_file', 'unnumbered', 'missing_paragraphs')
 
 # Like the builtin `map`: a function, which can be pickled, and items.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -78,8 +86,10 @@ class Recipe(NamedTuple):
     cut: Cuts records into pieces, given the source.
     make: `make(source, known)` makes a piece, in any process: it can be
       pickled. Its description has 'records', 'rejects' (a count for each
-      reason) and 'splits' (sizes and checksums of the shard of each).
+      reason), 'first' (the first of them that nobody asked for, see
+      `rejected`) and 'splits' (sizes and checksums of the shard of each).
     finish: `finish(meta, process)` is what `meta.json` has besides.
+    asked_for: Reasons of rejects that are no damage: filters gave them.
     leftovers: Folders that nobody needs in the end.
   """
 
@@ -90,6 +100,7 @@ class Recipe(NamedTuple):
   cut: Callable[[Source, Iterable[Raw]], Iterator[list[Raw]]]
   make: Callable[[Source, dict[str, Any]], Make]
   finish: Callable[[dict[str, Any], Map], dict[str, Any]]
+  asked_for: Collection[str] = ()
   leftovers: Sequence[str] = ()
 
 
@@ -98,6 +109,7 @@ def run(
     recipe: Recipe,
     *,
     source_checksums: str | None,
+    max_rejected: float,
     workers: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -108,6 +120,7 @@ def run(
     recipe: What to do.
     source_checksums: A file of `sha256sum`, with which all files of the source
       are compared first.
+    max_rejected: The share of broken records from which on it is an error.
     workers: Processes that make pieces; 1: this process alone. More are
       spawned: a script needs `if __name__ == '__main__'`.
     report: Takes a line about what goes on.
@@ -121,6 +134,8 @@ def run(
     OSError: If something cannot be read or written.
   """
   output = pathlib.Path(output)
+  if not 0 <= max_rejected <= 1:
+    raise ValueError(f'max_rejected must be in [0, 1]; got {max_rejected}.')
   with process_map(workers) as process:
     if (output / META).exists():
       return _finished(output, recipe, report)
@@ -133,6 +148,7 @@ def run(
         return _finished(output, recipe, report)
       settings = _begin(output, recipe, source, process, report)
       pieces = _make_pieces(output, recipe, source, settings, process, report)
+      _check_rejects(source, recipe, pieces, max_rejected)
       meta = {
           'format_version': recipe.kind.version,
           'source': source.spec,
@@ -334,6 +350,48 @@ def _shown(
         said = now
         rate = records / (now - began)
         report(f'{records:,} records, {rate:,.0f} records/second')
+
+
+def _check_rejects(
+    source: Source,
+    recipe: Recipe,
+    pieces: Sequence[dict[str, Any]],
+    max_rejected: float,
+) -> None:
+  """Raises ValueError, with the first one, if too much of a source is lost."""
+  total = _total(pieces)
+  asked = {r: n for r, n in total['rejects'].items() if r in recipe.asked_for}
+  broken = {r: n for r, n in total['rejects'].items() if r not in asked}
+  records = total['records'] - sum(asked.values())
+  lost, what = sum(broken.values()), f'{records:,} records'
+  share = lost / max(1, records)
+  # One such record stands for all that its file had behind it.
+  ended = sum(broken.get(reason, 0) for reason in _REST_OF_A_FILE)
+  if source.files and ended / len(source.files) > share:
+    lost, what = ended, f'{len(source.files):,} files'
+    share = lost / len(source.files)
+  if share > max_rejected:
+    before = 0
+    for piece in pieces:
+      if piece.get('first'):
+        number, reason, text = piece['first']
+        break
+      before += piece['records']
+    raise ValueError(
+        f'Of {what} of {source.spec}, {lost:,} are broken, more than'
+        f' max_rejected={max_rejected:g}: {counts_text(broken)}. The first is'
+        f' record {before + number:,}, {reason}: {text}. Mend the source or its'
+        ' flags, or allow more with --max_rejected.'
+    )
+
+
+def rejected(place: int, reason: str, raw: Raw) -> tuple[int, str, str]:
+  """Describes a reject of a piece: its place there, why, and what it is."""
+  if isinstance(raw, Reject):
+    return place, reason, 'it could not be read'
+  if isinstance(raw, bytes):
+    raw = raw[:400].decode('utf-8', 'backslashreplace')
+  return place, reason, repr(raw[:100].rstrip('\r\n'))
 
 
 def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from codistill_jax.data import (
 )
 from codistill_jax.data import tokenizer as tokenizer_lib
 from codistill_jax.data.prepare import Map
-from codistill_jax.data.records import Raw, Record, Reject
+from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
 from codistill_jax.data.sources import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 
@@ -43,13 +44,17 @@ _BATCH_BYTES = 1 << 20
 
 def prepare_text(
     output: str | os.PathLike,
-    source: str = 'bible',
+    source: str | Sequence[str] = 'bible',
     *,
+    document_start: str | None = None,
+    validation_source: str | None = None,
+    test_source: str | None = None,
     text_key: str = 'text',
     vocab_size: int | None = None,
     tokenizer: str | os.PathLike | None = None,
     tokenizer_bytes: int = DEFAULT_TOKENIZER_BYTES,
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
+    test_fraction: float = 0.0,
     seed: int = 0,
     max_documents: int | None = None,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
@@ -59,6 +64,7 @@ def prepare_text(
     paragraphs_sha256: str | None = None,
     paragraph_unit: str = 'line',
     source_checksums: str | None = None,
+    max_rejected: float = 0.05,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def prepare_text(
 
   Args:
     output: Directory of the data; made if missing.
-    source: See `sources.open_source`.
+    source: See `sources.open_source`; several are mixed, in shares of their
+      documents if each is a weight, * and a source, as '0.7*jsonl:PATH'.
     paragraphs: --paragraph_ids; paragraphs_sha256: --paragraph_ids_sha256.
     filters: --filter, each of them.
     source_checksums: --checksums.
@@ -75,16 +82,38 @@ def prepare_text(
 
   Returns, raises: As `prepare.run`.
   """
-  if not 0 <= validation_fraction < 1:
+  specs, weights = _weighted([source] if isinstance(source, str) else source)
+  own = {'validation': validation_source, 'test': test_source}
+  if validation_fraction is None:
+    validation_fraction = 0.0 if validation_source else 0.05
+  fractions = {'validation': validation_fraction, 'test': test_fraction}
+  for split, fraction in fractions.items():
+    if fraction and own[split]:
+      raise ValueError(
+          f'{split}_source and {split}_fraction={fraction} both say what the'
+          f' {split} split is; leave one out.'
+      )
+  if not (min(fractions.values()) >= 0 and sum(fractions.values()) < 1):
     raise ValueError(
-        f'validation_fraction must be in [0, 1); got {validation_fraction}.'
+        'validation_fraction and test_fraction must be in [0, 1), also'
+        f' together; got {validation_fraction} and {test_fraction}.'
+    )
+  named = [*specs, *filter(None, own.values())]
+  if document_start and not any(spec.startswith('text:') for spec in named):
+    raise ValueError(
+        'document_start is of plain text, but no source is; name one as'
+        ' text:PATH_OR_GLOB or leave it out.'
     )
   config = {
-      'source': source,
+      'source': ' + '.join([source] if isinstance(source, str) else source),
+      'document_start': document_start,
+      'validation_source': validation_source,
+      'test_source': test_source,
       'text_key': text_key,
       'vocab_size': vocab_size,
       'tokenizer_bytes': tokenizer_bytes,
       'validation_fraction': validation_fraction,
+      'test_fraction': test_fraction or None,
       'seed': seed,
       'max_documents': max_documents,
       'shard_tokens': shard_tokens,
@@ -113,43 +142,74 @@ def prepare_text(
       'paragraph_unit': paragraph_unit if listed else None,
   }
 
-  def open_source() -> Source:
-    sources.check_filters(parsed)
-    opened = sources.open_source(
-        source,
+  apart = [split for split in shards.SPLITS if own.get(split)]
+
+  def open_one(spec: str, listed: Any = None) -> Source:
+    return sources.open_source(
+        spec,
         text_key,
+        document_start=document_start,
         max_document_bytes=max_document_bytes,
         paragraphs=listed,
         paragraph_unit=paragraph_unit,
     )
-    decode = functools.partial(_decode, opened.decode, parsed)
-    return opened._replace(decode=decode)
 
-  def make(source: Source, known: dict[str, Any]) -> prepare.Make:
-    return functools.partial(
-        _write_shards,
-        pathlib.Path(output),
-        source.decode,
-        known['tokenizer_sha256'],
-        config,
+  def open_source() -> Source:
+    sources.check_filters(parsed)
+    return sources.join(
+        [open_one(own[split]) for split in apart],
+        [open_one(spec, listed) for spec in specs],
+        weights,
     )
+
+  asked_for = {'not_english', 'short', 'not_listed', 'file_not_listed'}
+  if max_document_bytes < DEFAULT_MAX_DOCUMENT_BYTES:
+    asked_for.add(TOO_LONG.reason)
+
+  def reader(source: Source) -> _Reader:
+    return _Reader(source.decode, parsed, apart, asked_for, config)
 
   recipe = prepare.Recipe(
       kind=shards.KIND,
       config=config,
       open_source=open_source,
-      start=functools.partial(_start, config, given, report),
+      start=lambda source, process: _start(
+          reader(source), given, report, source, process
+      ),
       cut=functools.partial(_cut, shard_tokens),
-      make=make,
+      make=lambda source, known: functools.partial(
+          _write_shards,
+          pathlib.Path(output),
+          reader(source),
+          known['tokenizer_sha256'],
+      ),
       finish=functools.partial(_finish, config),
+      asked_for=asked_for,
   )
   return prepare.run(
       output,
       recipe,
       source_checksums=source_checksums,
+      max_rejected=max_rejected,
       workers=workers,
       report=report,
   )
+
+
+def _weighted(given: Sequence[str]) -> tuple[list[str], list[float] | None]:
+  """Splits '0.7*jsonl:PATH' into weights and sources; None: no weights."""
+  pairs = [re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one).groups() for one in given]
+  numbers = [weight for weight, _ in pairs if weight is not None]
+  try:
+    weights = [float(number) for number in numbers]
+  except ValueError:
+    weights = [0.0]
+  if not given or 0 in weights or len(numbers) not in (0, len(given)):
+    raise ValueError(
+        'Expected a source, or several that all have a weight above 0 or none,'
+        f' as 0.7*jsonl:PATH; got {", ".join(given) or "none"}.'
+    )
+  return [spec for _, spec in pairs], weights or None
 
 
 def _load_tokenizer(
@@ -189,23 +249,48 @@ def _open_list(
 # --- before the first piece --------------------------------------------------
 
 
-def _decode(
-    decode: Callable[[Any], Record],
-    filters: Sequence[sources.Filter],
-    raw: bytes | str,
-) -> Record:
-  """Decodes and filters a raw record."""
-  return sources.apply_filters(filters, decode(raw))
+class _Reader(NamedTuple):
+  """What makes documents of raw records; can be pickled.
 
+  Attributes:
+    decode: Of the source.
+    filters: In order.
+    apart: Splits that the first sources are.
+    asked_for: Reasons of rejects that are no damage.
+    config: As stored.
+  """
 
-def _decode_batch(
-    decode: Callable[[Any], Record], batch: Sequence[Raw]
-) -> list[Record]:
-  return [sources.decoded(decode, raw) for raw in batch]
+  decode: Callable[[sources.Part], Record]
+  filters: Sequence[sources.Filter]
+  apart: Sequence[str]
+  asked_for: Collection[str]
+  config: dict[str, Any]
+
+  def read(self, raw: sources.Part | Reject) -> tuple[str, Record]:
+    """Returns the split of a record, '' of a Reject, and the record."""
+    record = sources.decoded(self.decode, raw)
+    record = sources.apply_filters(self.filters, record)
+    if isinstance(record, Reject):
+      return '', record
+    if raw.source < len(self.apart):
+      return self.apart[raw.source], record
+    config = self.config
+    split = order.split_of(
+        record,
+        config['validation_fraction'],
+        config['test_fraction'] or 0.0,
+        config['seed'],
+    )
+    return split, record
+
+  def read_batch(
+      self, batch: Sequence[sources.Part | Reject]
+  ) -> list[tuple[str, Record]]:
+    return [self.read(raw) for raw in batch]
 
 
 def _start(
-    config: dict[str, Any],
+    reader: _Reader,
     given: Tokenizer | None,
     report: Callable[[str], None],
     source: Source,
@@ -213,16 +298,15 @@ def _start(
 ) -> prepare.Start:
   """Finds the record of the last document; makes the tokenizer."""
 
-  def read(stop: int | None) -> Iterator[Record]:
+  def read(stop: int | None) -> Iterator[tuple[str, Record]]:
     raw = itertools.islice(source.raw(), stop)
     batches = records.cut(raw, _BATCH_RECORDS, _BATCH_BYTES)
-    decode_batch = functools.partial(_decode_batch, source.decode)
-    return itertools.chain.from_iterable(process(decode_batch, batches))
+    return itertools.chain.from_iterable(process(reader.read_batch, batches))
 
-  stop = config['max_documents']
+  stop = reader.config['max_documents']
   if stop is not None:
-    stop = _records_of(stop, read(None))
-  model = given.model if given else _train(config, read(stop), report)
+    stop = _records_of(stop, read(None), reader.apart)
+  model = given.model if given else _train(reader.config, read(stop), report)
   return prepare.Start(
       {'tokenizer_sha256': hashlib.sha256(model).hexdigest()},
       stop,
@@ -230,11 +314,16 @@ def _start(
   )
 
 
-def _records_of(documents: int, read: Iterable[Record]) -> int | None:
-  """Counts the records that hold the first so many documents; None: all."""
+def _records_of(
+    documents: int, read: Iterable[tuple[str, Record]], apart: Sequence[str]
+) -> int | None:
+  """Counts the records up to the last document to take; None: all.
+
+  Those of splits that have a source of their own come first, and all count.
+  """
   found = 0
-  for count, record in enumerate(read, 1):
-    found += not isinstance(record, Reject)
+  for count, (split, _) in enumerate(read, 1):
+    found += bool(split) and split not in apart
     if found == documents:
       return count
   return None
@@ -242,42 +331,32 @@ def _records_of(documents: int, read: Iterable[Record]) -> int | None:
 
 def _train(
     config: dict[str, Any],
-    read: Iterable[Record],
+    read: Iterable[tuple[str, Record]],
     report: Callable[[str], None],
 ) -> bytes:
   """Trains a tokenizer on the beginning of the training split."""
   rejects = collections.Counter()
-  texts = _training_texts(config, read, rejects)
-  first = next(texts, None)
-  if first is None:
+
+  def texts() -> Iterator[str]:
+    remaining = config['tokenizer_bytes']
+    for split, record in read:
+      if isinstance(record, Reject):
+        rejects[record.reason] += 1
+      elif split == 'train':
+        if remaining == config['tokenizer_bytes']:
+          report(f'Training {config["vocab_size"]:,} word pieces.')
+        yield record
+        remaining -= len(record.encode('utf-8'))
+        if remaining <= 0:
+          return
+
+  try:
+    return tokenizer_lib.train(texts(), config['vocab_size'])
+  except tokenizer_lib.NoTextError as e:
     raise ValueError(
         f'{config["source"]} has no document to train on; rejected records:'
         f' {prepare.counts_text(rejects)}.'
-    )
-  report(f'Training {config["vocab_size"]:,} word pieces.')
-  texts = itertools.chain([first], texts)
-  return tokenizer_lib.train(texts, config['vocab_size'])
-
-
-def _is_validation(text: str, config: dict[str, Any]) -> bool:
-  fraction, seed = config['validation_fraction'], config['seed']
-  return order.in_validation(text, fraction, seed)
-
-
-def _training_texts(
-    config: dict[str, Any],
-    read: Iterable[Record],
-    rejects: collections.Counter,
-) -> Iterator[str]:
-  remaining = config['tokenizer_bytes']
-  for record in read:
-    if isinstance(record, Reject):
-      rejects[record.reason] += 1
-    elif not _is_validation(record, config):
-      yield record
-      remaining -= len(record.encode('utf-8'))
-      if remaining <= 0:
-        return
+    ) from e
 
 
 # --- pieces ------------------------------------------------------------------
@@ -292,26 +371,34 @@ def _cut(
   return records.cut(raw, _MOST_RECORDS, size)
 
 
+def _splits(config: dict[str, Any]) -> list[str]:
+  """Returns the splits that are written, if they have no documents too."""
+  test = config['test_fraction'] or config['test_source']
+  return ['train', 'validation', *(['test'] if test else [])]
+
+
 def _write_shards(
     output: pathlib.Path,
-    decode: Callable[[Any], Record],
+    reader: _Reader,
     tokenizer_sha256: str,
-    config: dict[str, Any],
     number: int,
-    piece: Sequence[Raw],
+    piece: Sequence[sources.Part | Reject],
 ) -> dict[str, Any]:
   """Writes the shards of a piece, one of each split; describes them."""
   tokenizer = _loaded(output / shards.TOKENIZER, tokenizer_sha256)
   dtype = shards.token_dtype(tokenizer.vocab_size)
-  rejects = collections.Counter()
-  documents = {split: [] for split in shards.SPLITS}
-  sizes = {split: {'words': 0, 'bytes': 0} for split in shards.SPLITS}
-  for raw in piece:
-    record = sources.decoded(decode, raw)
+  rejects, first = collections.Counter(), None
+  names = _splits(reader.config)
+  documents = {split: [] for split in names}
+  sizes = {split: {'words': 0, 'bytes': 0} for split in names}
+  for place, raw in enumerate(piece):
+    split, record = reader.read(raw)
     if isinstance(record, Reject):
       rejects[record.reason] += 1
+      if first is None and record.reason not in reader.asked_for:
+        content = raw if isinstance(raw, Reject) else raw.raw
+        first = prepare.rejected(place, record.reason, content)
       continue
-    split = 'validation' if _is_validation(record, config) else 'train'
     tokens = [[START_ID], tokenizer.encode(record), [END_ID]]
     documents[split].append(np.concatenate(tokens).astype(dtype))
     sizes[split]['words'] += len(record.split())
@@ -321,9 +408,14 @@ def _write_shards(
           sizes[split]
           | shards.write_shard(output, split, number, documents[split], dtype)
       )
-      for split in shards.SPLITS
+      for split in names
   }
-  return {'records': len(piece), 'rejects': rejects, 'splits': splits}
+  return {
+      'records': len(piece),
+      'rejects': rejects,
+      'first': first,
+      'splits': splits,
+  }
 
 
 @functools.lru_cache(maxsize=1)
@@ -340,17 +432,23 @@ def _finish(
     config: dict[str, Any], meta: dict[str, Any], process: Map
 ) -> dict[str, Any]:
   del process
-  wanted = config['validation_fraction'] > 0
-  train, validation = (
-      meta['splits'].get(split, {}).get('documents', 0)
-      for split in shards.SPLITS
-  )
-  if not train or (wanted and not validation):
+  found = {
+      split: meta['splits'].get(split, {}).get('documents', 0)
+      for split in _splits(config)
+  }
+  wanted = [
+      split
+      for split in found
+      if split == 'train'
+      or config[f'{split}_fraction']
+      or config[f'{split}_source']
+  ]
+  if not all(found[split] for split in wanted):
+    counts = ', '.join(f'{n:,} into {split}' for split, n in found.items())
     raise ValueError(
-        f'Of {train + validation} documents, {train} fell into the training'
-        f' and {validation} into the validation split; choose another'
-        ' validation_fraction (0 for none) or more documents, and another'
-        ' output.'
+        f'Of {sum(found.values()):,} documents fell {counts}; a split that is'
+        ' asked for must not be empty. Choose other fractions (0 for none) or'
+        ' more documents, and another output.'
     )
   return {
       'vocab_size': config['vocab_size'],

@@ -78,14 +78,14 @@ _COMPRESSED = {
     rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18': 'Zstandard',
 }
 _FOREIGN = {
-    rb'WARC/': 'WARC records, and WET files are named as wet:PATH_OR_GLOB',
+    rb'WARC/\d': 'WARC records, and WET files are named as wet:PATH_OR_GLOB',
     rb'PK[\x03\x05\x07]': 'a zip archive or a document of an office',
     rb"7z\xbc\xaf'\x1c": 'a 7z archive',
     rb'Rar!\x1a\x07': 'a rar archive',
     rb'\x04"M\x18': 'compressed by LZ4',
     rb'\x1f[\x9d\xa0]': 'compressed by compress',
-    rb'PAR1': 'a Parquet table, which hf:FOLDER reads',
-    rb'ARROW1': 'an Arrow table, which hf:FOLDER reads',
+    rb'PAR1[\x00-\x1f]': 'a Parquet table, which hf:FOLDER reads',
+    rb'ARROW1\x00': 'an Arrow table, which hf:FOLDER reads',
     rb'%PDF-': 'a PDF document',
     rb'\{\\rtf': 'an RTF document',
     rb'SQLite format 3\x00': 'an SQLite data base',
@@ -254,11 +254,34 @@ def json_lines(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
       yield line
 
 
-def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
-  """Reads what blank lines separate; without the last end of line."""
+def text_blocks(
+    path: epath.Path, limit: int, start: re.Pattern[str] | None = None
+) -> Iterator[bytes | Reject]:
+  """Reads blocks of lines, each without its last end of line.
+
+  Args:
+    path: The file.
+    limit: Bytes of a block.
+    start: A block starts with each line whose beginning matches, and holds
+      blank lines too; None: blank lines separate blocks.
+
+  Raises:
+    ValueError: If no line matches, or the file is no text.
+  """
+  starts = 0
+
+  def starts_before(line: bytes | Reject) -> int:
+    nonlocal starts
+    if isinstance(line, bytes):
+      text = line.decode('utf-8', 'replace').rstrip('\r\n')
+      starts += start.match(text) is not None
+    return starts
+
   is_blank = lambda line: isinstance(line, bytes) and not line.strip()
-  for blank, block in itertools.groupby(lines(path, limit), is_blank):
-    if blank:
+  key, read = starts_before if start else is_blank, False
+  for blank, block in itertools.groupby(lines(path, limit), key):
+    read = True
+    if blank and not start:
       continue
     kept, size = [], 0
     for line in block:
@@ -271,7 +294,14 @@ def text_blocks(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
       else:
         kept.clear()
     text = b''.join(kept).rstrip(b'\r\n')
-    yield TOO_LONG if size > limit else text
+    if size > limit:
+      yield TOO_LONG
+    elif text.strip():  # Blank lines may stand before the first start.
+      yield text
+  if start and read and not starts:
+    raise ValueError(
+        f'{path} has no line that document_start={start.pattern} matches.'
+    )
 
 
 def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:

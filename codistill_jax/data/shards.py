@@ -6,6 +6,7 @@
   <data_dir>/train/00000.offsets.npy       int64, documents + 1: where each
                                            document starts, and the end
   <data_dir>/validation/...                the same
+  <data_dir>/test/...                      the same, if one was asked for
 
 A document is stored as `<s> pieces </s>` and never divided between shards. A
 shard without documents has no files. `meta.json` has the SHA-256 of every file.
@@ -21,15 +22,15 @@ import numpy as np
 
 from codistill_jax.data import prepared_files
 
-SPLITS = ('train', 'validation')
+SPLITS = ('train', 'validation', 'test')
 TOKENIZER = 'tokenizer.model'
 
 
 def _files(meta: dict[str, Any]) -> dict[str, str]:
   """Returns the SHA-256 of each file."""
   found = {TOKENIZER: meta['tokenizer_sha256']}
-  for split in SPLITS:
-    for i, shard in enumerate(meta['splits'][split]['shards']):
+  for split, described in meta['splits'].items():
+    for i, shard in enumerate(described['shards']):
       if shard['documents']:
         found[tokens_name(split, i)] = shard['tokens_sha256']
         found[offsets_name(split, i)] = shard['offsets_sha256']
@@ -91,6 +92,8 @@ class TokenData:
       of the split.
     lengths: int64 (documents,): tokens of each document, with `<s>`, `</s>`.
     num_tokens: Of all documents.
+    bytes_per_label: Of text, in the mean, for each token that is predicted, so
+      not for `<s>`; None: unknown.
   """
 
   def __init__(
@@ -99,6 +102,7 @@ class TokenData:
       offsets: Sequence[np.ndarray],
       vocab_size: int,
       tokenizer_sha256: str,
+      num_bytes: int | None = None,
   ):
     self._tokens = prepared_files.Stack(shards)
     self.vocab_size = vocab_size
@@ -107,6 +111,8 @@ class TokenData:
     # Documents lie one after another, without a gap.
     self.starts = np.cumsum(self.lengths) - self.lengths
     self.num_tokens = len(self._tokens)
+    labels = self.num_tokens - len(self.starts)
+    self.bytes_per_label = num_bytes / labels if num_bytes else None
 
   def __len__(self) -> int:
     """Returns the number of documents."""
@@ -160,7 +166,8 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   meta = read_meta(data_dir)
   dtype = token_dtype(meta['vocab_size'])
   tokens, offsets = [], []
-  for i, shard in enumerate(meta['splits'][split]['shards']):
+  described = meta['splits'].get(split, {'shards': ()})
+  for i, shard in enumerate(described['shards']):
     size = shard['documents']
     if not size:
       continue
@@ -179,10 +186,14 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
   if not tokens:
     raise ValueError(
         f'The {split} split of {data_dir} is empty; prepare the data again with'
-        ' another --validation_fraction or more documents.'
+        f' --{split}_fraction, --{split}_source or more documents.'
     )
   return TokenData(
-      tokens, offsets, meta['vocab_size'], meta['tokenizer_sha256']
+      tokens,
+      offsets,
+      meta['vocab_size'],
+      meta['tokenizer_sha256'],
+      described.get('bytes'),
   )
 
 

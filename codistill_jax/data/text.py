@@ -22,7 +22,7 @@ import numpy as np
 
 from codistill_jax import base
 from codistill_jax.data import examples, order, shards
-from codistill_jax.data.tokenizer import END_ID, START_ID
+from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 from codistill_jax.storage import files
 
 
@@ -167,11 +167,14 @@ class TokenStream:
 
 
 class DocumentBatches(Sequence):
-  """A split once, each document from its start: validation.
+  """A split once, each document from its start: validation and test.
 
   Documents are dealt to B lanes of about equal length and lie in order within
   a lane, so every document is read with its full context, and the sum of the
   losses does not depend on B. A lane that ends early is padded with weight 0.
+
+  Attributes:
+    bytes_per_example: Of text, for each label of the split; None: unknown.
   """
 
   def __init__(
@@ -185,7 +188,7 @@ class DocumentBatches(Sequence):
     """Deals the documents.
 
     Args:
-      data: The validation split.
+      data: The split.
       batch_size: B.
       unroll: T.
       max_batches: At most so many, of a random choice of the documents, the
@@ -202,6 +205,7 @@ class DocumentBatches(Sequence):
       if value < 1:
         raise ValueError(f'{name} must be 1 or more; got {value}.')
     self._data = data
+    self.bytes_per_example = data.bytes_per_label
     self._unroll = unroll
     documents = np.arange(len(data))
     if max_batches is not None:
@@ -262,24 +266,27 @@ def language_model_task(
     partition: 'shared' or 'disjoint': how groups divide the documents.
     seed: Of the order of documents and of the partition.
     max_eval_batches: Evaluate on at most so many batches, of a fixed random
-      choice of documents; None: the whole validation split.
+      choice of documents; None: the whole split.
 
   Raises:
     FileNotFoundError, ValueError: If the data cannot be used.
   """
   train = shards.open_tokens(data_dir, 'train')
   validation = shards.open_tokens(data_dir, 'validation')
-  source = shards.read_meta(data_dir).get('source', 'text')
+  meta = shards.read_meta(data_dir)
+  source = meta.get('source', 'text')
+  test = None
+  if meta['splits'].get('test', {}).get('documents'):
+    test = shards.open_tokens(data_dir, 'test')
+  batches = functools.partial(
+      DocumentBatches, unroll=unroll, max_batches=max_eval_batches
+  )
   return base.Task(
       train_stream=functools.partial(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed
       ),
-      eval_batches=functools.partial(
-          DocumentBatches,
-          validation,
-          unroll=unroll,
-          max_batches=max_eval_batches,
-      ),
+      eval_batches=functools.partial(batches, validation),
+      test_batches=test and functools.partial(batches, test),
       num_classes=train.vocab_size,
       identity={
           'task': 'language_model',
@@ -294,6 +301,9 @@ def language_model_task(
       partition=partition,
       label_frequencies=functools.cache(
           lambda: token_frequencies(data_dir, train)
+      ),
+      tokenizer=lambda: Tokenizer(
+          (Path(data_dir) / shards.TOKENIZER).read_bytes()
       ),
   )
 

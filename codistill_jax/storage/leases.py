@@ -323,7 +323,10 @@ class _Candidacy(NamedTuple):
       if alive or (changed and holder):
         other = _sentence(holder, self.path)
         raise HeldError(f'{other}; end it, or wait until it is done')
-      limit = max(ttl, holder.ttl_seconds if holder else ttl)
+      # Whoever lives mends a damaged file at its next beat.
+      limit = (
+          max(ttl, holder.ttl_seconds) if holder else 2 * ttl / _BEATS_PER_TTL
+      )
       if first is None:
         logging.warning(
             'Waiting up to %g s for a sign of life in %s: %s',
@@ -362,6 +365,8 @@ def _read(path: epath.Path) -> tuple[bytes | None, Holder | None]:
     raw = files.read_bytes(path)
   except (FileNotFoundError, NotADirectoryError):
     return None, None
+  except files.RefusedError:
+    return b'', None
   try:
     tree = json.loads(raw)
     holder = Holder(*(tree[name] for name in Holder._fields))

@@ -202,6 +202,7 @@ def _mean_and_most(mean: pd.Series, form: str, *more: pd.Series) -> str:
 _QUALITY = {
     'eval/loss': ('validation loss', '.4f'),
     'eval/perplexity': ('perplexity', '.2f'),
+    'eval/bits_per_byte': ('bits per byte', '.3f'),
     'eval/accuracy': ('accuracy', '.2%'),
     'eval/auc': ('AUC', '.4f'),
     'eval/calibration': ('calibration', '.3f'),
@@ -213,6 +214,7 @@ _STALL = 'stall, ms per exchange (share)'
 _SHORT = {
     'validation loss': 'valid.\nloss',
     'perplexity': 'perp-\nlexity',
+    'bits per byte': 'bits per\nbyte',
     'accuracy': 'accu-\nracy',
     'calibration': 'cali-\nbration',
     'examples': 'exam-\nples',

@@ -27,6 +27,7 @@ from codistill_jax.exchange.plan import (
 )
 from codistill_jax.experiment import first_row, train_stream
 from codistill_jax.group import StepResult, run_group
+from codistill_jax.storage import checkpoints as storage
 from codistill_jax.storage import files, leases
 from codistill_jax.storage.background import BackgroundWriter, Interrupted
 from codistill_jax.storage.resume import Resume, ResumeCheckpoints
@@ -91,29 +92,15 @@ def check_start(job: Job, start: GroupStart) -> None:
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment, agreement = job.experiment, job.agreement
-  batches = experiment_lib.split_batches(
-      experiment.task, 'validation', experiment.eval_batch
-  )
-  if not len(batches):
-    raise ValueError('the task has no validation batch; it needs one at least')
-  batch = experiment_lib.check_batch(
-      batches[0], {experiment.eval_batch}, 'the first validation batch'
-  )
+  experiment = job.experiment
   with experiment_lib.naming('the update cannot be traced'):
     start.efficiency.trace()
-  with experiment_lib.naming('the evaluation cannot be traced'):
-    jax.eval_shape(
-        experiment_lib.make_eval_step(experiment, job.model),
-        start.state.variables,
-        dict(batch),
-        job.model.init_carry(experiment.eval_batch),
-    )
+  experiment_lib.check_evaluation(experiment, job.model, start.state.variables)
   idle = experiment_lib.idle_settings(
       experiment, job.num_groups, start.state.variables.params
   )
   idle += gin_utils.steps_out_of(experiment.num_steps)
-  if idle and agreement.is_primary:
+  if idle and job.agreement.is_primary:
     cli.tell(
         f'warning: {"; ".join(idle)}; but the run ends at'
         f' Experiment.num_steps = {experiment.num_steps}',
@@ -168,6 +155,7 @@ def _train(
     stack.push(_closing(lease.release))
     heartbeat.begin()
     if job.agreement.is_primary:
+      _clear_up(job)
       run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
 
     def before_saving(step: int) -> None:
@@ -188,6 +176,7 @@ def _train(
     with _stopping_in_time(job):
       exchange = make_exchange(state.variables)
     stack.push(_closing(exchange.close))
+    stack.push(functools.partial(_tell, exchange))
     heartbeat.exchange = exchange
     keeper = _Keeper(job, checkpoints, exchange, start)
     writer = writers.NullWriter()
@@ -385,6 +374,21 @@ def _lease(job: Job) -> leases.Lease | _NoLease:
   )
 
 
+def _clear_up(job: Job) -> None:
+  """Deletes what earlier processes left behind, and says how much that was."""
+  with job.troubles.noted('clearing up'):
+    checkpoints = run_directory.checkpoints_dir(job.workdir, job.group_id)
+    count = storage.clear_up(checkpoints)
+    for directory in (job.directory, job.workdir):
+      count += files.remove_leftovers(directory)
+    if count:
+      logging.warning(
+          'Group %d: removed %d leftovers of earlier starts',
+          job.group_id,
+          count,
+      )
+
+
 def _goes_on(job: Job) -> bool:
   """Returns whether a run that was done is longer now."""
   directory = run_directory.checkpoints_dir(job.workdir, job.group_id)
@@ -438,6 +442,13 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
     return False
 
   return leave
+
+
+def _tell(exchange: Exchange, kind: Any, error: Any, unused: Any) -> None:
+  """Tells peers what ends the group before its time, if anything does."""
+  del kind, unused
+  if isinstance(error, Exception) and not isinstance(error, Stopped):
+    exchange.fail(error)
 
 
 def _restore(

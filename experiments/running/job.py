@@ -140,7 +140,7 @@ def check_workdir(job: Job, state: TrainState) -> None:
   What changes no number that was computed may change: how long the run is, and
   how often it is evaluated, recorded and saved.
   """
-  before = run_directory.read_run(job.workdir)
+  before = _read_before(job)
   if not before:
     return
   _check_same_run(job, before, describe_run(job, state))
@@ -154,6 +154,15 @@ def check_workdir(job: Job, state: TrainState) -> None:
           ' that in run.json); look at who did that, and delete it: the run'
           ' writes it anew'
       )
+
+
+def _read_before(job: Job) -> dict[str, Any]:
+  """Reads run.json; a damaged one counts as none, and is written again."""
+  try:
+    return run_directory.read_run(job.workdir)
+  except ValueError as e:
+    cli.tell(f'{e} The first update writes it again.', error=True)
+    return {}
 
 
 def claim_workdir(job: Job, state: TrainState) -> None:
@@ -172,7 +181,17 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   text = job.configuration().operative.encode()
   now['config_sha256'] = hashlib.sha256(text).hexdigest()
   config = run_directory.config_path(job.workdir)
-  if not run_directory.read_run(job.workdir):
+  try:
+    there = run_directory.read_run(job.workdir)
+  except ValueError:  # That was said at the start.
+    there = {}
+    if config.exists() and config.stat().length:
+      _check_same_run(
+          job,
+          {**now, 'configuration': config.read_text().splitlines()},
+          {**now, 'configuration': text.decode().splitlines()},
+      )
+  if not there:
     # Also over one that is there: this run did not write it.
     files.write_bytes(config, text, sync=True)
     run_directory.write_run(job.workdir, now)
@@ -183,12 +202,18 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   if changed:
     now['earlier'] = [
         *before.get('earlier', []),
-        *(s for s in before['configuration'] if s not in now['configuration']),
+        *(
+            s
+            for s in before.get('configuration', [])
+            if s not in now['configuration']
+        ),
     ]
   if changed or not config.exists():
+    # In this order, so that nobody finds one file beside the other's digest.
+    config.unlink(missing_ok=True)
+    sums = {'config_sha256': now['config_sha256']}
+    run_directory.write_run(job.workdir, now if changed else {**before, **sums})
     files.write_bytes(config, text, sync=True)
-  if changed:
-    run_directory.write_run(job.workdir, now)
 
 
 # Of an `Experiment`: settings that change no number that was computed.

@@ -219,7 +219,9 @@ def describe(
   rate = 1.0 if plan.scale.rates else None  # Whatever it will be.
   for arm in plan.trained:
     # What cannot work is said before anything is trained.
-    configurations.configure(PlannedRun(arm.name, 0, rate))
+    experiment = configurations.configure(PlannedRun(arm.name, 0, rate))
+    for group_id in range(0 if arm.taught_by else arm.num_groups):
+      experiment.exchange.num_teachers(group_id, arm.num_groups)
     # Of a grid each run says which of its rates it has.
     by_arm[arm.name] = [
         x

@@ -395,6 +395,14 @@ def test_a_group_that_begins_anew_is_not_muted_by_its_earlier_life(
   assert reader.rejected == 0
 
 
+def test_what_another_run_has_published_is_not_deleted(join, tmp_path):
+  publish(tmp_path, 0, 10, width=4)
+  with pytest.raises(checkpoints.MismatchError, match='to begin anew') as e:
+    join().begin(0)
+  assert 'w float32[4] where this run has' in str(e.value)
+  assert kept(tmp_path) == [10]
+
+
 def test_a_group_that_goes_on_keeps_its_life_and_what_it_published(
     join, tmp_path
 ):

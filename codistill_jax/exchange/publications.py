@@ -72,6 +72,31 @@ def life_of(root: epath.PathLike, group_id: int, steps: Iterable[int]) -> int:
   return max(lives)
 
 
+def check_own(
+    root: epath.PathLike,
+    group_id: int,
+    step: int,
+    like: Variables,
+    identity: Mapping[str, str],
+) -> None:
+  """Raises MismatchError if a group has published another model or task."""
+  directory = group_directory(root, group_id)
+  try:
+    record = checkpoints.load_record(directory, step)
+    publication = _described_by(record, directory)
+  except (checkpoints.MissingError, DamagedError):
+    return
+  checkpoints.check_match(
+      f'publication {step} of group {group_id}, by an earlier run,',
+      identity=publication.identity,
+      leaves=record.leaves,
+      our_identity=identity,
+      like=_as_dict(like),
+      advice=f'use another workdir, or delete {directory} to begin anew',
+      any_float=True,
+  )
+
+
 def write(
     root: epath.PathLike, publication: Publication, variables: Variables
 ) -> Publication:

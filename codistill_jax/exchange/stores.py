@@ -265,15 +265,17 @@ class DirectoryStore(Store):
   def begin(self, step: int) -> None:
     if not self.writes:
       return
-    self._life = publications.life_of(
-        self.root, self._group_id, self.steps(self._group_id)
-    )
+    old = self.steps(self._group_id)
+    self._life = publications.life_of(self.root, self._group_id, old)
     if step:
       return
     # Later than all before it, also of another directory.
     self._life = max(self._life + 1, int(time.time()))
+    for newest in old[-1:]:
+      publications.check_own(
+          self.root, self._group_id, newest, self._like, self._identity
+      )
     files.remove(self._directory / RESTART_FILE)
-    old = self.steps(self._group_id)
     checkpoints.delete(self._directory, old)
     if old:
       logging.warning(

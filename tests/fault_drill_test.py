@@ -52,7 +52,7 @@ def drilled():
     # No machine is as slow as that.
     patch.setattr(ledger_lib, 'SLOW_SAVE_SECONDS', 60.0)
     drill = Drill(
-        os.path.join(temporary, 'run'),
+        os.path.join(temporary, 'run [1]'),
         temporary,
         num_groups=2,
         seconds=8.0,
@@ -241,6 +241,8 @@ def test_a_process_that_does_not_get_to_an_update_loses_nothing(ledger):
         (70, 5, ['full_disk'], False),
         (1, 5, ['full_disk', 'terminate'], False),
         (75, 5, ['full_disk'], False),  # In the middle of training.
+        (75, 5, ['full_disk_at_stop'], True),
+        (TERMINATED, 5, ['full_disk_at_stop'], True),
         # In the middle of something long.
         (75, 5, ['terminate'], True),
         (75, 100, ['full_disk'], True),

@@ -29,6 +29,7 @@ _HOMES = {
     'peer_predictions': ('mixing_matrix',),
     'replicas': ('REPLICA_AXIS', 'PmapStep'),
     'schedules': ('distill_weight',),
+    'trained': ('load',),
     'step': ('init_state', 'make_eval_step', 'make_train_step'),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -375,6 +375,7 @@ class Task(NamedTuple):
     label_frequencies: `label_frequencies()` gives how often each class is the
       label in the training split, that of all groups: float64 (C,), of sum 1.
       None: nobody counts.
+    tokenizer: `tokenizer()` gives that of a task of text; None for others.
   """
 
   train_stream: Callable[..., Stream]
@@ -388,6 +389,7 @@ class Task(NamedTuple):
   test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
   partition: str = 'shared'
   label_frequencies: Callable[[], np.ndarray] | None = None
+  tokenizer: Callable[[], Any] | None = None
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

@@ -121,9 +121,20 @@ def run_group(
   if exchange.due(step):
     exchange.publish_if_due(step, state.variables)
   batches = prefetch(stream, step, num_steps)
-  return _turns(
+  turns = _turns(
       train_step, state, batches, step, num_steps, exchange, distill_weight
   )
+  return _telling(exchange, turns)
+
+
+def _telling(
+    exchange: Exchange, turns: Iterator[StepResult]
+) -> Iterator[StepResult]:
+  try:
+    yield from turns
+  except Exception as e:
+    exchange.fail(e)
+    raise
 
 
 class _Faults:
@@ -191,11 +202,7 @@ def _turns(
     step += 1
 
     due = exchange.due(step)
-    try:
-      faults.add(step, metrics, due or step in (first, last))
-    except FloatingPointError as e:
-      exchange.fail(e)
-      raise
+    faults.add(step, metrics, due or step in (first, last))
     if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.

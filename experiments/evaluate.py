@@ -10,39 +10,27 @@ where a report finds them. Those of another step, of the test split, of --all or
 of another configuration are written beside it.
 """
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from absl import flags
 from etils import epath
 
 from codistill_jax import evaluate as evaluate_lib
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
-from codistill_jax.base import Model, TrainState, Variables
-from codistill_jax.exchange import publications
-from codistill_jax.storage import checkpoints, files
-from codistill_jax.storage.resume import ResumeCheckpoints
+from codistill_jax.storage import files
+from codistill_jax.trained import (
+    CHECKPOINTS,
+    PUBLICATIONS,
+    Run,
+    open_run,
+    read_variables,
+)
 
 from . import cli
 from .reports import pages
 from .reports.pages import number
-
-CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
-
-
-class EvaluatedRun(NamedTuple):
-  """A run directory, its configuration and the groups found in it."""
-
-  workdir: str
-  arm: str
-  experiment: experiment_lib.Experiment
-  model: Model
-  num_groups: int
-  groups: list[int]
-
 
 _FLAGS = flags.FLAGS
 
@@ -94,7 +82,12 @@ def main(argv: Sequence[str]) -> None:
   # What is found is written as a whole: there is nothing to save.
   cli.StopRequest('stopped; nothing is written of this run').install()
   for workdir in _FLAGS.workdir:
-    run = open_run(workdir)
+    run = open_run(
+        workdir,
+        *gin_utils.flag_values(),
+        trusted=_FLAGS.trust,
+        whole_splits=_FLAGS.all,
+    )
     path = _output(workdir)
     files.check_writable(path.parent)
     comparison = compare(run)
@@ -110,14 +103,16 @@ def _output(workdir: str) -> epath.Path:
   return path.with_stem(path.stem + other)
 
 
-def compare(run: EvaluatedRun) -> dict[str, Any]:
+def compare(run: Run) -> dict[str, Any]:
   """Evaluates one run; returns the content of its comparison.json.
 
   Raises:
     FileNotFoundError: If there is no such checkpoint.
     ValueError: If a checkpoint cannot be used.
   """
-  found = [load(run, g, _FLAGS.source, _FLAGS.step) for g in run.groups]
+  found = [
+      read_variables(run, g, _FLAGS.source, _FLAGS.step) for g in run.groups
+  ]
   rows = _FLAGS.eval_batch or run.experiment.eval_batch
   result = evaluate_lib.compare(
       run.model,
@@ -143,76 +138,6 @@ def compare(run: EvaluatedRun) -> dict[str, Any]:
           ]
       },
   }
-
-
-def open_run(workdir: str) -> EvaluatedRun:
-  """Opens a run directory; makes what its own configuration says."""
-  groups = run_directory.list_groups(workdir)
-  config = run_directory.config_path(workdir)
-  if not groups or not config.exists():
-    raise FileNotFoundError(
-        f'{workdir} holds no trained group yet (no {config.name}); train one'
-        ' first, or check --workdir'
-    )
-  gin_files, bindings = gin_utils.flag_values()
-  saved = {'saved': config, 'trusted': _FLAGS.trust}
-  gin_utils.parse(gin_files, bindings, **saved)
-  if _FLAGS.all:
-    names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
-    bindings += [f'{name}=None' for name in names if '.max_eval_' in name]
-    gin_utils.parse(gin_files, bindings, **saved)
-  experiment = gin_utils.make(experiment_lib.Experiment)
-  facts = run_directory.read_run(workdir)
-  arm = facts.get('arm', os.path.basename(workdir))
-  model = gin_utils.call(experiment_lib.make_model, experiment)
-  num_groups = facts.get('num_groups', len(groups))
-  return EvaluatedRun(workdir, arm, experiment, model, num_groups, groups)
-
-
-def load(
-    run: EvaluatedRun, group_id: int, source: str, step: int | None
-) -> tuple[int, Variables]:
-  """Reads the step and variables of one checkpoint or publication."""
-  if source == PUBLICATIONS:
-    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
-    steps = publications.published_steps(root, group_id)
-  else:
-    directory = run_directory.checkpoints_dir(run.workdir, group_id)
-    steps = checkpoints.completed_steps(directory)
-  wanted = max(steps, default=None) if step is None else step
-  if wanted not in steps:
-    raise FileNotFoundError(
-        f'group {group_id} of {run.workdir} has no {source} of step'
-        f' {"any" if wanted is None else wanted}; there are: {steps or "none"}'
-    )
-  like = _like(run, group_id)
-  if source == PUBLICATIONS:
-    _, variables = publications.read(
-        root,
-        group_id,
-        wanted,
-        like=like.variables,
-        identity=run.experiment.task.identity,
-        dtype='float32',
-    )
-    return wanted, variables
-  resume = ResumeCheckpoints(directory, identity=run.experiment.task.identity)
-  return wanted, resume.read(wanted, like).state.variables
-
-
-def _like(run: EvaluatedRun, group_id: int) -> TrainState:
-  """Returns the shapes of a group's state."""
-  experiment = run.experiment
-  row = experiment_lib.first_row(experiment, run.num_groups)
-  return jax.eval_shape(
-      lambda: experiment_lib.init_state(
-          experiment,
-          run.model,
-          jax.random.PRNGKey(0),
-          row,
-          num_peers=experiment.exchange.num_teachers(group_id, run.num_groups),
-      )
-  )
 
 
 _TITLES = {

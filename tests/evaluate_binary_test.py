@@ -2,10 +2,12 @@
 
 import shutil
 
+import jax
 import pytest
 import tiny_run
 
-from codistill_jax import run_directory
+import codistill_jax as cj
+from codistill_jax import evaluate, run_directory
 from codistill_jax.storage import files
 
 LAST = tiny_run.NUM_STEPS
@@ -104,6 +106,29 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
     assert a['eval/loss'] == pytest.approx(b['eval/loss'], rel=1e-5)
 
 
+def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
+  """Of a step, too; and its evaluation is that of the binary."""
+  del results
+  loaded = cj.load(workdirs['good'], group=1, trusted=['paced'])
+  assert loaded.step == LAST
+  eval_step = jax.jit(cj.make_eval_step(loaded.model))
+  found = evaluate.evaluate(
+      eval_step,
+      loaded.variables,
+      loaded.task.eval_batches(4),
+      loaded.model.init_carry(4),
+  )
+  models = comparison(workdirs, 'good')['models']
+  expected = next(v for k, v in models.items() if k.endswith('_1'))
+  assert found['eval/loss'] == pytest.approx(expected['eval/loss'], rel=1e-5)
+  younger = cj.load(workdirs['good'], step=20, trusted=['paced'])
+  assert younger.step == 20
+  with pytest.raises(FileNotFoundError, match='group 2 of'):
+    cj.load(workdirs['good'], group=2, trusted=['paced'])
+  with pytest.raises(ValueError, match='imports paced'):
+    cj.load(workdirs['good'])
+
+
 @pytest.mark.parametrize(
     'name, words',
     [
@@ -112,7 +137,7 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
         ('lost', ['group 1', 'no checkpoints']),
         ('damaged', ['checkpoints/50', 'altered']),
         ('torn_config', ['config.gin', 'line ']),
-        ('no_config', ['holds no trained group yet', 'check --workdir']),
+        ('no_config', ['holds no trained group yet', 'check the directory']),
         ('nowhere', ['nowhere']),
         ('untrusted', ['config.gin: it imports paced;', '--trust']),
     ],

@@ -84,6 +84,9 @@ class Watched:
   def metrics(self, step):
     return self.exchange.metrics(step)
 
+  def fail(self, error):
+    self.exchange.fail(error)
+
   def fetch(self, step):
     self.given[step] = self.exchange.fetch(step)
     return self.given[step]
@@ -668,7 +671,7 @@ def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():
     steps.extend(result.step for result in run)
   assert steps == [1, 2, 3, 4, 5, 6, 7]
   assert exchanges[1].fetch(4) is not None
-  with pytest.raises(PeerError, match='group 0 has ended: update 7: 1 num'):
+  with pytest.raises(PeerError, match='group 0 has ended: update 7: 1 numbers'):
     exchanges[1].fetch(8)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from codistill_jax import base
 from codistill_jax.data import examples, order, shards
-from codistill_jax.data.tokenizer import END_ID, START_ID
+from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 from codistill_jax.storage import files
 
 
@@ -301,6 +301,9 @@ def language_model_task(
       partition=partition,
       label_frequencies=functools.cache(
           lambda: token_frequencies(data_dir, train)
+      ),
+      tokenizer=lambda: Tokenizer(
+          (Path(data_dir) / shards.TOKENIZER).read_bytes()
       ),
   )
 

@@ -90,9 +90,6 @@ class Exchange(Protocol):
     """
     return False
 
-  def fail(self, error: Exception) -> None:
-    """Tells the peers that this group has ended for good, and why."""
-
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
     """Returns the teachers of the update after `step`; None without any.
 
@@ -125,6 +122,9 @@ class Exchange(Protocol):
 
   def checkpointed(self, step: int) -> None:
     """Learns that a restart would begin at `step` or later."""
+
+  def fail(self, error: Exception) -> None:
+    """Learns what ends the run before its time; tells peers that would wait."""
 
   def close(self) -> None:
     """Finishes what is under way."""

@@ -24,7 +24,6 @@ line is skipped and counted, a damaged JSON file is a ValueError that names it.
 Nothing here imports jax, so that `experiments/status.py` starts at once.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -34,9 +33,11 @@ from etils import epath
 
 from codistill_jax.storage.files import (
     PathLike,
-    decode_numbers,
     names,
+    opened,
+    parse_json,
     read_json,
+    whole,
     write_json,
 )
 
@@ -257,12 +258,12 @@ class MetricsLog(NamedTuple):
 def parse_record(line: bytes) -> dict[str, Any] | None:
   """Parses one line of metrics.jsonl; None if it is damaged."""
   try:
-    record = json.loads(line)
+    record = parse_json(line)
   except ValueError:
     return None
-  if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+  if whole(record, 'step') is None:
     return None
-  return decode_numbers(record)
+  return record
 
 
 def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
@@ -276,7 +277,7 @@ def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
     tail_bytes: If given, read only the whole lines within that many last bytes.
   """
   try:
-    with epath.Path(path).open('rb') as f:
+    with opened(path) as f:
       data = _read_tail(f, tail_bytes)
   except (FileNotFoundError, NotADirectoryError):
     return MetricsLog([], 0)

@@ -27,24 +27,11 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 TESTS = pathlib.Path(__file__).parent
 GIN = """\
 # Do toys churn?
-from __gin__ import dynamic_registration
-import optax
-import churn_toy
-from codistill_jax import exchange
-from codistill_jax import experiment
-from codistill_jax import schedules
-
-experiment.Experiment.task = @churn_toy.task()
-experiment.Experiment.model = @churn_toy.model
-experiment.Experiment.optimizer = @optax.adam()
-optax.adam.learning_rate = 1e-2
-experiment.Experiment.distill_weight = @schedules.distill_weight()
+%s
+STEPS = 24
 schedules.distill_weight.burn_in_steps = 4
-experiment.Experiment.num_steps = 24
-experiment.Experiment.group_batch = 16
-experiment.Experiment.exchange = @exchange.Checkpoints()
 exchange.Checkpoints.every = 4
-experiment.Experiment.eval_batch = 64
+experiment.Experiment.checkpoint_every = 500
 """
 WIDE = 'import churn_toy\nchurn_toy.model.hidden = 9\n'
 HEAD = 'from __gin__ import dynamic_registration\n'
@@ -53,7 +40,7 @@ HEAD = 'from __gin__ import dynamic_registration\n'
 @pytest.fixture(scope='module')
 def configuration(tmp_path_factory):
   directory = tmp_path_factory.mktemp('gin')
-  (directory / 'toy.gin').write_text(GIN)
+  (directory / 'toy.gin').write_text(GIN % churn_toy.GIN)
   (directory / 'wide.gin').write_text(HEAD + WIDE)
   return directory
 

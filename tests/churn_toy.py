@@ -6,6 +6,30 @@ import numpy as np
 from codistill_jax import base
 from codistill_jax.models.linen import from_linen
 
+GIN = """\
+from __gin__ import dynamic_registration
+import optax
+import churn_toy
+from codistill_jax import exchange
+from codistill_jax import experiment
+from codistill_jax import schedules
+
+experiment.Experiment.task = @churn_toy.task()
+experiment.Experiment.model = @churn_toy.model
+RATE = 1e-2
+STEPS = 6
+experiment.Experiment.optimizer = @optax.adam()
+optax.adam.learning_rate = %RATE
+experiment.Experiment.distill_weight = @schedules.distill_weight()
+experiment.Experiment.num_steps = %STEPS
+experiment.Experiment.group_batch = 16
+experiment.Experiment.exchange = @exchange.Checkpoints()
+exchange.Checkpoints.every = 2
+experiment.Experiment.log_every = 2
+experiment.Experiment.eval_every = 2
+experiment.Experiment.eval_batch = 64
+experiment.Experiment.checkpoint_every = 4
+"""
 FEATURES, TRAIN, EVAL = 6, 512, 150
 # Of this process; at the end of them it is killed, as far as one can tell.
 batches_left = 10**9

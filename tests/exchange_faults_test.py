@@ -4,8 +4,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import math
+import os
 import threading
 import time
 import weakref
@@ -429,6 +431,102 @@ def test_the_host_holds_a_few_peers_at_a_time(join, tmp_path, monkeypatch):
 
 
 # --- Reading -----------------------------------------------------------------
+
+
+def fifo(path):
+  os.mkfifo(path)
+
+
+def link(path):
+  path.symlink_to(path.parent / 'elsewhere')
+  (path.parent / 'elsewhere').write_bytes(b'{}')
+
+
+def sparse(path):
+  with open(path, 'wb') as f:
+    f.truncate(60 << 30)
+
+
+def deep(path):
+  path.write_text('[' * 100_000)
+
+
+def directory(path):
+  path.mkdir()
+
+
+def other_numbers(path):
+  path.write_text(json.dumps({'step': 10**400, 'nonce': [], 'steps': 'x'}))
+
+
+def infinite(path):
+  path.write_text('{"step": 1e999, "steps": {"0": NaN}}')
+
+
+ODD_FILES = [fifo, link, sparse, deep, directory, other_numbers, infinite]
+
+
+@both_modes
+@pytest.mark.parametrize('spoil', ODD_FILES)
+def test_odd_files_of_one_peer_stop_neither_publishing_nor_the_others(
+    join, tmp_path, mode, spoil
+):
+  for step in (10, 20):
+    publish(tmp_path, 1, step)
+    publish(tmp_path, 2, step)
+  theirs = tmp_path / 'group_2'
+  data = max((theirs / '20').rglob('d/*'), key=lambda p: p.stat().st_size)
+  for path in (
+      *(theirs / 'reading.json', theirs / 'restart_step.json'),
+      *(theirs / 'failed.json', theirs / '20' / 'record.json', data),
+  ):
+    path.unlink(missing_ok=True)
+    spoil(path)
+  ours = join(0, 3, mode, topology=[[1, 2], [0], [0]], keep=1)
+  publish_all(ours, *range(10, 90, 10))
+  if mode == 'freshest':
+    assert shown(fetch_until(ours, 80, 20, 10)) == [20.0, 10.0]
+    assert ours.rejected == 1 and 'group_2/20' in ours.last_rejection
+    assert kept(tmp_path) == [80]
+  else:
+    assert kept(tmp_path) == list(range(10, 90, 10))
+
+
+def test_a_peer_that_hangs_holds_up_nobody_else_and_is_named(
+    join, tmp_path, monkeypatch
+):
+  for peer in (1, 2, 3):
+    publish(tmp_path, peer, 10, value=peer)
+  troubles = Troubles()
+  hangs = lambda root, peer, *_: peer == 2
+  for name in ('published_steps', 'read'):
+    with Gate(monkeypatch, name, hangs):
+      exchange = join(
+          0 if name == 'read' else 4,
+          5,
+          topology=[[1, 2, 3], [], [], [], [1, 2, 3]],
+          troubles=troubles,
+          patience=hasty(answer=0.2),
+      )
+      assert shown(fetch_until(exchange, 10, 10, None, 10)) == [1.0, None, 3.0]
+      (trouble,) = troubles.now
+      assert trouble.doing.endswith('ing publications of group 2')
+      assert 'hangs' in trouble.reason
+    # What comes too late is used, if only later.
+    assert shown(fetch_until(exchange, 20, 10, 10, 10)) == [1.0, 2.0, 3.0]
+    assert not troubles.now
+
+
+def test_lockstep_names_a_peer_that_hangs(join, tmp_path, monkeypatch):
+  publish(tmp_path, 1, 10)
+  with Gate(monkeypatch, 'read') as gate:
+    exchange = join(
+        mode='lockstep', waiting=Waiting(0.5), patience=hasty(answer=0.05)
+    )
+    with pytest.raises(TimeoutError, match='what group 1 has published hangs'):
+      exchange.fetch(10)
+    gate.open()
+  until(lambda: shown(exchange.fetch(10)) == [10.0])
 
 
 @pytest.mark.parametrize('agreement', [ALONE, OF_ONE])

@@ -1,11 +1,15 @@
 """Tests of files: replaced as a whole, valid JSON, errors with a name."""
 
+import contextlib
 import json
 import math
 import os
+import time
 
 import pytest
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codistill_jax.storage import files
 
@@ -103,3 +107,79 @@ def test_buckets_are_remote_and_disks_are_not(tmp_path):
   assert files.is_remote('gs://bucket/run') and files.is_remote('s3://b/c')
   assert files.is_remote(epath.Path('gs://bucket/run'))
   assert not files.is_remote(tmp_path) and not files.is_remote('runs/a')
+
+
+# --- Files of others ---------------------------------------------------------
+
+ODD = [
+    b'{',
+    b'\xff\xfe{}',
+    b'[' * 10**5,
+    b'{"a":' * 60 + b'1' + b'}' * 60,
+    b'{"step": 1e999}',
+    b'{"step": -1e400}',
+    b'{"step": NaN}',
+    b'{"step": -Infinity}',
+    b'{"step": 1%s}' % (b'0' * 5000),
+    b'{"step": 9223372036854775808}',
+    b'[]',
+    b'3',
+    b'null',
+    b'"NaN"',
+]
+
+
+@pytest.mark.parametrize('content', ODD, ids=lambda content: content[:20])
+def test_json_of_others_is_refused_in_one_line(tmp_path, content):
+  path = tmp_path / 'run.json'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r'run\.json') as e:
+    files.read_json(path)
+  assert '\n' not in str(e.value) and len(str(e.value)) < 500
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=10,
+)
+
+
+@given(tree=st.dictionaries(st.sampled_from(['a', 'b']), JSON))
+def test_what_json_holds_has_the_type_that_is_asked_for(tree):
+  try:
+    found = files.parse_json(json.dumps(tree).encode())
+  except ValueError:
+    found = {}  # Refused.
+  for key in ('a', 'b'):
+    step, seconds = files.whole(found, key), files.number(found, key)
+    assert step is None or (type(step) is int and 0 <= step < 1 << 63)
+    assert seconds is None or math.isfinite(seconds)
+    assert isinstance(files.text(found, key), str)
+  for odd in (None, [], 3, 'text'):
+    assert files.whole(odd, 'a') is files.number(odd, 'a') is None
+    assert files.text(odd, 'a') == ''
+
+
+@given(data=st.binary() | st.text().map(str.encode))
+def test_any_bytes_are_json_or_refused(data):
+  with contextlib.suppress(ValueError):
+    files.parse_json(data)
+
+
+def test_no_byte_is_read_of_what_is_no_small_file(tmp_path):
+  made = [tmp_path / name for name in ('fifo', 'link', 'sparse', 'directory')]
+  fifo, link, sparse, directory = made
+  os.mkfifo(fifo)
+  link.symlink_to(tmp_path / 'elsewhere')
+  with sparse.open('wb') as f:
+    f.truncate(60 << 30)
+  directory.mkdir()
+  start = time.monotonic()
+  for path in made:
+    for read in (files.read_bytes, files.read_json):
+      with pytest.raises(files.RefusedError, match=f'{path.name} (is|has)'):
+        read(path)
+    with pytest.raises(files.RefusedError):
+      files.digest(path, most=1 << 20)
+  assert time.monotonic() - start < 5

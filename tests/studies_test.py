@@ -26,30 +26,6 @@ LANGUAGE = [
     for name in NAMES
     if STUDIES[name].scales['smoke'].gin_files[0].endswith('lm_smoke.gin')
 ]
-TOY = """\
-from __gin__ import dynamic_registration
-import optax
-import churn_toy
-from codistill_jax import exchange
-from codistill_jax import experiment
-from codistill_jax import schedules
-
-experiment.Experiment.task = @churn_toy.task()
-experiment.Experiment.model = @churn_toy.model
-RATE = 1e-2
-STEPS = 6
-experiment.Experiment.optimizer = @optax.adam()
-optax.adam.learning_rate = %RATE
-experiment.Experiment.distill_weight = @schedules.distill_weight()
-experiment.Experiment.num_steps = %STEPS
-experiment.Experiment.group_batch = 16
-experiment.Experiment.exchange = @exchange.Checkpoints()
-exchange.Checkpoints.every = 2
-experiment.Experiment.log_every = 2
-experiment.Experiment.eval_every = 2
-experiment.Experiment.eval_batch = 64
-experiment.Experiment.checkpoint_every = 4
-"""
 
 
 # --- Declarations ------------------------------------------------------------
@@ -144,7 +120,7 @@ def places(tmp_path_factory):
   """Data, and a directory for each study."""
   directory = tmp_path_factory.mktemp('studies')
   tiny_run.write_data(directory / 'data', num_validation=24)
-  (directory / 'toy.gin').write_text(TOY)
+  (directory / 'toy.gin').write_text(churn_toy.GIN)
   return directory
 
 

@@ -391,7 +391,7 @@ def rejected(place: int, reason: str, raw: Raw) -> tuple[int, str, str]:
     return place, reason, 'it could not be read'
   if isinstance(raw, bytes):
     raw = raw[:400].decode('utf-8', 'backslashreplace')
-  return place, reason, repr(raw[:100].strip())
+  return place, reason, repr(raw[:100].rstrip('\r\n'))
 
 
 def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:

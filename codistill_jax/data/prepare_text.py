@@ -169,14 +169,6 @@ def prepare_text(
   def reader(source: Source) -> _Reader:
     return _Reader(source.decode, parsed, apart, asked_for, config)
 
-  def make(source: Source, known: dict[str, Any]) -> prepare.Make:
-    return functools.partial(
-        _write_shards,
-        pathlib.Path(output),
-        reader(source),
-        known['tokenizer_sha256'],
-    )
-
   recipe = prepare.Recipe(
       kind=shards.KIND,
       config=config,
@@ -185,7 +177,12 @@ def prepare_text(
           reader(source), given, report, source, process
       ),
       cut=functools.partial(_cut, shard_tokens),
-      make=make,
+      make=lambda source, known: functools.partial(
+          _write_shards,
+          pathlib.Path(output),
+          reader(source),
+          known['tokenizer_sha256'],
+      ),
       finish=functools.partial(_finish, config),
       asked_for=asked_for,
   )
@@ -201,27 +198,18 @@ def prepare_text(
 
 def _weighted(given: Sequence[str]) -> tuple[list[str], list[float] | None]:
   """Splits '0.7*jsonl:PATH' into weights and sources; None: no weights."""
-  found = [
-      re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one, re.DOTALL) for one in given
-  ]
-  weights = [match[1] for match in found]
-  if not given or len({weight is None for weight in weights}) > 1:
-    raise ValueError(
-        'Expected a source, or several with a weight each or none, as'
-        f' 0.7*jsonl:PATH; got {", ".join(given) or "none"}.'
-    )
-  specs = [match[2] for match in found]
-  if weights[0] is None:
-    return specs, None
+  pairs = [re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one).groups() for one in given]
+  numbers = [weight for weight, _ in pairs if weight is not None]
   try:
-    numbers = [float(weight) for weight in weights]
+    weights = [float(number) for number in numbers]
   except ValueError:
-    numbers = [0.0]
-  if min(numbers) <= 0:
+    weights = [0.0]
+  if not given or 0 in weights or len(numbers) not in (0, len(given)):
     raise ValueError(
-        f'Weights of sources must be above 0; got {", ".join(weights)}.'
+        'Expected a source, or several that all have a weight above 0 or none,'
+        f' as 0.7*jsonl:PATH; got {", ".join(given) or "none"}.'
     )
-  return specs, numbers
+  return [spec for _, spec in pairs], weights or None
 
 
 def _load_tokenizer(
@@ -348,32 +336,27 @@ def _train(
 ) -> bytes:
   """Trains a tokenizer on the beginning of the training split."""
   rejects = collections.Counter()
-  texts = _training_texts(config, read, rejects)
-  first = next(texts, None)
-  if first is None:
+
+  def texts() -> Iterator[str]:
+    remaining = config['tokenizer_bytes']
+    for split, record in read:
+      if isinstance(record, Reject):
+        rejects[record.reason] += 1
+      elif split == 'train':
+        if remaining == config['tokenizer_bytes']:
+          report(f'Training {config["vocab_size"]:,} word pieces.')
+        yield record
+        remaining -= len(record.encode('utf-8'))
+        if remaining <= 0:
+          return
+
+  try:
+    return tokenizer_lib.train(texts(), config['vocab_size'])
+  except tokenizer_lib.NoTextError as e:
     raise ValueError(
         f'{config["source"]} has no document to train on; rejected records:'
         f' {prepare.counts_text(rejects)}.'
-    )
-  report(f'Training {config["vocab_size"]:,} word pieces.')
-  texts = itertools.chain([first], texts)
-  return tokenizer_lib.train(texts, config['vocab_size'])
-
-
-def _training_texts(
-    config: dict[str, Any],
-    read: Iterable[tuple[str, Record]],
-    rejects: collections.Counter,
-) -> Iterator[str]:
-  remaining = config['tokenizer_bytes']
-  for split, record in read:
-    if isinstance(record, Reject):
-      rejects[record.reason] += 1
-    elif split == 'train':
-      yield record
-      remaining -= len(record.encode('utf-8'))
-      if remaining <= 0:
-        return
+    ) from e
 
 
 # --- pieces ------------------------------------------------------------------

@@ -78,14 +78,14 @@ _COMPRESSED = {
     rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18': 'Zstandard',
 }
 _FOREIGN = {
-    rb'WARC/': 'WARC records, and WET files are named as wet:PATH_OR_GLOB',
+    rb'WARC/\d': 'WARC records, and WET files are named as wet:PATH_OR_GLOB',
     rb'PK[\x03\x05\x07]': 'a zip archive or a document of an office',
     rb"7z\xbc\xaf'\x1c": 'a 7z archive',
     rb'Rar!\x1a\x07': 'a rar archive',
     rb'\x04"M\x18': 'compressed by LZ4',
     rb'\x1f[\x9d\xa0]': 'compressed by compress',
-    rb'PAR1': 'a Parquet table, which hf:FOLDER reads',
-    rb'ARROW1': 'an Arrow table, which hf:FOLDER reads',
+    rb'PAR1[\x00-\x1f]': 'a Parquet table, which hf:FOLDER reads',
+    rb'ARROW1\x00': 'an Arrow table, which hf:FOLDER reads',
     rb'%PDF-': 'a PDF document',
     rb'\{\\rtf': 'an RTF document',
     rb'SQLite format 3\x00': 'an SQLite data base',

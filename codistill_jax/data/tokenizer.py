@@ -76,6 +76,10 @@ def unescape(text: str) -> str:
   )
 
 
+class NoTextError(ValueError):
+  """There is no text to train a tokenizer on."""
+
+
 class Tokenizer:
   """Text to word pieces and back.
 
@@ -210,27 +214,13 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
   sentences = _sentences(texts)
   first = next(sentences, None)
   if first is None:
-    raise ValueError('There is no text to train a tokenizer on.')
-  return _train(itertools.chain([first], sentences), vocab_size)
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  """Pieces of text for the trainer: lines, cut where they are very long."""
-  for text in texts:
-    for line in _NOT_TRAINED.split(escape(text)):
-      for i in range(0, len(line), _SENTENCE_CHARACTERS):
-        sentence = line[i : i + _SENTENCE_CHARACTERS]
-        if sentence.strip():
-          yield sentence
-
-
-def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
+    raise NoTextError('There is no text to train a tokenizer on.')
   import sentencepiece
 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences,
+        sentence_iterator=itertools.chain([first], sentences),
         model_writer=model,
         model_type='bpe',
         vocab_size=vocab_size,
@@ -252,6 +242,16 @@ def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
   except RuntimeError as e:
     raise ValueError(_training_error(str(e), vocab_size)) from e
   return model.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+  """Pieces of text for the trainer: lines, cut where they are very long."""
+  for text in texts:
+    for line in _NOT_TRAINED.split(escape(text)):
+      for i in range(0, len(line), _SENTENCE_CHARACTERS):
+        sentence = line[i : i + _SENTENCE_CHARACTERS]
+        if sentence.strip():
+          yield sentence
 
 
 def _training_error(message: str, vocab_size: int) -> str:

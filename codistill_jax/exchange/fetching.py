@@ -10,6 +10,7 @@ Shape suffix: P peers.
 """
 
 import concurrent.futures
+import contextlib
 import textwrap
 import threading
 import time
@@ -241,25 +242,39 @@ def _slot(array: Array, slot: int) -> np.ndarray:
 class Reader:
   """Reads publications of peers; what is bad is named, counted, not used.
 
-  It is looked at again only if its writer has made it again.
+  It is looked at again only if its writer has made it again. Each peer has its
+  time to answer: what hangs is asked nothing more until it has come back, and
+  holds up nobody else.
 
   Attributes:
     rejected: How many publications were bad.
     last_rejection: Which one was the last, and why; '' if there is none.
   """
 
-  def __init__(self, store: Store, teacher_dtype: str, troubles: Troubles):
+  def __init__(
+      self,
+      store: Store,
+      teacher_dtype: str,
+      troubles: Troubles,
+      patience: Patience,
+  ):
     self.rejected = 0
     self.last_rejection = ''
     self._store = store
     self._dtype = teacher_dtype
     self._troubles = troubles
+    self._seconds = patience.answer
     # Of step n of a peer: when that which was bad had been made.
     self._bad: dict[tuple[int, int], float | None] = {}
+    # By peer: what it was asked and has not answered in time.
+    self._late: dict[int, tuple[tuple, concurrent.futures.Future]] = {}
 
   def newest(self, peer: int, after: int | None) -> int | None:
     """Returns the newest step beyond `after` that is not known to be bad."""
-    for step in reversed(self._steps(peer)):
+    in_hand = self._in_hand(peer)
+    if in_hand is not None:
+      return in_hand  # A newer one would take as long.
+    for step in reversed(self._ask(peer, self._store.steps) or ()):
       if after is not None and step <= after:
         return None
       if not self.is_bad(peer, step):
@@ -269,18 +284,20 @@ class Reader:
   def is_bad(self, peer: int, step: int) -> bool:
     """Returns whether that one was rejected and is still the same one."""
     key = (peer, step)
-    return key in self._bad and self._bad[key] == self._store.made(peer, step)
+    return key in self._bad and self._bad[key] == self._ask(
+        peer, self._store.made, step
+    )
+
+  def hangs(self, peer: int) -> bool:
+    """Returns whether a peer has not answered what it was asked."""
+    return peer in self._late
 
   def read(self, steps: Mapping[int, int]) -> dict[int, Slot]:
     """Reads step `steps[peer]` of each peer; leaves out what cannot be used."""
     found = {}
     for peer, step in steps.items():
-      made = self._store.made(peer, step)
-      try:
+      with contextlib.suppress(checkpoints.MismatchError):
         slot = self._read(peer, step)
-      except checkpoints.MismatchError as e:
-        self._reject(peer, step, made, e)
-      else:
         if slot is not None:
           found[peer] = slot
     return found
@@ -291,33 +308,73 @@ class Reader:
     Raises:
       checkpoints.MismatchError: If the peer trains something else.
     """
-    if step not in self._steps(peer) or self.is_bad(peer, step):
+    if self._in_hand(peer) != step and (
+        step not in (self._ask(peer, self._store.steps) or ())
+        or self.is_bad(peer, step)
+    ):
       return None
     with self._store.reading({peer: step}):
       return self._read(peer, step)
 
-  def _steps(self, peer: int) -> Sequence[int]:
-    try:
-      return self._store.steps(peer)
-    except OSError as e:
-      self._troubles.failed('reading publications', e)
-      return ()
+  def _in_hand(self, peer: int) -> int | None:
+    """Returns which one has been read meanwhile, too late for who asked."""
+    asked, answer = self._late.get(peer, (('',), None))
+    if asked[0] == self._read_now.__name__ and answer.done():
+      return asked[1]
+    return None
 
   def _read(self, peer: int, step: int) -> Slot | None:
-    doing = 'reading publications'
+    read = self._ask(peer, self._read_now, step)
+    if read is None:
+      return None
+    made, slot = read
+    if isinstance(slot, checkpoints.MissingError):
+      return None  # The peer is faster than this reader: there is a newer one.
+    if isinstance(slot, Exception):
+      self._reject(peer, step, made, slot)
+      if isinstance(slot, checkpoints.MismatchError):
+        raise slot
+      return None
+    return slot
+
+  def _read_now(
+      self, peer: int, step: int
+  ) -> tuple[float | None, Slot | Exception]:
     made = self._store.made(peer, step)  # It may be made again meanwhile.
     try:
       publication, variables = self._store.read(peer, step)
-    except checkpoints.MissingError:
-      return None  # The peer is faster than this reader: there is a newer one.
-    except checkpoints.DamagedError as e:
-      self._reject(peer, step, made, e)
+    except (
+        checkpoints.MissingError,
+        checkpoints.DamagedError,
+        checkpoints.MismatchError,
+    ) as e:
+      return made, e
+    return made, (publication, cast_floats(variables, self._dtype))
+
+  def _ask(self, peer: int, question: Callable[..., Any], *args: Any) -> Any:
+    """Returns an answer about a peer; None if there is none (in time)."""
+    if self._store.at_hand:
+      return question(peer, *args)
+    asked = (question.__name__, *args)
+    before, answer = self._late.pop(peer, (asked, None))
+    if answer is None or (answer.done() and before != asked):
+      before, answer = asked, background.submit(question, peer, *args)
+      concurrent.futures.wait([answer], self._seconds)
+    reads = before[0] == self._read_now.__name__
+    verb = 'reading' if reads else 'listing'
+    doing = f'{verb} publications of group {peer}'
+    if not answer.done():
+      self._late[peer] = before, answer
+      error = TimeoutError(f'it hangs: no answer in {self._seconds:g} s')
+      self._troubles.failed(doing, error)
       return None
+    try:
+      found = answer.result()
     except OSError as e:  # The file system, not the peer: it may pass.
       self._troubles.failed(doing, e)
       return None
     self._troubles.worked(doing)
-    return publication, cast_floats(variables, self._dtype)
+    return found
 
   def _reject(
       self, peer: int, step: int, made: float | None, error: Exception
@@ -606,9 +663,9 @@ class Lockstep:
       means.store.raise_failure()
       newest = reader.newest(peer, None)
       now = time.monotonic()
-      in_vain = means.store.failure(peer)
-      if in_vain is not None:
-        in_vain = f'group {peer} has ended: {in_vain}'
+      in_vain, failure = None, means.store.failure(peer)
+      if failure:
+        in_vain = f'group {peer} has ended: {failure}'
       elif newest is None or newest < step or reader.is_bad(peer, step):
         overtaken = None
       elif overtaken is None:
@@ -624,6 +681,8 @@ class Lockstep:
       means.store.wait(means.patience.poll)
 
   def _why(self, peer: int, step: int, newest: int | None) -> str:
+    if self._means.reader.hangs(peer):
+      return f'reading what group {peer} has published hangs'
     if self._means.reader.is_bad(peer, step):
       return (
           f'publication {step} of group {peer} is damaged'

@@ -34,7 +34,7 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.step import fault_of
+from codistill_jax.step import fault_error, fault_of
 from codistill_jax.storage.background import Interrupted
 
 Topology = str | Sequence[Sequence[int]]
@@ -90,9 +90,6 @@ class Exchange(Protocol):
     """
     return False
 
-  def fail(self, error: Exception) -> None:
-    """Tells the peers that this group has ended for good, and why."""
-
   def fetch(self, step: int) -> Teachers | PeerPredictions | None:
     """Returns the teachers of the update after `step`; None without any.
 
@@ -125,6 +122,9 @@ class Exchange(Protocol):
 
   def checkpointed(self, step: int) -> None:
     """Learns that a restart would begin at `step` or later."""
+
+  def fail(self, error: Exception) -> None:
+    """Learns what ends the run before its time; tells peers that would wait."""
 
   def close(self) -> None:
     """Finishes what is under way."""
@@ -313,13 +313,16 @@ def staleness_metrics(
 def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
   """Raises FloatingPointError if the update that made `step` went wrong.
 
+  If its data were wrong, ValueError.
+
   Its parameters may look sound: a clipped gradient hides a loss of infinity.
   """
-  _, said = fault_of(metrics or {})
+  name, said = fault_of(metrics or {})
   if said:
-    raise FloatingPointError(
+    raise fault_error(
+        name,
         f'the update of group {group_id} went wrong at step {step}: {said};'
-        ' nothing is published, and the last checkpoint is kept'
+        ' nothing is published, and the last checkpoint is kept',
     )
 
 

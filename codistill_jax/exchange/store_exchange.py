@@ -44,8 +44,10 @@ from codistill_jax.exchange.stores import (
     Mirror,
     Store,
 )
+from codistill_jax.storage import leases
 from codistill_jax.storage.background import (
     DEFAULT_PATIENCE,
+    Interrupted,
     Patience,
     Troubles,
 )
@@ -76,7 +78,9 @@ class StoreExchange:
     self._plan = plan
     self._identity = dict(identity)
     self._speaks = agreement.is_primary and plan.mode == 'freshest'
-    self._reader = Reader(store, plan.teacher_dtype, troubles or Troubles())
+    self._reader = Reader(
+        store, plan.teacher_dtype, troubles or Troubles(), patience
+    )
     self._teaching = Teaching(group_id, self.peers, plan, put)
     means = Means(
         self._teaching, self._reader, store, plan, agreement, waiting, patience
@@ -119,9 +123,6 @@ class StoreExchange:
     self._store.write(publication, copy)
     return True
 
-  def fail(self, error: Exception) -> None:
-    self._store.fail(error)
-
   def _go_on(self, step: int) -> None:
     """Raises ValueError unless `step` is of the run that this is for."""
     if step < self._step or self._closed:
@@ -163,6 +164,11 @@ class StoreExchange:
   def flush(self) -> None:
     """Waits until everything published is written; raises what that raised."""
     self._store.flush()
+
+  def fail(self, error: Exception) -> None:
+    # What may pass is no reason to wait no more.
+    if not isinstance(error, OSError | Interrupted | leases.LostError):
+      self._store.fail(error)
 
   def close(self) -> None:
     """Waits for publications under way; raises what the last one raised."""

@@ -6,7 +6,6 @@ see the same publications; each has a store of its own, which writes for it.
 """
 
 import contextlib
-import json
 import secrets
 import threading
 import time
@@ -79,8 +78,8 @@ class Store(Protocol):
   def fail(self, error: Exception) -> None:
     """Tells the peers why this group will publish no more."""
 
-  def failure(self, group_id: int) -> str | None:
-    """Returns why a group publishes no more, or None if it may."""
+  def failure(self, group_id: int) -> str:
+    """Returns why a group publishes no more; '' if it may."""
 
   def spare(self) -> Variables | None:
     """Returns arrays whose memory the next publication may take, if any."""
@@ -267,13 +266,12 @@ class DirectoryStore(Store):
       reason = files.one_line(error)
       files.write_json(self._directory / FAILED_FILE, {'reason': reason})
 
-  def failure(self, group_id: int) -> str | None:
+  def failure(self, group_id: int) -> str:
     directory = publications.group_directory(self.root, group_id)
     try:
-      written = files.read_json(directory / FAILED_FILE) or {}
+      return files.text(files.read_json(directory / FAILED_FILE), 'reason')
     except (OSError, ValueError):
-      return None
-    return written.get('reason')
+      return ''
 
   def spare(self) -> Variables | None:
     # Nobody needs what the next one is newer than; it goes before the copy.
@@ -398,10 +396,11 @@ class DirectoryStore(Store):
   def _needed_by(self, reader: int) -> int:
     """Returns the oldest publication that a reader may ask for again."""
     path = publications.group_directory(self.root, reader) / RESTART_FILE
-    try:
-      return self._plan.keep_from(int(json.loads(path.read_text())['step']))
-    except (OSError, ValueError, KeyError, TypeError):
-      return 0  # It would start from the beginning, for all that is known.
+    with contextlib.suppress(OSError, ValueError):
+      return self._plan.keep_from(
+          files.whole(files.read_json(path), 'step') or 0
+      )
+    return 0  # It would start from the beginning, for all that is known.
 
 
 class _ReadingMarks:
@@ -421,25 +420,21 @@ class _ReadingMarks:
     """Returns the steps of `group_id` that are read, within the limit."""
     steps, now, seen = set(), time.monotonic(), {}
     for path, mark in self._all_marks():
-      key = (str(path), str(mark.get('nonce')))
+      key = (str(path), files.text(mark, 'nonce'))
       seen[key] = self._seen.get(key, now)
-      step = mark.get('steps', {}).get(str(group_id))
-      if type(step) is int and now - seen[key] <= self._limit:
+      step = files.whole(mark.get('steps'), str(group_id))
+      if step is not None and now - seen[key] <= self._limit:
         steps.add(step)
     self._seen = seen
     return steps
 
-  def _all_marks(self) -> list[tuple[epath.Path, dict]]:
-    found = []
+  def _all_marks(self) -> Iterator[tuple[epath.Path, dict]]:
     for reader in self._readers:
       directory = publications.group_directory(self._root, reader)
       # One for each process of the reader.
       for name in files.names(directory):
         if name.endswith(READING_FILE):
-          mark = self._mark(directory / name)
-          if isinstance(mark.get('steps'), dict):
-            found.append((directory / name, mark))
-    return found
+          yield directory / name, self._mark(directory / name)
 
   def _mark(self, path: epath.Path) -> dict:
     # Torn, as it is being replaced, or unreadable: as it was before.
@@ -542,8 +537,8 @@ class MemoryStore(Store):
       self._board.failures[self._group_id] = files.one_line(error)
       self._board.changed.notify_all()
 
-  def failure(self, group_id: int) -> str | None:
-    return self._board.failures.get(group_id)
+  def failure(self, group_id: int) -> str:
+    return self._board.failures.get(group_id, '')
 
   def write(self, publication: Publication, variables: Variables) -> None:
     variables = cast_floats(variables, self._plan.publish_dtype)

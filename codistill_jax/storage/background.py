@@ -51,6 +51,8 @@ class Patience:
     out_of_order: How long a publication may stay invisible after a later one of
       the same peer is seen, as on NFS.
     read: How long a read under way may take when the exchange is closed.
+    answer: How long what one peer has published may take to be listed or read,
+      before the other peers go first.
   """
 
   retry: float = 1.0
@@ -68,6 +70,7 @@ class Patience:
   longest_poll: float = 5.0
   out_of_order: float = 60.0
   read: float = 10.0
+  answer: float = 30.0
 
 
 DEFAULT_PATIENCE = Patience()

@@ -440,7 +440,9 @@ def _verified_arrays(path: epath.Path, record: Record) -> Iterator[epath.Path]:
     if is_remote(path):
       into = stack.enter_context(_temporary_directory())
     for name, expected in record.files.items():
-      found = files.digest(arrays / name, into / name if into else None)
+      found = files.digest(
+          arrays / name, into / name if into else None, expected.size
+      )
       if found != expected:
         raise DamagedError(
             f'{path}: {_ARRAYS}/{name} was altered: {expected.size} bytes were'
@@ -518,7 +520,7 @@ def completed_at(directory: epath.PathLike, step: int) -> float | None:
   """
   try:
     text = files.read_bytes(_path_of(directory, step) / _MARK)
-  except OSError:
+  except (OSError, files.RefusedError):
     return None
   try:
     seconds = float(text.split()[-1])
@@ -549,7 +551,7 @@ def delete_unless(
     if needed():
       files.write_bytes(mark, content)
       return
-  except OSError as e:
+  except (OSError, files.RefusedError) as e:
     logging.warning('Could not delete %s: %s', path, files.one_line(e))
     return
   _try_to_delete(path)

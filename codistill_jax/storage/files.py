@@ -14,8 +14,9 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -24,6 +25,8 @@ PathLike = str | os.PathLike[str]
 # JSON has no such numbers; these strings stand for them.
 _NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 _CHUNK_BYTES = 4 << 20
+SMALL_BYTES = 32 << 20  # Of a file that is read as a whole.
+_DEEPEST = 50  # JSON in JSON.
 # Mistakes of a caller or an installation: no later try will do better.
 _MISTAKES = (
     ImportError,
@@ -32,6 +35,10 @@ _MISTAKES = (
     NotImplementedError,
     ValueError,
 )
+
+
+class RefusedError(ValueError):
+  """A file is not read, as it is not what may be read."""
 
 
 class Digest(NamedTuple):
@@ -145,10 +152,55 @@ def exists(path: PathLike) -> bool:
   return True
 
 
-def read_bytes(path: PathLike) -> bytes:
-  """Reads all of a small file."""
+@contextlib.contextmanager
+def opened(path: PathLike, most: int | None = None) -> Iterator[BinaryIO]:
+  """Opens a file that others may have made, for reading.
+
+  Args:
+    path: A link to a file is none; what would block (a FIFO) neither.
+    most: The size in bytes beyond which it is not read.
+
+  Raises:
+    RefusedError: If it is no regular file, or larger.
+    OSError: If it is not there, or the file system refuses to give it.
+  """
+  path = epath.Path(path)
   with as_os_errors():
-    return epath.Path(path).read_bytes()
+    if is_remote(path):
+      file = path.open('rb')
+    else:
+      mode, size = _mode_and_size(os.lstat(path))
+      if stat.S_ISREG(mode):
+        # Whatever has come in its place meanwhile.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(path, flags), 'rb')
+        mode, size = _mode_and_size(os.fstat(file.fileno()))
+      if not stat.S_ISREG(mode):
+        raise RefusedError(f'{os.fspath(path)} is no regular file')
+      if most is not None and size > most:
+        file.close()
+        raise _too_large(path, most)
+    with file:
+      yield file
+
+
+def _mode_and_size(status: os.stat_result) -> tuple[int, int]:
+  return status.st_mode, status.st_size
+
+
+def _too_large(path: PathLike, most: int) -> RefusedError:
+  return RefusedError(
+      f'{os.fspath(path)} has more than the {most} bytes that are read of it'
+  )
+
+
+def read_bytes(path: PathLike, most: int = SMALL_BYTES) -> bytes:
+  """Reads all of a small file; raises as `opened`."""
+  with opened(path, most) as f:
+    data = f.read(most + 1)
+  if len(data) > most:
+    raise _too_large(path, most)
+  return data
 
 
 def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
@@ -234,12 +286,21 @@ def remove_tree(path: PathLike) -> None:
         client.rm_file(name)
 
 
-def digest(path: PathLike, into: PathLike | None = None) -> Digest:
-  """Reads a file once, in pieces; copies it on the way if told where to."""
-  path = epath.Path(path)
+def digest(
+    path: PathLike, into: PathLike | None = None, most: int | None = None
+) -> Digest:
+  """Reads a file once, in pieces.
+
+  Args:
+    path: The file; of others, if there is a `most`.
+    into: Where it is copied on the way, if anywhere.
+    most: As of `opened`, which raises likewise.
+  """
   sha256, size = hashlib.sha256(), 0
   with as_os_errors(), contextlib.ExitStack() as stack:
-    source = stack.enter_context(path.open('rb'))
+    source = stack.enter_context(
+        epath.Path(path).open('rb') if most is None else opened(path, most)
+    )
     sink = None
     if into is not None:
       into = epath.Path(into)
@@ -248,6 +309,8 @@ def digest(path: PathLike, into: PathLike | None = None) -> Digest:
     while chunk := source.read(_CHUNK_BYTES):
       sha256.update(chunk)
       size += len(chunk)
+      if most is not None and size > most:
+        raise _too_large(path, most)
       if sink is not None:
         sink.write(chunk)
   return Digest(size, sha256.hexdigest())
@@ -286,17 +349,19 @@ def write_json(path: PathLike, tree: Any, *, sync: bool = False) -> None:
 
 
 def read_json(path: PathLike) -> dict[str, Any] | None:
-  """Reads a JSON object; None where there is no such file.
+  """Reads a JSON object, by whoever it was written; None without such a file.
 
   Raises:
-    ValueError: If the file holds anything but one JSON object.
+    ValueError: If the file holds anything but one JSON object; see
+      `parse_json`.
+    RefusedError: As of `opened`.
   """
   try:
     data = read_bytes(path)
   except (FileNotFoundError, NotADirectoryError):
     return None
   try:
-    tree = json.loads(data)
+    tree = parse_json(data)
   except ValueError as e:  # Also of bytes that are no text.
     raise ValueError(f'Expected JSON in {os.fspath(path)}, but: {e}.') from None
   if not isinstance(tree, dict):
@@ -304,7 +369,58 @@ def read_json(path: PathLike) -> dict[str, Any] | None:
         f'Expected a JSON object in {os.fspath(path)}, got'
         f' {type(tree).__name__}.'
     )
-  return decode_numbers(tree)
+  return tree
+
+
+def parse_json(data: bytes) -> Any:
+  """Parses what `write_json` may have written.
+
+  Raises:
+    ValueError: If it is no JSON, or too deep; or has a number that is not
+      finite or beyond 64 bits, but for what `encode_number` gives.
+  """
+  try:
+    tree = json.loads(
+        data,
+        parse_int=_whole,
+        parse_float=_finite,
+        parse_constant=_finite,
+    )
+    return decode_numbers(tree)
+  except RecursionError:
+    raise ValueError('it is too deep') from None
+
+
+def _whole(digits: str) -> int:
+  if len(digits) > 20 or abs(value := int(digits)) >= 1 << 63:
+    raise ValueError(f'{digits[:30]} is too large')
+  return value if digits[0] != '-' else -value
+
+
+def _finite(text: str) -> float:
+  if not math.isfinite(value := float(text)):
+    raise ValueError(f'{text[:30]} is no finite number')
+  return value
+
+
+def whole(tree: Any, key: str) -> int | None:
+  """Returns the whole number >= 0 at a key of parsed JSON; None without one."""
+  value = tree.get(key) if isinstance(tree, dict) else None
+  return value if type(value) is int and value >= 0 else None
+
+
+def number(tree: Any, key: str) -> float | None:
+  """Returns the finite number at a key of parsed JSON; None without one."""
+  value = tree.get(key) if isinstance(tree, dict) else None
+  if type(value) not in (int, float) or not math.isfinite(value):
+    return None
+  return value
+
+
+def text(tree: Any, key: str) -> str:
+  """Returns the text at a key of parsed JSON; '' without one."""
+  value = tree.get(key) if isinstance(tree, dict) else None
+  return value if isinstance(value, str) else ''
 
 
 def encode_number(value: float) -> float | str:
@@ -316,14 +432,20 @@ def encode_number(value: float) -> float | str:
   return value
 
 
-def decode_numbers(tree: Any) -> Any:
-  """Undoes `encode_number` in a tree of JSON values."""
+def decode_numbers(tree: Any, depth: int = 0) -> Any:
+  """Undoes `encode_number` in a tree of JSON values.
+
+  Raises:
+    ValueError: If it is too deep.
+  """
   if isinstance(tree, str):
     return _NON_FINITE.get(tree, tree)
+  if depth > _DEEPEST:
+    raise ValueError('it is too deep')
   if isinstance(tree, dict):
-    return {k: decode_numbers(v) for k, v in tree.items()}
+    return {k: decode_numbers(v, depth + 1) for k, v in tree.items()}
   if isinstance(tree, list):
-    return [decode_numbers(v) for v in tree]
+    return [decode_numbers(v, depth + 1) for v in tree]
   return tree
 
 

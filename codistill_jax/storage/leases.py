@@ -365,6 +365,8 @@ def _read(path: epath.Path) -> tuple[bytes | None, Holder | None]:
     raw = files.read_bytes(path)
   except (FileNotFoundError, NotADirectoryError):
     return None, None
+  except files.RefusedError:
+    return b'', None
   try:
     tree = json.loads(raw)
     holder = Holder(*(tree[name] for name in Holder._fields))

@@ -176,6 +176,7 @@ def _train(
     with _stopping_in_time(job):
       exchange = make_exchange(state.variables)
     stack.push(_closing(exchange.close))
+    stack.push(functools.partial(_tell, exchange))
     heartbeat.exchange = exchange
     keeper = _Keeper(job, checkpoints, exchange, start)
     writer = writers.NullWriter()
@@ -441,6 +442,13 @@ def _closing(close: Callable[[], None]) -> Callable[..., bool]:
     return False
 
   return leave
+
+
+def _tell(exchange: Exchange, kind: Any, error: Any, unused: Any) -> None:
+  """Tells peers what ends the group before its time, if anything does."""
+  del kind, unused
+  if isinstance(error, Exception) and not isinstance(error, Stopped):
+    exchange.fail(error)
 
 
 def _restore(

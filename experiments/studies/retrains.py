@@ -153,7 +153,7 @@ def write_predictions(
     directory: files.PathLike, group_id: int, split: str, array: np.ndarray
 ) -> None:
   """Writes what a group of a run directory predicts."""
-  files.write_bytes(_path(directory, group_id, split), _npy(array))
+  _write(_path(directory, group_id, split), array)
 
 
 def read_predictions(
@@ -182,7 +182,7 @@ def keep_labels(
   """Writes the labels of a split, or checks that they are still the same."""
   path = epath.Path(workdir) / f'labels_{split}.npy'
   if not path.exists() or not any(done(workdir)):
-    files.write_bytes(path, _npy(labels))
+    _write(path, labels)
   if not np.array_equal(_load(path), labels):
     raise ValueError(
         f'the {split} split is not the one of {os.fspath(workdir)}: its labels'
@@ -194,10 +194,10 @@ def _path(directory: files.PathLike, group_id: int, split: str) -> epath.Path:
   return epath.Path(directory) / f'group_{group_id}_{split}.npy'
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _write(path: epath.Path, array: np.ndarray) -> None:
   buffer = io.BytesIO()
   np.save(buffer, array, allow_pickle=False)
-  return buffer.getvalue()
+  files.write_bytes(path, buffer.getvalue())
 
 
 def _load(path: epath.Path) -> np.ndarray:

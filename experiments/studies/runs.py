@@ -27,7 +27,7 @@ from codistill_jax import (
 )
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
-from codistill_jax.base import Batch, Model, Variables
+from codistill_jax.base import Model, Variables
 from codistill_jax.data.prepare import usable_cores
 from codistill_jax.exchange import kinds
 from codistill_jax.exchange.kinds import Checkpoints
@@ -310,7 +310,11 @@ class Trainer:
       groups = [
           stack.enter_context(
               contextlib.closing(
-                  driver.train(job, lambda _, x=exchange: x, _writer_of(job))
+                  driver.train(
+                      job,
+                      lambda _, x=exchange: x,
+                      functools.partial(_make_writer, job),
+                  )
               )
           )
           for job, exchange in zip(run.jobs, run.exchanges)
@@ -405,15 +409,10 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
   return float(np.mean(found)) if found else float('nan')
 
 
-def _writer_of(job: Job) -> Callable[[int], writers.Writer]:
-  """Makes a writer of JSON lines alone."""
-
-  def make(start: int) -> writers.Writer:
-    path = run_directory.metrics_path(job.workdir, job.group_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return writers.JsonlWriter(path, resume_step=start, troubles=job.troubles)
-
-  return make
+def _make_writer(job: Job, start: int) -> writers.Writer:
+  path = run_directory.metrics_path(job.workdir, job.group_id)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return writers.JsonlWriter(path, resume_step=start, troubles=job.troubles)
 
 
 def _ensemble_of(
@@ -476,21 +475,23 @@ def _leave_predictions(
     loaded = kinds.load_teachers([source], like, identity)
     variables = jax.tree.map(lambda x: x[0], loaded.variables)
     for split in retrains.SPLITS:
-      found, labels = predict(experiment, model, variables, split)
+      found, labels = _predict(experiment, model, variables, split)
       retrains.keep_labels(workdir, split, labels)
       retrains.write_predictions(directory, source.group_id, split, found)
 
 
-def predict(
+def _predict(
     experiment: Experiment, model: Model, variables: Variables, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns predictions and labels on a split, without padding.
+  """Returns probabilities, (N,) or (N, C), and labels on a split.
 
-  Predictions are float32 probabilities, (N,) of a sigmoid output, else (N, C).
+  Where there is no test split they are of validation. Padding is left out.
   """
-  step = _predict_step(model)
+  step, task = _predict_step(model), experiment.task
   parts, labels, carry, size = [], [], None, 0
-  for batch in _batches(experiment, split):
+  there = split if split != 'test' or task.test_batches else 'validation'
+  rows = experiment.eval_batch
+  for batch in experiment_lib.split_batches(task, there, rows):
     if carry is None:
       carry = model.init_carry(len(batch['labels']))
     probs, carry = step(variables, dict(batch), carry)
@@ -505,13 +506,6 @@ def predict(
           ' max_eval_batches'
       )
   return np.concatenate(parts), np.concatenate(labels)
-
-
-def _batches(experiment: Experiment, split: str) -> Iterator[Batch]:
-  """Returns the batches of a split; of validation if there is no test."""
-  task = experiment.task
-  there = split if split != 'test' or task.test_batches else 'validation'
-  return experiment_lib.split_batches(task, there, experiment.eval_batch)
 
 
 # Compiled once for all runs of a model.

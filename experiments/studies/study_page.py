@@ -36,7 +36,6 @@ from .analysis import (
     Band,
     Cell,
     Run,
-    Score,
 )
 from .costs import Latency, WallTime
 from .study_plan import MEASURES, Arm, Study
@@ -261,18 +260,18 @@ def _seeds_table(found: Analysis) -> pd.DataFrame:
   rows = []
   for arm in found.study.arms:
     scores = analysis.cell(found, arm.name, 'steps_to_target').scores
-    of_seed = {s.seed: _score(s) for s in scores}
+    of_seed = {
+        s.seed: (
+            {
+                MEASURED: f'{s.value:,.0f}',
+                NOT_REACHED: f'not reached in {s.at_least:,.0f}',
+            }.get(s.state, s.state)
+        )
+        for s in scores
+    }
     row = {f'seed {seed}': of_seed.get(seed, '-') for seed in seeds}
     rows.append({'arm': arm.title} | row)
   return pd.DataFrame(rows)
-
-
-def _score(found: Score) -> str:
-  if found.state == MEASURED:
-    return f'{found.value:,.0f}'
-  if found.state == NOT_REACHED:
-    return f'not reached in {found.at_least:,.0f}'
-  return found.state
 
 
 # --- Learning rates ----------------------------------------------------------

@@ -305,7 +305,8 @@ def _draw_series(
     apart: float,
 ) -> None:
   points = [
-      (_place(found, arm, apart), *point(found, arm, measure))
+      # Bars of several lines do not hide each other.
+      (arm.x * (1 + 0.03 * apart), *point(found, arm, measure))
       for arm in sorted(arms, key=lambda arm: arm.x)
   ]
   line = [(x, y) for x, y, estimate in points if estimate is not None]
@@ -317,11 +318,6 @@ def _draw_series(
       ax.errorbar(x, y, yerr=_ends(estimate), ms=5, ls='', **style | bars)
     elif np.isfinite(y):
       ax.plot([x], [y], '^', ms=7, mfc='none', mec=style['color'])
-
-
-def _place(found: Analysis, arm: Arm, apart: float) -> float:
-  """Returns x, moved so that bars of several lines do not hide each other."""
-  return arm.x * (1 + 0.03 * apart)
 
 
 def _ends(estimate: Estimate) -> list[list[float]] | None:
@@ -402,8 +398,6 @@ def _log_axes(ax: Axes) -> None:
 
 # --- Churn -------------------------------------------------------------------
 
-_MARKERS_OF_CHURN = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
-
 
 def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
   """Draws log loss against churn, arms of several weights as one line."""
@@ -420,15 +414,23 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
         [r.figures[key].mean for r in weighted] for key in ('log_loss', 'churn')
     ]
     ax.plot(*line, color=plots.TWO, lw=1.2, zorder=2)
+    markers = {retrains.SINGLE: 's', retrains.ENSEMBLE: 'D'}
+    markers |= dict.fromkeys((r.arm for r in weighted), 'o')
     handles = []
     for row in rows:
-      colour, weight = colours[row.arm], weights[row.arm]
-      marker = (
-          'o' if weight is not None else _MARKERS_OF_CHURN.get(row.arm, '^')
-      )
-      _draw_row(ax, row, colour, marker, weight, row.arm == chosen)
-      if weight is None:
+      x, y = row.figures['log_loss'], row.figures['churn']
+      colour, marker = colours[row.arm], markers.get(row.arm, '^')
+      style = {'color': colour, 'marker': marker, 'ms': 5.5, 'lw': 1.0}
+      bars = {'xerr': _ends(x), 'yerr': _ends(y), 'capsize': 2.5}
+      ax.errorbar(x.mean, y.mean, **bars, **style, zorder=3)
+      if row.arm == chosen:
+        ax.plot(x.mean, y.mean, 'o', ms=12, mfc='none', mec=colour, zorder=4)
+      if row not in weighted:
         handles.append(plots.line(colour, row.title, ls='', marker=marker))
+        continue
+      text = {'color': colour, 'fontsize': 8.5, 'textcoords': 'offset points'}
+      at = {'xy': (x.mean, y.mean), 'xytext': (9, 5)}
+      ax.annotate(f'{weights[row.arm]:g}', **at, **text)
     found = [r.figures['churn'] for r in rows]
     highest = np.nanmax([[f.mean, f.high] for f in found])
     ax.set_ylim(0, 1.08 * highest or 1.0)
@@ -439,28 +441,3 @@ def churn(rows: Sequence[Row], chosen: str | None, split: str) -> Plot:
       handles.append(plots.line(plots.TWO, label, marker='o', lw=1.2))
     plots.legend_below(figure, handles)
     return plots.save(figure, 'churn', 'Log loss against churn', caption)
-
-
-def _draw_row(
-    ax: Axes,
-    row: Row,
-    colour: str,
-    marker: str,
-    weight: float | None,
-    is_chosen: bool,
-) -> None:
-  x, y = row.figures['log_loss'], row.figures['churn']
-  style = {'color': colour, 'marker': marker, 'ms': 5.5, 'lw': 1.0}
-  bars = {'xerr': _ends(x), 'yerr': _ends(y), 'capsize': 2.5}
-  ax.errorbar(x.mean, y.mean, **bars, **style, zorder=3)
-  if is_chosen:
-    ax.plot(x.mean, y.mean, 'o', ms=12, mfc='none', mec=colour, zorder=4)
-  if weight is not None:
-    ax.annotate(
-        f'{weight:g}',
-        (x.mean, y.mean),
-        xytext=(9, 5),
-        textcoords='offset points',
-        color=colour,
-        fontsize=8.5,
-    )

@@ -239,23 +239,16 @@ class _Worker:
         if self._stop():
           raise cli.Stopped(cli.STOPPED, self._stop.signal_number)
         ready = all(map(self._done, self._plan.needed(run)))
-        if ready and (trained := self._train_if_free(self._with(run, left))):
+        together = [run]
+        if ready and self._trainer.trains_together(run):
+          together = [r for r in left if r.arm == run.arm and not r.tuning]
+        if ready and (trained := self._train_if_free(together)):
           break
       if left and not trained:
         time.sleep(_POLL_SECONDS)  # Others are at what is left.
 
   def _done(self, run: PlannedRun) -> bool:
     return plan_lib.read_outcome(self._workdir, run) is not None
-
-  def _with(
-      self, run: PlannedRun, left: Sequence[PlannedRun]
-  ) -> list[PlannedRun]:
-    """Returns the run, and those that can be in the same program."""
-    if not self._trainer.trains_together(run):
-      return [run]
-    return [
-        other for other in left if other.arm == run.arm and not other.tuning
-    ]
 
   def _train_if_free(self, runs: Sequence[PlannedRun]) -> bool:
     """Trains those that no other process has in hand; whether there were any.
@@ -285,7 +278,8 @@ class _Worker:
         self._finish(first, _never_begun(first))
         return
     self._say_next = time.monotonic() + _SAY_EVERY_SECONDS
-    self._trainer(runs, functools.partial(self._say, first), self._finish)
+    say = functools.partial(self._say, first)
+    self._trainer(runs, say, self._finish)
 
   def _finish(self, run: PlannedRun, outcome: dict[str, Any]) -> None:
     """Writes outcome.json: the run is done."""

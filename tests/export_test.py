@@ -135,9 +135,7 @@ def test_every_form_is_there_and_says_where(exported):
 def test_a_fresh_process_gets_the_numbers_of_the_evaluation(exported, reader):
   directory, _, expected = exported
   data = shards.open_tokens(directory / 'data', 'validation')
-  tokenizer = Tokenizer(
-      (directory / 'data' / shards.TOKENIZER).read_bytes()
-  )
+  tokenizer = Tokenizer((directory / 'data' / shards.TOKENIZER).read_bytes())
   documents = [
       data.gather(np.arange(start, start + length)).tolist()
       for start, length in zip(data.starts, data.lengths)

@@ -109,6 +109,21 @@ def form_of(tree: PyTree) -> str:
   return type(tree).__name__
 
 
+def checked_batch(batch: Batch) -> dict[str, PyTree]:
+  """Returns a batch as a dict; raises ValueError if it is no such thing."""
+  if not isinstance(batch, Mapping):
+    raise ValueError(
+        f'Expected a batch: a dict of arrays, got {form_of(batch)}'
+    )
+  for path, x in jax.tree_util.tree_leaves_with_path(dict(batch)):
+    if not jnp.shape(x):
+      raise ValueError(
+          f'batch{jax.tree_util.keystr(path)} is {form_of(x)}; a batch has'
+          ' arrays with a row for each example, and nothing else'
+      )
+  return dict(batch)
+
+
 def check_form(name: str, before: PyTree, after: PyTree) -> None:
   """Raises ValueError if state changed its structure, a shape or a dtype.
 

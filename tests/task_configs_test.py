@@ -327,7 +327,7 @@ def test_the_settings_of_the_paper_s_language_model(tmp_path):
   ):
     gin_utils.parse([f'gin_configs/tasks/{name}.gin'])
     for setting, value in {
-        'data_dir': folder,
+        'data_dir': os.path.abspath(folder),
         'unroll': 32,
         'partition': 'disjoint',
     }.items():

@@ -462,13 +462,14 @@ def process_map(workers: int) -> Iterator[Map]:
     yield map
     return
   _start_quiet_tracker()
-  with concurrent.futures.ProcessPoolExecutor(
+  pool = concurrent.futures.ProcessPoolExecutor(
       workers, multiprocessing.get_context('spawn'), _end_with_parent
-  ) as pool:
-    try:
-      yield functools.partial(_map, pool, workers + 1)
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+  )
+  try:
+    yield functools.partial(_map, pool, workers + 1)
+  finally:
+    # Waiting: else the interpreter may write into its pipe as that is closed.
+    pool.shutdown(cancel_futures=True)
 
 
 def _start_quiet_tracker() -> None:

@@ -261,21 +261,15 @@ def test_a_damaged_image_has_weight_0_and_is_named_once(damaged, caplog):
   assert list(images.damaged) == [1] and images.damaged[1]
 
 
-def test_too_many_damaged_images_are_an_error():
-  files = [GOOD] * 10 + [b''] * 10
-  images = images_of(files, max_damaged=0.2, workers=1)
-  assert images.read(np.arange(14))['weights'].sum() == 10
-  with pytest.raises(OSError, match='5 of 20 images so far, now file 14'):
-    images.read(np.arange(10, 20))
-
-
-def test_only_the_first_damaged_images_are_named(caplog):
-  images = images_of([b''] * 50, max_damaged=1.0)
+def test_damaged_images_are_counted_until_they_are_too_many(caplog):
+  files = [GOOD] * 10 + [b''] * 50
+  images = images_of(files, max_damaged=0.4, workers=1)  # Of 60, 24.
   with caplog.at_level(logging.WARNING):
-    images.read(np.arange(50))
-  assert len(caplog.records) == 20
+    assert images.read(np.arange(34))['weights'].sum() == 10
+  assert len(caplog.records) == 20 and len(images.damaged) == 24
   assert 'others will not be named' in caplog.records[-1].getMessage()
-  assert len(images.damaged) == 50
+  with pytest.raises(OSError, match='25 of 60 images so far, now file 34'):
+    images.read(np.arange(30, 40))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ files begin with `from __gin__ import dynamic_registration`.
 import codecs
 import contextlib
 import importlib
+import inspect
 import itertools
 import os
 import pathlib
 import re
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import gin
@@ -189,8 +190,42 @@ def parse(
     with _one_line_errors(f'--gin={binding}'), _superseding():
       _register_names(binding)
       gin.parse_config(binding)
+  _make_paths_absolute()
   # Files bring along what a swap puts out of use; what is typed is meant.
   _superseded.difference_update(map(_text, _bound_by(bindings)))
+
+
+def _make_paths_absolute() -> None:
+  """Binds absolute paths: a config.gin is read from other directories.
+
+  A path is what the signature of its configurable says may be an `os.PathLike`.
+  """
+  statements = _bindings(gin.config_str())
+  macros = {s.selector: s for s in statements if not s.arg_name}
+  for s in statements:
+    if s.arg_name and 'PathLike' in _annotation(s.selector, s.arg_name):
+      s = macros.get(str(s.value).removeprefix('%'), s)
+      key = _text(s).partition(' = ')[0]
+      if not s.arg_name:
+        key = f'{s.selector}/macro.value'
+      if _is_path(s.value):
+        gin.bind_parameter(key, files_lib.absolute(s.value))
+      elif isinstance(s.value, list | tuple) and all(map(_is_path, s.value)):
+        gin.bind_parameter(key, [files_lib.absolute(path) for path in s.value])
+
+
+def _is_path(value: Any) -> bool:
+  """Returns whether a value is a text, and no reference."""
+  return isinstance(value, str) and value[:1] not in ('', '@', '%')
+
+
+def _annotation(selector: str, argument: str) -> str:
+  found = gin.get_configurable(selector)
+  for kind in getattr(found, '__mro__', ()):
+    if argument in vars(kind).get('__annotations__', ()):
+      return str(vars(kind)['__annotations__'][argument])
+  known = inspect.signature(found).parameters.get(argument)
+  return str(known.annotation) if known else ''
 
 
 def imported_by(files: Sequence[str]) -> set[str]:
@@ -432,8 +467,15 @@ def steps_out_of(num_steps: int) -> list[str]:
 
 
 def configuration() -> list[str]:
-  """Returns the bindings, one normalised statement each, for comparison."""
-  return sorted(_text(s) for s in _bindings(gin.config_str()))
+  """Returns the bindings, one normalised statement each, for comparison.
+
+  Paths within the working directory are relative: it may lie elsewhere on
+  another host.
+  """
+  here = os.path.join(os.getcwd(), '')
+  return sorted(
+      _text(s).replace(f"'{here}", "'") for s in _bindings(gin.config_str())
+  )
 
 
 class Configuration(NamedTuple):
@@ -458,19 +500,22 @@ def operative_configuration() -> str:
   return gin.operative_config_str()
 
 
-def check_no_dead_bindings() -> None:
+def check_no_dead_bindings(but: Collection[str] = ()) -> None:
   """Raises ValueError if a binding acted nowhere; after the first step.
 
   Gin silently ignores a binding to something that nothing references: a
   misspelled ablation would be reported as a negative result. What one file
   binds and a later one has put out of use is not dead: the sizes of a model
   that another replaces.
+
+  Args:
+    but: Statements, as of `configuration`, that need not act.
   """
   used = {_key(s) for s in _bindings(gin.operative_config_str())}
   dead = [
       s
       for s in _bindings(gin.config_str())
-      if _key(s) not in used and _text(s) not in _superseded
+      if _key(s) not in used and _text(s) not in {*_superseded, *but}
   ]
   if dead:
     raise ValueError(

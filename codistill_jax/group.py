@@ -17,7 +17,7 @@ import jax
 
 from codistill_jax.base import Batch, Metrics, Stream, TrainState, Variables
 from codistill_jax.exchange.plan import Exchange, NoExchange
-from codistill_jax.step import DATA_FAULTS, fault_of
+from codistill_jax.step import fault_error, fault_of
 
 _BEHIND = 8  # Updates that may be under way while their faults are unread.
 
@@ -88,7 +88,8 @@ def run_group(
     FloatingPointError: At the first, the last and each exchange step, if loss
       or gradient of the update are not finite, with what was so first; nothing
       is published then. In between it is a few updates late.
-    ValueError: If an argument is of another kind.
+    ValueError: If an argument is of another kind; likewise, if the data are
+      wrong.
     What `Exchange.fetch` raises, before an update; the last result stands.
   """
   exchange = NoExchange() if exchange is None else exchange
@@ -104,10 +105,9 @@ def run_group(
       ('exchange', exchange, 'fetch', 'that of one group, as exchanges[0]'),
       ('distill_weight', distill_weight, '__call__', 'lambda step: 1.0'),
   ):
-    if not hasattr(part, has):
-      raise ValueError(
-          f'run_group: {name} is of type {type(part).__name__}; give {advice}'
-      )
+    if isinstance(part, type) or not hasattr(part, has):
+      kind = 'a class' if isinstance(part, type) else type(part).__name__
+      raise ValueError(f'run_group: {name} is of type {kind}; give {advice}')
   pure = getattr(train_step, 'train_step', None)
   if num_steps > (made_for := getattr(pure, 'num_steps', num_steps)):
     raise ValueError(
@@ -144,31 +144,32 @@ class _Faults:
   """
 
   def __init__(self):
-    self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-    self._since = 0
-    self._said = ''
+    self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
+    self._first: tuple[int, Exception] | None = None
 
-  def add(self, step: int, metrics: Metrics, now: bool) -> None:
-    """Raises FloatingPointError if an update, or that of `step`, went wrong.
+  def add(self, step: int, metrics: Metrics) -> None:
+    """Takes note of an update."""
+    self._unread.append((step, dict(metrics)))
+
+  def check(self, now: bool) -> None:
+    """Raises what `fault_error` gives of the first update that went wrong.
 
     Args:
-      step: Updates done.
-      metrics: Of the last.
-      now: Whether not to let any pass. Otherwise a few may, as of an optimiser
-        that leaves out such gradients; the data are wrong whatever it does.
+      now: Whether not to let the newest pass. Otherwise a few may, as of an
+        optimiser that leaves out such gradients; wrong data may not.
     """
-    self._pending.append((step, dict(metrics)))
-    while len(self._pending) > (0 if now else _BEHIND):
-      seen, metrics = self._pending.popleft()
+    while len(self._unread) > (0 if now else _BEHIND):
+      step, metrics = self._unread.popleft()
       name, said = fault_of(metrics)
-      if not said:
-        self._said = ''
+      if not name:
+        self._first = None
         continue
-      if not self._said:
-        self._since, self._said = seen, said
-      last = now and not self._pending
-      if last or name in DATA_FAULTS or seen - self._since >= _BEHIND:
-        raise FloatingPointError(f'update {self._since}: {self._said}')
+      if self._first is None:
+        self._first = step, fault_error(name, f'update {step}: {said}')
+      since, error = self._first
+      wrong_data, newest = isinstance(error, ValueError), not self._unread
+      if wrong_data or newest or step - since >= _BEHIND:
+        raise error
 
 
 def _turns(
@@ -202,7 +203,8 @@ def _turns(
     step += 1
 
     due = exchange.due(step)
-    faults.add(step, metrics, due or step in (first, last))
+    faults.add(step, metrics)
+    faults.check(due or step in (first, last))
     if due:
       variables = state.variables  # Read only now: it may be a slice.
       # The update itself is no stall: the copy would wait for it.

@@ -107,7 +107,7 @@ def churn(
   For C classes this is the total variation, half the L1 distance: the most by
   which the two models can differ on the probability of any event. For two
   classes it is |p_a - p_b| of the positive class, the mean absolute difference
-  of Anil et al. 2018. For a sigmoid output see `binary_churn`.
+  of Anil et al. 2018.
 
   Args:
     probs_a: Probabilities (..., C).
@@ -116,16 +116,6 @@ def churn(
   """
   probs_a, probs_b = _pair(probs_a, probs_b)
   return mean(0.5 * jnp.sum(jnp.abs(probs_a - probs_b), axis=-1), weights)
-
-
-def binary_churn(
-    probs_a: base.Array,
-    probs_b: base.Array,
-    weights: base.Array | None = None,
-) -> Mean:
-  """`churn` of two sigmoid outputs: |p_a - p_b|, probabilities (...)."""
-  probs_a, probs_b = _pair(probs_a, probs_b)
-  return mean(jnp.abs(probs_a - probs_b), weights)
 
 
 def relative_difference(

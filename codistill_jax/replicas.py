@@ -9,7 +9,7 @@ P peers.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from codistill_jax.base import (
     PyTree,
     Teachers,
     TrainState,
-    form_of,
+    checked_batch,
     host_copy,
 )
 
@@ -278,23 +278,14 @@ class PmapStep:
 
   def _split_rows(self, batch: Batch) -> dict[str, Array]:
     """(B, ...) of this process -> (R, B / R, ...)."""
-    if not isinstance(batch, Mapping):
-      raise ValueError(
-          f'Expected a batch: a dict of arrays; got {form_of(batch)}'
-      )
     replicas = self.num_replicas // jax.process_count()
 
-    def split(path: Any, x: Array) -> Array:
-      if not np.shape(x):
-        raise ValueError(
-            f'batch{jax.tree_util.keystr(path)} is {form_of(x)}; a batch has'
-            ' arrays with a row for each example, and nothing else'
-        )
+    def split(x: Array) -> Array:
       if x.shape[0] % replicas:
         check_group_batch(x.shape[0] * jax.process_count(), self.num_replicas)
       return x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:])
 
-    return jax.tree_util.tree_map_with_path(split, dict(batch))
+    return jax.tree.map(split, checked_batch(batch))
 
   def _place_rows(self, x: Array, axis: int) -> jax.Array:
     x = np.array(x)

@@ -10,7 +10,7 @@ model has T tokens behind B; losses and weights then have shape (B, T).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,7 @@ from codistill_jax.base import (
     Updates,
     Variables,
     check_form,
+    checked_batch,
     form_of,
     forward,
     is_typed_key,
@@ -80,7 +81,7 @@ FAULTS = {
         ' rate or clip gradients'
     ),
 }
-DATA_FAULTS = ('inputs', 'labels', 'weights')
+_DATA_FAULTS = ('inputs', 'labels', 'weights')
 _CODES = 16  # More than there are faults: a count and a code are one number.
 _LARGEST_COUNT = 2.0**19  # So that float32 holds both.
 
@@ -122,7 +123,8 @@ def init_state(
     ValueError: If the key is none, if the state of the model holds a typed one,
       or if the optimiser asks for what an update does not have.
   """
-  rows = group_batch or len(jax.tree.leaves(dict(batch))[0])
+  _check_parts(model=model, tx=tx)
+  rows = group_batch or len(jax.tree.leaves(checked_batch(batch))[0])
   rng = _checked_key(rng)
   row = jax.tree.map(lambda x: x[:1], dict(batch))
   return _init_of(model, tx, rows, num_peers)(rng, row)
@@ -138,6 +140,11 @@ def _init_of(
     if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:
       step_rng = jax.random.key_data(step_rng)
     variables = model.init(init_rng, batch)
+    if not isinstance(variables, Variables):
+      raise ValueError(
+          'Model.init returns Variables(params, model_state), got'
+          f' {form_of(variables)}'
+      )
     carry = model.init_carry(rows)
     for path, x in jax.tree.leaves_with_path((variables, carry)):
       if is_typed_key(x):
@@ -287,6 +294,8 @@ def update(
   """
   axis_name, simulated = config.axis_name, config.simulated_replicas
   _check_axis(axis_name)
+  if not isinstance(state, TrainState):
+    raise ValueError(f'Expected a TrainState, got {form_of(state)}')
   if not isinstance(teachers, Teachers | PeerPredictions | None):
     raise ValueError(
         'teachers must be Teachers (stacked Variables and presence),'
@@ -418,11 +427,8 @@ def example_weights(batch: Batch) -> jax.Array:
   Raises:
     ValueError: If there are no labels, or weights of another shape.
   """
-  if not isinstance(batch, Mapping) or 'labels' not in batch:
-    raise ValueError(
-        "Expected a batch: a dict of arrays, with 'labels'; got"
-        f' {form_of(batch)}'
-    )
+  if 'labels' not in checked_batch(batch):
+    raise ValueError(f"Expected a batch with 'labels', got {form_of(batch)}")
   labels = batch['labels']
   if 'weights' not in batch:
     return jnp.ones(np.shape(labels), jnp.float32)
@@ -455,6 +461,11 @@ def fault_of(metrics: Metrics) -> tuple[str, str]:
     if key in metrics and not np.isfinite(value := float(metrics[key])):
       return key, f'{key} is {value}; lower the learning rate'
   return '', ''
+
+
+def fault_error(name: str, said: str) -> Exception:
+  """Returns what to raise of a fault: data that are wrong did not diverge."""
+  return (ValueError if name in _DATA_FAULTS else FloatingPointError)(said)
 
 
 def _count_faults(

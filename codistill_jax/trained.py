@@ -110,6 +110,8 @@ def open_run(
         ' first, or check the directory'
     )
   saved = {'saved': config, 'trusted': trusted}
+  gin_utils.parse([], **saved)
+  own = gin_utils.configuration()
   gin_utils.parse(gin_files, bindings, **saved)
   if whole_splits:
     names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
@@ -119,6 +121,8 @@ def open_run(
   facts = run_directory.read_run(workdir)
   arm = facts.get('arm', os.path.basename(workdir))
   model = gin_utils.call(experiment_lib.make_model, experiment)
+  # Of the run's own, what only training uses does not act here.
+  gin_utils.check_no_dead_bindings(own)
   num_groups = facts.get('num_groups', len(groups))
   return Run(os.fspath(workdir), arm, experiment, model, num_groups, groups)
 

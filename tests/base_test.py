@@ -1,8 +1,5 @@
 """Types: heads make logits, copies are copies, casts touch floats only."""
 
-import ast
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,31 +75,3 @@ def test_cast_floats_leaves_integers_and_booleans_alone():
   assert float(cast['w'][0]) == float(jnp.bfloat16(1.01))
   assert base.cast_floats(cast, 'float32')['half'].dtype == np.float32
   assert base.cast_floats(tree, None)['w'] is tree['w']
-
-
-def test_a_group_of_one_process_agrees_with_itself():
-  array = np.array([3, -1])
-  assert base.ALONE.is_primary
-  assert base.ALONE.choose(array) is array
-  assert base.ALONE.all_true(array) is array
-
-
-def test_a_model_has_no_carry_unless_it_says_so():
-  model = base.Model(init=None, apply=None)
-  assert model.init_carry(4) == ()
-
-
-def test_base_rests_on_jax_numpy_and_flax_struct_alone():
-  tree = ast.parse(pathlib.Path(base.__file__).read_text())
-  found = set()
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-      found |= {f'{node.module}.{alias.name}' for alias in node.names}
-  outside = {
-      x
-      for x in found
-      if not x.startswith(('collections.', 'types.', 'typing.'))
-  }
-  assert outside == {'jax', 'jax.numpy', 'numpy', 'flax.struct'}

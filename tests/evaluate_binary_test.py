@@ -48,6 +48,19 @@ def results(workdirs, tmp_path_factory):
   }
   good = [f'--workdir={workdirs["good"]}', TRUST]
   cases['no_split'] = [*good, '--split=test']
+  few = '--gin=language_model_task.max_eval_batches=1'
+  cases['few'] = [*good, few]
+  cases['all'] = [*good, few, '--all']
+  cases['no_gin_file'] = [*good, '--gin_file=/no/such.gin']
+  cases['no_binding'] = [*good, '--gin=language_model_task.nonsense=1']
+  unused = workdirs['nowhere'].with_name('unused.gin')
+  unused.write_text(
+      'from __gin__ import dynamic_registration\n'
+      'from codistill_jax.data import clicks\n'
+      "clicks.criteo_task.data_dir = 'elsewhere'\n"
+  )
+  cases['unused'] = [*good, f'--gin_file={unused}']
+  cases['unknown'] = [*good, '--gin=nothing.nonsense=1']
   cases['no_step'] = [*good, '--step=13']
   cases['untrusted'] = good[:1]
   with tiny_run.launcher(tmp_path_factory) as launch:
@@ -106,6 +119,26 @@ def test_publications_of_a_step_are_the_models_of_that_step(workdirs, results):
     assert a['eval/loss'] == pytest.approx(b['eval/loss'], rel=1e-5)
 
 
+def test_bindings_and_all_choose_what_is_evaluated(workdirs, results):
+  """And their figures are not those that a report takes for the run's."""
+  report = run_directory.report_dir(workdirs['good'])
+  found = {'good': comparison(workdirs, 'good')}
+  for name, file in (('few', 'other'), ('all', 'other_all')):
+    status, output = results[name]
+    assert status == 0 and f'comparison_{file}.json' in output, output
+    found[name] = files.read_json(report / f'comparison_{file}.json')
+  good, few, everything = (
+      next(iter(found[name]['models'].values()))
+      for name in ('good', 'few', 'all')
+  )
+  assert everything == good
+  assert 0 < few['eval/examples'] < good['eval/examples']
+  assert few['eval/loss'] != good['eval/loss']
+  assert f'{good["eval/examples"]:,.0f}' in results['good'][1]
+  (typed,) = found['few']['configuration']
+  assert typed.endswith('max_eval_batches=1')
+
+
 def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
   """Of a step, too; and its evaluation is that of the binary."""
   del results
@@ -132,6 +165,10 @@ def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
 @pytest.mark.parametrize(
     'name, words',
     [
+        ('no_gin_file', ['--gin_file=/no/such.gin', 'no such file']),
+        ('no_binding', ['nonsense', 'language_model_task']),
+        ('unknown', ['nothing']),
+        ('unused', ['criteo_task.data_dir', 'acts nowhere']),
         ('no_step', ['group 0', 'no checkpoints of step 13', '[20, 40, 50]']),
         ('no_split', ['no test split', 'it has: validation']),
         ('lost', ['group 1', 'no checkpoints']),

@@ -15,30 +15,18 @@ GERMAN = 'Es war die beste und die schlechteste Zeit, und dann kam der Regen.'
 FRENCH = "C'était le meilleur et le pire des temps, et puis vint la pluie."
 
 
-class TestEnglish:
-
-  @pytest.fixture(autouse=True)
-  def installed(self):
-    pytest.importorskip('py3langid')
-
-  @pytest.mark.parametrize('text', [GERMAN, FRENCH, '天地玄黃宇宙洪荒', '12 %'])
-  def test_other_languages_are_rejected(self, text):
-    assert sources.english(text) == Reject('not_english')
-
-  def test_english_is_left_as_it_is(self):
-    for text in (ENGLISH, f' {ENGLISH}\n\n{ENGLISH}\t'):
-      assert sources.english(text) == text
-
-  def test_the_beginning_decides(self):
-    text = ENGLISH * 3 + GERMAN * 30
-    assert sources.english(text, max_characters=150) == text
-    assert sources.english(text) == Reject('not_english')
-
-  def test_certainty_can_be_asked_for(self):
-    assert sources.english(ENGLISH, min_probability=0.9) == ENGLISH
-    assert sources.english(ENGLISH, min_probability=1.1) == Reject(
-        'not_english'
-    )
+def test_english_is_kept_as_it_is_and_nothing_else():
+  pytest.importorskip('py3langid')
+  keep, rejected = sources.english, Reject('not_english')
+  for text in (ENGLISH, f' {ENGLISH}\n\n{ENGLISH}\t'):
+    assert keep(text) == keep(text, min_probability=0.9) == text
+    assert keep(text, min_probability=1.1) == rejected
+  for text in (GERMAN, FRENCH, '天地玄黃宇宙洪荒', '12 %'):
+    assert keep(text) == rejected
+  # The beginning decides.
+  text = ENGLISH * 3 + GERMAN * 30
+  assert keep(text, max_characters=150) == text
+  assert keep(text) == rejected
 
 
 def test_long_paragraphs_are_kept_and_short_ones_dropped():
@@ -104,13 +92,6 @@ def test_the_full_name_holds_every_parameter(spec, full):
 def test_malformed_filters_are_refused(spec, message):
   with pytest.raises(ValueError, match=message):
     sources.parse_filter(spec)
-
-
-def test_every_filter_says_what_it_does_and_works_with_its_defaults():
-  for name, function in sources.FILTERS.items():
-    assert function.__name__ == name and 'Args:' in function.__doc__
-    assert name in sources.filter_help(name)
-    assert isinstance(sources.parse_filter(name)(ENGLISH * 9), str)
 
 
 def test_a_missing_package_is_named(python):

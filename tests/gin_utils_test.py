@@ -496,3 +496,51 @@ def test_what_a_run_saves_is_read_back_and_a_module_of_ones_own_is_named(
   text = _CONFIG + "configurables.leaf.name = 'me@os.system'\n"
   path = write(tmp_path, text, 'mail.gin')
   gin_utils.parse([], saved=path, trusted=['configurables'])
+
+
+@pytest.mark.parametrize(
+    'task, bindings',
+    [
+        ('bible_lm', ['language_model_task.data_dir={}']),
+        ('cifar10_resnet20', ['cifar10_task.directory={}']),
+        ('criteo_dnn', ['D={}', 'criteo_task.data_dir=%D']),
+        (
+            'bible_lm',
+            [
+                'Experiment.exchange=@exchange.FixedTeachers()',
+                'FixedTeachers.runs=[{}]',
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    'typed, meant, compared',
+    [
+        ('data/a', '{here}/data/a', 'data/a'),
+        ('~/a', '/home/me/a', '/home/me/a'),
+        ('/a', '/a', '/a'),
+        ('s3://a/~', 's3://a/~', 's3://a/~'),
+    ],
+)
+def test_paths_are_absolute_in_what_is_saved_and_relative_in_comparisons(
+    task, bindings, typed, meant, compared, monkeypatch, tmp_path
+):
+  monkeypatch.setenv('HOME', '/home/me')
+  monkeypatch.chdir(tmp_path)
+  gin_utils.parse(
+      [f'gin_configs/tasks/{task}.gin'],
+      [b.format(f'{typed!r}') for b in bindings],
+  )
+  # What is saved, and read back elsewhere.
+  assert repr(meant.format(here=tmp_path)) in gin_utils.gin.config_str()
+  assert any(repr(compared) in s for s in gin_utils.configuration())
+
+
+@pytest.mark.parametrize('value', ['3', 'None', '[]', '[1]', "''"])
+def test_a_value_that_is_no_path_is_left_to_who_asked_for_it(value):
+  gin_utils.parse(
+      ['gin_configs/tasks/bible_lm.gin'],
+      [f'language_model_task.data_dir={value}'],
+  )
+  found = gin_utils.gin.query_parameter('language_model_task.data_dir')
+  assert repr(found) == value

@@ -210,7 +210,7 @@ CLICKS = functools.partial(
         (TRANSFORMER, {'memory': -1}, 'memory must be .* of at least 0'),
         (TRANSFORMER, {'dropout': 1.0}, 'dropout'),
         (TRANSFORMER, {'dtype': 'float16'}, "got 'float16'"),
-        (CLICKS, {'num_classes': 3}, 'num_classes=3'),
+        (CLICKS, {'num_classes': 1}, '2 classes or more, got 1'),
         (CLICKS, {'hidden': (8, 0)}, 'hidden'),
         (CLICKS, {'table_sizes': (3, 0)}, 'table_sizes'),
         (CLICKS, {'embedding': 0}, 'embedding'),

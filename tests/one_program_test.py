@@ -236,28 +236,6 @@ def test_a_resumed_run_ends_with_the_same_bits():
   toy.assert_same(resumed, last_states(seats(), starts(), 4))
 
 
-def test_a_state_is_read_only_while_it_is_the_newest():
-  places = seats()
-  groups = runs(places, starts(), toy.Tokens(8))
-  first = [next(group) for group in groups]
-  kept = [seat.collect(r.state) for seat, r in zip(places, first)]
-  toy.assert_same(first[1].state.variables, kept[1].variables)
-  next(groups[0])
-  with pytest.raises(RuntimeError, match='deleted'):
-    places[1].collect(first[1].state)
-
-
-def test_between_updates_no_state_is_stacked_sliced_or_copied(monkeypatch):
-  groups = runs(seats(), starts(), toy.Tokens(8))
-  for group in groups:
-    next(group)
-  for name in ('place', 'collect', 'variables'):
-    monkeypatch.setattr(one_program.Population, name, None)
-  for _ in range(2):  # The first with teachers.
-    for group in groups:
-      next(group)
-
-
 def test_a_group_that_has_not_begun_or_caught_up_is_named():
   places = seats()
   with pytest.raises(ValueError, match=r'group\(s\) 1, 2, 3 have not begun'):

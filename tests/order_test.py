@@ -172,25 +172,21 @@ def test_a_mistake_is_named(call, words):
     call()
 
 
-TEXTS = [f'document {i}' for i in range(4000)]
+def test_documents_are_divided_by_their_text_and_the_seed_alone():
+  texts = [f'document {i}' for i in range(4000)]
 
+  def splits(validation, test, seed=0):
+    return np.asarray(
+        [order.split_of(t, validation, test, seed) for t in texts]
+    )
 
-def validation(fraction, seed=0, count=4000):
-  found = [order.split_of(t, fraction, 0.2, seed) for t in TEXTS[:count]]
-  return [split == 'validation' for split in found]
-
-
-@pytest.mark.parametrize('fraction', [0.0, 0.05, 0.5])
-def test_validation_takes_about_its_share_of_the_texts(fraction):
-  deviation = (fraction * (1 - fraction) / len(TEXTS)) ** 0.5
-  assert abs(np.mean(validation(fraction)) - fraction) <= 5 * deviation
-
-
-def test_a_larger_validation_split_contains_the_smaller():
-  small, large = validation(0.1), validation(0.3)
-  assert any(small) and sum(small) < sum(large)
-  assert all(b for a, b in zip(small, large) if a)
-
-
-def test_validation_depends_on_text_and_seed_alone():
-  assert validation(0.5) == validation(0.5) != validation(0.5, seed=1)
+  for shares in ((0.0, 0.0), (0.05, 0.0), (0.5, 0.3), (0.0, 0.2)):
+    found = splits(*shares)
+    np.testing.assert_array_equal(found, splits(*shares))
+    for name, share in zip(('validation', 'test'), shares):
+      deviation = (share * (1 - share) / len(texts)) ** 0.5
+      assert abs(np.mean(found == name) - share) <= 5 * deviation
+    # A larger validation split holds the smaller; a test split takes nothing.
+    larger = splits(shares[0] + 0.2, 0.1)
+    assert (larger[found == 'validation'] == 'validation').all()
+  assert (splits(0.5, 0.0) != splits(0.5, 0.0, seed=1)).any()

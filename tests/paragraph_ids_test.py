@@ -9,13 +9,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import read_source
 from wet_files import packed, record, wet, write_wet
 
-from codistill_jax.data import paragraph_ids, sources
+from codistill_jax.data import paragraph_ids
 from codistill_jax.data.records import Reject
 
 pytest.importorskip('fastwarc')
@@ -171,15 +170,10 @@ def test_records_of_other_types_have_no_numbers(tmp_path):
 )
 def test_layouts_of_the_csv(tmp_path, page_file, join, heading):
   content = csv_of([('a.warc.wet.gz', [0, 3])], heading, join)
-  (tmp_path / 'a.csv').write_bytes(content)
-  assert read(page_file, tmp_path / 'a.csv')[:2] == ['zero', 'three']
-
-
-def test_columns_are_found_by_their_names(tmp_path, page_file):
-  (tmp_path / 'a.csv').write_text(
-      'encoded_paragraph_list,file name\n"[0, 3]",a.warc.wet.gz\n'
-  )
-  assert read(page_file, tmp_path / 'a.csv')[:2] == ['zero', 'three']
+  other = b'encoded_paragraph_list,file name\n"[0, 3]",a.warc.wet.gz\n'
+  for layout in (content, other):
+    (tmp_path / 'a.csv').write_bytes(layout)
+    assert read(page_file, tmp_path / 'a.csv')[:2] == ['zero', 'three']
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.csv.gz', '.csv.bz2'])
@@ -217,28 +211,26 @@ def test_files_are_found_by_path_or_by_name(tmp_path, page_file, name):
   assert read(page_file, tmp_path / 'a.csv')[1] == 'three'
 
 
-def test_of_two_files_of_a_name_the_nearer_path_wins(tmp_path):
-  paths = []
-  for segment in '12':
-    path = tmp_path / 'segments' / segment / 'a.wet'
-    path.parent.mkdir(parents=True)
-    paths.append(write_wet(path, *PAGES))
-  rows = [(f'crawl/segments/{i + 1}/a.wet.gz', [3 * i]) for i in range(2)]
-  (tmp_path / 'a.csv').write_bytes(csv_of(rows))
-  assert read(paths[0], tmp_path / 'a.csv')[0] == 'zero'
-  assert read(paths[1], tmp_path / 'a.csv')[:2] == [NOT_LISTED, 'three']
-  lone = write_wet(tmp_path / 'a.wet', *PAGES)
-  with pytest.raises(ValueError, match=r"may be .*1/a.wet.gz' or .*2/a.wet"):
-    read(lone, tmp_path / 'a.csv')
-
-
-def test_only_the_ends_of_paths_count(tmp_path):
-  path = tmp_path / 'crawl' / '1' / 'a.wet'
+@pytest.mark.parametrize(
+    ('names', 'here', 'found'),
+    [
+        (('crawl/1/a.wet.gz', 'crawl/2/a.wet.gz'), 'crawl/1/a.wet', 0),
+        (('crawl/1/a.wet.gz', 'crawl/2/a.wet.gz'), '2/a.wet', 1),
+        # Only the ends of paths count.
+        (('crawl/2/a.wet', 'other/1/a.wet'), 'crawl/1/a.wet', 1),
+    ],
+)
+def test_of_two_files_of_a_name_the_nearer_path_wins(
+    tmp_path, names, here, found
+):
+  path = tmp_path / here
   path.parent.mkdir(parents=True)
   write_wet(path, *PAGES)
-  rows = [('crawl/2/a.wet', [0]), ('other/1/a.wet', [3])]
-  (tmp_path / 'a.csv').write_bytes(csv_of(rows))
-  assert read(path, tmp_path / 'a.csv')[1] == 'three'
+  (tmp_path / 'a.csv').write_bytes(csv_of(zip(names, ([0], [3]))))
+  assert read(path, tmp_path / 'a.csv')[found] == ('zero', 'three')[found]
+  lone = write_wet(tmp_path / 'a.wet', *PAGES)
+  with pytest.raises(ValueError, match=r'may be .*/a.wet.* or .*/a.wet'):
+    read(lone, tmp_path / 'a.csv')
 
 
 def test_a_file_in_several_lines_has_all_their_paragraphs(tmp_path, page_file):
@@ -307,19 +299,3 @@ def test_a_truncated_tar_is_refused(tmp_path, page_file):
   path.write_bytes(path.read_bytes()[:-20_000])
   with pytest.raises(ValueError, match=r'a\.tar\.bz2 is damaged'):
     read(page_file, path)
-
-
-def test_a_list_selects_from_wet_files_only(tmp_path):
-  (tmp_path / 'a.csv').write_bytes(csv_of([('a', [3])]))
-  listed = paragraph_ids.open_list(str(tmp_path / 'a.csv'))
-  with pytest.raises(ValueError, match='expected wet:PATH_OR_GLOB'):
-    sources.open_source('bible', paragraphs=listed)
-
-
-def test_only_the_entries_of_the_files_at_hand_are_kept(tmp_path):
-  rows = [(f'{i}.wet', [i, i + 5]) for i in range(50)]
-  (tmp_path / 'a.csv').write_bytes(csv_of(rows))
-  listed = paragraph_ids.open_list(str(tmp_path / 'a.csv'))
-  entries = listed.entries([epath.Path('/x/7.wet'), epath.Path('/x/99.wet')])
-  assert entries[1] is None
-  assert paragraph_ids.ids_of(entries[0], '7.wet').tolist() == [7, 12]

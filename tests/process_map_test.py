@@ -39,12 +39,6 @@ def fail_at_5(n):
   return n
 
 
-def die_at_5(n):
-  if n == 5:
-    os.kill(os.getpid(), signal.SIGKILL)
-  return n
-
-
 @pytest.fixture(scope='module')
 def two():
   with process_map(2) as process:
@@ -95,15 +89,6 @@ def test_an_error_comes_after_the_results_before_it(two, number, where):
   assert list(process(abs, [-1])) == [1]
 
 
-def test_a_killed_worker_is_an_error_that_may_pass():
-  with (
-      process_map(2) as process,
-      pytest.raises(OSError, match='A worker process has died') as raised,
-  ):
-    list(process(die_at_5, range(9)))
-  assert raised.value.errno == errno.EAGAIN
-
-
 KILLED = """
 import multiprocessing, sys, time
 from codistill_jax.data.prepare import process_map
@@ -123,7 +108,7 @@ if __name__ == '__main__':
     with process_map(2) as process:
       list(process(wait, items()))
   except OSError as e:
-    print(e)
+    print(e.errno, e)
 """
 
 
@@ -139,13 +124,8 @@ def test_the_others_end_when_an_idle_worker_is_killed(tmp_path, which, python):
       text=True,
       timeout=PATIENCE,
   )
-  assert 'A worker process has died' in done.stdout
-
-
-def test_a_number_below_one_is_refused():
-  message = 'workers must be 1 or more; got 0'
-  with pytest.raises(ValueError, match=message), process_map(0):
-    pass
+  # An errno that may pass.
+  assert f'{errno.EAGAIN} A worker process has died' in done.stdout
 
 
 PARENT = """

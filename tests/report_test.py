@@ -68,6 +68,7 @@ def make_run(
       if step % 10 == 0:
         loss = 6.1 - step / 100 - offset + 0.02 * group_id
         made.append((step, {'eval/loss': loss, 'eval/accuracy': 0.25}))
+        made[-1][1]['eval/examples'] = 12345.0
     write_records(workdir, group_id, made)
   return str(workdir)
 
@@ -168,7 +169,7 @@ def test_results_have_a_row_per_group_and_one_of_the_ensemble(arms):
 
 def test_without_a_final_evaluation_the_last_in_training_holds(tmp_path):
   (row,) = lines_of(run_report.results(load_run(tmp_path, 1, 'baseline')))
-  assert row == 'baseline|group 0|100|5.1000|164.02|25.00%|-|-|-|-'
+  assert row == 'baseline|group 0|100|5.1000|164.02|25.00%|12,345|-|-|-|-'
 
 
 def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
@@ -181,8 +182,8 @@ def test_terminal_table_is_narrow_and_aligned(arms, tmp_path):
       for at in range(width - 1)
       if not any(line[at : at + 2].strip() for line in lines)
   ]
-  # Two blank columns between each two of the ten columns of cells.
-  assert len([at for at in blank if at - 1 not in blank]) == 9
+  # Two blank columns between each two of the eleven columns of cells.
+  assert len([at for at in blank if at - 1 not in blank]) == 10
 
 
 def test_training_time_counts_the_steps_before_the_first_record(arms):

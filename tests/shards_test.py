@@ -90,14 +90,11 @@ def test_damaged_data_are_refused_by_name(tmp_path, name, damage, message):
   assert 'prepare' in str(raised.value)
 
 
-@pytest.mark.parametrize('name', ['missing', 'file'])
-def test_what_is_no_directory_is_refused(tmp_path, name):
+def test_what_is_not_there_is_refused(tmp_path):
   (tmp_path / 'file').touch()
-  with pytest.raises(FileNotFoundError, match='holds no prepared data'):
-    shards.open_tokens(tmp_path / name, 'train')
-
-
-def test_unknown_split_is_refused(tmp_path):
+  for name in ('missing', 'file'):
+    with pytest.raises(FileNotFoundError, match='holds no prepared data'):
+      shards.open_tokens(tmp_path / name, 'train')
   with pytest.raises(ValueError, match="train, validation, test; got 'dev'"):
     shards.open_tokens(write_data(tmp_path, [[[5]]]), 'dev')
 

@@ -94,13 +94,6 @@ def test_burn_in_is_plain_training_whatever_the_weight(weight):
   assert found['loss/total'] == found['loss/task']
 
 
-def test_the_weight_does_not_grow_with_the_number_of_peers():
-  state, (peer,) = toy.start(TWO_LAYERS), toy.peers_of(TWO_LAYERS, 1)
-  one, _ = compiled(TWO_LAYERS)(state, BATCH, toy.stacked([peer]), 1.0)
-  four, _ = compiled(TWO_LAYERS)(state, BATCH, toy.stacked([peer] * 4), 1.0)
-  toy.assert_same(one, four, rtol=1e-5, atol=1e-7)
-
-
 def test_at_agreement_teachers_change_nothing():
   state = toy.start(TWO_LAYERS)
   teachers = toy.stacked([state.variables] * 2)
@@ -330,21 +323,6 @@ def test_a_head_trains_like_the_logits_that_it_stands_for():
   assert np.all(results[0][0].variables.params['head']['bias'] != 0.0)
 
 
-def test_losses_are_the_callers_choice():
-  task = functools.partial(losses.task_loss, label_smoothing=0.1)
-  step = compiled(TWO_LAYERS, task_loss=task, distill_loss=losses.kl)
-  state, (peer,) = toy.start(TWO_LAYERS), toy.peers_of(TWO_LAYERS, 1)
-  _, found = step(state, BATCH, toy.stacked([peer]), 1.0)
-  logits, other = (
-      toy.evaluated(TWO_LAYERS)(v, BATCH, ())[0]
-      for v in (state.variables, peer)
-  )
-  expected = jnp.mean(task(logits, BATCH['labels']))
-  np.testing.assert_allclose(found['loss/task'], expected, rtol=1e-5)
-  expected = jnp.mean(losses.kl(logits, other[None], jnp.ones(1)))
-  np.testing.assert_allclose(found['loss/distill'], expected, rtol=1e-5)
-
-
 # -- randomness ---------------------------------------------------------------
 
 
@@ -374,11 +352,6 @@ def test_the_start_depends_on_the_key_and_on_no_value_of_the_batch():
   assert np.all(kernel(initialised(1)) != kernel(again))
   assert np.any(initialised(1).rng != again.rng)
   assert again.step.dtype == jnp.int32 and again.step == 0
-
-
-def test_a_new_style_key_is_as_good_as_a_raw_one():
-  new = step_lib.init_state(TWO_LAYERS, TX, jax.random.key(1), BATCH)
-  toy.assert_same(new, initialised(1))
 
 
 def test_carries_have_a_row_for_each_row_of_the_group_batch():
@@ -510,7 +483,7 @@ def test_a_loss_that_knows_other_labels_is_left_to_it():
             r'weights float32\[8, 1\] and label',
         ),
         ({'weights': np.ones(4, 'f4')}, r'weights float32\[4\]'),
-        ({'weights': np.float32(1)}, r'weights float32\[\] and labels int32'),
+        ({'weights': np.float32(1)}, r"batch\['weights'\] is float32\[\]"),
         ({'labels': np.zeros((8, 1), int)}, r'labels int32\[8, 1\]'),
         (
             {'labels': np.zeros((8, 1), int), 'weights': np.ones((8, 1))},
@@ -542,7 +515,10 @@ def updated(**parts):
 @pytest.mark.parametrize(
     'parts, message',
     [
-        ({'batch': (BATCH['inputs'], BATCH['labels'])}, 'Expected a batch'),
+        (
+            {'batch': (BATCH['inputs'], BATCH['labels'])},
+            'Expected a batch: a dict',
+        ),
         ({'batch': {'inputs': BATCH['inputs']}}, "with 'labels'"),
         ({'model': toy.TwoLayers()}, 'wrap a flax.linen module by from_linen'),
         ({'teacher_model': toy.TwoLayers()}, 'by from_linen'),

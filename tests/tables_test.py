@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import codistill_jax as cj
 from codistill_jax.data import examples, tables
+from codistill_jax.models import dnn
 
 ROWS = 300
 COLUMNS = {'label': 'late', 'categorical': ['job', 'zip'], 'numeric': 'age'}
@@ -133,6 +134,20 @@ def test_classes_are_numbered_in_their_order(values, classes):
   assert [classes[label] for label in batch['labels']] == [
       ids[number - 2] for number in batch['inputs']['categories'][:, 0]
   ]
+
+
+@pytest.mark.parametrize('names', ['ab', 'abc', 'abcd'])
+def test_the_click_model_takes_a_table_of_any_classes(names):
+  rows = {'y': [names[i % len(names)] for i in range(200)], 'x': range(200)}
+  task = cj.table_task(rows, 'y', numeric=['x'])
+  model = dnn.click_model(task.num_classes, **task.model_arguments)
+  shape = (64,) if len(names) == 2 else (64, len(names))
+  batch = batch_of(task)
+  logits = jax.eval_shape(
+      lambda key: model.apply(model.init(key, batch), batch, (), None, False),
+      jax.random.PRNGKey(0),
+  )[0]
+  assert (logits.shape, logits.dtype) == (shape, np.float32)
 
 
 BAD = {

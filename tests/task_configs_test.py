@@ -21,8 +21,8 @@ import gin
 import jax
 import numpy as np
 import pytest
-from click_files import write_lines
 from made_images import encode, write_cifar_binary, write_fashion
+from prepared import write_lines
 from token_files import unlike_documents, write_data
 
 from codistill_jax import base, gin_utils, losses
@@ -327,7 +327,7 @@ def test_the_settings_of_the_paper_s_language_model(tmp_path):
   ):
     gin_utils.parse([f'gin_configs/tasks/{name}.gin'])
     for setting, value in {
-        'data_dir': folder,
+        'data_dir': os.path.abspath(folder),
         'unroll': 32,
         'partition': 'disjoint',
     }.items():

@@ -37,6 +37,8 @@ _PIECES = 32
 _LEAST_BYTES = 1 << 22
 _MOST_RECORDS = 1 << 20  # Rejects have no bytes.
 
+_FROM = 'documents of '  # Key of their number, before the name of a source.
+
 # A batch: what a worker decodes at a time, for the tokenizer.
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 1 << 20
@@ -167,15 +169,8 @@ def prepare_text(
     asked_for.add(TOO_LONG.reason)
 
   def reader(source: Source) -> _Reader:
-    return _Reader(source.decode, parsed, apart, asked_for, config)
-
-  def make(source: Source, known: dict[str, Any]) -> prepare.Make:
-    return functools.partial(
-        _write_shards,
-        pathlib.Path(output),
-        reader(source),
-        known['tokenizer_sha256'],
-    )
+    names = [*(own[split] for split in apart), *specs]
+    return _Reader(source.decode, parsed, apart, names, asked_for, config)
 
   recipe = prepare.Recipe(
       kind=shards.KIND,
@@ -185,7 +180,12 @@ def prepare_text(
           reader(source), given, report, source, process
       ),
       cut=functools.partial(_cut, shard_tokens),
-      make=make,
+      make=lambda source, known: functools.partial(
+          _write_shards,
+          pathlib.Path(output),
+          reader(source),
+          known['tokenizer_sha256'],
+      ),
       finish=functools.partial(_finish, config),
       asked_for=asked_for,
   )
@@ -201,27 +201,18 @@ def prepare_text(
 
 def _weighted(given: Sequence[str]) -> tuple[list[str], list[float] | None]:
   """Splits '0.7*jsonl:PATH' into weights and sources; None: no weights."""
-  found = [
-      re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one, re.DOTALL) for one in given
-  ]
-  weights = [match[1] for match in found]
-  if not given or len({weight is None for weight in weights}) > 1:
-    raise ValueError(
-        'Expected a source, or several with a weight each or none, as'
-        f' 0.7*jsonl:PATH; got {", ".join(given) or "none"}.'
-    )
-  specs = [match[2] for match in found]
-  if weights[0] is None:
-    return specs, None
+  pairs = [re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one).groups() for one in given]
+  numbers = [weight for weight, _ in pairs if weight is not None]
   try:
-    numbers = [float(weight) for weight in weights]
+    weights = [float(number) for number in numbers]
   except ValueError:
-    numbers = [0.0]
-  if min(numbers) <= 0:
+    weights = [0.0]
+  if not given or 0 in weights or len(numbers) not in (0, len(given)):
     raise ValueError(
-        f'Weights of sources must be above 0; got {", ".join(weights)}.'
+        'Expected a source, or several that all have a weight above 0 or none,'
+        f' as 0.7*jsonl:PATH; got {", ".join(given) or "none"}.'
     )
-  return specs, numbers
+  return [spec for _, spec in pairs], weights or None
 
 
 def _load_tokenizer(
@@ -268,6 +259,7 @@ class _Reader(NamedTuple):
     decode: Of the source.
     filters: In order.
     apart: Splits that the first sources are.
+    names: Of all sources.
     asked_for: Reasons of rejects that are no damage.
     config: As stored.
   """
@@ -275,6 +267,7 @@ class _Reader(NamedTuple):
   decode: Callable[[sources.Part], Record]
   filters: Sequence[sources.Filter]
   apart: Sequence[str]
+  names: Sequence[str]
   asked_for: Collection[str]
   config: dict[str, Any]
 
@@ -294,6 +287,15 @@ class _Reader(NamedTuple):
         config['seed'],
     )
     return split, record
+
+  def reject(
+      self, place: int, raw: sources.Part | Reject, record: Record
+  ) -> tuple[int, str, str] | None:
+    """Describes a record that was read, if it is broken."""
+    if not isinstance(record, Reject) or record.reason in self.asked_for:
+      return None
+    content = raw if isinstance(raw, Reject) else raw.raw
+    return prepare.rejected(place, record.reason, content)
 
   def read_batch(
       self, batch: Sequence[sources.Part | Reject]
@@ -318,7 +320,13 @@ def _start(
   stop = reader.config['max_documents']
   if stop is not None:
     stop = _records_of(stop, read(None), reader.apart)
-  model = given.model if given else _train(reader.config, read(stop), report)
+  try:
+    model = given.model if given else _train(reader.config, read(stop), report)
+  except tokenizer_lib.NoTextError as e:
+    for place, raw in enumerate(source.raw()):
+      if first := reader.reject(place, raw, reader.read(raw)[1]):
+        raise ValueError(f'{e} The first is {prepare.quoted(*first)}.') from e
+    raise
   return prepare.Start(
       {'tokenizer_sha256': hashlib.sha256(model).hexdigest()},
       stop,
@@ -348,32 +356,27 @@ def _train(
 ) -> bytes:
   """Trains a tokenizer on the beginning of the training split."""
   rejects = collections.Counter()
-  texts = _training_texts(config, read, rejects)
-  first = next(texts, None)
-  if first is None:
-    raise ValueError(
+
+  def texts() -> Iterator[str]:
+    remaining = config['tokenizer_bytes']
+    for split, record in read:
+      if isinstance(record, Reject):
+        rejects[record.reason] += 1
+      elif split == 'train':
+        if remaining == config['tokenizer_bytes']:
+          report(f'Training {config["vocab_size"]:,} word pieces.')
+        yield record
+        remaining -= len(record.encode('utf-8'))
+        if remaining <= 0:
+          return
+
+  try:
+    return tokenizer_lib.train(texts(), config['vocab_size'])
+  except tokenizer_lib.NoTextError as e:
+    raise tokenizer_lib.NoTextError(
         f'{config["source"]} has no document to train on; rejected records:'
         f' {prepare.counts_text(rejects)}.'
-    )
-  report(f'Training {config["vocab_size"]:,} word pieces.')
-  texts = itertools.chain([first], texts)
-  return tokenizer_lib.train(texts, config['vocab_size'])
-
-
-def _training_texts(
-    config: dict[str, Any],
-    read: Iterable[tuple[str, Record]],
-    rejects: collections.Counter,
-) -> Iterator[str]:
-  remaining = config['tokenizer_bytes']
-  for split, record in read:
-    if isinstance(record, Reject):
-      rejects[record.reason] += 1
-    elif split == 'train':
-      yield record
-      remaining -= len(record.encode('utf-8'))
-      if remaining <= 0:
-        return
+    ) from e
 
 
 # --- pieces ------------------------------------------------------------------
@@ -407,19 +410,22 @@ def _write_shards(
   rejects, first = collections.Counter(), None
   names = _splits(reader.config)
   documents = {split: [] for split in names}
-  sizes = {split: {'words': 0, 'bytes': 0} for split in names}
+  counted = {'words': 0, 'bytes': 0}
+  if len(reader.names) > 1:
+    counted |= {_FROM + name: 0 for name in reader.names}
+  sizes = {split: dict(counted) for split in names}
   for place, raw in enumerate(piece):
     split, record = reader.read(raw)
     if isinstance(record, Reject):
       rejects[record.reason] += 1
-      if first is None and record.reason not in reader.asked_for:
-        content = raw if isinstance(raw, Reject) else raw.raw
-        first = prepare.rejected(place, record.reason, content)
+      first = first or reader.reject(place, raw, record)
       continue
     tokens = [[START_ID], tokenizer.encode(record), [END_ID]]
     documents[split].append(np.concatenate(tokens).astype(dtype))
     sizes[split]['words'] += len(record.split())
     sizes[split]['bytes'] += len(record.encode('utf-8'))
+    if len(reader.names) > 1:
+      sizes[split][_FROM + reader.names[raw.source]] += 1
   splits = {
       split: (
           sizes[split]
@@ -467,10 +473,26 @@ def _finish(
         ' asked for must not be empty. Choose other fractions (0 for none) or'
         ' more documents, and another output.'
     )
+  if config['max_documents'] is None:
+    for key, count in _documents_from(meta).items():
+      if not count:
+        raise ValueError(
+            f'{key.removeprefix(_FROM)} gave no document (rejects of all:'
+            f' {prepare.counts_text(meta["rejects"])}); mend it or leave it'
+            ' out, and choose another output.'
+        )
   return {
       'vocab_size': config['vocab_size'],
       'tokenizer_sha256': meta['tokenizer_sha256'],
   }
+
+
+def _documents_from(meta: dict[str, Any]) -> collections.Counter:
+  """Returns how many documents came from each source, if there are several."""
+  found = collections.Counter()
+  for split in meta['splits'].values():
+    found.update({k: n for k, n in split.items() if k.startswith(_FROM)})
+  return found
 
 
 def summary(meta: dict[str, Any]) -> str:
@@ -485,6 +507,7 @@ def summary(meta: dict[str, Any]) -> str:
         f' ({pieces / max(1, split["words"]):.3f} pieces per word),'
         f' {split["tokens"]:,} tokens, {len(split["shards"])} shards'
     )
+  lines += [f'{key}: {n:,}' for key, n in _documents_from(meta).items()]
   lines.append(
       f'rejected records of {meta["records"]:,}:'
       f' {prepare.counts_text(meta["rejects"])}'

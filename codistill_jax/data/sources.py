@@ -203,7 +203,7 @@ def join(
     mixed: Come then, a record of this one and a record of that.
     weights: Of the mixed ones: shares of the records. They end where the first
       of them ends, so that no record comes twice and the shares hold to the
-      end. None: all records of all, in shares as the sources' sizes.
+      end. None: all records of all, in shares as their sizes, if known.
   """
   members = [*apart, *mixed]
 
@@ -211,7 +211,8 @@ def join(
     streams = [_parts(i, member) for i, member in enumerate(members)]
     for stream in streams[: len(apart)]:
       yield from stream
-    sizes = [float(member.size or 1) for member in mixed]
+    known = all(member.size for member in mixed)
+    sizes = [member.size if known else 1 for member in mixed]
     yield from _mix(streams[len(apart) :], weights or sizes, bool(weights))
 
   fingerprint = members[0].fingerprint
@@ -318,6 +319,16 @@ def _bible_chapters(path: epath.Path) -> Iterator[bytes]:
 
 # --- Hugging Face ------------------------------------------------------------
 
+# A name, config or split that is not there, a file that cannot be parsed, a
+# glob that matches nothing.
+_LASTING = (
+    FileNotFoundError,
+    LookupError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+
 
 def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
   """Returns the source `hf:NAME[:CONFIG[:SPLIT]]`; 'train' by default.
@@ -336,64 +347,50 @@ def _hugging_face_source(spec: str, text_key: str, limit: int) -> Source:
         f'Malformed source {spec!r}; expected hf:NAME[:CONFIG[:SPLIT]].'
     )
   config, split = [*options, '', ''][:2]
-  raw = functools.partial(
-      _row_texts, spec, name, config or None, split or 'train', text_key, limit
-  )
-  return Source(spec, '', raw, check_text)
 
-
-def _row_texts(
-    spec: str,
-    name: str,
-    config: str | None,
-    split: str,
-    text_key: str,
-    limit: int,
-) -> Iterator[Raw]:
-  try:
-    import datasets
-  except ImportError as e:
-    raise ValueError(
-        f'The source {spec} needs the package datasets: pip install datasets.'
-    ) from e
-  try:
-    builder = datasets.load_dataset_builder(name, config)
-    rows = builder.as_streaming_dataset(split=split)
-    columns = rows.column_names
-    # Or every column would be made to be what it is in the first file, also
-    # those that nobody reads.
-    builder.info.features = rows.info.features = None
-    rows = iter(rows)
-    first = list(itertools.islice(rows, 1))
-    if columns is None and first:
-      columns = list(first[0])
-    if columns is None or text_key in columns:
-      for row in itertools.chain(first, rows):
-        yield _row_text(row.get(text_key), limit)
-      return
-  except Exception as e:
-    # Seen in datasets 5.2, without a common base class: ConnectionError, errors
-    # of the HTTP client and others of the system, which may pass, and what is
-    # below, of pyarrow too: a name, config or split that is not there, a file
-    # that cannot be parsed, a glob that matches nothing.
-    lasting = isinstance(
-        e, (FileNotFoundError, LookupError, TypeError, ValueError)
-    )
-    if lasting or isinstance(e, StopIteration):
+  def raw() -> Iterator[Raw]:
+    try:
+      import datasets
+    except ImportError as e:
       raise ValueError(
-          f'Cannot read {spec}: {files.one_line(e).rstrip(".")}. This does not'
-          ' pass: check name, config and split, or name the files themselves,'
-          ' as jsonl:PATH_OR_GLOB.'
+          f'The source {spec} needs the package datasets: pip install datasets.'
       ) from e
-    raise OSError(
-        f'Cannot read {spec}: {files.one_line(e).rstrip(".")}. This may pass:'
-        ' check the name and the network; the same command goes on where it'
-        ' was.'
-    ) from e
-  raise ValueError(
-      f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
-      ' one with --text_key.'
-  )
+    try:
+      builder = datasets.load_dataset_builder(name, config or None)
+      rows = builder.as_streaming_dataset(split=split or 'train')
+      columns = rows.column_names
+      # Or every column would be made to be what it is in the first file, also
+      # those that nobody reads.
+      builder.info.features = rows.info.features = None
+      rows = iter(rows)
+      first = list(itertools.islice(rows, 1))
+      if columns is None and first:
+        columns = list(first[0])
+      if columns is None or text_key in columns:
+        for row in itertools.chain(first, rows):
+          yield _row_text(row.get(text_key), limit)
+        return
+    except Exception as e:
+      # Seen in datasets 5.2, without a common base class: `_LASTING`, of
+      # pyarrow too, and ConnectionError, errors of the HTTP client and others
+      # of the system, which may pass.
+      error, advice = OSError, (
+          'This may pass: check the name and the network; the same command goes'
+          ' on where it was.'
+      )
+      if isinstance(e, _LASTING):
+        error, advice = ValueError, (
+            'This does not pass: check name, config and split, or name the'
+            ' files themselves, as jsonl:PATH_OR_GLOB.'
+        )
+      reason = files.one_line(e).rstrip('.')
+      raise error(f'Cannot read {spec}: {reason}. {advice}') from e
+    raise ValueError(
+        f'{spec} has no column {text_key!r} but {", ".join(columns)}; choose'
+        ' one with --text_key.'
+    )
+
+  return Source(spec, '', raw, check_text)
 
 
 def _row_text(text: Any, limit: int) -> Raw:

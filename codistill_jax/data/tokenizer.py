@@ -39,8 +39,8 @@ END_ID = 2  # </s>, the last one
 _RESERVED = 3 + 256
 _SPACE_MARK = '▁'
 _ESCAPE = '\x1a'  # A control character that text has no use for.
-_ESCAPED = {_ESCAPE: _ESCAPE + _ESCAPE, _SPACE_MARK: _ESCAPE + '_'}
-_UNESCAPED = {value: key for key, value in _ESCAPED.items()}
+ESCAPED = {_ESCAPE: _ESCAPE + _ESCAPE, _SPACE_MARK: _ESCAPE + '_'}
+_UNESCAPED = {value: key for key, value in ESCAPED.items()}
 
 # Cut out of what the trainer sees: it drops any sentence with U+2585 in it, and
 # of control characters it would make pieces of their own.
@@ -61,7 +61,7 @@ def escape(text: str) -> str:
   anything but another newline gets a space after it; so does the start.
   """
   text = re.sub(
-      f'[{_ESCAPE}{_SPACE_MARK}]', lambda match: _ESCAPED[match[0]], text
+      f'[{_ESCAPE}{_SPACE_MARK}]', lambda match: ESCAPED[match[0]], text
   )
   text = re.sub('\n(?=[^\n])', '\n ', text)
   return ' ' + text if text else text
@@ -74,6 +74,10 @@ def unescape(text: str) -> str:
   return re.sub(
       f'{_ESCAPE}[{_ESCAPE}_]', lambda match: _UNESCAPED[match[0]], text
   )
+
+
+class NoTextError(ValueError):
+  """There is no text to train a tokenizer on."""
 
 
 class Tokenizer:
@@ -210,27 +214,13 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
   sentences = _sentences(texts)
   first = next(sentences, None)
   if first is None:
-    raise ValueError('There is no text to train a tokenizer on.')
-  return _train(itertools.chain([first], sentences), vocab_size)
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  """Pieces of text for the trainer: lines, cut where they are very long."""
-  for text in texts:
-    for line in _NOT_TRAINED.split(escape(text)):
-      for i in range(0, len(line), _SENTENCE_CHARACTERS):
-        sentence = line[i : i + _SENTENCE_CHARACTERS]
-        if sentence.strip():
-          yield sentence
-
-
-def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
+    raise NoTextError('There is no text to train a tokenizer on.')
   import sentencepiece
 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences,
+        sentence_iterator=itertools.chain([first], sentences),
         model_writer=model,
         model_type='bpe',
         vocab_size=vocab_size,
@@ -252,6 +242,16 @@ def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
   except RuntimeError as e:
     raise ValueError(_training_error(str(e), vocab_size)) from e
   return model.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+  """Pieces of text for the trainer: lines, cut where they are very long."""
+  for text in texts:
+    for line in _NOT_TRAINED.split(escape(text)):
+      for i in range(0, len(line), _SENTENCE_CHARACTERS):
+        sentence = line[i : i + _SENTENCE_CHARACTERS]
+        if sentence.strip():
+          yield sentence
 
 
 def _training_error(message: str, vocab_size: int) -> str:

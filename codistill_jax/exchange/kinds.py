@@ -267,7 +267,7 @@ class FixedTeachers(Kind):
     teacher_dtype: Floating dtype in which they are held.
   """
 
-  runs: Sequence[str] = ()
+  runs: Sequence[str | os.PathLike] = ()
   step: int | None = None
   teacher_dtype: str = 'float32'
 

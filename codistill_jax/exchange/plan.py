@@ -34,7 +34,7 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.publications import Publication
-from codistill_jax.step import fault_of
+from codistill_jax.step import fault_error, fault_of
 from codistill_jax.storage.background import Interrupted
 
 Topology = str | Sequence[Sequence[int]]
@@ -313,13 +313,16 @@ def staleness_metrics(
 def check_finite(group_id: int, step: int, metrics: Metrics | None) -> None:
   """Raises FloatingPointError if the update that made `step` went wrong.
 
+  If its data were wrong, ValueError.
+
   Its parameters may look sound: a clipped gradient hides a loss of infinity.
   """
-  _, said = fault_of(metrics or {})
+  name, said = fault_of(metrics or {})
   if said:
-    raise FloatingPointError(
+    raise fault_error(
+        name,
         f'the update of group {group_id} went wrong at step {step}: {said};'
-        ' nothing is published, and the last checkpoint is kept'
+        ' nothing is published, and the last checkpoint is kept',
     )
 
 

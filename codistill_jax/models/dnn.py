@@ -55,11 +55,11 @@ def click_model(
 
   A batch has `inputs`: a dict of `integers` float32 (B, I) and `categories`
   int32 (B, K), each below the size of its table. Outputs are logits (B,) of the
-  positive class, for a task whose output is 'sigmoid'. An id outside its table
-  makes the logit NaN.
+  positive class, for a task whose output is 'sigmoid'; (B, C) of more classes.
+  An id outside its table makes the logit NaN.
 
   Args:
-    num_classes: 2: one logistic output tells two classes apart.
+    num_classes: 2: one logistic output tells them apart; more: a logit each.
     table_sizes: Rows of the K tables; `Task.model_arguments` has them.
     num_integers: I; likewise.
     hidden: Units of the hidden layers.
@@ -69,11 +69,8 @@ def click_model(
   Raises:
     ValueError: If an argument is out of range.
   """
-  if num_classes != 2:
-    raise ValueError(
-        'A click model has one logistic output, for 2 classes; got'
-        f' num_classes={num_classes}.'
-    )
+  if num_classes < 2:
+    raise ValueError(f'Expected 2 classes or more, got {num_classes}.')
   sizes, hidden = tuple(table_sizes), tuple(hidden)
   for name, values in (('table_sizes', sizes), ('hidden', hidden)):
     for value in values:
@@ -91,21 +88,23 @@ def click_model(
       num_integers=num_integers,
       hidden=hidden,
       dtype=linen.checked_dtype(dtype),
+      outputs=1 if num_classes == 2 else num_classes,
   )
   return linen.from_linen(module)
 
 
 class ClickModel(nn.Module):
-  """Tables, ReLU layers, a logit."""
+  """Tables, ReLU layers, logits."""
 
   tables: tuple[tuple[int, int], ...]
   num_integers: int
   hidden: tuple[int, ...]
   dtype: Any
+  outputs: int
 
   @nn.compact
   def __call__(self, inputs: dict[str, base.Array]) -> jax.Array:
-    """Logits float32 (B,)."""
+    """Logits float32 (B,), or (B, C) of several outputs."""
     self._check(inputs)
     columns = [jnp.asarray(inputs['integers'], self.dtype)]
     categories_BK = inputs['categories']
@@ -122,7 +121,8 @@ class ClickModel(nn.Module):
     x_BD = jnp.concatenate(columns, axis=-1)
     for layer, units in enumerate(self.hidden):
       x_BD = nn.relu(self._dense(units, f'hidden_{layer}')(x_BD))
-    return self._dense(1, 'logit')(x_BD)[:, 0].astype(jnp.float32)
+    logits = self._dense(self.outputs, 'logit')(x_BD).astype(jnp.float32)
+    return logits[:, 0] if self.outputs == 1 else logits
 
   def _dense(self, units: int, name: str) -> nn.Dense:
     return nn.Dense(

@@ -62,7 +62,7 @@ def blocks(
       made += [Heading(title), Table(frame, names=2), Bullets(_write(about))]
   made += [Heading('Settings'), Table(settings(arms), names=1 + len(arms))]
   made += [
-      Code(arm.config, f'config.gin of {arm.name}')
+      Code(_portable_text(arm.config), f'config.gin of {arm.name}')
       for arm in arms
       if arm.config
   ]
@@ -142,7 +142,7 @@ def commands(
     command = str(arm.run.get('command') or '')
     for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
       command = command.replace(path, _portable(path))
-    lines.append(command.replace(os.getcwd() + os.sep, ''))
+    lines.append(_portable_text(command))
   report = [f'python -m {cli.module_of("report")}']
   for arm in arms:
     label = f'{arm.name}={_portable(arm.workdir)}'
@@ -150,6 +150,11 @@ def commands(
   if output is not None:
     report.append(f'--output={shlex.quote(_portable(output))}')
   return [*filter(None, dict.fromkeys(lines)), ' '.join(report)]
+
+
+def _portable_text(text: str) -> str:
+  """Returns it with the paths under the working directory relative."""
+  return text.replace(os.getcwd() + os.sep, '')
 
 
 def _portable(path: files.PathLike) -> str:
@@ -250,7 +255,7 @@ def results_text(arms: Sequence[RunRecords]) -> str:
   """Returns the results for a terminal, some 110 columns wide at most."""
   frame = results(arms)
   frame['arm'] = [
-      name if len(name) <= 18 else name[:15] + '...' for name in frame['arm']
+      name if len(name) <= 16 else name[:13] + '...' for name in frame['arm']
   ]
   # An arm is named once, in its first row.
   frame['arm'] = frame['arm'].mask(frame['arm'] == frame['arm'].shift(), '')

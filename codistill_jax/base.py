@@ -116,11 +116,19 @@ def checked_batch(batch: Batch) -> dict[str, PyTree]:
         f'Expected a batch: a dict of arrays, got {form_of(batch)}'
     )
   for path, x in jax.tree_util.tree_leaves_with_path(dict(batch)):
-    if not jnp.shape(x):
+    name = f'batch{jax.tree_util.keystr(path)}'
+    if not np.shape(x) or x.dtype.kind in 'OSUM':
       raise ValueError(
-          f'batch{jax.tree_util.keystr(path)} is {form_of(x)}; a batch has'
-          ' arrays with a row for each example, and nothing else'
+          f'{name} is {form_of(x)}; a batch has arrays of numbers with a row'
+          ' for each example, and nothing else'
       )
+    if isinstance(x, np.ndarray) and x.dtype.kind in 'iu':
+      narrow = jax.dtypes.canonicalize_dtype(x.dtype)
+      if narrow != x.dtype and np.any(x != x.astype(narrow)):
+        raise ValueError(
+            f'{name} is {form_of(x)} with numbers from {x.min()} to {x.max()},'
+            f' which {narrow} does not hold; number them anew'
+        )
   return dict(batch)
 
 

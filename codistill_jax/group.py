@@ -105,10 +105,9 @@ def run_group(
       ('exchange', exchange, 'fetch', 'that of one group, as exchanges[0]'),
       ('distill_weight', distill_weight, '__call__', 'lambda step: 1.0'),
   ):
-    if not hasattr(part, has):
-      raise ValueError(
-          f'run_group: {name} is of type {type(part).__name__}; give {advice}'
-      )
+    if isinstance(part, type) or not hasattr(part, has):
+      kind = 'a class' if isinstance(part, type) else type(part).__name__
+      raise ValueError(f'run_group: {name} is of type {kind}; give {advice}')
   pure = getattr(train_step, 'train_step', None)
   if num_steps > (made_for := getattr(pure, 'num_steps', num_steps)):
     raise ValueError(
@@ -116,6 +115,7 @@ def run_group(
         f' num_steps={made_for}; make it for as many'
     )
   step = int(state.step)
+  exchange.begin(step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
   # step and are stepped in turn look for each other's publication of it.

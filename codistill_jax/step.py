@@ -294,6 +294,8 @@ def update(
   """
   axis_name, simulated = config.axis_name, config.simulated_replicas
   _check_axis(axis_name)
+  if not isinstance(state, TrainState):
+    raise ValueError(f'Expected a TrainState, got {form_of(state)}')
   if not isinstance(teachers, Teachers | PeerPredictions | None):
     raise ValueError(
         'teachers must be Teachers (stacked Variables and presence),'

@@ -61,7 +61,10 @@ _ONE_REQUEST_SECONDS = 1.0
 STOPPED = 'stopped; the same command goes on from here'
 
 # Packages that only some binaries need, by the extra that installs them.
-_EXTRAS = dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report')
+_EXTRAS = {
+    **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
+    **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
+}
 
 # Set by a supervisor to the command that a user typed.
 COMMAND_VARIABLE = 'CODISTILL_COMMAND'

@@ -9,9 +9,8 @@ import pathlib
 import hypothesis
 import numpy as np
 import pytest
-from click_files import expected_row, lines, write_lines
 from hypothesis import strategies as st
-from prepared import run_clicks, write_clicks
+from prepared import expected_row, lines, run_clicks, write_clicks, write_lines
 
 from codistill_jax.data import clicks, criteo, prepared_files
 

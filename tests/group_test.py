@@ -75,6 +75,9 @@ class Watched:
   def in_use(self):
     return self.exchange.in_use
 
+  def begin(self, step):
+    self.exchange.begin(step)
+
   def due(self, step):
     return self.exchange.due(step)
 
@@ -629,6 +632,7 @@ def test_an_optimiser_may_leave_out_what_is_not_finite_for_a_while():
             {'state': {}},
             'state is of type dict; give the TrainState of init_st',
         ),
+        ({'stream': toy.Clusters}, 'stream is of type a class; give an object'),
         ({'stream': iter([])}, r'stream .*; give an object with batch\(step\)'),
         (
             {'exchange': memory_exchanges(2)},

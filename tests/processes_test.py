@@ -485,6 +485,22 @@ def test_progress_waits_for_the_facts_of_the_run(pretend, tmp_path, capsys):
   assert shown(progress, capsys) == [3]
 
 
+def test_what_a_group_warns_of_at_its_start_is_shown_once(
+    pretend, tmp_path, capsys
+):
+  (group,) = pretend(FINE)
+  progress = processes.Progress(group)
+  run_directory.write_run(tmp_path, {'num_steps': 90})
+  write_metrics(tmp_path, 3)
+  group.log.write_text('x\nwarning: eval_every = 500\nstep 3\n')
+  for step in (4, 5):
+    progress.update()
+    write_metrics(tmp_path, step)
+  said = capsys.readouterr().err.splitlines()
+  assert said[0] == 'warning: eval_every = 500'
+  assert sum('warning' in line for line in said) == 1
+
+
 # --- Commands ----------------------------------------------------------------
 
 

@@ -283,6 +283,19 @@ def test_sums_of_the_model_are_not_those_of_its_gradient():
             ),
             r"batch\['n'\] is int32\[\]",
         ),
+        *(
+            (lambda x=x: first_update(make(), {'labels': x}), message)
+            for x, message in [
+                (np.array(['a'] * 8), r"batch\['labels'\] is <U1\[8\]; a bat"),
+                (np.array([None] * 8), r'is object\[8\]'),
+                (
+                    np.arange(8) + 2**32,
+                    'from 4294967296 to 4294967303, which int32',
+                ),
+                (np.arange(8) - 2**40, 'which int32 does not hold'),
+                (np.arange(8, dtype='u8') + 2**63, 'which uint32 does not'),
+            ]
+        ),
         (
             lambda: first_update(make(), [np.ones(8)]),
             'Expected a batch: a dict',

@@ -21,8 +21,8 @@ import gin
 import jax
 import numpy as np
 import pytest
-from click_files import write_lines
 from made_images import encode, write_cifar_binary, write_fashion
+from prepared import write_lines
 from token_files import unlike_documents, write_data
 
 from codistill_jax import base, gin_utils, losses

@@ -254,7 +254,8 @@ def make_task(
           ExampleStream, train, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(EvalBatches, validation),
-      test_batches=test and (lambda size: EvalBatches(test(), size)),
+      test_batches=test
+      and (lambda batch_size: EvalBatches(test(), batch_size)),
       num_classes=num_classes,
       partition=partition,
       label_frequencies=lambda: label_frequencies(labels(), num_classes),

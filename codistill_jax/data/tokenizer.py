@@ -39,8 +39,8 @@ END_ID = 2  # </s>, the last one
 _RESERVED = 3 + 256
 _SPACE_MARK = '▁'
 _ESCAPE = '\x1a'  # A control character that text has no use for.
-_ESCAPED = {_ESCAPE: _ESCAPE + _ESCAPE, _SPACE_MARK: _ESCAPE + '_'}
-_UNESCAPED = {value: key for key, value in _ESCAPED.items()}
+ESCAPED = {_ESCAPE: _ESCAPE + _ESCAPE, _SPACE_MARK: _ESCAPE + '_'}
+_UNESCAPED = {value: key for key, value in ESCAPED.items()}
 
 # Cut out of what the trainer sees: it drops any sentence with U+2585 in it, and
 # of control characters it would make pieces of their own.
@@ -61,7 +61,7 @@ def escape(text: str) -> str:
   anything but another newline gets a space after it; so does the start.
   """
   text = re.sub(
-      f'[{_ESCAPE}{_SPACE_MARK}]', lambda match: _ESCAPED[match[0]], text
+      f'[{_ESCAPE}{_SPACE_MARK}]', lambda match: ESCAPED[match[0]], text
   )
   text = re.sub('\n(?=[^\n])', '\n ', text)
   return ' ' + text if text else text

@@ -48,7 +48,8 @@ def times(x_BK: Array, kernel_KM: Array, kernel_MK: Array) -> jax.Array:
   that takes as long as to multiply, unless the kernel is the left side.
   """
   plain = lambda x, kernel, _: contract(x, kernel, 1, 0)
-  if len(x_BK) > _FEW_ROWS or kernel_KM.size < _LARGE_KERNEL:
+  few = isinstance(x_BK.shape[0], int) and x_BK.shape[0] <= _FEW_ROWS
+  if not few or kernel_KM.size < _LARGE_KERNEL:  # A symbolic size is not few.
     return plain(x_BK, kernel_KM, kernel_MK)
   return jax.lax.platform_dependent(
       x_BK, kernel_KM, kernel_MK, cpu=_times_by_columns, default=plain

@@ -305,6 +305,14 @@ class Group:
       )
     return None
 
+  def warnings(self) -> list[str]:
+    """Returns what the process that runs warned of, in its first lines."""
+    with contextlib.suppress(OSError), self.log.open('rb') as f:
+      f.seek(self._log_start)
+      lines = f.read(_TAIL_BYTES).decode(errors='replace').splitlines()
+      return [line for line in lines if line.startswith('warning: ')]
+    return []
+
   def last_line(self) -> str:
     """Returns the last line that its last process has said."""
     if self._log_trouble:
@@ -452,6 +460,9 @@ class Progress:
       num_steps = run_directory.read_run(self._group.workdir).get('num_steps')
       if not isinstance(num_steps, int):
         return False
+      # The configuration is one: all groups warn of the same.
+      for line in self._group.warnings() if not self._group.group_id else ():
+        cli.tell(line, error=True)
       self._writer = writers.ProgressWriter(
           num_steps, resume_step=step, name=f'group {self._group.group_id}'
       )

@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
   stop = cli.StopRequest().install()
   with tempfile.TemporaryDirectory(prefix='drill_') as temporary:
     drill = Drill(
-        _WORKDIR.value or os.path.join(temporary, 'run'),
+        # Of a name that is no pattern.
+        _WORKDIR.value or os.path.join(temporary, 'run [1]'),
         temporary,
         num_groups=_NUM_GROUPS.value,
         seconds=60.0 * _MINUTES.value,

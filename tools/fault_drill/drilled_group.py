@@ -40,7 +40,8 @@ class Control:
 
   Attributes:
     slow_seconds: How long each file operation in the run directory takes.
-    read_only: Whether the run directory can be written to.
+    read_only: Whether the run directory can be read only.
+    refused: The errno by which all in the run directory is refused; 0: none.
     clock_offset: Seconds that the clock of this host is wrong.
     step_seconds: How long an update takes at least.
     forge: Whether it publishes, well formed, what no peer may use.
@@ -49,6 +50,7 @@ class Control:
   def __init__(self, path: str):
     self.slow_seconds = 0.0
     self.read_only = False
+    self.refused = 0
     self.clock_offset = 0.0
     self.step_seconds = 0.0
     self.forge = False
@@ -106,8 +108,11 @@ def break_disk(control: Control, root: str) -> None:
       if path.startswith(below):
         if control.slow_seconds:
           time.sleep(control.slow_seconds)
+        code = control.refused
         if control.read_only and writes(*args[1:], **kwargs):
-          raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+          code = errno.EROFS
+        if code:
+          raise OSError(code, os.strerror(code), path)
       return function(*args, **kwargs)
 
     return call

@@ -6,6 +6,7 @@ fault that finds nothing to harm raises `Nothing`.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -127,11 +128,35 @@ def truncate(victim: Victim, rng: np.random.Generator) -> None:
 
 def flip(victim: Victim, rng: np.random.Generator) -> None:
   """Inverts bits of a file of a publication."""
+  with victim.file(rng).open('r+b') as f:
+    size = f.seek(0, os.SEEK_END)
+    for place in map(int, rng.integers(size, size=int(rng.integers(1, 9)))):
+      f.seek(place)
+      flipped = f.read(1)[0] ^ 1 << int(rng.integers(8))
+      f.seek(place)
+      f.write(bytes([flipped]))
+
+
+def fifo(victim: Victim, rng: np.random.Generator) -> None:
+  """Puts a FIFO, which blocks who opens it, in the place of a file."""
   path = victim.file(rng)
-  data = bytearray(path.read_bytes())
-  for place in rng.integers(len(data), size=int(rng.integers(1, 9))):
-    data[place] ^= 1 << int(rng.integers(8))
-  path.write_bytes(bytes(data))
+  path.unlink()
+  os.mkfifo(path)
+
+
+def sparse(victim: Victim, rng: np.random.Generator) -> None:
+  """Makes a file of a publication long, without a byte on the disk."""
+  os.truncate(victim.file(rng), 60 << 30)
+
+
+def small_files(victim: Victim, rng: np.random.Generator) -> None:
+  """Writes nonsense in the small files by which a group tells others."""
+  directory = run_directory.publications_dir(victim.workdir, victim.group_id)
+  name = str(rng.choice(['reading.json', 'restart_step.json']))
+  texts = ['[' * 100_000, '{"step": 1e999, "steps": {"0": 1e999}}', '', '\0']
+  if not directory.exists():
+    raise Nothing
+  (directory / name).write_text(str(rng.choice(texts)))
 
 
 def delete(victim: Victim, rng: np.random.Generator) -> None:
@@ -152,6 +177,20 @@ def read_only_disk(victim: Victim, rng: np.random.Generator) -> Undo:
   """Makes the run directory read-only."""
   victim.wish(read_only=True)
   return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(read_only=False)
+
+
+def no_access(victim: Victim, rng: np.random.Generator) -> Undo:
+  """Refuses every file operation in the run directory: a ticket expired."""
+  code = int(rng.choice([errno.EACCES, errno.EPERM, errno.ENOTCONN]))
+  victim.wish(refused=code)
+  return float(rng.uniform(3.0, 12.0)), lambda: victim.wish(refused=0)
+
+
+def full_disk_at_stop(victim: Victim, rng: np.random.Generator) -> Undo:
+  """Preempts the process while its disk is full."""
+  undo = full_disk(victim, rng)
+  os.kill(victim.running(), signal.SIGTERM)
+  return undo
 
 
 def full_disk(victim: Victim, rng: np.random.Generator) -> Undo:
@@ -181,10 +220,10 @@ def forge(victim: Victim, rng: np.random.Generator) -> Undo:
 
 
 # These harm a publication: best at once when it is complete, before it is read.
-OF_PUBLICATIONS = {'truncate', 'flip', 'delete'}
+OF_PUBLICATIONS = {'truncate', 'flip', 'delete', 'fifo', 'sparse'}
 
 # These last, whichever process the group has.
-OF_HOSTS = {'slow_disk', 'read_only_disk', 'skew_clock', 'forge'}
+OF_HOSTS = {'slow_disk', 'read_only_disk', 'no_access', 'skew_clock', 'forge'}
 
 # With how often each comes, relative to the others.
 FAULTS: dict[str, tuple[Callable[..., Undo | None], int]] = {
@@ -194,9 +233,14 @@ FAULTS: dict[str, tuple[Callable[..., Undo | None], int]] = {
     'truncate': (truncate, 14),
     'flip': (flip, 14),
     'delete': (delete, 12),
+    'fifo': (fifo, 6),
+    'sparse': (sparse, 6),
+    'small_files': (small_files, 6),
     'forge': (forge, 6),
     'slow_disk': (slow_disk, 8),
     'read_only_disk': (read_only_disk, 7),
+    'no_access': (no_access, 7),
     'full_disk': (full_disk, 7),
+    'full_disk_at_stop': (full_disk_at_stop, 4),
     'skew_clock': (skew_clock, 8),
 }

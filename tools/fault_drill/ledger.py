@@ -24,7 +24,15 @@ SLOW_SAVE_SECONDS = 10.0
 HINDERED_SECONDS = 40.0
 
 # Faults during which a save may fail, or take long.
-_HINDERING = {'slow_disk', 'read_only_disk', 'full_disk', 'suspend'}
+_HINDERING = {
+    'slow_disk',
+    'read_only_disk',
+    'no_access',
+    'full_disk',
+    'full_disk_at_stop',
+    'suspend',
+}
+_ASKING = {'terminate', 'full_disk_at_stop'}  # To leave.
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -66,11 +74,11 @@ class Life:
     if self.status == -signal.SIGKILL:
       return 'kill' in faults
     if self.status in (-signal.SIGTERM, _TERMINATED):
-      return 'terminate' in faults
+      return bool(faults & _ASKING)
     # A broken disk ends nobody in the middle of training, and nobody by an
     # error that a supervisor takes for final.
     at_rest = self.step in (None, num_steps)
-    may_pass = 'terminate' in faults or (at_rest and faults & _HINDERING)
+    may_pass = faults & _ASKING or (at_rest and faults & _HINDERING)
     return not self.status or (self.status == cli.MAY_PASS and bool(may_pass))
 
   def excused(self) -> int:

@@ -501,9 +501,8 @@ def _check(experiment: Experiment) -> None:
   method, chosen = experiment.method, experiment.exchange
   if isinstance(chosen, str) and chosen in _RENAMED:
     raise ValueError(
-        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that'
-        ' in a gin file, with "from codistill_jax import exchange", as those of'
-        ' gin_configs/ablations do'
+        f'Experiment.exchange={chosen!r} is now {_RENAMED[chosen]}; bind that,'
+        ' in a gin file with "from codistill_jax import exchange"'
     )
   parts = {
       'task': (

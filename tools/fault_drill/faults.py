@@ -128,11 +128,13 @@ def truncate(victim: Victim, rng: np.random.Generator) -> None:
 
 def flip(victim: Victim, rng: np.random.Generator) -> None:
   """Inverts bits of a file of a publication."""
-  path = victim.file(rng)
-  data = bytearray(path.read_bytes())
-  for place in rng.integers(len(data), size=int(rng.integers(1, 9))):
-    data[place] ^= 1 << int(rng.integers(8))
-  path.write_bytes(bytes(data))
+  with victim.file(rng).open('r+b') as f:
+    size = f.seek(0, os.SEEK_END)
+    for place in map(int, rng.integers(size, size=int(rng.integers(1, 9)))):
+      f.seek(place)
+      flipped = f.read(1)[0] ^ 1 << int(rng.integers(8))
+      f.seek(place)
+      f.write(bytes([flipped]))
 
 
 def fifo(victim: Victim, rng: np.random.Generator) -> None:

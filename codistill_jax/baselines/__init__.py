@@ -1,1 +1,6 @@
-"""What codistillation is compared with, each on the same step and loop."""
+"""Methods of a group that are no synchronous SGD: values of Experiment.method."""
+
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
+from codistill_jax.baselines.diloco import Diloco
+
+__all__ = ['AsynchronousSgd', 'Diloco']

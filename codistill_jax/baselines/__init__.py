@@ -1,4 +1,4 @@
-"""Methods of a group that are no synchronous SGD: values of Experiment.method."""
+"""Baselines: how a group updates, a value of `Experiment.method`."""
 
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.baselines.diloco import Diloco

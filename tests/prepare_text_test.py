@@ -277,6 +277,9 @@ def test_sources_are_mixed(tmp_path, weights, sizes, taken):
   half = [text[0] for text in found[: len(found) // 2]]
   assert abs(half.count('a') - taken[0] / 2) <= 0.1 * len(half) + 1
   assert meta['config']['source'] == ' + '.join(given)
+  assert f'documents of {given[1].removeprefix(weights[1])}: ' in (
+      prepare_text.summary(meta)
+  )
   run_text(tmp_path / 'two', given, workers=2, **options)
   assert contents(tmp_path / 'two') == contents(tmp_path / 'data')
 
@@ -295,6 +298,14 @@ def test_bad_mixtures_are_refused(tmp_path, given):
   with pytest.raises(ValueError, match=r'weight|Weights|Unknown source'):
     run_text(tmp_path / 'data', given)
   assert not (tmp_path / 'data').exists()
+
+
+def test_a_source_that_gives_nothing_is_named(tmp_path):
+  given = [plain(tmp_path / 'a', marked('a', 60)), f'text:{tmp_path}/b']
+  for nothing in ('', ' \n\n'):
+    (tmp_path / 'b').write_text(nothing)
+    with pytest.raises(ValueError, match='/b gave no document'):
+      run_text(tmp_path / f'{len(nothing)}', given)
 
 
 @pytest.mark.parametrize('max_documents', [None, 40])
@@ -351,7 +362,8 @@ def test_a_task_knows_the_bytes_of_its_splits(tmp_path, corpus):
 
 def test_source_without_documents_says_what_was_rejected(tmp_path):
   (tmp_path / 'a').write_text('no json\n{}\nnor this\n')
-  with pytest.raises(ValueError, match='2 bad_json, 1 no_text'):
+  message = '2 bad_json, 1 no_text. The first is record 0, bad_json: .no json'
+  with pytest.raises(ValueError, match=message):
     run_text(tmp_path / 'data', f'jsonl:{tmp_path}/a')
 
 

@@ -141,6 +141,8 @@ def archives():
     archive.writestr('b.txt', text)
   return made | {
       'zip archive': buffer.getvalue(),
+      'cpio archive': b'0707010000002F000081A4' + text.encode(),
+      'ar archive': b'!<arch>\na.txt/          1700000000  0' + text.encode(),
       'UTF-16': text.encode('utf-16'),
       'in UTF-16': b'\xfe\xff' + text.encode('utf-16-be'),
       'UTF-32': text.encode('utf-32'),
@@ -320,6 +322,7 @@ def test_a_line_of_100_megabytes_is_never_held(tmp_path, kind, suffix):
         ('jsonl:{}/*.jsonl', FileNotFoundError, 'No file matches'),
         ('jsonl:{}/none/*.jsonl', FileNotFoundError, 'No file matches'),
         ('text:{}', ValueError, 'is a directory'),
+        ('text:/dev/null', ValueError, 'is a pipe or a device'),
         ('text:{}/**', ValueError, r'has \*\* in it'),
         ('text:', ValueError, 'Unknown source'),
         ('parquet:a', ValueError, 'Unknown source'),

@@ -380,7 +380,7 @@ def _check_rejects(
     raise ValueError(
         f'Of {what} of {source.spec}, {lost:,} are broken, more than'
         f' max_rejected={max_rejected:g}: {counts_text(broken)}. The first is'
-        f' record {before + number:,}, {reason}: {text}. Mend the source or its'
+        f' {quoted(before + number, reason, text)}. Mend the source or its'
         ' flags, or allow more with --max_rejected.'
     )
 
@@ -392,6 +392,11 @@ def rejected(place: int, reason: str, raw: Raw) -> tuple[int, str, str]:
   if isinstance(raw, bytes):
     raw = raw[:400].decode('utf-8', 'backslashreplace')
   return place, reason, repr(raw[:100].rstrip('\r\n'))
+
+
+def quoted(place: int, reason: str, text: str) -> str:
+  """Returns what `rejected` describes, for an error."""
+  return f'record {place:,}, {reason}: {text}'
 
 
 def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:

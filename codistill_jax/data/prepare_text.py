@@ -37,6 +37,8 @@ _PIECES = 32
 _LEAST_BYTES = 1 << 22
 _MOST_RECORDS = 1 << 20  # Rejects have no bytes.
 
+_FROM = 'documents of '  # Key of their number, before the name of a source.
+
 # A batch: what a worker decodes at a time, for the tokenizer.
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 1 << 20
@@ -167,7 +169,8 @@ def prepare_text(
     asked_for.add(TOO_LONG.reason)
 
   def reader(source: Source) -> _Reader:
-    return _Reader(source.decode, parsed, apart, asked_for, config)
+    names = [*(own[split] for split in apart), *specs]
+    return _Reader(source.decode, parsed, apart, names, asked_for, config)
 
   recipe = prepare.Recipe(
       kind=shards.KIND,
@@ -256,6 +259,7 @@ class _Reader(NamedTuple):
     decode: Of the source.
     filters: In order.
     apart: Splits that the first sources are.
+    names: Of all sources.
     asked_for: Reasons of rejects that are no damage.
     config: As stored.
   """
@@ -263,6 +267,7 @@ class _Reader(NamedTuple):
   decode: Callable[[sources.Part], Record]
   filters: Sequence[sources.Filter]
   apart: Sequence[str]
+  names: Sequence[str]
   asked_for: Collection[str]
   config: dict[str, Any]
 
@@ -282,6 +287,15 @@ class _Reader(NamedTuple):
         config['seed'],
     )
     return split, record
+
+  def reject(
+      self, place: int, raw: sources.Part | Reject, record: Record
+  ) -> tuple[int, str, str] | None:
+    """Describes a record that was read, if it is broken."""
+    if not isinstance(record, Reject) or record.reason in self.asked_for:
+      return None
+    content = raw if isinstance(raw, Reject) else raw.raw
+    return prepare.rejected(place, record.reason, content)
 
   def read_batch(
       self, batch: Sequence[sources.Part | Reject]
@@ -306,7 +320,13 @@ def _start(
   stop = reader.config['max_documents']
   if stop is not None:
     stop = _records_of(stop, read(None), reader.apart)
-  model = given.model if given else _train(reader.config, read(stop), report)
+  try:
+    model = given.model if given else _train(reader.config, read(stop), report)
+  except tokenizer_lib.NoTextError as e:
+    for place, raw in enumerate(source.raw()):
+      if first := reader.reject(place, raw, reader.read(raw)[1]):
+        raise ValueError(f'{e} The first is {prepare.quoted(*first)}.') from e
+    raise
   return prepare.Start(
       {'tokenizer_sha256': hashlib.sha256(model).hexdigest()},
       stop,
@@ -353,7 +373,7 @@ def _train(
   try:
     return tokenizer_lib.train(texts(), config['vocab_size'])
   except tokenizer_lib.NoTextError as e:
-    raise ValueError(
+    raise tokenizer_lib.NoTextError(
         f'{config["source"]} has no document to train on; rejected records:'
         f' {prepare.counts_text(rejects)}.'
     ) from e
@@ -390,19 +410,22 @@ def _write_shards(
   rejects, first = collections.Counter(), None
   names = _splits(reader.config)
   documents = {split: [] for split in names}
-  sizes = {split: {'words': 0, 'bytes': 0} for split in names}
+  counted = {'words': 0, 'bytes': 0}
+  if len(reader.names) > 1:
+    counted |= {_FROM + name: 0 for name in reader.names}
+  sizes = {split: dict(counted) for split in names}
   for place, raw in enumerate(piece):
     split, record = reader.read(raw)
     if isinstance(record, Reject):
       rejects[record.reason] += 1
-      if first is None and record.reason not in reader.asked_for:
-        content = raw if isinstance(raw, Reject) else raw.raw
-        first = prepare.rejected(place, record.reason, content)
+      first = first or reader.reject(place, raw, record)
       continue
     tokens = [[START_ID], tokenizer.encode(record), [END_ID]]
     documents[split].append(np.concatenate(tokens).astype(dtype))
     sizes[split]['words'] += len(record.split())
     sizes[split]['bytes'] += len(record.encode('utf-8'))
+    if len(reader.names) > 1:
+      sizes[split][_FROM + reader.names[raw.source]] += 1
   splits = {
       split: (
           sizes[split]
@@ -450,10 +473,26 @@ def _finish(
         ' asked for must not be empty. Choose other fractions (0 for none) or'
         ' more documents, and another output.'
     )
+  if config['max_documents'] is None:
+    for key, count in _documents_from(meta).items():
+      if not count:
+        raise ValueError(
+            f'{key.removeprefix(_FROM)} gave no document (rejects of all:'
+            f' {prepare.counts_text(meta["rejects"])}); mend it or leave it'
+            ' out, and choose another output.'
+        )
   return {
       'vocab_size': config['vocab_size'],
       'tokenizer_sha256': meta['tokenizer_sha256'],
   }
+
+
+def _documents_from(meta: dict[str, Any]) -> collections.Counter:
+  """Returns how many documents came from each source, if there are several."""
+  found = collections.Counter()
+  for split in meta['splits'].values():
+    found.update({k: n for k, n in split.items() if k.startswith(_FROM)})
+  return found
 
 
 def summary(meta: dict[str, Any]) -> str:
@@ -468,6 +507,7 @@ def summary(meta: dict[str, Any]) -> str:
         f' ({pieces / max(1, split["words"]):.3f} pieces per word),'
         f' {split["tokens"]:,} tokens, {len(split["shards"])} shards'
     )
+  lines += [f'{key}: {n:,}' for key, n in _documents_from(meta).items()]
   lines.append(
       f'rejected records of {meta["records"]:,}:'
       f' {prepare.counts_text(meta["rejects"])}'

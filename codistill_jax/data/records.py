@@ -31,6 +31,7 @@ import gzip
 import io
 import itertools
 import lzma
+import os
 import re
 import tarfile
 import zlib
@@ -82,6 +83,8 @@ _FOREIGN = {
     rb'PK[\x03\x05\x07]': 'a zip archive or a document of an office',
     rb"7z\xbc\xaf'\x1c": 'a 7z archive',
     rb'Rar!\x1a\x07': 'a rar archive',
+    rb'07070[127][0-9A-Fa-f]{8}': 'a cpio archive',
+    rb'!<arch>\n': 'an ar archive',
     rb'\x04"M\x18': 'compressed by LZ4',
     rb'\x1f[\x9d\xa0]': 'compressed by compress',
     rb'PAR1[\x00-\x1f]': 'a Parquet table, which hf:FOLDER reads',
@@ -116,6 +119,11 @@ def expand(pattern: str) -> list[epath.Path]:
         f'{pattern} is a directory; name the files in it, as {pattern}/*.'
     )
   if path.exists():  # A name with brackets in it may be a file all the same.
+    if os.path.exists(path) and not os.path.isfile(path):
+      raise ValueError(
+          f'{pattern} is a pipe or a device, and a source is read several'
+          ' times; write it to a file.'
+      )
     return [path]
   parts = path.parts
   fixed = list(

@@ -203,7 +203,7 @@ def join(
     mixed: Come then, a record of this one and a record of that.
     weights: Of the mixed ones: shares of the records. They end where the first
       of them ends, so that no record comes twice and the shares hold to the
-      end. None: all records of all, in shares as the sources' sizes.
+      end. None: all records of all, in shares as their sizes, if known.
   """
   members = [*apart, *mixed]
 
@@ -211,7 +211,8 @@ def join(
     streams = [_parts(i, member) for i, member in enumerate(members)]
     for stream in streams[: len(apart)]:
       yield from stream
-    sizes = [float(member.size or 1) for member in mixed]
+    known = all(member.size for member in mixed)
+    sizes = [member.size if known else 1 for member in mixed]
     yield from _mix(streams[len(apart) :], weights or sizes, bool(weights))
 
   fingerprint = members[0].fingerprint

@@ -43,6 +43,9 @@ demo: .venv/demo
 	    --workdir=$(DEMO)/baseline
 	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
+	$(RUN) experiments.sample --workdir=$(DEMO)/codistillation \
+	    --workdir=$(DEMO)/baseline --prompt='In the beginning' --pieces=60 \
+	    --temperature=0.7
 
 churn: .venv/demo
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \

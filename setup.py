@@ -31,7 +31,7 @@ _EXPORT = ('safetensors', 'sentencepiece', 'tensorflow-text')
 _DEMO = (*_DATA, *_CLICKS, *_IMAGES, *_REPORT)
 _BINARIES = (
     *('churn', 'evaluate', 'export', 'prepare_clicks', 'prepare_data'),
-    *('report', 'reproduce', 'status'),
+    *('report', 'reproduce', 'sample', 'status'),
     *('train_group', 'train_local', 'train_lockstep'),
 )
 

@@ -37,29 +37,26 @@ _BASE = _ROOT / 'gin_configs' / 'base.gin'
 # What older configurations bind, and the binding that took its place. Of those
 # that are not here gin says that there is no such parameter.
 RENAMED = {
-    'Experiment.exchange_every': 'exchange.Checkpoints.every',
-    'Experiment.exchange_mode': 'exchange.Checkpoints.mode',
-    'Experiment.staleness': 'exchange.Checkpoints.staleness',
-    'Experiment.publish_dtype': 'exchange.Checkpoints.publish_dtype',
-    'Experiment.teacher_dtype': (
-        'exchange.Checkpoints.teacher_dtype (or of exchange.FixedTeachers)'
-    ),
-    'Experiment.max_staleness_steps': (
-        'exchange.Checkpoints.max_staleness_steps'
-    ),
-    'Experiment.staleness_policy': 'exchange.Checkpoints.staleness_policy',
-    'Experiment.topology': (
-        'exchange.Checkpoints.topology (or of exchange.Predictions)'
-    ),
-    'Experiment.topology_seed': (
-        'exchange.Checkpoints.topology_seed (or of exchange.Predictions)'
-    ),
-    'Experiment.exchange_timeout_seconds': (
-        'exchange.Checkpoints.timeout_seconds'
-    ),
-    'Experiment.teacher_runs': 'exchange.FixedTeachers.runs',
-    'Experiment.teacher_step': 'exchange.FixedTeachers.step',
-    'Experiment.prediction_top_k': 'exchange.Predictions.top_k',
+    f'Experiment.{old}': f'exchange.{new}'
+    for old, new in {
+        'exchange_every': 'Checkpoints.every',
+        'exchange_mode': 'Checkpoints.mode',
+        'staleness': 'Checkpoints.staleness',
+        'publish_dtype': 'Checkpoints.publish_dtype',
+        'teacher_dtype': (
+            'Checkpoints.teacher_dtype (or of exchange.FixedTeachers)'
+        ),
+        'max_staleness_steps': 'Checkpoints.max_staleness_steps',
+        'staleness_policy': 'Checkpoints.staleness_policy',
+        'topology': 'Checkpoints.topology (or of exchange.Predictions)',
+        'topology_seed': (
+            'Checkpoints.topology_seed (or of exchange.Predictions)'
+        ),
+        'exchange_timeout_seconds': 'Checkpoints.timeout_seconds',
+        'teacher_runs': 'FixedTeachers.runs',
+        'teacher_step': 'FixedTeachers.step',
+        'prediction_top_k': 'Predictions.top_k',
+    }.items()
 }
 # What a typed binding may name without a file that imports it.
 _ALWAYS = """

@@ -115,6 +115,7 @@ def run_group(
         f' num_steps={made_for}; make it for as many'
     )
   step = int(state.step)
+  exchange.begin(step)
   state = train_step.place(state)
   # At the call and not in the first turn: groups that go on from an exchange
   # step and are stepped in turn look for each other's publication of it.

@@ -10,6 +10,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import runpy
@@ -187,11 +188,11 @@ def define_preparation_flags(
 
 
 class Stopped(Exception):
-  """The process was asked to stop, and everything is saved."""
+  """The process was asked to stop; everything is saved, unless `status`."""
 
-  def __init__(self, message: str, signal_number: int | None):
+  def __init__(self, message: str, signal_number: int | None, status: int = 0):
     super().__init__(message)
-    self.exit_status = 128 + (signal_number or signal.SIGTERM)
+    self.exit_status = status or 128 + (signal_number or signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -261,8 +262,7 @@ def say(error: Exception) -> int:
     return MAY_PASS if _may_pass(error) else CLEAR_ERROR
   package = str(getattr(error, 'name', '')).partition('.')[0]
   if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
-    extra = f"'codistill_jax[{_EXTRAS[package]}]'"
-    tell(f'error: {package} is missing; pip install {extra}', error=True)
+    tell(f'error: {_missing(package)}', error=True)
     return CLEAR_ERROR
   # A crash: whoever supervises may start again.
   text = ''.join(traceback.format_exception(error)).rstrip()
@@ -287,6 +287,18 @@ def _may_pass(error: Exception) -> bool:
       and isinstance(workdir, str)
       and os.path.abspath(workdir) in f'{error.filename} {error}'
   )
+
+
+def check_installed(*packages: str) -> None:
+  """Raises ValueError if one is missing: better than after the training."""
+  for package in packages:
+    if importlib.util.find_spec(package) is None:
+      raise ValueError(_missing(package))
+
+
+def _missing(package: str) -> str:
+  extra = f"'codistill_jax[{_EXTRAS[package]}]'"
+  return f'{package} is missing; pip install {extra}'
 
 
 def tell(text: str, *, error: bool = False) -> None:

@@ -43,7 +43,8 @@ def define_flags() -> None:
   flags.DEFINE_bool(
       'report',
       True,
-      'Evaluate the groups together and write a report at the end.',
+      'Evaluate the groups together and write a report at the end; this needs'
+      ' the extra `report`.',
   )
 
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
   if _FLAGS.dry_run:
     command = [*groups[0].command, '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
+  if _FLAGS.report:
+    cli.check_installed('jinja2', 'matplotlib', 'pandas')
   files.check_writable(run_directory.groups_root(_FLAGS.workdir))
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'

@@ -365,6 +365,89 @@ def test_a_restart_takes_up_what_was_in_use_or_the_newest(
   assert shown(exchange.fetch(25)) == [taken, None]
 
 
+# --- Lives of a group --------------------------------------------------------
+
+
+@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+def test_a_group_that_begins_anew_is_not_muted_by_its_earlier_life(
+    join, tmp_path, mode
+):
+  first, reader = join(1, mode=mode), join()
+  first.begin(0)
+  publish_all(first, *STEPS)
+  first.checkpointed(80)
+  fetch_until(reader, 80, 80)
+  first.close()
+  for life in range(2):
+    again = join(1, mode=mode, keep=2)
+    again.begin(0)
+    assert kept(tmp_path, 1) == []
+    assert not (tmp_path / 'group_1' / 'restart_step.json').exists()
+    reader.fetch(90 + 100 * life)
+    assert steps_in_use(reader) == (80 if life == 0 else 30,)  # Till it has.
+    for step in (10, 20, 30):
+      assert again.publish_if_due(step, variables_of(-step))
+      again.flush()
+      assert step in kept(tmp_path, 1)
+      now = 90 + 100 * life + step
+      assert shown(fetch_until(reader, now, step)) == [-step]
+    again.close()
+  assert reader.rejected == 0
+
+
+def test_what_another_run_has_published_is_not_deleted(join, tmp_path):
+  publish(tmp_path, 0, 10, width=4)
+  with pytest.raises(checkpoints.MismatchError, match='to begin anew') as e:
+    join().begin(0)
+  assert 'w float32[4] where this run has' in str(e.value)
+  assert kept(tmp_path) == [10]
+
+
+def test_a_group_that_goes_on_keeps_its_life_and_what_it_published(
+    join, tmp_path
+):
+  first, reader = join(1), join()
+  first.begin(0)
+  publish_all(first, *STEPS)
+  fetch_until(reader, 80, 80)
+  first.close()
+  again = join(1, keep=2)
+  again.begin(20)
+  publish_all(again, 30, 40)
+  assert kept(tmp_path, 1) == list(STEPS)[2:]
+  reader.fetch(90)
+  publish_all(again, 50)
+  assert steps_in_use(reader) == (80,)  # No step back in one life.
+  publish_all(again, 60, 70, 80, 90)
+  assert kept(tmp_path, 1) == [80, 90]
+  fetch_until(reader, 100, 90)
+
+
+@pytest.mark.parametrize('step', [10**15, 2**31])
+def test_a_forged_step_is_neither_used_nor_in_the_way(join, tmp_path, step):
+  for group_id in (0, 1):
+    publish(tmp_path, group_id, step, value=1.0)
+  publish(tmp_path, 1, 10)
+  exchange = join(keep=2)
+  assert shown(fetch_until(exchange, 10, 10)) == [10.0]
+  publish(tmp_path, 1, 20)
+  fetch_until(exchange, 20, 20)
+  publish_all(exchange, 20, 30, 40)
+  assert kept(tmp_path) == [30, 40] and exchange.rejected == 0
+
+
+def test_a_teacher_is_not_used_that_is_far_ahead(join, tmp_path):
+  exchange = join(max_staleness_steps=20)
+  for step in (40, 100):
+    publish(tmp_path, 1, step)
+  seen = {}
+  for step in range(10, 140):
+    until(lambda n=step: exchange.fetch(n) or n < 20 or 60 < n < 80 or n > 120)
+    seen[step] = steps_in_use(exchange)[0]
+  used = lambda n: 40 if 20 <= n <= 60 else 100 if 80 <= n <= 120 else None
+  assert seen == {n: used(n) for n in range(10, 140)}
+
+
 # --- Reading, lockstep -------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ IDLE = {
         'distillation begins .* at step 5000',
     ),
     'exchange': ({'exchange': Checkpoints(5000)}, 'first exchange .* 5000'),
+    'at the end': ({'exchange': Checkpoints(200)}, 'first exchange .* 200'),
     'staleness': (
         {'exchange': Checkpoints(150, 'lockstep', 150)},
         'first exchange .* 300',

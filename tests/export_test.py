@@ -1,4 +1,4 @@
-"""Exports: each form, in a process of its own, gives what evaluate found."""
+"""Trained models outside of a run: exports of every form, and samples."""
 
 import json
 import subprocess
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny_run
 
-from codistill_jax import run_directory
+import codistill_jax as cj
+from codistill_jax import base, run_directory
 from codistill_jax.data import prepare_text, shards
-from codistill_jax.data.tokenizer import Tokenizer
+from codistill_jax.data.tokenizer import START_ID, Tokenizer
 from codistill_jax.storage import files
+from experiments import sample
 
 CONFIG = """
 from __gin__ import dynamic_registration
@@ -154,6 +156,33 @@ def test_a_fresh_process_gets_the_numbers_of_the_evaluation(exported, reader):
     nats, pieces = json.loads(line)
     assert pieces == expected['eval/examples']
     assert nats / pieces == pytest.approx(expected['eval/loss'], rel=1e-5)
+
+
+def test_the_likeliest_continuation_is_that_of_the_whole_text(exported):
+  """Piece by piece with a carry: what one pass over the text gives."""
+  model = cj.load(exported[0] / 'run')
+  first = model.tokenizer.encode('alpha in')
+  text = sample.continue_text(model, 'alpha in', pieces=6, temperature=0)
+  assert text == sample.continue_text(model, 'alpha in', pieces=6, top_k=1)
+  tokens = [START_ID, *first]
+  for _ in range(6):
+    batch = {
+        'inputs': np.asarray([tokens]),
+        'resets': np.eye(1, len(tokens)) > 0,
+    }
+    carry = model.model.init_carry(1)
+    outputs, _ = model.model.apply(model.variables, batch, carry, None, False)
+    logits = np.array(base.logits_of(outputs)[0, -1])
+    logits[[0, START_ID]] = -np.inf
+    tokens.append(int(logits.argmax()))
+  assert text == model.tokenizer.decode(tokens)
+
+
+def test_draws_are_those_of_their_seed(exported):
+  model = cj.load(exported[0] / 'run')
+  draw = lambda seed: sample.continue_text(model, 'in', pieces=20, seed=seed)
+  assert draw(0) == draw(0) != draw(1)
+  assert draw(0).startswith('in')
 
 
 def test_a_group_that_is_not_there_is_one_line(exported):

@@ -75,6 +75,9 @@ class Watched:
   def in_use(self):
     return self.exchange.in_use
 
+  def begin(self, step):
+    self.exchange.begin(step)
+
   def due(self, step):
     return self.exchange.due(step)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from made_images import BLUE, GREEN, RED, encode, gradient, plain
 from PIL import Image
 
-from codistill_jax.data import image_decode
+from codistill_jax.data import augment, image_decode
 
 WHOLE = lambda width, height: (0, 0, width, height)
-DRAWS = image_decode.RESIZED_CROP_DRAWS
+DRAWS = augment.RESIZED_CROP_DRAWS
 
 
 def decode(encoded, size=8, box_of=WHOLE):
@@ -202,9 +202,9 @@ def test_evaluation_reads_the_centre_and_training_the_drawn_part():
   np.testing.assert_allclose(centre, normal(expected), atol=1e-6)
   drawn = np.random.default_rng(1).random((1, DRAWS))
   for flip in (0.4, 0.6):
-    drawn[0, image_decode.CROP_DRAWS + 2] = flip
+    drawn[0, augment.CROP_DRAWS + 2] = flip
     (part,) = images.read(np.asarray([0]), drawn)['inputs']
-    box = image_decode.random_resized_box(90, 60, drawn[0])
+    box = augment.random_resized_box(90, 60, drawn[0])
     expected = decode(files[0], 8, lambda w, h, box=box: box)
     if flip < 0.5:
       expected = expected[:, ::-1]
@@ -297,7 +297,7 @@ def test_pad_crop_flip_does_it_one_by_one(pad, flip):
   rng = np.random.default_rng(0)
   images = rng.integers(1, 255, (200, 5, 6, 2)).astype(np.uint8)
   drawn = rng.random((200, 4))
-  found = image_decode.pad_crop_flip(images, drawn, pad=pad, flip=flip)
+  found = augment.pad_crop_flip(images, drawn, pad=pad, flip=flip)
   assert found.dtype == np.uint8
   places = np.floor(drawn[:, :2] * (2 * pad + 1)).astype(int)
   # Every place is used, the last one too.
@@ -319,9 +319,7 @@ def test_pad_crop_flip_does_it_one_by_one(pad, flip):
 )
 def test_random_part_is_inside_the_image(width, height, seed):
   drawn = np.random.default_rng(seed).random(DRAWS)
-  left, top, right, bottom = image_decode.random_resized_box(
-      width, height, drawn
-  )
+  left, top, right, bottom = augment.random_resized_box(width, height, drawn)
   assert 0 <= left < right <= width and 0 <= top < bottom <= height
 
 
@@ -329,7 +327,7 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
   rng = np.random.default_rng(0)
   boxes = np.asarray(
       [
-          image_decode.random_resized_box(500, 375, row)
+          augment.random_resized_box(500, 375, row)
           for row in rng.random((4000, DRAWS))
       ]
   )
@@ -345,7 +343,7 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
   # Every place is possible, up to the border.
   assert boxes[:, :2].min() == 0 and boxes[:, 2].max() == 500
   assert boxes[:, 3].max() == 375
-  mirrored = [image_decode.is_mirrored(row) for row in rng.random((2000, 24))]
+  mirrored = [augment.is_mirrored(row) for row in rng.random((2000, 24))]
   assert 0.45 < np.mean(mirrored) < 0.55
 
 
@@ -359,14 +357,14 @@ def test_random_parts_have_the_areas_and_aspects_that_were_asked_for():
 )
 def test_a_ribbon_gives_its_centre(width, height, box):
   drawn = np.full(DRAWS, 0.9)
-  assert image_decode.random_resized_box(width, height, drawn) == box
+  assert augment.random_resized_box(width, height, drawn) == box
 
 
 def test_centre_is_what_a_resize_and_a_cut_give():
   # 512 x 384 resized to 341.3 x 256; the centre is 224 of it, 336 before.
-  assert image_decode.centre_box(512, 384, 224, 256) == (88, 24, 424, 360)
-  assert image_decode.centre_box(384, 512, 224, 256) == (24, 88, 360, 424)
-  assert image_decode.centre_box(300, 200, 8, 8) == (50, 0, 250, 200)
+  assert augment.centre_box(512, 384, 224, 256) == (88, 24, 424, 360)
+  assert augment.centre_box(384, 512, 224, 256) == (24, 88, 360, 424)
+  assert augment.centre_box(300, 200, 8, 8) == (50, 0, 250, 200)
 
 
 def test_normalise_gives_mean_0_and_deviation_1():
@@ -374,9 +372,9 @@ def test_normalise_gives_mean_0_and_deviation_1():
   images = images.astype(np.uint8)
   pixels = images / 255
   mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
-  found = image_decode.normalise(images, mean, std)
+  found = augment.normalise(images, mean, std)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, (pixels - mean) / std, atol=1e-5)
   out = np.zeros_like(found)
-  image_decode.normalise(images, mean, std, out)
+  augment.normalise(images, mean, std, out)
   np.testing.assert_array_equal(out, found)

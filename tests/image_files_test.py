@@ -130,7 +130,7 @@ class TestHuggingFace:
     monkeypatch.setattr(
         datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache')
     )
-    splits = {'train': [1, 0, 1], 'test': [0, -1]}
+    splits = {'train': [1, 0, 1], 'test': [0, -1], 'validation': [0, None]}
     write_hub(tmp_path / 'data', splits)
     return str(tmp_path / 'data')
 
@@ -156,6 +156,7 @@ class TestHuggingFace:
           ({'label_key': 'number'}, 'expected class labels with names'),
           ({'image_key': 'number'}, 'expected images'),
           ({'split': 'test'}, 'has no labels'),
+          ({'split': 'validation'}, 'has no labels'),
       ],
   )
   def test_what_does_not_fit(self, folder, arguments, message):

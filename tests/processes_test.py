@@ -279,16 +279,44 @@ def test_deaf_groups_are_killed_and_share_the_time_they_are_given(
     pretend, tmp_path
 ):
   groups = pretend(DEAF, DEAF, DEAF, pace=PACE._replace(grace=0.3))
-  with pytest.raises(TimeoutError, match=r'not saved: group 0 .*, group 2 '):
+  with pytest.raises(cli.Stopped, match=r'group 0 \(signal 9.*, group 2 ') as e:
     supervise(groups, stop_when_begun(tmp_path, 3))
+  assert e.value.exit_status == cli.MAY_PASS
   assert not any(group.running for group in groups)
   assert [g.exit_status for g in groups] == [-signal.SIGKILL] * 3
 
 
-def test_a_stop_that_a_group_did_not_save_says_so(pretend, tmp_path):
-  stuck = PATIENT.replace('sys.exit(143)', f'sys.exit({cli.MAY_PASS})')
-  with pytest.raises(TimeoutError, match=r'not saved: group 1 \(.* 75\); the'):
-    supervise(pretend(PATIENT, stuck), stop_when_begun(tmp_path, 2))
+# How the other group ends when it is asked, or had ended before.
+LOSSES = {
+    'asked': ('sys.exit(75)', 75),
+    'before': ('sys.exit(75)', 75),
+    'a clear error': ('sys.exit(1)', 1),
+    'a crash': ('sys.exit(70)', 70),
+    'killed': ('os.kill(os.getpid(), 9)', 75),
+}
+
+
+@pytest.mark.parametrize('how', LOSSES)
+def test_a_stop_is_no_better_than_the_worst_of_its_groups(
+    pretend, tmp_path, how
+):
+  """With its line; also if it had died before anybody asked the supervisor."""
+  end, status = LOSSES[how]
+  ends = f"print('error: disk full', flush=True)\n{end}"
+  loses = PATIENT.replace('sys.exit(143)', ends)
+  if how == 'before':
+    loses = loses.replace('while not asked', 'while False')
+  groups = pretend(
+      PATIENT, loses, pace=PACE._replace(first_delay=1e4, longest_delay=1e4)
+  )
+  begun = stop_when_begun(tmp_path, 2)
+  gone = lambda: how != 'before' or groups[1].exit_status is not None
+  with pytest.raises(cli.Stopped) as e:
+    supervise(groups, Stop(lambda: begun() and gone()), max_restarts=9)
+  assert e.value.exit_status == status
+  said = str(e.value)
+  assert 'not saved: group 1 (' in said and '"error: disk full"' in said
+  assert 'group 0' not in said
 
 
 def test_who_is_told_to_stop_with_its_groups_reports_no_deaths(pretend, capsys):

@@ -35,7 +35,7 @@ LANGUAGE = [
 def test_a_declaration_makes_sense_at_every_scale(name):
   study = STUDIES[name]
   assert set(study.scales) == set(SCALES)
-  assert set(study.views) <= {'bytes', 'latency', 'speed-accuracy'}
+  assert set(study.views) <= {'bytes', 'latency', 'map', 'speed-accuracy'}
   for scale in SCALES:
     plan = plan_lib.make_plan(study, scale)
     names = [arm.name for arm in plan.study.arms]

@@ -278,6 +278,39 @@ def test_without_two_groups_there_is_no_crossover():
   assert 'there is no crossover to compute' in text and len(plots) == 1
 
 
+def batches(critical=8, gain=1.4):
+  """Steps to any target follow a critical batch of so many workers."""
+  study = make_plan(STUDIES['map'], 'gpu').study
+  runs, often = [], {'noise': 1e-5, 'steps_N': np.arange(4, 1001, 4)}
+  for arm in study.arms:
+    speed = (gain if arm.num_groups > 1 else 1) / (1 + critical / arm.workers)
+    runs += toy.runs(arm.name, speed=speed, **often)
+  return study, runs
+
+
+def test_the_map_says_at_which_batches_a_second_group_pays(tmp_path):
+  study, runs = batches()
+  found = analysis.analyse(study, runs)
+  maps = costs.map_of_batches(found)
+  assert [m.name for m in maps] == ['early', 'middle', 'late']
+  assert maps[0].nats > maps[1].nats > maps[2].nats
+  # Twice the batch takes (1 + 4 / W) / (1 + 8 / W) of the steps, a second group
+  # 1 / 1.4: fewer from W = 6 on. One worker alone does not get far.
+  for found_map in maps[:2]:
+    assert found_map.fit.critical == pytest.approx(8, rel=0.25)
+    assert found_map.where(True) == [8, 16]
+    assert found_map.where(False)[-2:] == [2, 4]
+    ratio = found_map.ratios['two groups'][16].estimate.mean
+    assert ratio == pytest.approx(1 / 1.4, rel=0.05)
+  study_page.report(study, toy.settings(group_batch=256), runs, tmp_path)
+  page = (tmp_path / 'page.md').read_text()
+  assert 'fewer steps than twice the batch at a batch of 512, 1,024.' in page
+  assert (tmp_path / 'map.png').read_bytes().startswith(PNG)
+  head = next(x for x in page.splitlines() if 'batch / critical' in x)
+  rows = page.split(head)[1].split('\n\n')[0].splitlines()[2:]
+  assert len(rows) == 3 * 5 and head.count('|') == rows[0].count('|')
+
+
 def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():
   study, runs = scaling()
   runs += toy.runs('late', shift=1.0, steps_N=EVERY_N)

@@ -1,15 +1,20 @@
 """train_local as a whole."""
 
+import errno
 import os
 import signal
+import sys
 
 import paced
 import pytest
+import run_cases
 import tiny_run
+from etils import epath
 from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
+from experiments import train_local
 
 _LONG_EVALUATION = """
 import sys, time
@@ -100,6 +105,38 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   )
   assert 'Traceback' not in output
   assert tiny_run.processes_of(workdir) == []
+
+
+@pytest.mark.parametrize(
+    'workdir, missing, words',
+    [
+        ('{file}/run', None, ['cannot be written', 'Not a directory']),
+        ('{tmp}/' + 300 * 'n', None, ['cannot be written', 'too long']),
+        ('/proc/none/run', None, ['cannot be written']),
+        ('{tmp}/run', errno.EROFS, ['cannot be written', 'Read-only']),
+        ('{tmp}/run', errno.EACCES, ['cannot be written', 'Permission']),
+        ('{tmp}/run', 'pandas', ['pandas is missing', '[report]']),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_group_is_started(
+    tmp_path, monkeypatch, workdir, missing, words
+):
+  (tmp_path / 'file').touch()
+  workdir = workdir.format(file=tmp_path / 'file', tmp=tmp_path)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.setattr(train_local.processes, 'supervise', None)
+  if isinstance(missing, str):
+    monkeypatch.setitem(sys.modules, missing, None)
+  elif missing:
+
+    def refuse(*unused, **unused_by_name):
+      raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr(type(epath.Path()), 'mkdir', refuse)
+  status, output = run_cases.run(train_local, [f'--workdir={workdir}'])
+  assert status == 1
+  (line,) = output.splitlines()
+  assert all(word in line for word in words)
 
 
 def test_a_mistake_of_the_configuration_is_one_line(launch, tmp_path):

@@ -17,7 +17,7 @@ Of those in memory (digits, Fashion-MNIST, CIFAR-10):
   pad: Training crops at random out of the image with such a black border.
   flip: Training mirrors every second image.
 Of those that are decoded when they are read (folders, the hub), where training
-takes a random part of an image (`image_decode.random_resized_box`), mirrored or
+takes a random part of an image (`augment.random_resized_box`), mirrored or
 not, and evaluation the centre:
   size: Height and width of an input, in pixels.
   resize: What the shorter side is resized to before evaluation cuts out the
@@ -42,6 +42,7 @@ from absl import logging
 
 from codistill_jax import base
 from codistill_jax.data import (
+    augment,
     examples,
     image_decode,
     image_files,
@@ -195,7 +196,7 @@ def image_folder_task(
       validation and read(root / validation),
       test and (lambda: read(test)),
       _decoded(size, resize, workers, max_damaged),
-      image_decode.RESIZED_CROP_DRAWS,
+      augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
 
@@ -248,7 +249,7 @@ def hugging_face_images_task(
       validation,
       test and (lambda: test),
       _decoded(size, resize, workers, max_damaged),
-      image_decode.RESIZED_CROP_DRAWS,
+      augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
 
@@ -275,11 +276,9 @@ def task_in_memory(
     ) -> base.Batch:
       images = data.images[indices_B]
       if draws_BK is not None:
-        images = image_decode.pad_crop_flip(
-            images, draws_BK, pad=pad, flip=flip
-        )
+        images = augment.pad_crop_flip(images, draws_BK, pad=pad, flip=flip)
       return {
-          'inputs': image_decode.normalise(images, mean, std),
+          'inputs': augment.normalise(images, mean, std),
           'labels': data.labels[indices_B],
           'weights': np.ones(len(indices_B), np.float32),
       }
@@ -292,7 +291,7 @@ def task_in_memory(
       None,
       test,
       reader,
-      image_decode.PAD_CROP_DRAWS,
+      augment.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
   )
 

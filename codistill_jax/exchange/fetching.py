@@ -11,6 +11,7 @@ Shape suffix: P peers.
 
 import concurrent.futures
 import contextlib
+import math
 import textwrap
 import threading
 import time
@@ -150,7 +151,12 @@ class Teaching:
   def show(self, step: int) -> Teachers | None:
     """Returns the teachers of the update after `step` that are not too old."""
     in_use = tuple(
-        None if self._plan.too_old(step, p) else p for p in self.held
+        p
+        if p
+        and not self._plan.too_old(step, p)
+        and p.step <= self._plan.newest_used(step)
+        else None
+        for p in self.held
     )
     if in_use == self.in_use and self.shown is not None:
       return self.shown
@@ -269,17 +275,36 @@ class Reader:
     # By peer: what it was asked and has not answered in time.
     self._late: dict[int, tuple[tuple, concurrent.futures.Future]] = {}
 
-  def newest(self, peer: int, after: int | None) -> int | None:
-    """Returns the newest step beyond `after` that is not known to be bad."""
+  def newest(
+      self,
+      peer: int,
+      held: Publication | None = None,
+      most: float = math.inf,
+  ) -> int | None:
+    """Returns the newest step that may be better than what is held.
+
+    Args:
+      peer: Whose.
+      held: What is held of it.
+      most: The last step that is of use.
+    """
     in_hand = self._in_hand(peer)
     if in_hand is not None:
       return in_hand  # A newer one would take as long.
     for step in reversed(self._ask(peer, self._store.steps) or ()):
-      if after is not None and step <= after:
+      if held is not None and step == held.step:
         return None
-      if not self.is_bad(peer, step):
-        return step
+      if step <= most and not self.is_bad(peer, step):
+        # One before what is held is better if the peer has begun anew.
+        if held is None or step > held.step:
+          return step
+        return step if self._began_anew(peer, step, held) else None
     return None
+
+  def _began_anew(self, peer: int, step: int, held: Publication) -> bool:
+    """Returns whether a publication is of a later life than what is held."""
+    life = self._ask(peer, self._store.life, step)
+    return life is not None and life > held.life
 
   def is_bad(self, peer: int, step: int) -> bool:
     """Returns whether that one was rejected and is still the same one."""
@@ -452,12 +477,14 @@ class Freshest:
     self._teaching = means.teaching
     self._running: concurrent.futures.Future | None = None
     self._poll_seconds = means.patience.poll
+    self._most = math.inf  # The last step that is of use.
     self._hurry = threading.Event()  # Ends the pause between two looks.
     # The peers of whom something newer is looked for.
     self._wanted = set(means.teaching.peers)
     self._bringing: Iterator[concurrent.futures.Future] | None = None
 
   def fetch(self, step: int) -> None:
+    self._most = self._means.plan.newest_used(step)
     if self._meets(step):
       if self._means.plan.due(step):
         self._wanted = set(self._teaching.peers)
@@ -506,11 +533,11 @@ class Freshest:
 
   def _look(self, peers: Sequence[int]) -> dict[int, int]:
     """Returns the newest of each peer; in the thread, of the primary."""
-    held = self._teaching.held_steps
+    held = dict(zip(self._teaching.peers, self._teaching.held))
     found = {}
     if self._means.agreement.is_primary:
       for peer in peers:
-        step = self._means.reader.newest(peer, held[peer])
+        step = self._means.reader.newest(peer, held[peer], self._most)
         if step is not None:
           found[peer] = step
     patience = self._means.patience
@@ -661,7 +688,7 @@ class Lockstep:
       if means.agreement.all_true(np.array(slot is not None)):
         return slot
       means.store.raise_failure()
-      newest = reader.newest(peer, None)
+      newest = reader.newest(peer)
       now = time.monotonic()
       in_vain, failure = None, means.store.failure(peer)
       if failure:

@@ -19,6 +19,7 @@ Shape suffix: P peers.
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,13 @@ class Exchange(Protocol):
   in_use: tuple[Publication | None, ...] = ()
   rejected: int = 0
   last_rejection: str = ''
+
+  def begin(self, step: int) -> None:
+    """Learns where a run begins, before all else of it but `restore`.
+
+    Raises:
+      ValueError: If it has served a run that was further on.
+    """
 
   def due(self, step: int) -> bool:
     """Returns whether this process publishes at `step`."""
@@ -145,10 +153,10 @@ class Plan:
     teacher_dtype: Floating dtype in which teachers are held.
     max_staleness_steps: In freshest, the age in steps beyond which a teacher
       is not used; None for any age. A peer that has published nothing counts
-      as if it had published at step 0.
-    staleness_policy: What happens then. 'drop': the peer is left out of the
-      mean until it publishes again. 'wait': training waits for it. 'fail': an
-      error ends the run.
+      as if it had published at step 0. Nor is one used that is ahead by more.
+    staleness_policy: What happens if one is too old. 'drop': the peer is left
+      out of the mean until it publishes again. 'wait': training waits for it.
+      'fail': an error ends the run.
     topology: Who learns from whom; see above.
     topology_seed: Of a random topology.
   """
@@ -224,6 +232,12 @@ class Plan:
       return False
     born = 0 if published is None else published.step
     return step - born > self.max_staleness_steps
+
+  def newest_used(self, step: int) -> float:
+    """Returns beyond which step no teacher is used in the update of `step`."""
+    if self.max_staleness_steps is None:
+      return math.inf
+    return step + self.max_staleness_steps
 
   def due(self, step: int) -> bool:
     """Returns whether `step` is an exchange step; 0 is none."""

@@ -6,8 +6,9 @@ A reader trusts nothing: not the model that the peer trains, not the disk, and
 not the numbers.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +37,8 @@ class Publication:
     time: Unix seconds at which the training loop published.
     identity: What peers must share (tokenizer hash, number of classes, ...).
     num_bytes: Size of all its arrays.
+    life: Of the group, from its first update on. That of a group which was
+      started again from the beginning is greater, however few steps it has.
   """
 
   group_id: int
@@ -43,6 +46,7 @@ class Publication:
   time: float
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_bytes: int = 0
+  life: int = 0
 
 
 Slot = tuple[Publication, Variables]
@@ -56,6 +60,41 @@ def group_directory(root: epath.PathLike, group_id: int) -> epath.Path:
 def published_steps(root: epath.PathLike, group_id: int) -> list[int]:
   """Returns the completed publications of one group, ascending."""
   return checkpoints.completed_steps(group_directory(root, group_id))
+
+
+def life_of(root: epath.PathLike, group_id: int, steps: Iterable[int]) -> int:
+  """Returns the latest life of which some publications tell; 0 if none does."""
+  lives, directory = [0], group_directory(root, group_id)
+  for step in steps:
+    with contextlib.suppress(OSError, ValueError):
+      record = checkpoints.load_record(directory, step)
+      lives.append(_described_by(record, directory).life)
+  return max(lives)
+
+
+def check_own(
+    root: epath.PathLike,
+    group_id: int,
+    step: int,
+    like: Variables,
+    identity: Mapping[str, str],
+) -> None:
+  """Raises MismatchError if a group has published another model or task."""
+  directory = group_directory(root, group_id)
+  try:
+    record = checkpoints.load_record(directory, step)
+    publication = _described_by(record, directory)
+  except (checkpoints.MissingError, DamagedError):
+    return
+  checkpoints.check_match(
+      f'publication {step} of group {group_id}, by an earlier run,',
+      identity=publication.identity,
+      leaves=record.leaves,
+      our_identity=identity,
+      like=_as_dict(like),
+      advice=f'use another workdir, or delete {directory} to begin anew',
+      any_float=True,
+  )
 
 
 def write(
@@ -84,6 +123,7 @@ def write(
       'step': publication.step,
       'time': publication.time,
       'identity': dict(publication.identity),
+      'life': publication.life,
   }
   directory = group_directory(root, publication.group_id)
   record = checkpoints.save(directory, publication.step, tree, facts)
@@ -240,11 +280,11 @@ def load_sound(
 
 
 def _described_by(record: Record, where: epath.Path) -> Publication:
-  facts = record.facts
+  facts = {'life': 0, **record.facts}
   identity = facts.get('identity')
   if (
-      facts.keys() != {'group_id', 'step', 'time', 'identity'}
-      or not all(_is_count(facts[key]) for key in ('group_id', 'step'))
+      facts.keys() != {'group_id', 'step', 'time', 'identity', 'life'}
+      or not all(_is_count(facts[key]) for key in ('group_id', 'step', 'life'))
       or type(facts['time']) not in (int, float)
       or not abs(facts['time']) < _FOREVER
       or not isinstance(identity, dict)

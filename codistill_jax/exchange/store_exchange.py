@@ -103,6 +103,10 @@ class StoreExchange:
   def last_rejection(self) -> str:
     return self._reader.last_rejection
 
+  def begin(self, step: int) -> None:
+    self._go_on(step)
+    self._store.begin(step)
+
   def due(self, step: int) -> bool:
     return self._store.writes and self._plan.due(step)
 

@@ -6,6 +6,7 @@ see the same publications; each has a store of its own, which writes for it.
 """
 
 import contextlib
+import dataclasses
 import secrets
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
+from absl import logging
 from etils import epath
 
 from codistill_jax.base import Variables, cast_floats
@@ -87,6 +89,9 @@ class Store(Protocol):
   def made(self, group_id: int, step: int) -> float | None:
     """Returns when a publication was made; another one has another time."""
 
+  def life(self, group_id: int, step: int) -> int | None:
+    """Returns the life of a publication, if it is known; see `Publication`."""
+
   def reading(
       self, steps: Mapping[int, int]
   ) -> contextlib.AbstractContextManager[None]:
@@ -97,6 +102,9 @@ class Store(Protocol):
 
   def wait(self, seconds: float) -> None:
     """Waits for something to change, but no longer than that."""
+
+  def begin(self, step: int) -> None:
+    """Takes out of the way what the group published before it began anew."""
 
   def restore(self, groups: Sequence[int], first: int, last: int) -> None:
     """Brings back what a run needs that goes on from step `last`."""
@@ -180,6 +188,7 @@ class DirectoryStore(Store):
     self._restart_step: int | None = None
     self._newest: Publication | None = None  # Complete, made by this process.
     self._failures = 0
+    self._life = 0
     self._unwritten: set[int] = set()
     self._spare: Variables | None = None
     # Beside training there is one copy of variables at a time, on its way out
@@ -226,6 +235,9 @@ class DirectoryStore(Store):
     directory = publications.group_directory(self.root, group_id)
     return checkpoints.completed_at(directory, step)
 
+  def life(self, group_id: int, step: int) -> int | None:
+    return publications.life_of(self.root, group_id, [step])
+
   @contextlib.contextmanager
   def reading(self, steps: Mapping[int, int]) -> Iterator[None]:
     """Marks what is read inside, so that its writer does not delete it."""
@@ -249,6 +261,29 @@ class DirectoryStore(Store):
       files.write_json(self._mark, mark)
 
   # --- Writing ---
+
+  def begin(self, step: int) -> None:
+    if not self.writes:
+      return
+    old = self.steps(self._group_id)
+    self._life = publications.life_of(self.root, self._group_id, old)
+    if step:
+      return
+    # Later than all before it, also of another directory.
+    self._life = max(self._life + 1, int(time.time()))
+    for newest in old[-1:]:
+      publications.check_own(
+          self.root, self._group_id, newest, self._like, self._identity
+      )
+    files.remove(self._directory / RESTART_FILE)
+    checkpoints.delete(self._directory, old)
+    if old:
+      logging.warning(
+          'group %d begins anew: publications %d to %d of it are deleted',
+          self._group_id,
+          old[0],
+          old[-1],
+      )
 
   def write(self, publication: Publication, variables: Variables) -> None:
     if self._plan.mode == 'lockstep':
@@ -355,13 +390,13 @@ class DirectoryStore(Store):
           self._lease.check()
         self._newest = publications.write(
             self.root,
-            publication,
+            dataclasses.replace(publication, life=self._life),
             cast_floats(variables, self._plan.publish_dtype),
         )
     except OSError:
       self._failures += 1
       # The file system may be full of publications that readers have left.
-      self._prune()
+      self._prune(step)
       raise
     except leases.LostError:
       raise
@@ -370,14 +405,15 @@ class DirectoryStore(Store):
       raise
     self._unwritten.discard(step)
     self._spare = variables
-    self._prune()
+    self._prune(step)
 
-  def _prune(self) -> None:
+  def _prune(self, newest: int) -> None:
     with self._troubles.noted('deleting old publications'):
-      self._delete_old()
+      self._delete_old(newest)
 
-  def _delete_old(self) -> None:
-    steps = self.steps(self._group_id)
+  def _delete_old(self, newest: int) -> None:
+    # Those beyond it are of a life that was killed, and count for nothing.
+    steps = [s for s in self.steps(self._group_id) if s <= newest]
     old = steps[: -self._keep]
     if self._plan.mode == 'lockstep' and self._readers:
       needed = min(map(self._needed_by, self._readers))
@@ -507,6 +543,7 @@ class MemoryStore(Store):
     self._plan = plan
     self._mirror = mirror = mirror or _Nowhere()
     self._num_bytes = 0
+    self.begin = mirror.begin
     self.settle = mirror.settle
     self.checkpointed = mirror.checkpointed
     self.flush = mirror.flush

@@ -613,7 +613,13 @@ def _path_of(directory: epath.PathLike, step: int) -> epath.Path:
 
 
 def _is_step(name: str) -> bool:
-  return name.isascii() and name.isdecimal() and str(int(name)) == name
+  # No state has done more updates than an int32 counts.
+  return (
+      name.isascii()
+      and name.isdecimal()
+      and str(int(name)) == name
+      and int(name) < 1 << 31
+  )
 
 
 def _is_complete(path: epath.Path) -> bool:

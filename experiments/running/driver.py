@@ -93,9 +93,13 @@ def check_start(job: Job, start: GroupStart) -> None:
     ValueError: One line, if the task or the model breaks its contract.
   """
   experiment = job.experiment
-  with experiment_lib.naming('the update cannot be traced'):
-    start.efficiency.trace()
-  experiment_lib.check_evaluation(experiment, job.model, start.state.variables)
+  saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
+  if run_directory.newest_saved(saved) is None:  # Else both have been done.
+    with experiment_lib.naming('the update cannot be traced'):
+      start.efficiency.trace()
+    experiment_lib.check_evaluation(
+        experiment, job.model, start.state.variables
+    )
   idle = experiment_lib.idle_settings(
       experiment, job.num_groups, start.state.variables.params
   )

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from codistill_jax import run_directory, writers
@@ -192,10 +192,8 @@ class Group:
 
   @property
   def has_lost_updates(self) -> bool:
-    """Returns whether its process, asked to leave, did so without a save."""
-    if self._process is None:
-      return False  # It died before, and that was said.
-    return self._process.poll() not in _NOTHING_LOST
+    """Returns whether its last process has ended without a save."""
+    return self.exit_status not in {None, *_NOTHING_LOST}
 
   def poll(self, max_restarts: int) -> None:
     """Starts the process if it should run; looks whether it has ended.
@@ -222,14 +220,14 @@ class Group:
     if status == 0:
       self.done = True
     elif status == cli.CLEAR_ERROR:
-      raise ValueError(f'group {self.group_id}: {self._last_line()}')
+      raise ValueError(f'group {self.group_id}: {self.last_line()}')
     elif status < 0:
-      self._count_death(f'signal {-status}', max_restarts)
+      self._count_death(_how(status), max_restarts)
     elif status == cli.MAY_PASS:
       # A disk may be full for longer than the first tries take.
-      self._count_death(f'exit status {status}', _PATIENCE * max_restarts)
+      self._count_death(_how(status), _PATIENCE * max_restarts)
     else:
-      self._count_death(f'exit status {status}', max_restarts)
+      self._count_death(_how(status), max_restarts)
 
   def ask_to_stop(self) -> None:
     """Asks the process to save and leave; once, for a second time kills."""
@@ -285,14 +283,14 @@ class Group:
     if self._deaths > max_restarts:
       raise ValueError(
           f'group {self.group_id} died {self._deaths} times without a new'
-          f' resume checkpoint (last: {how}, "{self._last_line()}"); see'
+          f' resume checkpoint (last: {how}, "{self.last_line()}"); see'
           f' {self.log}'
       )
     pace = self.pace
     delay = min(pace.first_delay * 2 ** (self._deaths - 1), pace.longest_delay)
     self._start_at = time.monotonic() + delay
     # Whoever was killed had no time to say why.
-    why = '' if how.startswith('signal') else f', "{self._last_line()}"'
+    why = '' if how.startswith('signal') else f', "{self.last_line()}"'
     cli.tell(
         f'group {self.group_id} died ({how}{why}); starting it again in'
         f' {delay:g} s from step {max(self._checkpoint, 0)}',
@@ -315,7 +313,8 @@ class Group:
       return [line for line in lines if line.startswith('warning: ')]
     return []
 
-  def _last_line(self) -> str:
+  def last_line(self) -> str:
+    """Returns the last line that its last process has said."""
     if self._log_trouble:
       return self._log_trouble
     try:
@@ -338,8 +337,8 @@ def supervise(
   Raises:
     ValueError: If a group ended with a clear error, or dies again and again.
       That is said at once, and the others train on to their last step.
-    Stopped: If asked to stop.
-    TimeoutError: If asked to stop, but a group has left without a save.
+    Stopped: If asked to stop; with the worst status of a group that has left
+      without a save.
   """
   with contextlib.ExitStack() as stack:
     stack.callback(end_all, groups)
@@ -351,8 +350,7 @@ def supervise(
       if stop():
         cli.tell('stopping: the groups save and leave', error=True)
         end_all(groups)
-        _check_saved(groups)
-        raise cli.Stopped(cli.STOPPED, stop.signal_number)
+        raise _stopped(groups, stop)
       for group in groups:
         if group.group_id in given_up:
           continue
@@ -371,17 +369,40 @@ def supervise(
       raise error
 
 
-def _check_saved(groups: Sequence[Group]) -> None:
-  lost = [
-      f'group {group.group_id} (exit status {group.exit_status})'
-      for group in groups
-      if group.has_lost_updates
+def _stopped(groups: Sequence[Group], stop: cli.StopRequest) -> cli.Stopped:
+  """Returns what ends a supervisor: the worst that its groups ended with."""
+  lost = [group for group in groups if group.has_lost_updates]
+  if not lost:
+    return cli.Stopped(cli.STOPPED, stop.signal_number)
+  lines = [
+      f'group {g.group_id} ({_how(g.exit_status)}, "{g.last_line()}")'
+      for g in lost
   ]
-  if lost:
-    raise TimeoutError(
-        f'stopped, but not saved: {", ".join(lost)}; the same command goes on'
-        ' from the resume checkpoint before'
-    )
+  return cli.Stopped(
+      f'error: stopped, but not saved: {", ".join(lines)}; the same command'
+      ' goes on from the resume checkpoint before',
+      stop.signal_number,
+      worst_status(group.exit_status for group in lost),
+  )
+
+
+def _how(status: int) -> str:
+  return f'exit status {status}' if status >= 0 else f'signal {-status}'
+
+
+def worst_status(statuses: Iterable[int | None]) -> int:
+  """Returns the worst of exit statuses: those of `cli` rise from 1 to 128 + n.
+
+  Of a process that was killed what it had not saved is lost: 75.
+  """
+  return min(
+      (
+          128 - s if -s in cli.SIGNALS else cli.MAY_PASS if s < 0 else s
+          for s in statuses
+          if s
+      ),
+      default=0,
+  )
 
 
 def end_all(groups: Sequence[Group]) -> None:

@@ -11,6 +11,7 @@ Shape suffix: N evaluations of a run.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -184,14 +185,28 @@ def analyse(study: Study, runs: Iterable[Run]) -> Analysis:
   runs = list(runs)
   final = _by_arm(study, [r for r in runs if not r.tuning])
   tuning = _by_arm(study, [r for r in runs if r.tuning])
-  baseline = final.get(study.baseline, ())
-  window = _window_of(baseline)
+  window = _window_of(final.get(study.baseline, ()))
+  return with_targets(Analysis(study, window, {}, final, tuning), 1.0)
+
+
+def with_targets(found: Analysis, share: float) -> Analysis:
+  """Returns the analysis with other targets.
+
+  Args:
+    found: The runs.
+    share: Of each run of the baseline, up to where its best smoothed loss is
+      the target.
+  """
   targets = {
-      run.seed: float(smooth(run.loss_N, window).min())
-      for run in baseline
+      run.seed: float(
+          smooth(run.loss_N, found.window)[
+              : math.ceil(share * len(run.loss_N))
+          ].min()
+      )
+      for run in found.runs.get(found.study.baseline, ())
       if diverged_at(run) is None and len(run.loss_N)
   }
-  return Analysis(study, window, targets, final, tuning)
+  return found._replace(targets=targets)
 
 
 def _by_arm(study: Study, runs: Sequence[Run]) -> dict[str, tuple[Run, ...]]:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import analysis
-from .analysis import Analysis
+from .analysis import Analysis, Effect
 from .study_plan import Arm
 
 # --- Bytes -------------------------------------------------------------------
@@ -298,3 +298,89 @@ def _flops_per_update(found: Analysis, arm: Arm) -> float:
   runs = [r for r in found.runs[arm.name] if analysis.diverged_at(r) is None]
   rates = [r.flops_N[-1] / r.steps_N[-1] for r in runs]
   return float(np.mean(rates)) / arm.num_groups
+
+
+# --- A map of batches and targets --------------------------------------------
+
+# Of each run of the baseline, up to where its best loss is the target.
+_TARGETS = {'early': 0.25, 'middle': 0.5, 'late': 1.0}
+# What is compared with one group of as many workers: the series of an arm, and
+# how many times the workers it has.
+_AGAINST_ONE = {
+    'twice the batch': (ONE, 2),
+    'two groups': (TWO, 1),
+    'ensemble': ('ensemble', 1),
+}
+
+
+class TargetMap(NamedTuple):
+  """What a second group saves on the way to one target, by workers of a group.
+
+  Attributes:
+    name: Of the target.
+    nats: Its mean over seeds; NaN without any.
+    steps: Mean steps of one group, where all seeds reach it.
+    fit: Of these; None for fewer than three.
+    ratios: By what is compared with one group ('twice the batch', 'two groups',
+      'ensemble'), the ratio of steps by workers.
+    pays: By workers, the ratio of steps of two groups to those of twice the
+      batch.
+  """
+
+  name: str
+  nats: float
+  steps: Mapping[int, float]
+  fit: Fit | None
+  ratios: Mapping[str, Mapping[int, Effect]]
+  pays: Mapping[int, Effect]
+
+  def where(self, better: bool) -> list[int]:
+    """Returns where the whole interval says that a second group is better.
+
+    Args:
+      better: Than twice the batch; else where it is worse.
+    """
+    ends = {
+        w: (e.estimate.low, e.estimate.high)
+        for w, e in self.pays.items()
+        if e.estimate is not None and not e.within_resolution
+    }
+    return [w for w, (a, b) in ends.items() if (b < 1 if better else a > 1)]
+
+
+def map_of_batches(found: Analysis) -> list[TargetMap]:
+  """Returns a map for each target, of the arms that were trained."""
+  arms = {(a.series, a.workers): a for a in found.trained}
+  maps = []
+  for name, share in _TARGETS.items():
+    at = analysis.with_targets(found, share)
+    compare = lambda a, b, at=at: analysis.effect(
+        at, arms[a].name, arms[b].name, 'steps_to_target'
+    )
+    groups = {w: arm for (series, w), arm in arms.items() if series == ONE}
+    steps = _steps(at, groups)
+    ratios = {
+        kind: {
+            w: compare((series, times * w), (ONE, w))
+            for w in sorted(groups)
+            if (series, times * w) in arms
+        }
+        for kind, (series, times) in _AGAINST_ONE.items()
+    }
+    maps.append(
+        TargetMap(
+            name,
+            float(np.mean(list(at.targets.values()) or np.nan)),
+            steps,
+            fit_steps(list(steps), list(steps.values()))
+            if len(steps) >= 3
+            else None,
+            ratios,
+            pays={
+                w: compare((TWO, w), (ONE, 2 * w))
+                for w in sorted(groups)
+                if (TWO, w) in arms and (ONE, 2 * w) in arms
+            },
+        )
+    )
+  return maps

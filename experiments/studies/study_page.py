@@ -35,9 +35,10 @@ from .analysis import (
     Analysis,
     Band,
     Cell,
+    Effect,
     Run,
 )
-from .costs import Latency, WallTime
+from .costs import Latency, TargetMap, WallTime
 from .study_plan import MEASURES, Arm, Study
 
 # How much longer than the median one step in a hundred is.
@@ -127,6 +128,8 @@ def _blocks(
     made += [Heading(plot.title), plot]
   if 'bytes' in views:
     made += _bytes(found, example)
+  if 'map' in views:
+    made += map_blocks(found, settings)
   if 'latency' in views:
     made += wall_time_blocks(found, settings, latency)
   made += _rates(found, settings)
@@ -393,6 +396,59 @@ def wall_time_blocks(
   received = pages.number(settings['bytes_of_model'], 'bytes')
   assumptions = words.paragraphs('assumptions', model=model, received=received)
   return [*made, Bullets(assumptions)]
+
+
+def map_blocks(found: Analysis, settings: Settings) -> list[Block]:
+  """Returns where a second group pays: plot, words, and a row per point."""
+  from . import study_plots
+
+  maps = costs.map_of_batches(found)
+  # Rows of a worker: the group batch of the baseline is that of its workers.
+  workers = next(
+      a.workers for a in found.study.arms if a.name == found.study.baseline
+  )
+  rows = settings['group_batch'] / workers
+  plot = study_plots.batch_map(maps, rows)
+  return [
+      Heading('Where a second group pays'),
+      *([plot] if plot else []),
+      Bullets([words.paragraph('batch_map', map=m, rows=rows) for m in maps]),
+      Table(map_table(maps, rows), names=1),
+      _said('batch_map_rules'),
+  ]
+
+
+def map_table(maps: Sequence[TargetMap], rows: float) -> pd.DataFrame:
+  """Returns ratios of steps to one group by target and batch.
+
+  Args:
+    maps: A target each.
+    rows: Of the batch of one worker.
+  """
+  lines = []
+  for found in maps:
+    for workers in found.ratios['two groups']:
+      steps = found.steps.get(workers)
+      critical = workers / found.fit.critical if found.fit else None
+      line = {
+          'target': found.name,
+          'group batch': f'{workers * rows:,.0f}',
+          'batch / critical': pages.number(critical, '.2f'),
+          'steps, one group': pages.number(steps, ',.0f'),
+      }
+      for kind, effects in found.ratios.items():
+        line[kind] = _ratio(effects.get(workers))
+      line['two groups / twice the batch'] = _ratio(found.pays.get(workers))
+      lines.append(line)
+  return pd.DataFrame(lines)
+
+
+def _ratio(effect: Effect | None) -> str:
+  if effect is None or not effect.ours:
+    return 'not trained'
+  if effect.estimate is None:
+    return 'not reached'
+  return words.estimate(effect.estimate, '.2f')
 
 
 def times_table(model: WallTime) -> pd.DataFrame:

@@ -204,7 +204,7 @@ class Study(NamedTuple):
     x_label: Of the logarithmic axis on which arms stand; '' for none.
     views: Further figures: 'latency', wall time from a tail-latency model;
       'bytes', loss against bytes received; 'speed-accuracy', accuracy beside
-      loss.
+      loss; 'map', ratios of steps over batches, at three targets.
     notes: Paragraphs for the page: what the result depends on.
   """
 

@@ -22,7 +22,7 @@ from ..reports import plots
 from ..reports.pages import Plot
 from . import analysis, retrains, words
 from .analysis import Analysis, Band
-from .costs import WallTime
+from .costs import TargetMap, WallTime
 from .retrains import Row
 from .study_plan import MEASURES, Arm, Study
 
@@ -384,6 +384,42 @@ def wall_time(model: WallTime) -> Plot:
     plots.legend_below(figure, ax.get_legend_handles_labels()[0])
     caption = words.paragraph('latency_caption')
     return plots.save(figure, 'latency', 'Wall time, on paper', caption)
+
+
+def batch_map(maps: Sequence[TargetMap], rows: float) -> Plot | None:
+  """Draws ratios of steps over batches, a shade for each target.
+
+  Args:
+    maps: A target each; without a critical batch one is left out.
+    rows: Of the batch of one worker.
+  """
+  drawn = [m for m in maps if m.fit is not None]
+  if not drawn:
+    return None
+  kinds = {'two groups': (plots.TWO, 'o'), 'twice the batch': (plots.ONE, 's')}
+  with plots.style():
+    label = 'group batch / critical batch of the target'
+    figure, (ax,) = plots.figure_of(1, x_label=label)
+    for i, found in enumerate(maps):
+      for kind, (colour, marker) in kinds.items():
+        points = [
+            (w / found.fit.critical, e.estimate)
+            for w, e in found.ratios[kind].items()
+            if found.fit is not None and e.estimate is not None
+        ]
+        style = {'color': _shade(colour, i, len(maps)), 'marker': marker}
+        style['label'] = f'{kind}, {found.name} target'
+        ax.plot([x for x, _ in points], [e.mean for _, e in points], **style)
+        for x, estimate in points:
+          style = {'color': style['color'], 'capsize': 2.5, 'lw': 1}
+          ax.errorbar(x, estimate.mean, yerr=_ends(estimate), **style)
+    ax.axhline(1.0, **_TARGET)
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter('{x:,g}')
+    ax.set_ylabel('steps, over one group')
+    plots.legend_below(figure, ax.get_legend_handles_labels()[0])
+    caption = words.paragraph('batch_map_caption')
+    return plots.save(figure, 'map', 'Where a second group pays', caption)
 
 
 def _log_axes(ax: Axes) -> None:

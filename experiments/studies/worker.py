@@ -170,11 +170,7 @@ def _run_side_by_side(
   if any(worker.returncode < 0 for worker in workers):
     line = 'error: a process was killed; what it had not saved is lost'
     cli.tell(line, error=True)
-  # Of statuses as `cli` gives them the smallest is the worst, after 0.
-  statuses = [
-      w.returncode if w.returncode >= 0 else cli.MAY_PASS for w in workers
-  ]
-  worst = min(filter(None, statuses), default=0)
+  worst = processes.worst_status(worker.returncode for worker in workers)
   if stop() and not 0 < worst < 128:
     raise cli.Stopped(cli.STOPPED, stop.signal_number)
   if worst:

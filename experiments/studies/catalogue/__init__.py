@@ -7,6 +7,6 @@ STUDIES = {
     for name in (
         *('sgd_scaling', 'async_sgd', 'lm_codistillation'),
         *('offline_distillation', 'data_partition', 'staleness'),
-        *('image_codistillation', 'churn', 'communication', 'topology'),
+        *('image_codistillation', 'churn', 'communication', 'topology', 'map'),
     )
 }

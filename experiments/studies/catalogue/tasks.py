@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ..study_plan import Arm, Comparison, Scale
 
-_GIN = 'gin_configs/studies/'
+GIN = 'gin_configs/studies/'
 ABLATIONS = 'gin_configs/ablations/'
 
 # The workers of a group: at `paper` where more of them have stopped to help, by
@@ -13,28 +13,28 @@ ABLATIONS = 'gin_configs/ablations/'
 # the study `sgd_scaling` fits: twice as many still save a fifth of the steps.
 LANGUAGE = {
     'smoke': Scale(
-        (_GIN + 'lm_smoke.gin',),
+        (GIN + 'lm_smoke.gin',),
         workers=2,
         worker_rows=2,
         seeds=2,
         rates=(8e-3,),
     ),
     'cpu': Scale(
-        (_GIN + 'lm_cpu.gin',),
+        (GIN + 'lm_cpu.gin',),
         workers=4,
         worker_rows=64,
         seeds=3,
         rates=(8e-3, 1.6e-2),
     ),
     'gpu': Scale(
-        (_GIN + 'lm_gpu.gin',),
+        (GIN + 'lm_gpu.gin',),
         workers=16,
         worker_rows=16,
         seeds=10,
         rates=(2e-3, 4e-3, 8e-3),
     ),
     'paper': Scale(
-        (_GIN + 'lm_paper.gin',),
+        (GIN + 'lm_paper.gin',),
         workers=128,
         worker_rows=128,
         seeds=3,
@@ -42,10 +42,10 @@ LANGUAGE = {
     ),
 }
 IMAGES = {
-    'smoke': Scale((_GIN + 'images_smoke.gin',), seeds=2, rates=(3e-3,)),
-    'cpu': Scale((_GIN + 'images_cpu.gin',), seeds=3, rates=(1e-3, 3e-3)),
-    'gpu': Scale((_GIN + 'images_gpu.gin',), seeds=5, rates=(0.05, 0.1, 0.2)),
-    'paper': Scale((_GIN + 'images_paper.gin',), seeds=3, rates=(0.1,)),
+    'smoke': Scale((GIN + 'images_smoke.gin',), seeds=2, rates=(3e-3,)),
+    'cpu': Scale((GIN + 'images_cpu.gin',), seeds=3, rates=(1e-3, 3e-3)),
+    'gpu': Scale((GIN + 'images_gpu.gin',), seeds=5, rates=(0.05, 0.1, 0.2)),
+    'paper': Scale((GIN + 'images_paper.gin',), seeds=3, rates=(0.1,)),
 }
 
 

@@ -454,6 +454,22 @@ def test_the_mark_is_written_last(place, monkeypatch):
   assert states[1][1] == after
 
 
+def test_all_is_on_the_disk_before_the_mark(tmp_path, monkeypatch):
+  synced, to_disk = [], files.to_disk
+
+  def noted(path):
+    if not (tmp_path / str(STEP) / MARK).exists():
+      synced.append(os.path.relpath(path, tmp_path / str(STEP)))
+    to_disk(path)
+
+  monkeypatch.setattr(files, 'to_disk', noted)
+  checkpoints.save(tmp_path, STEP, a_tree(), {})
+  parts = set(files_of(tmp_path / str(STEP))) - {'record.json', MARK}
+  parents = {os.path.dirname(part) for part in parts} | {'.'}
+  assert parts | parents <= set(synced)
+  assert any(part.startswith('.record.json') for part in synced)
+
+
 def test_a_deletion_is_called_off_if_the_step_turns_out_to_be_needed(place):
   """The reader says that it needs the step, then looks for the mark."""
   checkpoints.save(place, STEP, a_tree(), {})

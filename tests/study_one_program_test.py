@@ -27,8 +27,19 @@ CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 SEEDS, STEPS = (0, 3), 13
 
 
-def clusters(group_id, group_batch, seed=0, **_):
-  return toy.Clusters(group_batch, seed, group_id, weights=True)
+class Clusters(toy.Clusters):
+  """The rows of one worker, of an update of all."""
+
+  rows = slice(None)
+
+  def batch(self, step):
+    return {k: x[self.rows] for k, x in super().batch(step).items()}
+
+
+def clusters(group_id, group_batch, seed=0, rows=None, **_):
+  stream = Clusters(group_batch, seed, group_id, weights=True)
+  stream.rows = rows or slice(None)
+  return stream
 
 
 def tokens(group_id, group_batch, seed=0, **_):

@@ -241,6 +241,11 @@ def test_what_was_asked_for_is_no_loss(tmp_path):
   assert meta['rejects']['short'] > 30
   meta, _ = run_text(tmp_path / 'short', source, max_document_bytes=150)
   assert meta['rejects']['too_long'] > 30
+  # Of what was not filtered out, three broken ones are too many.
+  with open(tmp_path / 'a', 'a') as f:
+    f.write('{\n' * 3)
+  with pytest.raises(ValueError, match=r'Of \d\d records .*, 3 are broken'):
+    run_text(tmp_path / 'few', source, filters=['long_paragraphs:min_words=30'])
 
 
 # --- several sources ---------------------------------------------------------

@@ -184,9 +184,14 @@ def test_no_damage_is_fatal_and_numbers_are_stable(
   assert read(path) == everything
 
 
-def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    'split', ['wet_pages', 'json_lines', 'text_blocks', 'whole_file']
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, split):
   path = write_wet(tmp_path / 'a.wet', *PAGES)
-
+  if split != 'wet_pages':
+    noise = random.Random(0).choices('abcdefgh\n', k=9000)
+    path = write(tmp_path / 'a', gzip.compress(''.join(noise).encode()))
   failed = False
 
   class Failing:
@@ -215,7 +220,7 @@ def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
       return Failing(path.open(mode))
 
   with pytest.raises(OSError, match='Input/output error'):
-    list(records_lib.wet_pages(Path(), 1000))
+    list(getattr(records_lib, split)(Path(), 10_000))
 
 
 def test_a_huge_page_is_skipped_in_bounded_memory(tmp_path):

@@ -29,15 +29,22 @@ _HOMES = {
     'peer_predictions': ('mixing_matrix',),
     'replicas': ('REPLICA_AXIS', 'PmapStep'),
     'schedules': ('distill_weight',),
+    'run_directory': ('read_metrics',),
     'trained': ('load',),
     'step': ('init_state', 'make_eval_step', 'make_train_step'),
 }
+_MODULES = (
+    *('baselines', 'data', 'evaluate', 'exchange', 'losses', 'metrics'),
+    *('models', 'optimizers', 'schedules', 'statistics', 'writers'),
+)
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str):
+  if name in _MODULES:
+    return importlib.import_module(f'{__name__}.{name}')
   if name not in _HOME:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   module = importlib.import_module(f'{__name__}.{_HOME[name]}')

@@ -152,16 +152,8 @@ def _soft_target(teachers, present_P):
   return jnp.where(_anyone(present_P), mean, 1.0 / mean.shape[-1])
 
 
-def log_soft_target(
-    teacher_logits_P: base.Array, present_P: base.Array
-) -> jax.Array:
-  """Logarithm of `soft_target`, exact also where that underflows to 0."""
-  return _log_soft_target(
-      _checked_teachers(teacher_logits_P, present_P), present_P
-  )
-
-
 def _log_soft_target(teachers, present_P):
+  """Logarithm of the soft target, exact also where that underflows to 0."""
   logits = jnp.stack(teachers)
   num_classes = logits.shape[-1]
   present = (

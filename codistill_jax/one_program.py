@@ -145,7 +145,7 @@ class Population:
       top_k: As in `PeerPredictions`.
     """
     return PeerPredictions(
-        self._put(np.asarray(mix_GG, np.float32), Spec(BLOCK_AXIS)),
+        jax.device_put(np.asarray(mix_GG, np.float32), self.sharding),
         axis_name=(BLOCK_AXIS, GROUP_AXIS),
         top_k=top_k,
     )
@@ -214,9 +214,6 @@ class Population:
         lambda index: np.stack([x[index[1:]] for x in xs[index[0]]]),
     )
 
-  def _put(self, x: np.ndarray, spec: Spec) -> jax.Array:
-    return jax.device_put(x, NamedSharding(self._mesh, spec))
-
   def _check_rows(self, batch: Batch) -> None:
     rows = self._batch.spec.index(REPLICA_AXIS)
     for x in jax.tree.leaves(dict(batch)):
@@ -284,24 +281,23 @@ class GroupState:
 
   Attributes:
     turn: How many joint updates made it.
+    collect: () -> the whole state, as numpy copies.
   """
 
   def __init__(
-      self, update: 'JointUpdate', group_id: int, turn: int, stacked: TrainState
+      self,
+      turn: int,
+      variables: Callable[[], Variables],
+      collect: Callable[[], TrainState],
   ):
-    self._update = update
-    self._group_id = group_id
-    self._stacked = stacked
     self.turn = turn
+    self.collect = collect
+    self._variables = variables
 
   @property
   def variables(self) -> Variables:
     """Returns the variables, on one of the group's devices."""
-    return self._update.population.variables(self._stacked, self._group_id)
-
-  def collect(self) -> TrainState:
-    """Returns the whole state, as numpy copies."""
-    return self._update.population.collect(self._stacked, self._group_id)
+    return self._variables()
 
 
 class Scalar:
@@ -448,7 +444,7 @@ class JointUpdate:
     self._waiting = set()
     self._here.add(group_id)
     self._begun[group_id] = state
-    return _Begun(self, group_id, self._turn, state)
+    return GroupState(self._turn, lambda: state.variables, lambda: state)
 
   def turn(
       self,
@@ -472,7 +468,13 @@ class JointUpdate:
       )
     self._waiting.discard(group_id)
     metrics = {k: Scalar(x, group_id) for k, x in self._metrics.items()}
-    return GroupState(self, group_id, self._turn, self._state), metrics
+    of_group = (self._state, group_id)
+    mine = GroupState(
+        self._turn,
+        lambda: self.population.variables(*of_group),
+        lambda: self.population.collect(*of_group),
+    )
+    return mine, metrics
 
   def _advance(self, group_id: int, told: _Told) -> None:
     if self._waiting:
@@ -522,17 +524,6 @@ def _same(told: _Told, before: _Told) -> bool:
 
 def _names(groups: Iterable[int]) -> str:
   return ', '.join(map(str, sorted(groups)))
-
-
-class _Begun(GroupState):
-  """The state that a group begins with, before it is on the devices."""
-
-  @property
-  def variables(self) -> Variables:
-    return self._stacked.variables
-
-  def collect(self) -> TrainState:
-    return self._stacked
 
 
 class SharedStream:

@@ -13,6 +13,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import runpy
 import select
 import shlex
@@ -214,10 +215,40 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def prepare_to_print() -> None:
-  """Lets any text be printed: what a terminal cannot show is escaped."""
+  """Lets any text be printed, and logged: what it would do is escaped."""
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
+  sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
+  logging.get_absl_handler().python_handler.stream = sys.stderr
+
+
+class _Printable:
+  """A text stream that lets no control character of others through."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    return self._stream.write(printable(text))
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+# Of C0 and C1 all but tab and newline; what reverses text; half characters.
+_UNPRINTABLE = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+)
+
+
+def printable(text: str) -> str:
+  """Returns the text of anybody, with what a terminal would act on escaped."""
+  if not _UNPRINTABLE.search(text):
+    return text  # As it is: it may be marked as safe for HTML.
+  return _UNPRINTABLE.sub(
+      lambda found: found[0].encode('unicode_escape').decode(), text
+  )
 
 
 def refuse_twice() -> None:

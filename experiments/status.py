@@ -58,7 +58,8 @@ def look(workdirs: Sequence[str]) -> bool:
   views = [part for view, _ in looks for part in (view, '')]
   view = Group(*views[:-1])
   # Of any width: where a row does not fit, the terminal wraps it.
-  console = Console(width=10_000)
+  # Not through what escapes colours; the view is printable.
+  console = Console(width=10_000, file=sys.__stdout__)
   if not console.is_terminal:
     print(pages.plain(view), flush=True)
   else:

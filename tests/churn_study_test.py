@@ -492,7 +492,7 @@ def in_processes(launch, configuration, workdir, num_steps=24):
       'churn',
       workdir=workdir,
       gin_file=configuration / 'toy.gin',
-      gin=f'experiment.Experiment.num_steps={num_steps}',
+      gin=f'STEPS={num_steps}',
       retrains=2,
       weights='1,4',
       control_retrains=2,

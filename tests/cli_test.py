@@ -125,10 +125,12 @@ def test_a_log_on_a_full_disk_does_not_change_the_status(error, status):
 BAD_FLAGS = {
     'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
+    'export': (['--output=x'], '--workdir'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
     'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
-    'report': (['--workdir=/né'], r'No run directory at /n\xe9'),
+    'report': (['--workdir=/né\x1b[2J'], r'directory at /n\xe9\x1b[2J;'),
     'reproduce': (['--study=né'], r'--study=n\xe9'),
+    'sample': (['--workdir=/né'], r'No run directory at /n\xe9'),
     'status': (['--workdir=/né'], r'No run directory at /n\xe9'),
     'train_group': (['--workdir=x', '--group_id=2'], 'group_id=2'),
     'train_local': (['--workdir=/a', '--workdir=/é'], 'already defined as /a'),
@@ -154,7 +156,7 @@ def test_a_bad_flag_is_status_1_without_a_traceback(name):
   )
   assert done.returncode == 1
   assert words in done.stderr
-  assert 'Traceback' not in done.stderr
+  assert 'Traceback' not in done.stderr and '\x1b' not in done.stderr
 
 
 # --- Flags --------------------------------------------------------------------

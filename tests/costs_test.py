@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from codistill_jax.statistics import Estimate
 from experiments.studies import costs
+from experiments.studies.analysis import Effect
 from experiments.studies.costs import Fit, Latency, WallTime
 
 WORKERS = [1, 2, 3, 16, 256, 4096]
@@ -148,3 +150,22 @@ def test_the_crossover_is_where_two_groups_stay_ahead():
   ahead = [gain > 1 for gain in found.gains().values()]
   assert ahead[:4] == [False, True, False, True]
   assert found.crossover() == 8
+
+
+# --- A map of batches --------------------------------------------------------
+
+
+def test_a_second_group_pays_where_the_whole_interval_says_so():
+  def effect(*ends, mean=1000.0):
+    found = ends and Estimate(sum(ends) / 2, 0.0, *ends, (1.0,) * 3)
+    return Effect(True, (), (), found or None, mean, 500.0, 20.0)
+
+  pays = {
+      1: effect(0.8, 0.9),
+      2: effect(0.9, 1.1),
+      4: effect(1.1, 1.2),
+      8: effect(),
+      16: effect(0.8, 0.9, mean=510.0),  # One evaluation apart.
+  }
+  found = costs.TargetMap('late', 3.0, {}, None, {}, pays)
+  assert (found.where(True), found.where(False)) == ([1], [4])

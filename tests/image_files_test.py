@@ -87,15 +87,22 @@ class TestFolder:
     train = tmp_path / 'train'
     for path in ('a/x.heic', 'b/x.heic', 'b/y.txt', 'list.csv', 'a/.DS_Store'):
       (train / path).write_bytes(b'x')
-    (train / 'b' / 'more').mkdir()
+    (train / 'b' / 'more.png').mkdir()
+    os.mkfifo(train / 'b' / 'pipe.png')
     for ending in ('jfif', 'avif', 'WebP', 'tIFf'):
       (train / 'a' / f'x.{ending}').write_bytes(b'x')
-    with caplog.at_level(logging.INFO, 'absl'):
+    with caplog.at_level(logging.WARNING, 'absl'):  # As of the binaries.
       assert len(image_files.read_folder(train).labels) == 7
     (said,) = [r.getMessage() for r in caplog.records]
     assert '7 images of 2 classes' in said
     passed = said.partition('passed over: ')[2].split(', ')
-    assert sorted(passed) == ['1 .csv', '1 .txt', '1 folder', '2 .heic']
+    assert sorted(passed) == [
+        '1 .csv',
+        '1 .png',
+        '1 .txt',
+        '1 folder',
+        '2 .heic',
+    ]
 
   def test_names_are_bytes_in_any_encoding(self, tmp_path, caplog):
     names = 'chat', 'été', 'été'.encode('latin-1'), '猫'.encode('euc-jp')

@@ -227,6 +227,19 @@ def test_importing_the_package_loads_nothing_heavy(python):
   )
 
 
+def test_every_public_name_is_there_at_once(python):
+  """Whatever was touched before it."""
+  run_python(
+      python,
+      """
+      import codistill_jax as cj
+      for name in cj.__all__:
+        assert getattr(cj, name) is not None, name
+      assert cj.baselines.Diloco and cj.losses.kl
+      """,
+  )
+
+
 def test_a_machine_without_heavy_packages_imports_every_module(python):
   modules = [*PACKAGE, 'experiments.train_group']
   run_python(

@@ -253,15 +253,22 @@ def test_groups_at_different_steps_are_refused():
     next(runs(seats(), states, toy.Tokens(8))[0])
 
 
-def test_groups_with_different_batches_are_refused():
-  places = seats()
-  groups = [
-      run_group(seat, state, toy.Tokens(8, group_id=g), num_steps=2)
-      for g, (seat, state) in enumerate(zip(places, starts()))
+@pytest.mark.parametrize('apart', ['batch', 'weight'])
+def test_groups_with_other_batches_or_weights_are_refused(apart):
+  places = seats(2)
+  first, second = [
+      run_group(
+          places[g],
+          starts()[g],
+          toy.Tokens(8, group_id=g * (apart == 'batch')),
+          num_steps=2,
+          distill_weight=lambda step, g=g: 0.1 * g * (apart == 'weight'),
+      )
+      for g in range(2)
   ]
-  next(groups[0])
+  next(first)
   with pytest.raises(ValueError, match=r'group 1 got another batch .*shared'):
-    next(groups[1])
+    next(second)
 
 
 def test_a_shared_stream_makes_each_batch_once():

@@ -148,6 +148,8 @@ def test_after_damage_numbers_are_unknown(tmp_path):
       Reject('damaged_record'),
       Reject('unnumbered'),
   ]
+  path.write_bytes(b''.join(parts[:3]))
+  assert read(path, tmp_path / 'a.csv')[1:] == [Reject('damaged_file')]
 
 
 def test_records_of_other_types_have_no_numbers(tmp_path):

@@ -115,10 +115,10 @@ def test_a_group_that_compiles_leaves_and_goes_on_from_its_checkpoint(
       make_run('train_group', name, group_id=0)
       for name in ('first', 'second', 'evaluating')
   )
-  first.start_stuck('train-1', grace=1000.0)
-  second.start_stuck('train-2')
-  # The teacher of the second trace is applied in eval mode before, twice.
-  evaluating.start_stuck('eval-3')
+  first.start_stuck('train-2', grace=1000.0)
+  second.start_stuck('train-3')
+  # Teachers are applied in eval mode, twice in a trace.
+  evaluating.start_stuck('eval-7')
 
   assert first.stop(130, signal.SIGINT) == cli.STOPPED
   assert first.saved() == []
@@ -137,7 +137,7 @@ def test_a_group_that_compiles_leaves_and_goes_on_from_its_checkpoint(
 
 def test_groups_of_one_process_leave_together(make_run, reference):
   run = make_run('train_lockstep')
-  run.start_stuck('train-2')
+  run.start_stuck('train-3')
   line = run.stop(cli.MAY_PASS)
   assert re.search('step 0 of .*/group_0, 0 of .*/group_1 may be lost', line)
   run.go_on()
@@ -146,6 +146,6 @@ def test_groups_of_one_process_leave_together(make_run, reference):
 
 def test_another_signal_leaves_at_once(make_run):
   run = make_run('train_group', group_id=0)
-  run.start_stuck('train-2', grace=1000.0)
+  run.start_stuck('train-3', grace=1000.0)
   run.stop(cli.MAY_PASS, again=True)
   assert run.saved() == []

@@ -220,6 +220,19 @@ def test_a_file_cut_short_is_a_file_and_not_a_record(tmp_path):
   assert meta['rejects'] == {'damaged_file': 1}
 
 
+@pytest.mark.parametrize('content', ['half a page', 'another kind'])
+def test_a_wet_file_cut_short_is_a_file_too(tmp_path, content):
+  pytest.importorskip('fastwarc')
+  for name in 'ab':
+    path = write_wet(tmp_path / f'{name}.gz', *texts(60, seed=ord(name)))
+  data = path.read_bytes()[:-40]
+  if content == 'another kind':
+    data = gzip.compress(b'{"text": "a page"}\n' * 60)
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=r'Of 2 files of .*, 1 are broken'):
+    run_text(tmp_path / 'data', f'wet:{tmp_path}/*.gz')
+
+
 def test_what_was_asked_for_is_no_loss(tmp_path):
   source = write_corpus(tmp_path / 'a', texts(90), damaged=False)
   meta, _ = run_text(
@@ -228,6 +241,11 @@ def test_what_was_asked_for_is_no_loss(tmp_path):
   assert meta['rejects']['short'] > 30
   meta, _ = run_text(tmp_path / 'short', source, max_document_bytes=150)
   assert meta['rejects']['too_long'] > 30
+  # Of what was not filtered out, three broken ones are too many.
+  with open(tmp_path / 'a', 'a') as f:
+    f.write('{\n' * 3)
+  with pytest.raises(ValueError, match=r'Of \d\d records .*, 3 are broken'):
+    run_text(tmp_path / 'few', source, filters=['long_paragraphs:min_words=30'])
 
 
 # --- several sources ---------------------------------------------------------

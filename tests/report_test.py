@@ -12,6 +12,7 @@ import pytest
 
 from codistill_jax import run_directory, writers
 from codistill_jax.storage import files
+from experiments import cli
 from experiments.reports import (
     pages,
     plots,
@@ -610,6 +611,50 @@ def test_report_is_complete_and_html_needs_no_other_file(arms, tmp_path):
   assert 'Exchange health' not in pages.to_markdown('', alone)
   plots_alone = [b.name for b in alone if isinstance(b, pages.Plot)]
   assert plots_alone == ['validation_loss', 'training_loss', 'speed']
+
+
+# What others may write: markup of every kind, and what a terminal acts on.
+HOSTILE = (
+    '\x1b]0;owned\x07',
+    '\x1b[2J\x9b31m',
+    '\u202etxt.exe',
+    'a\x00b\rc',
+    'half \udcff',
+    '$\\frac{1$',
+    '_hidden',
+    '<script>alert(1)</script>&lt;b&gt;',
+    '# no heading',
+    '> no quotation',
+    '1. no list',
+    '](javascript:alert(1)) ![x](y)',
+    '`code` *a* |b| ~~~',
+)
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_the_name_of_an_arm_is_only_a_text(tmp_path, name):
+  arms = load_run(tmp_path, 2, name)
+  (arm,) = arms
+  shown = arm.name
+  assert cli.printable(shown) == shown
+  page = run_report.write(arms)
+  parsed = _Page(page.read_text())
+  assert shown in parsed.text
+  assert not {'script', 'b'} & {tag for tag, _ in parsed.found}
+  markdown = (page.parent / 'report.md').read_text()
+  for text in (page.read_text(), markdown, run_report.results_text(arms)):
+    assert cli.printable(text) == text
+  title, *lines = markdown.splitlines()
+  assert title.startswith('# Run report: ') and not re.search(
+      r'(?<!\\)<', title
+  )
+  # No line of it begins as markup but those of the page's own.
+  headings = [line[3:] for line in lines if line.startswith('## ')]
+  assert set(headings) <= {
+      *('Results', 'Validation loss', 'Training losses', 'Staleness'),
+      *('Exchange', 'Speed', 'Exchange health', 'Settings'),
+      'How to make it again',
+  }
 
 
 STRANGE = '<i>&"\'$x_y$|`*\n'

@@ -104,6 +104,22 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, tx):
   assert resume.teacher_steps == (6, None)
 
 
+@pytest.mark.parametrize('tx', [optax.sgd(0.1), optax.add_noise(0.1, 0.5, 3)])
+def test_typed_keys_of_another_generator_come_back(tmp_path, tx):
+  """Of the group, and in the state of an optimiser."""
+  key = jax.random.key(7, impl='rbg')
+  fresh = make_state(tx).replace(rng=key)
+  saved = at(fresh.replace(rng=np.zeros(2, np.uint32)), 7).replace(rng=key)
+  save_all(tmp_path, [saved])
+  found = open_checkpoints(tmp_path).restore(fresh).state
+  assert found.rng.dtype == key.dtype
+  as_numbers = lambda state: state.replace(rng=jax.random.key_data(state.rng))
+  assert_same_state(as_numbers(found), as_numbers(saved))
+  other = fresh.replace(rng=jax.random.key(7))
+  with pytest.raises(ValueError, match=r'rng key<rbg>.* rng key<fry>'):
+    open_checkpoints(tmp_path).restore(other)
+
+
 def test_nothing_there_is_none_and_writes_nothing(tmp_path, state):
   store = open_checkpoints(tmp_path)
   assert store.restore(state) is None

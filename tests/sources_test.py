@@ -323,6 +323,7 @@ def test_a_line_of_100_megabytes_is_never_held(tmp_path, kind, suffix):
         ('jsonl:{}/none/*.jsonl', FileNotFoundError, 'No file matches'),
         ('text:{}', ValueError, 'is a directory'),
         ('text:/dev/null', ValueError, 'is a pipe or a device'),
+        ('text:/dev/nul[l]', ValueError, 'is a pipe or a device'),
         ('text:{}/**', ValueError, r'has \*\* in it'),
         ('text:', ValueError, 'Unknown source'),
         ('parquet:a', ValueError, 'Unknown source'),

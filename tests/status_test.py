@@ -202,7 +202,7 @@ def test_every_staleness_is_shown_and_the_page_stays_narrow(
 
 TROUBLE = {
     'doing': 'saving a resume checkpoint',
-    'reason': 'No space left\non device',
+    'reason': 'No space\x1b[2J\nleft\x07 on \u202edevice',
     'since': NOW - 180,
     'count': 14,
 }
@@ -215,7 +215,7 @@ ALONE = 'group 2 trains alone: of its peers (0, 1, 3) none teaches'
         (
             {'troubles': [TROUBLE]},
             'group 2: saving a resume checkpoint fails since 3 min, 14 times:'
-            ' No space left on device',
+            r' No space\x1b[2J left\x07 on \u202edevice',
         ),
         (
             {'rejected': 3, 'last_rejection': 'group 1: NaN'},

@@ -436,7 +436,20 @@ NAN_TEACHER = jax.tree.map(lambda x: x * np.nan, two_teachers().variables)
         ('weights: 1 ', {'batch': changed('weights', 1, -1e-3)}),
         ('weights: 2 ', {'batch': changed('weights', [0, 1], np.nan)}),
         ('weights: 1 ', {'batch': changed('weights', 0, np.inf)}),
-        ('logits: ', {'model': TWO_LAYERS._replace(apply=overflowing)}),
+        (
+            'logits: ',
+            {
+                'model': TWO_LAYERS._replace(apply=overflowing),
+                'batch': changed('labels', 1, -100),
+            },
+        ),
+        (
+            'labels: 1 ',
+            {
+                'batch': changed('labels', 0, np.nan, np.float32),
+                'task_loss': lambda z, y: (z[:, 0] - y) ** 2,
+            },
+        ),
         ('loss/task: the ', {'task_loss': lambda z, y: z[:, 0] * jnp.nan}),
         (
             'loss/distill: the ',

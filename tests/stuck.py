@@ -11,9 +11,9 @@ import threading
 
 from codistill_jax.models import lstm
 
-# Where: 'train-1' and 'train-2' are the traces of the step, 'eval-1' the first
-# of an evaluation (or of a teacher, who is looked at once before). And the file
-# that says it got there.
+# Where: the number of a trace in train or eval mode; the first of training, and
+# four of eval mode, are those of the look at all parts before a run begins. And
+# the file that says it got there.
 WHERE, MARK = 'STUCK_WHERE', 'STUCK_MARK'
 
 

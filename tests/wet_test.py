@@ -22,6 +22,7 @@ SHARED = pathlib.Path(
     os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
 )
 DAMAGED = Reject('damaged_record')
+CUT = Reject('damaged_file')
 PAGES = [f'page {i}\n' + 'some words ' * (40 + i) for i in range(6)]
 
 
@@ -121,11 +122,11 @@ def test_a_damaged_record_costs_nothing_but_itself(tmp_path, name):
 
 
 @pytest.mark.parametrize('suffix', ['.gz', '.wet'])
-def test_a_truncated_file_ends_with_one_damaged_record(tmp_path, suffix):
+def test_a_truncated_file_counts_as_one_cut_short(tmp_path, suffix):
   records = wet(*PAGES)
   whole = b''.join(packed(records) if suffix == '.gz' else records)
   last = write(tmp_path / f'a{suffix}', whole[:-60])
-  assert read(last) == [*PAGES[:5], DAMAGED]
+  assert read(last) == [*PAGES[:5], CUT]
   write_wet(tmp_path / 'b.wet', 'the next file')
   assert read(f'{tmp_path}/*')[-1] == 'the next file'
 
@@ -136,7 +137,7 @@ def test_a_gzip_file_cut_anywhere_says_so(tmp_path):
   edges = {len(b''.join(parts[:i])) for i in range(4)}
   for cut in set(range(4, len(whole), 7)) - edges:
     records = read(write(tmp_path / 'a.gz', whole[:cut]))
-    assert records[-1:] == [DAMAGED]
+    assert records[-1:] == [CUT]
     assert records[:-1] == PAGES[: len(records) - 1]
 
 
@@ -154,14 +155,14 @@ def test_damage_in_a_file_compressed_as_a_whole_ends_it(tmp_path):
   whole = gzip.compress(b''.join(wet(*pages)))
   path = write(tmp_path / 'a.gz', whole[: len(whole) // 2])
   records = read(path)
-  assert records[-1] == DAMAGED and records.count(DAMAGED) == 1
+  assert records[-1] == CUT and records.count(CUT) == 1
   assert records[:-1] == pages[: len(records) - 1] != []
 
 
 @pytest.mark.parametrize('content', [b'', b'plain text\n' * 99, b'\x1f\x8bxx'])
 def test_what_is_no_wet_file_has_no_page(tmp_path, content):
   path = write(tmp_path / 'a', content)
-  assert read(path) == ([DAMAGED] if content else [])
+  assert read(path) == ([CUT] if content else [])
 
 
 @settings(max_examples=150, deadline=None)
@@ -183,9 +184,14 @@ def test_no_damage_is_fatal_and_numbers_are_stable(
   assert read(path) == everything
 
 
-def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    'split', ['wet_pages', 'json_lines', 'text_blocks', 'whole_file']
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, split):
   path = write_wet(tmp_path / 'a.wet', *PAGES)
-
+  if split != 'wet_pages':
+    noise = random.Random(0).choices('abcdefgh\n', k=9000)
+    path = write(tmp_path / 'a', gzip.compress(''.join(noise).encode()))
   failed = False
 
   class Failing:
@@ -214,7 +220,7 @@ def test_a_disk_that_fails_is_no_damaged_record(tmp_path, monkeypatch):
       return Failing(path.open(mode))
 
   with pytest.raises(OSError, match='Input/output error'):
-    list(records_lib.wet_pages(Path(), 1000))
+    list(getattr(records_lib, split)(Path(), 10_000))
 
 
 def test_a_huge_page_is_skipped_in_bounded_memory(tmp_path):

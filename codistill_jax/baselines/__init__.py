@@ -1,1 +1,6 @@
-"""What codistillation is compared with, each on the same step and loop."""
+"""Baselines: how a group updates, a value of `Experiment.method`."""
+
+from codistill_jax.baselines.async_sgd import AsynchronousSgd
+from codistill_jax.baselines.diloco import Diloco
+
+__all__ = ['AsynchronousSgd', 'Diloco']

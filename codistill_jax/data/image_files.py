@@ -274,7 +274,8 @@ def read_folder(
         f'No image in {", ".join(empty[:3])}{more}: a class must have some'
         f' (endings: {" ".join(_ENDINGS)}). Fill it, or remove it.'
     )
-  logging.info(
+  logging.log(
+      logging.WARNING if others else logging.INFO,
       '%s: %d images of %d classes; passed over: %s',
       *(printable(root), len(names), len(found), _counts(others)),
   )
@@ -293,7 +294,8 @@ def _visible(directory: pathlib.Path) -> list[tuple[str, str]]:
   found = []
   for entry in os.scandir(directory):
     kind = os.path.splitext(entry.name)[1].lower() or 'no ending'
-    if kind in _ENDINGS:
+    # Links are not followed: there may be millions.
+    if kind in _ENDINGS and (entry.is_symlink() or entry.is_file()):
       kind = 'image'
     elif entry.is_dir():
       kind = 'folder'

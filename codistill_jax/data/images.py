@@ -188,7 +188,7 @@ def image_folder_task(
   passed = there - {'train', validation, 'test' if test else None}
   if passed:
     shown = ', '.join(map(image_files.printable, sorted(passed)))
-    logging.info('In %s, not read: %s', image_files.printable(root), shown)
+    logging.warning('In %s, not read: %s', image_files.printable(root), shown)
   read = functools.partial(image_files.read_folder, classes=train.classes)
   return _task(
       'image_folder',

@@ -27,6 +27,7 @@ from etils import epath
 
 from codistill_jax.data.records import (
     DAMAGE,
+    DAMAGED_FILE,
     DAMAGED_RECORD,
     TOO_LONG,
     Reject,
@@ -110,6 +111,8 @@ def select(
   for record in records:
     if isinstance(record, Reject):
       yield record
+      if record == DAMAGED_FILE:
+        return
       if record in (DAMAGED_RECORD, TOO_LONG):
         yield Reject('unnumbered')
         return

@@ -119,12 +119,7 @@ def expand(pattern: str) -> list[epath.Path]:
         f'{pattern} is a directory; name the files in it, as {pattern}/*.'
     )
   if path.exists():  # A name with brackets in it may be a file all the same.
-    if os.path.exists(path) and not os.path.isfile(path):
-      raise ValueError(
-          f'{pattern} is a pipe or a device, and a source is read several'
-          ' times; write it to a file.'
-      )
-    return [path]
+    return [_seekable(path)]
   parts = path.parts
   fixed = list(
       itertools.takewhile(lambda part: not glob.has_magic(part), parts)
@@ -133,10 +128,19 @@ def expand(pattern: str) -> list[epath.Path]:
     raise FileNotFoundError(f'There is no file {pattern}.')
   root = epath.Path(*fixed) if fixed else epath.Path('.')
   found = root.glob('/'.join(parts[len(fixed) :])) if root.exists() else []
-  paths = sorted(path for path in found if not path.is_dir())
+  paths = sorted(_seekable(path) for path in found if not path.is_dir())
   if not paths:
     raise FileNotFoundError(f'No file matches {pattern}.')
   return paths
+
+
+def _seekable(path: epath.Path) -> epath.Path:
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(
+        f'{path} is a pipe or a device, and a source is read several times;'
+        ' write it to a file.'
+    )
+  return path
 
 
 def compression_of(path: epath.Path, *, warc: bool = False) -> str | None:
@@ -375,8 +379,8 @@ def wet_pages(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
 
   Yields:
     The content; or a Reject: 'too_long', 'no_conversion' (a record of another
-    type), or 'damaged_record', once for each stretch of the file that cannot be
-    read.
+    type), or, once for each stretch of the file that cannot be read,
+    'damaged_record', or 'damaged_file' if nothing can be read behind it.
 
   Raises:
     ValueError: If the package fastwarc is missing, or it is another file.
@@ -395,15 +399,17 @@ def wet_pages(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
       f.seek(start)
       try:
         for record in _wet_records(path, f, start, limit):
+          if in_damage:
+            yield DAMAGED_RECORD
           in_damage = False
           if record is not None:
             yield record
-        return
+        break
       except _DamageError as e:
-        if not in_damage:
-          yield DAMAGED_RECORD
         in_damage = True
         start = _find_mark(f, mark, e.position + 1)
+    if in_damage:
+      yield DAMAGED_FILE
 
 
 def _wet_records(

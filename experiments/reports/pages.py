@@ -10,12 +10,15 @@ import functools
 import io
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
 
 from codistill_jax.storage import files
+
+from ..cli import printable
 
 if TYPE_CHECKING:
   import jinja2
@@ -146,21 +149,32 @@ def _environment(directory: pathlib.Path) -> 'jinja2.Environment':
       trim_blocks=True,
       lstrip_blocks=True,
       keep_trailing_newline=True,
+      finalize=lambda x: printable(x) if isinstance(x, str) else x,
   )
-  environment.filters |= {'md': _escape_markdown, 'cell': _cell}
+  environment.filters |= {'md': _block, 'cell': _cell, 'alt': _alt}
   environment.filters |= {'number': number, 'count': count}
   environment.filters |= {'sentence_start': sentence_start}
   return environment
 
 
 def _escape_markdown(text: str) -> str:
-  for character in '\\`*_<[':
-    text = text.replace(character, '\\' + character)
-  return text
+  """Escapes what would be markup anywhere in a line; makes it one line."""
+  text = re.sub(r'[\\`*_<\[]|&(?=#?\w+;)', r'\\\g<0>', text)
+  return text.replace('\n', ' ')
+
+
+def _block(text: str) -> str:
+  """Escapes also what would be markup where a block begins."""
+  begins = r'^(\s*\d*)([-+.)](?=\s|$)|#{1,6}(?=\s|$)|>|=+$|~~~)'
+  return re.sub(begins, r'\1\\\2', _escape_markdown(text))
 
 
 def _cell(text: str) -> str:
-  return _escape_markdown(text).replace('|', '\\|').replace('\n', ' ')
+  return _escape_markdown(text).replace('|', '\\|')
+
+
+def _alt(text: str) -> str:
+  return _escape_markdown(text).replace(']', '\\]')
 
 
 # --- Words -------------------------------------------------------------------

@@ -5,6 +5,7 @@ their median.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,14 @@ class Panel(NamedTuple):
 def make_plots(arms: Sequence[RunRecords]) -> list[Plot]:
   """Returns all plots for which there are records, in order."""
   colours = plots.arm_colours(arm.name for arm in arms)
-  arms = [arm._replace(colour=colours[arm.name]) for arm in arms]
+  arms = [
+      arm._replace(
+          colour=colours[arm.name],
+          # In a legend matplotlib leaves out what begins so.
+          name=re.sub('^_', ' _', arm.name),
+      )
+      for arm in arms
+  ]
   exchanging = run_records.exchanging(arms)
   with plots.style():
     made = [

@@ -15,6 +15,8 @@ from etils import epath
 from codistill_jax import run_directory
 from codistill_jax.storage import files
 
+from .. import cli
+
 # Counts since the start of a process: a restart begins at 0 again.
 REJECTED = 'exchange/rejected'
 FAILURES = 'exchange/publish_failures'
@@ -189,6 +191,7 @@ def _distinct_names(
 ) -> list[str]:
   """Returns labels as they are, others with their directory if need be."""
   names = [label or name for label, name in zip(labels, own)]
+  names = [' '.join(cli.printable(name).split()) for name in names]
   names = [
       f'{name} ({epath.Path(path).name})'
       if label is None and names.count(name) > 1

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from codistill_jax import run_directory
 
+from ..cli import printable
 from . import pages
 from .pages import number
 
@@ -109,7 +110,10 @@ def look(
   ]
   facts = [str(run[key]) for key in ('arm', 'mode', 'data') if run.get(key)]
   title = workdir + (f'  ({", ".join(facts)})' if facts else '')
-  top = [Text(title, 'bold'), *(_note(f'cannot be read: {x}') for x in bad)]
+  top = [
+      Text(printable(title), 'bold'),
+      *(_note(f'cannot be read: {x}') for x in bad),
+  ]
   if not groups:
     return Stack(*top, Text('  no group has started yet')), False
   rows = [[show(group) for show in _COLUMNS.values()] for group in groups]
@@ -193,7 +197,7 @@ def _attempt(bad: list[str], read: Callable[..., T], *args: Any) -> T | None:
     return read(*args)
   except (ValueError, OSError) as e:
     # Torn by a kill or by the object store, or refused by the file system.
-    bad.append(' '.join(str(e).split()))
+    bad.append(printable(' '.join(str(e).split())))
     return None
 
 
@@ -207,7 +211,7 @@ def _sound(value: Any, kind: Any) -> Any:
     return [v for x in value if (v := _sound(x, kind[0])) is not None]
   if isinstance(kind, list) or not isinstance(value, kind):
     return None
-  return ' '.join(value.split()) if isinstance(value, str) else value
+  return printable(' '.join(value.split())) if isinstance(value, str) else value
 
 
 def _recorded(log: run_directory.MetricsLog | None) -> dict[str, Any]:

@@ -115,12 +115,19 @@ def checked_batch(batch: Batch) -> dict[str, PyTree]:
     raise ValueError(
         f'Expected a batch: a dict of arrays, got {form_of(batch)}'
     )
+  rows = None
   for path, x in jax.tree_util.tree_leaves_with_path(dict(batch)):
     name = f'batch{jax.tree_util.keystr(path)}'
-    if not np.shape(x) or x.dtype.kind in 'OSUM':
+    if not _is_rows_of_numbers(x):
       raise ValueError(
-          f'{name} is {form_of(x)}; a batch has arrays of numbers with a row'
-          ' for each example, and nothing else'
+          f'{name} is {form_of(x)}; a batch has arrays of numbers (of numpy or'
+          ' jax) with a row for each example, and nothing else'
+      )
+    rows = rows or (name, len(x))
+    if len(x) != rows[1]:
+      raise ValueError(
+          f'{name} has {len(x)} rows and {rows[0]} has {rows[1]}; a batch has'
+          ' arrays with a row for each example'
       )
     if isinstance(x, np.ndarray) and x.dtype.kind in 'iu':
       narrow = jax.dtypes.canonicalize_dtype(x.dtype)
@@ -130,6 +137,14 @@ def checked_batch(batch: Batch) -> dict[str, PyTree]:
             f' which {narrow} does not hold; number them anew'
         )
   return dict(batch)
+
+
+def _is_rows_of_numbers(x: Any) -> bool:
+  if not isinstance(x, np.ndarray | jax.Array) or not x.shape:
+    return False
+  if jnp.issubdtype(x.dtype, np.number):
+    return not jnp.issubdtype(x.dtype, np.timedelta64)
+  return x.dtype == bool
 
 
 def check_form(name: str, before: PyTree, after: PyTree) -> None:

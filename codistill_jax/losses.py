@@ -235,6 +235,10 @@ def _distillation(core, class_logits=lambda logits: logits):
         student_logits, teacher_logits_P, present_P, temperature
     )
     teachers = [class_logits(x) for x in teachers]
+    if teachers[0].shape == student.shape:
+      # Of a class that the student lacks no teacher says anything.
+      lacking = student <= _PADDED
+      teachers = [jnp.where(lacking, _LOWEST, x) for x in teachers]
     values = core(student, _of_teachers(teachers, present_P))
     if scale_by_temperature_squared:
       values = values * temperature**2
@@ -477,8 +481,11 @@ def _mean_over_present(values_P, present_P):
 
 def _prepare(student_logits, teacher_logits_P, present_P, temperature):
   """Checked float32 student and teacher logits over the temperature."""
-  if isinstance(temperature, int | float) and not temperature > 0:
-    raise ValueError(f'temperature must be positive, got {temperature}.')
+  known = not isinstance(temperature, jax.core.Tracer)
+  if known and not 0 < temperature < np.inf:
+    raise ValueError(
+        f'temperature must be positive and finite, got {temperature}.'
+    )
   student = jnp.asarray(student_logits, jnp.float32)
   if jnp.shape(teacher_logits_P)[1:] != student.shape:
     raise ValueError(

@@ -65,7 +65,8 @@ FAULTS = {
     'weights': 'weights are negative or not finite; 0 is that of padding',
     'logits': (
         'logits or features of sound inputs are not finite: the'
-        ' parameters were not, or the model overflows; lower the learning rate'
+        ' parameters were not, or the model overflows; lower the learning rate,'
+        ' or look for inputs (as tokens) beyond the vocabulary of the model'
     ),
     'loss/task': (
         'task loss of finite logits is not finite; look at the task'
@@ -167,17 +168,18 @@ def _init_of(
 
 def _checked_key(rng: Array) -> Array:
   """Returns a single key, typed or of `PRNGKey`; else raises ValueError."""
-  rng = jnp.asarray(rng)
   plain = jax.eval_shape(jax.random.PRNGKey, 0)
-  if (rng.shape, rng.dtype) != (plain.shape, plain.dtype) and not (
-      is_typed_key(rng) and not rng.shape
-  ):
+  is_plain = (np.shape(rng), getattr(rng, 'dtype', '')) == (
+      plain.shape,
+      plain.dtype,
+  )
+  if not is_plain and not (is_typed_key(rng) and not rng.shape):
     raise ValueError(
-        f'rng: expected one random key, got {rng.dtype}{list(rng.shape)}; give'
+        f'rng: expected one random key, got {form_of(rng)}; give'
         ' jax.random.key(seed), or a jax.random.PRNGKey(seed) of the generator'
         f' that jax has by default ({jax.config.jax_default_prng_impl})'
     )
-  return rng
+  return jnp.asarray(rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,13 +429,16 @@ def example_weights(batch: Batch) -> jax.Array:
   Raises:
     ValueError: If there are no labels, or weights of another shape.
   """
-  if 'labels' not in checked_batch(batch):
-    raise ValueError(f"Expected a batch with 'labels', got {form_of(batch)}")
-  labels = batch['labels']
+  labels = checked_batch(batch).get('labels')
+  if not hasattr(labels, 'shape'):
+    raise ValueError(
+        f"Expected a batch with 'labels', an array, got {form_of(batch)}"
+    )
   if 'weights' not in batch:
     return jnp.ones(np.shape(labels), jnp.float32)
   weights = batch['weights']
-  if np.shape(weights) != np.shape(labels):
+  real = not jnp.iscomplexobj(weights)
+  if getattr(weights, 'shape', None) != labels.shape or not real:
     raise ValueError(
         'Expected one weight for each label, got weights'
         f' {form_of(weights)} and labels {form_of(labels)}; give them one shape'

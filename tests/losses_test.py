@@ -211,6 +211,10 @@ def test_labels_outside_the_classes_are_loud():
          'P >= 1'),
         (lambda: losses.kl(np.zeros((2, 3)), np.zeros((1, 2, 3)), np.ones(1),
                            temperature=0.0), 'temperature'),
+        (lambda: losses.kl(np.zeros((2, 3)), np.zeros((1, 2, 3)), np.ones(1),
+                           temperature=np.float32(-1)), 'temperature'),
+        (lambda: losses.kl(np.zeros((2, 3)), np.zeros((1, 2, 3)), np.ones(1),
+                           temperature=np.inf), 'temperature'),
         (lambda: losses.distill_loss('kll'), 'cross_entropy, kl, reverse_kl'),
     ],
 )  # fmt: skip
@@ -324,20 +328,21 @@ def test_no_nan_at_extreme_logits(name, size):
 
 
 @pytest.mark.parametrize('name', SOFTMAX_LOSSES)
-@pytest.mark.parametrize('whose', ['all', 'teachers', 'one teacher'])
+@pytest.mark.parametrize('whose', ['all', 'student', 'teachers', 'one teacher'])
 def test_padded_classes_of_minus_infinity_count_nowhere(name, whose):
   student, teachers = draw(0, name)
   expected = value_and_grad(name, student, teachers, np.ones(3, np.float32))
   pad = lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 2)])
   student, teachers = pad(student), pad(teachers)
   lacking = teachers[1:2] if whose == 'one teacher' else teachers
-  lacking[..., 5:] = -np.inf
-  if whose == 'all':
+  if whose != 'student':
+    lacking[..., 5:] = -np.inf
+  if whose in ('all', 'student'):
     student[..., 5:] = -np.inf
   found = value_and_grad(name, student, teachers, np.ones(3, np.float32))
   assert all(np.max(np.abs(x)) < 100 for x in found)
   # Elsewhere the student learns not to say what no teacher says.
-  if whose == 'all' or (
+  if whose in ('all', 'student') or (
       whose == 'teachers' and name in ('reverse_kl', 'squared_logits')
   ):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)

@@ -495,7 +495,13 @@ def test_a_loss_that_knows_other_labels_is_left_to_it():
             {'weights': np.ones((8, 1), 'f4')},
             r'weights float32\[8, 1\] and label',
         ),
-        ({'weights': np.ones(4, 'f4')}, r'weights float32\[4\]'),
+        ({'weights': np.ones(4, 'f4')}, r"\['weights'\] has 4 rows and .* 8;"),
+        ({'weights': np.ones(8, 'c8')}, r'weights complex64\[8\]'),
+        ({'weights': None}, 'weights NoneType'),
+        ({'labels': None}, 'labels: NoneType'),
+        ({'labels': {'a': np.zeros(8, int)}}, "'labels', an array"),
+        ({'keys': jax.random.split(jax.random.key(0), 8)}, 'is key<fry>'),
+        ({'table': np.zeros((3, 2))}, r"\['table'\] has 3 rows and .* 8;"),
         ({'weights': np.float32(1)}, r"batch\['weights'\] is float32\[\]"),
         ({'labels': np.zeros((8, 1), int)}, r'labels int32\[8, 1\]'),
         (
@@ -504,7 +510,7 @@ def test_a_loss_that_knows_other_labels_is_left_to_it():
         ),
         ({'labels': np.zeros(8), 'weights': np.ones(8)}, 'must be integers'),
         ({'labels': np.zeros((8, 4)), 'weights': np.ones((8, 4))}, 'logits'),
-        ({'labels': np.zeros(4, int), 'weights': np.ones(4)}, 'logits'),
+        ({'labels': np.zeros(4, int), 'weights': np.ones(4)}, r'has 4 rows'),
     ],
 )
 def test_shapes_and_dtypes_that_do_not_fit_are_named(batch, message):
@@ -515,6 +521,23 @@ def test_shapes_and_dtypes_that_do_not_fit_are_named(batch, message):
 
 
 evaluate = step_lib.make_eval_step(TWO_LAYERS)
+
+
+class Series:
+  dtype, shape = np.dtype('i4'), (8,)
+
+  def __len__(self):
+    return 8
+
+
+@pytest.mark.parametrize(
+    'values', [[0] * 8, np.zeros(8, 'm8[s]'), np.zeros(8, 'i4, f4'), Series()]
+)
+def test_what_is_no_array_of_numbers_is_refused_before_it_is_traced(values):
+  with pytest.raises(ValueError, match=r"batch\['labels'\].* is "):
+    step_lib.init_state(
+        TWO_LAYERS, TX, jax.random.PRNGKey(0), WEIGHTED | {'labels': values}
+    )
 
 
 def updated(**parts):

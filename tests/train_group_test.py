@@ -293,8 +293,6 @@ def wrong(launch, reference, finished, tmp_path_factory):
   bind = lambda text: f'--gin=experiment.Experiment.{text}'
 
   other_config = spoiled('other_config')
-  torn_run = spoiled('torn_run')
-  run_directory.run_path(torn_run).write_text('{"num_groups": 2')
   other_data = spoiled('other_data', keep_run=False)
   peer_data, peer_model = (
       spoiled(name, keep_run=False) for name in ('peer_data', 'peer_model')
@@ -336,7 +334,6 @@ def wrong(launch, reference, finished, tmp_path_factory):
               {'workdir': other_config},
           ),
           ('other_groups', [], {'workdir': other_config, 'groups': 3}),
-          ('torn_run', [], {'workdir': torn_run}),
           ('other_data', [], {'workdir': other_data, 'gin': foreign}),
           ('peer_data', [], {'workdir': peer_data, 'gin': foreign}),
           (
@@ -386,7 +383,6 @@ def wrong(launch, reference, finished, tmp_path_factory):
         ('replicas', ['--replicas=-1']),
         ('other_config', ['another configuration', 'rate = 0.01', 'rate = 5']),
         ('other_groups', ['num_groups=2', 'num_groups=3', '--workdir']),
-        ('torn_run', ['run.json']),
         ('other_data', ['resume checkpoint', 'tokenizer=', 'another workdir']),
         ('peer_data', ['of group 0, by an', 'has tokenizer=', 'this run has']),
         (
@@ -420,7 +416,7 @@ def test_a_mistake_is_one_line_and_damages_nothing(wrong, name, words):
 
 
 @pytest.mark.parametrize(
-    'name', ['group_id', 'other_config', 'torn_run', 'other_data', 'unreadable']
+    'name', ['group_id', 'other_config', 'other_data', 'unreadable']
 )
 def test_what_is_noticed_at_once_changes_no_file(wrong, name):
   _, output, gone = wrong[name]

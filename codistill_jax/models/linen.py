@@ -168,9 +168,9 @@ def _refusing(name: str) -> contextlib.AbstractContextManager:
 
   def call(next_call, args, kwargs, context):
     layer = context.module
-    rate = getattr(layer, 'rate', 0) or getattr(layer, 'dropout_rate', 0)
-    drops = hasattr(layer, 'deterministic') and rate
-    if drops or hasattr(layer, 'use_running_average'):
+    has = vars(layer)  # Else a module of nnx would set itself up, again.
+    rate = has.get('rate') or has.get('dropout_rate')
+    if 'use_running_average' in has or ('deterministic' in has and rate):
       raise ValueError(
           f'{name} has a {type(layer).__name__} and is not told'
           ' whether it trains: give its __call__ an argument train=False (or'

@@ -202,7 +202,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   # brings them back.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   prepare_to_print()
-  refuse_twice()
+  check_flags()
 
   def quiet(argv: Sequence[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
@@ -251,10 +251,15 @@ def printable(text: str) -> str:
   )
 
 
-def refuse_twice() -> None:
-  """Makes it an error to give a flag of one value twice; one would be lost."""
+def check_flags() -> None:
+  """Makes it an error to give a flag of one value twice, or NaN.
+
+  One of two values would be lost; NaN is within all bounds.
+  """
   for name in flags.FLAGS:
     flags.FLAGS[name].allow_overwrite = False
+    if isinstance(flags.FLAGS[name].parser, flags.FloatParser):
+      flags.register_validator(name, lambda x: 'nan' not in str(x), 'is NaN')
 
 
 def status_of(

@@ -178,7 +178,7 @@ def binary(request):
   module = importlib.import_module(name)
   assert not project_flags()  # An import defines none.
   module.define_flags()
-  cli.refuse_twice()
+  cli.check_flags()
   yield name
   for found in project_flags().values():
     for flag in found:
@@ -209,6 +209,16 @@ def test_a_flag_of_one_value_is_given_once(binary):
     flag.parse(value)
     with pytest.raises(flags.IllegalFlagValueError, match='already defined'):
       flag.parse(value)
+
+
+def test_no_number_is_nan(binary):
+  for name in project_flags()[binary]:
+    flag = flags.FLAGS[name]
+    if isinstance(flag.parser, flags.FloatParser):
+      flag.parse('nan')
+      with pytest.raises(flags.IllegalFlagValueError, match=f'{name}=.*NaN'):
+        flags.FLAGS.validate_all_flags()
+      flag.unparse()
 
 
 # All of these, and `name=path` or lists with commas, where they are taken.

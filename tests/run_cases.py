@@ -21,7 +21,7 @@ def run(module, argv):
   output = io.StringIO()
   before = set(flags.FLAGS)
   module.define_flags()
-  cli.refuse_twice()
+  cli.check_flags()
   try:
     with (
         contextlib.redirect_stdout(output),

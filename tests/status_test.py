@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -343,3 +344,26 @@ def test_the_binary_watches_until_all_is_done_and_survives_damage(
   done = run(python, f'--workdir={tmp_path}')
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.count('cannot be read') == 2
+
+
+def test_a_process_that_has_died_is_silent_at_once(tmp_path):
+  make_groups(tmp_path, 2)
+  child = subprocess.Popen(
+      [
+          *(sys.executable, '-c'),
+          'import sys; from codistill_jax.storage import leases\n'
+          'lease = leases.acquire(sys.argv[1], "training in")\n'
+          'print(flush=True); sys.stdin.read()',
+          run_directory.group_dir(tmp_path, 1),
+      ],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      cwd=ROOT,
+  )
+  with child:
+    child.stdout.readline()
+    seen = lambda: [row['last seen'] for row in cells(look(tmp_path)[0])]
+    assert seen() == ['0 s ago', '0 s ago']
+    child.kill()
+    child.wait()
+    assert seen() == ['0 s ago', 'SILENT 0 s ago']

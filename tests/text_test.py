@@ -265,6 +265,15 @@ def test_validation_is_a_sequence_and_can_be_capped(data):
 
 
 @pytest.mark.parametrize('batch_size', [1, 4, 16])
+@pytest.mark.parametrize('length', [3, 40, 5000])
+def test_a_capped_validation_has_no_empty_lane(batch_size, length):
+  data = in_memory(unlike_documents([length] * 50))
+  capped = text.DocumentBatches(data, batch_size, unroll=8, max_batches=2)
+  for batch in capped:
+    assert (batch['weights'][:, : length - 1].any(axis=1)).all()
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 16])
 @pytest.mark.parametrize('max_batches', [4, 12])
 def test_a_capped_validation_is_a_sample_of_the_split(batch_size, max_batches):
   """Not its beginning: here the pieces rise from document to document."""

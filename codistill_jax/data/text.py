@@ -213,7 +213,8 @@ class DocumentBatches(Sequence):
       documents = order.permutation(len(data), (order.SUBSET_KEY, 0))
       before_D = np.cumsum(data.lengths[documents]) - data.lengths[documents]
       room = max_batches * batch_size * unroll
-      documents = np.sort(documents[before_D < room])
+      chosen_D = (before_D < room) | (np.arange(len(data)) < batch_size)
+      documents = np.sort(documents[chosen_D])
     lanes = [
         documents[lane] for lane in _deal(data.lengths[documents], batch_size)
     ]

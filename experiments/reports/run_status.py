@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
+from codistill_jax.storage import leases
 
 from ..cli import printable
 from . import pages
@@ -44,7 +45,7 @@ class Status(NamedTuple):
     known: What it has said, by the keys of `_KINDS`; no others.
     seen: Time of the last sign of life, Unix seconds, if there was any.
     age: Seconds since then.
-    silent: Whether it should have been heard of since.
+    silent: Whether it should have been heard of since, or its process has died.
     ended: 'done', 'stopped' or 'failed'; '' for one that may run.
     published: Step of the newest publication, or None.
     saved: Step of the newest resume checkpoint, or None.
@@ -175,12 +176,16 @@ def read_group(
     ended = 'done'
   elif ended not in ('stopped', 'failed'):
     ended = ''
+  holder = ask(leases.peek, run_directory.group_dir(workdir, group_id))
+  died = leases.is_alive(holder) is False
   return Status(
       group_id=group_id,
       known=known,
       seen=seen,
       age=None if seen is None else now - seen,
-      silent=not ended and seen is not None and now - seen > silent_after,
+      silent=not ended
+      and seen is not None
+      and (died or now - seen > silent_after),
       ended=ended,
       published=published,
       saved=saved,

@@ -156,7 +156,7 @@ def test_a_full_disk_loses_no_record_and_leaves_no_half_line(
     free(path, None)
     until(lambda: not now.now)  # It needs no further record for that.
     writer.write(5, {'loss/task': 1.0})
-    assert _steps(path) == [1, 2, 3, 4, 5]
+    until(lambda: _steps(path) == [1, 2, 3, 4, 5])
   writer.close()
   assert caplog.text.count('File too large') == 1
   assert run_directory.read_metrics(path).damaged == 0

@@ -104,6 +104,7 @@ def run_group(
       ('stream', stream, 'batch', 'an object with batch(step) -> dict'),
       ('exchange', exchange, 'fetch', 'that of one group, as exchanges[0]'),
       ('distill_weight', distill_weight, '__call__', 'lambda step: 1.0'),
+      ('num_steps', num_steps, '__index__', 'a whole number'),
   ):
     if isinstance(part, type) or not hasattr(part, has):
       kind = 'a class' if isinstance(part, type) else type(part).__name__

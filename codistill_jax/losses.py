@@ -481,11 +481,7 @@ def _mean_over_present(values_P, present_P):
 
 def _prepare(student_logits, teacher_logits_P, present_P, temperature):
   """Checked float32 student and teacher logits over the temperature."""
-  known = not isinstance(temperature, jax.core.Tracer)
-  if known and not 0 < temperature < np.inf:
-    raise ValueError(
-        f'temperature must be positive and finite, got {temperature}.'
-    )
+  check_temperature(temperature)
   student = jnp.asarray(student_logits, jnp.float32)
   if jnp.shape(teacher_logits_P)[1:] != student.shape:
     raise ValueError(
@@ -496,6 +492,15 @@ def _prepare(student_logits, teacher_logits_P, present_P, temperature):
   teachers = _checked_teachers(teachers, present_P)
   cooled = [finite(x / temperature) for x in teachers]
   return finite(student / temperature), cooled
+
+
+def check_temperature(temperature: float | base.Array) -> None:
+  """Raises ValueError unless it is positive and finite, where it is known."""
+  known = not isinstance(temperature, jax.core.Tracer)
+  if known and not 0 < temperature < np.inf:
+    raise ValueError(
+        f'temperature must be positive and finite, got {temperature}.'
+    )
 
 
 def _check_smoothing(label_smoothing):

@@ -112,6 +112,7 @@ def peer_loss(
   if isinstance(distill_loss, functools.partial):
     return peer_loss(distill_loss.func, logits, peers, **distill_loss.keywords)
   formula = losses.formula_of(distill_loss)
+  losses.check_temperature(temperature)
   student = losses.finite(jnp.asarray(logits, jnp.float32) / temperature)
   if peers.top_k is not None:
     check(distill_loss, peers.top_k, student.shape[-1])

@@ -257,6 +257,11 @@ def make_train_step(
   )
   if teacher_model is not None:
     _check_parts(model=teacher_model)
+  if type(simulated_replicas) is not int or simulated_replicas < 1:
+    raise ValueError(
+        f'simulated_replicas={simulated_replicas!r}; set it to a whole number'
+        ' of at least 1'
+    )
   config = StepConfig(
       model,
       tx,

@@ -639,6 +639,7 @@ def test_an_optimiser_may_leave_out_what_is_not_finite_for_a_while():
             'exchange .* list; give that of one',
         ),
         ({'distill_weight': 1.0}, 'distill_weight .* float; give lambda step'),
+        ({'num_steps': 2.0}, 'num_steps is of type float; give a whole number'),
     ],
 )
 def test_parts_of_other_kinds_are_refused_at_the_call(wrong, message):
@@ -649,7 +650,7 @@ def test_parts_of_other_kinds_are_refused_at_the_call(wrong, message):
       **wrong,
   }
   with pytest.raises(ValueError, match=f'^run_group: {message}'):
-    run_group(num_steps=2, **parts)
+    run_group(**{'num_steps': 2, **parts})
 
 
 def test_an_update_that_went_wrong_ends_the_run_and_is_not_published():

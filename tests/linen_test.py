@@ -253,6 +253,14 @@ def test_what_is_no_module_of_this_kind_is_refused(module, message):
     linen.from_linen(module)
 
 
+def test_a_module_of_nnx_in_one_of_linen_is_taken():
+  x = np.ones((2, 3), np.float32)
+  model = linen.from_linen(nnx.bridge.ToLinen(nnx.Linear, args=(3, 2)))
+  variables = model.init(jax.random.key(0), {'inputs': x})
+  logits, _ = model.apply(variables, {'inputs': x}, (), None, False)
+  assert logits.shape == (2, 2)
+
+
 def test_a_batch_without_inputs_is_named():
   model, variables = make(Plain())
   with pytest.raises(ValueError, match=r"'inputs', got \['x'\]"):

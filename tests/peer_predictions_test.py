@@ -252,6 +252,13 @@ def test_a_temperature_divides_the_logits_of_all():
   np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('temperature', [0, -1, np.float32(0), np.inf, np.nan])
+def test_a_temperature_is_positive_and_finite(temperature):
+  loss = functools.partial(losses.kl, temperature=temperature)
+  with pytest.raises(ValueError, match='positive and finite, got'):
+    peer_predictions.peer_loss(loss, np.zeros((2, 3)), PeerPredictions(TWO))
+
+
 @pytest.mark.parametrize('top_k', [None, 2])
 def test_a_class_that_nobody_has_does_no_harm(top_k):
   logits = np.random.default_rng(0).normal(size=(2, 3, CLASSES))

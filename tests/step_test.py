@@ -561,6 +561,8 @@ def updated(**parts):
         ({'tx': 0.1}, r'tx=0.1 is no optimiser'),
         ({'distill_loss': 'kl'}, "distill_loss='kl' is no function; give one"),
         ({'task_loss': 'softmax'}, "task_loss='softmax' is no function"),
+        ({'simulated_replicas': 0}, r'simulated_replicas=0; set it to a whole'),
+        ({'simulated_replicas': 2.0}, r'simulated_replicas=2\.0; set it to'),
         ({'task_loss': lambda z, y: z}, r'loss for each label.*got float32\['),
         ({'task_loss': lambda z, y: jnp.mean(z)}, r'got float32\[\]'),
         (

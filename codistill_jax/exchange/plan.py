@@ -176,9 +176,10 @@ class Plan:
       raise ValueError(f'every={self.every!r}; set it to at least 1 step')
     if self.mode is not None:
       check_choice('exchange mode', self.mode, MODES)
-    if self.staleness < 0 or self.staleness % self.every:
+    whole = type(self.staleness) is int and self.staleness >= 0
+    if not whole or self.staleness % self.every:
       raise ValueError(
-          f'staleness={self.staleness} is not a multiple of'
+          f'staleness={self.staleness!r} is not a multiple of'
           f' every={self.every}: only those steps are published'
       )
     if self.staleness and self.mode == 'freshest':
@@ -393,8 +394,8 @@ def peers_of(
     ValueError: For a `group_id` out of range, or a topology that does not suit
       `num_groups`.
   """
-  if num_groups < 1:
-    raise ValueError(f'num_groups={num_groups}; set it to at least 1')
+  if not isinstance(num_groups, int | np.integer) or num_groups < 1:
+    raise ValueError(f'num_groups={num_groups!r}; set it to at least 1')
   if not 0 <= group_id < num_groups:
     raise ValueError(
         f'group_id={group_id} is out of range: with num_groups={num_groups}'

@@ -278,6 +278,11 @@ def memory_exchanges(
   peers_of(0, num_groups)  # Raises if there are too few groups.
   fields = {'every': every, 'mode': mode}
   given = {name: x for name, x in fields.items() if x is not None}
+  if not isinstance(plan, Plan | None):
+    raise ValueError(
+        f'memory_exchanges: plan is of type {type(plan).__name__}; give a Plan,'
+        ' as Plan(every=50)'
+    )
   if plan and given:
     raise ValueError(
         f'memory_exchanges has a plan and also {", ".join(given)}; set'

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codistill_jax import base, metrics
+from codistill_jax.step import example_weights
 
 # Batches that may be under way on the device: bounds the memory they hold, and
 # the time that passes between `should_stop` and the return.
@@ -105,7 +106,7 @@ def compare(
   first = next(stream, None)
   if first is None:
     raise ValueError(_NO_BATCH)
-  rows = first['labels'].shape[0]
+  rows = len(example_weights(first))
   carries = [model.init_carry(rows) for _ in variables_list]
   compare_step = _compare_step(model)
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
@@ -128,7 +129,7 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
 
   @jax.jit
   def step(variables_list, batch, carries):
-    labels, weights = batch['labels'], batch.get('weights')
+    weights, labels = example_weights(batch), batch['labels']
     results = [
         base.forward(model, variables, batch, carry, None, False)
         for variables, carry in zip(variables_list, carries)

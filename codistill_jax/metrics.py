@@ -84,6 +84,8 @@ def cross_entropy(
   """Log loss in nats against integer labels; of a sigmoid output too."""
   log_probs = jax.nn.log_softmax(class_logits(logits, labels))
   index = jnp.asarray(labels, jnp.int32)[..., None]
+  # A negative one would count from the end.
+  index = jnp.where(index < 0, log_probs.shape[-1], index)
   picked = jnp.take_along_axis(log_probs, index, axis=-1, mode='fill')
   return mean(-picked[..., 0], weights)
 

@@ -217,10 +217,9 @@ class JsonlWriter:
       room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
-    self._step = 0
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _repair(path, resume_step)
+    self._step = _repair(path, resume_step)
     self._lines = _Appender(
         path,
         'writing metrics',
@@ -244,7 +243,7 @@ class JsonlWriter:
     if step < self._step:
       raise ValueError(
           f'a record of step {step} after one of step {self._step}; make a new'
-          ' writer for another run'
+          ' writer for another run: with another path, or a resume_step'
       )
     self._step = int(step)
     record: dict[str, Any] = {'step': self._step, 'time': self._clock()}
@@ -262,16 +261,22 @@ class JsonlWriter:
     self._lines.close()
 
 
-def _repair(path: epath.Path, resume_step: int | None) -> None:
-  """Drops a torn last line and, on resume, the records of later steps."""
+def _repair(path: epath.Path, resume_step: int | None) -> int:
+  """Drops a torn last line and, on resume, the records of later steps.
+
+  Returns:
+    The newest step that is kept.
+  """
   try:
     data = path.read_bytes()
   except FileNotFoundError:
-    return
+    return 0
   lines = io.BytesIO(data).readlines()  # Unlike splitlines, not at a b'\r'.
   kept = b''.join(line for line in lines if _keep(line, resume_step))
   if kept != data:
     files.write_bytes(path, kept)
+  records = map(run_directory.parse_record, kept.splitlines())
+  return max((r['step'] for r in records if r), default=0)
 
 
 def _keep(line: bytes, resume_step: int | None) -> bool:

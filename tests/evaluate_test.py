@@ -215,6 +215,16 @@ def test_the_ensemble_averages_probabilities():
   assert abs(logits['eval/loss'] - ensemble['eval/loss']) > 1e-3
 
 
+@pytest.mark.parametrize('label, weight', [(-1, 1), (CLASSES, 1), (0, -1)])
+def test_wrong_labels_and_weights_give_no_number(label, weight):
+  batch = {'inputs': np.zeros(2, int), 'labels': np.array([0, label])}
+  batch['weights'] = np.array([1, weight], np.float32)
+  members = [base.Variables(x) for x in tables(2)]
+  found = evaluate_lib.compare(table_model(), members, [batch])
+  for values in (*found.members, found.ensemble):
+    assert np.isnan(values['eval/loss'])
+
+
 def test_pairs_differ_as_their_probabilities_do():
   members = tables(3)
   probs = softmax(np.stack(members))

@@ -173,6 +173,17 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, kind, name):
     assert str(path) in str(raised.value) and '\n' not in str(raised.value)
 
 
+@pytest.mark.parametrize('indent', [None, 2])
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf\n'])
+def test_an_array_is_no_json_lines(tmp_path, indent, mark):
+  # One record that is no object would stand for all that it holds.
+  array = json.dumps([{'text': 'a'}, {'text': 'b'}] * 99, indent=indent)
+  write(tmp_path / 'b.json', mark + array.encode())
+  write(tmp_path / 'a.json', json_lines(*'abc' * 99).encode())
+  with pytest.raises(ValueError, match=r'b\.json is a JSON array, and not'):
+    sources.open_source(f'jsonl:{tmp_path}/*')
+
+
 @given(st.text(st.characters(codec='utf-8', min_codepoint=9), min_size=1))
 @example('BZh9 is a name, and PK too')
 @example('PK')

@@ -143,12 +143,12 @@ def _seekable(path: epath.Path) -> epath.Path:
   return path
 
 
-def compression_of(path: epath.Path, *, warc: bool = False) -> str | None:
+def compression_of(path: epath.Path, kind: str = 'text') -> str | None:
   """Returns how a file of text is compressed, by its first bytes; None: not.
 
   Args:
     path: The file.
-    warc: Whether a file of WARC records, as WET files are, is expected.
+    kind: What is expected: 'wet' for WARC records, 'jsonl' for JSON lines.
 
   Raises:
     ValueError: If it is no text, or that of another kind.
@@ -163,12 +163,14 @@ def compression_of(path: epath.Path, *, warc: bool = False) -> str | None:
       except DAMAGE as e:
         check_damage(e)
         return compression  # It is counted where the file is read.
-  if warc and head.startswith(b'WARC/'):
+  if kind == 'wet' and head.startswith(b'WARC/'):
     return compression
   found = _named(_FOREIGN, head)
   if found is None and _is_tar(head):
     found = 'a tar archive'
-  if found is None and not warc and 16 * head.count(0) > len(head):
+  if kind == 'jsonl' and head.removeprefix(_BOM).lstrip().startswith(b'['):
+    found = 'a JSON array, and not an object a line'
+  if found is None and kind != 'wet' and 16 * head.count(0) > len(head):
     found = 'binary data, or UTF-16 without a mark'
   if found is not None:
     where = f'What {path} holds, compressed by {compression},'
@@ -386,7 +388,7 @@ def wet_pages(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
     ValueError: If the package fastwarc is missing, or it is another file.
     OSError: If the file cannot be read at all.
   """
-  compression = compression_of(path, warc=True)
+  compression = compression_of(path, 'wet')
   if compression not in (None, 'gzip'):
     raise ValueError(
         f'{path} is compressed by {compression}, expected a WET file, plain or'

@@ -266,7 +266,7 @@ def file_source(
 ) -> Source:
   """Returns a source whose files `split` cuts into raw records."""
   for path in paths:  # Before hours of work on those before it.
-    records_lib.compression_of(path, warc=spec.startswith('wet:'))
+    records_lib.compression_of(path, spec.partition(':')[0])
   raw = lambda: itertools.chain.from_iterable(map(split, paths))
   listing = [(path.name, path.stat().length) for path in paths]
   fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()

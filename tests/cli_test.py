@@ -177,12 +177,26 @@ def binary(request):
   name = f'experiments.{request.param}'
   module = importlib.import_module(name)
   assert not project_flags()  # An import defines none.
-  module.define_flags()
-  cli.check_flags()
-  yield name
-  for found in project_flags().values():
-    for flag in found:
-      delattr(flags.FLAGS, flag)
+  # What a benchmark has defined in this process would be defined twice.
+  others = {
+      flag.name: (module, flag)
+      for module, found in flags.FLAGS.flags_by_module_dict().items()
+      if module.startswith('benchmarks')
+      for flag in found
+  }
+  for other in others:
+    delattr(flags.FLAGS, other)
+  try:
+    module.define_flags()
+    cli.check_flags()
+    yield name
+  finally:
+    for found in project_flags().values():
+      for flag in found:
+        delattr(flags.FLAGS, flag)
+    for other, (home, flag) in others.items():
+      flags.FLAGS[other] = flag
+      flags.FLAGS.register_flag_by_module(home, flag)
 
 
 def test_a_binary_has_the_flags_that_its_help_shows_and_no_others(binary):

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import shutil
 import signal
 import threading
@@ -917,6 +918,10 @@ def test_leftovers_are_removed_at_the_start_and_counted(make_job, caplog):
   for path in left + others:
     path.parent.mkdir(exist_ok=True)
     path.write_text('')
+  # What another group may be writing as it starts is not taken for one.
+  os.utime(left[0], (0, 0))
+  others.append(left[0].with_name('.config.gin.4567abcd.tmp'))
+  others[-1].write_text('')
   with caplog.at_level(logging.WARNING, logger='absl'):
     run(make_job(num_steps=3))
   assert not any(path.exists() for path in left)

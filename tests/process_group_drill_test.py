@@ -151,14 +151,15 @@ def test_one_process_is_lost_and_its_group_comes_back(launch, tmp_path):
   lost_at, saved = run.published(), run.saved()
   run.pace(1, limit=120)
   until(lambda: run.step(1) == 120, process=peer)
-  assert peer.output.count('trains alone') == alone + 1
+  # Also while the peer's publication was too far ahead of it.
+  assert peer.output.count('trains alone') > alone
   run.pace(0, limit=127)  # It catches up with its peer.
   restart = time.time()
 
   pair = run.start_pair(HEARTBEAT)
   until(lambda: run.published() >= 120, process=pair[0])
   run.slowly(1, lambda: run.teacher_step() > lost_at, peer)
-  assert peer.output.count('has teachers again') == alone + 1
+  assert peer.output.count('has teachers again') > alone
   first = min(r['step'] for r in run.records(0) if r['time'] > restart)
   assert saved < first <= saved + 5 and lost_at - saved <= CHECKPOINT_EVERY
   # It learns from its peer as well.
@@ -174,7 +175,7 @@ def test_one_process_is_lost_and_its_group_comes_back(launch, tmp_path):
   run.pace(1)
   for process in (*pair, peer):
     process.wait()
-  assert peer.output.count('trains alone') - alone in (1, 2)
+  assert peer.output.count('trains alone') - alone <= 4  # It does not flap.
   for group_id in (0, 1):
     assert run_directory.done_path(run.workdir, group_id).exists()
   # Each step once, whoever was lost meanwhile.

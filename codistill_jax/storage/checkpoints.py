@@ -378,12 +378,13 @@ def _write_anew(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
   directories again that were deleted, which orbax would then refuse.
   """
   for left in reversed(range(_ATTEMPTS)):
-    _delete(path)
     try:
+      _delete(path)
       return _write_arrays(path / _ARRAYS, tree)
-    except (FileExistsError, ValueError) as e:
+    except (OSError, ValueError) as e:
       # The latter if it was there before orbax began.
-      if not left or 'exists' not in str(e):
+      late = 'exists' in str(e) or getattr(e, 'errno', 0) == errno.ENOTEMPTY
+      if not left or not late:
         raise
       time.sleep(_PAUSE_SECONDS)
   raise AssertionError  # Not reached.

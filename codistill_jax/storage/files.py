@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -246,19 +247,23 @@ def to_disk(path: PathLike) -> None:
     os.close(handle)
 
 
-def remove_leftovers(directory: PathLike) -> int:
+def remove_leftovers(directory: PathLike, older_than: float = 0.0) -> int:
   """Deletes what writers that were killed left half-written; counts it.
 
-  For whoever alone writes there. Only its lease is renewed at any time, so what
-  may be one under way stays.
+  Only a lease is renewed at any time, so what may be one under way stays.
+
+  Args:
+    directory: Where this process alone writes.
+    older_than: Seconds; for a directory where others may be writing now.
   """
   found = [
-      name
-      for name in names(directory)
-      if re.fullmatch(r'\.(?!lease\.).+\.[0-9a-f]{8}\.tmp', name)
+      path
+      for path in (epath.Path(directory) / name for name in names(directory))
+      if re.fullmatch(r'\.(?!lease\.).+\.[0-9a-f]{8}\.tmp', path.name)
+      and not (older_than and time.time() - path.stat().mtime < older_than)
   ]
-  for name in found:
-    remove(epath.Path(directory) / name)
+  for path in found:
+    remove(path)
   return len(found)
 
 

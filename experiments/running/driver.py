@@ -157,10 +157,10 @@ def _train(
     with _stopping_in_time(job):
       lease = _lease(job)
     stack.push(_closing(lease.release))
-    heartbeat.begin()
     if job.agreement.is_primary:
-      _clear_up(job)
+      _clear_up(job)  # Before the heartbeat writes there.
       run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+    heartbeat.begin()
 
     def before_saving(step: int) -> None:
       lease.check()
@@ -383,8 +383,9 @@ def _clear_up(job: Job) -> None:
   with job.troubles.noted('clearing up'):
     checkpoints = run_directory.checkpoints_dir(job.workdir, job.group_id)
     count = storage.clear_up(checkpoints)
-    for directory in (job.directory, job.workdir):
-      count += files.remove_leftovers(directory)
+    count += files.remove_leftovers(job.directory)
+    # There other groups may be starting.
+    count += files.remove_leftovers(job.workdir, older_than=60.0)
     if count:
       logging.warning(
           'Group %d: removed %d leftovers of earlier starts',

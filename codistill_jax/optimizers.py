@@ -85,9 +85,10 @@ def chain(
 ) -> optax.GradientTransformation:
   """Applies transformations one after another: `optax.chain`, for gin files.
 
+  In a gin file::
+
     experiment.Experiment.optimizer = @optimizers.chain()
-    optimizers.chain.transformations = [
-        @optax.clip_by_global_norm(), @optax.adam()]
+    optimizers.chain.transformations = [@optax.clip_by_global_norm(), ...]
     optax.clip_by_global_norm.max_norm = 1.0
 
   Args:

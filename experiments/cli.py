@@ -122,6 +122,19 @@ def define_run_flags(num_groups: int) -> None:
   )
 
 
+def define_step_flags() -> None:
+  """Defines which checkpoint of a run is read, and whom that run may name."""
+  flags.DEFINE_integer('step', None, 'Of this checkpoint; default: the newest.')
+  flags.DEFINE_multi_string(
+      'trust',
+      [],
+      'Module of your own that the config.gin of a run may name, as mine.tasks;'
+      ' repeatable. Whoever can write in a run directory wrote that file, so it'
+      ' may name only what makes a run (models, tasks, optimisers); see'
+      ' SECURITY.md.',
+  )
+
+
 def define_process_flags() -> None:
   """Defines the flags of the binaries that train in their own process."""
   flags.DEFINE_integer(

@@ -45,9 +45,7 @@ def define_flags() -> None:
       [CHECKPOINTS, PUBLICATIONS],
       'Evaluate resume checkpoints or publications.',
   )
-  flags.DEFINE_integer(
-      'step', None, 'Evaluate this step of every group; default: its newest.'
-  )
+  cli.define_step_flags()
   flags.DEFINE_enum(
       'split',
       'validation',
@@ -59,14 +57,6 @@ def define_flags() -> None:
       False,
       'Evaluate on the whole split, where the run takes a sample of it'
       ' (max_eval_batches, max_eval_examples).',
-  )
-  flags.DEFINE_multi_string(
-      'trust',
-      [],
-      'Module of your own that the config.gin of a run may name, as mine.tasks;'
-      ' repeatable. Whoever can write in a run directory wrote that file, so it'
-      ' may name only what makes a run (models, tasks, optimisers), and what'
-      ' the --gin_file of this command import; see SECURITY.md.',
   )
   flags.DEFINE_integer(
       'eval_batch',

@@ -48,15 +48,9 @@ def define_flags() -> None:
   cli.define_path('workdir', None, 'Run directory.', required=True)
   cli.define_path('output', None, 'Directory to write to.', required=True)
   flags.DEFINE_integer('group', 0, 'Which group.', lower_bound=0)
-  flags.DEFINE_integer('step', None, 'Of which checkpoint; default: newest.')
+  cli.define_step_flags()
   flags.DEFINE_multi_enum(
       'form', list(_FORMS[:3]), _FORMS, 'What to write; repeatable.'
-  )
-  flags.DEFINE_multi_string(
-      'trust',
-      [],
-      'Module of your own that the config.gin of the run may name; repeatable;'
-      ' see SECURITY.md.',
   )
 
 

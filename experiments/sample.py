@@ -28,7 +28,7 @@ def define_flags() -> None:
   cli.define_paths('workdir', 'Run directory; repeatable.', required=True)
   flags.DEFINE_multi_string('prompt', [''], 'Text to continue; repeatable.')
   flags.DEFINE_integer('group', 0, 'Which group.', lower_bound=0)
-  flags.DEFINE_integer('step', None, 'Of which checkpoint; default: newest.')
+  cli.define_step_flags()
   flags.DEFINE_integer('pieces', 100, 'Word pieces to write.', lower_bound=1)
   flags.DEFINE_float(
       'temperature',
@@ -41,12 +41,6 @@ def define_flags() -> None:
       'top_k', None, 'Draw from so many pieces; default: all.', lower_bound=1
   )
   flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
-  flags.DEFINE_multi_string(
-      'trust',
-      [],
-      'Module of your own that the config.gin of a run may name; repeatable;'
-      ' see SECURITY.md.',
-  )
 
 
 def main(argv: Sequence[str]) -> None:

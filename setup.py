@@ -84,7 +84,9 @@ setuptools.setup(
         'export': _bounded(_EXPORT),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
-        'pytest': _bounded(('hypothesis', 'pytest', 'pytest-xdist')),
+        'pytest': _bounded(
+            ('hypothesis', 'pytest', 'pytest-xdist', 'setuptools')
+        ),
         # The rivals of benchmarks/rivals.py; nothing else needs it.
         'bench': ['torch>=2.13,<2.14'],
         # The site of docs/.

@@ -120,6 +120,33 @@ def define_run_flags(num_groups: int) -> None:
   flags.DEFINE_bool(
       'dry_run', False, 'Print the configuration and stop; write nothing.'
   )
+  define_compile_cache()
+
+
+def define_compile_cache() -> None:
+  """Defines where the binaries that train keep programs; `keep_programs`."""
+  define_path(
+      'compile_cache',
+      None,
+      'Where compiled programs are kept, 30 days long, for later starts and for'
+      " other groups of this machine; '' keeps none. Whoever can write there"
+      ' runs code as you. Default: codistill_jax/programs in XDG_CACHE_HOME or'
+      ' ~/.cache. If JAX_COMPILATION_CACHE_DIR is set, that is used.',
+  )
+
+
+def keep_programs(directory: str | None) -> None:
+  """Keeps compiled programs, as the value of `--compile_cache` says."""
+  from codistill_jax import programs  # Here: not every binary needs jax.
+
+  if directory is None:
+    directory = programs.default_directory()
+  if not directory:
+    return
+  try:
+    programs.keep(directory)
+  except OSError as e:
+    tell(f'warning: no compiled program is kept: {e}', error=True)
 
 
 def define_step_flags() -> None:
@@ -222,6 +249,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       logging.set_verbosity(logging.WARNING)
     status = status_of(main, argv)
     _settle_output()
+    if any(t.name == 'compile-ahead' for t in threading.enumerate()):
+      # All is saved and closed. XLA cannot be interrupted: an exit would wait
+      # for minutes, and jax's own end beneath it is a crash.
+      os._exit(status)
     sys.exit(status)
 
   app.run(quiet)

@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_FLAGS.group_id, _FLAGS.num_groups)  # Raises if out of range.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
+  cli.keep_programs(_FLAGS.compile_cache)
   gin_utils.parse_flags()
   job_lib.use_replicas(_FLAGS.replicas)
   if _FLAGS.num_processes > 1:

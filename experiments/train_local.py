@@ -94,6 +94,7 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
 
 
 def _command(group_id: int, replicas: int) -> list[str]:
+  cache = _FLAGS.compile_cache
   return [
       sys.executable,
       '-m',
@@ -104,6 +105,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
       f'--init_from={_FLAGS.init_from}',
+      *([] if cache is None else [f'--compile_cache={cache}']),
       *gin_utils.flag_arguments(),
   ]
 

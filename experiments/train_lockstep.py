@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
   peers_of(0, num_groups)  # Raises if there are too few.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
   latch = job_lib.Latch(stop)
+  cli.keep_programs(_FLAGS.compile_cache)
   gin_utils.parse_flags()
   job_lib.use_replicas(_FLAGS.replicas)
   experiment = experiment_lib.in_lockstep(

@@ -194,6 +194,7 @@ def _train(
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
         raise _stopped(job, start)
+    _expect_teachers(job, efficiency, start)
     turns = run_group(
         job.train_step,
         state,
@@ -221,6 +222,14 @@ def _train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
+
+
+def _expect_teachers(job: Job, efficiency: Efficiency, start: int) -> None:
+  """Lets the program with teachers be compiled while the group has none."""
+  experiment, teachers = job.experiment, efficiency.teachers()
+  steps = range(start, experiment.num_steps)
+  if teachers is not None and any(map(experiment.distill_weight, steps)):
+    job.train_step.expect(teachers)
 
 
 def _after_update(

@@ -329,11 +329,7 @@ class Efficiency:
 
   def trace(self) -> None:
     """Traces the step, with teachers if there are any."""
-    job = self._job
-    kind = job.experiment.exchange
-    self._count(
-        kind.one_program or kind.num_teachers(job.group_id, job.num_groups) > 0
-    )
+    self._count(self.teachers() is not None)
 
   def seen(self, taught: bool) -> None:
     """Starts to count the FLOPs of a step that has run, taught or not."""
@@ -378,7 +374,7 @@ class Efficiency:
         step.train_step,
         self._state,
         self._batch,
-        self._teachers() if taught else None,
+        self.teachers() if taught else None,
         jax.ShapeDtypeStruct((), np.float32),
         axis_sizes=step.axis_sizes,
     )
@@ -390,12 +386,15 @@ class Efficiency:
       )
     return found
 
-  def _teachers(self) -> Teachers | PeerPredictions:
+  def teachers(self) -> Teachers | PeerPredictions | None:
+    """Returns the shapes of the group's teachers, if it can have any."""
     job, kind = self._job, self._job.experiment.exchange
     step = job.train_step
     if isinstance(step, one_program.Seat) and step.peers is not None:
       return _shapes(step.peers)
     peers = kind.num_teachers(job.group_id, job.num_groups)
+    if not peers:
+      return None
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)

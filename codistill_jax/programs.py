@@ -9,6 +9,7 @@ it. A cache that fails costs a compilation, and is no error.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import threading
@@ -87,8 +88,7 @@ class Programs:
     taught = teachers is not None
     if taught not in self._begun:
       self._begun[taught] = None
-      if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
-        compile_once(self._step, state, batch, teachers, distill_weight)
+      _share(self._step, state, batch, teachers, distill_weight)
     elif thread := self._begun[taught]:
       thread.join()
       self._begun[taught] = None
@@ -117,6 +117,27 @@ class Programs:
     self._begun[True] = thread
     self._expected = None
     thread.start()
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a jitted function whose first call compiles once for a machine."""
+  begun = False
+
+  @functools.wraps(function)
+  def call(*args: Any) -> Any:
+    nonlocal begun
+    if not begun:
+      begun = True
+      _share(function, *args)
+    return function(*args)
+
+  return call
+
+
+def _share(step: Callable[..., Any], *args: Any) -> None:
+  # Without a place to share it, a call compiles by itself.
+  if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
+    compile_once(step, *args)
 
 
 def compile_once(step: Callable[..., Any], *args: Any) -> None:

@@ -77,6 +77,7 @@ flags.disclaim_key_flags()
 
 def define_path(name: str, default: str | None, about: str, **how: Any) -> None:
   """Defines a flag whose value is an absolute path, or of an object store."""
+  how.setdefault('serializer', _UNCHANGED)
   flags.DEFINE(_Path(), name, default, about, **how)
 
 
@@ -92,7 +93,24 @@ class _Path(flags.ArgumentParser):
     return files.absolute(argument) if argument else argument
 
 
-_UNCHANGED = flags.ArgumentSerializer()
+class _Steps(flags.ArgumentParser):
+  syntactic_help = 'two steps, as 10:20'
+
+  def parse(self, argument: str) -> range:
+    found = re.fullmatch(r'(\d{1,15}):(\d{1,15})', argument)
+    steps = range(*map(int, found.groups())) if found else range(0)
+    if not steps:
+      raise ValueError('expected FIRST:LAST with FIRST < LAST, such as 10:20')
+    return steps
+
+
+class _StepsSerializer(flags.ArgumentSerializer):
+
+  def serialize(self, value: range) -> str:
+    return f'{value.start}:{value.stop}'
+
+
+_UNCHANGED, _STEPS = flags.ArgumentSerializer(), _StepsSerializer()
 
 
 def define_run_flags(num_groups: int) -> None:
@@ -119,6 +137,15 @@ def define_run_flags(num_groups: int) -> None:
   )
   flags.DEFINE_bool(
       'dry_run', False, 'Print the configuration and stop; write nothing.'
+  )
+  flags.DEFINE(
+      _Steps(),
+      'profile_steps',
+      None,
+      'Write the trace of the updates between two steps, as 10:20, for XProf'
+      ' and Perfetto, to groups/group_<i>/profile in --workdir; that of groups'
+      ' of one process to group_0.',
+      serializer=_STEPS,
   )
   define_compile_cache()
 

@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
+      profile=_FLAGS.profile_steps or range(0),
   )
   start = driver.new_state(job)
   if not _FLAGS.dry_run:

@@ -94,7 +94,8 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
 
 
 def _command(group_id: int, replicas: int) -> list[str]:
-  cache = _FLAGS.compile_cache
+  optional = ('compile_cache', 'profile_steps')
+  given = [_FLAGS[x].serialize() for x in optional if _FLAGS[x].present]
   return [
       sys.executable,
       '-m',
@@ -105,7 +106,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
       f'--init_from={_FLAGS.init_from}',
-      *([] if cache is None else [f'--compile_cache={cache}']),
+      *given,
       *gin_utils.flag_arguments(),
   ]
 

@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
           arm=_FLAGS.arm,
           init_from=_FLAGS.init_from,
           shared_stream=shared_stream,
+          # One trace has all that a process does.
+          profile=range(0) if group_id else _FLAGS.profile_steps or range(0),
       )
       for group_id in range(num_groups)
   ]

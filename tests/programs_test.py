@@ -158,6 +158,15 @@ def test_processes_that_want_one_program_at_once_compile_it_once(kept):
   assert (counts['cache_misses'], counts['cache_hits']) == (1, 2)
 
 
+def test_any_function_is_shared(kept):
+  keep(kept)
+  with counted() as counts:
+    for _ in range(2):
+      double = programs.shared(jax.jit(lambda x: x + x))
+      assert double(3) == double(3) == 6
+  assert (counts['cache_misses'], counts['cache_hits']) == (1, 1)
+
+
 def damage(kept):
   found = [p for p in kept.iterdir() if p.name.endswith('-cache')]
   assert found

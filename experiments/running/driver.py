@@ -35,7 +35,7 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 from .. import cli
 from ..cli import Stopped
 from .job import Job, claim_workdir, initial_variables
-from .watch import Efficiency, Heartbeat, Watch
+from .watch import Efficiency, Heartbeat, Watch, check_profile, profiled
 
 
 class GroupStart(NamedTuple):
@@ -93,6 +93,7 @@ def check_start(job: Job, start: GroupStart) -> None:
     ValueError: One line, if the task or the model breaks its contract.
   """
   experiment = job.experiment
+  check_profile(job)
   saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
   if run_directory.newest_saved(saved) is None:  # Else both have been done.
     with experiment_lib.naming('the update cannot be traced'):
@@ -203,6 +204,7 @@ def _train(
         exchange=exchange,
         distill_weight=job.experiment.distill_weight,
     )
+    turns = stack.enter_context(contextlib.closing(profiled(job, turns, start)))
     del state, resume  # A whole state, that training goes on without.
     claimed = False
     try:

@@ -4,13 +4,14 @@ Shape suffixes: B rows of the group batch, P teachers.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from codistill_jax import (
     jaxprs,
     losses,
     one_program,
+    programs,
     run_directory,
     writers,
 )
@@ -40,7 +42,7 @@ from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
 from codistill_jax.experiment import split_batches
 from codistill_jax.group import StepResult
 from codistill_jax.step import EvalStep, make_eval_step
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 from .. import cli
 from .job import Job
@@ -261,12 +263,69 @@ class Watch:
 @functools.lru_cache(maxsize=4)
 def _eval_step(output: str, model: Model) -> EvalStep:
   task_loss = losses.task_loss_of(output)
-  return jax.jit(make_eval_step(model, task_loss=task_loss))
+  eval_step = make_eval_step(model, task_loss=task_loss)
+  return programs.shared(jax.jit(eval_step))
 
 
 def _taught(metrics: Metrics) -> bool:
   """Returns whether an update had teachers."""
   return bool(metrics['distill/weight'])
+
+
+def check_profile(job: Job) -> None:
+  """Raises ValueError if the trace that is asked for cannot be written."""
+  steps, last = job.profile, job.experiment.num_steps
+  if steps and steps.stop > last:
+    raise ValueError(
+        f'--profile_steps={steps.start}:{steps.stop} goes beyond'
+        f' Experiment.num_steps = {last}; give steps up to that'
+    )
+  if steps and files.is_remote(job.workdir):
+    raise ValueError(
+        f'--profile_steps writes to a disk, and --workdir={job.workdir} is of'
+        ' an object store; profile with a --workdir on a disk'
+    )
+
+
+def profiled(
+    job: Job, turns: Iterator[StepResult], step: int
+) -> Iterator[StepResult]:
+  """Passes all updates on; writes the trace of those of `job.profile`.
+
+  Args:
+    job: The group.
+    turns: Of `run_group`.
+    step: The step before the first of them.
+  """
+  steps = job.profile if job.agreement.is_primary else range(0)
+  begin = max(step, steps.start)
+  with contextlib.ExitStack() as trace:
+    while True:
+      if step == begin and step in steps:
+        trace.enter_context(_trace(job))
+      with jax.profiler.StepTraceAnnotation('update', step_num=step):
+        result = next(turns, None)
+      if result is None:
+        return
+      step = result.step
+      if step == steps.stop:
+        jax.device_get(result.metrics)  # Waits for what is under way.
+        trace.close()
+      yield result
+
+
+@contextlib.contextmanager
+def _trace(job: Job) -> Iterator[None]:
+  directory = run_directory.profile_dir(job.workdir, job.group_id)
+  jax.profiler.start_trace(directory, create_perfetto_trace=True)
+  try:
+    yield
+  finally:
+    try:
+      jax.profiler.stop_trace()
+    except (OSError, RuntimeError, ValueError) as e:
+      # Of a disk that fails: no reason to end training.
+      cli.tell(f'warning: no trace in {directory}: {e}', error=True)
 
 
 def group_writer(

@@ -33,6 +33,7 @@ from etils import epath
 
 from codistill_jax.storage.files import (
     PathLike,
+    exists,
     names,
     opened,
     parse_json,
@@ -122,7 +123,7 @@ def list_groups(workdir: PathLike) -> list[int]:
   Raises:
     FileNotFoundError: If there is no directory `workdir`.
   """
-  if not epath.Path(workdir).is_dir():
+  if not names(workdir) and not os.path.isdir(workdir):
     raise FileNotFoundError(
         f'No run directory at {os.fspath(workdir)}; check --workdir.'
     )
@@ -140,16 +141,12 @@ def _numbered(directory: epath.Path, pattern: str) -> list[int]:
 def newest_saved(directory: PathLike) -> int | None:
   """Returns the newest finished step under a directory of steps, or None.
 
-  A step counts once `commit_success.txt` is in it, which orbax writes last; a
-  step that is pruned while this looks is passed over.
+  A step counts once `commit_success.txt` is in it, which is written last.
   """
   directory = epath.Path(directory)
   for step in sorted(_numbered(directory, r'(\d+)'), reverse=True):
-    try:
-      (directory / str(step) / 'commit_success.txt').stat()
-    except (FileNotFoundError, NotADirectoryError):
-      continue
-    return step
+    if exists(directory / str(step) / 'commit_success.txt'):
+      return step
   return None
 
 

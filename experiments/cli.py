@@ -334,7 +334,7 @@ def _may_pass(error: Exception) -> bool:
       error.errno is not None
       and error.errno not in _FINAL
       and isinstance(workdir, str)
-      and os.path.abspath(workdir) in f'{error.filename} {error}'
+      and workdir in f'{error.filename} {error}'
   )
 
 

@@ -38,7 +38,7 @@ class Bucket(MemoryFileSystem):
 
   def ls(self, path, detail=True, **kwargs):
     key = self._strip_protocol(path)
-    if key not in self.listings:
+    if key not in self.listings or not self.dircache.use_listings_cache:
       self.listings[key] = super().ls(path, detail=True, **kwargs)
     found = self.listings[key]
     return found if detail else sorted(entry['name'] for entry in found)
@@ -57,6 +57,8 @@ class Bucket(MemoryFileSystem):
 
   def pipe_file(self, path, value, mode='overwrite', **kwargs):
     path = self._strip_protocol(path)
+    if mode == 'create' and path in self.store:
+      raise FileExistsError(path)
     self.store[path] = MemoryFile(self, path, value)
 
   def rename(self, *args, **kwargs):

@@ -419,14 +419,14 @@ def find_teachers(
   """
   return tuple(
       TeacherSource(workdir, group_id, _step_of(workdir, group_id, step))
-      for workdir in map(checkpoints.absolute, teacher_runs)
+      for workdir in map(epath.Path, map(files.absolute, teacher_runs))
       for group_id in _groups_of(workdir)
   )
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
   """Returns the groups of a run, if all have reached their last step."""
-  there = run_directory.list_groups(workdir) if workdir.is_dir() else []
+  there = run_directory.list_groups(workdir) if files.names(workdir) else []
   if not there:
     raise ValueError(
         f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
@@ -435,7 +435,7 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
   run = run_directory.read_run(workdir)
   num_groups = files.whole(run, 'num_groups') or len(there)
   for group_id in range(num_groups):
-    if not run_directory.done_path(workdir, group_id).exists():
+    if not files.exists(run_directory.done_path(workdir, group_id)):
       raise ValueError(
           f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
           ' reached its last step (there is no DONE); start its command again'

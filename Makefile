@@ -1,6 +1,7 @@
 # Two groups codistil on real text:   make demo
 # Prediction churn, Table 1:          make churn
 # Lint and the whole test suite:      make test
+# On SLURM and on object stores:      make test_cluster
 # A figure of the paper in small:     make study STUDY=lm_codistillation
 # The benchmarks, docs/benchmarks.md: make bench
 # The documentation, a site:         make docs
@@ -17,7 +18,7 @@ RUN = .venv/bin/python -m
 
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo churn study test test_python bench docs lint clean
+.PHONY: demo churn study test test_cluster test_python bench docs lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -64,6 +65,11 @@ lint: .venv/test
 
 test: lint
 	$(RUN) pytest -n 2 --dist loadfile
+
+# On a SLURM of two nodes and on object stores, all of them on this machine; a
+# test whose engine is not installed (slurm-wlm and munge, in Debian) is skipped.
+test_cluster: .venv/test
+	$(RUN) pytest -m cluster -rs
 
 # A part of the suite, three minutes of it, on another Python with the newest
 # releases that the bounds allow: make test_python PYTHON=python3.13

@@ -52,6 +52,7 @@ class Member(Protocol):
   experiment: Any
   train_step: Any
   workdir: str
+  exchange_dir: str
   group_id: int
   num_groups: int
   identity: Mapping[str, str]
@@ -143,7 +144,7 @@ class Checkpoints(Plan, Kind):
 
   def join(self, member: Member, like: Variables) -> Exchange:
     return CheckpointExchange(
-        run_directory.exchange_root(member.workdir),
+        _root_of(member),
         member.group_id,
         member.num_groups,
         like=like,
@@ -160,12 +161,15 @@ class Checkpoints(Plan, Kind):
       self, member: Member, like: Variables, examples: int
   ) -> Sequence[Exchange]:
     del examples
-    root = run_directory.exchange_root(member.workdir)
     return memory_exchanges(
         member.num_groups,
         plan=self,
-        mirror=Mirror(root, like, member.identity),
+        mirror=Mirror(_root_of(member), like, member.identity),
     )
+
+
+def _root_of(member: Member) -> epath.PathLike:
+  return member.exchange_dir or run_directory.exchange_root(member.workdir)
 
 
 @dataclasses.dataclass(frozen=True)

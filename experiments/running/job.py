@@ -60,6 +60,7 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    exchange_dir: Where all groups publish; '' for the run directory.
     init_from: Where the first parameters and statistics come from; '' for
       random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
@@ -81,6 +82,7 @@ class Job:
   patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
+  exchange_dir: str = ''
   init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
@@ -116,6 +118,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
+      'exchange_dir': job.exchange_dir or None,
       'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
@@ -229,6 +232,7 @@ def _check_same_run(job: Job, before: dict, now: dict) -> None:
       [
           f'num_groups={run.get("num_groups")}',
           f'--init_from={run.get("init_from") or ""}',
+          f'--exchange_dir={run.get("exchange_dir") or ""}',
           *(
               s
               for s in run.get('configuration', [])

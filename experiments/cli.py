@@ -376,6 +376,8 @@ def _settle_output() -> None:
 
 def console() -> None:
   """Starts the binary that the console script `codistill-<binary>` names."""
+  # As for `python -m`, but last: a user's own files take nobody's place.
+  sys.path.append(os.getcwd())
   name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
   runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
 

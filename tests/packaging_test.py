@@ -71,16 +71,26 @@ def test_outside_of_a_clone_a_run_starts_its_groups(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name, words', [('status', '--workdir'), ('reproduce', '--study')]
+    'command, words',
+    [
+        ('status', '--workdir'),
+        ('reproduce', '--study'),
+        # A module in the working directory, not beside the script.
+        ('train_group --workdir=x --gin_file=mine.gin', 'mine, imported'),
+    ],
 )
 def test_a_console_script_is_named_after_its_binary(
-    installed, tmp_path, name, words
+    installed, tmp_path, command, words
 ):
-  script = tmp_path / f'codistill-{name}'
+  name, *arguments = command.split()
+  script = tmp_path / 'bin' / f'codistill-{name}'
+  script.parent.mkdir()
   script.write_text(
       'from codistill_jax.experiments import cli; cli.console()\n'
   )
-  status, output = run(installed, tmp_path, str(script))
+  (tmp_path / 'mine.gin').write_text('import mine\n')
+  (tmp_path / 'mine.py').write_text('raise ValueError("mine, imported")\n')
+  status, output = run(installed, tmp_path, str(script), *arguments)
   assert status == 1 and words in output and 'Traceback' not in output
 
 

@@ -108,6 +108,7 @@ def compare(run: Run) -> dict[str, Any]:
       run.model,
       [variables for _, variables in found],
       experiment_lib.split_batches(run.experiment.task, _FLAGS.split, rows),
+      run.experiment.metrics,
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   return {

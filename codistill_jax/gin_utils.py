@@ -173,11 +173,13 @@ def parse(
   gin.clear_config()
   _superseded.clear()
   if saved is not None:
+    trusted = {*trusted, *imported_by(files)}
     with _one_line_errors(os.fspath(saved)):
       text = _read_saved(saved)
-      _check_names(text, {*trusted, *imported_by(files)})
+      _check_names(text, trusted)
       gin.parse_config(text)
   for number, file in enumerate(files):
+    _find(file)  # Else it is said that it is not there.
     with _one_line_errors(f'--gin_file={file}'), _superseding() as earlier:
       if _BASE in _parse_file(file, earlier) and number:
         raise ValueError(
@@ -383,8 +385,9 @@ def _find(file: str, within: pathlib.Path | None = None) -> pathlib.Path:
     path = pathlib.Path(place).expanduser() / pathlib.Path(file).expanduser()
     if path.is_file():
       return path
+  what = f'include {file!r}' if within else f'--gin_file={file}'
   looked = ', '.join(dict.fromkeys(map(str, places)))
-  raise ValueError(f'no such file, {file}, in any of: {looked}')
+  raise ValueError(f'{what}: no such file in any of: {looked}')
 
 
 def headline(file: str) -> str:

@@ -65,8 +65,8 @@ class EncodedImages:
       *,
       size: int,
       resize: int,
-      mean: np.ndarray,
-      std: np.ndarray,
+      mean: np.typing.ArrayLike,
+      std: np.typing.ArrayLike,
       workers: int | None = None,
       max_damaged: float = 0.01,
   ):
@@ -218,7 +218,7 @@ def decode_part(
   if shrink >= 2:
     # Decoding a JPEG at a half, a quarter or an eighth is cheaper, and leaves
     # at least `size` pixels; other formats ignore it.
-    image.draft(None, tuple(int(pixels / shrink) for pixels in stored))
+    image.draft(None, (int(stored[0] / shrink), int(stored[1] / shrink)))
   image = _upright(image, turn)
   x, y = image.width / width, image.height / height
   image = image.resize(

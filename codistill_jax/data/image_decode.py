@@ -92,6 +92,9 @@ class EncodedImages:
       )
     if workers is not None and (type(workers) is not int or workers < 1):
       raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
+    # Missing, it would make damaged ones of all images.
+    import PIL  # noqa: F401
+
     self.damaged: dict[int, str] = {}
     self.plain: dict[int, str] = {}
     self._data = data

@@ -150,8 +150,8 @@ def _compare_step(
         members=[member(x) for x in log_probs],
         ensemble=member(_mean_prediction(log_probs)),
         pairs={
-            pair: _differences(*(log_probs[i] for i in pair), weights, sigmoid)
-            for pair in itertools.combinations(range(len(log_probs)), 2)
+            (i, j): _differences(log_probs[i], log_probs[j], weights, sigmoid)
+            for i, j in itertools.combinations(range(len(log_probs)), 2)
         },
     )
     return sums, [updates.carry for _, updates in results]

@@ -99,7 +99,7 @@ class Experiment:
   """
 
   task: Task
-  model: Callable[[int], Model]
+  model: Callable[..., Model]
   optimizer: optax.GradientTransformation
   method: Method | None = None
   distill_weight: Callable[[int], float] = dataclasses.field(
@@ -270,12 +270,13 @@ def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
     ValueError: If there is no such split, or if it can be read but once.
   """
   splits = {'validation': task.eval_batches, 'test': task.test_batches}
-  if splits.get(split) is None:
+  batches_of = splits.get(split)
+  if batches_of is None:
     raise ValueError(
         f'the task has no {split} split; it has:'
         f' {", ".join(name for name, batches in splits.items() if batches)}'
     )
-  batches = splits[split](batch_size)
+  batches = batches_of(batch_size)
   if not hasattr(batches, '__len__') or not hasattr(batches, '__getitem__'):
     raise ValueError(
         f'the {split} batches of the task are a {type(batches).__name__}, which'

@@ -14,7 +14,7 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import gin
 from absl import flags
@@ -28,7 +28,6 @@ from codistill_jax.storage.files import PathLike
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
 
-_T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
 # What gin files are relative to: the package where it is installed, or a clone.
 _ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
@@ -597,7 +596,7 @@ def _no_longer_referenced(
     after: list[config_parser.BindingStatement],
 ) -> set[str]:
   """Selectors that only `before` has in use, and what only they refer to."""
-  gone = set()
+  gone: set[str] = set()
   while True:
     left = _references(s for s in after if s.selector not in gone)
     newly = _references(before) - left
@@ -610,7 +609,7 @@ def _references(
     statements: Iterable[config_parser.BindingStatement],
 ) -> set[str]:
   """Returns selectors, without scopes, of the @references in the values."""
-  found = set()
+  found: set[str] = set()
   for statement in statements:
     references = re.findall(r'@([\w./]+)', str(statement.value))
     found.update(name.split('/')[-1] for name in references)
@@ -635,7 +634,7 @@ def _bindings(text: str) -> list[config_parser.BindingStatement]:
   return _statements(text, config_parser.BindingStatement)
 
 
-def _statements(text: str, kind: type[_T] = tuple) -> list[_T]:
+def _statements(text: str, kind: Any = tuple) -> list[Any]:
   parser = config_parser.ConfigParser(text, _AsText())
   return [s for s in parser if isinstance(s, kind)]
 

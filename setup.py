@@ -65,7 +65,7 @@ setuptools.setup(
     package_data={
         'codistill_jax': ['py.typed'],
         'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
-        'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
+        'codistill_jax.experiments.reports': ['*.jinja', '*.css', '*.svg'],
         'codistill_jax.experiments.studies': ['*.jinja'],
     },
     entry_points={

@@ -15,7 +15,8 @@
     <workdir>/groups/group_<i>/log.txt              its output, by train_local,
                                                     unless in an object store
     <workdir>/groups/group_<i>/DONE                 the last step was reached
-    <workdir>/report/                               pages, comparison.json
+    <workdir>/report/                               pages, comparison.json,
+                                                    samples.json
 
 With `--exchange_dir`, which run.json names, exchange/ lies there. In a group of
 several processes the one with index n > 0 reads under the mark
@@ -122,6 +123,11 @@ def comparison_path(
   rest = [] if split == 'validation' else [split]
   rest += [] if step is None else [str(step)]
   return report_dir(workdir) / ('_'.join(['comparison', *rest]) + '.json')
+
+
+def samples_path(workdir: PathLike) -> epath.Path:
+  """Returns the path of what the models of a run have written, as JSON."""
+  return report_dir(workdir) / 'samples.json'
 
 
 def list_groups(workdir: PathLike) -> list[int]:
@@ -242,6 +248,13 @@ def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
 def read_comparison(workdir: PathLike) -> dict[str, Any]:
   """Reads the final evaluation (`models`, `ensembles`, `pairs`), or nothing."""
   return read_json(comparison_path(workdir)) or {}
+
+
+def read_samples(workdir: PathLike) -> list[dict[str, Any]]:
+  """Reads what `experiments.sample` drew last, or nothing; each has a text."""
+  found = (read_json(samples_path(workdir)) or {}).get('samples')
+  texts = lambda s: isinstance(s, dict) and isinstance(s.get('text'), str)
+  return list(filter(texts, found if isinstance(found, list) else []))
 
 
 # --- Metrics -----------------------------------------------------------------

@@ -548,9 +548,9 @@ def whole(tree: Any, key: str) -> int | None:
 def number(tree: Any, key: str) -> float | None:
   """Returns the finite number at a key of parsed JSON; None without one."""
   value = tree.get(key) if isinstance(tree, dict) else None
-  if type(value) not in (int, float) or not math.isfinite(value):
+  if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  return value
+  return value if math.isfinite(value) else None
 
 
 def text(tree: Any, key: str) -> str:

@@ -126,7 +126,8 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(function)
   def call(*args: Any) -> Any:
     nonlocal begun
-    if not begun:
+    leaves = () if begun else jax.tree.leaves(args)
+    if not (begun or any(isinstance(x, jax.core.Tracer) for x in leaves)):
       begun = True
       _share(function, *args)
     return function(*args)

@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
       profile=_FLAGS.profile_steps or range(0),
+      exchange_dir=_FLAGS.exchange_dir,
   )
   start = driver.new_state(job)
   if not _FLAGS.dry_run:

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
           init_from=_FLAGS.init_from,
+          exchange_dir=_FLAGS.exchange_dir,
           shared_stream=shared_stream,
           # One trace has all that a process does.
           profile=range(0) if group_id else _FLAGS.profile_steps or range(0),

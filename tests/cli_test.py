@@ -16,6 +16,7 @@ import tiny_run
 from absl import flags
 from waits import PATIENCE
 
+from codistill_jax.storage import leases
 from experiments import cli
 
 
@@ -42,7 +43,13 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 
 
 @pytest.mark.parametrize(
-    'error', [TimeoutError('no peer'), OSError(errno.ENOSPC, 'disk full')]
+    'error',
+    [
+        TimeoutError('no peer'),
+        OSError(errno.ENOSPC, 'disk full'),
+        leases.HeldError('process 7 is at it'),
+        leases.LostError('process 7 has taken over'),
+    ],
 )
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
@@ -320,7 +327,13 @@ class Script:
 
 
 @pytest.mark.parametrize(
-    'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    'number, status',
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
 )
 def test_with_nothing_to_lose_a_stuck_process_leaves_soon(number, status):
   script = Script("""

@@ -159,8 +159,8 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
       lambda: (begun().get('pid'), begun().get('step')) == (group.pid, 40),
       process=group,
   )
-  group.send(signal.SIGTERM)
-  assert 'stopped and saved at step 40' in group.wait(143)
+  group.send(signal.SIGUSR1)
+  assert 'stopped and saved at step 40' in group.wait(138)
 
   groups = [start_group(launch, workdir, gin_file, g) for g in (0, 1)]
   for group in groups:

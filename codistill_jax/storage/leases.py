@@ -242,7 +242,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
     doing: What for, in the error of whoever comes second.
 
   Raises:
-    ValueError: If another process is in it.
+    HeldError: If another process is in it.
   """
   epath.Path(directory).mkdir(parents=True, exist_ok=True)
   if files.is_remote(directory):
@@ -254,7 +254,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
       # The kernel lets go of the lock whenever and however we end.
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-      raise ValueError(
+      raise HeldError(
           f'Another process is {doing} {os.fspath(directory)}; wait for it, end'
           ' it, or choose another directory.'
       ) from e

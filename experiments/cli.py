@@ -67,6 +67,7 @@ STOPPED = 'stopped; the same command goes on from here'
 _EXTRAS = {
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
+    'submitit': 'launch',
 }
 
 # Set by a supervisor to the command that a user typed.

@@ -57,7 +57,10 @@ def main(argv: Sequence[str]) -> None:
   )
   groups = [
       processes.Group(
-          _FLAGS.workdir, group_id, _command(group_id, replicas), extra
+          _FLAGS.workdir,
+          group_id,
+          processes.group_command(group_id, f'--replicas={replicas}'),
+          extra,
       )
       for group_id, extra in enumerate(environments)
   ]
@@ -91,21 +94,6 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
           f'all groups are trained, but {binary} ended with'
           f' status {status}; see above, and start it again by itself'
       )
-
-
-def _command(group_id: int, replicas: int) -> list[str]:
-  return [
-      sys.executable,
-      '-m',
-      cli.module_of('train_group'),
-      f'--workdir={_FLAGS.workdir}',
-      f'--group_id={group_id}',
-      f'--num_groups={_FLAGS.num_groups}',
-      f'--replicas={replicas}',
-      *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
-      f'--init_from={_FLAGS.init_from}',
-      *gin_utils.flag_arguments(),
-  ]
 
 
 if __name__ == '__main__':

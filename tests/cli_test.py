@@ -133,6 +133,7 @@ BAD_FLAGS = {
     'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
     'export': (['--output=x'], '--workdir'),
+    'launch': (['--workdir=x', '--cluster=Ж'], r'--cluster=\u0416'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
     'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
     'report': (['--workdir=/né\x1b[2J'], r'directory at /n\xe9\x1b[2J;'),

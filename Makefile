@@ -4,6 +4,7 @@
 # On SLURM and on object stores:      make test_cluster
 # A figure of the paper in small:     make study STUDY=lm_codistillation
 # The benchmarks, docs/benchmarks.md: make bench
+# All that a GPU is for:              make gpu_kit, there: make gpu
 # The documentation, a site:         make docs
 # All do all set-up, in .venv.
 
@@ -18,7 +19,7 @@ RUN = .venv/bin/python -m
 
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo churn study test test_cluster test_python bench docs lint clean
+.PHONY: demo churn study test test_cluster test_python bench gpu gpu_kit docs lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -88,6 +89,20 @@ test_python:
 
 bench: .venv/bench
 	$(RUN) benchmarks.run_all --device=$(DEVICE)
+
+# For a machine with a GPU and no network, which has jax, flax, optax, orbax and
+# PyTorch: carry this clone along with its data/ there. Nine minutes; see
+# benchmarks/gpu.py for what it writes to runs/gpu.
+KIT = gin-config psutil rich sentencepiece tensorboardX tqdm
+gpu_kit: .venv/demo
+	$(RUN) experiments.prepare_data --source=bible \
+	    --vocab_size=1024 --output=data/study
+	.venv/bin/pip download --quiet --dest data/wheels $(KIT)
+
+gpu:
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --no-index --find-links=data/wheels $(KIT)
+	.venv-gpu/bin/python -m benchmarks.gpu --device=gpu
 
 # A warning is an error; the site is in docs/_build.
 .venv/docs: .venv/demo

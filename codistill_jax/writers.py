@@ -311,7 +311,7 @@ def describe(metrics: Metrics) -> str:
 
 
 class ProgressWriter:
-  """Shows a progress bar on a terminal; elsewhere a line now and then."""
+  """Shows a bar on a terminal and in a notebook; else a line now and then."""
 
   def __init__(
       self,
@@ -341,10 +341,12 @@ class ProgressWriter:
     self._clock = clock
     self._last_line: float | None = None
     self._bar = None
-    if self._stream.isatty():
-      import tqdm  # Here: log files need no bar.
+    # The kernel of a notebook has a standard error of its own.
+    notebook = type(self._stream).__module__.startswith('ipykernel.')
+    if notebook or self._stream.isatty():
+      from tqdm import auto  # Here: log files need no bar.
 
-      self._bar = tqdm.tqdm(
+      self._bar = auto.tqdm(
           total=num_steps,
           initial=resume_step,
           desc=name or None,

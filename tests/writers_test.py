@@ -273,8 +273,13 @@ def test_plain_lines_come_at_intervals_but_evaluations_and_the_end_always():
   ]
 
 
-def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes():
-  stream = _Terminal()
+class _Notebook(io.StringIO):
+  __module__ = 'ipykernel.iostream'
+
+
+@pytest.mark.parametrize('kind', [_Terminal, _Notebook])
+def test_people_get_a_bar_that_starts_where_the_run_resumes(kind):
+  stream = kind()
   writer = writers.ProgressWriter(100, resume_step=40, stream=stream)
   assert '40/100' in stream.getvalue()
   writer.write(50, _TRAIN)

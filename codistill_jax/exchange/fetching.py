@@ -148,9 +148,14 @@ class Teaching:
         if self._plan.too_old(step, p)
     ]
 
-  def show(self, step: int) -> Teachers | None:
-    """Returns the teachers of the update after `step` that are not too old."""
-    in_use = tuple(
+  def lacking(self, step: int) -> list[int]:
+    """Returns the peers without a teacher that can be used at `step`."""
+    return [
+        peer for peer, p in zip(self.peers, self._usable(step)) if p is None
+    ]
+
+  def _usable(self, step: int) -> tuple[Publication | None, ...]:
+    return tuple(
         p
         if p
         and not self._plan.too_old(step, p)
@@ -158,6 +163,10 @@ class Teaching:
         else None
         for p in self.held
     )
+
+  def show(self, step: int) -> Teachers | None:
+    """Returns the teachers of the update after `step` that are not too old."""
+    in_use = self._usable(step)
     if in_use == self.in_use and self.shown is not None:
       return self.shown
     self.in_use = in_use
@@ -449,6 +458,9 @@ class Fetching(Protocol):
   def fetch(self, step: int) -> None:
     """Takes what there is for the update after `step`."""
 
+  def wait(self, step: int) -> None:
+    """Waits until every peer has a teacher for the update after `step`."""
+
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Takes what was in use, by peer; the newest where that is gone."""
 
@@ -494,7 +506,12 @@ class Freshest:
         self._bringing = None
     policy = self._means.plan.staleness_policy
     if policy != 'drop' and self._teaching.too_old(step):
-      self._wait_for_younger(step)
+      self._look_again(self._teaching.too_old, self._stale, step)
+
+  def wait(self, step: int) -> None:
+    self._most = self._means.plan.newest_used(step)
+    if self._teaching.lacking(step):
+      self._look_again(self._teaching.lacking, self._untaught, step)
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     used = {peer: step for peer, step in steps.items() if step is not None}
@@ -599,12 +616,21 @@ class Freshest:
     finally:
       self._hurry.clear()
 
-  def _wait_for_younger(self, step: int) -> None:
-    """Looks again, in the foreground: once, or until a time limit."""
+  def _look_again(
+      self,
+      missing: Callable[[int], list[int]],
+      why: Callable[[int], str],
+      step: int,
+  ) -> None:
+    """Looks, in the foreground, until no peer is missing, or a time limit.
+
+    Raises:
+      StaleError: If the policy is `fail`, after one look at who is too old.
+    """
     start, means = time.monotonic(), self._means
 
     def go_on() -> None:
-      means.waiting.go_on(start, self._stale(step), means.agreement)
+      means.waiting.go_on(start, why(step), means.agreement)
 
     while True:
       # The look under way may have begun too early.
@@ -612,15 +638,22 @@ class Freshest:
         self._finish(self._bringing, go_on)
         self._bringing = None
       self._finish(self._bring(self._teaching.peers), go_on)
-      if not self._teaching.too_old(step):
+      if not missing(step):
         return
-      if means.plan.staleness_policy == 'fail':
+      if means.plan.staleness_policy == 'fail' and self._teaching.too_old(step):
         raise StaleError(
             f'{self._stale(step)}; see whether these groups run, or set'
             ' staleness_policy to drop or wait'
         )
       go_on()
       means.store.wait(means.patience.poll)
+
+  def _untaught(self, step: int) -> str:
+    peers = ', '.join(map(str, self._teaching.lacking(step)))
+    return (
+        f'group {self._group_id} has no teacher of group {peers} that can be'
+        f' used at step {step}. {self._means.store.advice}'
+    )
 
   def _stale(self, step: int) -> str:
     held = self._teaching.held_steps
@@ -656,6 +689,9 @@ class Lockstep:
       # The next one is published already, or soon; well before it is needed.
       ahead = asked + plan.every
       self._ahead = (ahead, self._means.submit(self._read_ahead, ahead))
+
+  def wait(self, step: int) -> None:
+    self.fetch(step)
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Does nothing: what is in use follows from the step alone."""

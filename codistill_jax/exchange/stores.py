@@ -35,6 +35,9 @@ READING_FILE = 'reading.json'
 FAILED_FILE = 'failed.json'
 _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
 
+# The writers of this process that are open, by directory.
+_OPEN: dict[str, 'DirectoryStore'] = {}
+
 
 class Store(Protocol):
   """Where the publications of all groups are, for one of them.
@@ -45,11 +48,13 @@ class Store(Protocol):
     writes: Whether this process publishes.
     at_hand: Whether reading takes no time; then it needs no thread.
     advice: What to do where a publication does not come.
+    replaced: Whether another one of this process took its place.
   """
 
   writes: bool
   at_hand: bool
   advice: str
+  replaced: bool = False
 
   def steps(self, group_id: int) -> list[int]:
     """Returns the steps that a group has published, ascending."""
@@ -199,6 +204,7 @@ class DirectoryStore(Store):
     self._all_needed = plan.mode == 'lockstep' and not mirrored
     self._lease: leases.Lease | None = None
     if writes and not mirrored:
+      _replace(str(self._directory), group_id)
       self._lease = leases.acquire(
           self._directory,
           f'publishing for group {group_id} in',
@@ -220,6 +226,8 @@ class DirectoryStore(Store):
         patience=patience,
         interrupted=waiting.interrupted,
     )
+    if self._lease is not None:
+      _OPEN[str(self._directory)] = self
 
   # --- Reading ---
 
@@ -379,6 +387,8 @@ class DirectoryStore(Store):
   def _release(self) -> None:
     if self._lease is not None:
       self._lease.release()
+    if _OPEN.get(str(self._directory)) is self:
+      del _OPEN[str(self._directory)]
 
   # --- In the thread ---
 
@@ -437,6 +447,27 @@ class DirectoryStore(Store):
           files.whole(files.read_json(path), 'step') or 0
       )
     return 0  # It would start from the beginning, for all that is known.
+
+
+def _replace(directory: str, group_id: int) -> None:
+  """Closes the writer that this process has in a directory, if any.
+
+  A cell of a notebook that is run again has not closed what it made before.
+  """
+  before = _OPEN.get(directory)
+  if before is None:
+    return
+  logging.warning(
+      'group %d: another exchange takes the place of one in %s, which is'
+      ' closed',
+      group_id,
+      directory,
+  )
+  before.replaced = True
+  try:
+    before.close()
+  except Exception as e:  # Of a run that nobody goes on with.
+    logging.warning('group %d: closing it: %s', group_id, e)
 
 
 class _ReadingMarks:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -38,10 +39,7 @@ def define_flags() -> None:
       'cluster', 'slurm', ['slurm', 'local'], 'Where: SLURM, or this machine.'
   )
   flags.DEFINE_integer(
-      'minutes',
-      24 * 60,
-      'Time limit of a job. Under SLURM it goes on in another then.',
-      lower_bound=2,
+      'minutes', 24 * 60, 'Time limit of a job, which goes on in a new one.'
   )
   flags.DEFINE_integer(
       'nodes', 1, 'Nodes of each group, a process on each.', lower_bound=1
@@ -60,13 +58,7 @@ class Group:
   def __init__(
       self, command: Sequence[str], environment: Mapping[str, str], starts: int
   ):
-    """Starts nothing yet.
-
-    Args:
-      command: Of its process.
-      environment: Variables that it has besides those of the job.
-      starts: How often it may be started again after a death.
-    """
+    """Takes what it has besides the job's; and how often it may die."""
     self._command, self._environment = list(command), dict(environment)
     self._starts = starts
 
@@ -81,10 +73,10 @@ class Group:
       # To submitit, as if preempted: it asks for another start.
       signal.raise_signal(signal.SIGUSR2)
 
-  def checkpoint(self) -> object:
+  def checkpoint(self) -> Any:
     """Returns what goes on, once the process has saved and left.
 
-    The signal may have reached it as well: soon after each other, two are one.
+    The signal may have reached it too: soon after each other, two are one.
     """
     import submitit
 
@@ -101,8 +93,6 @@ def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(0, _FLAGS.num_groups)  # Raises if there are too few.
   cli.check_installed('submitit')
-  import submitit
-
   pairs = [word.partition('=') for word in _FLAGS.slurm]
   more = {name: value or True for name, _, value in pairs}
   environments = [{} for _ in range(_FLAGS.num_groups)]
@@ -116,11 +106,32 @@ def main(argv: Sequence[str]) -> None:
   if _FLAGS.dry_run:
     command = processes.group_command(0, '--dry_run')
     sys.exit(subprocess.call(command))
-  several = f'--num_processes={_FLAGS.nodes == 1:d}'
   files.check_writable(run_directory.groups_root(_FLAGS.workdir))
-  folder = os.path.join(_FLAGS.workdir, 'jobs')
-  limit = {'slurm_max_num_timeout': 10**6}
-  executor = submitit.AutoExecutor(folder, cluster=_FLAGS.cluster, **limit)
+  common = f'--replicas={replicas}', f'--num_processes={_FLAGS.nodes == 1:d}'
+  groups = [
+      Group(processes.group_command(group_id, *common), environment, _STARTS)
+      for group_id, environment in enumerate(environments)
+  ]
+  try:
+    jobs = _submit(groups, {'requeue': True, **more})
+  except RuntimeError as e:
+    raise ValueError(f'{_FLAGS.cluster} has refused the jobs: {e}') from e
+  for group_id, job in enumerate(jobs):
+    cli.tell(f'group {group_id}: job {job.job_id}, log {job.paths.stdout}')
+  status = f'python -m {cli.module_of("status")} --workdir={_FLAGS.workdir}'
+  cli.tell(f'where they are: {status}')
+
+
+def _submit(groups: Sequence[Group], more: Mapping[str, Any]) -> list[Any]:
+  """Returns the job of each group; its log is on a disk."""
+  import submitit
+
+  remote = files.is_remote(_FLAGS.workdir)
+  executor = submitit.AutoExecutor(
+      os.path.join(os.getcwd() if remote else _FLAGS.workdir, 'jobs'),
+      cluster=_FLAGS.cluster,
+      slurm_max_num_timeout=10**6,
+  )
   executor.update_parameters(
       name=os.path.basename(_FLAGS.workdir),
       timeout_min=_FLAGS.minutes,
@@ -128,23 +139,10 @@ def main(argv: Sequence[str]) -> None:
       tasks_per_node=1,
       stderr_to_stdout=True,
       slurm_signal_delay_s=120,
-      slurm_additional_parameters={'requeue': True, **more},
+      slurm_additional_parameters=dict(more),
   )
   with executor.batch():
-    jobs = [
-        executor.submit(
-            Group(
-                processes.group_command(g, f'--replicas={replicas}', several),
-                environment,
-                _STARTS,
-            )
-        )
-        for g, environment in enumerate(environments)
-    ]
-  for group_id, job in enumerate(jobs):
-    cli.tell(f'group {group_id}: job {job.job_id}, log {job.paths.stdout}')
-  status = f'python -m {cli.module_of("status")} --workdir={_FLAGS.workdir}'
-  cli.tell(f'where they are: {status}')
+    return [executor.submit(group) for group in groups]
 
 
 if __name__ == '__main__':

@@ -2,11 +2,15 @@
 
 import copy
 import re
+import sys
 
 import jsonschema
 import pytest
+import run_cases
 import tiny_run
 import yaml
+
+from experiments import launch
 
 ROOT = tiny_run.ROOT
 MANIFEST = yaml.safe_load(
@@ -194,3 +198,10 @@ def test_both_recipes_are_short_and_every_line_is_explained():
   keys -= {'name', 'type', 'status', 'template', 'spec', 'rules', 'fieldRef'}
   for word in (*explained, *keys):
     assert word in page, word
+
+
+def test_launch_says_what_it_lacks(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'submitit', None)
+  status, output = run_cases.run(launch, [f'--workdir={tmp_path}'])
+  assert status == 1 and len(output.splitlines()) == 1
+  assert "submitit is missing; pip install 'codistill_jax[launch]'" in output

@@ -282,7 +282,7 @@ def test_groups_of_an_array_are_requeued_one_by_one_and_end(run):
   )
   run.cluster.run('scontrol', 'requeue', f'{job}_0')
   os.kill(run.sign(1)['pid'], signal.SIGKILL)
-  until(lambda: 'stopped and saved at step 60' in run.log(0))
+  until(lambda: 'stopped and saved at step 6' in run.log(0))
   until(lambda: 'ended with status 137' in run.log(1))
   run.let_go()
   run.wait_done(0, 1)
@@ -298,7 +298,7 @@ def test_a_signal_of_the_user_saves_and_the_group_goes_on(run):
   run.wait_halted(0)
   run.cluster.run('scancel', '--signal=USR1', job)
   until(lambda: 'ended with status 138' in run.log())
-  assert 'group 0 stopped and saved at step 60' in run.log()
+  assert 'group 0 stopped and saved at step 6' in run.log()
   run.let_go()
   run.wait_done(0)
 
@@ -344,7 +344,7 @@ def test_one_command_submits_all_groups_and_they_go_on(run, where):
     psutil.Process(run.sign(0)['pid']).parent().send_signal(signal.SIGUSR2)
   os.kill(run.sign(1)['pid'], signal.SIGKILL)
   texts = [pathlib.Path(log).read_text for log in logs]
-  until(lambda: 'group 0 stopped and saved at step 60' in texts[0]())
+  until(lambda: 'group 0 stopped and saved at step 6' in texts[0]())
   run.let_go()
   run.wait_done(0, 1)
   for text in texts:

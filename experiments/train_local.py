@@ -55,24 +55,27 @@ def main(argv: Sequence[str]) -> None:
   environments, replicas = processes.share_devices(
       _FLAGS.num_groups, _FLAGS.cpu_replicas, stop
   )
+  command = lambda g: processes.group_command(g, f'--replicas={replicas}')
+  if _FLAGS.dry_run:
+    dry = [*command(0), '--dry_run']
+    sys.exit(processes.call(dry, stop).returncode)
+  if _FLAGS.report:
+    cli.check_installed('jinja2', 'matplotlib', 'pandas')
+  files.check_writable(run_directory.groups_root(_FLAGS.workdir))
+  logs = processes.log_directory(_FLAGS.workdir)
   groups = [
       processes.Group(
           _FLAGS.workdir,
           group_id,
-          processes.group_command(group_id, f'--replicas={replicas}'),
+          command(group_id),
           extra,
+          logs=logs,
       )
       for group_id, extra in enumerate(environments)
   ]
-  if _FLAGS.dry_run:
-    command = [*groups[0].command, '--dry_run']
-    sys.exit(processes.call(command, stop).returncode)
-  if _FLAGS.report:
-    cli.check_installed('jinja2', 'matplotlib', 'pandas')
-  files.check_writable(run_directory.groups_root(_FLAGS.workdir))
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
-      f' in {_FLAGS.workdir}/groups/group_*/log.txt'
+      f' in {logs}/group_*/log.txt'
   )
   processes.supervise(groups, stop, _FLAGS.max_restarts)
   cli.tell(f'all groups are done; see {_FLAGS.workdir}')

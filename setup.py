@@ -82,6 +82,8 @@ setuptools.setup(
         'images': _bounded(_IMAGES),
         'report': _bounded(_REPORT),
         'export': _bounded(_EXPORT),
+        's3': _bounded(('s3fs',)),
+        'gcs': _bounded(('gcsfs',)),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
         'pytest': _bounded(

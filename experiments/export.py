@@ -133,7 +133,7 @@ def write_safetensors(output, model, arrays, forward, example):
   contiguous = {k: np.ascontiguousarray(x) for k, x in named.items()}
   about = {'step': str(model.step), **model.task.identity}
   files.write_bytes(path, safetensors.save(contiguous, metadata=about))
-  read = safetensors.load(path.read_bytes())
+  read = safetensors.load(files.content(path))
   leaves = [read[name] for name in named]
   again = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
   return path, forward(again, example)
@@ -141,7 +141,7 @@ def write_safetensors(output, model, arrays, forward, example):
 
 def write_orbax(output, model, arrays, forward, example):
   """Writes and reads a checkpoint; returns its path and the logits."""
-  directory = checkpoints.absolute(output / 'orbax')
+  directory = output / 'orbax'
   identity = {'identity': dict(model.task.identity)}
   checkpoints.save(directory, model.step, arrays, identity)
   record = checkpoints.load_record(directory, model.step)
@@ -172,7 +172,7 @@ def write_stablehlo(output, model, arrays, forward, example):
   )
   path = output / 'model.jaxexport'
   files.write_bytes(path, bytes(made.serialize()))
-  read = export.deserialize(bytearray(path.read_bytes()))
+  read = export.deserialize(bytearray(files.content(path)))
   return path, read.call(arrays, example)
 
 

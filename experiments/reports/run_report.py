@@ -191,13 +191,13 @@ def commands(
 ) -> list[str]:
   """Returns the commands that make the runs and the report again.
 
-  Paths under the working directory are relative; of others only the last part
-  is kept, since the rest means nothing on another machine.
+  Paths under the working directory are relative; of others on this machine only
+  the last part is kept, since the rest means nothing on another one.
   """
   lines = []
   for arm in arms:
     command = str(arm.run.get('command') or '')
-    for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
+    for path in (files.absolute(arm.workdir), os.fspath(arm.workdir)):
       command = command.replace(path, _portable(path))
     lines.append(_portable_text(command))
   report = [f'python -m {cli.module_of("report")}']
@@ -215,7 +215,10 @@ def _portable_text(text: str) -> str:
 
 
 def _portable(path: files.PathLike) -> str:
-  relative = os.path.relpath(os.path.abspath(os.fspath(path)))
+  path = files.absolute(path)
+  if files.is_remote(path):
+    return path
+  relative = os.path.relpath(path)
   outside = relative.startswith(os.pardir)
   return epath.Path(path).name if outside else relative
 

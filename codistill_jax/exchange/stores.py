@@ -7,11 +7,12 @@ see the same publications; each has a store of its own, which writes for it.
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from absl import logging
@@ -171,7 +172,7 @@ class DirectoryStore(Store):
     """
     plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     waiting = waiting or Waiting()
-    self.root = checkpoints.absolute(root)
+    self.root = epath.Path(files.absolute(root))
     self.writes = writes
     self.advice = f'Is it running, with the same workdir ({self.root})?'
     self._group_id = group_id
@@ -429,6 +430,7 @@ class DirectoryStore(Store):
       needed = min(map(self._needed_by, self._readers))
       old = [step for step in old if step < needed]
     read_now = lambda: self._marks.read_now(self._group_id)
+    is_read = lambda step: step in read_now()
     read = read_now()
     for step in old:
       # A reader sets its mark and then looks whether the step is there; the
@@ -436,7 +438,7 @@ class DirectoryStore(Store):
       # sees the other.
       if step not in read:
         checkpoints.delete_unless(
-            self._directory, step, lambda step=step: step in read_now()
+            self._directory, step, functools.partial(is_read, step)
         )
 
   def _needed_by(self, reader: int) -> int:
@@ -559,8 +561,8 @@ class MemoryStore(Store):
   advice = (
       'Step all groups in turn, or run them in threads with a timeout_seconds'
   )
-  reading = staticmethod(contextlib.nullcontext)
-  turn = staticmethod(contextlib.nullcontext)
+  reading: Any = staticmethod(contextlib.nullcontext)
+  turn: Any = staticmethod(contextlib.nullcontext)
 
   def __init__(
       self,

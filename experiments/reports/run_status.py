@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 from ..cli import printable
 from . import pages
@@ -80,6 +80,8 @@ _KINDS = {
     'reason': str,
     'host': str,
     'pid': int,
+    'replicas': int,
+    'device': str,
     'steps_per_sec': _NUMBER,
     'eval_loss': _NUMBER,
     'peers': [int],
@@ -172,7 +174,7 @@ def read_group(
       )
   )
   ended = sign.get('phase', '')
-  if ask(run_directory.done_path(workdir, group_id).exists):
+  if ask(files.exists, run_directory.done_path(workdir, group_id)):
     ended = 'done'
   elif ended not in ('stopped', 'failed'):
     ended = ''
@@ -292,7 +294,10 @@ def _processes(groups: Sequence[Status]) -> list[str]:
   hosts: dict[str, list[str]] = {}
   for group in groups:
     if not group.ended and 'pid' in group.known:
-      entry = f'{group.known["pid"]} (group {group.group_id})'
+      known, device = group.known, ''
+      if {'replicas', 'device'} <= known.keys():
+        device = f', {known["replicas"]} x {known["device"]}'
+      entry = f'{known["pid"]} (group {group.group_id}{device})'
       hosts.setdefault(group.known.get('host') or '?', []).append(entry)
   return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]
 

@@ -34,7 +34,13 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir, initial_variables
+from . import processes
+from .job import (
+    Job,
+    claim_workdir,
+    describe_devices,
+    initial_variables,
+)
 from .watch import Efficiency, Heartbeat, Watch
 
 
@@ -87,12 +93,22 @@ def new_state(job: Job) -> GroupStart:
 
 
 def check_start(job: Job, start: GroupStart) -> None:
-  """Traces an update and an evaluation; warns of numbers that act nowhere.
+  """Names the devices; traces an update and an evaluation; warns.
+
+  Of numbers that act nowhere.
 
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment = job.experiment
+  experiment, step = job.experiment, job.train_step
+  if job.agreement.is_primary:
+    used = describe_devices(
+        step.num_replicas,
+        jax.process_count(),
+        step.device_kind,
+        processes.accelerators() if processes.may_have_accelerator() else 0,
+    )
+    cli.tell(f'group {job.group_id}: {used}')
   saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
   if run_directory.newest_saved(saved) is None:  # Else both have been done.
     with experiment_lib.naming('the update cannot be traced'):
@@ -134,7 +150,7 @@ def train(
     ValueError: If what is in the run directory does not fit.
   """
   done = run_directory.done_path(job.workdir, job.group_id)
-  if done.exists() and not _goes_on(job):
+  if files.exists(done) and not _goes_on(job):
     return
   with Heartbeat(job) as heartbeat:
     yield from _train(job, make_exchange, writer_of, heartbeat)
@@ -159,7 +175,7 @@ def _train(
     stack.push(_closing(lease.release))
     if job.agreement.is_primary:
       _clear_up(job)  # Before the heartbeat writes there.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
     heartbeat.begin()
 
     def before_saving(step: int) -> None:

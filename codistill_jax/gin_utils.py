@@ -465,6 +465,11 @@ def _one_line_errors(where: str) -> Iterator[None]:
         reason = (
             f'{old} is now {RENAMED[old]};{reason[found.end():].lstrip(".")}'
         )
+    if isinstance(e, ModuleNotFoundError):
+      reason += (
+          '; a module of your own is looked for in the working directory, and'
+          ' on PYTHONPATH'
+      )
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')

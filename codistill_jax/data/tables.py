@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
 
 def table_task(
-    table: Any,
+    table: os.PathLike | Any,
     label: str,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import gin
 from absl import flags
-from etils import epath
 from gin import config_parser
 
 from codistill_jax.data import records
@@ -287,12 +286,11 @@ def imported_by(
 
 
 def _read_saved(path: PathLike) -> str:
-  path = epath.Path(path)
   if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
     raise ValueError('no regular file')
-  if path.stat().length > _LARGEST:
+  if files_lib.size(path) > _LARGEST:
     raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
-  return path.read_text()
+  return files_lib.content(path).decode()
 
 
 def _check_names(text: str, trusted: set[str]) -> None:

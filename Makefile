@@ -62,8 +62,9 @@ lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyink --check --quiet .
 
+# Three processes on two cores: tests of processes wait much of their time.
 test: lint
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # A part of the suite, three minutes of it, on another Python with the newest
 # releases that the bounds allow: make test_python PYTHON=python3.13

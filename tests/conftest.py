@@ -95,6 +95,23 @@ def python():
 
 
 @pytest.fixture(scope='module')
+def launch(tmp_path_factory):
+  """Starts binaries; none outlives the module."""
+  import tiny_run
+
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    yield launch
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The gin file and the workdir of the tiny run, trained in one process."""
+  import tiny_run
+
+  return tiny_run.reference(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
 def compiled_once(tmp_path_factory):
   """Programs that a test has compiled are loaded by the next one."""
   from jax.experimental.compilation_cache import compilation_cache

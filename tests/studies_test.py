@@ -109,12 +109,6 @@ def test_workers_make_the_group_batch():
 # --- All of them, at smoke scale ---------------------------------------------
 
 
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launcher:
-    yield launcher
-
-
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
   """Data, and a directory for each study."""

@@ -53,21 +53,62 @@ def pytest_configure(config):
     jax.devices()
 
 
+# What takes longest comes first, so that no process begins it when the others
+# are done.
+_LONG = (
+    *('fault_drill', 'studies', 'train_group', 'task_configs', 'export'),
+    *('churn_study', 'packaging', 'preemption', 'train_local', 'benchmarks'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  rank = {f'{name}_test': n for n, name in enumerate(_LONG)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def _give_memory_back(above):
+  if psutil.Process().memory_info().rss > above:
+    gc.collect()
+    jax.clear_caches()
+    if sys.platform == 'linux':
+      ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def memory_is_bounded():
+  """What tests compile would add up to gigabytes."""
+  yield
+  _give_memory_back(above=1.2e9)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def memory_is_given_back():
-  """What a module compiled and freed would add up to gigabytes."""
   yield
   gc.collect()
-  if psutil.Process().memory_info().rss > 700e6:
-    jax.clear_caches()
-  if sys.platform == 'linux':
-    ctypes.CDLL(None).malloc_trim(0)
+  _give_memory_back(above=700e6)
 
 
 @pytest.fixture(scope='session')
 def python():
   """The interpreter that subprocess tests start."""
   return sys.executable
+
+
+@pytest.fixture(scope='module')
+def launch(tmp_path_factory):
+  """Starts binaries; none outlives the module."""
+  import tiny_run
+
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    yield launch
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The gin file and the workdir of the tiny run, trained in one process."""
+  import tiny_run
+
+  return tiny_run.reference(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')

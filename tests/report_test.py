@@ -631,15 +631,17 @@ HOSTILE = (
 )
 
 
-@pytest.mark.parametrize('name', HOSTILE)
-def test_the_name_of_an_arm_is_only_a_text(tmp_path, name):
-  arms = load_run(tmp_path, 2, name)
-  (arm,) = arms
-  shown = arm.name
-  assert cli.printable(shown) == shown
+@pytest.mark.parametrize(
+    'names', [HOSTILE[:7], HOSTILE[7:]], ids=['terminal', 'markup']
+)
+def test_the_name_of_an_arm_is_only_a_text(tmp_path, names):
+  runs = [make_run(tmp_path / str(n), 2, x) for n, x in enumerate(names)]
+  arms = run_records.load_arms(runs)
   page = run_report.write(arms)
   parsed = _Page(page.read_text())
-  assert shown in parsed.text
+  for arm in arms:
+    assert cli.printable(arm.name) == arm.name
+    assert arm.name in parsed.text
   assert not {'script', 'b'} & {tag for tag, _ in parsed.found}
   markdown = (page.parent / 'report.md').read_text()
   for text in (page.read_text(), markdown, run_report.results_text(arms)):

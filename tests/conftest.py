@@ -66,26 +66,15 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-def _give_memory_back(above):
-  if psutil.Process().memory_info().rss > above:
+@pytest.fixture(autouse=True)
+def memory_is_bounded():
+  """What tests compiled would add up to gigabytes."""
+  yield
+  if psutil.Process().memory_info().rss > 1.2e9:
     gc.collect()
     jax.clear_caches()
     if sys.platform == 'linux':
       ctypes.CDLL(None).malloc_trim(0)
-
-
-@pytest.fixture(autouse=True)
-def memory_is_bounded():
-  """What tests compile would add up to gigabytes."""
-  yield
-  _give_memory_back(above=1.2e9)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def memory_is_given_back():
-  yield
-  gc.collect()
-  _give_memory_back(above=700e6)
 
 
 @pytest.fixture(scope='session')

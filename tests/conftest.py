@@ -56,8 +56,9 @@ def pytest_configure(config):
 # What takes longest comes first, so that no process begins it when the others
 # are done.
 _LONG = (
-    *('fault_drill', 'studies', 'train_group', 'task_configs', 'export'),
-    *('churn_study', 'packaging', 'preemption', 'train_local', 'benchmarks'),
+    *('fault_drill', 'studies', 'task_configs', 'train_group', 'export'),
+    *('train_local', 'churn_study', 'train_lockstep', 'study_one_program'),
+    *('frozen', 'preemption', 'packaging', 'report', 'fuzz_publications'),
 )
 
 
@@ -75,6 +76,14 @@ def memory_is_bounded():
     jax.clear_caches()
     if sys.platform == 'linux':
       ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def no_waiting_for_disks():
+  """What a power failure would lose; a process that is killed loses nothing."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(os, 'fsync', lambda handle: None)
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -373,16 +373,22 @@ def task_loss_of(output: str) -> Callable[..., jax.Array]:
 
 
 def distill_loss(
-    name: str, output: str = 'softmax'
+    name: str | Callable[..., jax.Array], output: str = 'softmax'
 ) -> Callable[..., jax.Array]:
   """Returns the distillation loss of that name, for a kind of output.
 
   For a sigmoid output a loss over classes is that of the two classes which the
-  output stands for; `cross_entropy` is `sigmoid_cross_entropy` then.
+  output stands for; `cross_entropy` is `sigmoid_cross_entropy` then. A function
+  is taken as it is: `(student_logits, teacher_logits_P, present_P) -> (...)`.
 
   Raises:
     ValueError: If there is none; the message lists the names.
   """
+  if callable(name):
+    # Without a formula, which knows nothing of what gin binds.
+    loss = lambda *logits_and_presence: name(*logits_and_presence)
+    loss.__name__ = getattr(name, '__name__', repr(name))
+    return loss
   names = [n for n in DISTILL_LOSSES if n not in _SIGMOID_ONLY]
   if output == 'sigmoid':
     names = list(DISTILL_LOSSES)

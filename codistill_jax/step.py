@@ -10,7 +10,7 @@ model has T tokens behind B; losses and weights then have shape (B, T).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -391,13 +391,16 @@ def objective(
 
 
 def make_eval_step(
-    model: Model, *, task_loss: Callable[[Array, Array], Array] | None = None
+    model: Model,
+    *,
+    task_loss: Callable[[Array, Array], Array] | None = None,
+    metrics: Sequence[Callable[..., metrics_lib.Metric]] = (),
 ) -> EvalStep:
   """Builds `eval_step(variables, batch, carry) -> (sums, carry)`.
 
   The sums are metrics in the making: `eval/loss` (nats per example, of the task
-  alone) and those of `metrics.quality`; add them over batches, then take their
-  `number()`.
+  alone) and those of `metrics.quality`, with `metrics` of your own; add them
+  over batches, then take their `number()`.
   """
   loss_fn = task_loss or losses.task_loss
   _check_parts(model=model, task_loss=loss_fn)
@@ -409,7 +412,7 @@ def make_eval_step(
     logits, (labels, weights) = jnp.asarray(logits, jnp.float32), rows
     return 0.0, {
         'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
-        **metrics_lib.quality(logits, labels, weights),
+        **metrics_lib.quality(logits, labels, weights, metrics),
     }
 
   def eval_step(

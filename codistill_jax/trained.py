@@ -17,7 +17,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils, run_directory
 from codistill_jax.base import Model, Task, TrainState, Variables
 from codistill_jax.exchange import publications
-from codistill_jax.storage import checkpoints
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.resume import ResumeCheckpoints
 
 CHECKPOINTS, PUBLICATIONS = 'checkpoints', 'publications'
@@ -104,7 +104,7 @@ def open_run(
   """
   groups = run_directory.list_groups(workdir)
   config = run_directory.config_path(workdir)
-  if not groups or not config.exists():
+  if not groups or not files.exists(config):
     raise FileNotFoundError(
         f'{workdir} holds no trained group yet (no {config.name}); train one'
         ' first, or check the directory'
@@ -144,7 +144,7 @@ def read_variables(
   """
   identity = run.experiment.task.identity
   if source == PUBLICATIONS:
-    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
+    root = run_directory.exchange_root(run.workdir)
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)

@@ -107,6 +107,13 @@ def define_run_flags(num_groups: int) -> None:
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
   define_path(
+      'exchange_dir',
+      '',
+      'Where all groups publish, the same for each; default: exchange/ in'
+      ' --workdir. A bucket, while each group keeps the rest on a disk of its'
+      ' own machine.',
+  )
+  define_path(
       'init_from',
       '',
       'Begin with the parameters of this run directory (each group with those'
@@ -338,7 +345,7 @@ def _may_pass(error: Exception) -> bool:
       error.errno is not None
       and error.errno not in _FINAL
       and isinstance(workdir, str)
-      and os.path.abspath(workdir) in f'{error.filename} {error}'
+      and workdir in f'{error.filename} {error}'
   )
 
 
@@ -380,6 +387,8 @@ def _settle_output() -> None:
 
 def console() -> None:
   """Starts the binary that the console script `codistill-<binary>` names."""
+  # As for `python -m`, but last: a user's own files take nobody's place.
+  sys.path.append(os.getcwd())
   name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
   runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
 

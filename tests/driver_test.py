@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
@@ -75,11 +74,6 @@ def compile_once():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(experiment_lib.step, 'init_state', init)
-    patch.setattr(
-        experiment_lib.step,
-        'make_eval_step',
-        functools.cache(experiment_lib.step.make_eval_step),
-    )
     yield
 
 
@@ -114,7 +108,7 @@ def make_job(train_step, tmp_path):
         experiment=make_experiment(**kwargs),
         model=MODEL,
         train_step=train_step,
-        workdir=str(tmp_path / name),
+        workdir=name if files.is_remote(name) else str(tmp_path / name),
         group_id=0,
         num_groups=1,
         stop=stop or cli.StopRequest(),
@@ -174,12 +168,15 @@ def arrays(job, step=STEPS):
   return tiny_run.arrays_of(run_directory.checkpoints_dir(job.workdir, 0), step)
 
 
-def test_a_run_leaves_what_the_contract_says(make_job):
-  job = make_job()
+@pytest.mark.parametrize('name', ['run', 's3://bucket/run'])
+def test_a_run_leaves_what_the_contract_says(make_job, name, request):
+  if files.is_remote(name):
+    request.getfixturevalue('bucket')
+  job = make_job(name)
   assert run(job) == list(range(1, STEPS + 1))
   assert checkpoint_steps(job) == [4, 8, 12]
-  assert run_directory.done_path(job.workdir, 0).exists()
-  assert run_directory.config_path(job.workdir).exists()
+  assert files.exists(run_directory.done_path(job.workdir, 0))
+  assert files.exists(run_directory.config_path(job.workdir))
   training = [r for r in records_of(job) if 'loss/task' in r]
   assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
   assert [r['step'] for r in records_of(job) if 'eval/loss' in r] == [6, 12]
@@ -252,6 +249,39 @@ def test_processes_that_end_together_leave_out_no_last_evaluation(make_job):
   job = make_job(stop=StopAt(14), agreement=together)
   assert run(job)[-1] == STEPS
   assert curve_of(job, 'eval/loss')[0] == [6, 12]
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_a_writer_of_ones_own_gets_every_record_and_cannot_end_the_run(
+    make_job, caplog, broken
+):
+  records, places = [], []
+
+  class Mine:
+
+    def __init__(self, source):
+      places.append((source.directory, source.arm, source.start))
+
+    def write(self, step, metrics):
+      if broken:
+        raise RuntimeError('no network')
+      records.append({'step': step, **metrics})
+
+    def close(self):
+      records.append('closed')
+
+  job = make_job(writers=[Mine])
+  run(job)
+  assert places == [(job.directory, 'run', 0)]
+  assert records.pop() == 'closed'
+  written = records_of(job)
+  for record in written:
+    del record['time']
+  assert records == [] if broken else records == written
+  status = run_directory.read_status(job.workdir, 0)
+  doing = [trouble['doing'] for trouble in status['troubles']]
+  assert [text.endswith('Mine') for text in doing] == [True] * broken
+  assert sum('no network' in r.getMessage() for r in caplog.records) == broken
 
 
 def test_all_groups_that_go_on_from_an_evaluation_tell_of_it(make_job):

@@ -118,9 +118,21 @@ def test_in_an_empty_directory_20_steps_are_trained(environment, tmp_path):
   assert '"step": 20,' in records.read_text().splitlines()[-1]
 
 
-def test_a_console_script_is_named_after_its_binary(environment, tmp_path):
-  status, output = run(environment, tmp_path, 'reproduce')
-  assert status == 1 and '--study' in output and 'Traceback' not in output
+@pytest.mark.parametrize(
+    'command, words',
+    [
+        ('reproduce', '--study'),
+        # A module in the working directory, not beside the script.
+        ('train_group --workdir=x --gin_file=mine.gin', 'mine, imported'),
+    ],
+)
+def test_a_console_script_is_named_after_its_binary(
+    environment, tmp_path, command, words
+):
+  (tmp_path / 'mine.gin').write_text('import mine\n')
+  (tmp_path / 'mine.py').write_text('raise ValueError("mine, imported")\n')
+  status, output = run(environment, tmp_path, *command.split())
+  assert status == 1 and words in output and 'Traceback' not in output
 
 
 def test_the_binaries_do_not_ask_for_a_package_that_a_clone_alone_has():

@@ -4,6 +4,7 @@ An arm is one run directory under a name. The records of a group are one
 DataFrame, a row per number; a curve is a Series of values by step.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -156,7 +157,8 @@ def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
   arms = []
   for i, name in enumerate(_distinct_names(labels, own_names, paths)):
     config = run_directory.config_path(paths[i])
-    text = config.read_text() if config.exists() else ''
+    there = files.exists(config)
+    text = files.content(config).decode() if there else ''
     known = epath.Path(paths[i]), runs[i], text, groups[i]
     arms.append(RunRecords(name, *known, *_comparison(paths[i], own_names[i])))
   return arms
@@ -165,7 +167,7 @@ def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
 def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
-  if not equals or epath.Path(files.absolute(workdir)).is_dir():
+  if not equals or os.path.isdir(workdir):
     return None, files.absolute(workdir)
   if not label or not path:
     raise ValueError(f'Expected path or name=path, got {workdir!r}.')

@@ -60,6 +60,7 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    exchange_dir: Where all groups publish; '' for the run directory.
     init_from: Where the first parameters and statistics come from; '' for
       random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
@@ -81,6 +82,7 @@ class Job:
   patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
+  exchange_dir: str = ''
   init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
@@ -89,6 +91,10 @@ class Job:
   def directory(self) -> str:
     """Returns the directory of the group."""
     return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
+
+  @property
+  def run_name(self) -> str:
+    return self.arm or os.path.basename(os.path.normpath(self.workdir))
 
   @property
   def identity(self) -> dict[str, str]:
@@ -104,7 +110,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
   return {
-      'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
+      'arm': job.run_name,
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
       # Few runs simulate any: the others do not speak of it.
@@ -116,6 +122,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
+      'exchange_dir': job.exchange_dir or None,
       'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
@@ -137,8 +144,8 @@ def print_dry_run(job: Job, state: TrainState) -> None:
 def check_workdir(job: Job, state: TrainState) -> None:
   """Raises ValueError if the workdir holds a run of another configuration.
 
-  What changes no number that was computed may change: how long the run is, and
-  how often it is evaluated, recorded and saved.
+  What changes no number that was computed may change: how long the run is, how
+  often it is evaluated, recorded and saved, and by which writers.
   """
   before = _read_before(job)
   if not before:
@@ -146,8 +153,8 @@ def check_workdir(job: Job, state: TrainState) -> None:
   _check_same_run(job, before, describe_run(job, state))
   config = run_directory.config_path(job.workdir)
   expected = before.get('config_sha256')  # Older runs have none.
-  if expected and config.exists():
-    found = hashlib.sha256(config.read_bytes()).hexdigest()
+  if expected and files.exists(config):
+    found = hashlib.sha256(files.content(config)).hexdigest()
     if found != expected:
       raise ValueError(
           f'{config} is not what this run wrote (its digest is another one than'
@@ -185,10 +192,10 @@ def claim_workdir(job: Job, state: TrainState) -> None:
     there = run_directory.read_run(job.workdir)
   except ValueError:  # That was said at the start.
     there = {}
-    if config.exists() and config.stat().length:
+    if files.exists(config) and (saved := files.content(config)):
       _check_same_run(
           job,
-          {**now, 'configuration': config.read_text().splitlines()},
+          {**now, 'configuration': saved.decode().splitlines()},
           {**now, 'configuration': text.decode().splitlines()},
       )
   if not there:
@@ -208,9 +215,9 @@ def claim_workdir(job: Job, state: TrainState) -> None:
             if s not in now['configuration']
         ),
     ]
-  if changed or not config.exists():
+  if changed or not files.exists(config):
     # In this order, so that nobody finds one file beside the other's digest.
-    config.unlink(missing_ok=True)
+    files.remove(config)
     sums = {'config_sha256': now['config_sha256']}
     run_directory.write_run(job.workdir, now if changed else {**before, **sums})
     files.write_bytes(config, text, sync=True)
@@ -218,7 +225,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
 
 # Of an `Experiment`: settings that change no number that was computed.
 _MAY_CHANGE = re.compile(
-    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every) = '
+    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every|writers) = '
 )
 
 
@@ -229,6 +236,7 @@ def _check_same_run(job: Job, before: dict, now: dict) -> None:
       [
           f'num_groups={run.get("num_groups")}',
           f'--init_from={run.get("init_from") or ""}',
+          f'--exchange_dir={run.get("exchange_dir") or ""}',
           *(
               s
               for s in run.get('configuration', [])
@@ -340,7 +348,7 @@ def initial_variables(job: Job, like: Variables) -> Variables:
 
 def _find_initial(job: Job) -> tuple[epath.Path, int]:
   """Returns directory and step: of a run, those of the same group."""
-  path = checkpoints.absolute(job.init_from)
+  path = epath.Path(files.absolute(job.init_from))
   if path.name in map(str, checkpoints.completed_steps(path.parent)):
     return path.parent, int(path.name)
   for directory in (
@@ -521,6 +529,6 @@ def keep_common_checkpoints(
   for job, store in zip(jobs, stores):
     if store.newest_step not in (None, start):
       # It goes back with the others, also if it had reached its last step.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
       store.discard_after(start)
     store.close()

@@ -43,11 +43,11 @@ demo: .venv/demo
 	    --num_groups=1 --gin_file=gin_configs/tasks/bible_lm.gin --noreport
 	$(RUN) experiments.evaluate --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline
-	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
-	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
 	$(RUN) experiments.sample --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline --prompt='In the beginning' --pieces=60 \
 	    --temperature=0.7
+	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
+	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
 
 churn: .venv/demo
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \

@@ -3,8 +3,9 @@
   0  done
   1  a clear error on the last line; the same command would fail again
  70  a crash, with its traceback; starting again may help
- 75  what may pass: a peer that did not come, a full disk; or a stop that came
-     before a save, whose last line says what is lost
+ 75  what may pass: a peer that did not come, a full disk, another process that
+     is at it; or a stop that came before a save, whose last line says what is
+     lost
 128+n  stopped by signal n, everything saved
 """
 
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 
 from absl import app, flags, logging
 
-from codistill_jax.storage import files
+from codistill_jax.storage import files, leases
 
 CLEAR_ERROR = 1
 CRASH = 70
@@ -51,7 +52,8 @@ _PASSING = {
 # Of a path that is wrong, and stays so.
 _FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A scheduler may send one of the user's before it takes the machine away.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # For the main thread to come and poll where nothing can be lost.
 _SOON_SECONDS = 0.5
@@ -69,6 +71,7 @@ _EXTRAS = {
     **dict.fromkeys(('PIL', 'sklearn'), 'images'),
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
+    'submitit': 'launch',
 }
 
 # Set by a supervisor to the command that a user typed.
@@ -158,7 +161,7 @@ def define_process_flags() -> None:
   flags.DEFINE_float(
       'grace_seconds',
       20.0,
-      'After SIGTERM: how long a compilation or a read of data may last before'
+      'After a signal to stop: how long a compilation or a read may last before'
       ' the process leaves without a save, with status 75.',
       lower_bound=0.0,
   )
@@ -336,6 +339,8 @@ def _may_pass(error: Exception) -> bool:
   Below the run directory whatever a file system says may pass: a ticket expires
   (EACCES, EPERM), a disk is mounted anew (ENOENT).
   """
+  if isinstance(error, leases.HeldError | leases.LostError):
+    return True  # It may end, or die, before it is done.
   if not isinstance(error, OSError):
     return False
   if isinstance(error, TimeoutError) or error.errno in _PASSING:
@@ -405,7 +410,7 @@ def own_command() -> str:
 
 
 class StopRequest:
-  """SIGTERM and SIGINT as a flag that loops, waits and evaluations poll.
+  """Signals (`SIGNALS`) as a flag that loops, waits and evaluations poll.
 
   Python runs its handlers in the main thread, which may be inside XLA's
   compiler for minutes. So a thread hears of a signal through the wakeup
@@ -459,7 +464,7 @@ class StopRequest:
       self._put_off.set()
 
   def install(self) -> 'StopRequest':
-    """Takes over both signals, until `main` ends; in the main thread only."""
+    """Takes over the signals, until `main` ends; in the main thread only."""
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)

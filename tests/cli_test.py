@@ -17,6 +17,7 @@ import tiny_run
 from absl import flags
 from waits import PATIENCE
 
+from codistill_jax.storage import leases
 from experiments import cli
 
 
@@ -43,7 +44,13 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 
 
 @pytest.mark.parametrize(
-    'error', [TimeoutError('no peer'), OSError(errno.ENOSPC, 'disk full')]
+    'error',
+    [
+        TimeoutError('no peer'),
+        OSError(errno.ENOSPC, 'disk full'),
+        leases.HeldError('process 7 is at it'),
+        leases.LostError('process 7 has taken over'),
+    ],
 )
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
@@ -127,6 +134,7 @@ BAD_FLAGS = {
     'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
     'export': (['--output=x'], '--workdir'),
+    'launch': (['--workdir=x', '--cluster=Ж'], r'--cluster=\u0416'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
     'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
     'report': (['--workdir=/né\x1b[2J'], r'directory at /n\xe9\x1b[2J;'),
@@ -141,7 +149,8 @@ BAD_FLAGS = {
 
 def test_every_binary_has_a_bad_flag():
   found = (tiny_run.ROOT / 'experiments').glob('*.py')
-  assert {p.stem for p in found} - {'__init__', 'cli'} == set(BAD_FLAGS)
+  binaries = [p for p in found if "if __name__ == '__main_" in p.read_text()]
+  assert {p.stem for p in binaries} == set(BAD_FLAGS)
 
 
 # Each in a process of its own; what takes seconds is to import jax.
@@ -341,7 +350,13 @@ class Script:
 
 
 @pytest.mark.parametrize(
-    'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    'number, status',
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
 )
 def test_with_nothing_to_lose_a_stuck_process_leaves_soon(number, status):
   script = Script("""

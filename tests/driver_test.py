@@ -31,6 +31,7 @@ from experiments import cli
 from experiments.reports import run_records
 from experiments.running import driver, watch
 from experiments.running import job as job_lib
+from experiments.running import processes as processes_lib
 
 BATCH, STEPS = 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -1055,11 +1056,39 @@ def test_devices_are_chosen_by_number():
     job_lib.use_replicas(-1)
 
 
+@pytest.mark.parametrize(
+    'replicas, processes, kind, files, said',
+    [
+        (2, 1, 'cpu', [], '2 replica(s) on cpu'),
+        (8, 2, 'H200', ['nvidia0'], '4 in each of 2 processes'),
+        (
+            1,
+            1,
+            'H200',
+            ['nvidia0', 'nvidia1'],
+            '; 1 of the 2 that this machine',
+        ),
+        (4, 1, 'TPU', ['vfio/0', 'accel1', 'vfio/vfio'], 'replica(s) on TPU'),
+        (1, 1, 'cpu', ['nvidia0', 'nvidiactl'], 'machine has 1 accelerator'),
+    ],
+)
+def test_a_group_says_what_it_trains_on_and_what_it_leaves(
+    tmp_path, replicas, processes, kind, files, said
+):
+  (tmp_path / 'vfio').mkdir()
+  for name in files:
+    (tmp_path / name).touch()
+  present = processes_lib.accelerators(str(tmp_path))
+  found = job_lib.describe_devices(replicas, processes, kind, present)
+  assert found.startswith(f'{replicas} replica(s) on {kind}') and said in found
+  assert ('machine' in said) == ('machine' in found)
+
+
 def test_the_start_of_a_run_is_checked_before_its_first_update(
     make_job, capsys
 ):
   driver.check_start(job := make_job(), start := driver.new_state(job))
-  assert capsys.readouterr().err == ''
+  assert capsys.readouterr() == ('group 0: 2 replica(s) on cpu\n', '')
   driver.check_start(make_job(eval_every=500), start)
   said = capsys.readouterr().err
   assert said.startswith('warning: eval_every = 500; but the run ends at')

@@ -52,8 +52,8 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   # Stopped while both compile: each leaves, with what it has or with nothing.
   process = start()
   until(lambda: status(0) and status(1), process=process)
-  process.send(signal.SIGTERM)
-  output = process.wait(143)
+  process.send(signal.SIGUSR1)
+  output = process.wait(138)
   assert 'stopped; the same command goes on from here' in output
   assert tiny_run.processes_of(workdir) == []
   for group_id in (0, 1):

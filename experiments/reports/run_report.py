@@ -480,7 +480,7 @@ _SETTINGS = {
     'seed': 'seed',
     'model_parameters': 'model parameters',
 }
-_NO_SETTINGS = ('arm', 'command', 'example')
+_NO_SETTINGS = ('arm', 'command', 'config_sha256', 'example')
 
 
 def settings(arms: Sequence[RunRecords]) -> pd.DataFrame:

@@ -34,7 +34,13 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir, initial_variables
+from . import processes
+from .job import (
+    Job,
+    claim_workdir,
+    describe_devices,
+    initial_variables,
+)
 from .watch import Efficiency, Heartbeat, Watch
 
 
@@ -87,12 +93,22 @@ def new_state(job: Job) -> GroupStart:
 
 
 def check_start(job: Job, start: GroupStart) -> None:
-  """Traces an update and an evaluation; warns of numbers that act nowhere.
+  """Names the devices; traces an update and an evaluation; warns.
+
+  Of numbers that act nowhere.
 
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment = job.experiment
+  experiment, step = job.experiment, job.train_step
+  if job.agreement.is_primary:
+    used = describe_devices(
+        step.num_replicas,
+        jax.process_count(),
+        step.device_kind,
+        processes.accelerators() if processes.may_have_accelerator() else 0,
+    )
+    cli.tell(f'group {job.group_id}: {used}')
   saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
   if run_directory.newest_saved(saved) is None:  # Else both have been done.
     with experiment_lib.naming('the update cannot be traced'):

@@ -404,6 +404,28 @@ def chosen_devices(count: int) -> list[jax.Device] | None:
   return devices[:count]
 
 
+def describe_devices(
+    num_replicas: int, num_processes: int, kind: str, present: int
+) -> str:
+  """Says on how many devices a group trains, and that a machine has more.
+
+  Args:
+    num_replicas: Devices of the group, over all its processes.
+    num_processes: Those.
+    kind: What the devices are.
+    present: Accelerators of this machine.
+  """
+  each = num_replicas // num_processes
+  words = f'{num_replicas} replica(s) on {kind}'
+  if num_processes > 1:
+    words += f', {each} in each of {num_processes} processes'
+  if kind == 'cpu' and present:
+    return f'{words}, though this machine has {present} accelerator(s)'
+  if each < present:
+    return f'{words}; {each} of the {present} that this machine has'
+  return words
+
+
 # --- Groups of one process ----------------------------------------------------
 
 

@@ -6,7 +6,6 @@ Shape suffixes: B rows of the group batch, P teachers.
 import concurrent.futures
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from codistill_jax import (
     evaluate,
     jaxprs,
     one_program,
+    replicas,
     run_directory,
     writers,
 )
@@ -62,6 +62,7 @@ class Heartbeat:
     self.steps_per_sec: float | None = None
     self.taught = False
     self._job = job
+    self._host = ', '.join(dict.fromkeys(replicas.hosts()))
     self._step: int | None = None
     self._phase, self._reason = 'starting', ''
     self._started = self._since = time.time()
@@ -133,7 +134,9 @@ class Heartbeat:
         'started': self._started,
         'since': self._since,
         'pid': os.getpid(),
-        'host': socket.gethostname(),
+        'host': self._host,
+        'replicas': job.train_step.num_replicas,
+        'device': job.train_step.device_kind,
         'phase': phase,
         'reason': self._reason,
         'steps_per_sec': self.steps_per_sec,

@@ -257,7 +257,7 @@ class _Worker:
         directory = plan_lib.run_dir(self._workdir, run)
         try:
           stack.enter_context(leases.exclusive(directory, 'training in'))
-        except ValueError:
+        except leases.HeldError:
           continue
         if not self._done(run):
           ours.append(run)

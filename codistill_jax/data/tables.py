@@ -124,7 +124,7 @@ class Columns(NamedTuple):
 
 
 def table_task(
-    table: Any,
+    table: os.PathLike | Any,
     label: str,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),

@@ -105,13 +105,15 @@ gpu:
 	.venv-gpu/bin/pip install --quiet --no-index --find-links=data/wheels $(KIT)
 	.venv-gpu/bin/python -m benchmarks.gpu --device=gpu
 
-# A warning is an error; the site is in docs/_build.
+# A warning is an error; the notebooks run too (less than a minute of processor
+# time). The site is in docs/_build.
 .venv/docs: .venv/demo
 	$(INSTALL) '.[docs]'
 	touch $@
 
 docs: .venv/docs
-	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build
+	$(RUN) sphinx -W --keep-going --quiet -D nb_execution_mode=force \
+	    -b html docs docs/_build
 
 clean:
 	rm -rf .venv runs data docs/_build

@@ -227,7 +227,12 @@ def test_a_flag_of_one_value_is_given_once(binary):
   once = [flag for flag in once if not isinstance(flag, flags.MultiFlag)]
   assert once or binary.endswith('status')
   for flag in once:
-    value = getattr(flag.parser, 'enum_values', None) or ['true', '2', '1']
+    value = getattr(flag.parser, 'enum_values', None) or [
+        'true',
+        '2',
+        '1',
+        '2:3',
+    ]
     (value,) = [v for v in value if parses(flag, v)][:1]
     flag.parse(value)
     with pytest.raises(flags.IllegalFlagValueError, match='already defined'):
@@ -244,9 +249,18 @@ def test_no_number_is_nan(binary):
       flag.unparse()
 
 
+def test_steps_to_profile_are_two_in_order(binary):
+  trains = binary.partition('.')[2].startswith('train_')
+  assert ('profile_steps' in project_flags()[binary]) == trains
+  for value in ['20:10', '10', '10:', '3:3', '-1:4', 'a:b'] if trains else ():
+    with pytest.raises(flags.IllegalFlagValueError, match=r'profile_steps=.*:'):
+      flags.FLAGS['profile_steps'].parse(value)
+
+
 # All of these, and `name=path` or lists with commas, where they are taken.
 PATHS = (
     'checksums',
+    'compile_cache',
     'init_from',
     'labels',
     'output',

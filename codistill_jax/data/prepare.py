@@ -133,7 +133,7 @@ def run(
       preparation with the same settings.
     OSError: If something cannot be read or written.
   """
-  output = pathlib.Path(output)
+  output = files.on_disk(output)
   if not 0 <= max_rejected <= 1:
     raise ValueError(f'max_rejected must be in [0, 1]; got {max_rejected}.')
   with process_map(workers) as process:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from codistill_jax import jaxprs
+from codistill_jax import jaxprs, programs
 from codistill_jax.base import (
     ALONE,
     REPLICA_AXIS,
@@ -248,7 +248,7 @@ class PmapStep:
     )
     # `out_axes=None` does not check that the replicas agree: the step must
     # psum or pmean everything that it returns there.
-    self._step = jax.pmap(
+    step = jax.pmap(
         counted,
         axis_name=REPLICA_AXIS,
         in_axes=(axes, 0, None, None),
@@ -256,6 +256,7 @@ class PmapStep:
         donate_argnums=(0,),
         devices=devices,
     )
+    self._step = programs.Programs(step)
 
   def __call__(
       self,
@@ -304,6 +305,17 @@ class PmapStep:
   def place_teachers(self, teachers: Teachers) -> Teachers:
     """Puts teachers on the devices; costs nothing if they are there."""
     return self._put(teachers, self._replicated)
+
+  def expect(self, shapes: Teachers) -> None:
+    """Compiles for such teachers beside the updates without; one process."""
+    if jax.process_count() > 1:
+      return
+
+    def placed(x: Array) -> jax.ShapeDtypeStruct:
+      sharding = self._replicated
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    self._step.expect(jax.tree.map(placed, shapes))
 
   def collect(self, state: TrainState) -> TrainState:
     """Returns the whole group's state as numpy copies; the inverse of `place`.

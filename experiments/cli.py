@@ -84,6 +84,7 @@ flags.disclaim_key_flags()
 
 def define_path(name: str, default: str | None, about: str, **how: Any) -> None:
   """Defines a flag whose value is an absolute path, or of an object store."""
+  how.setdefault('serializer', _UNCHANGED)
   flags.DEFINE(_Path(), name, default, about, **how)
 
 
@@ -99,7 +100,24 @@ class _Path(flags.ArgumentParser):
     return files.absolute(argument) if argument else argument
 
 
-_UNCHANGED = flags.ArgumentSerializer()
+class _Steps(flags.ArgumentParser):
+  syntactic_help = 'two steps, as 10:20'
+
+  def parse(self, argument: str) -> range:
+    found = re.fullmatch(r'(\d{1,15}):(\d{1,15})', argument)
+    steps = range(*map(int, found.groups())) if found else range(0)
+    if not steps:
+      raise ValueError('expected FIRST:LAST with FIRST < LAST, such as 10:20')
+    return steps
+
+
+class _StepsSerializer(flags.ArgumentSerializer):
+
+  def serialize(self, value: range) -> str:
+    return f'{value.start}:{value.stop}'
+
+
+_UNCHANGED, _STEPS = flags.ArgumentSerializer(), _StepsSerializer()
 
 
 def define_run_flags(num_groups: int) -> None:
@@ -134,6 +152,42 @@ def define_run_flags(num_groups: int) -> None:
   flags.DEFINE_bool(
       'dry_run', False, 'Print the configuration and stop; write nothing.'
   )
+  flags.DEFINE(
+      _Steps(),
+      'profile_steps',
+      None,
+      'Write the trace of the updates between two steps, as 10:20, for XProf'
+      ' and Perfetto, to groups/group_<i>/profile in --workdir; that of groups'
+      ' of one process to group_0.',
+      serializer=_STEPS,
+  )
+  define_compile_cache()
+
+
+def define_compile_cache() -> None:
+  """Defines where the binaries that train keep programs; `keep_programs`."""
+  define_path(
+      'compile_cache',
+      None,
+      'Where compiled programs are kept, 30 days long, for later starts and for'
+      " other groups of this machine; '' keeps none. Whoever can write there"
+      ' runs code as you. Default: codistill_jax/programs in XDG_CACHE_HOME or'
+      ' ~/.cache. If JAX_COMPILATION_CACHE_DIR is set, that is used.',
+  )
+
+
+def keep_programs(directory: str | None) -> None:
+  """Keeps compiled programs, as the value of `--compile_cache` says."""
+  from codistill_jax import programs  # Here: not every binary needs jax.
+
+  if directory is None:
+    directory = programs.default_directory()
+  if not directory:
+    return
+  try:
+    programs.keep(directory)
+  except OSError as e:
+    tell(f'warning: no compiled program is kept: {e}', error=True)
 
 
 def define_step_flags() -> None:
@@ -236,6 +290,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       logging.set_verbosity(logging.WARNING)
     status = status_of(main, argv)
     _settle_output()
+    if any(t.name == 'compile-ahead' for t in threading.enumerate()):
+      # All is saved and closed. XLA cannot be interrupted: an exit would wait
+      # for minutes, and jax's own end beneath it is a crash.
+      os._exit(status)
     sys.exit(status)
 
   app.run(quiet)
@@ -243,6 +301,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def prepare_to_print() -> None:
   """Lets any text be printed, and logged: what it would do is escaped."""
+  # Now: of a handler of another stream each line would be logged twice.
+  logging.use_absl_handler()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')

@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_FLAGS.group_id, _FLAGS.num_groups)  # Raises if out of range.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
+  cli.keep_programs(_FLAGS.compile_cache)
   if not _FLAGS['num_processes'].present:
     _warn_of_several()
   gin_utils.parse_flags()
@@ -95,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
+      profile=_FLAGS.profile_steps or range(0),
       exchange_dir=_FLAGS.exchange_dir,
   )
   start = driver.new_state(job)

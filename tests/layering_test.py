@@ -25,7 +25,10 @@ LAYERS = {
         ),
         (),
     ),
-    'step': (('step', 'replicas', 'one_program', 'models'), ('pure',)),
+    'step': (
+        ('step', 'programs', 'replicas', 'one_program', 'models'),
+        ('pure',),
+    ),
     'storage': (('storage', 'run_directory', 'writers'), ('pure',)),
     'exchange': (('exchange', 'data'), ('pure', 'step', 'storage')),
     'group': ((), ('pure', 'step', 'storage', 'exchange')),

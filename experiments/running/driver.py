@@ -41,7 +41,7 @@ from .job import (
     describe_devices,
     initial_variables,
 )
-from .watch import Efficiency, Heartbeat, Watch
+from .watch import Efficiency, Heartbeat, Watch, check_profile, profiled
 
 
 class GroupStart(NamedTuple):
@@ -101,6 +101,7 @@ def check_start(job: Job, start: GroupStart) -> None:
     ValueError: One line, if the task or the model breaks its contract.
   """
   experiment, step = job.experiment, job.train_step
+  check_profile(job)
   if job.agreement.is_primary:
     used = describe_devices(
         step.num_replicas,
@@ -210,6 +211,7 @@ def _train(
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
         raise _stopped(job, start)
+    _expect_teachers(job, efficiency, start)
     turns = run_group(
         job.train_step,
         state,
@@ -218,6 +220,7 @@ def _train(
         exchange=exchange,
         distill_weight=job.experiment.distill_weight,
     )
+    turns = stack.enter_context(contextlib.closing(profiled(job, turns, start)))
     del state, resume  # A whole state, that training goes on without.
     claimed = False
     try:
@@ -237,6 +240,14 @@ def _train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
+
+
+def _expect_teachers(job: Job, efficiency: Efficiency, start: int) -> None:
+  """Lets the program with teachers be compiled while the group has none."""
+  experiment, teachers = job.experiment, efficiency.teachers()
+  steps = range(start, experiment.num_steps)
+  if teachers is not None and any(map(experiment.distill_weight, steps)):
+    job.train_step.expect(teachers)
 
 
 def _after_update(

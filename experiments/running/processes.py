@@ -134,6 +134,9 @@ def _die_with_parent() -> None:
     _PRCTL(set_parent_death_signal, signal.SIGKILL)
 
 
+_HANDED_ON = ('compile_cache', 'profile_steps')  # If they are given.
+
+
 def group_command(group_id: int, *more: str) -> list[str]:
   """Returns the command that trains a group of the run that our flags say."""
   given = flags.FLAGS
@@ -145,6 +148,7 @@ def group_command(group_id: int, *more: str) -> list[str]:
       *([f'--arm={given.arm}'] if given.arm else []),
       f'--init_from={given.init_from}',
       f'--exchange_dir={given.exchange_dir}',
+      *(given[x].serialize() for x in _HANDED_ON if given[x].present),
       *gin_utils.flag_arguments(),
       *more,
   ]

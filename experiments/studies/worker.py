@@ -58,6 +58,7 @@ def define_flags() -> None:
       'Processes that train runs side by side. With more than one, each has its'
       ' share of the CPU cores for itself.',
   )
+  cli.define_compile_cache()
   flags.DEFINE_string(
       'worker', '', 'Set by --jobs for each process: its number/their number.'
   )
@@ -123,6 +124,7 @@ def train(
   from ..running import job as job_lib
   from . import configurations, runs
 
+  cli.keep_programs(_FLAGS.compile_cache)
   if replicas > 1:
     job_lib.use_replicas(replicas)
   configured = configurations.Configurations(

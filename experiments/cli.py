@@ -301,6 +301,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def prepare_to_print() -> None:
   """Lets any text be printed, and logged: what it would do is escaped."""
+  # Now: of a handler of another stream each line would be logged twice.
+  logging.use_absl_handler()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')

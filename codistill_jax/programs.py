@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +26,30 @@ _LEAST_SECONDS = 0.2  # What is compiled faster is not kept.
 
 
 def default_directory() -> str:
-  """Returns where programs are kept unless a user says otherwise."""
+  """Returns where programs are kept unless a user says otherwise.
+
+  One for each kind of processor, whose instructions a program may use: a home
+  directory is often shared by machines that differ.
+  """
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return os.path.join(home, 'codistill_jax', 'programs')
+  kind = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+  return os.path.join(home, 'codistill_jax', 'programs', kind)
+
+
+def _processor() -> str:
+  """Returns what tells the instructions of processors apart."""
+  try:
+    with open('/proc/cpuinfo') as f:
+      flags = {x for x in f if x.startswith(('flags', 'Features'))}
+  except OSError:
+    flags = set()
+  return '\n'.join([platform.machine(), *sorted(flags)])
+
+
+def _directory() -> str | None:
+  # By type checkers, jax.config has no such attributes.
+  config: Any = jax.config
+  return config.jax_compilation_cache_dir
 
 
 def keep(directory: str) -> None:
@@ -42,7 +64,7 @@ def keep(directory: str) -> None:
   Raises:
     OSError: If it cannot be used; nothing is kept then.
   """
-  if jax.config.jax_compilation_cache_dir:
+  if _directory():
     return
   os.makedirs(directory, mode=0o700, exist_ok=True)
   if os.stat(directory).st_uid != os.getuid():
@@ -135,13 +157,13 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def _share(step: Callable[..., Any], *args: Any) -> None:
+def _share(step: Any, *args: Any) -> None:
   # Without a place to share it, a call compiles by itself.
-  if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
+  if _directory() and jax.process_count() == 1:
     compile_once(step, *args)
 
 
-def compile_once(step: Callable[..., Any], *args: Any) -> None:
+def compile_once(step: Any, *args: Any) -> None:
   """Compiles for arguments, or shapes; a call with such compiles no more."""
   lowered = step.lower(*args)
   with _turn(lowered):
@@ -151,7 +173,7 @@ def compile_once(step: Callable[..., Any], *args: Any) -> None:
 @contextlib.contextmanager
 def _turn(lowered: jax.stages.Lowered) -> Iterator[None]:
   """Waits until no process of this machine compiles the same program."""
-  directory = jax.config.jax_compilation_cache_dir
+  directory = _directory()
   with contextlib.ExitStack() as stack:
     if directory:
       name = hashlib.sha256(lowered.as_text().encode()).hexdigest()

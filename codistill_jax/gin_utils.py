@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import gin
 from absl import flags
-from etils import epath
 from gin import config_parser
 
 from codistill_jax.data import records
@@ -90,7 +89,6 @@ _PARTS = {
     'optax',
 }
 _WITH_FILES = {'fromfile', 'load', 'save', 'savez', 'savez_compressed'}
-_LARGEST = 1_000_000  # Bytes.
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -160,7 +158,7 @@ def parse(
   _superseded.clear()
   if saved is not None:
     with _one_line_errors(os.fspath(saved)):
-      text = _read_saved(saved)
+      text = files_lib.read_text(saved)
       _check_names(text, {*trusted, *imported_by(files)})
       gin.parse_config(text)
   for number, file in enumerate(files):
@@ -235,15 +233,6 @@ def imported_by(files: Sequence[str]) -> set[str]:
       elif isinstance(s, config_parser.IncludeStatement):
         found |= imported_by([s.filename])
   return {m for m in found if not m.startswith('__gin__')}
-
-
-def _read_saved(path: PathLike) -> str:
-  path = epath.Path(path)
-  if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
-    raise ValueError('no regular file')
-  if path.stat().length > _LARGEST:
-    raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
-  return path.read_text()
 
 
 def _check_names(text: str, trusted: set[str]) -> None:

@@ -24,20 +24,27 @@ line is skipped and counted, a damaged JSON file is a ValueError that names it.
 Nothing here imports jax, so that `experiments/status.py` starts at once.
 """
 
+import io
 import os
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
 from codistill_jax.storage.files import (
+    ANY,
+    NUMBER,
+    TEXT,
+    TIME,
+    VALUE,
+    WHOLE,
     PathLike,
+    is_step,
     names,
     opened,
     parse_json,
     read_json,
-    whole,
+    read_text,
     write_json,
 )
 
@@ -126,12 +133,12 @@ def list_groups(workdir: PathLike) -> list[int]:
     raise FileNotFoundError(
         f'No run directory at {os.fspath(workdir)}; check --workdir.'
     )
-  return sorted(_numbered(groups_root(workdir), r'group_(\d+)'))
+  return sorted(_numbered(groups_root(workdir), 'group_'))
 
 
-def _numbered(directory: epath.Path, pattern: str) -> list[int]:
-  found = (re.fullmatch(pattern, name) for name in names(directory))
-  return [int(match[1]) for match in found if match]
+def _numbered(directory: epath.Path, prefix: str) -> list[int]:
+  found = (n.removeprefix(prefix) for n in names(directory) if prefix in n)
+  return [int(number) for number in found if is_step(number)]
 
 
 # --- Checkpoints and publications, without orbax -----------------------------
@@ -144,7 +151,7 @@ def newest_saved(directory: PathLike) -> int | None:
   step that is pruned while this looks is passed over.
   """
   directory = epath.Path(directory)
-  for step in sorted(_numbered(directory, r'(\d+)'), reverse=True):
+  for step in sorted(_numbered(directory, ''), reverse=True):
     try:
       (directory / str(step) / 'commit_success.txt').stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -154,6 +161,35 @@ def newest_saved(directory: PathLike) -> int | None:
 
 
 # --- Facts and signs of life, as JSON -----------------------------------------
+
+
+_RUN = {
+    **dict.fromkeys(('arm', 'mode', 'example', 'data', 'command'), TEXT),
+    **dict.fromkeys(('init_from', 'config_sha256'), TEXT),
+    **dict.fromkeys(('num_groups', 'replicas', 'group_batch'), WHOLE),
+    **dict.fromkeys(('num_steps', 'burn_in_steps', 'exchange_every'), WHOLE),
+    **dict.fromkeys(('model_parameters', 'prior_steps'), WHOLE),
+    'configuration': [TEXT],
+    'earlier': [TEXT],
+    ...: ANY,
+}
+_STATUS = {
+    **dict.fromkeys(('step', 'num_steps', 'num_groups', 'pid'), WHOLE),
+    **dict.fromkeys(('time', 'started', 'since'), TIME),
+    **dict.fromkeys(('phase', 'reason', 'host', 'last_rejection'), TEXT),
+    'steps_per_sec': NUMBER,
+    'rejected': WHOLE,
+    'peers': [WHOLE],
+    'teachers': [{'peer': WHOLE, 'step': WHOLE, 'time': TIME}],
+    'troubles': [
+        {'doing': TEXT, 'reason': TEXT, 'since': TIME, 'count': WHOLE}
+    ],
+}
+_COMPARISON = {
+    'models': {...: {...: VALUE}},
+    'ensembles': {...: {...: VALUE}},
+    'pairs': {...: [{'a': TEXT, 'b': TEXT, ...: VALUE}]},
+}
 
 
 def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
@@ -176,9 +212,21 @@ def read_run(workdir: PathLike) -> dict[str, Any]:
   """Reads what `write_run` wrote; empty if the run has written nothing yet.
 
   Raises:
-    ValueError: If the file is damaged.
+    ValueError: If the file is damaged, or a value of the wrong kind.
   """
-  return read_json(run_path(workdir)) or {}
+  return read_json(run_path(workdir), _RUN) or {}
+
+
+def read_config(workdir: PathLike) -> str:
+  """Reads config.gin as text; '' if there is none.
+
+  Raises:
+    ValueError: If it is no text, no regular file, or larger than any run's.
+  """
+  try:
+    return read_text(config_path(workdir))
+  except (FileNotFoundError, NotADirectoryError):
+    return ''
 
 
 def check_same_configuration(
@@ -228,18 +276,20 @@ def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
   """Reads what `write_status` wrote last, or None.
 
   Raises:
-    ValueError: If the file is damaged; an object store or a killed writer may
-      leave half of it.
+    ValueError: If the file is damaged, or a value of the wrong kind; an object
+      store or a killed writer may leave half of it.
   """
-  return read_json(status_path(workdir, group_id))
+  return read_json(status_path(workdir, group_id), _STATUS)
 
 
 def read_comparison(workdir: PathLike) -> dict[str, Any]:
   """Reads the final evaluation (`models`, `ensembles`, `pairs`), or nothing."""
-  return read_json(comparison_path(workdir)) or {}
+  return read_json(comparison_path(workdir), _COMPARISON) or {}
 
 
 # --- Metrics -----------------------------------------------------------------
+
+_LONGEST_LINE = 4 << 20  # Bytes: of some 100,000 metrics.
 
 
 class MetricsLog(NamedTuple):
@@ -256,42 +306,75 @@ class MetricsLog(NamedTuple):
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-  """Parses one line of metrics.jsonl; None if it is damaged."""
+  """Parses one line of metrics.jsonl: numbers by key; None if it is damaged."""
   try:
     record = parse_json(line)
   except ValueError:
     return None
-  if whole(record, 'step') is None:
+  if not isinstance(record, dict):
     return None
-  return record
+  step, time = record.get('step'), record.get('time', 0.0)
+  if not {*map(type, record.values())} <= {float, int}:
+    return None
+  sound = type(step) is int and 0 <= step < 1 << 31 and TIME.test(time)
+  return record if sound else None
 
 
-def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
-  """Reads a metrics.jsonl, complete or still growing.
+def records(path: PathLike) -> Iterator[dict[str, Any] | None]:
+  """Yields the records of a metrics.jsonl; None for each damaged line.
 
   What follows the last newline is being written, or was torn by a kill; it is
   left out and not counted as damage.
 
   Args:
-    path: The file; a missing one reads as empty.
-    tail_bytes: If given, read only the whole lines within that many last bytes.
+    path: The file, complete or still growing; a missing one is empty.
+
+  Raises:
+    ValueError: If it is no regular file.
   """
   try:
     with opened(path) as f:
-      data = _read_tail(f, tail_bytes)
+      yield from _parsed(f)
   except (FileNotFoundError, NotADirectoryError):
-    return MetricsLog([], 0)
-  lines = [line for line in data.split(b'\n')[:-1] if line.strip()]
-  records = [parse_record(line) for line in lines]
-  good = [r for r in records if r is not None]
-  return MetricsLog(good, len(records) - len(good))
+    return
 
 
-def _read_tail(f: Any, tail_bytes: int | None) -> bytes:
-  size = f.seek(0, os.SEEK_END)
-  if tail_bytes is None or size <= tail_bytes:
-    f.seek(0)
-    return f.read()
-  # One byte more, so that a line which starts exactly at the cut is kept.
-  f.seek(size - tail_bytes - 1)
-  return f.read().partition(b'\n')[2]
+def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
+  """Reads a metrics.jsonl into memory; see `records`.
+
+  Args:
+    path: The file.
+    tail_bytes: If given, read only the whole lines within that many last bytes.
+  """
+  parsed = records(path) if tail_bytes is None else _tail(path, tail_bytes)
+  parsed = list(parsed)
+  good = [r for r in parsed if r is not None]
+  return MetricsLog(good, len(parsed) - len(good))
+
+
+def _tail(path: PathLike, num_bytes: int) -> list[dict[str, Any] | None]:
+  try:
+    with opened(path) as f:
+      size = f.seek(0, os.SEEK_END)
+      # One byte more, so that a line which starts exactly at the cut is kept.
+      f.seek(max(0, size - num_bytes - 1))
+      data = f.read(num_bytes + 1)
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  if size > num_bytes:
+    data = data.partition(b'\n')[2]
+  return list(_parsed(io.BytesIO(data)))
+
+
+def _parsed(lines: BinaryIO) -> Iterator[dict[str, Any] | None]:
+  while line := lines.readline(_LONGEST_LINE):
+    if not line.endswith(b'\n'):
+      if len(line) < _LONGEST_LINE:
+        return
+      # A line that fills memory is no record: what is left of it goes by.
+      while not line.endswith(b'\n'):
+        if not (line := lines.readline(_LONGEST_LINE)):
+          return
+      yield None
+    elif line.strip():
+      yield parse_record(line)

@@ -104,7 +104,7 @@ def open_run(
   """
   groups = run_directory.list_groups(workdir)
   config = run_directory.config_path(workdir)
-  if not groups or not config.exists():
+  if not groups or not run_directory.read_config(workdir):
     raise FileNotFoundError(
         f'{workdir} holds no trained group yet (no {config.name}); train one'
         ' first, or check the directory'
@@ -123,7 +123,7 @@ def open_run(
   model = gin_utils.call(experiment_lib.make_model, experiment)
   # Of the run's own, what only training uses does not act here.
   gin_utils.check_no_dead_bindings(own)
-  num_groups = facts.get('num_groups', len(groups))
+  num_groups = facts.get('num_groups') or len(groups)
   return Run(os.fspath(workdir), arm, experiment, model, num_groups, groups)
 
 

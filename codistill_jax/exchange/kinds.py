@@ -42,7 +42,7 @@ from codistill_jax.exchange.store_exchange import (
     memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
-from codistill_jax.storage import checkpoints, files
+from codistill_jax.storage import checkpoints
 from codistill_jax.storage.background import Troubles
 
 
@@ -305,10 +305,7 @@ class FixedTeachers(Kind):
     for source in find_teachers(self.runs, self.step):
       steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
-    before = [
-        files.whole(run_directory.read_run(w), 'prior_steps') or 0
-        for w in steps
-    ]
+    before = [run_directory.read_run(w).get('prior_steps', 0) for w in steps]
     return {
         'exchange_every': None,
         'mode': 'fixed',
@@ -433,7 +430,7 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
         ' teachers first, or give the --workdir that they were trained in'
     )
   run = run_directory.read_run(workdir)
-  num_groups = files.whole(run, 'num_groups') or len(there)
+  num_groups = run.get('num_groups') or len(there)
   for group_id in range(num_groups):
     if not run_directory.done_path(workdir, group_id).exists():
       raise ValueError(

@@ -142,6 +142,28 @@ def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
   return Plot(name, title, caption, buffer.getvalue())
 
 
+def plot(ax: Axes, curve: pd.Series, **style: Any) -> None:
+  """Draws a line; of a long one what would be seen of it."""
+  places = np.arange(len(curve))
+  if len(curve) > 4 * _COLUMNS:
+    # Of each column of pixels the lowest and the highest, and a gap or else the
+    # first.
+    width = -(-len(curve) // _COLUMNS)
+    missing = _COLUMNS * width - len(curve)
+    values = np.pad(curve, (0, missing), 'edge').reshape(_COLUMNS, width)
+    gap = np.isnan(values)
+    found = [
+        np.where(gap, np.inf, values).argmin(1),
+        np.where(gap, -np.inf, values).argmax(1),
+        gap.argmax(1),
+    ]
+    seen = np.arange(0, values.size, width) + np.stack(found)
+    places = np.unique(np.minimum([*seen.flat, values.size], places[-1]))
+  ax.plot(curve.iloc[places], **style)
+
+
+_COLUMNS = 1000
+
 # --- Curves -------------------------------------------------------------------
 
 # Records are smoothed over this share of a run, at least one record.

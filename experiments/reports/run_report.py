@@ -120,10 +120,11 @@ def notes(arms: Sequence[RunRecords]) -> list[str]:
     for group in arm.groups:
       keys = ('loss/task', 'loss/distill', 'eval/loss')
       curves = {key: group.curve(key) for key in keys}
-      bad = {k: list(c.index[~np.isfinite(c)]) for k, c in curves.items()}
+      bad = {k: c.index[~np.isfinite(c)].tolist() for k, c in curves.items()}
       who = f'{arm.name}, group {group.group_id}'
       odd.append((who, group.damaged, bad))
-  return _write('results_notes', odd=odd)
+  unreadable = [(arm.name, why) for arm in arms for why in arm.unreadable]
+  return _write('results_notes', odd=odd, unreadable=unreadable)
 
 
 # --- Commands ----------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from codistill_jax import run_directory, writers
+from codistill_jax.storage import files
 
 from .. import cli
 
@@ -435,7 +436,7 @@ class Progress:
     # A restart takes back what came after the checkpoint.
     self._shown = min(self._shown, self._size())
     with contextlib.suppress(OSError, ValueError):
-      with self._path.open('rb') as f:
+      with files.opened(self._path) as f:
         f.seek(self._shown)
         lines = f.read().splitlines(keepends=True)
       for line in lines:
@@ -458,7 +459,7 @@ class Progress:
     record.pop('time', None)
     if self._writer is None:
       num_steps = run_directory.read_run(self._group.workdir).get('num_steps')
-      if not isinstance(num_steps, int):
+      if num_steps is None:
         return False
       # The configuration is one: all groups warn of the same.
       for line in self._group.warnings() if not self._group.group_id else ():

@@ -26,8 +26,8 @@ Nothing here imports jax, so that `experiments/status.py` starts at once.
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -39,6 +39,8 @@ from codistill_jax.storage.files import (
     VALUE,
     WHOLE,
     PathLike,
+    RefusedError,
+    exists,
     is_step,
     names,
     opened,
@@ -152,11 +154,8 @@ def newest_saved(directory: PathLike) -> int | None:
   """
   directory = epath.Path(directory)
   for step in sorted(_numbered(directory, ''), reverse=True):
-    try:
-      (directory / str(step) / 'commit_success.txt').stat()
-    except (FileNotFoundError, NotADirectoryError):
-      continue
-    return step
+    if exists(directory / str(step) / 'commit_success.txt'):
+      return step
   return None
 
 
@@ -330,13 +329,35 @@ def records(path: PathLike) -> Iterator[dict[str, Any] | None]:
     path: The file, complete or still growing; a missing one is empty.
 
   Raises:
-    ValueError: If it is no regular file.
+    ValueError: If it is no regular file, or has a line too long for a record.
+  """
+  return _parsed(lines(path))
+
+
+def lines(path: PathLike, start: int = 0) -> Iterator[bytes]:
+  """Yields the lines of a metrics.jsonl; raises as `records`.
+
+  Args:
+    path: The file; a missing one is empty.
+    start: The byte at which the first of them begins.
   """
   try:
     with opened(path) as f:
-      yield from _parsed(f)
+      f.seek(start)
+      while line := f.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+          raise RefusedError(
+              f'{os.fspath(path)} has a line of more than {_LONGEST_LINE} bytes'
+          )
+        yield line
   except (FileNotFoundError, NotADirectoryError):
     return
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+  for line in lines:
+    if line.strip() and line.endswith(b'\n'):
+      yield parse_record(line)
 
 
 def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
@@ -346,35 +367,19 @@ def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
     path: The file.
     tail_bytes: If given, read only the whole lines within that many last bytes.
   """
-  parsed = records(path) if tail_bytes is None else _tail(path, tail_bytes)
-  parsed = list(parsed)
+  whole = tail_bytes is None
+  parsed = list(records(path) if whole else _parsed(_tail(path, tail_bytes)))
   good = [r for r in parsed if r is not None]
   return MetricsLog(good, len(parsed) - len(good))
 
 
-def _tail(path: PathLike, num_bytes: int) -> list[dict[str, Any] | None]:
+def _tail(path: PathLike, num_bytes: int) -> list[bytes]:
   try:
     with opened(path) as f:
       size = f.seek(0, os.SEEK_END)
       # One byte more, so that a line which starts exactly at the cut is kept.
       f.seek(max(0, size - num_bytes - 1))
-      data = f.read(num_bytes + 1)
+      found = io.BytesIO(f.read(num_bytes + 1)).readlines()
   except (FileNotFoundError, NotADirectoryError):
     return []
-  if size > num_bytes:
-    data = data.partition(b'\n')[2]
-  return list(_parsed(io.BytesIO(data)))
-
-
-def _parsed(lines: BinaryIO) -> Iterator[dict[str, Any] | None]:
-  while line := lines.readline(_LONGEST_LINE):
-    if not line.endswith(b'\n'):
-      if len(line) < _LONGEST_LINE:
-        return
-      # A line that fills memory is no record: what is left of it goes by.
-      while not line.endswith(b'\n'):
-        if not (line := lines.readline(_LONGEST_LINE)):
-          return
-      yield None
-    elif line.strip():
-      yield parse_record(line)
+  return found[1:] if size > num_bytes else found

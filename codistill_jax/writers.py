@@ -268,11 +268,7 @@ def _repair(path: epath.Path, resume_step: int | None) -> int:
   Returns:
     The newest step that is kept.
   """
-  try:
-    with files.opened(path) as f:
-      lines = f.readlines()
-  except FileNotFoundError:
-    return 0
+  lines = list(run_directory.lines(path))
   # A damaged whole line stays, for a person to look at; readers skip it.
   records = map(run_directory.parse_record, lines)
   steps = [record['step'] if record else 0 for record in records]

@@ -156,8 +156,10 @@ def exists(path: PathLike) -> bool:
       return path.exists()
   try:
     os.stat(path)
-  except (FileNotFoundError, NotADirectoryError):
-    return False
+  except OSError as e:
+    if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+      return False
+    raise
   return True
 
 

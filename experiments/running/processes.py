@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from codistill_jax import run_directory, writers
-from codistill_jax.storage import files
 
 from .. import cli
 
@@ -436,10 +435,7 @@ class Progress:
     # A restart takes back what came after the checkpoint.
     self._shown = min(self._shown, self._size())
     with contextlib.suppress(OSError, ValueError):
-      with files.opened(self._path) as f:
-        f.seek(self._shown)
-        lines = f.read().splitlines(keepends=True)
-      for line in lines:
+      for line in run_directory.lines(self._path, self._shown):
         if not line.endswith(b'\n'):
           break
         record = run_directory.parse_record(line)

@@ -1,8 +1,10 @@
 # Two groups codistil on real text:   make demo
 # Prediction churn, Table 1:          make churn
 # Lint and the whole test suite:      make test
+# On SLURM and on object stores:      make test_cluster
 # A figure of the paper in small:     make study STUDY=lm_codistillation
 # The benchmarks, docs/benchmarks.md: make bench
+# All that a GPU is for:              make gpu_kit, there: make gpu
 # The documentation, a site:         make docs
 # All do all set-up, in .venv.
 
@@ -17,7 +19,7 @@ RUN = .venv/bin/python -m
 
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo churn study test test_python bench docs lint clean
+.PHONY: demo churn study test test_cluster test_python bench gpu gpu_kit docs lint clean
 
 # Made again when the requirements change; `touch` comes last, so an
 # interrupted installation is repeated.
@@ -61,9 +63,15 @@ study: .venv/demo
 lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyink --check --quiet .
+	.venv/bin/mypy
 
 test: lint
 	$(RUN) pytest -n 2 --dist loadfile
+
+# On a SLURM of two nodes and on object stores, all of them on this machine; a
+# test whose engine is not installed (slurm-wlm and munge, in Debian) is skipped.
+test_cluster: .venv/test
+	$(RUN) pytest -m cluster -rs
 
 # A part of the suite, three minutes of it, on another Python with the newest
 # releases that the bounds allow: make test_python PYTHON=python3.13
@@ -82,6 +90,20 @@ test_python:
 
 bench: .venv/bench
 	$(RUN) benchmarks.run_all --device=$(DEVICE)
+
+# For a machine with a GPU and no network, which has jax, flax, optax, orbax and
+# PyTorch: carry this clone along with its data/ there. Nine minutes; see
+# benchmarks/gpu.py for what it writes to runs/gpu.
+KIT = gin-config psutil rich sentencepiece tensorboardX tqdm
+gpu_kit: .venv/demo
+	$(RUN) experiments.prepare_data --source=bible \
+	    --vocab_size=1024 --output=data/study
+	.venv/bin/pip download --quiet --dest data/wheels $(KIT)
+
+gpu:
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --no-index --find-links=data/wheels $(KIT)
+	.venv-gpu/bin/python -m benchmarks.gpu --device=gpu
 
 # A warning is an error; the site is in docs/_build.
 .venv/docs: .venv/demo

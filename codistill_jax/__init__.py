@@ -17,7 +17,14 @@ _HOMES = {
         'Updates',
         'Variables',
     ),
+    'data.clicks': ('criteo_task', 'flights_task'),
+    'data.images': (
+        *('cifar10_task', 'digits_task', 'fashion_mnist_task'),
+        *('hugging_face_images_task', 'image_folder_task'),
+    ),
     'data.tables': ('table_task',),
+    'data.text': ('language_model_task',),
+    'data.tokenizer': ('Tokenizer',),
     'storage.resume': ('ResumeCheckpoints',),
     'exchange.plan': ('Exchange', 'NoExchange', 'Plan', 'Waiting'),
     'exchange.kinds': ('PredictionExchange',),
@@ -34,8 +41,10 @@ _HOMES = {
     'step': ('init_state', 'make_eval_step', 'make_train_step'),
 }
 _MODULES = (
-    *('baselines', 'data', 'evaluate', 'exchange', 'losses', 'metrics'),
-    *('models', 'optimizers', 'schedules', 'statistics', 'writers'),
+    *('base', 'baselines', 'data', 'evaluate', 'exchange', 'experiment'),
+    *('group', 'losses', 'metrics', 'models', 'one_program', 'optimizers'),
+    *('peer_predictions', 'replicas', 'run_directory', 'schedules'),
+    *('statistics', 'step', 'trained', 'writers'),
 )
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -191,11 +191,12 @@ class PmapStep:
       self.num_traces += 1  # Runs only while jax traces.
       return summed(*args)
 
+    same: Any = None  # On all replicas.
     axes = TrainState(
-        step=None,
-        variables=None,
-        opt_state=None,
-        rng=None,
+        step=same,
+        variables=same,
+        opt_state=same,
+        rng=same,
         carry=0,
         teacher_carry=0,
     )

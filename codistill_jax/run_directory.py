@@ -162,7 +162,7 @@ def newest_saved(directory: PathLike) -> int | None:
 # --- Facts and signs of life, as JSON -----------------------------------------
 
 
-_RUN = {
+_RUN: dict[Any, Any] = {
     **dict.fromkeys(('arm', 'mode', 'example', 'data', 'command'), TEXT),
     **dict.fromkeys(('init_from', 'config_sha256'), TEXT),
     **dict.fromkeys(('num_groups', 'replicas', 'group_batch'), WHOLE),
@@ -172,7 +172,7 @@ _RUN = {
     'earlier': [TEXT],
     ...: ANY,
 }
-_STATUS = {
+_STATUS: dict[Any, Any] = {
     **dict.fromkeys(('step', 'num_steps', 'num_groups', 'pid'), WHOLE),
     **dict.fromkeys(('time', 'started', 'since'), TIME),
     **dict.fromkeys(('phase', 'reason', 'host', 'last_rejection'), TEXT),
@@ -184,7 +184,7 @@ _STATUS = {
         {'doing': TEXT, 'reason': TEXT, 'since': TIME, 'count': WHOLE}
     ],
 }
-_COMPARISON = {
+_COMPARISON: dict[Any, Any] = {
     'models': {...: {...: VALUE}},
     'ensembles': {...: {...: VALUE}},
     'pairs': {...: [{'a': TEXT, 'b': TEXT, ...: VALUE}]},
@@ -367,8 +367,8 @@ def read_metrics(path: PathLike, tail_bytes: int | None = None) -> MetricsLog:
     path: The file.
     tail_bytes: If given, read only the whole lines within that many last bytes.
   """
-  whole = tail_bytes is None
-  parsed = list(records(path) if whole else _parsed(_tail(path, tail_bytes)))
+  found = lines(path) if tail_bytes is None else _tail(path, tail_bytes)
+  parsed = list(_parsed(found))
   good = [r for r in parsed if r is not None]
   return MetricsLog(good, len(parsed) - len(good))
 

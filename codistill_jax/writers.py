@@ -12,8 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from absl import logging
 from etils import epath
@@ -95,6 +95,88 @@ class MultiWriter:
         errors.append(e)
     if errors:
       raise errors[0]
+
+
+class Source(NamedTuple):
+  """Whose metrics a writer gets.
+
+  Attributes:
+    directory: Of the group; it exists.
+    arm: Name of the run.
+    group_id: The group.
+    num_groups: G.
+    start: The step the run goes on from; 0 at its beginning.
+    configuration: Bindings of the run, a statement each.
+  """
+
+  directory: str
+  arm: str
+  group_id: int
+  num_groups: int
+  start: int
+  configuration: Sequence[str] = ()
+
+
+class OwnWriter:
+  """A writer of a user's own: what it raises does not end the training."""
+
+  def __init__(
+      self,
+      make: Callable[[Source], Writer],
+      source: Source,
+      troubles: Troubles,
+  ):
+    """Makes the writer; if that fails, again after 1, 2, 4, ... records.
+
+    Args:
+      make: A class or function.
+      source: Whose metrics it gets.
+      troubles: Where it is noted that it fails.
+    """
+    self._make, self._source, self._troubles = make, source, troubles
+    name = getattr(make, '__qualname__', repr(make))
+    self._doing = f'writing by {make.__module__}.{name}'
+    self._writer: Writer | None = None
+    self._records = self._missed = 0
+    self._open()
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    """Hands on a copy."""
+    self._records += 1
+    if self._writer is None and self._records.bit_count() == 1:
+      self._open()
+    if self._writer is not None:
+      with self._noting():
+        self._writer.write(step, dict(metrics))
+        self._troubles.worked(self._doing)
+        return
+    self._missed += 1
+
+  def close(self) -> None:
+    """Closes it, and says how many records it has missed."""
+    if self._writer is not None:
+      with self._noting():
+        self._writer.close()
+    if self._missed:
+      logging.warning(
+          '%s has missed %d of %d records; metrics.jsonl has them all',
+          self._doing,
+          self._missed,
+          self._records,
+      )
+
+  def _open(self) -> None:
+    with self._noting():
+      self._writer = self._make(self._source)
+
+  @contextlib.contextmanager
+  def _noting(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # It may raise anything.
+      logging.info('Where the error came from:', exc_info=e)
+      error = RuntimeError(f'{type(e).__name__}: {e}')
+      self._troubles.failed(self._doing, error)
 
 
 class _Appender:
@@ -301,7 +383,7 @@ def describe(metrics: Metrics) -> str:
 
 
 class ProgressWriter:
-  """Shows a progress bar on a terminal; elsewhere a line now and then."""
+  """Shows a bar on a terminal and in a notebook; else a line now and then."""
 
   def __init__(
       self,
@@ -331,10 +413,12 @@ class ProgressWriter:
     self._clock = clock
     self._last_line: float | None = None
     self._bar = None
-    if self._stream.isatty():
-      import tqdm  # Here: log files need no bar.
+    # The kernel of a notebook has a standard error of its own.
+    notebook = type(self._stream).__module__.startswith('ipykernel.')
+    if notebook or self._stream.isatty():
+      from tqdm import auto  # Here: log files need no bar.
 
-      self._bar = tqdm.tqdm(
+      self._bar = auto.tqdm(
           total=num_steps,
           initial=resume_step,
           desc=name or None,

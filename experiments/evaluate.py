@@ -108,6 +108,7 @@ def compare(run: Run) -> dict[str, Any]:
       run.model,
       [variables for _, variables in found],
       experiment_lib.split_batches(run.experiment.task, _FLAGS.split, rows),
+      run.experiment.metrics,
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   return {
@@ -147,10 +148,19 @@ def describe(comparison: dict[str, Any]) -> str:
   """Returns the comparison as aligned text."""
   ensembles = comparison['ensembles'].items()
   rows = comparison['models'] | {f'{k}/ensemble': v for k, v in ensembles}
-  # A sigmoid output has no perplexity, others no AUC.
-  keys = [k for k in _TITLES if all(k in metrics for metrics in rows.values())]
+  # A sigmoid output has no perplexity, others no AUC; some have metrics of
+  # their own.
+  known = dict.fromkeys(k for k in next(iter(rows.values())) if 'eval/' in k)
+  keys = [
+      key
+      for key in _TITLES | known
+      if all(key in metrics for metrics in rows.values())
+  ]
   table = pages.to_text(
-      ['model', 'step', *(_TITLES[key] for key in keys)],
+      [
+          *('model', 'step'),
+          *(_TITLES.get(key, key.removeprefix('eval/')) for key in keys),
+      ],
       [
           [
               name,

@@ -6,10 +6,14 @@ What needs PyTorch is in an extra of its own, and is run by hand.
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
+import tarfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prepared
 import pytest
 
 from benchmarks import (
@@ -313,3 +317,28 @@ def test_the_page_in_docs_is_that_of_the_runs_in_docs():
       [runs[d] for d in command.DEVICES if d in runs], page.read_notes(notes)
   )
   assert made == (ROOT / 'docs' / 'benchmarks.md').read_text()
+
+
+@pytest.mark.cluster
+def test_all_that_a_gpu_is_for_runs_in_small_on_a_cpu(tmp_path):
+  data, output = tmp_path / 'text', tmp_path / 'gpu'
+  source = prepared.write_corpus(
+      tmp_path / 'corpus.jsonl', prepared.texts(300), damaged=False
+  )
+  run = lambda *program: subprocess.run(
+      [sys.executable, '-m', *program], cwd=ROOT, check=True
+  )
+  prepare = (f'--source={source}', '--vocab_size=320', f'--output={data}')
+  run('experiments.prepare_data', *prepare)
+  run(
+      'benchmarks.gpu',
+      *('--device=cpu', '--quick', f'--data={data}', f'--output={output}'),
+  )
+  parts = json.loads((output / 'gpu.json').read_text())['parts']
+  assert parts['two_groups']['last_steps'] == [100, 100]
+  assert 50 <= parts['two_groups']['killed_at'] < 100
+  assert parts['benchmarks']['ran']
+  assert parts['study']['runs_done'] == 8
+  with tarfile.open(output / 'map_records.tar.gz') as archive:
+    names = archive.getnames()
+  assert sum(name.endswith('outcome.json') for name in names) == 8

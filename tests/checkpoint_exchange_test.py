@@ -48,10 +48,43 @@ def test_an_error_while_writing_comes_to_light(join, close):
       exchange.publish_if_due(n, variables_of(n))
 
 
-def test_two_writers_of_one_group_are_refused(join):
-  join()
-  with pytest.raises(leases.HeldError, match='publishing for group 0'):
-    join()
+def test_a_writer_that_is_made_again_takes_the_place_of_the_one_before(
+    join, tmp_path
+):
+  """Of one process, as by a cell that is run twice; what was under way ends."""
+  first = join()
+  first.begin(0)
+  publish_all(first, 10)
+  first.publish_if_due(20, variables_of(20))
+  second = join()
+  for left in (lambda: first.fetch(20), lambda: publish_all(first, 30)):
+    with pytest.raises(ValueError, match='another exchange for group 0'):
+      left()
+  second.begin(0)
+  publish_all(second, 10)
+  assert kept(tmp_path) == [10]
+  first.close()  # Leaves the lease alone.
+  publish_all(second, 20)
+
+
+@pytest.mark.parametrize('mode', ['freshest', 'lockstep'])
+def test_the_first_teacher_can_be_waited_for(join, tmp_path, mode):
+  exchange = join(num_groups=3, mode=mode)
+  publish(tmp_path, 1, 10)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    waited = pool.submit(exchange.wait_for_teachers, 10)
+    assert not concurrent.futures.wait([waited], 0.1).done
+    publish(tmp_path, 2, 10)
+    assert shown(waited.result(PATIENCE)) == [10, 10]
+  assert shown(exchange.fetch(11)) == [10, 10]
+  hasty = join(group_id=1, num_groups=3, mode=mode, waiting=Waiting(0.01))
+  with pytest.raises(TimeoutError, match=r'group 0.*step 10'):
+    hasty.wait_for_teachers(10)
+
+
+def test_without_peers_nobody_waits(join):
+  alone = join(num_groups=2, topology=[[], [0]])
+  assert alone.wait_for_teachers(10) is None
 
 
 def test_a_writer_that_was_taken_over_writes_no_more(

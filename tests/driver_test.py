@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
@@ -75,11 +74,6 @@ def compile_once():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(experiment_lib.step, 'init_state', init)
-    patch.setattr(
-        experiment_lib.step,
-        'make_eval_step',
-        functools.cache(experiment_lib.step.make_eval_step),
-    )
     yield
 
 
@@ -252,6 +246,39 @@ def test_processes_that_end_together_leave_out_no_last_evaluation(make_job):
   job = make_job(stop=StopAt(14), agreement=together)
   assert run(job)[-1] == STEPS
   assert curve_of(job, 'eval/loss')[0] == [6, 12]
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_a_writer_of_ones_own_gets_every_record_and_cannot_end_the_run(
+    make_job, caplog, broken
+):
+  records, places = [], []
+
+  class Mine:
+
+    def __init__(self, source):
+      places.append((source.directory, source.arm, source.start))
+
+    def write(self, step, metrics):
+      if broken:
+        raise RuntimeError('no network')
+      records.append({'step': step, **metrics})
+
+    def close(self):
+      records.append('closed')
+
+  job = make_job(writers=[Mine])
+  run(job)
+  assert places == [(job.directory, 'run', 0)]
+  assert records.pop() == 'closed'
+  written = records_of(job)
+  for record in written:
+    del record['time']
+  assert records == [] if broken else records == written
+  status = run_directory.read_status(job.workdir, 0)
+  doing = [trouble['doing'] for trouble in status['troubles']]
+  assert [text.endswith('Mine') for text in doing] == [True] * broken
+  assert sum('no network' in r.getMessage() for r in caplog.records) == broken
 
 
 def test_all_groups_that_go_on_from_an_evaluation_tell_of_it(make_job):

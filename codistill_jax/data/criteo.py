@@ -221,7 +221,7 @@ def _categories(text, begins_F, lengths_F):
 
 def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
   """Counts bad lines by reason."""
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   for line in np.flatnonzero(reason_N >= 0).tolist():
     try:
       data[starts_N[line] : ends_N[line]].decode('utf-8')
@@ -439,6 +439,7 @@ def split_of(
   """Returns the split of each line number, as an index into SPLITS."""
   validation, test = config['validation_fraction'], config['test_fraction']
   if config['split'] == 'time':
+    assert total_lines is not None  # They were counted.
     first_test = total_lines - int(total_lines * test)
     first_validation = first_test - int(total_lines * validation)
     bounds_S = np.asarray([first_validation, first_test])
@@ -467,7 +468,7 @@ def _write_rows(
   bad = np.setdiff1d(np.arange(len(piece)), numbers_N)
   numbers_N += number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
-  splits = {}
+  splits: dict[str, dict[str, Any]] = {}
   for i, name in enumerate(SPLITS):
     part = rows[split_N == i]
     splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
@@ -495,9 +496,9 @@ def _parse(
   """Returns the rows of good lines, their places, and what was left out."""
   rows = [np.zeros((0, COLUMNS), np.uint32)]
   places = [np.zeros(0, np.int64)]
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   for start in range(0, len(piece), _PARSED):
-    lines = piece[start : start + _PARSED]
+    lines: Any = piece[start : start + _PARSED]
     bad = [line for line in lines if isinstance(line, Reject)]
     lines_N = np.arange(start, start + len(lines))
     if bad:

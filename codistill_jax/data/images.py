@@ -193,8 +193,8 @@ def image_folder_task(
   return _task(
       'image_folder',
       train,
-      validation and read(root / validation),
-      test and (lambda: read(test)),
+      read(root / validation) if validation else None,
+      functools.partial(read, test) if test else None,
       _decoded(size, resize, workers, max_damaged),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
@@ -233,13 +233,16 @@ def hugging_face_images_task(
     image_key: Column of images.
     label_key: Column of class labels. Others: as above.
   """
-  train, validation, test = (
-      split
-      and image_files.read_hugging_face(
-          name, config, split, image_key=image_key, label_key=label_key
-      )
-      for split in (train_split, validation_split, test_split)
+  read = functools.partial(
+      image_files.read_hugging_face,
+      name,
+      config,
+      image_key=image_key,
+      label_key=label_key,
   )
+  train = read(train_split)
+  validation = read(validation_split) if validation_split else None
+  test = read(test_split) if test_split else None
   for other in (validation, test):
     if other and other.classes != train.classes:
       raise ValueError(f'The splits of {name} do not have the same classes.')
@@ -247,7 +250,7 @@ def hugging_face_images_task(
       name,
       train,
       validation,
-      test and (lambda: test),
+      (lambda: test) if test else None,
       _decoded(size, resize, workers, max_damaged),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),

@@ -401,7 +401,7 @@ def quoted(place: int, reason: str, text: str) -> str:
 
 def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Returns records, rejects and splits of all pieces together."""
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   splits: dict[str, dict[str, Any]] = {}
   for piece in pieces:
     rejects.update(piece['rejects'])
@@ -488,7 +488,8 @@ def _map(
     items: Iterable[Any],
 ) -> Iterator[Any]:
   """Yields results in order, at most `ahead` of them under way."""
-  items, error = iter(items), None
+  items = iter(items)
+  error: Exception | None = None
   waiting: collections.deque[concurrent.futures.Future] = collections.deque()
   try:
     while True:
@@ -517,7 +518,7 @@ def _map(
   finally:
     for future in waiting:
       future.cancel()
-  if not isinstance(error, StopIteration):
+  if error and not isinstance(error, StopIteration):
     raise error
 
 
@@ -533,5 +534,7 @@ def _end_with_parent() -> None:
 
 
 def _leave_after_parent() -> None:
-  multiprocessing.parent_process().join()
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
   os._exit(1)  # Nothing is left to be cleaned up, or to be said.

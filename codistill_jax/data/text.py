@@ -229,7 +229,7 @@ class DocumentBatches(Sequence):
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> base.Batch:
+  def __getitem__(self, index: int) -> base.Batch:  # type: ignore[override]
     """Makes one batch, as `TokenStream.batch`; padding has weight 0."""
     if not -self._length <= index < self._length:
       raise IndexError(f'Batch {index} of {self._length}.')
@@ -243,7 +243,7 @@ class DocumentBatches(Sequence):
 
 def _deal(lengths_D: np.ndarray, num_lanes: int) -> list[np.ndarray]:
   """Documents of each lane: the longest first, always to the shortest lane."""
-  lanes = [[] for _ in range(num_lanes)]
+  lanes: list[list[int]] = [[] for _ in range(num_lanes)]
   heap = [(0, lane) for lane in range(num_lanes)]
   for document in np.argsort(-lengths_D, kind='stable').tolist():
     length, lane = heap[0]
@@ -287,7 +287,7 @@ def language_model_task(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(batches, validation),
-      test_batches=test and functools.partial(batches, test),
+      test_batches=functools.partial(batches, test) if test else None,
       num_classes=train.vocab_size,
       identity={
           'task': 'language_model',

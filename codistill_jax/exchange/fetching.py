@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ class Swap(NamedTuple):
   """
 
   held: tuple[Publication | None, ...]
-  teachers: Teachers
+  teachers: Any  # None before the first.
 
 
 class Teaching:
@@ -80,11 +80,11 @@ class Teaching:
     """
     self.peers = peers
     self.held: tuple[Publication | None, ...] = (None,) * len(peers)
-    self.in_use = self.held
+    self.in_use: tuple[Publication | None, ...] = self.held
     self.shown: Teachers | None = None
     self._plan = plan
     self._put = put
-    self._teachers: Teachers | None = None
+    self._teachers: Any = None  # Teachers, once there are some.
     self._group_id = group_id
     self._alone = False  # As was said.
     self._patient_until: int | None = None
@@ -127,11 +127,11 @@ class Teaching:
     """Returns of what was prepared only the teachers of some peers."""
     found = {}
     for slot, peer in enumerate(self.peers):
-      if peer in peers:
+      if swap and peer in peers:
         variables = jax.tree.map(
             lambda x, slot=slot: _slot(x, slot), swap.teachers.variables
         )
-        found[peer] = (swap.held[slot], variables)
+        found[peer] = (cast(Publication, swap.held[slot]), variables)
     return self.prepare(found)
 
   def take(self, swap: Swap | None) -> None:
@@ -148,9 +148,14 @@ class Teaching:
         if self._plan.too_old(step, p)
     ]
 
-  def show(self, step: int) -> Teachers | None:
-    """Returns the teachers of the update after `step` that are not too old."""
-    in_use = tuple(
+  def lacking(self, step: int) -> list[int]:
+    """Returns the peers without a teacher that can be used at `step`."""
+    return [
+        peer for peer, p in zip(self.peers, self._usable(step)) if p is None
+    ]
+
+  def _usable(self, step: int) -> tuple[Publication | None, ...]:
+    return tuple(
         p
         if p
         and not self._plan.too_old(step, p)
@@ -158,6 +163,10 @@ class Teaching:
         else None
         for p in self.held
     )
+
+  def show(self, step: int) -> Teachers | None:
+    """Returns the teachers of the update after `step` that are not too old."""
+    in_use = self._usable(step)
     if in_use == self.in_use and self.shown is not None:
       return self.shown
     self.in_use = in_use
@@ -344,7 +353,8 @@ class Reader:
   def _in_hand(self, peer: int) -> int | None:
     """Returns which one has been read meanwhile, too late for who asked."""
     asked, answer = self._late.get(peer, (('',), None))
-    if asked[0] == self._read_now.__name__ and answer.done():
+    reading = asked[0] == self._read_now.__name__
+    if reading and answer and answer.done():
       return asked[1]
     return None
 
@@ -449,6 +459,9 @@ class Fetching(Protocol):
   def fetch(self, step: int) -> None:
     """Takes what there is for the update after `step`."""
 
+  def wait(self, step: int) -> None:
+    """Waits until every peer has a teacher for the update after `step`."""
+
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Takes what was in use, by peer; the newest where that is gone."""
 
@@ -494,7 +507,12 @@ class Freshest:
         self._bringing = None
     policy = self._means.plan.staleness_policy
     if policy != 'drop' and self._teaching.too_old(step):
-      self._wait_for_younger(step)
+      self._look_again(self._teaching.too_old, self._stale, step)
+
+  def wait(self, step: int) -> None:
+    self._most = self._means.plan.newest_used(step)
+    if self._teaching.lacking(step):
+      self._look_again(self._teaching.lacking, self._untaught, step)
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     used = {peer: step for peer, step in steps.items() if step is not None}
@@ -514,7 +532,9 @@ class Freshest:
     # Alone a process meets at every step; else at 0 and at powers of two.
     return self._means.agreement is ALONE or not since & (since - 1)
 
-  def _bring(self, peers: Sequence[int]) -> Iterator[concurrent.futures.Future]:
+  def _bring(
+      self, peers: Collection[int]
+  ) -> Iterator[concurrent.futures.Future]:
     """Looks, reads and takes; yields what it waits for, again and again."""
     while peers:
       look = self._running = self._means.submit(self._look, sorted(peers))
@@ -552,7 +572,8 @@ class Freshest:
 
   def _read(self, steps: Mapping[int, int]) -> _Read:
     """Reads onto the devices, a few peers at a time; in the thread."""
-    found, swap, peers = set(), None, list(steps)
+    found: set[int] = set()
+    swap, peers = None, list(steps)
     store, reader = self._means.store, self._means.reader
     with store.turn(), store.reading(steps):
       for first in range(0, len(peers), AT_ONCE):
@@ -599,12 +620,21 @@ class Freshest:
     finally:
       self._hurry.clear()
 
-  def _wait_for_younger(self, step: int) -> None:
-    """Looks again, in the foreground: once, or until a time limit."""
+  def _look_again(
+      self,
+      missing: Callable[[int], list[int]],
+      why: Callable[[int], str],
+      step: int,
+  ) -> None:
+    """Looks, in the foreground, until no peer is missing, or a time limit.
+
+    Raises:
+      StaleError: If the policy is `fail`, after one look at who is too old.
+    """
     start, means = time.monotonic(), self._means
 
     def go_on() -> None:
-      means.waiting.go_on(start, self._stale(step), means.agreement)
+      means.waiting.go_on(start, why(step), means.agreement)
 
     while True:
       # The look under way may have begun too early.
@@ -612,15 +642,22 @@ class Freshest:
         self._finish(self._bringing, go_on)
         self._bringing = None
       self._finish(self._bring(self._teaching.peers), go_on)
-      if not self._teaching.too_old(step):
+      if not missing(step):
         return
-      if means.plan.staleness_policy == 'fail':
+      if means.plan.staleness_policy == 'fail' and self._teaching.too_old(step):
         raise StaleError(
             f'{self._stale(step)}; see whether these groups run, or set'
             ' staleness_policy to drop or wait'
         )
       go_on()
       means.store.wait(means.patience.poll)
+
+  def _untaught(self, step: int) -> str:
+    peers = ', '.join(map(str, self._teaching.lacking(step)))
+    return (
+        f'group {self._group_id} has no teacher of group {peers} that can be'
+        f' used at step {step}. {self._means.store.advice}'
+    )
 
   def _stale(self, step: int) -> str:
     held = self._teaching.held_steps
@@ -645,7 +682,7 @@ class Lockstep:
   def fetch(self, step: int) -> None:
     teaching, plan = self._means.teaching, self._means.plan
     asked = plan.asked(step)
-    if asked == self._asked:
+    if asked is None or asked == self._asked:
       return
     found = self._read_before(asked)
     for peer in teaching.peers:
@@ -656,6 +693,9 @@ class Lockstep:
       # The next one is published already, or soon; well before it is needed.
       ahead = asked + plan.every
       self._ahead = (ahead, self._means.submit(self._read_ahead, ahead))
+
+  def wait(self, step: int) -> None:
+    self.fetch(step)
 
   def restore(self, steps: Mapping[int, int | None]) -> None:
     """Does nothing: what is in use follows from the step alone."""
@@ -686,7 +726,7 @@ class Lockstep:
     while True:
       slot = slot or reader.read_if_there(peer, step)
       if means.agreement.all_true(np.array(slot is not None)):
-        return slot
+        return cast(Slot, slot)
       means.store.raise_failure()
       newest = reader.newest(peer)
       now = time.monotonic()

@@ -142,7 +142,7 @@ class Checkpoints(Plan, Kind):
     return {'exchange_every': self.every, 'mode': mode}
 
   def join(self, member: Member, like: Variables) -> Exchange:
-    return CheckpointExchange(
+    return CheckpointExchange(  # type: ignore[return-value]
         run_directory.exchange_root(member.workdir),
         member.group_id,
         member.num_groups,
@@ -161,7 +161,7 @@ class Checkpoints(Plan, Kind):
   ) -> Sequence[Exchange]:
     del examples
     root = run_directory.exchange_root(member.workdir)
-    return memory_exchanges(
+    return memory_exchanges(  # type: ignore[return-value]
         member.num_groups,
         plan=self,
         mirror=Mirror(root, like, member.identity),
@@ -185,9 +185,9 @@ class Predictions(Kind):
   topology: Topology = 'all'
   topology_seed: int = 0
 
-  every: ClassVar[int] = 1
-  teacher_dtype: ClassVar[str] = 'float32'
-  one_program: ClassVar[bool] = True
+  every: ClassVar[int] = 1  # type: ignore[misc]
+  teacher_dtype: ClassVar[str] = 'float32'  # type: ignore[misc]
+  one_program: ClassVar[bool] = True  # type: ignore[misc]
 
   def __post_init__(self):
     check_topology(self.topology)
@@ -271,7 +271,7 @@ class FixedTeachers(Kind):
   step: int | None = None
   teacher_dtype: str = 'float32'
 
-  every: ClassVar[None] = None
+  every: ClassVar[None] = None  # type: ignore[misc]
 
   def __post_init__(self):
     runs, step = self.runs, self.step
@@ -301,7 +301,7 @@ class FixedTeachers(Kind):
 
   def describe(self) -> dict[str, Any]:
     """Returns also what was spent on the teachers before the first step."""
-    steps = {}
+    steps: dict[str, list[int]] = {}
     for source in find_teachers(self.runs, self.step):
       steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
@@ -521,7 +521,8 @@ class FixedExchange(NoExchange):
         Publication(
             n,
             source.step,
-            checkpoints.completed_at(source.directory, source.step),
+            # None if nobody knows: it is recorded, and no age is made of it.
+            checkpoints.completed_at(source.directory, source.step),  # type: ignore[arg-type]
         )
         for n, source in enumerate(sources)
     )

@@ -9,6 +9,7 @@ Shape suffix: P peers.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -129,6 +130,12 @@ class StoreExchange:
 
   def _go_on(self, step: int) -> None:
     """Raises ValueError unless `step` is of the run that this is for."""
+    if self._store.replaced:
+      raise ValueError(
+          f'another exchange for group {self._group_id} was made in this'
+          ' process, in the same directory, and this one is closed; each group'
+          ' has a group_id of its own, and each run a root'
+      )
     if step < self._step or self._closed:
       closed = ' after it was closed' if self._closed else ''
       raise ValueError(
@@ -147,6 +154,26 @@ class StoreExchange:
     if self._speaks:
       self._teaching.say_if_alone(step)
     return shown
+
+  def wait_for_teachers(self, step: int) -> Teachers | None:
+    """Waits until every peer teaches in the update after `step`.
+
+    In freshest a fetch never waits, so that the first update with a weight may
+    have no teacher yet: call this between two turns of `run_group`, after the
+    first publication, such as at the end of burn-in. Lockstep waits by itself.
+
+    Returns:
+      The teachers; None without peers, and in lockstep before the first
+      publication that it asks for.
+
+    Raises:
+      TimeoutError: After `Waiting.timeout_seconds`, with who is missing.
+      StaleError: If one is too old and the policy is `fail`.
+    """
+    self._go_on(step)
+    if self.peers:
+      self._fetching.wait(step)
+    return self.fetch(step)
 
   def restore(self, step: int, teacher_steps: Sequence[int | None]) -> None:
     self._go_on(step)
@@ -186,7 +213,9 @@ class StoreExchange:
 class CheckpointExchange(StoreExchange):
   """Through a directory that all groups see, a group in each process.
 
-  For one run: another run gets another root, and another exchange.
+  For one run: another run gets another root, and another exchange. One that is
+  made again in the same process, as by a cell that is run twice, takes the
+  place of the one before.
   """
 
   def __init__(
@@ -228,7 +257,7 @@ class CheckpointExchange(StoreExchange):
     Raises:
       leases.HeldError: If another process publishes for this group.
     """
-    shared = {
+    shared: dict[str, Any] = {
         'plan': (plan or Plan()).with_mode('freshest'),
         'identity': identity or {},
         'waiting': waiting or Waiting(),
@@ -276,7 +305,7 @@ def memory_exchanges(
     patience: Time limits for that disk.
   """
   peers_of(0, num_groups)  # Raises if there are too few groups.
-  fields = {'every': every, 'mode': mode}
+  fields: dict[str, Any] = {'every': every, 'mode': mode}
   given = {name: x for name, x in fields.items() if x is not None}
   if not isinstance(plan, Plan | None):
     raise ValueError(
@@ -293,7 +322,7 @@ def memory_exchanges(
   # behind it, and then asks for what is `staleness` older still.
   keep = 2 * (plan.staleness // plan.every) + 2
   board = Board(num_groups, keep)
-  shared = {
+  shared: dict[str, Any] = {
       'plan': plan,
       'identity': mirror.identity if mirror else {},
       'troubles': troubles,

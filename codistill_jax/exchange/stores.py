@@ -7,11 +7,12 @@ see the same publications; each has a store of its own, which writes for it.
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from absl import logging
@@ -33,8 +34,12 @@ from codistill_jax.storage.background import (
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
 FAILED_FILE = 'failed.json'
-_MARK = {'nonce': files.TEXT, 'steps': {...: files.WHOLE}}  # Of READING_FILE.
+# Of READING_FILE.
+_MARK: dict[str, Any] = {'nonce': files.TEXT, 'steps': {...: files.WHOLE}}
 _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
+
+# The writers of this process that are open, by directory.
+_OPEN: dict[str, 'DirectoryStore'] = {}
 
 
 class Store(Protocol):
@@ -46,11 +51,13 @@ class Store(Protocol):
     writes: Whether this process publishes.
     at_hand: Whether reading takes no time; then it needs no thread.
     advice: What to do where a publication does not come.
+    replaced: Whether another one of this process took its place.
   """
 
   writes: bool
   at_hand: bool
   advice: str
+  replaced: bool = False
 
   def steps(self, group_id: int) -> list[int]:
     """Returns the steps that a group has published, ascending."""
@@ -200,6 +207,7 @@ class DirectoryStore(Store):
     self._all_needed = plan.mode == 'lockstep' and not mirrored
     self._lease: leases.Lease | None = None
     if writes and not mirrored:
+      _replace(str(self._directory), group_id)
       self._lease = leases.acquire(
           self._directory,
           f'publishing for group {group_id} in',
@@ -221,6 +229,8 @@ class DirectoryStore(Store):
         patience=patience,
         interrupted=waiting.interrupted,
     )
+    if self._lease is not None:
+      _OPEN[str(self._directory)] = self
 
   # --- Reading ---
 
@@ -381,6 +391,8 @@ class DirectoryStore(Store):
   def _release(self) -> None:
     if self._lease is not None:
       self._lease.release()
+    if _OPEN.get(str(self._directory)) is self:
+      del _OPEN[str(self._directory)]
 
   # --- In the thread ---
 
@@ -421,6 +433,7 @@ class DirectoryStore(Store):
       needed = min(map(self._needed_by, self._readers))
       old = [step for step in old if step < needed]
     read_now = lambda: self._marks.read_now(self._group_id)
+    is_read = lambda step: step in read_now()
     read = read_now()
     for step in old:
       # A reader sets its mark and then looks whether the step is there; the
@@ -428,7 +441,7 @@ class DirectoryStore(Store):
       # sees the other.
       if step not in read:
         checkpoints.delete_unless(
-            self._directory, step, lambda step=step: step in read_now()
+            self._directory, step, functools.partial(is_read, step)
         )
 
   def _needed_by(self, reader: int) -> int:
@@ -438,6 +451,27 @@ class DirectoryStore(Store):
       mark = files.read_json(path, {'step': files.WHOLE}) or {}
       return self._plan.keep_from(mark.get('step', 0))
     return 0  # It would start from the beginning, for all that is known.
+
+
+def _replace(directory: str, group_id: int) -> None:
+  """Closes the writer that this process has in a directory, if any.
+
+  A cell of a notebook that is run again has not closed what it made before.
+  """
+  before = _OPEN.get(directory)
+  if before is None:
+    return
+  logging.warning(
+      'group %d: another exchange takes the place of one in %s, which is'
+      ' closed',
+      group_id,
+      directory,
+  )
+  before.replaced = True
+  try:
+    before.close()
+  except Exception as e:  # Of a run that nobody goes on with.
+    logging.warning('group %d: closing it: %s', group_id, e)
 
 
 class _ReadingMarks:
@@ -529,8 +563,8 @@ class MemoryStore(Store):
   advice = (
       'Step all groups in turn, or run them in threads with a timeout_seconds'
   )
-  reading = staticmethod(contextlib.nullcontext)
-  turn = staticmethod(contextlib.nullcontext)
+  reading: Any = staticmethod(contextlib.nullcontext)
+  turn: Any = staticmethod(contextlib.nullcontext)
 
   def __init__(
       self,

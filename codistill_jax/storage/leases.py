@@ -334,7 +334,7 @@ class _Candidacy(NamedTuple):
       if raw is None or alive is False:
         return looked
       changed = first not in (None, raw)
-      if alive or (changed and holder):
+      if holder and (alive or changed):
         other = _sentence(holder, self.path)
         raise HeldError(f'{other}; end it, or wait until it is done')
       # Whoever lives mends a damaged file at its next beat.

@@ -209,6 +209,7 @@ _QUALITY = {
     'eval/calibration': ('calibration', '.3f'),
     'eval/examples': ('examples', ',.0f'),
 }
+_LEFT_OUT = ('eval/calibration_error', 'eval/perplexity')
 _STALENESS = 'staleness, steps: mean / max'
 _STALL = 'stall, ms per exchange (share)'
 # For a terminal of some 110 columns.
@@ -289,7 +290,12 @@ def _shown_quality(arms: Sequence[RunRecords]) -> dict[str, tuple[str, str]]:
   found |= {'eval/loss', 'eval/accuracy'}
   if 'eval/auc' not in found:
     found.add('eval/perplexity')
-  return {key: shown for key, shown in _QUALITY.items() if key in found}
+  shown = {key: shown for key, shown in _QUALITY.items() if key in found}
+  # Metrics of one's own.
+  own = sorted(k for k in found - shown.keys() if k not in _LEFT_OUT)
+  return shown | {
+      k: (k.removeprefix('eval/'), '.4f') for k in own if 'eval/' in k
+  }
 
 
 def pair_mean(arm: RunRecords, key: str) -> float | None:

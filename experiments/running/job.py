@@ -91,6 +91,10 @@ class Job:
     return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
 
   @property
+  def run_name(self) -> str:
+    return self.arm or os.path.basename(os.path.normpath(self.workdir))
+
+  @property
   def identity(self) -> dict[str, str]:
     return {k: str(v) for k, v in self.experiment.task.identity.items()}
 
@@ -104,7 +108,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
   return {
-      'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
+      'arm': job.run_name,
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
       # Few runs simulate any: the others do not speak of it.
@@ -137,8 +141,8 @@ def print_dry_run(job: Job, state: TrainState) -> None:
 def check_workdir(job: Job, state: TrainState) -> None:
   """Raises ValueError if the workdir holds a run of another configuration.
 
-  What changes no number that was computed may change: how long the run is, and
-  how often it is evaluated, recorded and saved.
+  What changes no number that was computed may change: how long the run is, how
+  often it is evaluated, recorded and saved, and by which writers.
   """
   before = _read_before(job)
   if not before:
@@ -224,7 +228,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
 
 # Of an `Experiment`: settings that change no number that was computed.
 _MAY_CHANGE = re.compile(
-    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every) = '
+    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every|writers) = '
 )
 
 

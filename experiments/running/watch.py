@@ -4,7 +4,6 @@ Shape suffixes: B rows of the group batch, P teachers.
 """
 
 import concurrent.futures
-import functools
 import math
 import os
 import socket
@@ -20,7 +19,6 @@ from absl import logging
 from codistill_jax import (
     evaluate,
     jaxprs,
-    losses,
     one_program,
     run_directory,
     writers,
@@ -29,7 +27,6 @@ from codistill_jax.base import (
     ALONE,
     Batch,
     Metrics,
-    Model,
     PeerPredictions,
     PyTree,
     Teachers,
@@ -37,9 +34,8 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
-from codistill_jax.experiment import split_batches
+from codistill_jax.experiment import make_eval_step, split_batches
 from codistill_jax.group import StepResult
-from codistill_jax.step import EvalStep, make_eval_step
 from codistill_jax.storage import leases
 
 from .. import cli
@@ -182,7 +178,7 @@ class Watch:
     self._efficiency = efficiency
     self.heartbeat = heartbeat
     self._writer = writer
-    self._eval_step = _eval_step(job.experiment.task.output, job.model)
+    self._eval_step = make_eval_step(job.experiment, job.model)
     self._eval_batches = None
     self._results: list[dict] = []
     self._logged_step = start
@@ -257,13 +253,6 @@ class Watch:
     self._logged_step, self._logged_time = step, time.perf_counter()
 
 
-# Compiled once for all groups and runs of a process.
-@functools.lru_cache(maxsize=4)
-def _eval_step(output: str, model: Model) -> EvalStep:
-  task_loss = losses.task_loss_of(output)
-  return jax.jit(make_eval_step(model, task_loss=task_loss))
-
-
 def _taught(metrics: Metrics) -> bool:
   """Returns whether an update had teachers."""
   return bool(metrics['distill/weight'])
@@ -272,7 +261,10 @@ def _taught(metrics: Metrics) -> bool:
 def group_writer(
     job: Job, *, progress: bool
 ) -> Callable[[int], writers.Writer]:
-  """Makes writers of JSON lines, TensorBoard events and, if asked, progress."""
+  """Makes writers of JSON lines and TensorBoard events, and of what is asked.
+
+  That is progress on the terminal, and `Experiment.writers`.
+  """
 
   def make(start: int) -> writers.Writer:
     directory = run_directory.group_dir(job.workdir, job.group_id)
@@ -297,6 +289,19 @@ def group_writer(
               name=f'group {job.group_id}',
           )
       )
+    source = writers.Source(
+        job.directory,
+        job.run_name,
+        job.group_id,
+        job.num_groups,
+        start,
+        job.configuration().bindings,
+    )
+    # Last: one that hangs holds up nothing that is written here.
+    made += [
+        writers.OwnWriter(make, source, job.troubles)
+        for make in job.experiment.writers
+    ]
     return writers.MultiWriter(made)
 
   return make

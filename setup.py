@@ -65,7 +65,7 @@ setuptools.setup(
     package_data={
         'codistill_jax': ['py.typed'],
         'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
-        'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
+        'codistill_jax.experiments.reports': ['*.jinja', '*.css', '*.svg'],
         'codistill_jax.experiments.studies': ['*.jinja'],
     },
     entry_points={
@@ -82,6 +82,8 @@ setuptools.setup(
         'images': _bounded(_IMAGES),
         'report': _bounded(_REPORT),
         'export': _bounded(_EXPORT),
+        's3': _bounded(('s3fs',)),
+        'gcs': _bounded(('gcsfs',)),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
         'pytest': _bounded(

@@ -409,6 +409,12 @@ class Task(NamedTuple):
       label in the training split, that of all groups: float64 (C,), of sum 1.
       None: nobody counts.
     tokenizer: `tokenizer()` gives that of a task of text; None for others.
+    other_data: `other_data(name, split)` opens another data set as this task
+      sees its own, with its tokenizer, vocabulary, classes and normalisation,
+      and gives what `eval_batches` is of it. It raises ValueError if those of
+      the data are others. None: no other data are read.
+    raw_inputs: How inputs are made of raw values, for a servable model:
+      `tables.Columns`, `images.Pixels`; None: unknown.
   """
 
   train_stream: Callable[..., Stream]
@@ -423,6 +429,10 @@ class Task(NamedTuple):
   partition: str = 'shared'
   label_frequencies: Callable[[], np.ndarray] | None = None
   tokenizer: Callable[[], Any] | None = None
+  other_data: Callable[[str, str], Callable[[int], Sequence[dict]]] | None = (
+      None
+  )
+  raw_inputs: Any = None
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

@@ -263,13 +263,29 @@ def check_batch(batch: Any, rows: set[int], what: str) -> Batch:
   return batch
 
 
-def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
+def split_batches(
+    task: Task, split: str, batch_size: int, data: str | None = None
+) -> Sequence[Batch]:
   """Returns the batches of the 'validation' or 'test' split, in order.
 
+  Args:
+    task: The data of a run.
+    split: Of these, or of `data`.
+    batch_size: Rows of each batch.
+    data: Another data set, see `Task.other_data`.
+
   Raises:
-    ValueError: If there is no such split, or if it can be read but once.
+    FileNotFoundError, ValueError: If there is no such split, it can be read but
+      once, or the other data do not fit the task.
   """
   splits = {'validation': task.eval_batches, 'test': task.test_batches}
+  if data is not None:
+    if task.other_data is None:
+      raise ValueError(
+          f'the task {task.identity.get("task", task.description)} reads no'
+          f' other data, got {data!r}; text, tables, Criteo and images do'
+      )
+    splits = {split: task.other_data(data, split)}
   batches_of = splits.get(split)
   if batches_of is None:
     raise ValueError(

@@ -12,11 +12,14 @@
     <workdir>/groups/group_<i>/tensorboard/         TensorBoard events
     <workdir>/groups/group_<i>/status.json          see `write_status`
     <workdir>/groups/group_<i>/lease.json           who may train it
-    <workdir>/groups/group_<i>/log.txt              its output, by train_local
+    <workdir>/groups/group_<i>/log.txt              its output, by train_local,
+                                                    unless in an object store
     <workdir>/groups/group_<i>/DONE                 the last step was reached
-    <workdir>/report/                               pages, comparison.json
+    <workdir>/report/                               pages, comparison.json,
+                                                    samples.json
 
-In a group of several processes the one with index n > 0 reads under the mark
+With `--exchange_dir`, which run.json names, exchange/ lies there. In a group of
+several processes the one with index n > 0 reads under the mark
 `process_<n>_reading.json`; all else is written by the primary alone.
 
 Readers work beside a live writer: a missing file is None or empty, a damaged
@@ -64,8 +67,12 @@ def run_path(workdir: PathLike) -> epath.Path:
 
 
 def exchange_root(workdir: PathLike) -> epath.Path:
-  """Returns the directory in which all groups publish."""
-  return epath.Path(workdir) / 'exchange'
+  """Returns the directory in which all groups publish, as run.json says."""
+  try:
+    elsewhere = read_run(workdir).get('exchange_dir')
+  except (OSError, ValueError):
+    elsewhere = None
+  return epath.Path(elsewhere or epath.Path(workdir) / 'exchange')
 
 
 def publications_dir(workdir: PathLike, group_id: int) -> epath.Path:
@@ -125,13 +132,18 @@ def comparison_path(
   return report_dir(workdir) / ('_'.join(['comparison', *rest]) + '.json')
 
 
+def samples_path(workdir: PathLike) -> epath.Path:
+  """Returns the path of what the models of a run have written, as JSON."""
+  return report_dir(workdir) / 'samples.json'
+
+
 def list_groups(workdir: PathLike) -> list[int]:
   """Returns the ids of the groups that have a directory, in order.
 
   Raises:
     FileNotFoundError: If there is no directory `workdir`.
   """
-  if not epath.Path(workdir).is_dir():
+  if not names(workdir) and not os.path.isdir(workdir):
     raise FileNotFoundError(
         f'No run directory at {os.fspath(workdir)}; check --workdir.'
     )
@@ -149,8 +161,7 @@ def _numbered(directory: epath.Path, prefix: str) -> list[int]:
 def newest_saved(directory: PathLike) -> int | None:
   """Returns the newest finished step under a directory of steps, or None.
 
-  A step counts once `commit_success.txt` is in it, which orbax writes last; a
-  step that is pruned while this looks is passed over.
+  A step counts once `commit_success.txt` is in it, which is written last.
   """
   directory = epath.Path(directory)
   for step in sorted(_numbered(directory, ''), reverse=True):
@@ -164,7 +175,7 @@ def newest_saved(directory: PathLike) -> int | None:
 
 _RUN: dict[Any, Any] = {
     **dict.fromkeys(('arm', 'mode', 'example', 'data', 'command'), TEXT),
-    **dict.fromkeys(('init_from', 'config_sha256'), TEXT),
+    **dict.fromkeys(('init_from', 'config_sha256', 'exchange_dir'), TEXT),
     **dict.fromkeys(('num_groups', 'replicas', 'group_batch'), WHOLE),
     **dict.fromkeys(('num_steps', 'burn_in_steps', 'exchange_every'), WHOLE),
     **dict.fromkeys(('model_parameters', 'prior_steps'), WHOLE),
@@ -199,10 +210,11 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
     run: Known keys are `arm`, `num_groups`, `replicas`, `group_batch`, `seed`,
       `num_steps`, `burn_in_steps`, `exchange_every`, `mode`, `example` (what
       one example is, such as 'token'), `data`, `model_parameters`,
-      `config_sha256` (of config.gin) and `command`; others are shown as they
-      are. With fixed teachers `teacher_runs`, a list of `{'workdir': path,
-      'steps': [of each group]}`, and `prior_steps`: all updates that had to be
-      done before, which belong to the cost of the run.
+      `config_sha256` (of config.gin), `exchange_dir` (if it lies elsewhere) and
+      `command`; others are shown as they are. With fixed teachers
+      `teacher_runs`, a list of `{'workdir': path, 'steps': [of each group]}`,
+      and `prior_steps`: all updates that had to be done before, which belong to
+      the cost of the run.
   """
   write_json(run_path(workdir), run, sync=True)
 
@@ -284,6 +296,13 @@ def read_status(workdir: PathLike, group_id: int) -> dict[str, Any] | None:
 def read_comparison(workdir: PathLike) -> dict[str, Any]:
   """Reads the final evaluation (`models`, `ensembles`, `pairs`), or nothing."""
   return read_json(comparison_path(workdir), _COMPARISON) or {}
+
+
+def read_samples(workdir: PathLike) -> list[dict[str, Any]]:
+  """Reads what `experiments.sample` drew last, or nothing; each has a text."""
+  found = (read_json(samples_path(workdir)) or {}).get('samples')
+  texts = lambda s: isinstance(s, dict) and isinstance(s.get('text'), str)
+  return list(filter(texts, found if isinstance(found, list) else []))
 
 
 # --- Metrics -----------------------------------------------------------------

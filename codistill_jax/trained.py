@@ -156,7 +156,7 @@ def read_variables(
   """
   identity = run.experiment.task.identity
   if source == PUBLICATIONS:
-    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
+    root = run_directory.exchange_root(run.workdir)
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)

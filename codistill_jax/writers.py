@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TextIO
@@ -25,6 +26,7 @@ from codistill_jax.storage.background import (
     BackgroundWriter,
     Patience,
     Troubles,
+    Unwritten,
 )
 
 Metrics = Mapping[str, Any]
@@ -232,12 +234,7 @@ class _Appender:
       logging.warning(
           '%d pieces of %s are lost', self._writer.dropped, self._path
       )
-    if unwritten is not None:
-      raise TimeoutError(
-          f'{len(unwritten.steps)} records could not be written to'
-          f' {os.fspath(self._path)} ({unwritten.error}); see to the disk, and'
-          ' start the same command again'
-      ) from unwritten.error
+    _raise_unwritten(unwritten, self._path)
 
   def _write(self, number: int, piece: bytes) -> None:
     """In the thread."""
@@ -263,16 +260,109 @@ class _Appender:
     """Opens the file again, without what was written of a piece."""
     self._file = self._path.open('ab')
     size = self._file.seek(0, os.SEEK_END)
-    if size > self._size and not files.is_remote(self._path):
+    if size > self._size:
       size = self._file.truncate(self._size)
     self._size = size
+
+
+_UPLOAD_SECONDS = 10.0
+_UPLOAD_BYTES_PER_SECOND = 1 << 20
+
+
+class _Uploader:
+  """Puts a growing file into an object store, whole, now and then.
+
+  There nothing can be appended. What has come since the last time is a part: of
+  10 seconds, or of as many as the file has megabytes, so that no more than one
+  megabyte a second goes up. A kill loses at most one part and the next, where
+  that is on its way.
+  """
+
+  def __init__(
+      self,
+      path: epath.PathLike,
+      doing: str,
+      troubles: Troubles,
+      *,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    """Reads what is there; see `_Appender`."""
+    self._path = path
+    self._patience = patience
+    self._lock = threading.Lock()
+    self._data = bytearray(_content(path))
+    self._count = 0
+    self._asked = False  # For an upload, which takes what comes till then.
+    self._next = 0.0
+    self._closing = threading.Event()
+    self._writer = BackgroundWriter(
+        self._write, doing, troubles, patience=patience
+    )
+
+  def append(self, piece: bytes) -> None:
+    """Adds a piece; it goes up with its part."""
+    with self._lock:
+      self._data += piece
+      asked, self._asked = self._asked, True
+    if not asked:
+      self._count += 1
+      self._writer.put(self._count, None)
+
+  def close(self) -> None:
+    """Puts up the rest; raises as `_Appender.close`."""
+    self._closing.set()
+    unwritten = self._writer.finish(2 * self._patience.retry)
+    self._writer.close()
+    _raise_unwritten(unwritten, self._path)
+
+  def _write(self, number: int, unused: None) -> None:
+    """In the thread."""
+    del number, unused
+    self._closing.wait(max(0.0, self._next - time.monotonic()))
+    with self._lock:
+      data, self._asked = bytes(self._data), False
+    try:
+      files.write_bytes(self._path, data)
+    except OSError:
+      self._asked = True  # It is tried again, with what comes till then.
+      raise
+    self._next = time.monotonic() + max(
+        _UPLOAD_SECONDS, len(data) / _UPLOAD_BYTES_PER_SECOND
+    )
+
+
+def _content(path: epath.PathLike) -> bytes:
+  """Returns all of a file; b'' if it is not there."""
+  try:
+    return files.content(path)
+  except FileNotFoundError:
+    return b''
+
+
+def _raise_unwritten(unwritten: Unwritten | None, path: epath.PathLike) -> None:
+  if unwritten is not None:
+    raise TimeoutError(
+        f'{len(unwritten.steps)} records could not be written to'
+        f' {os.fspath(path)} ({unwritten.error}); see to the disk, and start'
+        ' the same command again'
+    ) from unwritten.error
+
+
+def _appender(path: epath.Path, *args: Any, **kwargs: Any) -> Any:
+  """Makes what appends to a file, on a disk or in an object store."""
+  if files.is_remote(path):
+    kwargs.pop('room', None)  # It has all of the file in memory.
+    return _Uploader(path, *args, **kwargs)
+  return _Appender(path, *args, **kwargs)
 
 
 class JsonlWriter:
   """Appends one JSON object a line: `step`, `time` (Unix seconds), metrics.
 
   A line reaches the operating system as a whole before `write` returns, so a
-  kill loses no earlier record; while the disk fails, lines wait in memory. NaN
+  kill loses no earlier record; while the disk fails, lines wait in memory. To
+  an object store the file goes whole every 10 seconds, or more seldom where it
+  is large, and at the end: a kill loses what came since. NaN
   and infinities, which JSON lacks, become the strings "NaN", "Infinity" and
   "-Infinity"; `run_directory.read_metrics` turns them back.
   """
@@ -300,10 +390,10 @@ class JsonlWriter:
       room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = epath.Path(files.absolute(path))
+    files.make_directory(path.parent)
     self._step = _repair(path, resume_step)
-    self._lines = _Appender(
+    self._lines = _appender(
         path,
         'writing metrics',
         troubles or Troubles(),
@@ -526,14 +616,13 @@ class _EventFiles:
     self._patience = patience
 
   def directory_check(self, path: str) -> None:
-    path = epath.Path(path.removeprefix(self._prefix))
-    path.mkdir(parents=True, exist_ok=True)
+    files.make_directory(path.removeprefix(self._prefix))
 
   def open(self, path: str) -> '_EventFile':
     path = epath.Path(path.removeprefix(self._prefix))
     doing = 'writing TensorBoard events'
     return _EventFile(
-        _Appender(path, doing, self._troubles, patience=self._patience)
+        _appender(path, doing, self._troubles, patience=self._patience)
     )
 
 

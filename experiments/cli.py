@@ -109,6 +109,13 @@ def define_run_flags(num_groups: int) -> None:
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
   define_path(
+      'exchange_dir',
+      '',
+      'Where all groups publish, the same for each; default: exchange/ in'
+      ' --workdir. A bucket, while each group keeps the rest on a disk of its'
+      ' own machine.',
+  )
+  define_path(
       'init_from',
       '',
       'Begin with the parameters of this run directory (each group with those'
@@ -353,7 +360,7 @@ def _may_pass(error: Exception) -> bool:
       error.errno is not None
       and error.errno not in _FINAL
       and isinstance(workdir, str)
-      and os.path.abspath(workdir) in f'{error.filename} {error}'
+      and workdir in f'{error.filename} {error}'
   )
 
 

@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
+      exchange_dir=_FLAGS.exchange_dir,
   )
   start = driver.new_state(job)
   if not _FLAGS.dry_run:

@@ -55,21 +55,26 @@ def main(argv: Sequence[str]) -> None:
   environments, replicas = processes.share_devices(
       _FLAGS.num_groups, _FLAGS.cpu_replicas, stop
   )
-  groups = [
-      processes.Group(
-          _FLAGS.workdir, group_id, _command(group_id, replicas), extra
-      )
-      for group_id, extra in enumerate(environments)
-  ]
   if _FLAGS.dry_run:
-    command = [*groups[0].command, '--dry_run']
+    command = [*_command(0, replicas), '--dry_run']
     sys.exit(processes.call(command, stop).returncode)
   if _FLAGS.report:
     cli.check_installed('jinja2', 'matplotlib', 'pandas')
   files.check_writable(run_directory.groups_root(_FLAGS.workdir))
+  logs = processes.log_directory(_FLAGS.workdir)
+  groups = [
+      processes.Group(
+          _FLAGS.workdir,
+          group_id,
+          _command(group_id, replicas),
+          extra,
+          logs=logs,
+      )
+      for group_id, extra in enumerate(environments)
+  ]
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
-      f' in {_FLAGS.workdir}/groups/group_*/log.txt'
+      f' in {logs}/group_*/log.txt'
   )
   processes.supervise(groups, stop, _FLAGS.max_restarts)
   cli.tell(f'all groups are done; see {_FLAGS.workdir}')
@@ -104,6 +109,7 @@ def _command(group_id: int, replicas: int) -> list[str]:
       f'--replicas={replicas}',
       *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
       f'--init_from={_FLAGS.init_from}',
+      f'--exchange_dir={_FLAGS.exchange_dir}',
       *gin_utils.flag_arguments(),
   ]
 

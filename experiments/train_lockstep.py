@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
           init_from=_FLAGS.init_from,
+          exchange_dir=_FLAGS.exchange_dir,
           shared_stream=shared_stream,
       )
       for group_id in range(num_groups)

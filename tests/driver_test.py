@@ -108,7 +108,7 @@ def make_job(train_step, tmp_path):
         experiment=make_experiment(**kwargs),
         model=MODEL,
         train_step=train_step,
-        workdir=str(tmp_path / name),
+        workdir=name if files.is_remote(name) else str(tmp_path / name),
         group_id=0,
         num_groups=1,
         stop=stop or cli.StopRequest(),
@@ -168,12 +168,15 @@ def arrays(job, step=STEPS):
   return tiny_run.arrays_of(run_directory.checkpoints_dir(job.workdir, 0), step)
 
 
-def test_a_run_leaves_what_the_contract_says(make_job):
-  job = make_job()
+@pytest.mark.parametrize('name', ['run', 's3://bucket/run'])
+def test_a_run_leaves_what_the_contract_says(make_job, name, request):
+  if files.is_remote(name):
+    request.getfixturevalue('bucket')
+  job = make_job(name)
   assert run(job) == list(range(1, STEPS + 1))
   assert checkpoint_steps(job) == [4, 8, 12]
-  assert run_directory.done_path(job.workdir, 0).exists()
-  assert run_directory.config_path(job.workdir).exists()
+  assert files.exists(run_directory.done_path(job.workdir, 0))
+  assert files.exists(run_directory.config_path(job.workdir))
   training = [r for r in records_of(job) if 'loss/task' in r]
   assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
   assert [r['step'] for r in records_of(job) if 'eval/loss' in r] == [6, 12]

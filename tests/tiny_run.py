@@ -217,7 +217,6 @@ def saved_arrays(workdir, group_id, step=None):
 
 def arrays_of(directory, step):
   """Leaf path -> array of what `checkpoints.save` wrote of the tiny model."""
-  directory = checkpoints.absolute(directory)
   record = checkpoints.load_record(directory, step)
   like = _nested(record.leaves)
   if 'params' in like:

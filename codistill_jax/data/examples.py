@@ -266,6 +266,15 @@ def make_task(
   )
 
 
+def check_no_splits(name: str, split: str) -> None:
+  """Raises ValueError if one of the splits of undivided data is asked for."""
+  if split != 'validation':
+    raise ValueError(
+        f'{name} is not divided into splits: all of it is evaluated; leave'
+        f' split={split} out.'
+    )
+
+
 def label_frequencies(
     pieces: Iterable[np.ndarray], num_classes: int
 ) -> np.ndarray:

@@ -36,6 +36,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -50,6 +51,24 @@ from codistill_jax.data import (
 )
 
 _Images = image_files.Labelled | image_decode.Encoded
+
+
+class Pixels(NamedTuple):
+  """How an encoded image becomes the input of a model in evaluation.
+
+  Attributes:
+    shape: Height, width and channels of an input.
+    mean: Of each channel, of pixels in 0..1; `augment.normalise` subtracts it.
+    std: Likewise, the standard deviation.
+    resize: What the shorter side is resized to before the centre is cut out;
+      None: the whole image is an input.
+  """
+
+  shape: tuple[int, int, int]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  resize: int | None = None
+
 
 # Mean and deviation of the training pixels in 0..1, by channel.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -196,6 +215,7 @@ def image_folder_task(
       read(root / validation) if validation else None,
       functools.partial(read, test) if test else None,
       _decoded(size, resize, workers, max_damaged),
+      Pixels((size, size, 3), *_IMAGENET, resize),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -252,6 +272,7 @@ def hugging_face_images_task(
       validation,
       (lambda: test) if test else None,
       _decoded(size, resize, workers, max_damaged),
+      Pixels((size, size, 3), *_IMAGENET, resize),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -294,9 +315,31 @@ def task_in_memory(
       None,
       test,
       reader,
+      Pixels(train.images.shape[1:], mean, std),
       augment.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
   )
+
+
+def _in_memory(
+    data: image_decode.Encoded, shape: tuple[int, ...]
+) -> image_files.Labelled:
+  """Decodes images, all of which must have this shape already."""
+  images = np.empty((len(data.labels), *shape), np.uint8)
+  for i in range(len(images)):
+    try:
+      image = image_decode.decode(data.encoded(i))
+    except Exception as e:  # As in `EncodedImages`.
+      raise ValueError(f'{data.name(i)} cannot be read: {e}.') from e
+    grey = shape[-1] == 1 and (image == image[..., :1]).all()
+    image = image[..., :1] if grey else image
+    if image.shape != shape:
+      raise ValueError(
+          f'{data.name(i)} has the shape {image.shape}, expected {shape} as of'
+          ' the images that the model was trained on; resize it.'
+      )
+    images[i] = image
+  return image_files.Labelled(images, data.labels, data.classes)
 
 
 def _decoded(
@@ -319,6 +362,7 @@ def _task(
     validation_data: _Images | None,
     test: Callable[[], _Images] | None,
     reader: Callable[..., Callable[..., base.Batch]],
+    pixels: Pixels,
     num_draws: int,
     validation_fraction: float,
     max_eval_images: int | None,
@@ -359,6 +403,23 @@ def _task(
       )
     # Not the first ones: splits are sorted by class.
     validation = _some(validation, order.subset(size, max_eval_images)[0])
+
+  def other_data(
+      directory: str, of: str
+  ) -> Callable[[int], examples.EvalBatches]:
+    root = _existing(directory, 'give one that holds <class>/<images>.')
+    names = ['validation', 'val'] if of == 'validation' else [of]
+    inner = next((n for n in names if (root / n).is_dir()), None)
+    if inner is None:
+      examples.check_no_splits(directory, of)
+    root = root / (inner or '')
+    found = image_files.read_folder(root, classes=data.classes)
+    if pixels.resize is None:
+      found = _in_memory(found, pixels.shape)
+    rows = order.all_rows(len(found.labels))
+    other = examples.Split(reader(found), rows, held=True)
+    return functools.partial(examples.EvalBatches, other)
+
   return examples.make_task(
       train,
       validation,
@@ -373,6 +434,8 @@ def _task(
           'label_space': examples.label_space(data.classes),
       },
       example_name='image',
+      other_data=other_data,
+      raw_inputs=pixels,
       description=(
           f'{name}: {train.rows.size:,} training images of {num_classes:,}'
           f' classes, {partition} partition'

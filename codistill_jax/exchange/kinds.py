@@ -42,7 +42,7 @@ from codistill_jax.exchange.store_exchange import (
     memory_exchanges,
 )
 from codistill_jax.exchange.stores import Mirror
-from codistill_jax.storage import checkpoints
+from codistill_jax.storage import checkpoints, files
 from codistill_jax.storage.background import Troubles
 
 
@@ -52,6 +52,7 @@ class Member(Protocol):
   experiment: Any
   train_step: Any
   workdir: str
+  exchange_dir: str
   group_id: int
   num_groups: int
   identity: Mapping[str, str]
@@ -143,7 +144,7 @@ class Checkpoints(Plan, Kind):
 
   def join(self, member: Member, like: Variables) -> Exchange:
     return CheckpointExchange(  # type: ignore[return-value]
-        run_directory.exchange_root(member.workdir),
+        _root_of(member),
         member.group_id,
         member.num_groups,
         like=like,
@@ -160,12 +161,15 @@ class Checkpoints(Plan, Kind):
       self, member: Member, like: Variables, examples: int
   ) -> Sequence[Exchange]:
     del examples
-    root = run_directory.exchange_root(member.workdir)
     return memory_exchanges(  # type: ignore[return-value]
         member.num_groups,
         plan=self,
-        mirror=Mirror(root, like, member.identity),
+        mirror=Mirror(_root_of(member), like, member.identity),
     )
+
+
+def _root_of(member: Member) -> epath.PathLike:
+  return member.exchange_dir or run_directory.exchange_root(member.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,14 +420,14 @@ def find_teachers(
   """
   return tuple(
       TeacherSource(workdir, group_id, _step_of(workdir, group_id, step))
-      for workdir in map(checkpoints.absolute, teacher_runs)
+      for workdir in map(epath.Path, map(files.absolute, teacher_runs))
       for group_id in _groups_of(workdir)
   )
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
   """Returns the groups of a run, if all have reached their last step."""
-  there = run_directory.list_groups(workdir) if workdir.is_dir() else []
+  there = run_directory.list_groups(workdir) if files.names(workdir) else []
   if not there:
     raise ValueError(
         f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
@@ -432,7 +436,7 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
   run = run_directory.read_run(workdir)
   num_groups = run.get('num_groups') or len(there)
   for group_id in range(num_groups):
-    if not run_directory.done_path(workdir, group_id).exists():
+    if not files.exists(run_directory.done_path(workdir, group_id)):
       raise ValueError(
           f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
           ' reached its last step (there is no DONE); start its command again'

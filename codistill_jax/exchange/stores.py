@@ -174,7 +174,7 @@ class DirectoryStore(Store):
     """
     plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     waiting = waiting or Waiting()
-    self.root = checkpoints.absolute(root)
+    self.root = epath.Path(files.absolute(root))
     self.writes = writes
     self.advice = f'Is it running, with the same workdir ({self.root})?'
     self._group_id = group_id

@@ -172,12 +172,6 @@ def _numbers(x: Any) -> np.ndarray:
   return np.asarray(x)
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns the path as orbax wants it; one that is not local is left alone."""
-  path = epath.Path(path)
-  return path if is_remote(path) or path.is_absolute() else path.resolve()
-
-
 # --- Writing and reading -----------------------------------------------------
 
 
@@ -405,7 +399,7 @@ def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
         for name in _files_of(temporary / _ARRAYS)
     }
   for name, digest in found.items():
-    if (size := (path / name).stat().length) != digest.size:
+    if (size := files.size(path / name)) != digest.size:
       raise DamagedError(f'{path / name} has {size} bytes of {digest.size}')
   return found
 

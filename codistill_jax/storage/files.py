@@ -4,10 +4,14 @@ A file is replaced as a whole. A bucket has no directories, cannot rename, and
 its clients raise errors of their own and remember listings: here a missing file
 is a FileNotFoundError, whatever else a backend refuses is an OSError, and a
 look is a look.
+
+Buckets are reached through fsspec (`s3fs`, `gcsfs`), also where TensorFlow is
+installed, which epath would prefer and which does not know all of them.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +27,9 @@ from etils import epath
 
 PathLike = str | os.PathLike[str]
 
+# Read by epath when it meets its first bucket.
+os.environ.setdefault('EPATH_USE_TF', '0')
+
 # JSON has no such numbers; these strings stand for them.
 _NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 _CHUNK_BYTES = 4 << 20
@@ -37,6 +44,16 @@ _MISTAKES = (
     ValueError,
 )
 
+_CODES = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    PermissionError: errno.EACCES,
+    NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR,
+    TimeoutError: errno.ETIMEDOUT,
+    OSError: errno.EIO,
+}
+
 
 class RefusedError(ValueError):
   """A file is not read, as it is not what may be read."""
@@ -49,6 +66,15 @@ class Digest(NamedTuple):
   sha256: str
 
 
+# What epath knows: the packages behind it, and our extra that installs them.
+_STORES = {
+    's3': ('s3fs', "'codistill_jax[s3]'"),
+    'gs': ('gcsfs', "'codistill_jax[gcs]'"),
+    'az': ('adlfs', 'adlfs'),
+    'hf': ('huggingface_hub', 'huggingface_hub'),
+}
+
+
 def is_remote(path: PathLike) -> bool:
   """Returns whether a path names an object store (`gs://...`), not a disk."""
   return '://' in os.fspath(path)
@@ -58,9 +84,70 @@ def absolute(path: PathLike) -> str:
   """Returns a path that means the same everywhere on this machine.
 
   `~` is the home directory; the name of an object store is left alone.
+
+  Raises:
+    ValueError: If it is neither a path nor an object in a store that can be
+      reached: `s3:/lab/run` (one slash), `s4://lab/run`, `/s3/lab`.
   """
   path = os.fspath(path)
-  return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+  if not is_remote(path):
+    path = os.path.abspath(os.path.expanduser(path))
+    for part in path.split('/'):
+      if part.removesuffix(':') in _STORES and part.endswith(':'):
+        raise ValueError(
+            f'{path} has a directory called {part!r}; for an object store write'
+            f' {part}//<bucket>/<path>, and call a directory something else'
+        )
+    if path.split('/')[1] in _STORES:
+      raise ValueError(
+          f'{path} would be taken for {path.split("/")[1]}://...: write that'
+          ' for an object store, or choose another directory'
+      )
+    return path
+  scheme, _, rest = path.partition('://')
+  if scheme not in _STORES or not rest.strip('/'):
+    raise ValueError(
+        f'{path} is no place that is known; write'
+        f' {", ".join(f"{s}://<bucket>/<path>" for s in ("s3", "gs"))}, or a'
+        ' path of a disk'
+    )
+  _connect(scheme)
+  return path
+
+
+@functools.cache
+def _connect(scheme: str) -> None:
+  """Prepares for a store: its client is there, and remembers no listing.
+
+  Else a reader would not see what another process writes, or only a part: the
+  size of an object is taken from a listing, too.
+  """
+  import fsspec  # Here: nobody else waits for it.
+
+  package, extra = _STORES[scheme]
+  try:
+    protocols = fsspec.get_filesystem_class(scheme).protocol
+  except ImportError:
+    raise ValueError(
+        f'{package} is missing, without which {scheme}:// is out of reach; pip'
+        f' install {extra}'
+    ) from None
+  for name in (protocols,) if isinstance(protocols, str) else protocols:
+    settings = fsspec.config.conf.setdefault(name, {})
+    settings.setdefault('use_listings_cache', False)
+
+
+def _path(path: PathLike) -> epath.Path:
+  """Returns a path of any backend, ready for use."""
+  if is_remote(path):
+    _connect(os.fspath(path).partition('://')[0])
+  return epath.Path(path)
+
+
+def make_directory(path: PathLike) -> None:
+  """Makes a directory, if it is missing; an object store has none."""
+  if not is_remote(path):
+    epath.Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(directory: PathLike) -> None:
@@ -68,16 +155,17 @@ def check_writable(directory: PathLike) -> None:
 
   What may pass, such as a full disk, is no error.
   """
-  directory = epath.Path(directory)
+  directory = _path(directory)
   try:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     probe = directory / '.probe'
-    probe.write_bytes(b'')
-    probe.unlink(missing_ok=True)
+    with as_os_errors():
+      probe.write_bytes(b'')
+    remove(probe)
   except OSError as e:
     if isinstance(e, _REFUSED) or e.errno in (errno.EROFS, errno.ENAMETOOLONG):
       raise ValueError(
-          f'{directory} cannot be written ({e.strerror}); choose another'
+          f'{directory} cannot be written ({one_line(e)}); choose another'
           ' directory, or see to its permissions'
       ) from e
 
@@ -97,7 +185,10 @@ def as_os_errors() -> Iterator[None]:
   """Turns what a backend raises (of TensorFlow, of a cloud) into OSError."""
   try:
     yield
-  except OSError:
+  except OSError as e:
+    if e.errno is None:  # Of a client: it has words only.
+      code = next((n for kind, n in _CODES.items() if isinstance(e, kind)))
+      raise OSError(code, one_line(e)) from e
     raise
   except _MISTAKES:
     raise
@@ -125,8 +216,7 @@ def names(directory: PathLike) -> list[str]:
   Raises:
     OSError: If the file system does not tell.
   """
-  directory = epath.Path(directory)
-  _forget(directory)
+  directory = _path(directory)
   try:
     with as_os_errors():
       return [path.name for path in directory.iterdir()]
@@ -149,9 +239,8 @@ def exists(path: PathLike) -> bool:
     OSError: If the file system does not tell. (`Path.exists` says no then; a
       checkpoint must not be deleted for that.)
   """
-  path = epath.Path(path)
+  path = _path(path)
   if is_remote(path):
-    _forget(path.parent)
     with as_os_errors():
       return path.exists()
   try:
@@ -175,7 +264,7 @@ def opened(path: PathLike, most: int | None = None) -> Iterator[BinaryIO]:
     RefusedError: If it is no regular file, or larger.
     OSError: If it is not there, or the file system refuses to give it.
   """
-  path = epath.Path(path)
+  path = _path(path)
   with as_os_errors():
     if is_remote(path):
       file = path.open('rb')
@@ -227,6 +316,29 @@ def read_text(path: PathLike) -> str:
     raise RefusedError(f'{os.fspath(path)} is no text: {e}') from None
 
 
+def content(path: PathLike) -> bytes:
+  """Returns all of a file of our own or of the user's, through a link too."""
+  with as_os_errors():
+    return _path(path).read_bytes()
+
+
+def size(path: PathLike) -> int:
+  """Returns the size of a file in bytes; raises OSError as `exists`."""
+  with as_os_errors():
+    return _path(path).stat().length
+
+
+def modified(path: PathLike) -> float:
+  """Returns when a file was written, Unix seconds; 0 if it is not there."""
+  path = _path(path)
+  client = _client(path)
+  with as_os_errors(), contextlib.suppress(FileNotFoundError):
+    if client is None:
+      return os.stat(path).st_mtime
+    return client.modified(os.fspath(path)).timestamp()
+  return 0.0
+
+
 def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
   """Replaces a file as a whole: a reader sees the old bytes or the new ones.
 
@@ -235,9 +347,9 @@ def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
     data: All of it.
     sync: Whether that also holds after a power cut; takes a disk some time.
   """
-  path = epath.Path(path)
+  path = _path(path)
   with as_os_errors():
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     if is_remote(path):
       # An object appears as a whole, and cannot be renamed at one stroke.
       path.write_bytes(data)
@@ -256,6 +368,32 @@ def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
       with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
       raise
+
+
+def create(path: PathLike, data: bytes) -> bool | None:
+  """Creates an object unless it is there, however many try at once.
+
+  Returns:
+    Whether this call did. None where that cannot be relied on: on a disk, and
+    in a store that takes no such condition (or says nothing of it); there it
+    may have been written over.
+  """
+  path = _path(path)
+  name = os.fspath(path)
+  client = _client(path)
+  if client is None or not name.startswith(('s3://', 'gs://')):
+    return None
+  for again in (False, True):
+    try:
+      with as_os_errors():
+        client.pipe_file(name, data, mode='create')
+    except FileExistsError:
+      return again  # The second time it has to be refused.
+    except OSError as e:
+      if 'not implemented' in str(e).lower():
+        return None
+      raise
+  return None
 
 
 def to_disk(path: PathLike) -> None:
@@ -292,7 +430,7 @@ def remove_leftovers(directory: PathLike, older_than: float = 0.0) -> int:
 
 def remove(path: PathLike) -> None:
   """Deletes a file, if it is there."""
-  path = epath.Path(path)
+  path = _path(path)
   client = _client(path)
   with as_os_errors(), contextlib.suppress(FileNotFoundError):
     if client is None:
@@ -303,8 +441,7 @@ def remove(path: PathLike) -> None:
 
 def remove_tree(path: PathLike) -> None:
   """Deletes a directory and all in it, if it is there."""
-  path = epath.Path(path)
-  _forget(path)
+  path = _path(path)
   client = _client(path)
   with as_os_errors():
     if client is None:
@@ -327,12 +464,12 @@ def digest(
   sha256, size = hashlib.sha256(), 0
   with as_os_errors(), contextlib.ExitStack() as stack:
     source = stack.enter_context(
-        epath.Path(path).open('rb') if most is None else opened(path, most)
+        _path(path).open('rb') if most is None else opened(path, most)
     )
     sink = None
     if into is not None:
-      into = epath.Path(into)
-      into.parent.mkdir(parents=True, exist_ok=True)
+      into = _path(into)
+      make_directory(into.parent)
       sink = stack.enter_context(into.open('wb'))
     while chunk := source.read(_CHUNK_BYTES):
       sha256.update(chunk)
@@ -342,17 +479,6 @@ def digest(
       if sink is not None:
         sink.write(chunk)
   return Digest(size, sha256.hexdigest())
-
-
-def _forget(path: epath.Path) -> None:
-  """Makes a client of fsspec look again, instead of remembering a listing.
-
-  Else a reader would never see what another process writes. There is no public
-  way to it through `epath`; without it, nothing is forgotten.
-  """
-  if (client := _client(path)) is not None:
-    with as_os_errors():
-      client.invalidate_cache()
 
 
 def _client(path: epath.Path) -> Any:
@@ -372,8 +498,13 @@ def write_json(path: PathLike, tree: Any, *, sync: bool = False) -> None:
 
   `sync` as of `write_bytes`.
   """
+  write_bytes(path, as_json(tree), sync=sync)
+
+
+def as_json(tree: Any) -> bytes:
+  """Returns a tree as JSON; NaN and infinities become strings."""
   text = json.dumps(_encode_numbers(tree), indent=2, allow_nan=False)
-  write_bytes(path, (text + '\n').encode(), sync=sync)
+  return (text + '\n').encode()
 
 
 class Kind(NamedTuple):

@@ -9,7 +9,9 @@ stores will do.
 
 Two newcomers: each writes, waits a little, and reads again. Whoever comes back
 from writing later than that (it may have been suspended before) takes its file
-away again, because another may have read its own by then.
+away again, because another may have read its own by then. Where a store creates
+an object on condition that there is none (S3, Google's), and there is none, who
+comes first has it, and nobody waits.
 
 A holder also keeps the kernel's lock of the directory, which ends with its
 process. So on a disk of this machine a damaged file is taken over at once if
@@ -21,7 +23,8 @@ it was replaced.)
 A holder that was suspended for long may find that it has been replaced, so it
 asks `check()` before it writes anything.
 
-`exclusive` is for processes of one machine only: a lock of the kernel.
+`exclusive` is for processes of one machine: a lock of the kernel. In an object
+store, which has none, it is a lease.
 """
 
 import contextlib
@@ -250,15 +253,16 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
   """Makes a directory and keeps other processes out of it meanwhile.
 
   Args:
-    directory: A local or mounted one; others are not locked.
+    directory: Where.
     doing: What for, in the error of whoever comes second.
 
   Raises:
     ValueError: If another process is in it.
   """
-  epath.Path(directory).mkdir(parents=True, exist_ok=True)
+  files.make_directory(directory)
   if files.is_remote(directory):
-    yield
+    with acquire(directory, doing):  # There is no kernel to ask.
+      yield
     return
   handle = os.open(directory, os.O_RDONLY)
   try:
@@ -294,8 +298,17 @@ class _Candidacy(NamedTuple):
         if files.is_remote(self.path)
         else self.patience.lease_settle
     )
+    if files.is_remote(self.path):
+      _read(self.path)  # To load a client takes longer than any write.
     while True:
-      looked = self._wait_until_free()
+      looked, nobody = self._wait_until_free()
+      if nobody:
+        created = files.create(self.path, files.as_json(self.own._asdict()))
+        # Of a request that is sent again the first one may have worked.
+        if created or (created is False and _read(self.path)[1] == self.own):
+          return
+        if created is False:
+          continue
       files.write_json(self.path, self.own._asdict())
       took = self.clock.monotonic() - looked
       if took <= settle:
@@ -311,11 +324,11 @@ class _Candidacy(NamedTuple):
         self._pause(2 * self.own.ttl_seconds / _BEATS_PER_TTL + settle)
         settle = 3 * took  # On a disk as slow as that it would never end.
 
-  def _wait_until_free(self) -> float:
+  def _wait_until_free(self) -> tuple[float, bool]:
     """Waits until nobody alive holds the file.
 
     Returns:
-      The time before the look that found that.
+      The time before the look that found that, and whether there was no file.
 
     Raises:
       HeldError: If the holder gives a sign of life.
@@ -332,7 +345,7 @@ class _Candidacy(NamedTuple):
       if holder is None and _nobody_here(self.path.parent):
         alive = False
       if raw is None or alive is False:
-        return looked
+        return looked, raw is None
       changed = first not in (None, raw)
       if holder and (alive or changed):
         other = _sentence(holder, self.path)
@@ -351,7 +364,7 @@ class _Candidacy(NamedTuple):
       if first != raw:
         first, quiet = raw, 0.0
       if quiet > limit:
-        return looked
+        return looked, False
       self._pause(pause)
 
   def _pause(self, seconds: float) -> None:

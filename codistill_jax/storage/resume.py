@@ -62,7 +62,7 @@ class ResumeCheckpoints:
         must not write here any more, or not yet (OSError).
       patience: Time limits.
     """
-    self._directory = checkpoints.absolute(directory)
+    self._directory = epath.Path(files.absolute(directory))
     self._identity = dict(identity or {})
     self._keep = keep
     self._troubles = troubles or Troubles()

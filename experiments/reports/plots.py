@@ -94,7 +94,9 @@ def figure_of(
     if columns < 3 or i + columns >= panels:
       ax.set_xlabel(x_label)
     ticks = 6 if columns < 3 else 3
-    ax.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    ax.xaxis.set_major_locator(
+        MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10])
+    )
     ax.xaxis.set_major_formatter('{x:,.0f}')
   return figure, axes[:panels]
 

@@ -6,6 +6,7 @@ a curve is a Series of values by step.
 
 import array
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -134,6 +135,7 @@ class RunRecords(NamedTuple):
     models: Final evaluation of each model, by group id.
     ensemble: Final evaluation of the ensemble; empty if there is none.
     pairs: What each pair of models of this arm disagrees on.
+    samples: What its models have written; each has a `text`.
     unreadable: The files that could not be read, and why, a line each.
     colour: Of its lines; a set of plots gives it.
   """
@@ -146,6 +148,7 @@ class RunRecords(NamedTuple):
   models: Mapping[int, Mapping[str, Any]]
   ensemble: Mapping[str, Any]
   pairs: Sequence[Mapping[str, Any]]
+  samples: Sequence[Mapping[str, Any]] = ()
   unreadable: Sequence[str] = ()
   colour: str = ''
 
@@ -233,6 +236,7 @@ def _read_arm(workdir: str) -> RunRecords:
       models={int(k): v for k, v in models.items() if files.is_step(k)},
       ensemble=found.get('ensembles', {}).get(arm) or {},
       pairs=found.get('pairs', {}).get(arm) or [],
+      samples=ask(run_directory.read_samples, workdir) or [],
       unreadable=tuple(bad),
   )
 
@@ -240,7 +244,7 @@ def _read_arm(workdir: str) -> RunRecords:
 def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
-  if not equals or epath.Path(files.absolute(workdir)).is_dir():
+  if not equals or os.path.isdir(workdir):
     return None, files.absolute(workdir)
   if not label or not path:
     raise ValueError(f'Expected path or name=path, got {workdir!r}.')

@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 from .. import cli
 from ..cli import printable
@@ -150,7 +150,7 @@ def read_group(
       )
   )
   ended = sign.get('phase', '')
-  if ask(run_directory.done_path(workdir, group_id).exists):
+  if ask(files.exists, run_directory.done_path(workdir, group_id)):
     ended = 'done'
   elif ended not in ('stopped', 'failed'):
     ended = ''

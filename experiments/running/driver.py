@@ -134,7 +134,7 @@ def train(
     ValueError: If what is in the run directory does not fit.
   """
   done = run_directory.done_path(job.workdir, job.group_id)
-  if done.exists() and not _goes_on(job):
+  if files.exists(done) and not _goes_on(job):
     return
   with Heartbeat(job) as heartbeat:
     yield from _train(job, make_exchange, writer_of, heartbeat)
@@ -159,7 +159,7 @@ def _train(
     stack.push(_closing(lease.release))
     if job.agreement.is_primary:
       _clear_up(job)  # Before the heartbeat writes there.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
     heartbeat.begin()
 
     def before_saving(step: int) -> None:

@@ -60,6 +60,7 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    exchange_dir: Where all groups publish; '' for the run directory.
     init_from: Where the first parameters and statistics come from; '' for
       random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
@@ -81,6 +82,7 @@ class Job:
   patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
+  exchange_dir: str = ''
   init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
   evaluated: Callable[[int, int, Variables], None] = _ignore
@@ -120,6 +122,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
+      'exchange_dir': job.exchange_dir or None,
       'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
@@ -218,9 +221,9 @@ def claim_workdir(job: Job, state: TrainState) -> None:
             if s not in now['configuration']
         ),
     ]
-  if changed or not config.exists():
+  if changed or not files.exists(config):
     # In this order, so that nobody finds one file beside the other's digest.
-    config.unlink(missing_ok=True)
+    files.remove(config)
     sums = {'config_sha256': now['config_sha256']}
     run_directory.write_run(job.workdir, now if changed else {**before, **sums})
     files.write_bytes(config, text.encode(), sync=True)
@@ -239,6 +242,7 @@ def _check_same_run(job: Job, before: dict, now: dict) -> None:
       [
           f'num_groups={run.get("num_groups")}',
           f'--init_from={run.get("init_from") or ""}',
+          f'--exchange_dir={run.get("exchange_dir") or ""}',
           *(
               s
               for s in run.get('configuration', [])
@@ -350,7 +354,7 @@ def initial_variables(job: Job, like: Variables) -> Variables:
 
 def _find_initial(job: Job) -> tuple[epath.Path, int]:
   """Returns directory and step: of a run, those of the same group."""
-  path = checkpoints.absolute(job.init_from)
+  path = epath.Path(files.absolute(job.init_from))
   if path.name in map(str, checkpoints.completed_steps(path.parent)):
     return path.parent, int(path.name)
   for directory in (
@@ -531,6 +535,6 @@ def keep_common_checkpoints(
   for job, store in zip(jobs, stores):
     if store.newest_step not in (None, start):
       # It goes back with the others, also if it had reached its last step.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
       store.discard_after(start)
     store.close()

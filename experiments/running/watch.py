@@ -267,8 +267,6 @@ def group_writer(
   """
 
   def make(start: int) -> writers.Writer:
-    directory = run_directory.group_dir(job.workdir, job.group_id)
-    directory.mkdir(parents=True, exist_ok=True)
     made = [
         writers.JsonlWriter(
             run_directory.metrics_path(job.workdir, job.group_id),

@@ -273,7 +273,7 @@ def report(root, exchange, paths) -> None:
     return
   texts = [
       run_report.results_text([arm]),
-      run_report.summary([arm]),
+      *run_report.summary([arm]),
       *run_report.notes([arm]),
       run_report.settings([arm]).to_string(),
       *run_report.commands([arm]),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,6 +22,7 @@ from codistill_jax import (
     losses,
     one_program,
     optimizers,
+    programs,
     replicas,
     schedules,
     step,
@@ -399,6 +401,12 @@ def idle_settings(
   return found
 
 
+_QUICK_TO_COMPILE = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+}
+
+
 def _last_change(
     tx: optax.GradientTransformation, params: PyTree, num_steps: int
 ) -> int | None:
@@ -418,9 +426,13 @@ def _last_change(
         ),
         state,
     )
+    return float(largest(at))
+
+  @functools.partial(jax.jit, compiler_options=_QUICK_TO_COMPILE)
+  def largest(at: PyTree) -> jax.Array:
     after, _ = optimizers.update(tx, grads, at, params, np.float32(1))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, params)
-    return float(max(jax.tree.leaves(moved)))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after, params)
+    return jnp.stack(jax.tree.leaves(moved)).max()
 
   begin = (0, 1, 2, num_steps // 100, num_steps // 4)
   still = lambda step: change(step) <= 1e-6 * max(map(change, begin))
@@ -478,11 +490,10 @@ def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
 def _eval_step(
     output: str, model: Model, metrics: tuple[Callable[..., Metric], ...]
 ) -> step.EvalStep:
-  return jax.jit(
-      step.make_eval_step(
-          model, task_loss=losses.task_loss_of(output), metrics=metrics
-      )
+  eval_step = step.make_eval_step(
+      model, task_loss=losses.task_loss_of(output), metrics=metrics
   )
+  return programs.shared(jax.jit(eval_step))
 
 
 def make_replicated_step(

@@ -134,7 +134,7 @@ def flag_values() -> tuple[list[str], list[str]]:
 
 def _search_paths() -> list[str]:
   name = 'gin_search_paths'
-  return list(flags.FLAGS[name].value) if name in flags.FLAGS else []
+  return list(flags.FLAGS[name].value or ()) if name in flags.FLAGS else []
 
 
 def flag_arguments() -> list[str]:
@@ -233,7 +233,8 @@ def _parse_file(file: str, earlier: list['_Earlier']) -> list[pathlib.Path]:
   them. As what it puts out of use was in use until then, that would not be
   noticed as a dead binding.
   """
-  found, within = [], [None]
+  found: list[pathlib.Path] = []
+  within: list[pathlib.Path | None] = [None]
   theirs = gin.config.parse_config_file
 
   def parse(name: str, *args: Any) -> Any:
@@ -368,9 +369,11 @@ def _find(file: str, within: pathlib.Path | None = None) -> pathlib.Path:
   beside = [within.parent] if within else []
   if within and _BASE.parent in within.resolve().parents:
     beside.append(_ROOT)  # Ours include ours, whatever the user's are called.
-  places = [*beside, pathlib.Path.cwd(), *_search_paths(), _ROOT]
+  places = [*beside, pathlib.Path.cwd()]
+  places += [pathlib.Path(path).expanduser() for path in _search_paths()]
+  places.append(_ROOT)
   for place in places:
-    path = pathlib.Path(place).expanduser() / pathlib.Path(file).expanduser()
+    path = place / pathlib.Path(file).expanduser()
     if path.is_file():
       return path
   what = f'include {file!r}' if within else f'--gin_file={file}'
@@ -451,6 +454,11 @@ def _one_line_errors(where: str) -> Iterator[None]:
         reason = (
             f'{old} is now {RENAMED[old]};{reason[found.end():].lstrip(".")}'
         )
+    if isinstance(e, ModuleNotFoundError):
+      reason += (
+          '; a module of your own is looked for in the working directory, and'
+          ' on PYTHONPATH'
+      )
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from codistill_jax import replicas
+from codistill_jax import programs, replicas
 from codistill_jax.base import (
     GROUP_AXIS,
     REPLICA_AXIS,
@@ -116,7 +116,7 @@ class Population:
         out_specs=(self._specs, groups),
         check_vma=False,
     )
-    self._step = jax.jit(step, donate_argnums=(0,))
+    self._step = programs.Programs(jax.jit(step, donate_argnums=(0,)))
 
   def __call__(
       self,
@@ -136,6 +136,10 @@ class Population:
       # As in `PmapStep`: steps in flight on fake devices dead-lock.
       jax.block_until_ready(state)
     return state, metrics
+
+  def expect(self, teachers: PeerPredictions | Teachers) -> None:
+    """Compiles for such teachers beside the updates without."""
+    self._step.expect(teachers)
 
   def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
     """Returns the `teachers` of all groups, on the devices.
@@ -354,6 +358,12 @@ class Seat:
     """Returns the teachers of all groups: those given, or their predictions."""
     peers = self._update.peers
     return teachers if peers is None else peers
+
+  def expect(self, shapes: Any) -> None:
+    """As of a `PmapStep`, for teachers that are the others' predictions."""
+    del shapes
+    if self._update.peers is not None:
+      self._update.population.expect(self._update.peers)
 
   def collect(self, state: GroupState) -> TrainState:
     return state.collect()

@@ -10,6 +10,7 @@
     <workdir>/groups/group_<i>/checkpoints/<step>/  resume state
     <workdir>/groups/group_<i>/metrics.jsonl        see writers.JsonlWriter
     <workdir>/groups/group_<i>/tensorboard/         TensorBoard events
+    <workdir>/groups/group_<i>/profile/             traces, by --profile_steps
     <workdir>/groups/group_<i>/status.json          see `write_status`
     <workdir>/groups/group_<i>/lease.json           who may train it
     <workdir>/groups/group_<i>/log.txt              its output, by train_local,
@@ -98,6 +99,11 @@ def metrics_path(workdir: PathLike, group_id: int) -> epath.Path:
 def tensorboard_dir(workdir: PathLike, group_id: int) -> epath.Path:
   """Returns the directory of the TensorBoard events of one group."""
   return group_dir(workdir, group_id) / 'tensorboard'
+
+
+def profile_dir(workdir: PathLike, group_id: int) -> epath.Path:
+  """Returns the directory of the traces of one group."""
+  return group_dir(workdir, group_id) / 'profile'
 
 
 def checkpoints_dir(workdir: PathLike, group_id: int) -> epath.Path:
@@ -189,6 +195,8 @@ _STATUS: dict[Any, Any] = {
     **dict.fromkeys(('phase', 'reason', 'host', 'last_rejection'), TEXT),
     'steps_per_sec': NUMBER,
     'rejected': WHOLE,
+    'replicas': WHOLE,
+    'device': TEXT,
     'peers': [WHOLE],
     'teachers': [{'peer': WHOLE, 'step': WHOLE, 'time': TIME}],
     'troubles': [
@@ -211,10 +219,11 @@ def write_run(workdir: PathLike, run: Mapping[str, Any]) -> None:
       `num_steps`, `burn_in_steps`, `exchange_every`, `mode`, `example` (what
       one example is, such as 'token'), `data`, `model_parameters`,
       `config_sha256` (of config.gin), `exchange_dir` (if it lies elsewhere) and
-      `command`; others are shown as they are. With fixed teachers
-      `teacher_runs`, a list of `{'workdir': path, 'steps': [of each group]}`,
-      and `prior_steps`: all updates that had to be done before, which belong to
-      the cost of the run.
+      `command`; and of whoever began it `device` (its kind), `host` and
+      `versions` (of `python`, packages, and the `commit` of a clone); others
+      are shown as they are. With fixed teachers `teacher_runs`, a list of
+      `{'workdir': path, 'steps': [of each group]}`, and `prior_steps`: all
+      updates that had to be done before, which belong to the cost of the run.
   """
   write_json(run_path(workdir), run, sync=True)
 

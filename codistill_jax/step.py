@@ -25,6 +25,7 @@ from codistill_jax import (
     microbatches,
     optimizers,
     peer_predictions,
+    programs,
 )
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
@@ -163,7 +164,7 @@ def _init_of(
         teacher_carry=_stack_copies(carry, num_peers),
     )
 
-  return jax.jit(init)
+  return programs.shared(jax.jit(init))
 
 
 def _checked_key(rng: Array) -> Array:

@@ -16,6 +16,7 @@ import tiny_run
 from absl import flags
 from waits import PATIENCE
 
+from codistill_jax.storage import leases
 from experiments import cli
 
 
@@ -42,7 +43,13 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 
 
 @pytest.mark.parametrize(
-    'error', [TimeoutError('no peer'), OSError(errno.ENOSPC, 'disk full')]
+    'error',
+    [
+        TimeoutError('no peer'),
+        OSError(errno.ENOSPC, 'disk full'),
+        leases.HeldError('process 7 is at it'),
+        leases.LostError('process 7 has taken over'),
+    ],
 )
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
@@ -126,6 +133,7 @@ BAD_FLAGS = {
     'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
     'export': (['--output=x'], '--workdir'),
+    'launch': (['--workdir=x', '--cluster=Ж'], r'--cluster=\u0416'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
     'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
     'report': (['--workdir=/né\x1b[2J'], r'directory at /n\xe9\x1b[2J;'),
@@ -140,7 +148,8 @@ BAD_FLAGS = {
 
 def test_every_binary_has_a_bad_flag():
   found = (tiny_run.ROOT / 'experiments').glob('*.py')
-  assert {p.stem for p in found} - {'__init__', 'cli'} == set(BAD_FLAGS)
+  binaries = [p for p in found if "if __name__ == '__main_" in p.read_text()]
+  assert {p.stem for p in binaries} == set(BAD_FLAGS)
 
 
 @pytest.mark.parametrize('name', BAD_FLAGS)
@@ -218,7 +227,12 @@ def test_a_flag_of_one_value_is_given_once(binary):
   once = [flag for flag in once if not isinstance(flag, flags.MultiFlag)]
   assert once or binary.endswith('status')
   for flag in once:
-    value = getattr(flag.parser, 'enum_values', None) or ['true', '2', '1']
+    value = getattr(flag.parser, 'enum_values', None) or [
+        'true',
+        '2',
+        '1',
+        '2:3',
+    ]
     (value,) = [v for v in value if parses(flag, v)][:1]
     flag.parse(value)
     with pytest.raises(flags.IllegalFlagValueError, match='already defined'):
@@ -235,9 +249,18 @@ def test_no_number_is_nan(binary):
       flag.unparse()
 
 
+def test_steps_to_profile_are_two_in_order(binary):
+  trains = binary.partition('.')[2].startswith('train_')
+  assert ('profile_steps' in project_flags()[binary]) == trains
+  for value in ['20:10', '10', '10:', '3:3', '-1:4', 'a:b'] if trains else ():
+    with pytest.raises(flags.IllegalFlagValueError, match=r'profile_steps=.*:'):
+      flags.FLAGS['profile_steps'].parse(value)
+
+
 # All of these, and `name=path` or lists with commas, where they are taken.
 PATHS = (
     'checksums',
+    'compile_cache',
     'init_from',
     'labels',
     'output',
@@ -320,7 +343,13 @@ class Script:
 
 
 @pytest.mark.parametrize(
-    'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    'number, status',
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
 )
 def test_with_nothing_to_lose_a_stuck_process_leaves_soon(number, status):
   script = Script("""

@@ -64,6 +64,13 @@ def memory_is_given_back():
     ctypes.CDLL(None).malloc_trim(0)
 
 
+@pytest.fixture(autouse=True, scope='session')
+def user_cache_is_left_alone(tmp_path_factory):
+  """What processes compile that tests start; this one keeps nothing."""
+  kept = tmp_path_factory.getbasetemp() / 'compiled'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(kept))
+
+
 @pytest.fixture(scope='session')
 def python():
   """The interpreter that subprocess tests start."""

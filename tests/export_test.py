@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import run_cases
 import tiny_run
 from made_images import encode
 
@@ -363,6 +364,25 @@ def test_draws_are_those_of_their_seed(exported):
   draw = lambda seed: sample.continue_text(model, 'in', pieces=20, seed=seed)
   assert draw(0) == draw(0) != draw(1)
   assert draw(0).startswith('in')
+
+
+def test_what_was_drawn_is_kept_for_a_report(exported):
+  run = exported[0] / 'text_run'
+  prompts = ['in', 'the']
+  status, output = run_cases.run(
+      sample,
+      [
+          *(f'--workdir={run}', '--trust=configurables', '--pieces=9'),
+          *(f'--prompt={prompt}' for prompt in prompts),
+      ],
+  )
+  assert status == 0, output
+  kept = run_directory.read_samples(run)
+  assert [one['prompt'] for one in kept] == prompts
+  for one in kept:
+    assert (one['group'], one['step'], one['seed']) == (0, 3, 0)
+    assert one['text'].startswith(one['prompt'])
+    assert all(line in output for line in one['text'].splitlines())
 
 
 def test_a_group_that_is_not_there_is_one_line(exported):

@@ -534,7 +534,9 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path, python):
   with process, contextlib.ExitStack() as stack:
     stack.callback(process.kill)
     assert process.stdout.readline() == 'in\n'
-    with pytest.raises(ValueError, match=r'Another process is preparing .*new'):
+    with pytest.raises(
+        leases.HeldError, match=r'Another process is preparing .*new'
+    ):
       stack.enter_context(leases.exclusive(tmp_path / 'new', 'preparing'))
     process.kill()
     process.wait(PATIENCE)

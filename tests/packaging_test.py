@@ -14,8 +14,11 @@ import tiny_run
 
 from experiments import cli
 
-BINARIES = {p.stem for p in (tiny_run.ROOT / 'experiments').glob('*.py')}
-BINARIES -= {'__init__', 'cli'}
+BINARIES = {
+    path.stem
+    for path in (tiny_run.ROOT / 'experiments').glob('*.py')
+    if "if __name__ == '__main__'" in path.read_text()
+}
 
 
 @pytest.fixture(scope='module')
@@ -84,7 +87,7 @@ def test_everything_that_a_binary_reads_is_installed(installed, environment):
     expected = {
         path.relative_to(tiny_run.ROOT / ours)
         for path in (tiny_run.ROOT / ours).rglob('*.*')
-        if path.suffix in ('.gin', '.py', '.jinja', '.css', '.typed')
+        if path.suffix in ('.gin', '.py', '.jinja', '.css', '.svg', '.typed')
     }
     home = installed / 'codistill_jax' / theirs
     assert all((home / path).exists() for path in expected), ours

@@ -5,7 +5,6 @@ With real processes: group 0 is two of them, group 1 one.
 
 import os
 import signal
-import socket
 import time
 from unittest import mock
 
@@ -44,9 +43,7 @@ class Run:
     lines = [x for x in text.splitlines() if 'paced.' not in x]
     self._gin.write_text('\n'.join(lines + BINDINGS) + '\n')
     self._paces = [directory / f'pace_{g}' for g in (0, 1)]
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      self._port = s.getsockname()[1]
+    self._port = tiny_run.free_port()
 
   def pace(self, group_id, seconds=0.0, limit=0):
     """The group rests so long before each update, and halts at the limit."""

@@ -63,6 +63,14 @@ class Bucket(MemoryFileSystem):
     self.unseen[path] = left - 1
     return left > 0
 
+  def info(self, path, **kwargs):
+    self.request('look', path)
+    return super().info(path, **kwargs)
+
+  def rm_file(self, path):
+    self.request('delete', path)
+    super().rm_file(path)
+
   def invalidate_cache(self, path=None):
     self.listings.clear()
 

@@ -24,6 +24,7 @@ from exchange_kit import (
 from waits import PATIENCE, Clock, until
 
 from codistill_jax import run_directory, writers
+from codistill_jax.data import criteo, shards
 from codistill_jax.exchange.plan import Waiting
 from codistill_jax.exchange.store_exchange import CheckpointExchange
 from codistill_jax.storage import files, leases
@@ -235,6 +236,15 @@ def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch, bucket):
       '/data/s3/gs.d': '/data/s3/gs.d',
   }
   assert {path: files.absolute(path) for path in cases} == cases
+
+
+@pytest.mark.parametrize('read', [shards.read_meta, criteo.read_meta])
+def test_prepared_data_is_on_a_disk_and_a_home_is_found(read, monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  with pytest.raises(ValueError, match='s3://lab/data is in an object store'):
+    read('s3://lab/data')
+  with pytest.raises(FileNotFoundError, match='/home/me/data'):
+    read('~/data')
 
 
 def test_a_missing_client_is_one_line_that_names_the_extra(python):

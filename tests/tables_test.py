@@ -1,8 +1,5 @@
 """Tasks of tables: what is read of them, and how it enters a batch."""
 
-import pathlib
-import re
-
 import datasets
 import hypothesis
 import jax
@@ -265,31 +262,6 @@ def test_what_is_no_table_is_one_line(tmp_path, table, error):
   with pytest.raises(error) as raised:
     cj.table_task(table, 'y', numeric=['x'])
   assert '\n' not in str(raised.value)
-
-
-def test_the_guide_trains_two_groups_on_a_table(tmp_path, monkeypatch, capsys):
-  guide = pathlib.Path(__file__).parents[1] / 'docs' / 'guide.md'
-  (snippet,) = re.findall(r'```python\n(.*?)```', guide.read_text(), re.S)
-  rng = np.random.default_rng(0)
-  age = rng.normal(40, 9, 900)
-  job = rng.choice(['clerk', 'smith', 'cook'], 900)
-  columns = {
-      'age': age,
-      'hours': rng.integers(20, 60, 900),
-      'job': job,
-      'city': rng.choice(['Oslo', 'Rome'], 900),
-      'income': (age > 42) ^ (job == 'cook'),
-  }
-  monkeypatch.chdir(tmp_path)
-  pd.DataFrame(columns).to_csv('people.csv', index=False)
-  scope = {}
-  exec(compile(snippet, str(guide), 'exec'), scope)  # Our own text.
-  losses = np.asarray(
-      [line.split() for line in capsys.readouterr().out.splitlines()], float
-  )
-  assert losses.shape == (100, 2)
-  assert losses[-10:].mean() < 0.6 * losses[:10].mean()
-  assert scope['results'][0].metrics['distill/weight'] == 1.0
 
 
 # --- Columns ------------------------------------------------------------------

@@ -58,8 +58,8 @@ def test_a_stop_saves_all_groups_at_one_step(
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
   until(lambda: checkpoints.completed_steps(saved), process=process)
-  process.send(signal.SIGTERM)
-  assert 'stopped and saved at step' in process.wait(143)
+  process.send(signal.SIGUSR2)
+  assert 'stopped and saved at step' in process.wait(140)
   steps = [
       checkpoints.completed_steps(run_directory.checkpoints_dir(workdir, g))
       for g in (0, 1)

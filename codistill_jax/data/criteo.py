@@ -60,6 +60,7 @@ from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import Raw, Reject
 from codistill_jax.data.sources import Source
 from codistill_jax.data.tables import MISSING
+from codistill_jax.storage import files
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
@@ -271,7 +272,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     FileNotFoundError, ValueError: As `prepared_files.read_meta`.
   """
-  return prepared_files.read_meta(pathlib.Path(data_dir), KIND)
+  return prepared_files.read_meta(files.on_disk(data_dir), KIND)
 
 
 def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
@@ -290,7 +291,7 @@ def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
   return prepared_files.Stack(
       [
           prepared_files.open_array(
-              pathlib.Path(data_dir) / rows_name(split, i),
+              files.on_disk(data_dir) / rows_name(split, i),
               (shard['rows'], COLUMNS),
               np.dtype(np.uint32),
               KIND,
@@ -310,7 +311,7 @@ def open_counts(
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  path = pathlib.Path(data_dir) / counts_name(column)
+  path = files.on_disk(data_dir) / counts_name(column)
   values = read_meta(data_dir)['counts'][column]['values']
   try:
     size = path.stat().st_size
@@ -366,7 +367,7 @@ def prepare_clicks(
       'shard_lines': shard_lines,
   }
   _check(config)
-  output = pathlib.Path(output)
+  output = files.on_disk(output)
   recipe = prepare.Recipe(
       kind=KIND,
       config=config,

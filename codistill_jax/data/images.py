@@ -49,6 +49,7 @@ from codistill_jax.data import (
     image_files,
     order,
 )
+from codistill_jax.storage import files
 
 _Images = image_files.Labelled | image_decode.Encoded
 
@@ -448,7 +449,7 @@ def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
 
 
 def _existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
-  path = pathlib.Path(directory).expanduser()
+  path = files.on_disk(directory)
   if not path.is_dir():
     raise FileNotFoundError(
         f'There is no directory {image_files.printable(path)}; {advice}'

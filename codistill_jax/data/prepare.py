@@ -133,7 +133,7 @@ def run(
       preparation with the same settings.
     OSError: If something cannot be read or written.
   """
-  output = pathlib.Path(output)
+  output = files.on_disk(output)
   if not 0 <= max_rejected <= 1:
     raise ValueError(f'max_rejected must be in [0, 1]; got {max_rejected}.')
   with process_map(workers) as process:
@@ -528,7 +528,10 @@ def _end_with_parent() -> None:
   A worker of the stock pool outlives a parent that leaves by `os._exit` or is
   killed, as it holds both ends of the queue that it waits at.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (
+      *(signal.SIGINT, signal.SIGTERM),
+      *(signal.SIGUSR1, signal.SIGUSR2),
+  ):
     signal.signal(number, signal.SIG_IGN)  # Sent to all, but for the parent.
   threading.Thread(target=_leave_after_parent, daemon=True).start()
 

@@ -25,6 +25,7 @@ from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
 from codistill_jax.data.sources import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
+from codistill_jax.storage import files
 
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TOKENIZER_BYTES = 50_000_000
@@ -182,7 +183,7 @@ def prepare_text(
       cut=functools.partial(_cut, shard_tokens),
       make=lambda source, known: functools.partial(
           _write_shards,
-          pathlib.Path(output),
+          files.on_disk(output),
           reader(source),
           known['tokenizer_sha256'],
       ),

@@ -40,6 +40,8 @@ from typing import IO, NamedTuple, cast
 
 from etils import epath
 
+from codistill_jax.storage import files
+
 
 class Reject(NamedTuple):
   """A record that holds nothing usable.
@@ -113,6 +115,8 @@ def expand(pattern: str) -> list[epath.Path]:
   """
   if '**' in pattern:
     raise ValueError(f'{pattern} has ** in it; use * for each folder.')
+  if files.is_remote(pattern):
+    files.absolute(pattern)  # Raises if it is out of reach.
   path = epath.Path(pattern).expanduser()
   if path.is_dir():
     raise ValueError(

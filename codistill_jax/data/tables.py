@@ -45,7 +45,7 @@ from etils import epath
 
 from codistill_jax import base
 from codistill_jax.data import examples, order, records
-from codistill_jax.storage.files import one_line
+from codistill_jax.storage.files import absolute, one_line
 
 CATEGORIES = ('hash', 'vocabulary')
 MISSING = 0  # A raw category that is none.
@@ -124,7 +124,7 @@ class Columns(NamedTuple):
 
 
 def table_task(
-    table: Any,
+    table: os.PathLike | Any,
     label: str,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),
@@ -420,7 +420,7 @@ def read_table(table: Any, columns: Sequence[str]) -> Any:
   try:
     if isinstance(table, str | os.PathLike):
       where = str(table)
-      table = _read_file(os.path.expanduser(table))
+      table = _read_file(absolute(table))
     elif hasattr(table, 'to_pandas'):
       # Images and the like are not decoded to be left out.
       known = set(getattr(table, 'column_names', None) or columns)

@@ -286,7 +286,7 @@ def language_model_task(
       DocumentBatches, unroll=unroll, max_batches=max_eval_batches
   )
   tokenizer = lambda: Tokenizer(
-      (Path(data_dir) / shards.TOKENIZER).read_bytes()
+      (files.on_disk(data_dir) / shards.TOKENIZER).read_bytes()
   )
 
   def other_data(name: str, split: str) -> Callable[..., DocumentBatches]:
@@ -392,7 +392,7 @@ def token_frequencies(
   Raises:
     OSError, ValueError: If the data cannot be used.
   """
-  data_dir = Path(data_dir)
+  data_dir = files.on_disk(data_dir)
   path = data_dir / 'train' / f'label_counts_{_key(data_dir)}.npy'
   try:
     counts_V = np.load(io.BytesIO(path.read_bytes()))

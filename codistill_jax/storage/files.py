@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import re
 import secrets
 import stat
@@ -113,6 +114,21 @@ def absolute(path: PathLike) -> str:
     )
   _connect(scheme)
   return path
+
+
+def on_disk(path: PathLike) -> pathlib.Path:
+  """Returns an absolute path of what is mapped into memory.
+
+  Raises:
+    ValueError: If it is in an object store.
+  """
+  path = absolute(path)
+  if is_remote(path):
+    raise ValueError(
+        f'{path} is in an object store, but has to be on a disk of this machine'
+        ' (it is mapped into memory); give a directory, and copy it'
+    )
+  return pathlib.Path(path)
 
 
 @functools.cache

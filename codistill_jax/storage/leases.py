@@ -257,7 +257,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
     doing: What for, in the error of whoever comes second.
 
   Raises:
-    ValueError: If another process is in it.
+    HeldError: If another process is in it.
   """
   files.make_directory(directory)
   if files.is_remote(directory):
@@ -270,7 +270,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
       # The kernel lets go of the lock whenever and however we end.
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-      raise ValueError(
+      raise HeldError(
           f'Another process is {doing} {os.fspath(directory)}; wait for it, end'
           ' it, or choose another directory.'
       ) from e

@@ -481,7 +481,7 @@ _SETTINGS = {
     'seed': 'seed',
     'model_parameters': 'model parameters',
 }
-_NO_SETTINGS = ('arm', 'command', 'example')
+_NO_SETTINGS = ('arm', 'command', 'config_sha256', 'example')
 
 
 def settings(arms: Sequence[RunRecords]) -> pd.DataFrame:

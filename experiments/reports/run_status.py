@@ -256,7 +256,10 @@ def _processes(groups: Sequence[Status]) -> list[str]:
   hosts: dict[str, list[str]] = {}
   for group in groups:
     if not group.ended and 'pid' in group.known:
-      entry = f'{group.known["pid"]} (group {group.group_id})'
+      known, device = group.known, ''
+      if {'replicas', 'device'} <= known.keys():
+        device = f', {known["replicas"]} x {known["device"]}'
+      entry = f'{known["pid"]} (group {group.group_id}{device})'
       hosts.setdefault(group.known.get('host') or '?', []).append(entry)
   return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]
 

@@ -34,8 +34,14 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir, initial_variables
-from .watch import Efficiency, Heartbeat, Watch
+from . import processes
+from .job import (
+    Job,
+    claim_workdir,
+    describe_devices,
+    initial_variables,
+)
+from .watch import Efficiency, Heartbeat, Watch, check_profile, profiled
 
 
 class GroupStart(NamedTuple):
@@ -87,12 +93,23 @@ def new_state(job: Job) -> GroupStart:
 
 
 def check_start(job: Job, start: GroupStart) -> None:
-  """Traces an update and an evaluation; warns of numbers that act nowhere.
+  """Names the devices; traces an update and an evaluation; warns.
+
+  Of numbers that act nowhere.
 
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment = job.experiment
+  experiment, step = job.experiment, job.train_step
+  check_profile(job)
+  if job.agreement.is_primary:
+    used = describe_devices(
+        step.num_replicas,
+        jax.process_count(),
+        step.device_kind,
+        processes.accelerators() if processes.may_have_accelerator() else 0,
+    )
+    cli.tell(f'group {job.group_id}: {used}')
   saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
   if run_directory.newest_saved(saved) is None:  # Else both have been done.
     with experiment_lib.naming('the update cannot be traced'):
@@ -194,6 +211,7 @@ def _train(
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
         raise _stopped(job, start)
+    _expect_teachers(job, efficiency, start)
     turns = run_group(
         job.train_step,
         state,
@@ -202,6 +220,7 @@ def _train(
         exchange=exchange,
         distill_weight=job.experiment.distill_weight,
     )
+    turns = stack.enter_context(contextlib.closing(profiled(job, turns, start)))
     del state, resume  # A whole state, that training goes on without.
     claimed = False
     try:
@@ -221,6 +240,14 @@ def _train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
+
+
+def _expect_teachers(job: Job, efficiency: Efficiency, start: int) -> None:
+  """Lets the program with teachers be compiled while the group has none."""
+  experiment, teachers = job.experiment, efficiency.teachers()
+  steps = range(start, experiment.num_steps)
+  if teachers is not None and any(map(experiment.distill_weight, steps)):
+    job.train_step.expect(teachers)
 
 
 def _after_update(

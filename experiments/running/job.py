@@ -2,9 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import os
+import pathlib
+import platform
 import re
+import socket
+import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +71,7 @@ class Job:
       random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
       of a process that trains several runs at once, that of this one.
+    profile: The updates whose trace is written, by their steps before.
     evaluated: Called with the group, the step and the variables after each
       evaluation, and once more if the run goes on from there; they are intact
       until the group's next update.
@@ -85,6 +92,7 @@ class Job:
   exchange_dir: str = ''
   init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
+  profile: range = range(0)
   evaluated: Callable[[int, int, Variables], None] = _ignore
 
   @property
@@ -126,8 +134,42 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
+      'device': job.train_step.device_kind,
+      'host': socket.gethostname(),
+      'versions': _versions(),
       'configuration': job.configuration().bindings,
   }
+
+
+_PACKAGES = [
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'codistill_jax',
+]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+  """Returns those of Python and packages; of a clone, its commit."""
+  found = {'python': platform.python_version()}
+  for name in (*_PACKAGES, 'codistill_jax'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  clone = pathlib.Path(run_directory.__file__).parents[1]
+  if (clone / '.git').exists():
+    command = 'git describe --always --dirty --abbrev=40 --exclude=*'
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+      found['commit'] = subprocess.check_output(
+          command.split(),
+          cwd=clone,
+          stderr=subprocess.DEVNULL,
+          timeout=5,
+          text=True,
+      ).strip()
+  return found
 
 
 def print_dry_run(job: Job, state: TrainState) -> None:
@@ -408,6 +450,28 @@ def chosen_devices(count: int) -> list[jax.Device] | None:
         f' set --replicas to at most {len(devices)}'
     )
   return devices[:count]
+
+
+def describe_devices(
+    num_replicas: int, num_processes: int, kind: str, present: int
+) -> str:
+  """Says on how many devices a group trains, and that a machine has more.
+
+  Args:
+    num_replicas: Devices of the group, over all its processes.
+    num_processes: Those.
+    kind: What the devices are.
+    present: Accelerators of this machine.
+  """
+  each = num_replicas // num_processes
+  words = f'{num_replicas} replica(s) on {kind}'
+  if num_processes > 1:
+    words += f', {each} in each of {num_processes} processes'
+  if kind == 'cpu' and present:
+    return f'{words}, though this machine has {present} accelerator(s)'
+  if each < present:
+    return f'{words}; {each} of the {present} that this machine has'
+  return words
 
 
 # --- Groups of one process ----------------------------------------------------

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from absl import flags
 from etils import epath
 
-from codistill_jax import run_directory, writers
+from codistill_jax import gin_utils, run_directory, writers
 from codistill_jax.storage import files
 from codistill_jax.storage.files import PathLike
 
@@ -131,6 +132,26 @@ def _die_with_parent() -> None:
   if _PRCTL is not None:
     set_parent_death_signal = 1
     _PRCTL(set_parent_death_signal, signal.SIGKILL)
+
+
+_HANDED_ON = ('compile_cache', 'profile_steps')  # If they are given.
+
+
+def group_command(group_id: int, *more: str) -> list[str]:
+  """Returns the command that trains a group of the run that our flags say."""
+  given = flags.FLAGS
+  return [
+      *(sys.executable, '-u', '-m', cli.module_of('train_group')),
+      f'--workdir={given.workdir}',
+      f'--group_id={group_id}',
+      f'--num_groups={given.num_groups}',
+      *([f'--arm={given.arm}'] if given.arm else []),
+      f'--init_from={given.init_from}',
+      f'--exchange_dir={given.exchange_dir}',
+      *(given[x].serialize() for x in _HANDED_ON if given[x].present),
+      *gin_utils.flag_arguments(),
+      *more,
+  ]
 
 
 def log_directory(workdir: str) -> epath.Path:
@@ -550,6 +571,12 @@ def may_have_accelerator() -> bool:
   if sys.platform != 'linux':
     return True
   return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
+
+
+def accelerators(directory: str = '/dev') -> int:
+  """Returns how many GPUs or TPUs this machine has; 0: none, or not known."""
+  names = ('nvidia[0-9]*', 'accel[0-9]*', 'vfio/[0-9]*')
+  return sum(len(glob.glob(os.path.join(directory, name))) for name in names)
 
 
 def large_pages() -> dict[str, str]:

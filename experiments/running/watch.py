@@ -4,12 +4,12 @@ Shape suffixes: B rows of the group batch, P teachers.
 """
 
 import concurrent.futures
+import contextlib
 import math
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from codistill_jax import (
     evaluate,
     jaxprs,
     one_program,
+    replicas,
     run_directory,
     writers,
 )
@@ -36,7 +37,7 @@ from codistill_jax.base import (
 from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
 from codistill_jax.experiment import make_eval_step, split_batches
 from codistill_jax.group import StepResult
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 from .. import cli
 from .job import Job
@@ -62,6 +63,7 @@ class Heartbeat:
     self.steps_per_sec: float | None = None
     self.taught = False
     self._job = job
+    self._host = ', '.join(dict.fromkeys(replicas.hosts()))
     self._step: int | None = None
     self._phase, self._reason = 'starting', ''
     self._started = self._since = time.time()
@@ -133,7 +135,9 @@ class Heartbeat:
         'started': self._started,
         'since': self._since,
         'pid': os.getpid(),
-        'host': socket.gethostname(),
+        'host': self._host,
+        'replicas': job.train_step.num_replicas,
+        'device': job.train_step.device_kind,
         'phase': phase,
         'reason': self._reason,
         'steps_per_sec': self.steps_per_sec,
@@ -258,6 +262,62 @@ def _taught(metrics: Metrics) -> bool:
   return bool(metrics['distill/weight'])
 
 
+def check_profile(job: Job) -> None:
+  """Raises ValueError if the trace that is asked for cannot be written."""
+  steps, last = job.profile, job.experiment.num_steps
+  if steps and steps.stop > last:
+    raise ValueError(
+        f'--profile_steps={steps.start}:{steps.stop} goes beyond'
+        f' Experiment.num_steps = {last}; give steps up to that'
+    )
+  if steps and files.is_remote(job.workdir):
+    raise ValueError(
+        f'--profile_steps writes to a disk, and --workdir={job.workdir} is of'
+        ' an object store; profile with a --workdir on a disk'
+    )
+
+
+def profiled(
+    job: Job, turns: Iterator[StepResult], step: int
+) -> Iterator[StepResult]:
+  """Passes all updates on; writes the trace of those of `job.profile`.
+
+  Args:
+    job: The group.
+    turns: Of `run_group`.
+    step: The step before the first of them.
+  """
+  steps = job.profile if job.agreement.is_primary else range(0)
+  begin = max(step, steps.start)
+  with contextlib.ExitStack() as trace:
+    while True:
+      if step == begin and step in steps:
+        trace.enter_context(_trace(job))
+      with jax.profiler.StepTraceAnnotation('update', step_num=step):
+        result = next(turns, None)
+      if result is None:
+        return
+      step = result.step
+      if step == steps.stop:
+        jax.device_get(result.metrics)  # Waits for what is under way.
+        trace.close()
+      yield result
+
+
+@contextlib.contextmanager
+def _trace(job: Job) -> Iterator[None]:
+  directory = run_directory.profile_dir(job.workdir, job.group_id)
+  jax.profiler.start_trace(directory, create_perfetto_trace=True)
+  try:
+    yield
+  finally:
+    try:
+      jax.profiler.stop_trace()
+    except (OSError, RuntimeError, ValueError) as e:
+      # Of a disk that fails: no reason to end training.
+      cli.tell(f'warning: no trace in {directory}: {e}', error=True)
+
+
 def group_writer(
     job: Job, *, progress: bool
 ) -> Callable[[int], writers.Writer]:
@@ -332,11 +392,7 @@ class Efficiency:
 
   def trace(self) -> None:
     """Traces the step, with teachers if there are any."""
-    job = self._job
-    kind = job.experiment.exchange
-    self._count(
-        kind.one_program or kind.num_teachers(job.group_id, job.num_groups) > 0
-    )
+    self._count(self.teachers() is not None)
 
   def seen(self, taught: bool) -> None:
     """Starts to count the FLOPs of a step that has run, taught or not."""
@@ -381,7 +437,7 @@ class Efficiency:
         step.train_step,
         self._state,
         self._batch,
-        self._teachers() if taught else None,
+        self.teachers() if taught else None,
         jax.ShapeDtypeStruct((), np.float32),
         axis_sizes=step.axis_sizes,
     )
@@ -393,12 +449,15 @@ class Efficiency:
       )
     return found
 
-  def _teachers(self) -> Teachers | PeerPredictions:
+  def teachers(self) -> Teachers | PeerPredictions | None:
+    """Returns the shapes of the group's teachers, if it can have any."""
     job, kind = self._job, self._job.experiment.exchange
     step = job.train_step
     if isinstance(step, one_program.Seat) and step.peers is not None:
       return _shapes(step.peers)
     peers = kind.num_teachers(job.group_id, job.num_groups)
+    if not peers:
+      return None
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)

@@ -137,11 +137,11 @@ def legend_below(
   )
 
 
-def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def save(figure: Figure, name: str, title: str, *caption: str) -> Plot:
   """Returns the figure as PNG, with the words that go below it."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', facecolor='white')
-  return Plot(name, title, caption, buffer.getvalue())
+  return Plot(name, title, ' '.join(caption), buffer.getvalue())
 
 
 def plot(ax: Axes, curve: pd.Series, **style: Any) -> None:

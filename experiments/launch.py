@@ -123,12 +123,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _submit(groups: Sequence[Group], more: Mapping[str, Any]) -> list[Any]:
-  """Returns the job of each group; its log is on a disk."""
+  """Returns the job of each group."""
   import submitit
 
-  remote = files.is_remote(_FLAGS.workdir)
   executor = submitit.AutoExecutor(
-      os.path.join(os.getcwd() if remote else _FLAGS.workdir, 'jobs'),
+      # Its pickles run as code: not where others may write, the run directory.
+      os.path.abspath(os.path.join('jobs', os.path.basename(_FLAGS.workdir))),
       cluster=_FLAGS.cluster,
       slurm_max_num_timeout=10**6,
   )

@@ -155,7 +155,7 @@ class Cluster:
           command, env=self._environment, stdout=log, stderr=log
       )
 
-  def run(self, *command, **variables):
+  def run(self, *command, cwd=ROOT, **variables):
     """Runs a client; returns what it says.
 
     By a file: what it leaves running would keep a pipe open.
@@ -167,7 +167,7 @@ class Cluster:
       status = subprocess.call(
           list(map(str, command)),
           env=self._environment | variables,
-          cwd=ROOT,
+          cwd=cwd,
           stdout=said,
           stderr=errors,
       )
@@ -354,9 +354,12 @@ def test_one_command_submits_all_groups_and_they_go_on(run, where):
       *(sys.executable, '-m', 'experiments.launch', '--num_groups=2'),
       *(f'--cluster={where}', *run.flags[:2], '--minutes=30'),
       **run.variables,
+      cwd=run.workdir.parent,
       XLA_FLAGS='',
   )
   jobs, logs = zip(*re.findall(r'group \d: job (\S+), log (\S+)\n', said))
+  # What is pickled does not lie where others write.
+  assert not any(str(run.workdir) + os.sep in log for log in logs)
   assert said.splitlines()[-1].endswith(f'status --workdir={run.workdir}')
   run.wait_halted(0, 1)
   if where == 'slurm':

@@ -355,6 +355,23 @@ def modified(path: PathLike) -> float:
   return 0.0
 
 
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+  """Turns errors into OSError; one of a missing object means its bucket."""
+  try:
+    with as_os_errors():
+      yield
+  except FileNotFoundError as e:
+    if not is_remote(path):
+      raise
+    bucket = '/'.join(os.fspath(path).split('/')[:3])
+    raise FileNotFoundError(
+        errno.ENOENT,
+        f'there is no bucket {bucket}, or none that this process may see; make'
+        f' it, or choose another ({one_line(e)})',
+    ) from e
+
+
 def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
   """Replaces a file as a whole: a reader sees the old bytes or the new ones.
 
@@ -364,7 +381,7 @@ def write_bytes(path: PathLike, data: bytes, *, sync: bool = False) -> None:
     sync: Whether that also holds after a power cut; takes a disk some time.
   """
   path = _path(path)
-  with as_os_errors():
+  with _writing(path):
     make_directory(path.parent)
     if is_remote(path):
       # An object appears as a whole, and cannot be renamed at one stroke.
@@ -401,7 +418,7 @@ def create(path: PathLike, data: bytes) -> bool | None:
     return None
   for again in (False, True):
     try:
-      with as_os_errors():
+      with _writing(path):
         client.pipe_file(name, data, mode='create')
     except FileExistsError:
       return again  # The second time it has to be refused.

@@ -520,3 +520,19 @@ def test_a_poll_right_after_the_signal_sees_it_and_uninstall_gives_it_back():
   finally:
     stop.uninstall()
   assert [signal.getsignal(n) for n in cli.SIGNALS] == before
+
+
+def test_a_line_is_logged_once():
+  """Though something was logged at an import, as orbax does."""
+  code = (
+      'from absl import logging; logging.vlog(1, "early")\n'
+      'from experiments import cli\n'
+      'cli.run(lambda argv: logging.warning("late"))\n'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code],
+      cwd=tiny_run.ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0 and done.stderr.count('late') == 1, done.stderr

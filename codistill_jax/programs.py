@@ -46,12 +46,6 @@ def _processor() -> str:
   return '\n'.join([platform.machine(), *sorted(flags)])
 
 
-def _directory() -> str | None:
-  # By type checkers, jax.config has no such attributes.
-  config: Any = jax.config
-  return config.jax_compilation_cache_dir
-
-
 def keep(directory: str) -> None:
   """Keeps what this process compiles, for 30 days; loads what others did.
 
@@ -64,7 +58,7 @@ def keep(directory: str) -> None:
   Raises:
     OSError: If it cannot be used; nothing is kept then.
   """
-  if _directory():
+  if jax.config.jax_compilation_cache_dir:
     return
   os.makedirs(directory, mode=0o700, exist_ok=True)
   if os.stat(directory).st_uid != os.getuid():
@@ -85,7 +79,7 @@ def keep(directory: str) -> None:
 class Programs:
   """A compiled step: a program without teachers, and one with them."""
 
-  def __init__(self, step: Callable[..., Any]):
+  def __init__(self, step: jax.stages.Wrapped):
     """Compiles nothing yet.
 
     Args:
@@ -141,7 +135,7 @@ class Programs:
     thread.start()
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+def shared(function: jax.stages.Wrapped) -> Callable[..., Any]:
   """Returns a jitted function whose first call compiles once for a machine."""
   begun = False
 
@@ -157,13 +151,13 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def _share(step: Any, *args: Any) -> None:
+def _share(step: jax.stages.Wrapped, *args: Any) -> None:
   # Without a place to share it, a call compiles by itself.
-  if _directory() and jax.process_count() == 1:
+  if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
     compile_once(step, *args)
 
 
-def compile_once(step: Any, *args: Any) -> None:
+def compile_once(step: jax.stages.Wrapped, *args: Any) -> None:
   """Compiles for arguments, or shapes; a call with such compiles no more."""
   lowered = step.lower(*args)
   with _turn(lowered):
@@ -173,7 +167,7 @@ def compile_once(step: Any, *args: Any) -> None:
 @contextlib.contextmanager
 def _turn(lowered: jax.stages.Lowered) -> Iterator[None]:
   """Waits until no process of this machine compiles the same program."""
-  directory = _directory()
+  directory = jax.config.jax_compilation_cache_dir
   with contextlib.ExitStack() as stack:
     if directory:
       name = hashlib.sha256(lowered.as_text().encode()).hexdigest()

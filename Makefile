@@ -65,8 +65,9 @@ lint: .venv/test
 	.venv/bin/pyink --check --quiet .
 	.venv/bin/mypy
 
+# Three processes on two cores: tests of processes wait much of their time.
 test: lint
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # On a SLURM of two nodes and on object stores, all of them on this machine; a
 # test whose engine is not installed (slurm-wlm and munge, in Debian) is skipped.

@@ -63,7 +63,7 @@ def keep(directory: str) -> None:
 class Programs:
   """A compiled step: a program without teachers, and one with them."""
 
-  def __init__(self, step: Callable[..., Any]):
+  def __init__(self, step: jax.stages.Wrapped):
     """Compiles nothing yet.
 
     Args:
@@ -119,7 +119,7 @@ class Programs:
     thread.start()
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+def shared(function: jax.stages.Wrapped) -> Callable[..., Any]:
   """Returns a jitted function whose first call compiles once for a machine."""
   begun = False
 
@@ -135,13 +135,13 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def _share(step: Callable[..., Any], *args: Any) -> None:
+def _share(step: jax.stages.Wrapped, *args: Any) -> None:
   # Without a place to share it, a call compiles by itself.
   if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
     compile_once(step, *args)
 
 
-def compile_once(step: Callable[..., Any], *args: Any) -> None:
+def compile_once(step: jax.stages.Wrapped, *args: Any) -> None:
   """Compiles for arguments, or shapes; a call with such compiles no more."""
   lowered = step.lower(*args)
   with _turn(lowered):

@@ -155,19 +155,20 @@ def test_a_package_of_an_extra_that_is_missing_is_one_line(installed, capsys):
   for module, names in importlib.metadata.packages_distributions().items():
     for name in names:
       modules.setdefault(plain(name), []).append(module)
-  extras = {'data', 'clicks', 'images', 'report', 'export'}
-  seen = set()
+  extras = {}  # By the distribution that they install.
   for asked in ours.requires:
     found = re.fullmatch(r'([\w-]+).*extra == "(\w+)"', asked)
-    if found is None or found[2] not in extras:
-      continue
+    if found and found[2] in ('data', 'clicks', 'images', 'report', 'export'):
+      extras.setdefault(plain(found[1]), set()).add(found[2])
+  # Another Python's environment has no TensorFlow.
+  installed_here = extras.keys() & modules.keys()
+  assert len(installed_here) > 8
+  for name in installed_here:
     said = set()
-    for module in modules[plain(found[1])]:
+    for module in modules[name]:
       status = cli.say(ModuleNotFoundError(name=f'{module}.part'))
       output = capsys.readouterr().err
       if status == cli.CLEAR_ERROR:
         (line,) = output.splitlines()
         said |= set(re.findall(r"pip install 'codistill_jax\[(\w+)\]'", line))
-    assert said and said <= extras, asked
-    seen |= said
-  assert seen == extras
+    assert said and said <= extras[name], name

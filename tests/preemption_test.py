@@ -18,11 +18,6 @@ from experiments import cli
 
 
 @pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
-
-
-@pytest.fixture(scope='module')
 def gin_file(reference):
   """The tiny run with a model that can get stuck."""
   text = reference[0].read_text()
@@ -32,12 +27,6 @@ def gin_file(reference):
   path = reference[0].with_name('stuck.gin')
   path.write_text('\n'.join(lines) + '\n')
   return path
-
-
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
 
 
 class Run:

@@ -9,7 +9,6 @@ import time
 from unittest import mock
 
 import paced
-import pytest
 import tiny_run
 from waits import until
 
@@ -114,12 +113,6 @@ class Run:
     """Of the teacher that group 1 has of group 0; -1 without one."""
     status = run_directory.read_status(self.workdir, 1) or {}
     return max((t['step'] for t in status.get('teachers', [])), default=-1)
-
-
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
 
 
 def assert_lost(process, run):

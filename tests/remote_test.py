@@ -128,14 +128,20 @@ def test_of_newcomers_that_meet_one_gets_the_lease(
   # Who relies on the condition does not wait to find out: it would be long.
   patience = Patience(remote_lease_settle=PATIENCE if conditional else 0.3)
   monkeypatch.setattr(leases, 'is_alive', lambda holder: holder and True)
-  got, together = [], threading.Barrier(8)
+  got, together, wrote = [], threading.Barrier(8), set()
 
-  def want(number):
-    together.wait()
+  def request(self, kind, path):
+    if kind == 'write' and threading.get_ident() not in wrote:
+      wrote.add(threading.get_ident())
+      together.wait()  # All have seen that nobody has it.
+
+  monkeypatch.setattr(remote.Bucket, 'request', request)
+
+  def want():
     with contextlib.suppress(leases.HeldError):
       got.append(leases.acquire('s3://bucket/d', 'in', patience=patience))
 
-  wanting = [threading.Thread(target=want, args=(n,)) for n in range(8)]
+  wanting = [threading.Thread(target=want) for _ in range(8)]
   start = time.monotonic()
   for thread in wanting:
     thread.start()
@@ -224,6 +230,16 @@ def test_what_is_no_place_is_refused_by_name(path):
   with pytest.raises(ValueError, match=re.escape(path.lstrip('.'))) as e:
     files.absolute(path)
   assert '\n' not in str(e.value)
+
+
+def test_a_missing_bucket_is_named(bucket, monkeypatch):
+  def request(self, kind, path):
+    raise FileNotFoundError('404')
+
+  monkeypatch.setattr(remote.Bucket, 'request', request)
+  for write in (files.write_bytes, files.create):
+    with pytest.raises(FileNotFoundError, match='no bucket s3://lab, '):
+      write('s3://lab/run/a', b'')
 
 
 def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch, bucket):

@@ -24,17 +24,6 @@ LAST = tiny_run.NUM_STEPS
 
 
 @pytest.fixture(scope='module')
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
-
-
-@pytest.fixture(scope='module')
 def finished(launch, reference, tmp_path_factory):
   """The run of the reference again, each group a process."""
   workdir = tmp_path_factory.mktemp('finished') / 'run'

@@ -24,12 +24,6 @@ if 'experiments.evaluate' in sys.orig_argv:
 """
 
 
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
 def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
     launch, tmp_path_factory, monkeypatch
 ):

@@ -12,17 +12,6 @@ from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
 
 
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
-
-
 def train(launch, workdir, gin_file, **flags):
   return launch(
       'train_lockstep',

@@ -38,7 +38,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from etils import epath
@@ -231,7 +231,7 @@ def _open_other(
 
 def _reader(rows: Rows, columns: Columns) -> Callable[[np.ndarray], base.Batch]:
   return read_arrays(
-      columns.scaling.apply(rows.dense_NI),
+      cast(Scaling, columns.scaling).apply(rows.dense_NI),
       columns.encoder.encode(rows.categories_NK),
       rows.labels_N,
   )

@@ -349,7 +349,8 @@ def open_other(
     return data
   examples.check_no_splits(name, split)
   source, own = sources.open_source(name), tokenizer()
-  documents, num_bytes, left_out = [], 0, collections.Counter()
+  documents, num_bytes = [], 0
+  left_out: collections.Counter[str] = collections.Counter()
   for raw in source.raw():
     text = sources.decoded(source.decode, raw)
     if isinstance(text, records.Reject):

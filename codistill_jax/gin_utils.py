@@ -88,7 +88,6 @@ _PARTS = {
     'optax',
 }
 _WITH_FILES = {'fromfile', 'load', 'save', 'savez', 'savez_compressed'}
-_LARGEST = 1_000_000  # Bytes.
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -173,7 +172,7 @@ def parse(
   if saved is not None:
     trusted = {*trusted, *imported_by(files)}
     with _one_line_errors(os.fspath(saved)):
-      text = _read_saved(saved)
+      text = files_lib.read_text(saved)
       _check_names(text, trusted)
       gin.parse_config(text)
   for number, file in enumerate(files):
@@ -283,14 +282,6 @@ def imported_by(
       elif isinstance(s, config_parser.IncludeStatement):
         found |= imported_by([s.filename], path)
   return {m for m in found if not m.startswith('__gin__')}
-
-
-def _read_saved(path: PathLike) -> str:
-  if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
-    raise ValueError('no regular file')
-  if files_lib.size(path) > _LARGEST:
-    raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
-  return files_lib.content(path).decode()
 
 
 def _check_names(text: str, trusted: set[str]) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +26,24 @@ _LEAST_SECONDS = 0.2  # What is compiled faster is not kept.
 
 
 def default_directory() -> str:
-  """Returns where programs are kept unless a user says otherwise."""
+  """Returns where programs are kept unless a user says otherwise.
+
+  One for each kind of processor, whose instructions a program may use: a home
+  directory is often shared by machines that differ.
+  """
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return os.path.join(home, 'codistill_jax', 'programs')
+  kind = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+  return os.path.join(home, 'codistill_jax', 'programs', kind)
+
+
+def _processor() -> str:
+  """Returns what tells the instructions of processors apart."""
+  try:
+    with open('/proc/cpuinfo') as f:
+      flags = {x for x in f if x.startswith(('flags', 'Features'))}
+  except OSError:
+    flags = set()
+  return '\n'.join([platform.machine(), *sorted(flags)])
 
 
 def keep(directory: str) -> None:
@@ -63,7 +79,7 @@ def keep(directory: str) -> None:
 class Programs:
   """A compiled step: a program without teachers, and one with them."""
 
-  def __init__(self, step: Callable[..., Any]):
+  def __init__(self, step: jax.stages.Wrapped):
     """Compiles nothing yet.
 
     Args:
@@ -119,7 +135,7 @@ class Programs:
     thread.start()
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+def shared(function: jax.stages.Wrapped) -> Callable[..., Any]:
   """Returns a jitted function whose first call compiles once for a machine."""
   begun = False
 
@@ -135,13 +151,13 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def _share(step: Callable[..., Any], *args: Any) -> None:
+def _share(step: jax.stages.Wrapped, *args: Any) -> None:
   # Without a place to share it, a call compiles by itself.
   if jax.config.jax_compilation_cache_dir and jax.process_count() == 1:
     compile_once(step, *args)
 
 
-def compile_once(step: Callable[..., Any], *args: Any) -> None:
+def compile_once(step: jax.stages.Wrapped, *args: Any) -> None:
   """Compiles for arguments, or shapes; a call with such compiles no more."""
   lowered = step.lower(*args)
   with _turn(lowered):

@@ -139,7 +139,7 @@ def _init_of(
 ) -> Callable[[Array, dict], TrainState]:
   def init(rng: Array, batch: Batch) -> TrainState:
     init_rng, step_rng = jax.random.split(rng)
-    if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:  # type: ignore[attr-defined]
+    if jax.random.key_impl(rng) == jax.config.jax_default_prng_impl:
       step_rng = jax.random.key_data(step_rng)
     variables = model.init(init_rng, batch)
     if not isinstance(variables, Variables):
@@ -178,7 +178,7 @@ def _checked_key(rng: Array) -> Array:
     raise ValueError(
         f'rng: expected one random key, got {form_of(rng)}; give'
         ' jax.random.key(seed), or a jax.random.PRNGKey(seed) of the generator'
-        f' that jax has by default ({jax.config.jax_default_prng_impl})'  # type: ignore[attr-defined]
+        f' that jax has by default ({jax.config.jax_default_prng_impl})'
     )
   return jnp.asarray(rng)
 

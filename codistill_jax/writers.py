@@ -6,8 +6,9 @@ is a `NullWriter`, never None.
 """
 
 import contextlib
-import io
+import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -439,23 +440,15 @@ def _repair(path: epath.Path, resume_step: int | None) -> int:
   Returns:
     The newest step that is kept.
   """
-  data = _content(path)
-  lines = io.BytesIO(data).readlines()  # Unlike splitlines, not at a b'\r'.
-  kept = b''.join(line for line in lines if _keep(line, resume_step))
-  if kept != data:
-    files.write_bytes(path, kept)
-  records = map(run_directory.parse_record, kept.splitlines())
-  return max((r['step'] for r in records if r), default=0)
-
-
-def _keep(line: bytes, resume_step: int | None) -> bool:
-  if not line.endswith(b'\n'):
-    return False
-  record = run_directory.parse_record(line)
+  lines = list(run_directory.lines(path))
   # A damaged whole line stays, for a person to look at; readers skip it.
-  if record is None or resume_step is None:
-    return True
-  return record['step'] <= resume_step
+  records = map(run_directory.parse_record, lines)
+  steps = [record['step'] if record else 0 for record in records]
+  last = math.inf if resume_step is None else resume_step
+  kept = [x[-1:] == b'\n' and step <= last for x, step in zip(lines, steps)]
+  if not all(kept):
+    files.write_bytes(path, b''.join(itertools.compress(lines, kept)))
+  return max(itertools.compress(steps, kept), default=0)
 
 
 # How a metric is shown on the terminal, in this order; others are not.

@@ -24,11 +24,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from absl import app, flags, logging
 
 from codistill_jax.storage import files, leases
+
+T = TypeVar('T')
 
 CLEAR_ERROR = 1
 CRASH = 70
@@ -336,6 +338,19 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub(
       lambda found: found[0].encode('unicode_escape').decode(), text
   )
+
+
+def attempt(bad: list[str], read: Callable[..., T], *args: Any) -> T | None:
+  """Returns what is read; None, and why in `bad`, if it cannot be.
+
+  Torn by a kill or by an object store, written by anybody, or refused by the
+  file system.
+  """
+  try:
+    return read(*args)
+  except (ValueError, OSError) as e:
+    bad.append(' '.join(str(e).split()))
+    return None
 
 
 def check_flags() -> None:

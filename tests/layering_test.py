@@ -277,7 +277,7 @@ def test_without_any_extra_every_module_imports_and_every_binary_has_help(
       if "if __name__ == '__main__'" in path.read_text()
       and name.count('.') == 1
   ]
-  assert len(binaries) == 12
+  assert len(binaries) == 13
   run_python(
       python,
       f"""

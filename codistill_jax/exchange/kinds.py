@@ -309,10 +309,7 @@ class FixedTeachers(Kind):
     for source in find_teachers(self.runs, self.step):
       steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
-    before = [
-        files.whole(run_directory.read_run(w), 'prior_steps') or 0
-        for w in steps
-    ]
+    before = [run_directory.read_run(w).get('prior_steps', 0) for w in steps]
     return {
         'exchange_every': None,
         'mode': 'fixed',
@@ -437,7 +434,7 @@ def _groups_of(workdir: epath.Path) -> Sequence[int]:
         ' teachers first, or give the --workdir that they were trained in'
     )
   run = run_directory.read_run(workdir)
-  num_groups = files.whole(run, 'num_groups') or len(there)
+  num_groups = run.get('num_groups') or len(there)
   for group_id in range(num_groups):
     if not files.exists(run_directory.done_path(workdir, group_id)):
       raise ValueError(

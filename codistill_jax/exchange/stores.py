@@ -34,6 +34,8 @@ from codistill_jax.storage.background import (
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
 FAILED_FILE = 'failed.json'
+# Of READING_FILE.
+_MARK: dict[str, Any] = {'nonce': files.TEXT, 'steps': {...: files.WHOLE}}
 _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
 
 # The writers of this process that are open, by directory.
@@ -313,9 +315,10 @@ class DirectoryStore(Store):
   def failure(self, group_id: int) -> str:
     directory = publications.group_directory(self.root, group_id)
     try:
-      return files.text(files.read_json(directory / FAILED_FILE), 'reason')
+      failed = files.read_json(directory / FAILED_FILE, {'reason': files.TEXT})
     except (OSError, ValueError):
       return ''
+    return (failed or {}).get('reason', '')
 
   def spare(self) -> Variables | None:
     # Nobody needs what the next one is newer than; it goes before the copy.
@@ -445,9 +448,8 @@ class DirectoryStore(Store):
     """Returns the oldest publication that a reader may ask for again."""
     path = publications.group_directory(self.root, reader) / RESTART_FILE
     with contextlib.suppress(OSError, ValueError):
-      return self._plan.keep_from(
-          files.whole(files.read_json(path), 'step') or 0
-      )
+      mark = files.read_json(path, {'step': files.WHOLE}) or {}
+      return self._plan.keep_from(mark.get('step', 0))
     return 0  # It would start from the beginning, for all that is known.
 
 
@@ -489,9 +491,9 @@ class _ReadingMarks:
     """Returns the steps of `group_id` that are read, within the limit."""
     steps, now, seen = set(), time.monotonic(), {}
     for path, mark in self._all_marks():
-      key = (str(path), files.text(mark, 'nonce'))
+      key = (str(path), mark.get('nonce', ''))
       seen[key] = self._seen.get(key, now)
-      step = files.whole(mark.get('steps'), str(group_id))
+      step = mark.get('steps', {}).get(str(group_id))
       if step is not None and now - seen[key] <= self._limit:
         steps.add(step)
     self._seen = seen
@@ -508,7 +510,7 @@ class _ReadingMarks:
   def _mark(self, path: epath.Path) -> dict:
     # Torn, as it is being replaced, or unreadable: as it was before.
     with contextlib.suppress(OSError, ValueError):
-      self._last[str(path)] = files.read_json(path) or {}
+      self._last[str(path)] = files.read_json(path, _MARK) or {}
     return self._last.get(str(path), {})
 
 

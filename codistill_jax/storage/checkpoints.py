@@ -504,7 +504,7 @@ def completed_steps(directory: epath.PathLike) -> list[int]:
   return sorted(
       int(name)
       for name in files.names(directory)
-      if _is_step(name) and _is_complete(directory / name)
+      if files.is_step(name) and _is_complete(directory / name)
   )
 
 
@@ -577,7 +577,7 @@ def delete_torn(directory: epath.PathLike) -> None:
   """
   directory = epath.Path(directory)
   for name in files.names(directory):
-    if _is_step(name) and not _is_complete(directory / name):
+    if files.is_step(name) and not _is_complete(directory / name):
       _try_to_delete(directory / name)
 
 
@@ -598,23 +598,13 @@ def clear_up(directory: epath.PathLike) -> int:
   for name in aside:
     _try_to_delete(directory / name)
   steps = set(map(str, completed_steps(directory)))
-  torn = [name for name in there if _is_step(name) and name not in steps]
+  torn = [name for name in there if files.is_step(name) and name not in steps]
   delete_torn(directory)
   return len(aside) + len(torn) + files.remove_leftovers(directory)
 
 
 def _path_of(directory: epath.PathLike, step: int) -> epath.Path:
   return epath.Path(directory) / str(step)
-
-
-def _is_step(name: str) -> bool:
-  # No state has done more updates than an int32 counts.
-  return (
-      name.isascii()
-      and name.isdecimal()
-      and str(int(name)) == name
-      and int(name) < 1 << 31
-  )
 
 
 def _is_complete(path: epath.Path) -> bool:

@@ -21,8 +21,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from etils import epath
 
@@ -240,6 +240,14 @@ def names(directory: PathLike) -> list[str]:
     return []
 
 
+def is_step(name: str) -> bool:
+  """Returns whether a name is that of a directory of a step.
+
+  No state has done more updates than an int32 counts.
+  """
+  return bool(re.fullmatch('0|[1-9][0-9]{0,9}', name)) and int(name) < 1 << 31
+
+
 def exists(path: PathLike) -> bool:
   """Returns whether a file is there.
 
@@ -253,8 +261,10 @@ def exists(path: PathLike) -> bool:
       return path.exists()
   try:
     os.stat(path)
-  except (FileNotFoundError, NotADirectoryError):
-    return False
+  except OSError as e:
+    if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+      return False
+    raise
   return True
 
 
@@ -307,6 +317,19 @@ def read_bytes(path: PathLike, most: int = SMALL_BYTES) -> bytes:
   if len(data) > most:
     raise _too_large(path, most)
   return data
+
+
+def read_text(path: PathLike) -> str:
+  """Reads a text of at most a million bytes.
+
+  Raises:
+    ValueError: If it is larger or no text; and as `opened`.
+    OSError: As of `opened`.
+  """
+  try:
+    return read_bytes(path, 1_000_000).decode()
+  except UnicodeDecodeError as e:
+    raise RefusedError(f'{os.fspath(path)} is no text: {e}') from None
 
 
 def content(path: PathLike) -> bytes:
@@ -517,12 +540,41 @@ def as_json(tree: Any) -> bytes:
   return (text + '\n').encode()
 
 
-def read_json(path: PathLike) -> dict[str, Any] | None:
+class Kind(NamedTuple):
+  """What a value of parsed JSON has to be: its name, and the test."""
+
+  name: str
+  test: Callable[[Any], bool]
+
+
+WHOLE = Kind('a whole number >= 0', lambda x: type(x) is int and x >= 0)
+NUMBER = Kind('a finite number', lambda x: _is_number(x) and math.isfinite(x))
+VALUE = Kind('a number', lambda x: _is_number(x))  # Also one like NaN.
+TIME = Kind('Unix seconds', lambda x: _is_number(x) and abs(x) < _LAST_SECOND)
+TEXT = Kind('a text', lambda x: isinstance(x, str))
+ANY = Kind('anything', lambda x: True)
+_LAST_SECOND = 253402300800.0  # Of the year 9999.
+
+# A list of one kind; an object with kinds by key, where `...` stands for all
+# keys that are not named, which are left out otherwise.
+Kinds = Kind | list | Mapping
+
+
+def _is_number(x: Any) -> bool:
+  return type(x) in (int, float)
+
+
+def read_json(
+    path: PathLike, kinds: Mapping[Any, Kinds] | None = None
+) -> dict[str, Any] | None:
   """Reads a JSON object, by whoever it was written; None without such a file.
 
+  Args:
+    path: The file.
+    kinds: What its values are; None: anything. Null is as good as no value.
+
   Raises:
-    ValueError: If the file holds anything but one JSON object; see
-      `parse_json`.
+    ValueError: If the file holds anything but one such object; names it.
     RefusedError: As of `opened`.
   """
   try:
@@ -538,7 +590,28 @@ def read_json(path: PathLike) -> dict[str, Any] | None:
         f'Expected a JSON object in {os.fspath(path)}, got'
         f' {type(tree).__name__}.'
     )
-  return tree
+  return tree if kinds is None else _checked(tree, kinds, os.fspath(path))
+
+
+def _checked(tree: Any, kind: Kinds, where: str) -> Any:
+  """Returns parsed JSON of a kind, without nulls; raises ValueError if not."""
+  if isinstance(kind, Mapping) and isinstance(tree, dict):
+    return {
+        k: _checked(v, kind.get(k) or kind[...], f'{where}: {k[:40]}')
+        for k, v in tree.items()
+        if v is not None and (k in kind or ... in kind)
+    }
+  if isinstance(kind, list) and isinstance(tree, list):
+    return [_checked(x, kind[0], where) for x in tree]
+  if kind is TEXT and type(tree) is float:
+    tree = encode_number(tree)  # A text that `parse_json` took for a number.
+  if isinstance(kind, Kind) and kind.test(tree):
+    return tree
+  name = kind.name if isinstance(kind, Kind) else _CONTAINERS[type(kind)]
+  raise ValueError(f'{where} is {str(tree)[:30]!r}, expected {name}')
+
+
+_CONTAINERS = {dict: 'an object', list: 'a list'}
 
 
 def parse_json(data: bytes) -> Any:
@@ -549,47 +622,37 @@ def parse_json(data: bytes) -> Any:
       finite or beyond 64 bits, but for what `encode_number` gives.
   """
   try:
-    tree = json.loads(
-        data,
-        parse_int=_whole,
-        parse_float=_finite,
-        parse_constant=_finite,
-    )
-    return decode_numbers(tree)
+    return _decoded(_JSON.decode(data.decode()), 0)
   except RecursionError:
     raise ValueError('it is too deep') from None
 
 
-def _whole(digits: str) -> int:
-  if len(digits) > 20 or abs(value := int(digits)) >= 1 << 63:
-    raise ValueError(f'{digits[:30]} is too large')
-  return value if digits[0] != '-' else -value
+def _refuse(constant: str) -> NoReturn:
+  raise ValueError(f'{constant} is no JSON')
 
 
-def _finite(text: str) -> float:
-  if not math.isfinite(value := float(text)):
-    raise ValueError(f'{text[:30]} is no finite number')
-  return value
+_JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
-def whole(tree: Any, key: str) -> int | None:
-  """Returns the whole number >= 0 at a key of parsed JSON; None without one."""
-  value = tree.get(key) if isinstance(tree, dict) else None
-  return value if type(value) is int and value >= 0 else None
-
-
-def number(tree: Any, key: str) -> float | None:
-  """Returns the finite number at a key of parsed JSON; None without one."""
-  value = tree.get(key) if isinstance(tree, dict) else None
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return None
-  return value if math.isfinite(value) else None
-
-
-def text(tree: Any, key: str) -> str:
-  """Returns the text at a key of parsed JSON; '' without one."""
-  value = tree.get(key) if isinstance(tree, dict) else None
-  return value if isinstance(value, str) else ''
+def _decoded(tree: Any, depth: int) -> Any:
+  """Undoes `encode_number` in a tree of JSON values, which it checks."""
+  if isinstance(tree, str):
+    return _NON_FINITE.get(tree, tree)
+  if isinstance(tree, dict | list) and depth > _DEEPEST:
+    raise ValueError('it is too deep')
+  if isinstance(tree, dict):
+    # Nearly all values of records are finite floats.
+    return {
+        k: v if type(v) is float and v - v == 0 else _decoded(v, depth + 1)
+        for k, v in tree.items()
+    }
+  if isinstance(tree, list):
+    return [_decoded(v, depth + 1) for v in tree]
+  if type(tree) is float and not math.isfinite(tree):
+    raise ValueError('a number of it is not finite')
+  if type(tree) is int and not -(1 << 63) < tree < 1 << 63:
+    raise ValueError('a number of it has more than 64 bits')
+  return tree
 
 
 def encode_number(value: float) -> float | str:
@@ -599,23 +662,6 @@ def encode_number(value: float) -> float | str:
   if math.isinf(value):
     return 'Infinity' if value > 0 else '-Infinity'
   return value
-
-
-def decode_numbers(tree: Any, depth: int = 0) -> Any:
-  """Undoes `encode_number` in a tree of JSON values.
-
-  Raises:
-    ValueError: If it is too deep.
-  """
-  if isinstance(tree, str):
-    return _NON_FINITE.get(tree, tree)
-  if depth > _DEEPEST:
-    raise ValueError('it is too deep')
-  if isinstance(tree, dict):
-    return {k: decode_numbers(v, depth + 1) for k, v in tree.items()}
-  if isinstance(tree, list):
-    return [decode_numbers(v, depth + 1) for v in tree]
-  return tree
 
 
 def _encode_numbers(tree: Any) -> Any:

@@ -13,6 +13,13 @@ away again, because another may have read its own by then. Where a store creates
 an object on condition that there is none (S3, Google's), and there is none, who
 comes first has it, and nobody waits.
 
+A holder also keeps the kernel's lock of the directory, which ends with its
+process. So on a disk of this machine a damaged file is taken over at once if
+the lock is free: nobody here lives to mend it. On a network file system, which
+need not tell of the locks of others, it is watched. (And nobody elsewhere: one
+that used this disk through an export of it would find at its next `check` that
+it was replaced.)
+
 A holder that was suspended for long may find that it has been replaced, so it
 asks `check()` before it writes anything.
 
@@ -107,6 +114,7 @@ class Lease:
     self._lock = threading.Lock()
     self._lost = ''  # To whom, in words.
     self._looked = clock.monotonic()
+    self._kernel = _lock(path.parent)
     self._released = threading.Event()
     threading.Thread(target=self._beat, name='lease', daemon=True).start()
 
@@ -154,6 +162,7 @@ class Lease:
       if not self._released.is_set():
         self._released.set()
         _remove(self._path, self.holder)
+        _unlock(self._kernel)
 
   def _beat(self) -> None:
     period = self.holder.ttl_seconds / _BEATS_PER_TTL
@@ -162,6 +171,8 @@ class Lease:
 
   def _find_out(self, only_if_needed: bool) -> str:
     """Returns why the lease is lost; if it is not, '', and renews the file."""
+    if self._kernel is None:
+      self._kernel = _lock(self._path.parent)
     raw, other = _read(self._path)
     silent = self._clock.monotonic() - self._looked
     self._looked += silent
@@ -195,7 +206,8 @@ def acquire(
   """Becomes the one that may write in a directory.
 
   Takes a fraction of a second, or `ttl_seconds` where the last holder was on
-  another machine and has not released it.
+  another machine and has not released it; two fifths of that for a damaged file
+  that others may be about to mend.
 
   Args:
     directory: Made if it is missing; local, mounted, or an object store.
@@ -330,6 +342,8 @@ class _Candidacy(NamedTuple):
       quiet, last = quiet + min(looked - last, 2 * pause), looked
       raw, holder = _read(self.path)
       alive = is_alive(holder)
+      if holder is None and _nobody_here(self.path.parent):
+        alive = False
       if raw is None or alive is False:
         return looked, raw is None
       changed = first not in (None, raw)
@@ -414,6 +428,54 @@ def _sentence(holder: Holder, path: epath.Path) -> str:
   return (
       f'{holder} has been {holder.doing} {os.fspath(path.parent)} since {when}'
   )
+
+
+# --- The lock of the kernel ---------------------------------------------------
+
+# File systems that only the processes of one machine write to.
+_OF_ONE_MACHINE = {'ext2', 'ext3', 'ext4', 'xfs', 'btrfs', 'f2fs', 'zfs'}
+_OF_ONE_MACHINE |= {'tmpfs', 'overlay', 'apfs'}
+
+
+def _lock(directory: epath.Path) -> int | None:
+  """Takes the kernel's lock of a directory; None if others have it, or none."""
+  if files.is_remote(directory):
+    return None
+  with contextlib.suppress(OSError):
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      os.close(handle)
+    else:
+      return handle
+  return None
+
+
+def _unlock(handle: int | None) -> None:
+  if handle is not None:
+    os.close(handle)
+
+
+def _nobody_here(directory: epath.Path) -> bool:
+  """Returns whether surely no process lives that holds a directory."""
+  handle = _lock(directory)
+  _unlock(handle)
+  return handle is not None and is_of_one_machine(directory)
+
+
+def is_of_one_machine(directory: epath.PathLike) -> bool:
+  """Returns whether a directory lies on a disk of this machine."""
+  path = os.path.realpath(directory)
+  with contextlib.suppress(psutil.Error, OSError):
+    mounts = {
+        found.mountpoint: found.fstype
+        for found in psutil.disk_partitions(all=True)
+        if os.path.commonpath([path, found.mountpoint]) == found.mountpoint
+    }
+    # The innermost, and of several at one place the last.
+    return mounts[max(mounts, key=len)] in _OF_ONE_MACHINE
+  return False
 
 
 # --- Processes ---------------------------------------------------------------

@@ -183,7 +183,7 @@ def _draw_smoothed(ax: Axes, entries: Sequence[Entry]) -> list[pd.Series]:
   for arm, _, curve in entries:
     if not _is_crowded(arm):
       style = {'color': arm.colour, 'lw': 0.6, 'alpha': 0.18}
-      ax.plot(curve, zorder=1, **style)
+      plots.plot(ax, curve, zorder=1, **style)
   return [entry.curve for entry in smooth]
 
 
@@ -320,10 +320,10 @@ def _draw_validation_of(ax: Axes, arm: RunRecords) -> None:
       style = _style_of(arm, group) | {'label': None}
       if not _is_crowded(arm):
         style |= {'lw': 0.9, 'alpha': 0.65}
-      ax.plot(group.curve('eval/loss'), **style)
+      plots.plot(ax, group.curve('eval/loss'), **style)
   mean = run_records.validation_curve(arm)
   marker = {'marker': 'o', 'ms': 3} if len(mean) <= 30 else {}
-  ax.plot(mean, color=arm.colour, label=label, lw=2.0, **marker)
+  plots.plot(ax, mean, color=arm.colour, label=label, lw=2.0, **marker)
   ensemble = arm.ensemble.get('eval/loss')
   if ensemble is not None:
     style = {'color': arm.colour, 'label': f'{arm.name}, ensemble', 'ls': ''}
@@ -419,7 +419,7 @@ def _draw_peers_of(
       style = {'color': colour, 'label': label, 'lw': 1.5, 'zorder': 3}
     else:
       style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
-    ax.plot(curve, **style, **_marker(curve))
+    plots.plot(ax, curve, **style, **_marker(curve))
 
 
 # --- Lines of groups ---------------------------------------------------------
@@ -456,14 +456,14 @@ def _draw_groups(
   crowds: dict[tuple[str, str], list[pd.Series]] = {}
   for arm, group, curve in entries:
     style = _style_of(arm, group) | _marker(curve)
-    ax.plot(curve, drawstyle=drawstyle, **style)
+    plots.plot(ax, curve, drawstyle=drawstyle, **style)
     if _is_crowded(arm):
       label = f'{arm.name}, median of {len(arm.groups)} groups'
       crowds.setdefault((label, arm.colour), []).append(curve)
   for (label, colour), crowd in crowds.items():
     median = plots.median_curve(crowd)
     style = {'color': colour, 'label': label, 'lw': 2.0} | _marker(median)
-    ax.plot(median, drawstyle=drawstyle, **style)
+    plots.plot(ax, median, drawstyle=drawstyle, **style)
 
 
 def _marker(curve: pd.Series) -> dict:

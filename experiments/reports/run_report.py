@@ -153,10 +153,11 @@ def notes(arms: Sequence[RunRecords]) -> list[str]:
     for group in arm.groups:
       keys = ('loss/task', 'loss/distill', 'eval/loss')
       curves = {key: group.curve(key) for key in keys}
-      bad = {k: list(c.index[~np.isfinite(c)]) for k, c in curves.items()}
+      bad = {k: c.index[~np.isfinite(c)].tolist() for k, c in curves.items()}
       who = f'{arm.name}, group {group.group_id}'
       odd.append((who, group.damaged, bad))
-  return _write('results_notes', odd=odd)
+  unreadable = [(arm.name, why) for arm in arms for why in arm.unreadable]
+  return _write('results_notes', odd=odd, unreadable=unreadable)
 
 
 def samples(arms: Sequence[RunRecords]) -> list[Block]:
@@ -164,7 +165,7 @@ def samples(arms: Sequence[RunRecords]) -> list[Block]:
   made: list[Block] = []
   ways = []
   for arm in arms:
-    for one in run_directory.read_samples(arm.workdir)[:_SAMPLES]:
+    for one in arm.samples[:_SAMPLES]:
       how = [one.get(key) for key in ('temperature', 'top_k', 'seed')]
       ways += _write('drawing', *map(_short, how))
       where = (_short(one.get(key)) for key in ('group', 'step'))

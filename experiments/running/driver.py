@@ -507,7 +507,7 @@ def _evaluate_what_was_missed(
   if not job.agreement.is_primary or not _evaluation_due(job, step):
     return True
   path = run_directory.metrics_path(job.workdir, job.group_id)
-  records = run_directory.read_metrics(path).records
+  records = filter(None, run_directory.records(path))
   if not any(r['step'] == step and 'eval/loss' in r for r in records):
     return watch.evaluate(step, state.variables)
   # Another group of the run may have missed it.

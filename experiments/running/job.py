@@ -193,16 +193,21 @@ def check_workdir(job: Job, state: TrainState) -> None:
   if not before:
     return
   _check_same_run(job, before, describe_run(job, state))
-  config = run_directory.config_path(job.workdir)
   expected = before.get('config_sha256')  # Older runs have none.
-  if expected and files.exists(config):
-    found = hashlib.sha256(files.content(config)).hexdigest()
-    if found != expected:
-      raise ValueError(
-          f'{config} is not what this run wrote (its digest is another one than'
-          ' that in run.json); look at who did that, and delete it: the run'
-          ' writes it anew'
-      )
+  try:
+    config = run_directory.read_config(job.workdir)
+    why = 'its digest is another one than that in run.json'
+  except ValueError as e:
+    config, why = None, str(e)
+  if expected and config != '' and _digest(config) != expected:
+    raise ValueError(
+        f'{run_directory.config_path(job.workdir)} is not what this run wrote'
+        f' ({why}); look at who did that, and delete it: the run writes it anew'
+    )
+
+
+def _digest(config: str | None) -> str:
+  return hashlib.sha256((config or '').encode()).hexdigest()
 
 
 def _read_before(job: Job) -> dict[str, Any]:
@@ -227,22 +232,23 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   if not job.agreement.is_primary:
     return
   now = describe_run(job, state)
-  text = job.configuration().operative.encode()
-  now['config_sha256'] = hashlib.sha256(text).hexdigest()
+  text = job.configuration().operative
+  now['config_sha256'] = _digest(text)
   config = run_directory.config_path(job.workdir)
   try:
     there = run_directory.read_run(job.workdir)
   except ValueError:  # That was said at the start.
     there = {}
-    if files.exists(config) and (saved := files.content(config)):
-      _check_same_run(
-          job,
-          {**now, 'configuration': saved.decode().splitlines()},
-          {**now, 'configuration': text.decode().splitlines()},
-      )
+    with contextlib.suppress(files.RefusedError):
+      if written := run_directory.read_config(job.workdir):
+        _check_same_run(
+            job,
+            {**now, 'configuration': written.splitlines()},
+            {**now, 'configuration': text.splitlines()},
+        )
   if not there:
     # Also over one that is there: this run did not write it.
-    files.write_bytes(config, text, sync=True)
+    files.write_bytes(config, text.encode(), sync=True)
     run_directory.write_run(job.workdir, now)
   # Read again: another group may have claimed it at the same moment.
   before = run_directory.read_run(job.workdir)
@@ -262,7 +268,7 @@ def claim_workdir(job: Job, state: TrainState) -> None:
     files.remove(config)
     sums = {'config_sha256': now['config_sha256']}
     run_directory.write_run(job.workdir, now if changed else {**before, **sums})
-    files.write_bytes(config, text, sync=True)
+    files.write_bytes(config, text.encode(), sync=True)
 
 
 # Of an `Experiment`: settings that change no number that was computed.

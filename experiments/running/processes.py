@@ -484,10 +484,7 @@ class Progress:
     # A restart takes back what came after the checkpoint.
     self._shown = min(self._shown, self._size())
     with contextlib.suppress(OSError, ValueError):
-      with files.opened(self._path) as f:
-        f.seek(self._shown)
-        lines = f.read().splitlines(keepends=True)
-      for line in lines:
+      for line in run_directory.lines(self._path, self._shown):
         if not line.endswith(b'\n'):
           break
         record = run_directory.parse_record(line)
@@ -507,7 +504,7 @@ class Progress:
     record.pop('time', None)
     if self._writer is None:
       num_steps = run_directory.read_run(self._group.workdir).get('num_steps')
-      if not isinstance(num_steps, int):
+      if num_steps is None:
         return False
       # The configuration is one: all groups warn of the same.
       for line in self._group.warnings() if not self._group.group_id else ():

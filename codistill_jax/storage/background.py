@@ -140,11 +140,16 @@ class Troubles:
       )
 
   @contextlib.contextmanager
-  def noted(self, doing: str) -> Iterator[None]:
-    """Notes whether a block works, which an OSError ends and no more."""
+  def noted(self, doing: str, *passing: type[Exception]) -> Iterator[None]:
+    """Notes whether a block works, which an OSError ends and no more.
+
+    Args:
+      doing: What the block does.
+      passing: In place of OSError: what ends the block and no more.
+    """
     try:
       yield
-    except OSError as e:
+    except passing or OSError as e:
       self.failed(doing, e)
     else:
       self.worked(doing)

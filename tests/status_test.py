@@ -250,6 +250,30 @@ def test_what_is_wrong_is_told(tmp_path, changes, said):
   assert 'alone' not in look(tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    'weight, changes, why',
+    [
+        (1.0, {}, None),
+        (0.0, {}, 'none of its peers (1) had published what it could use'),
+        (0.0, {'last_rejection': 'NaN'}, 'NaN'),
+        (0.0, {'troubles': [TROUBLE]}, 'saving a resume checkpoint fails: No'),
+        (0.0, {'step': 50, 'num_steps': 50}, None),  # All of it is burn-in.
+        (0.0, {'peers': []}, None),
+    ],
+)
+def test_who_never_had_a_teacher_is_named_and_why(
+    tmp_path, weight, changes, why
+):
+  run_directory.write_run(tmp_path, {'burn_in_steps': 50})
+  make_groups(tmp_path, 2, phase='done', **{'teachers': []} | changes)
+  records = [(50, {'distill/weight': 0.0}), (55, {'distill/weight': weight})]
+  write_records(tmp_path, 0, [*records, (60, {'distill/weight': 0.0})])
+  lines = run_status.never_taught(str(tmp_path))
+  said = [line for line in lines if line.startswith('group 0')]
+  begin = f'group 0 has never had a teacher, because {why}'
+  assert [line[: len(begin)] for line in said] == ([begin] if why else [])
+
+
 # --- Damage ------------------------------------------------------------------
 
 

@@ -315,7 +315,7 @@ class DirectoryStore(Store):
   def failure(self, group_id: int) -> str:
     directory = publications.group_directory(self.root, group_id)
     with self._troubles.noted(
-        f'reading whether group {group_id} has failed', OSError, ValueError
+        f'reading whether group {group_id} has failed', (OSError, ValueError)
     ):
       failed = files.read_json(directory / FAILED_FILE, {'reason': files.TEXT})
       return (failed or {}).get('reason', '')
@@ -449,7 +449,7 @@ class DirectoryStore(Store):
     """Returns the oldest publication that a reader may ask for again."""
     path = publications.group_directory(self.root, reader) / RESTART_FILE
     with self._troubles.noted(
-        f'reading where group {reader} may restart', OSError, ValueError
+        f'reading where group {reader} may restart', (OSError, ValueError)
     ):
       mark = files.read_json(path, {'step': files.WHOLE}) or {}
       return self._plan.keep_from(mark.get('step', 0))

@@ -140,16 +140,18 @@ class Troubles:
       )
 
   @contextlib.contextmanager
-  def noted(self, doing: str, *passing: type[Exception]) -> Iterator[None]:
-    """Notes whether a block works, which an OSError ends and no more.
+  def noted(
+      self, doing: str, passing: tuple[type[Exception], ...] = (OSError,)
+  ) -> Iterator[None]:
+    """Notes whether a block works.
 
     Args:
       doing: What the block does.
-      passing: In place of OSError: what ends the block and no more.
+      passing: The errors that end the block, and no more.
     """
     try:
       yield
-    except passing or OSError as e:
+    except passing as e:
       self.failed(doing, e)
     else:
       self.worked(doing)

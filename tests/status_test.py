@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -330,6 +331,13 @@ def test_values_of_the_wrong_kind_end_nothing(tmp_path, value):
 
 
 # --- The binary --------------------------------------------------------------
+
+
+def test_a_group_that_claims_thousands_of_teachers_delays_nobody(tmp_path):
+  make_groups(tmp_path, 2, teachers=teachers(*range(5000)))
+  start = time.process_time()
+  assert len(cells(look(tmp_path)[0])) == 2
+  assert time.process_time() - start < 2.0
 
 
 def test_commas_and_repetition_name_the_same_directories():

@@ -27,6 +27,7 @@ from .pages import number
 # Enough for some 200 records: the newest evaluation is among them.
 _TAIL_BYTES = 65536
 _WIDTH = 140
+_MOST_PEERS = 200  # With a column each.
 
 T = TypeVar('T')
 
@@ -389,6 +390,8 @@ def _staleness_tables(
   peers = sorted(
       {p for g in groups for p in (*(g.peers or ()), *(g.ages or ()))}
   )
+  if len(peers) > _MOST_PEERS:
+    return []  # Wider than anybody reads.
   header = ['group', *(f'of {peer}' for peer in peers)]
 
   def table(title: str, show: Callable[[Age], str]) -> list[RenderableType]:

@@ -285,7 +285,7 @@ def report(root, exchange, paths) -> None:
   report.calls += 1
   for why in arm.unreadable:
     assert_named(why, paths)
-    assert why in ' '.join(texts)
+    assert cli.printable(why) in ' '.join(texts)
 
 
 report.calls = 0

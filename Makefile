@@ -43,11 +43,11 @@ demo: .venv/demo
 	    --num_groups=1 --gin_file=gin_configs/tasks/bible_lm.gin --noreport
 	$(RUN) experiments.evaluate --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline
-	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
-	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
 	$(RUN) experiments.sample --workdir=$(DEMO)/codistillation \
 	    --workdir=$(DEMO)/baseline --prompt='In the beginning' --pieces=60 \
 	    --temperature=0.7
+	$(RUN) experiments.report --workdir=$(DEMO)/codistillation \
+	    --workdir=$(DEMO)/baseline --output=$(DEMO)/report
 
 churn: .venv/demo
 	$(RUN) experiments.churn --workdir=$(CHURN) --jobs=2 \
@@ -63,9 +63,11 @@ study: .venv/demo
 lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyink --check --quiet .
+	.venv/bin/mypy
 
+# Three processes on two cores: tests of processes wait much of their time.
 test: lint
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # On a SLURM of two nodes and on object stores, all of them on this machine; a
 # test whose engine is not installed (slurm-wlm and munge, in Debian) is skipped.
@@ -104,13 +106,15 @@ gpu:
 	.venv-gpu/bin/pip install --quiet --no-index --find-links=data/wheels $(KIT)
 	.venv-gpu/bin/python -m benchmarks.gpu --device=gpu
 
-# A warning is an error; the site is in docs/_build.
+# A warning is an error; the notebooks run too (less than a minute of processor
+# time). The site is in docs/_build.
 .venv/docs: .venv/demo
 	$(INSTALL) '.[docs]'
 	touch $@
 
 docs: .venv/docs
-	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build
+	$(RUN) sphinx -W --keep-going --quiet -D nb_execution_mode=force \
+	    -b html docs docs/_build
 
 clean:
 	rm -rf .venv runs data docs/_build

@@ -28,9 +28,11 @@ _IMAGES = ('pillow', 'scikit-learn')
 _REPORT = ('jinja2', 'matplotlib', 'pandas', 'pyarrow')
 # TensorFlow for its SavedModel, whose signature takes text.
 _EXPORT = ('safetensors', 'sentencepiece', 'tensorflow-text')
+_LAUNCH = ('submitit',)
 _DEMO = (*_DATA, *_CLICKS, *_IMAGES, *_REPORT)
 _BINARIES = (
-    *('churn', 'evaluate', 'export', 'prepare_clicks', 'prepare_data'),
+    *('churn', 'evaluate', 'export', 'launch', 'prepare_clicks'),
+    'prepare_data',
     *('report', 'reproduce', 'sample', 'status'),
     *('train_group', 'train_local', 'train_lockstep'),
 )
@@ -65,7 +67,7 @@ setuptools.setup(
     package_data={
         'codistill_jax': ['py.typed'],
         'codistill_jax.gin_configs': ['*.gin', '*/*.gin'],
-        'codistill_jax.experiments.reports': ['*.jinja', '*.css'],
+        'codistill_jax.experiments.reports': ['*.jinja', '*.css', '*.svg'],
         'codistill_jax.experiments.studies': ['*.jinja'],
     },
     entry_points={
@@ -82,6 +84,9 @@ setuptools.setup(
         'images': _bounded(_IMAGES),
         'report': _bounded(_REPORT),
         'export': _bounded(_EXPORT),
+        'launch': _bounded(_LAUNCH),
+        's3': _bounded(('s3fs',)),
+        'gcs': _bounded(('gcsfs',)),
         'demo': _bounded(_DEMO),
         'test': sorted(_BOUNDS.values()),
         'pytest': _bounded(

@@ -118,10 +118,13 @@ def _until(run: list[str], happened: Callable[[str], Any]) -> float:
   Raises:
     ValueError: If the process ends before, or nothing happens for minutes.
   """
-  with tempfile.TemporaryFile('w+') as said:
+  with (
+      tempfile.TemporaryFile('w+') as said,
+      tempfile.TemporaryDirectory() as kept,
+  ):
     start = time.perf_counter()
     process = subprocess.Popen(
-        run, cwd=_ROOT, env=_environment(), stdout=said, stderr=said
+        run, cwd=_ROOT, env=_environment(kept), stdout=said, stderr=said
     )
     try:
       while True:
@@ -150,13 +153,18 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _environment() -> dict[str, str]:
-  """Ours, without what would keep compiled programs."""
-  return {
+def _environment(kept: str = os.devnull) -> dict[str, str]:
+  """Ours, with nothing that was compiled before.
+
+  Args:
+    kept: Where the processes of this start keep what they compile.
+  """
+  mine = {
       k: v
       for k, v in os.environ.items()
       if not k.startswith(('JAX_COMPILATION_CACHE', 'JAX_PERSISTENT_CACHE'))
   }
+  return mine | {'XDG_CACHE_HOME': kept}
 
 
 def _write_tokens(directory: pathlib.Path) -> None:

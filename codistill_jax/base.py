@@ -22,8 +22,7 @@ REPLICA_AXIS = 'replica'  # The pmap axis of a group.
 GROUP_AXIS = 'group'  # The vmap axis of groups that are one program.
 
 
-@struct.dataclass
-class Variables:
+class Variables(struct.PyTreeNode):
   """What a group publishes: everything `Model.apply` needs of a trained model.
 
   Attributes:
@@ -45,7 +44,7 @@ class HeadOutputs(NamedTuple):
 
   features: Array  # (..., D)
   kernel: Array  # (D, C)
-  bias: Array | None = None  # (C,); None for no bias.
+  bias: Any = None  # An Array (C,); None for no bias.
 
 
 Outputs = Array | HeadOutputs
@@ -264,8 +263,7 @@ def forward(
   return checked_outputs(outputs), updates
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """All that one group carries from update to update.
 
   Attributes:
@@ -287,8 +285,7 @@ class TrainState:
   teacher_carry: PyTree
 
 
-@struct.dataclass
-class KeyData:
+class KeyData(struct.PyTreeNode):
   """A typed random key as a plain array, to be copied, placed and saved."""
 
   data: Array  # uint32 (..., n); n as the generator has it.
@@ -325,8 +322,7 @@ def with_keys(tree: PyTree) -> PyTree:
   )
 
 
-@struct.dataclass
-class Teachers:
+class Teachers(struct.PyTreeNode):
   """Frozen copies of the peers, stacked along a leading axis of fixed length P.
 
   Attributes:
@@ -339,8 +335,7 @@ class Teachers:
   present_P: Array
 
 
-@struct.dataclass
-class PeerPredictions:
+class PeerPredictions(struct.PyTreeNode):
   """Stands for teachers where the peers predict the same batch, now.
 
   The groups are one program with a named axis over them. The soft target of a
@@ -384,7 +379,7 @@ ALONE = Agreement(True, lambda x: x, lambda x: x)  # A group of one process.
 class Stream(Protocol):
   """A deterministic source of batches."""
 
-  def batch(self, step: int) -> dict[str, Array]:
+  def batch(self, step: int) -> Batch:
     """Returns the batch of update `step`: for one step the same, always."""
 
 
@@ -414,20 +409,30 @@ class Task(NamedTuple):
       label in the training split, that of all groups: float64 (C,), of sum 1.
       None: nobody counts.
     tokenizer: `tokenizer()` gives that of a task of text; None for others.
+    other_data: `other_data(name, split)` opens another data set as this task
+      sees its own, with its tokenizer, vocabulary, classes and normalisation,
+      and gives what `eval_batches` is of it. It raises ValueError if those of
+      the data are others. None: no other data are read.
+    raw_inputs: How inputs are made of raw values, for a servable model:
+      `tables.Columns`, `images.Pixels`; None: unknown.
   """
 
   train_stream: Callable[..., Stream]
-  eval_batches: Callable[[int], Sequence[dict[str, Array]]]
+  eval_batches: Callable[[int], Sequence[Batch]]
   num_classes: int
   identity: Mapping[str, str]
   example_name: str
   description: str = ''
   output: str = 'softmax'
   model_arguments: Mapping[str, Any] = MappingProxyType({})
-  test_batches: Callable[[int], Sequence[dict[str, Array]]] | None = None
+  test_batches: Callable[[int], Sequence[Batch]] | None = None
   partition: str = 'shared'
   label_frequencies: Callable[[], np.ndarray] | None = None
   tokenizer: Callable[[], Any] | None = None
+  other_data: Callable[[str, str], Callable[[int], Sequence[dict]]] | None = (
+      None
+  )
+  raw_inputs: Any = None
 
 
 def host_copy(tree: PyTree, into: PyTree | None = None) -> PyTree:

@@ -83,6 +83,7 @@ def compare(
     model: base.Model,
     variables_list: Sequence[base.Variables],
     batches: Iterable[base.Batch],
+    own: Sequence[Callable[..., metrics.Metric]] = (),
 ) -> ModelComparison:
   """Compares sets of variables: each, their ensemble, and between them.
 
@@ -95,6 +96,7 @@ def compare(
     variables_list: N >= 1 sets of its variables.
     batches: Every batch once, in order, all with the same number of rows;
       padding has weight 0.
+    own: Metrics besides, see `metrics.quality`.
 
   Raises:
     ValueError: If there is no batch, or nothing to compare.
@@ -108,7 +110,7 @@ def compare(
     raise ValueError(_NO_BATCH)
   rows = len(example_weights(first))
   carries = [model.init_carry(rows) for _ in variables_list]
-  compare_step = _compare_step(model)
+  compare_step = _compare_step(model, tuple(own))
   step = lambda batch, carries: compare_step(variables_list, batch, carries)
   sums = _sum_over(step, itertools.chain([first], stream), carries)
   return ModelComparison(
@@ -120,7 +122,9 @@ def compare(
 
 # Compiled once, however often the models of a run are compared.
 @functools.lru_cache(maxsize=4)
-def _compare_step(model: base.Model) -> Callable[..., tuple]:
+def _compare_step(
+    model: base.Model, own: tuple[Callable[..., metrics.Metric], ...]
+) -> Callable[..., tuple]:
   """Returns a jitted step that compares sets of variables on a batch.
 
   `step(variables_list, batch, carries) -> (sums, carries)`, where sums is a
@@ -140,14 +144,14 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
         jax.nn.log_softmax(metrics.class_logits(x, labels)) for x in logits
     ]
     member = functools.partial(
-        _member, labels=labels, weights=weights, sigmoid=sigmoid
+        _member, labels=labels, weights=weights, sigmoid=sigmoid, own=own
     )
     sums = ModelComparison(
         members=[member(x) for x in log_probs],
         ensemble=member(_mean_prediction(log_probs)),
         pairs={
-            pair: _differences(*(log_probs[i] for i in pair), weights, sigmoid)
-            for pair in itertools.combinations(range(len(log_probs)), 2)
+            (i, j): _differences(log_probs[i], log_probs[j], weights, sigmoid)
+            for i, j in itertools.combinations(range(len(log_probs)), 2)
         },
     )
     return sums, [updates.carry for _, updates in results]
@@ -158,12 +162,12 @@ def _compare_step(model: base.Model) -> Callable[..., tuple]:
 _NO_BATCH = 'Expected at least one batch to evaluate on, got none.'
 
 
-def _member(log_probs, *, labels, weights, sigmoid):
+def _member(log_probs, *, labels, weights, sigmoid, own):
   # The logit of a sigmoid output from the two classes it stands for.
   logits = log_probs[..., 1] - log_probs[..., 0] if sigmoid else log_probs
   return {
       'eval/loss': metrics.cross_entropy(log_probs, labels, weights),
-      **metrics.quality(logits, labels, weights),
+      **metrics.quality(logits, labels, weights, own),
   }
 
 

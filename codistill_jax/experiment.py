@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,6 +22,7 @@ from codistill_jax import (
     losses,
     one_program,
     optimizers,
+    programs,
     replicas,
     schedules,
     step,
@@ -38,6 +40,8 @@ from codistill_jax.base import (
 )
 from codistill_jax.baselines.method import Method, SynchronousSgd
 from codistill_jax.exchange.kinds import Checkpoints, Kind
+from codistill_jax.metrics import Metric
+from codistill_jax.writers import Source, Writer
 
 _COUNTS = (
     'num_steps',
@@ -68,7 +72,7 @@ class Experiment:
     method: How a group updates, see `baselines`; None: synchronous SGD.
     distill_weight: Step -> weight of the distillation loss; see
       `schedules.distill_weight`.
-    distill_loss: Name in `losses.DISTILL_LOSSES`.
+    distill_loss: Name in `losses.DISTILL_LOSSES`; or a function, as there.
     distill_target: 'mean', one loss towards the peers' mean prediction; or
       'each', the mean of a loss towards each peer; see `losses.towards`.
     label_smoothing: Share of each target, in [0, 1), that training takes from
@@ -90,16 +94,20 @@ class Experiment:
     eval_every: Steps between validation passes; there is one at the end too.
     eval_batch: Rows of a validation batch.
     checkpoint_every: Steps between resume checkpoints.
+    metrics: Of evaluations, besides those that are always there: functions
+      `f(logits, labels, weights)`, see `metrics.quality`.
+    writers: Where metrics go besides files and terminal: functions or classes
+      that make a `writers.Writer` of a `writers.Source`.
   """
 
   task: Task
-  model: Callable[[int], Model]
+  model: Callable[..., Model]
   optimizer: optax.GradientTransformation
   method: Method | None = None
   distill_weight: Callable[[int], float] = dataclasses.field(
       default_factory=schedules.distill_weight
   )
-  distill_loss: str = 'cross_entropy'
+  distill_loss: str | Callable[..., jax.Array] = 'cross_entropy'
   distill_target: str = 'mean'
   label_smoothing: float = 0.0
   smoothing_distribution: str = 'uniform'
@@ -114,6 +122,8 @@ class Experiment:
   eval_every: int = 200
   eval_batch: int = 128
   checkpoint_every: int = 200
+  metrics: Sequence[Callable[..., Metric]] = ()
+  writers: Sequence[Callable[[Source], Writer]] = ()
 
   def __post_init__(self):
     _check(self)
@@ -255,19 +265,36 @@ def check_batch(batch: Any, rows: set[int], what: str) -> Batch:
   return batch
 
 
-def split_batches(task: Task, split: str, batch_size: int) -> Sequence[Batch]:
+def split_batches(
+    task: Task, split: str, batch_size: int, data: str | None = None
+) -> Sequence[Batch]:
   """Returns the batches of the 'validation' or 'test' split, in order.
 
+  Args:
+    task: The data of a run.
+    split: Of these, or of `data`.
+    batch_size: Rows of each batch.
+    data: Another data set, see `Task.other_data`.
+
   Raises:
-    ValueError: If there is no such split, or if it can be read but once.
+    FileNotFoundError, ValueError: If there is no such split, it can be read but
+      once, or the other data do not fit the task.
   """
   splits = {'validation': task.eval_batches, 'test': task.test_batches}
-  if splits.get(split) is None:
+  if data is not None:
+    if task.other_data is None:
+      raise ValueError(
+          f'the task {task.identity.get("task", task.description)} reads no'
+          f' other data, got {data!r}; text, tables, Criteo and images do'
+      )
+    splits = {split: task.other_data(data, split)}
+  batches_of = splits.get(split)
+  if batches_of is None:
     raise ValueError(
         f'the task has no {split} split; it has:'
         f' {", ".join(name for name, batches in splits.items() if batches)}'
     )
-  batches = splits[split](batch_size)
+  batches = batches_of(batch_size)
   if not hasattr(batches, '__len__') or not hasattr(batches, '__getitem__'):
     raise ValueError(
         f'the {split} batches of the task are a {type(batches).__name__}, which'
@@ -374,6 +401,12 @@ def idle_settings(
   return found
 
 
+_QUICK_TO_COMPILE = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+}
+
+
 def _last_change(
     tx: optax.GradientTransformation, params: PyTree, num_steps: int
 ) -> int | None:
@@ -393,9 +426,13 @@ def _last_change(
         ),
         state,
     )
+    return float(largest(at))
+
+  @functools.partial(jax.jit, compiler_options=_QUICK_TO_COMPILE)
+  def largest(at: PyTree) -> jax.Array:
     after, _ = optimizers.update(tx, grads, at, params, np.float32(1))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, params)
-    return float(max(jax.tree.leaves(moved)))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after, params)
+    return jnp.stack(jax.tree.leaves(moved)).max()
 
   begin = (0, 1, 2, num_steps // 100, num_steps // 4)
   still = lambda step: change(step) <= 1e-6 * max(map(change, begin))
@@ -444,10 +481,19 @@ def init_state(
 
 
 def make_eval_step(experiment: Experiment, model: Model) -> step.EvalStep:
-  """Returns the evaluation step of the task; jit it."""
-  return step.make_eval_step(
-      model, task_loss=losses.task_loss_of(experiment.task.output)
+  """Returns the evaluation step of the task, jitted."""
+  return _eval_step(experiment.task.output, model, tuple(experiment.metrics))
+
+
+# Compiled once for all groups and runs of a process.
+@functools.lru_cache(maxsize=4)
+def _eval_step(
+    output: str, model: Model, metrics: tuple[Callable[..., Metric], ...]
+) -> step.EvalStep:
+  eval_step = step.make_eval_step(
+      model, task_loss=losses.task_loss_of(output), metrics=metrics
   )
+  return programs.shared(jax.jit(eval_step))
 
 
 def make_replicated_step(
@@ -533,6 +579,10 @@ def _check(experiment: Experiment) -> None:
           ' codistill_jax import exchange"',
       ),
   }
+  for name in ('metrics', 'writers'):
+    value = getattr(experiment, name)
+    fits = isinstance(value, list | tuple) and all(map(callable, value))
+    parts[name] = fits, 'a list of references, such as [@mine.name]'
   for name, (fits, what) in parts.items():
     if not fits:
       value = getattr(experiment, name)

@@ -14,11 +14,10 @@ import pathlib
 import re
 import tokenize
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import gin
 from absl import flags
-from etils import epath
 from gin import config_parser
 
 from codistill_jax.data import records
@@ -28,7 +27,6 @@ from codistill_jax.storage.files import PathLike
 # The flags below belong to the binary that asks for them.
 flags.disclaim_key_flags()
 
-_T = TypeVar('_T')
 _HERE = pathlib.Path(__file__).resolve().parent
 # What gin files are relative to: the package where it is installed, or a clone.
 _ROOT = _HERE if (_HERE / 'gin_configs').is_dir() else _HERE.parent
@@ -90,7 +88,6 @@ _PARTS = {
     'optax',
 }
 _WITH_FILES = {'fromfile', 'load', 'save', 'savez', 'savez_compressed'}
-_LARGEST = 1_000_000  # Bytes.
 _NO_PARAMETER = re.compile(
     r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'"
 )
@@ -101,13 +98,20 @@ _superseded: set[str] = set()
 
 
 def define_flags() -> None:
-  """Defines `--gin_file` and `--gin`, for a binary that parses them."""
+  """Defines `--gin_file` and the like, for a binary that parses them."""
   flags.DEFINE_multi_string(
       'gin_file',
       [],
       'Gin config file; repeatable, later files override earlier ones. Relative'
-      ' to the working directory, or else to the root of the project; its own'
-      ' gin_configs/ are found wherever it is installed.',
+      ' to the working directory, or else to one of --gin_search_paths, or else'
+      ' to the root of the project; its own gin_configs/ are found wherever it'
+      ' is installed.',
+  )
+  flags.DEFINE_multi_string(
+      'gin_search_paths',
+      [],
+      'Directory of gin files; repeatable. What a file includes is looked for'
+      ' beside it, and then as --gin_file.',
   )
   flags.DEFINE_multi_string(
       'gin',
@@ -115,6 +119,7 @@ def define_flags() -> None:
       'One gin binding, e.g. --gin="Experiment.num_steps=500"; repeatable,'
       ' overrides the files.',
   )
+  flags.DEFINE_alias('gin_bindings', 'gin')
 
 
 def parse_flags() -> None:
@@ -127,10 +132,16 @@ def flag_values() -> tuple[list[str], list[str]]:
   return list(flags.FLAGS.gin_file), list(flags.FLAGS.gin)
 
 
+def _search_paths() -> list[str]:
+  name = 'gin_search_paths'
+  return list(flags.FLAGS[name].value or ()) if name in flags.FLAGS else []
+
+
 def flag_arguments() -> list[str]:
   """Returns the gin flags of this process, to start another one alike."""
   files, bindings = flag_values()
   return [
+      *(f'--gin_search_paths={path}' for path in _search_paths()),
       *(f'--gin_file={file}' for file in files),
       *(f'--gin={binding}' for binding in bindings),
   ]
@@ -159,27 +170,15 @@ def parse(
   gin.clear_config()
   _superseded.clear()
   if saved is not None:
+    trusted = {*trusted, *imported_by(files)}
     with _one_line_errors(os.fspath(saved)):
-      text = _read_saved(saved)
-      _check_names(text, {*trusted, *imported_by(files)})
+      text = files_lib.read_text(saved)
+      _check_names(text, trusted)
       gin.parse_config(text)
   for number, file in enumerate(files):
-    found = _find(file)
-    # From the root, to which the includes of the project's files are relative:
-    # elsewhere gin takes their directory for a Python package, and fails.
-    with (
-        _one_line_errors(f'--gin_file={file}'),
-        contextlib.chdir(_ROOT),
-        _superseding(),
-    ):
-      marked = found.read_bytes().startswith(codecs.BOM_UTF8)
-      if records.compression_of(found) or marked:
-        raise ValueError(
-            'it is compressed or begins with a mark of UTF-8; expected plain'
-            ' text without one'
-        )
-      parsed = gin.parse_config_file(str(found))
-      if number and _is_whole(parsed):
+    _find(file)  # Else it is said that it is not there.
+    with _one_line_errors(f'--gin_file={file}'), _superseding() as earlier:
+      if _BASE in _parse_file(file, earlier) and number:
         raise ValueError(
             'a task, which undoes what the files before it bind; give it first'
         )
@@ -225,25 +224,64 @@ def _annotation(selector: str, argument: str) -> str:
   return str(known.annotation) if known else ''
 
 
-def imported_by(files: Sequence[str]) -> set[str]:
-  """Returns the modules that gin files, and what they include, import."""
+def _parse_file(file: str, earlier: list['_Earlier']) -> list[pathlib.Path]:
+  """Parses a file; returns it and all that it includes.
+
+  Adds to `earlier` what was bound after each file that is included.
+
+  An experiment is whole, and undoes what was bound before, if base.gin is among
+  them. As what it puts out of use was in use until then, that would not be
+  noticed as a dead binding.
+  """
+  found: list[pathlib.Path] = []
+  within: list[pathlib.Path | None] = [None]
+  theirs = gin.config.parse_config_file
+
+  def parse(name: str, *args: Any) -> Any:
+    path = _find(name, within[-1])
+    if records.compression_of(path) or path.read_bytes()[:3] == codecs.BOM_UTF8:
+      raise ValueError(
+          f'{path} is compressed or begins with a mark of UTF-8; expected plain'
+          ' text without one'
+      )
+    found.append(path.resolve())
+    within.append(path)
+    before = set(map(_text, _bindings(gin.config_str())))
+    parsed = theirs(os.path.abspath(path), *args)
+    within.pop()
+    if within[-1]:
+      bound = _bindings(gin.config_str())
+      new = [s for s in bound if _text(s) not in before]
+      earlier.append(_Earlier(bound, new))
+    return parsed
+
+  # Of a name that is relative gin would take the directory for a Python
+  # package, import it, and fail.
+  gin.config.parse_config_file = parse
+  try:
+    parse(file)
+  finally:
+    gin.config.parse_config_file = theirs
+  return found
+
+
+def imported_by(
+    files: Sequence[str], within: pathlib.Path | None = None
+) -> set[str]:
+  """Returns the modules that gin files, and what they include, import.
+
+  Args:
+    files: Their names.
+    within: The file that includes them; None: `--gin_file`.
+  """
   found = set()
-  for file in files:
-    for s in _statements(_find(file).read_text()):
+  for path in (_find(file, within) for file in files):
+    for s in _statements(path.read_text()):
       if isinstance(s, config_parser.ImportStatement):
         found.add(s.module)
       elif isinstance(s, config_parser.IncludeStatement):
-        found |= imported_by([s.filename])
+        found |= imported_by([s.filename], path)
   return {m for m in found if not m.startswith('__gin__')}
-
-
-def _read_saved(path: PathLike) -> str:
-  path = epath.Path(path)
-  if not files_lib.is_remote(path) and not pathlib.Path(path).is_file():
-    raise ValueError('no regular file')
-  if path.stat().length > _LARGEST:
-    raise ValueError(f'larger than {_LARGEST:,} bytes; no run writes that')
-  return path.read_text()
 
 
 def _check_names(text: str, trusted: set[str]) -> None:
@@ -313,16 +351,6 @@ def _register_names(binding: str) -> None:
         context.get_configurable(name)
 
 
-def _is_whole(parsed: Any) -> bool:
-  """Returns whether a file, by including base.gin, binds a whole experiment.
-
-  Before such a file an ablation would act nowhere, and as what it binds was in
-  use until then, that would not be noticed as a dead binding.
-  """
-  path = _ROOT / parsed.filename
-  return path.resolve() == _BASE or any(map(_is_whole, parsed.includes))
-
-
 def _bound_by(
     bindings: Sequence[str],
 ) -> Iterator[config_parser.BindingStatement]:
@@ -336,14 +364,21 @@ def _bound_by(
         yield statement
 
 
-def _find(file: str) -> pathlib.Path:
-  typed = pathlib.Path(file).expanduser()
-  for path in (pathlib.Path.cwd() / typed, _ROOT / typed):
+def _find(file: str, within: pathlib.Path | None = None) -> pathlib.Path:
+  """Returns where a file is; `within`: the file that includes it."""
+  beside = [within.parent] if within else []
+  if within and _BASE.parent in within.resolve().parents:
+    beside.append(_ROOT)  # Ours include ours, whatever the user's are called.
+  places = [*beside, pathlib.Path.cwd()]
+  places += [pathlib.Path(path).expanduser() for path in _search_paths()]
+  places.append(_ROOT)
+  for place in places:
+    path = place / pathlib.Path(file).expanduser()
     if path.is_file():
       return path
-  raise ValueError(
-      f'--gin_file={file}: no such file, neither here nor in {_ROOT}'
-  )
+  what = f'include {file!r}' if within else f'--gin_file={file}'
+  looked = ', '.join(dict.fromkeys(map(str, places)))
+  raise ValueError(f'{what}: no such file in any of: {looked}')
 
 
 def headline(file: str) -> str:
@@ -419,6 +454,11 @@ def _one_line_errors(where: str) -> Iterator[None]:
         reason = (
             f'{old} is now {RENAMED[old]};{reason[found.end():].lstrip(".")}'
         )
+    if isinstance(e, ModuleNotFoundError):
+      reason += (
+          '; a module of your own is looked for in the working directory, and'
+          ' on PYTHONPATH'
+      )
     if 'No configurable matching' in reason:
       reason = (
           reason.rstrip('^ ')
@@ -509,10 +549,15 @@ def check_no_dead_bindings(but: Collection[str] = ()) -> None:
     but: Statements, as of `configuration`, that need not act.
   """
   used = {_key(s) for s in _bindings(gin.operative_config_str())}
+  bindings = _bindings(gin.config_str())
+  # They are made where training begins, and of several processes in one.
+  writers = _references(s for s in bindings if s.arg_name == 'writers')
   dead = [
       s
-      for s in _bindings(gin.config_str())
-      if _key(s) not in used and _text(s) not in {*_superseded, *but}
+      for s in bindings
+      if _key(s) not in used
+      and s.selector not in writers
+      and _text(s) not in {*_superseded, *but}
   ]
   if dead:
     raise ValueError(
@@ -521,13 +566,26 @@ def check_no_dead_bindings(but: Collection[str] = ()) -> None:
     )
 
 
+class _Earlier(NamedTuple):
+  """All bindings at some time, and those that a later file may supersede."""
+
+  bound: list[config_parser.BindingStatement]
+  of_file: list[config_parser.BindingStatement]
+
+
 @contextlib.contextmanager
-def _superseding() -> Iterator[None]:
-  """Notes whose bindings the configuration parsed inside puts out of use."""
+def _superseding() -> Iterator[list[_Earlier]]:
+  """Notes whose bindings the configuration parsed inside puts out of use.
+
+  Those from before, and those that are added to the list meanwhile.
+  """
   before = _bindings(gin.config_str())
-  yield
-  gone = _no_longer_referenced(before, _bindings(gin.config_str()))
-  _superseded.update(_text(s) for s in before if s.selector in gone)
+  earlier = [_Earlier(before, before)]
+  yield earlier
+  after = _bindings(gin.config_str())
+  for bound, of_file in earlier:
+    gone = _no_longer_referenced(bound, after)
+    _superseded.update(_text(s) for s in of_file if s.selector in gone)
 
 
 def _no_longer_referenced(
@@ -535,7 +593,7 @@ def _no_longer_referenced(
     after: list[config_parser.BindingStatement],
 ) -> set[str]:
   """Selectors that only `before` has in use, and what only they refer to."""
-  gone = set()
+  gone: set[str] = set()
   while True:
     left = _references(s for s in after if s.selector not in gone)
     newly = _references(before) - left
@@ -548,7 +606,7 @@ def _references(
     statements: Iterable[config_parser.BindingStatement],
 ) -> set[str]:
   """Returns selectors, without scopes, of the @references in the values."""
-  found = set()
+  found: set[str] = set()
   for statement in statements:
     references = re.findall(r'@([\w./]+)', str(statement.value))
     found.update(name.split('/')[-1] for name in references)
@@ -573,7 +631,7 @@ def _bindings(text: str) -> list[config_parser.BindingStatement]:
   return _statements(text, config_parser.BindingStatement)
 
 
-def _statements(text: str, kind: type[_T] = tuple) -> list[_T]:
+def _statements(text: str, kind: Any = tuple) -> list[Any]:
   parser = config_parser.ConfigParser(text, _AsText())
   return [s for s in parser if isinstance(s, kind)]
 

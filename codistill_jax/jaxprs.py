@@ -40,7 +40,7 @@ class Flops(NamedTuple):
   def total(self) -> float:
     return sum(self.by_dtype.values())
 
-  def __add__(self, other: 'Flops') -> 'Flops':
+  def __add__(self, other: 'Flops') -> 'Flops':  # type: ignore[override]
     return Flops(
         dict(Counter(self.by_dtype) + Counter(other.by_dtype)),
         self.unknown_loops + other.unknown_loops,
@@ -96,7 +96,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 def axes_of(equation: Any) -> tuple:
   """Returns the named axes that an equation computes over."""
-  names = []
+  names: list[str] = []
   for key in ('axes', 'axis_name'):
     found = equation.params.get(key, ())
     names += found if isinstance(found, tuple | list) else [found]

@@ -10,7 +10,7 @@ Shape suffixes: B examples, C classes, P peers; `...` any axes of examples.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +247,7 @@ def _distillation(core, class_logits=lambda logits: logits):
   # Not functools.wraps, which would show the signature of `core`.
   loss.__name__ = loss.__qualname__ = core.__name__
   loss.__doc__ = core.__doc__
-  loss.formula = Formula(core, class_logits)
+  loss.formula = Formula(core, class_logits)  # type: ignore[attr-defined]
   return loss
 
 
@@ -352,7 +352,10 @@ DISTILL_LOSSES: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-_TASK_LOSSES = {'softmax': task_loss, 'sigmoid': sigmoid_task_loss}
+_TASK_LOSSES: dict[str, Callable[..., jax.Array]] = {
+    'softmax': task_loss,
+    'sigmoid': sigmoid_task_loss,
+}
 
 
 def task_loss_of(output: str) -> Callable[..., jax.Array]:
@@ -370,16 +373,22 @@ def task_loss_of(output: str) -> Callable[..., jax.Array]:
 
 
 def distill_loss(
-    name: str, output: str = 'softmax'
+    name: str | Callable[..., jax.Array], output: str = 'softmax'
 ) -> Callable[..., jax.Array]:
   """Returns the distillation loss of that name, for a kind of output.
 
   For a sigmoid output a loss over classes is that of the two classes which the
-  output stands for; `cross_entropy` is `sigmoid_cross_entropy` then.
+  output stands for; `cross_entropy` is `sigmoid_cross_entropy` then. A function
+  is taken as it is: `(student_logits, teacher_logits_P, present_P) -> (...)`.
 
   Raises:
     ValueError: If there is none; the message lists the names.
   """
+  if callable(name):
+    # Without a formula, which knows nothing of what gin binds.
+    loss = lambda *logits_and_presence: name(*logits_and_presence)
+    loss.__name__ = getattr(name, '__name__', repr(name))
+    return loss
   names = [n for n in DISTILL_LOSSES if n not in _SIGMOID_ONLY]
   if output == 'sigmoid':
     names = list(DISTILL_LOSSES)
@@ -397,14 +406,14 @@ def distill_loss(
 _SIGMOID_ONLY = ('sigmoid_cross_entropy',)
 
 
-def _of_two(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _of_two(loss: Any) -> Any:
   """A loss over classes, of the two classes of a sigmoid output."""
   two = base.two_class_logits
 
   def of_two(student_logits, teacher_logits_P, present_P, **kwargs):
     return loss(two(student_logits), two(teacher_logits_P), present_P, **kwargs)
 
-  of_two.formula = Formula(
+  of_two.formula = Formula(  # type: ignore[attr-defined]
       lambda student, target: loss.formula.of(two(student), target), two
   )
   return of_two
@@ -559,6 +568,7 @@ def training_loss(
   smoothed = functools.partial(plain, label_smoothing=label_smoothing)
   if smoothing_distribution == 'uniform':
     return smoothed
+  assert task.label_frequencies is not None  # Checked above.
   frequencies_C = _checked_distribution(
       'Task.label_frequencies', task.label_frequencies(), task.num_classes
   )
@@ -644,7 +654,7 @@ def towards(
           f' {jnp.shape(teacher_logits_P)} and {present_P.shape}.'
       )
     share = 1.0 / jnp.maximum(jnp.sum(present_P, dtype=jnp.float32), 1.0)
-    total = 0.0
+    total = jnp.float32(0.0)
     # One after another, as above: each stays in the cache.
     for present, logits in zip(present_P, jnp.asarray(teacher_logits_P)):
       # Absent, it may say NaN, and 0 times the gradient of that is NaN too.

@@ -13,6 +13,7 @@ labels of one shape (...), flat inside.
 Shape suffixes: C classes; `...` any axes of examples.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -136,12 +137,24 @@ def relative_difference(
 
 
 def quality(
-    logits: base.Array, labels: base.Array, weights: base.Array | None = None
+    logits: base.Array,
+    labels: base.Array,
+    weights: base.Array | None = None,
+    own: Sequence[Callable[..., Metric]] = (),
 ) -> dict[str, Metric]:
   """Returns the metrics of one model's predictions besides the loss, by key.
 
   'eval/accuracy'; and of a sigmoid output, whose logits have the shape of the
   labels, 'eval/auc', 'eval/calibration' and 'eval/calibration_error'.
+
+  Args:
+    logits: (..., C), or (...) of a sigmoid output.
+    labels: (...).
+    weights: (...).
+    own: Further metrics, `f(logits, labels, weights)`; 'eval/<name of f>'.
+
+  Raises:
+    ValueError: If one of `own` has a name that is taken, or gives no metric.
   """
   found: dict[str, Metric] = {
       'eval/accuracy': accuracy(logits, labels, weights)
@@ -151,6 +164,16 @@ def quality(
     found['eval/auc'] = auc(*args)
     found['eval/calibration'] = calibration(*args)
     found['eval/calibration_error'] = calibration_error(*args)
+  for metric in own:
+    key = f'eval/{metric.__name__}'
+    if key in (*found, 'eval/loss', 'eval/examples', 'eval/perplexity'):
+      raise ValueError(f'There is a metric {key} already; rename the function.')
+    found[key] = metric(logits, labels, weights)
+    if not hasattr(found[key], 'number'):
+      raise ValueError(
+          f'{metric.__name__} gave {base.form_of(found[key])}, expected sums'
+          ' over examples, such as metrics.mean(values, weights).'
+      )
   return found
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from codistill_jax import replicas
+from codistill_jax import programs, replicas
 from codistill_jax.base import (
     GROUP_AXIS,
     REPLICA_AXIS,
@@ -106,7 +106,7 @@ class Population:
 
     in_axes = (0, None if shared_batch else 0, 0, None)
     block_step = jax.vmap(counted, in_axes=in_axes, axis_name=GROUP_AXIS)
-    groups = Spec(BLOCK_AXIS)
+    groups: Any = Spec(BLOCK_AXIS)
     # The check of what varies over which axis would sum the gradients of the
     # replicas once more; the step has psummed what it returns.
     step = jax.shard_map(
@@ -116,7 +116,7 @@ class Population:
         out_specs=(self._specs, groups),
         check_vma=False,
     )
-    self._step = jax.jit(step, donate_argnums=(0,))
+    self._step = programs.Programs(jax.jit(step, donate_argnums=(0,)))
 
   def __call__(
       self,
@@ -136,6 +136,10 @@ class Population:
       # As in `PmapStep`: steps in flight on fake devices dead-lock.
       jax.block_until_ready(state)
     return state, metrics
+
+  def expect(self, teachers: PeerPredictions | Teachers) -> None:
+    """Compiles for such teachers beside the updates without."""
+    self._step.expect(teachers)
 
   def peers(self, mix_GG: Array, top_k: int | None = None) -> PeerPredictions:
     """Returns the `teachers` of all groups, on the devices.
@@ -211,7 +215,7 @@ class Population:
     return jax.make_array_from_callback(
         (len(xs), *xs[0].shape),
         NamedSharding(self._mesh, spec),
-        lambda index: np.stack([x[index[1:]] for x in xs[index[0]]]),
+        lambda index: np.stack([x[index[1:]] for x in xs[index[0]]]),  # type: ignore[index]
     )
 
   def _check_rows(self, batch: Batch) -> None:
@@ -242,7 +246,7 @@ def _mesh(
 
 def _state_specs() -> TrainState:
   """How each part of a stacked state is laid out; a prefix of it."""
-  groups = Spec(BLOCK_AXIS)
+  groups: Any = Spec(BLOCK_AXIS)
   return TrainState(
       step=groups,
       variables=groups,
@@ -354,6 +358,12 @@ class Seat:
     """Returns the teachers of all groups: those given, or their predictions."""
     peers = self._update.peers
     return teachers if peers is None else peers
+
+  def expect(self, shapes: Any) -> None:
+    """As of a `PmapStep`, for teachers that are the others' predictions."""
+    del shapes
+    if self._update.peers is not None:
+      self._update.population.expect(self._update.peers)
 
   def collect(self, state: GroupState) -> TrainState:
     return state.collect()
@@ -468,7 +478,7 @@ class JointUpdate:
       )
     self._waiting.discard(group_id)
     metrics = {k: Scalar(x, group_id) for k, x in self._metrics.items()}
-    of_group = (self._state, group_id)
+    of_group: Any = (self._state, group_id)
     mine = GroupState(
         self._turn,
         lambda: self.population.variables(*of_group),
@@ -533,10 +543,10 @@ class SharedStream:
 
   def __init__(self, stream: Stream):
     self._stream = stream
-    self._made: dict[int, dict[str, Array]] = {}
+    self._made: dict[int, Batch] = {}
     self._lock = threading.Lock()
 
-  def batch(self, step: int) -> dict[str, Array]:
+  def batch(self, step: int) -> Batch:
     with self._lock:
       if step not in self._made:
         self._made[step] = self._stream.batch(step)

@@ -116,7 +116,7 @@ def peer_loss(
   student = losses.finite(jnp.asarray(logits, jnp.float32) / temperature)
   if peers.top_k is not None:
     check(distill_loss, peers.top_k, student.shape[-1])
-    values = _top_k_cross_entropy(student, peers)
+    values = _top_k_cross_entropy(student, peers, peers.top_k)
   else:
     target = _of_peers(formula.class_logits(student), peers)
     values = formula.of(student, target)
@@ -211,7 +211,7 @@ def largest(probabilities: jax.Array, top_k: int) -> Sent:
 
 
 def _top_k_cross_entropy(
-    student: jax.Array, peers: PeerPredictions
+    student: jax.Array, peers: PeerPredictions, top_k: int
 ) -> jax.Array:
   """Mean over the peers of a cross entropy over K + 1 classes.
 
@@ -222,7 +222,7 @@ def _top_k_cross_entropy(
   takes no pass over all classes for each peer.
   """
   log_q = jax.nn.log_softmax(student)
-  mine = largest(jax.lax.stop_gradient(jnp.exp(log_q)), peers.top_k)
+  mine = largest(jax.lax.stop_gradient(jnp.exp(log_q)), top_k)
   sent = Sent(*(gather(x, peers.axis_name) for x in mine))
   # Of all peers at once: their gradients are added in one go.
   classes_GK = jnp.moveaxis(sent.classes_K, 0, -2)

@@ -9,6 +9,9 @@ P peers.
 """
 
 import math
+import os
+import socket
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from codistill_jax import jaxprs
+from codistill_jax import jaxprs, programs
 from codistill_jax.base import (
     ALONE,
     REPLICA_AXIS,
@@ -34,10 +37,11 @@ from codistill_jax.base import (
 
 
 def start_processes(
-    coordinator: str,
-    num_processes: int,
-    process_id: int,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     *,
+    group_id: int = 0,
     heartbeat_seconds: int = 20,
 ) -> None:
   """Joins the processes of one group; to be called before any use of jax.
@@ -47,21 +51,63 @@ def start_processes(
   (SIGABRT).
 
   Args:
-    coordinator: `host:port` of process 0.
+    coordinator: `host:port` of process 0. None, as the next two: what SLURM,
+      Open MPI, a JobSet or a TPU pod says, as jax understands it.
     num_processes: Processes of the group.
     process_id: This one, 0 <= process_id < num_processes.
+    group_id: The group, which has a port of its own where jax chooses one.
     heartbeat_seconds: How long a process may give no sign of life.
+
+  Raises:
+    ValueError: If nothing is given, and jax finds out nothing.
   """
+  # Of the job's number alone jax would make one port for all its groups.
+  port = str(_coordinator_port(group_id))
+  os.environ.setdefault('JAX_COORDINATOR_PORT', port)
   # Otherwise jax takes SIGTERM for itself and the group cannot be preempted.
   jax.config.update('jax_enable_preemption_service', False)
-  jax.distributed.initialize(
-      coordinator_address=coordinator,
-      num_processes=num_processes,
-      process_id=process_id,
-      heartbeat_timeout_seconds=heartbeat_seconds,
-      shutdown_timeout_seconds=15,
-      initialization_timeout=120,
-  )
+  # All devices that the process was given: left to itself, jax takes one of
+  # them under SLURM and Open MPI, also where the rest is told.
+  by_hand = 'JAX_LOCAL_DEVICE_IDS' in os.environ
+  chosen: list[int] | None = None if by_hand else []
+  try:
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        local_device_ids=chosen,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=15,
+        initialization_timeout=120,
+    )
+  except ValueError as e:
+    raise ValueError(
+        f'jax cannot tell the processes of this group ({e}); start them by'
+        ' srun, mpirun, a JobSet or on a TPU pod, or give the address of'
+        ' process 0, the number of processes and the number of this one'
+    ) from e
+
+
+def _coordinator_port(group_id: int) -> int:
+  """Returns a port, for all processes of a group and no other of its job.
+
+  From 61440 to 65535, where Linux gives none to whoever asks for any.
+  """
+  job = os.environ.get('SLURM_ARRAY_JOB_ID') or os.environ.get('SLURM_JOB_ID')
+  return 61440 + (zlib.crc32((job or '').encode()) + group_id) % 4096
+
+
+def hosts() -> list[str]:
+  """Returns the machine of each process of the group; all must call it."""
+  # Of several nodes on one machine SLURM alone knows the names.
+  own = os.environ.get('SLURMD_NODENAME') or socket.gethostname()
+  if jax.process_count() == 1:
+    return [own]
+  codes = np.frombuffer(own.encode().ljust(256, b'\0')[:256], np.uint8)
+  return [
+      bytes(row).rstrip(b'\0').decode(errors='replace')
+      for row in np.asarray(multihost_utils.process_allgather(codes))
+  ]
 
 
 def agreement() -> Agreement:
@@ -191,17 +237,18 @@ class PmapStep:
       self.num_traces += 1  # Runs only while jax traces.
       return summed(*args)
 
+    same: Any = None  # On all replicas.
     axes = TrainState(
-        step=None,
-        variables=None,
-        opt_state=None,
-        rng=None,
+        step=same,
+        variables=same,
+        opt_state=same,
+        rng=same,
         carry=0,
         teacher_carry=0,
     )
     # `out_axes=None` does not check that the replicas agree: the step must
     # psum or pmean everything that it returns there.
-    self._step = jax.pmap(
+    step = jax.pmap(
         counted,
         axis_name=REPLICA_AXIS,
         in_axes=(axes, 0, None, None),
@@ -209,6 +256,7 @@ class PmapStep:
         donate_argnums=(0,),
         devices=devices,
     )
+    self._step = programs.Programs(step)
 
   def __call__(
       self,
@@ -257,6 +305,17 @@ class PmapStep:
   def place_teachers(self, teachers: Teachers) -> Teachers:
     """Puts teachers on the devices; costs nothing if they are there."""
     return self._put(teachers, self._replicated)
+
+  def expect(self, shapes: Teachers) -> None:
+    """Compiles for such teachers beside the updates without; one process."""
+    if jax.process_count() > 1:
+      return
+
+    def placed(x: Array) -> jax.ShapeDtypeStruct:
+      sharding = self._replicated
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    self._step.expect(jax.tree.map(placed, shapes))
 
   def collect(self, state: TrainState) -> TrainState:
     """Returns the whole group's state as numpy copies; the inverse of `place`.

@@ -160,7 +160,7 @@ def ensembles(
     )
   count = len(predictions) // size
   return [
-      np.mean(predictions[k::count], axis=0, dtype=np.float64)
+      np.asarray(np.mean(predictions[k::count], axis=0, dtype=np.float64))
       for k in range(count)
   ]
 

@@ -10,7 +10,7 @@ model has T tokens behind B; losses and weights then have shape (B, T).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from codistill_jax import (
     microbatches,
     optimizers,
     peer_predictions,
+    programs,
 )
 from codistill_jax import metrics as metrics_lib
 from codistill_jax.base import (
@@ -163,7 +164,7 @@ def _init_of(
         teacher_carry=_stack_copies(carry, num_peers),
     )
 
-  return jax.jit(init)
+  return programs.shared(jax.jit(init))
 
 
 def _checked_key(rng: Array) -> Array:
@@ -391,25 +392,28 @@ def objective(
 
 
 def make_eval_step(
-    model: Model, *, task_loss: Callable[[Array, Array], Array] | None = None
+    model: Model,
+    *,
+    task_loss: Callable[[Array, Array], Array] | None = None,
+    metrics: Sequence[Callable[..., metrics_lib.Metric]] = (),
 ) -> EvalStep:
   """Builds `eval_step(variables, batch, carry) -> (sums, carry)`.
 
   The sums are metrics in the making: `eval/loss` (nats per example, of the task
-  alone) and those of `metrics.quality`; add them over batches, then take their
-  `number()`.
+  alone) and those of `metrics.quality`, with `metrics` of your own; add them
+  over batches, then take their `number()`.
   """
   loss_fn = task_loss or losses.task_loss
   _check_parts(model=model, task_loss=loss_fn)
 
   def qualities(
-      logits: Array, teacher_logits: None, rows: tuple, shared: None
-  ) -> tuple[float, dict[str, metrics_lib.Metric]]:
+      logits: Array, teacher_logits: Array | None, rows: Any, shared: Any
+  ) -> tuple[Any, dict[str, metrics_lib.Metric]]:
     del teacher_logits, shared
     logits, (labels, weights) = jnp.asarray(logits, jnp.float32), rows
     return 0.0, {
         'eval/loss': metrics_lib.mean(loss_fn(logits, labels), weights),
-        **metrics_lib.quality(logits, labels, weights),
+        **metrics_lib.quality(logits, labels, weights, metrics),
     }
 
   def eval_step(
@@ -434,7 +438,7 @@ def example_weights(batch: Batch) -> jax.Array:
   Raises:
     ValueError: If there are no labels, or weights of another shape.
   """
-  labels = checked_batch(batch).get('labels')
+  labels: Any = checked_batch(batch).get('labels')
   if not hasattr(labels, 'shape'):
     raise ValueError(
         f"Expected a batch with 'labels', an array, got {form_of(batch)}"

@@ -6,8 +6,9 @@ outputs, _ = trained.model.apply(
 )
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,7 @@ def open_run(
   """
   groups = run_directory.list_groups(workdir)
   config = run_directory.config_path(workdir)
-  if not groups or not config.exists():
+  if not groups or not run_directory.read_config(workdir):
     raise FileNotFoundError(
         f'{workdir} holds no trained group yet (no {config.name}); train one'
         ' first, or check the directory'
@@ -117,14 +118,25 @@ def open_run(
     names = [s.partition(' = ')[0] for s in gin_utils.configuration()]
     caps = [f'{name}=None' for name in names if '.max_eval_' in name]
     gin_utils.parse(gin_files, [*bindings, *caps], **saved)
-  experiment = gin_utils.make(experiment_lib.Experiment)
+  with _naming(config):
+    experiment = gin_utils.make(experiment_lib.Experiment)
   facts = run_directory.read_run(workdir)
   arm = facts.get('arm', os.path.basename(workdir))
-  model = gin_utils.call(experiment_lib.make_model, experiment)
+  with _naming(config):
+    model = gin_utils.call(experiment_lib.make_model, experiment)
   # Of the run's own, what only training uses does not act here.
   gin_utils.check_no_dead_bindings(own)
-  num_groups = facts.get('num_groups', len(groups))
+  num_groups = facts.get('num_groups') or len(groups)
   return Run(os.fspath(workdir), arm, experiment, model, num_groups, groups)
+
+
+@contextlib.contextmanager
+def _naming(config: epath.Path) -> Iterator[None]:
+  """Says in an error whose configuration it is."""
+  try:
+    yield
+  except ValueError as e:
+    raise ValueError(f'{config}: {e}') from e
 
 
 def read_variables(
@@ -144,7 +156,7 @@ def read_variables(
   """
   identity = run.experiment.task.identity
   if source == PUBLICATIONS:
-    root = checkpoints.absolute(run_directory.exchange_root(run.workdir))
+    root = run_directory.exchange_root(run.workdir)
     steps = publications.published_steps(root, group_id)
   else:
     directory = run_directory.checkpoints_dir(run.workdir, group_id)

@@ -6,13 +6,15 @@ is a `NullWriter`, never None.
 """
 
 import contextlib
-import io
+import itertools
 import json
+import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from absl import logging
 from etils import epath
@@ -24,6 +26,7 @@ from codistill_jax.storage.background import (
     BackgroundWriter,
     Patience,
     Troubles,
+    Unwritten,
 )
 
 Metrics = Mapping[str, Any]
@@ -96,6 +99,88 @@ class MultiWriter:
       raise errors[0]
 
 
+class Source(NamedTuple):
+  """Whose metrics a writer gets.
+
+  Attributes:
+    directory: Of the group; it exists.
+    arm: Name of the run.
+    group_id: The group.
+    num_groups: G.
+    start: The step the run goes on from; 0 at its beginning.
+    configuration: Bindings of the run, a statement each.
+  """
+
+  directory: str
+  arm: str
+  group_id: int
+  num_groups: int
+  start: int
+  configuration: Sequence[str] = ()
+
+
+class OwnWriter:
+  """A writer of a user's own: what it raises does not end the training."""
+
+  def __init__(
+      self,
+      make: Callable[[Source], Writer],
+      source: Source,
+      troubles: Troubles,
+  ):
+    """Makes the writer; if that fails, again after 1, 2, 4, ... records.
+
+    Args:
+      make: A class or function.
+      source: Whose metrics it gets.
+      troubles: Where it is noted that it fails.
+    """
+    self._make, self._source, self._troubles = make, source, troubles
+    name = getattr(make, '__qualname__', repr(make))
+    self._doing = f'writing by {make.__module__}.{name}'
+    self._writer: Writer | None = None
+    self._records = self._missed = 0
+    self._open()
+
+  def write(self, step: int, metrics: Metrics) -> None:
+    """Hands on a copy."""
+    self._records += 1
+    if self._writer is None and self._records.bit_count() == 1:
+      self._open()
+    if self._writer is not None:
+      with self._noting():
+        self._writer.write(step, dict(metrics))
+        self._troubles.worked(self._doing)
+        return
+    self._missed += 1
+
+  def close(self) -> None:
+    """Closes it, and says how many records it has missed."""
+    if self._writer is not None:
+      with self._noting():
+        self._writer.close()
+    if self._missed:
+      logging.warning(
+          '%s has missed %d of %d records; metrics.jsonl has them all',
+          self._doing,
+          self._missed,
+          self._records,
+      )
+
+  def _open(self) -> None:
+    with self._noting():
+      self._writer = self._make(self._source)
+
+  @contextlib.contextmanager
+  def _noting(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # It may raise anything.
+      logging.info('Where the error came from:', exc_info=e)
+      error = RuntimeError(f'{type(e).__name__}: {e}')
+      self._troubles.failed(self._doing, error)
+
+
 class _Appender:
   """Appends pieces as a whole; keeps them in memory while that fails."""
 
@@ -149,12 +234,7 @@ class _Appender:
       logging.warning(
           '%d pieces of %s are lost', self._writer.dropped, self._path
       )
-    if unwritten is not None:
-      raise TimeoutError(
-          f'{len(unwritten.steps)} records could not be written to'
-          f' {os.fspath(self._path)} ({unwritten.error}); see to the disk, and'
-          ' start the same command again'
-      ) from unwritten.error
+    _raise_unwritten(unwritten, self._path)
 
   def _write(self, number: int, piece: bytes) -> None:
     """In the thread."""
@@ -180,16 +260,109 @@ class _Appender:
     """Opens the file again, without what was written of a piece."""
     self._file = self._path.open('ab')
     size = self._file.seek(0, os.SEEK_END)
-    if size > self._size and not files.is_remote(self._path):
+    if size > self._size:
       size = self._file.truncate(self._size)
     self._size = size
+
+
+_UPLOAD_SECONDS = 10.0
+_UPLOAD_BYTES_PER_SECOND = 1 << 20
+
+
+class _Uploader:
+  """Puts a growing file into an object store, whole, now and then.
+
+  There nothing can be appended. What has come since the last time is a part: of
+  10 seconds, or of as many as the file has megabytes, so that no more than one
+  megabyte a second goes up. A kill loses at most one part and the next, where
+  that is on its way.
+  """
+
+  def __init__(
+      self,
+      path: epath.PathLike,
+      doing: str,
+      troubles: Troubles,
+      *,
+      patience: Patience = DEFAULT_PATIENCE,
+  ):
+    """Reads what is there; see `_Appender`."""
+    self._path = path
+    self._patience = patience
+    self._lock = threading.Lock()
+    self._data = bytearray(_content(path))
+    self._count = 0
+    self._asked = False  # For an upload, which takes what comes till then.
+    self._next = 0.0
+    self._closing = threading.Event()
+    self._writer = BackgroundWriter(
+        self._write, doing, troubles, patience=patience
+    )
+
+  def append(self, piece: bytes) -> None:
+    """Adds a piece; it goes up with its part."""
+    with self._lock:
+      self._data += piece
+      asked, self._asked = self._asked, True
+    if not asked:
+      self._count += 1
+      self._writer.put(self._count, None)
+
+  def close(self) -> None:
+    """Puts up the rest; raises as `_Appender.close`."""
+    self._closing.set()
+    unwritten = self._writer.finish(2 * self._patience.retry)
+    self._writer.close()
+    _raise_unwritten(unwritten, self._path)
+
+  def _write(self, number: int, unused: None) -> None:
+    """In the thread."""
+    del number, unused
+    self._closing.wait(max(0.0, self._next - time.monotonic()))
+    with self._lock:
+      data, self._asked = bytes(self._data), False
+    try:
+      files.write_bytes(self._path, data)
+    except OSError:
+      self._asked = True  # It is tried again, with what comes till then.
+      raise
+    self._next = time.monotonic() + max(
+        _UPLOAD_SECONDS, len(data) / _UPLOAD_BYTES_PER_SECOND
+    )
+
+
+def _content(path: epath.PathLike) -> bytes:
+  """Returns all of a file; b'' if it is not there."""
+  try:
+    return files.content(path)
+  except FileNotFoundError:
+    return b''
+
+
+def _raise_unwritten(unwritten: Unwritten | None, path: epath.PathLike) -> None:
+  if unwritten is not None:
+    raise TimeoutError(
+        f'{len(unwritten.steps)} records could not be written to'
+        f' {os.fspath(path)} ({unwritten.error}); see to the disk, and start'
+        ' the same command again'
+    ) from unwritten.error
+
+
+def _appender(path: epath.Path, *args: Any, **kwargs: Any) -> Any:
+  """Makes what appends to a file, on a disk or in an object store."""
+  if files.is_remote(path):
+    kwargs.pop('room', None)  # It has all of the file in memory.
+    return _Uploader(path, *args, **kwargs)
+  return _Appender(path, *args, **kwargs)
 
 
 class JsonlWriter:
   """Appends one JSON object a line: `step`, `time` (Unix seconds), metrics.
 
   A line reaches the operating system as a whole before `write` returns, so a
-  kill loses no earlier record; while the disk fails, lines wait in memory. NaN
+  kill loses no earlier record; while the disk fails, lines wait in memory. To
+  an object store the file goes whole every 10 seconds, or more seldom where it
+  is large, and at the end: a kill loses what came since. NaN
   and infinities, which JSON lacks, become the strings "NaN", "Infinity" and
   "-Infinity"; `run_directory.read_metrics` turns them back.
   """
@@ -217,10 +390,10 @@ class JsonlWriter:
       room: How many lines are kept while the disk fails; the newest.
     """
     self._clock = clock
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = epath.Path(files.absolute(path))
+    files.make_directory(path.parent)
     self._step = _repair(path, resume_step)
-    self._lines = _Appender(
+    self._lines = _appender(
         path,
         'writing metrics',
         troubles or Troubles(),
@@ -267,26 +440,15 @@ def _repair(path: epath.Path, resume_step: int | None) -> int:
   Returns:
     The newest step that is kept.
   """
-  try:
-    data = path.read_bytes()
-  except FileNotFoundError:
-    return 0
-  lines = io.BytesIO(data).readlines()  # Unlike splitlines, not at a b'\r'.
-  kept = b''.join(line for line in lines if _keep(line, resume_step))
-  if kept != data:
-    files.write_bytes(path, kept)
-  records = map(run_directory.parse_record, kept.splitlines())
-  return max((r['step'] for r in records if r), default=0)
-
-
-def _keep(line: bytes, resume_step: int | None) -> bool:
-  if not line.endswith(b'\n'):
-    return False
-  record = run_directory.parse_record(line)
+  lines = list(run_directory.lines(path))
   # A damaged whole line stays, for a person to look at; readers skip it.
-  if record is None or resume_step is None:
-    return True
-  return record['step'] <= resume_step
+  records = map(run_directory.parse_record, lines)
+  steps = [record['step'] if record else 0 for record in records]
+  last = math.inf if resume_step is None else resume_step
+  kept = [x[-1:] == b'\n' and step <= last for x, step in zip(lines, steps)]
+  if not all(kept):
+    files.write_bytes(path, b''.join(itertools.compress(lines, kept)))
+  return max(itertools.compress(steps, kept), default=0)
 
 
 # How a metric is shown on the terminal, in this order; others are not.
@@ -454,14 +616,13 @@ class _EventFiles:
     self._patience = patience
 
   def directory_check(self, path: str) -> None:
-    path = epath.Path(path.removeprefix(self._prefix))
-    path.mkdir(parents=True, exist_ok=True)
+    files.make_directory(path.removeprefix(self._prefix))
 
   def open(self, path: str) -> '_EventFile':
     path = epath.Path(path.removeprefix(self._prefix))
     doing = 'writing TensorBoard events'
     return _EventFile(
-        _Appender(path, doing, self._troubles, patience=self._patience)
+        _appender(path, doing, self._troubles, patience=self._patience)
     )
 
 

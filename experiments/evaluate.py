@@ -6,10 +6,13 @@ For each run: the validation metrics of each group, of the ensemble of its
 groups (the mean of their probabilities), and churn and disagreement between
 them. The run's own configuration is used, with what --gin_file and --gin say on
 top; the figures are printed, and written to `<workdir>/report/comparison.json`,
-where a report finds them. Those of another step, of the test split, of --all or
-of another configuration are written beside it.
+where a report finds them. Those of other data (--data), of another step, of the
+test split, of --all or of another configuration are written beside it.
 """
 
+import os
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +55,15 @@ def define_flags() -> None:
       ['validation', 'test'],
       'Evaluate on this split, where the task has it.',
   )
+  flags.DEFINE_string(
+      'data',
+      None,
+      'Evaluate on other data than those of the run, which must have its'
+      ' tokenizer, columns or classes: text (what prepare_data wrote, or a'
+      ' source such as text:PATH), a table, Criteo rows (what prepare_clicks'
+      ' wrote), or a directory of <class>/<images>. --split is of them, if they'
+      ' are divided.',
+  )
   flags.DEFINE_bool(
       'all',
       False,
@@ -82,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
     files.check_writable(path.parent)
     comparison = compare(run)
     files.write_json(path, comparison)
+    if _FLAGS.data:
+      print(f'on {_FLAGS.data}:')
     print(describe(comparison))
     print(f'written to {path}\n')
 
@@ -90,6 +104,10 @@ def _output(workdir: str) -> epath.Path:
   """Returns where the figures go: a report shows those of the run as it is."""
   path = run_directory.comparison_path(workdir, _FLAGS.step, _FLAGS.split)
   other = '_other' * any(gin_utils.flag_values()) + '_all' * _FLAGS.all
+  if data := _FLAGS.data:
+    # Two data sets may have one last name.
+    name = re.sub(r'[^\w.-]+', '_', os.path.basename(data.rstrip('/')))
+    other += f'_on_{name[:40]}_{zlib.crc32(data.encode()):08x}'
   return path.with_stem(path.stem + other)
 
 
@@ -107,11 +125,15 @@ def compare(run: Run) -> dict[str, Any]:
   result = evaluate_lib.compare(
       run.model,
       [variables for _, variables in found],
-      experiment_lib.split_batches(run.experiment.task, _FLAGS.split, rows),
+      experiment_lib.split_batches(
+          run.experiment.task, _FLAGS.split, rows, _FLAGS.data
+      ),
+      run.experiment.metrics,
   )
   names = [f'{run.arm}/group_{group}' for group in run.groups]
   return {
       'configuration': gin_utils.flag_arguments(),
+      'data': _FLAGS.data,
       'models': {
           name: {'step': at, **metrics}
           for name, (at, _), metrics in zip(names, found, result.members)
@@ -147,10 +169,19 @@ def describe(comparison: dict[str, Any]) -> str:
   """Returns the comparison as aligned text."""
   ensembles = comparison['ensembles'].items()
   rows = comparison['models'] | {f'{k}/ensemble': v for k, v in ensembles}
-  # A sigmoid output has no perplexity, others no AUC.
-  keys = [k for k in _TITLES if all(k in metrics for metrics in rows.values())]
+  # A sigmoid output has no perplexity, others no AUC; some have metrics of
+  # their own.
+  known = dict.fromkeys(k for k in next(iter(rows.values())) if 'eval/' in k)
+  keys = [
+      key
+      for key in _TITLES | known
+      if all(key in metrics for metrics in rows.values())
+  ]
   table = pages.to_text(
-      ['model', 'step', *(_TITLES[key] for key in keys)],
+      [
+          *('model', 'step'),
+          *(_TITLES.get(key, key.removeprefix('eval/')) for key in keys),
+      ],
       [
           [
               name,

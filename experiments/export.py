@@ -9,11 +9,14 @@ Writes into --output, each by a --form (repeatable; default: the first three):
   stablehlo    model.jaxexport: jax.export.deserialize(its bytes) has
                call(arrays, features), which gives logits, for any number of
                rows (and tokens)
-  saved_model  saved_model/: a TensorFlow SavedModel. Of a language model its
-               signature takes text, and the tokenizer is in the graph: out come
-               the nats and the number of pieces (the end of the document is
-               one), and the next piece's log probabilities. Of others it takes
-               the features of a prepared batch and gives logits.
+  saved_model  saved_model/: a TensorFlow SavedModel whose signature takes raw
+               values; its graph does what training does to them beforehand. Of
+               a language model it takes text, and gives the nats and the number
+               of pieces (the end of the document is one), and the next piece's
+               log probabilities. Of a table it takes columns by name,
+               categories as strings ('' is missing) and numbers (NaN is), and
+               gives logits; of images the bytes of PNG or JPEG files, upright.
+               Its signature 'logits' takes the features of a prepared batch.
 
 `arrays` are those of safetensors, nested; `features` is a batch without labels
 and weights. model.json says what is what. Each form is read again, and must
@@ -30,7 +33,6 @@ from absl import flags
 from etils import epath
 
 from codistill_jax import base, trained
-from codistill_jax.data import tokenizer as tokenizer_lib
 from codistill_jax.storage import checkpoints, files
 
 from . import cli
@@ -93,6 +95,8 @@ def main(argv: Sequence[str]) -> None:
       'identity': dict(model.task.identity),
       'output': model.task.output,
       'classes': model.task.num_classes,
+      # Of a SavedModel that takes columns.
+      'arguments': getattr(model.task.raw_inputs, 'arguments', None),
       'features': {
           name: {'dtype': str(x.dtype), 'shape': [None, *x.shape[1:]]}
           for name, x in checkpoints.flatten(example)
@@ -129,7 +133,7 @@ def write_safetensors(output, model, arrays, forward, example):
   contiguous = {k: np.ascontiguousarray(x) for k, x in named.items()}
   about = {'step': str(model.step), **model.task.identity}
   files.write_bytes(path, safetensors.save(contiguous, metadata=about))
-  read = safetensors.load(path.read_bytes())
+  read = safetensors.load(files.content(path))
   leaves = [read[name] for name in named]
   again = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
   return path, forward(again, example)
@@ -137,7 +141,7 @@ def write_safetensors(output, model, arrays, forward, example):
 
 def write_orbax(output, model, arrays, forward, example):
   """Writes and reads a checkpoint; returns its path and the logits."""
-  directory = checkpoints.absolute(output / 'orbax')
+  directory = output / 'orbax'
   identity = {'identity': dict(model.task.identity)}
   checkpoints.save(directory, model.step, arrays, identity)
   record = checkpoints.load_record(directory, model.step)
@@ -168,90 +172,19 @@ def write_stablehlo(output, model, arrays, forward, example):
   )
   path = output / 'model.jaxexport'
   files.write_bytes(path, bytes(made.serialize()))
-  read = export.deserialize(bytearray(path.read_bytes()))
+  read = export.deserialize(bytearray(files.content(path)))
   return path, read.call(arrays, example)
 
 
 def write_saved_model(output, model, arrays, forward, example):
   """Writes and reads a TensorFlow SavedModel; returns path and logits."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  import tensorflow as tf
-  from jax.experimental import jax2tf
+  from . import saved_model
 
-  text = model.task.tokenizer is not None
-  module = tf.Module()
-  module.arrays = tf.nest.map_structure(tf.Variable, arrays)
-  call = jax2tf.convert(
-      forward,
-      polymorphic_shapes=[
-          None,
-          jax.tree.map(lambda x: f'({_shape(x, text)})', example),
-      ],
-      with_gradient=False,
-  )
-  structure = jax.tree.structure(example)
-  named = {k.replace('/', '_'): x for k, x in checkpoints.flatten(example)}
-
-  def logits(**features):
-    leaves = [features[name] for name in named]
-    nested = jax.tree.unflatten(structure, leaves)
-    return {'logits': call(module.arrays, nested)}
-
-  module.logits = tf.function(logits, autograph=False)
-  rank = 1 + text
-  signature = {
-      name: tf.TensorSpec([None] * rank + list(x.shape[rank:]), x.dtype)
-      for name, x in named.items()
-  }
-  signatures = {'logits': module.logits.get_concrete_function(**signature)}
-  if text:
-    module.pieces = model.tokenizer.tensorflow_tokenizer()
-    module.score = tf.function(
-        lambda text: _score(text, module, call),
-        input_signature=[tf.TensorSpec([None], tf.string, name='text')],
-        autograph=False,
-    )
-    signatures['serving_default'] = module.score.get_concrete_function()
-  else:
-    signatures['serving_default'] = signatures['logits']
+  tokens = model.task.tokenizer is not None
+  shapes = jax.tree.map(lambda x: f'({_shape(x, tokens)})', example)
   path = os.fspath(output / 'saved_model')
-  tf.saved_model.save(module, path, signatures=signatures)
-  read = tf.saved_model.load(path).signatures['logits']
-  again = read(**{name: tf.constant(x) for name, x in named.items()})
-  return path, again['logits'].numpy()
-
-
-def _score(text, module, call):
-  """Returns what a language model says of texts, in a TensorFlow graph."""
-  import tensorflow as tf
-
-  start, end = tokenizer_lib.START_ID, tokenizer_lib.END_ID
-  pieces = module.pieces.tokenize(_escape(text))
-  count = tf.cast(pieces.row_lengths(), tf.int32)
-  column = lambda piece: tf.fill([tf.shape(count)[0], 1], piece)
-  tokens = tf.concat([column(start), pieces, column(end)], 1).to_tensor(end)
-  inputs, labels = tokens[:, :-1], tokens[:, 1:]
-  resets = tf.equal(inputs, start)
-  logits = call(module.arrays, {'inputs': inputs, 'resets': resets})
-  log_probs = tf.nn.log_softmax(logits)
-  # One more than there are pieces: the end of the document is predicted too.
-  counted = tf.sequence_mask(count + 1, tf.shape(labels)[1], tf.float32)
-  nats = -tf.gather(log_probs, labels, axis=-1, batch_dims=2)
-  return {
-      'nats': tf.reduce_sum(nats * counted, axis=-1),
-      'pieces': count + 1,
-      'next_log_probs': tf.gather(log_probs, count, axis=1, batch_dims=1),
-  }
-
-
-def _escape(text):
-  """Does in a graph what `tokenizer.escape` does."""
-  import tensorflow as tf
-
-  for old, new in tokenizer_lib.ESCAPED.items():
-    text = tf.strings.regex_replace(text, old, new)
-  text = tf.strings.regex_replace(text, '\n([^\n])', '\n \\1')
-  return tf.where(tf.equal(text, ''), text, ' ' + text)
+  return path, saved_model.save(path, model, arrays, forward, example, shapes)
 
 
 if __name__ == '__main__':

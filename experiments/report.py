@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
 
   output = flags.FLAGS.output
   arms = run_records.load_arms(flags.FLAGS.workdir or [])
+  for arm in arms:
+    for why in arm.unreadable:
+      cli.tell(f'{arm.name}: cannot be read: {why}', error=True)
   print(run_report.results_text(arms))
   print(f'\nreport: {run_report.write(arms, output)}')
 

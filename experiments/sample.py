@@ -4,7 +4,8 @@
         --prompt='In the beginning'
 
 Pieces are drawn from the model's distribution, at --temperature and from the
---top_k most probable; the same --seed gives the same text.
+--top_k most probable; the same --seed gives the same text. A report shows what
+was drawn last: it is kept in `<workdir>/report/samples.json`.
 """
 
 import textwrap
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from codistill_jax import base, trained
+from codistill_jax import base, run_directory, trained
 from codistill_jax.data.tokenizer import END_ID, START_ID, UNKNOWN_ID
+from codistill_jax.storage import files
 
 from . import cli
 
@@ -52,17 +54,19 @@ def main(argv: Sequence[str]) -> None:
     )
     if model.tokenizer is None:
       raise ValueError(f'{workdir} holds no language model: nothing to sample')
+    how = {k: _FLAGS[k].value for k in ('temperature', 'top_k', 'seed')}
+    samples = []
     for prompt in _FLAGS.prompt:
-      text = continue_text(
-          model,
-          prompt,
-          pieces=_FLAGS.pieces,
-          temperature=_FLAGS.temperature,
-          top_k=_FLAGS.top_k,
-          seed=_FLAGS.seed,
-      )
+      text = continue_text(model, prompt, pieces=_FLAGS.pieces, **how)
       cli.tell(f'{workdir}, group {_FLAGS.group}, step {model.step}:')
       cli.tell(textwrap.indent(text, '  ') + '\n')
+      known = {'group': _FLAGS.group, 'step': model.step, 'prompt': prompt}
+      samples.append({**known, 'text': text, **how})
+    try:
+      path = run_directory.samples_path(workdir)
+      files.write_json(path, {'samples': samples})
+    except OSError as e:  # A run of others; what it writes has been shown.
+      cli.tell(f'not kept for a report: {e}', error=True)
 
 
 def continue_text(

@@ -6,8 +6,9 @@ Start one per group, on whatever machines see the same --workdir:
         --group_id=0 --gin_file=gin_configs/tasks/bible_lm.gin
 
 The same command again goes on from the last resume checkpoint. A group of
-several processes is started with --coordinator, --num_processes and
---process_id, one command per process.
+several processes is one command per process: with --num_processes=0 under
+SLURM, Open MPI, a JobSet or on a TPU pod, or with --coordinator,
+--num_processes and --process_id.
 """
 
 import functools
@@ -42,7 +43,14 @@ def define_flags() -> None:
       '',
       'host:port of process 0, for a group of several processes.',
   )
-  flags.DEFINE_integer('num_processes', 1, 'Processes of this group.')
+  flags.DEFINE_integer(
+      'num_processes',
+      1,
+      'Processes of this group. 0: those that SLURM, Open MPI, a JobSet or a'
+      ' TPU pod has started together; they need no --coordinator and no'
+      ' --process_id.',
+      lower_bound=0,
+  )
   flags.DEFINE_integer(
       'process_id', 0, 'This process, from 0 to --num_processes - 1.'
   )
@@ -59,9 +67,12 @@ def main(argv: Sequence[str]) -> None:
   del argv
   peers_of(_FLAGS.group_id, _FLAGS.num_groups)  # Raises if out of range.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
+  cli.keep_programs(_FLAGS.compile_cache)
+  if not _FLAGS['num_processes'].present:
+    _warn_of_several()
   gin_utils.parse_flags()
   job_lib.use_replicas(_FLAGS.replicas)
-  if _FLAGS.num_processes > 1:
+  if _FLAGS.num_processes != 1:
     _join_processes()
   experiment = gin_utils.make(experiment_lib.Experiment)
   if experiment.exchange.one_program:
@@ -85,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
       troubles=Troubles(f'group {_FLAGS.group_id}: '),
       arm=_FLAGS.arm,
       init_from=_FLAGS.init_from,
+      profile=_FLAGS.profile_steps or range(0),
+      exchange_dir=_FLAGS.exchange_dir,
   )
   start = driver.new_state(job)
   if not _FLAGS.dry_run:
@@ -109,6 +122,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _join_processes() -> None:
+  if not _FLAGS.num_processes:
+    if _FLAGS.coordinator or _FLAGS['process_id'].present:
+      raise ValueError(
+          '--num_processes=0 finds out the others: leave out --coordinator and'
+          ' --process_id, or give --num_processes too'
+      )
+    replicas.start_processes(
+        group_id=_FLAGS.group_id, heartbeat_seconds=_FLAGS.heartbeat_seconds
+    )
+    return
   if not _FLAGS.coordinator:
     raise ValueError(
         f'--num_processes={_FLAGS.num_processes} needs --coordinator=host:port'
@@ -126,6 +149,21 @@ def _join_processes() -> None:
       _FLAGS.process_id,
       heartbeat_seconds=_FLAGS.heartbeat_seconds,
   )
+
+
+def _warn_of_several() -> None:
+  """Warns where processes look like one group, and nothing makes them one."""
+  started = {
+      os.environ.get(name, '1')
+      for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  } - {'1'}
+  for number in started:
+    cli.tell(
+        f'warning: {number} processes were started together, and each is a'
+        ' group by itself; --num_processes=0 makes them one group, and'
+        ' --num_processes=1 says that this is meant',
+        error=True,
+    )
 
 
 def _main_of_a_process(argv: Sequence[str]) -> None:

@@ -55,21 +55,27 @@ def main(argv: Sequence[str]) -> None:
   environments, replicas = processes.share_devices(
       _FLAGS.num_groups, _FLAGS.cpu_replicas, stop
   )
-  groups = [
-      processes.Group(
-          _FLAGS.workdir, group_id, _command(group_id, replicas), extra
-      )
-      for group_id, extra in enumerate(environments)
-  ]
+  command = lambda g: processes.group_command(g, f'--replicas={replicas}')
   if _FLAGS.dry_run:
-    command = [*groups[0].command, '--dry_run']
-    sys.exit(processes.call(command, stop).returncode)
+    dry = [*command(0), '--dry_run']
+    sys.exit(processes.call(dry, stop).returncode)
   if _FLAGS.report:
     cli.check_installed('jinja2', 'matplotlib', 'pandas')
   files.check_writable(run_directory.groups_root(_FLAGS.workdir))
+  logs = processes.log_directory(_FLAGS.workdir)
+  groups = [
+      processes.Group(
+          _FLAGS.workdir,
+          group_id,
+          command(group_id),
+          extra,
+          logs=logs,
+      )
+      for group_id, extra in enumerate(environments)
+  ]
   cli.tell(
       f'{_FLAGS.num_groups} group(s) of {replicas} replica(s); what they say is'
-      f' in {_FLAGS.workdir}/groups/group_*/log.txt'
+      f' in {logs}/group_*/log.txt'
   )
   processes.supervise(groups, stop, _FLAGS.max_restarts)
   cli.tell(f'all groups are done; see {_FLAGS.workdir}')
@@ -91,21 +97,6 @@ def _evaluate_and_report(stop: cli.StopRequest) -> None:
           f'all groups are trained, but {binary} ended with'
           f' status {status}; see above, and start it again by itself'
       )
-
-
-def _command(group_id: int, replicas: int) -> list[str]:
-  return [
-      sys.executable,
-      '-m',
-      cli.module_of('train_group'),
-      f'--workdir={_FLAGS.workdir}',
-      f'--group_id={group_id}',
-      f'--num_groups={_FLAGS.num_groups}',
-      f'--replicas={replicas}',
-      *([f'--arm={_FLAGS.arm}'] if _FLAGS.arm else []),
-      f'--init_from={_FLAGS.init_from}',
-      *gin_utils.flag_arguments(),
-  ]
 
 
 if __name__ == '__main__':

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
   peers_of(0, num_groups)  # Raises if there are too few.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
   latch = job_lib.Latch(stop)
+  cli.keep_programs(_FLAGS.compile_cache)
   gin_utils.parse_flags()
   job_lib.use_replicas(_FLAGS.replicas)
   experiment = experiment_lib.in_lockstep(
@@ -61,7 +62,10 @@ def main(argv: Sequence[str]) -> None:
           troubles=Troubles(f'group {group_id}: '),
           arm=_FLAGS.arm,
           init_from=_FLAGS.init_from,
+          exchange_dir=_FLAGS.exchange_dir,
           shared_stream=shared_stream,
+          # One trace has all that a process does.
+          profile=range(0) if group_id else _FLAGS.profile_steps or range(0),
       )
       for group_id in range(num_groups)
   ]

@@ -3,6 +3,7 @@
 What needs PyTorch is in an extra of its own, and is run by hand.
 """
 
+import collections
 import importlib.util
 import json
 import pathlib
@@ -10,16 +11,19 @@ import subprocess
 import sys
 import tarfile
 
+import exchange_kit
 import jax
 import jax.numpy as jnp
 import numpy as np
 import prepared
 import pytest
+import remote
 
 from benchmarks import (
     cases,
     cold_start,
     command,
+    exchange_cost,
     figures,
     loss,
     measure,
@@ -33,6 +37,9 @@ from benchmarks import (
     step_cost,
 )
 from codistill_jax import base, losses
+from codistill_jax.exchange import publications
+from codistill_jax.exchange.plan import Plan
+from codistill_jax.exchange.store_exchange import CheckpointExchange
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = command.Options(quick=True)
@@ -317,6 +324,100 @@ def test_the_page_in_docs_is_that_of_the_runs_in_docs():
       [runs[d] for d in command.DEVICES if d in runs], page.read_notes(notes)
   )
   assert made == (ROOT / 'docs' / 'benchmarks.md').read_text()
+
+
+# --- What an exchange costs at the far end ------------------------------------
+
+
+def simulated(topology, lag=0.0, **kwargs):
+  link = exchange_cost.Link(10e9 / 8, 0.05, lag)
+  return exchange_cost.simulate(64, topology, link, num_steps=200, **kwargs)
+
+
+@pytest.mark.parametrize('topology', ['ring', 'random-3'])
+def test_64_groups_exchange_what_the_formula_says(topology):
+  link = exchange_cost.Link(10e9 / 8, 0.05)
+  found = simulated(topology)
+  on_paper = exchange_cost.cost(1e9, 64, topology, link)
+  assert found['bytes_sent'] == on_paper['bytes_sent']
+  # At the last exchange, and at the first, there is nothing to fetch.
+  assert 0.7 < found['bytes_fetched'] / on_paper['bytes_fetched'] <= 1.0
+  # And looks in vain.
+  assert 0.8 < found['requests'] / on_paper['requests'] < 3
+  assert found['publications'] == 64 * 4
+  # A teacher comes into use young, and ages until the next one comes.
+  assert 20 < found['staleness_steps'] < 50
+  late = simulated(topology, lag=30.0)['staleness_steps']
+  assert late - found['staleness_steps'] == pytest.approx(30, abs=10)
+
+
+def test_a_size_that_takes_longer_than_the_interval_is_sent_less_often():
+  found = simulated('ring', num_bytes=100e9)  # 80 s up, every 50 s.
+  assert found['publications'] == 64 * 2
+  assert found['bytes_sent'] == 50e9
+
+
+def test_requests_are_those_of_the_store(bucket, monkeypatch):
+  asked = collections.Counter()
+  request = lambda self, kind, path: asked.update([kind])
+
+  def counted(act):
+    asked.clear()
+    act()
+    return sum(asked.values())
+
+  def publish(step):
+    exchange.publish_if_due(step, exchange_kit.variables_of(step))
+    exchange.flush()
+    exchange.close() if step == 60 else None  # Deletes the oldest, too.
+
+  root = 's3://bucket/exchange'
+  exchange = CheckpointExchange(
+      root,
+      0,
+      2,
+      like=exchange_kit.variables_of(0),
+      plan=Plan(every=10),
+  )
+  for step in range(10, 60, 10):
+    publish(step)
+  monkeypatch.setattr(remote.Bucket, 'request', request)
+  found = {
+      'publish': counted(lambda: publish(60)),
+      'look': counted(lambda: exchange_kit.kept(root)),
+      'read': counted(
+          lambda: publications.read(
+              root, 0, 60, like=exchange_kit.variables_of(0)
+          )
+      ),
+  }
+  expected = {
+      'publish': exchange_cost.PUBLISH,
+      'look': exchange_cost.LOOK,
+      'read': exchange_cost.READ,
+  }
+  found['read'] += 3  # The mark of a reader, twice, and when it was made.
+  # Orbax may write a file more or less.
+  assert found == {k: pytest.approx(n, rel=0.2) for k, n in expected.items()}
+
+
+def test_the_page_of_exchanges_has_what_is_computed():
+  text = (ROOT / 'docs' / 'exchange_cost.md').read_text()
+  kept = json.loads((ROOT / 'docs/results/exchange_cost.json').read_text())
+  link = exchange_cost.Link(10e9 / 8)
+  assert (
+      exchange_cost.cost(100e9, 1000, 'ring', link).items()
+      <= {
+          k: v
+          for row in kept['costs']
+          if (row['groups'], row['topology'], row['gigabytes'], row['gigabits'])
+          == (1000, 'ring', 100, 10)
+          for k, v in row.items()
+      }.items()
+  )
+  lines = exchange_cost.table()
+  lines += exchange_cost.simulated_table(kept['simulated'])
+  assert [line for line in lines if line not in text] == []
 
 
 @pytest.mark.cluster

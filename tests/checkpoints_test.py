@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import tempfile
@@ -138,7 +137,7 @@ NAMES = [
 def test_every_character_that_a_path_may_hold_is_kept(place, name):
   if files.is_remote(place) and ('\udcff' in name):
     pytest.skip('the names of objects are Unicode')
-  place = checkpoints.absolute(place / name)
+  place = place / name
   for step in (3, STEP):
     checkpoints.save(place, step, a_tree(), {})
   assert_same(read(place), a_tree())
@@ -262,12 +261,6 @@ def test_orbax_alone_reads_the_arrays(saved):
   with ocp.StandardCheckpointer() as checkpointer:
     found = checkpointer.restore(saved / str(STEP) / 'arrays', a_tree())
   assert_same(found, a_tree())
-
-
-def test_a_path_that_is_not_local_is_left_alone():
-  assert os.fspath(checkpoints.absolute('s3://a/b')) == 's3://a/b'
-  here = pathlib.Path.cwd()
-  assert os.fspath(checkpoints.absolute('there')) == str(here / 'there')
 
 
 # --- Damage ------------------------------------------------------------------
@@ -670,7 +663,10 @@ def test_a_cloud_that_refuses_is_an_os_error(cloud, error):
   cloud['/d/'] = error
   with pytest.raises(OSError, match='cannot be read') as e:
     read('s3://bucket')
-  assert '\n' not in str(e.value) and e.value.errno == errno.EIO
+  assert '\n' not in str(e.value) and e.value.errno in (
+      errno.EIO,
+      errno.ETIMEDOUT,
+  )
   with pytest.raises(OSError, match='cannot be written') as e:
     checkpoints.save('s3://bucket', 9, a_tree(), {})
   assert '\n' not in str(e.value)

@@ -5,6 +5,7 @@ And a signal ends a process soon, also one whose main thread is inside C code.
 
 import errno
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import tiny_run
 from absl import flags
 from waits import PATIENCE
 
+from codistill_jax.storage import leases
 from experiments import cli
 
 
@@ -42,7 +44,13 @@ def test_a_clear_error_is_one_line_and_status_1(error, capsys):
 
 
 @pytest.mark.parametrize(
-    'error', [TimeoutError('no peer'), OSError(errno.ENOSPC, 'disk full')]
+    'error',
+    [
+        TimeoutError('no peer'),
+        OSError(errno.ENOSPC, 'disk full'),
+        leases.HeldError('process 7 is at it'),
+        leases.LostError('process 7 has taken over'),
+    ],
 )
 def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
   assert status_of(error) == 75
@@ -126,6 +134,7 @@ BAD_FLAGS = {
     'churn': (['--prediction_é=a.csv'], r"flag 'prediction_\xe9'"),
     'evaluate': ([], '--workdir'),
     'export': (['--output=x'], '--workdir'),
+    'launch': (['--workdir=x', '--cluster=Ж'], r'--cluster=\u0416'),
     'prepare_clicks': (['--output=x'], '--source is missing'),
     'prepare_data': (['--output=x', '--vocab_size=Ж'], r'--vocab_size=\u0416'),
     'report': (['--workdir=/né\x1b[2J'], r'directory at /n\xe9\x1b[2J;'),
@@ -140,23 +149,44 @@ BAD_FLAGS = {
 
 def test_every_binary_has_a_bad_flag():
   found = (tiny_run.ROOT / 'experiments').glob('*.py')
-  assert {p.stem for p in found} - {'__init__', 'cli'} == set(BAD_FLAGS)
+  binaries = [p for p in found if "if __name__ == '__main_" in p.read_text()]
+  assert {p.stem for p in binaries} == set(BAD_FLAGS)
 
 
-@pytest.mark.parametrize('name', BAD_FLAGS)
-def test_a_bad_flag_is_status_1_without_a_traceback(name):
-  arguments, words = BAD_FLAGS[name]
+# Each in a process of its own; what takes seconds is to import jax.
+_EACH = """
+import importlib, json, os, runpy, sys, warnings
+warnings.simplefilter('ignore')  # Of a fork beside the threads of jax.
+names = [f'experiments.{name}' for name in json.loads(sys.argv[1])]
+all(map(importlib.import_module, names))
+for name, arguments in zip(names, json.loads(sys.argv[1]).values()):
+  child = os.fork()
+  if not child:
+    sys.argv[1:] = arguments
+    os.dup2(os.open(f'{sys.argv[0]}/{name}', os.O_CREAT | os.O_WRONLY), 2)
+    del sys.modules[name]
+    runpy.run_module(name, run_name='__main__', alter_sys=True)
+    os._exit(0)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_bad_flag_is_status_1_without_a_traceback(tmp_path):
+  given = {name: arguments for name, (arguments, _) in BAD_FLAGS.items()}
+  code = _EACH.replace('{sys.argv[0]}', str(tmp_path))
   done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{name}', *arguments],
+      [sys.executable, '-c', code, json.dumps(given)],
       cwd=tiny_run.ROOT,
       capture_output=True,
       text=True,
       env={**os.environ, 'PYTHONIOENCODING': 'ascii'},
       timeout=600,
   )
-  assert done.returncode == 1
-  assert words in done.stderr
-  assert 'Traceback' not in done.stderr and '\x1b' not in done.stderr
+  for name, (_, words) in BAD_FLAGS.items():
+    said = (tmp_path / f'experiments.{name}').read_text()
+    assert words in said, name
+    assert 'Traceback' not in said and '\x1b' not in said
+  assert done.stdout.split()[-len(given) :] == ['1'] * len(given)
 
 
 # --- Flags --------------------------------------------------------------------
@@ -177,15 +207,6 @@ def binary(request):
   name = f'experiments.{request.param}'
   module = importlib.import_module(name)
   assert not project_flags()  # An import defines none.
-  # What a benchmark has defined in this process would be defined twice.
-  others = {
-      flag.name: (module, flag)
-      for module, found in flags.FLAGS.flags_by_module_dict().items()
-      if module.startswith('benchmarks')
-      for flag in found
-  }
-  for other in others:
-    delattr(flags.FLAGS, other)
   try:
     module.define_flags()
     cli.check_flags()
@@ -194,9 +215,6 @@ def binary(request):
     for found in project_flags().values():
       for flag in found:
         delattr(flags.FLAGS, flag)
-    for other, (home, flag) in others.items():
-      flags.FLAGS[other] = flag
-      flags.FLAGS.register_flag_by_module(home, flag)
 
 
 def test_a_binary_has_the_flags_that_its_help_shows_and_no_others(binary):
@@ -215,10 +233,20 @@ def parses(flag, text):
 
 def test_a_flag_of_one_value_is_given_once(binary):
   once = [flags.FLAGS[name] for name in project_flags()[binary]]
-  once = [flag for flag in once if not isinstance(flag, flags.MultiFlag)]
+  once = [
+      flag
+      for flag in once
+      if not isinstance(flag, flags.MultiFlag)
+      and not flag.help.startswith('Alias for --gin')  # Which is repeatable.
+  ]
   assert once or binary.endswith('status')
   for flag in once:
-    value = getattr(flag.parser, 'enum_values', None) or ['true', '2', '1']
+    value = getattr(flag.parser, 'enum_values', None) or [
+        'true',
+        '2',
+        '1',
+        '2:3',
+    ]
     (value,) = [v for v in value if parses(flag, v)][:1]
     flag.parse(value)
     with pytest.raises(flags.IllegalFlagValueError, match='already defined'):
@@ -235,9 +263,18 @@ def test_no_number_is_nan(binary):
       flag.unparse()
 
 
+def test_steps_to_profile_are_two_in_order(binary):
+  trains = binary.partition('.')[2].startswith(('train_', 'launch'))
+  assert ('profile_steps' in project_flags()[binary]) == trains
+  for value in ['20:10', '10', '10:', '3:3', '-1:4', 'a:b'] if trains else ():
+    with pytest.raises(flags.IllegalFlagValueError, match=r'profile_steps=.*:'):
+      flags.FLAGS['profile_steps'].parse(value)
+
+
 # All of these, and `name=path` or lists with commas, where they are taken.
 PATHS = (
     'checksums',
+    'compile_cache',
     'init_from',
     'labels',
     'output',
@@ -320,7 +357,13 @@ class Script:
 
 
 @pytest.mark.parametrize(
-    'number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    'number, status',
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
 )
 def test_with_nothing_to_lose_a_stuck_process_leaves_soon(number, status):
   script = Script("""
@@ -465,3 +508,19 @@ def test_a_poll_right_after_the_signal_sees_it_and_uninstall_gives_it_back():
   finally:
     stop.uninstall()
   assert [signal.getsignal(n) for n in cli.SIGNALS] == before
+
+
+def test_a_line_is_logged_once():
+  """Though something was logged at an import, as orbax does."""
+  code = (
+      'from absl import logging; logging.vlog(1, "early")\n'
+      'from experiments import cli\n'
+      'cli.run(lambda argv: logging.warning("late"))\n'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code],
+      cwd=tiny_run.ROOT,
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0 and done.stderr.count('late') == 1, done.stderr

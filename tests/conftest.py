@@ -53,21 +53,67 @@ def pytest_configure(config):
     jax.devices()
 
 
-@pytest.fixture(autouse=True, scope='module')
-def memory_is_given_back():
-  """What a module compiled and freed would add up to gigabytes."""
+# What takes longest comes first, so that no process begins it when the others
+# are done.
+_LONG = (
+    *('fault_drill', 'studies', 'task_configs', 'train_group', 'export'),
+    *('train_local', 'churn_study', 'train_lockstep', 'study_one_program'),
+    *('frozen', 'preemption', 'packaging', 'report', 'fuzz_publications'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  rank = {f'{name}_test': n for n, name in enumerate(_LONG)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def memory_is_bounded():
+  """What tests compiled would add up to gigabytes."""
   yield
-  gc.collect()
-  if psutil.Process().memory_info().rss > 700e6:
+  if psutil.Process().memory_info().rss > 1.2e9:
+    gc.collect()
     jax.clear_caches()
-  if sys.platform == 'linux':
-    ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == 'linux':
+      ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def no_waiting_for_disks():
+  """What a power failure would lose; a process that is killed loses nothing."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(os, 'fsync', lambda handle: None)
+    yield
+
+
+@pytest.fixture(autouse=True, scope='session')
+def user_cache_is_left_alone(tmp_path_factory):
+  """What processes compile that tests start; this one keeps nothing."""
+  kept = tmp_path_factory.getbasetemp() / 'compiled'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(kept))
 
 
 @pytest.fixture(scope='session')
 def python():
   """The interpreter that subprocess tests start."""
   return sys.executable
+
+
+@pytest.fixture(scope='module')
+def launch(tmp_path_factory):
+  """Starts binaries; none outlives the module."""
+  import tiny_run
+
+  with tiny_run.launcher(tmp_path_factory) as launch:
+    yield launch
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The gin file and the workdir of the tiny run, trained in one process."""
+  import tiny_run
+
+  return tiny_run.reference(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')

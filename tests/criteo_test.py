@@ -133,12 +133,6 @@ def test_the_first_rows_of_the_real_file():
 LINES = 500
 
 
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch):
-  """Nobody pulls the plug here, and on a busy disk syncing takes long."""
-  monkeypatch.setattr(os, 'fsync', lambda handle: None)
-
-
 def prepare(output, path, **changes):
   return run_clicks(output, f'criteo:{path}', **changes)[0]
 

@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import errno
-import functools
+import gzip
 import json
 import logging
 import os
+import pathlib
+import platform
+import re
 import shutil
 import signal
+import socket
 import threading
 import types
 
@@ -32,6 +36,7 @@ from experiments import cli
 from experiments.reports import run_records
 from experiments.running import driver, watch
 from experiments.running import job as job_lib
+from experiments.running import processes as processes_lib
 
 BATCH, STEPS = 4, 12
 MODEL = toy.recurrent_model(units=4)
@@ -75,11 +80,6 @@ def compile_once():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(experiment_lib.step, 'init_state', init)
-    patch.setattr(
-        experiment_lib.step,
-        'make_eval_step',
-        functools.cache(experiment_lib.step.make_eval_step),
-    )
     yield
 
 
@@ -114,7 +114,7 @@ def make_job(train_step, tmp_path):
         experiment=make_experiment(**kwargs),
         model=MODEL,
         train_step=train_step,
-        workdir=str(tmp_path / name),
+        workdir=name if files.is_remote(name) else str(tmp_path / name),
         group_id=0,
         num_groups=1,
         stop=stop or cli.StopRequest(),
@@ -174,12 +174,15 @@ def arrays(job, step=STEPS):
   return tiny_run.arrays_of(run_directory.checkpoints_dir(job.workdir, 0), step)
 
 
-def test_a_run_leaves_what_the_contract_says(make_job):
-  job = make_job()
+@pytest.mark.parametrize('name', ['run', 's3://bucket/run'])
+def test_a_run_leaves_what_the_contract_says(make_job, name, request):
+  if files.is_remote(name):
+    request.getfixturevalue('bucket')
+  job = make_job(name)
   assert run(job) == list(range(1, STEPS + 1))
   assert checkpoint_steps(job) == [4, 8, 12]
-  assert run_directory.done_path(job.workdir, 0).exists()
-  assert run_directory.config_path(job.workdir).exists()
+  assert files.exists(run_directory.done_path(job.workdir, 0))
+  assert files.exists(run_directory.config_path(job.workdir))
   training = [r for r in records_of(job) if 'loss/task' in r]
   assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
   assert [r['step'] for r in records_of(job) if 'eval/loss' in r] == [6, 12]
@@ -252,6 +255,39 @@ def test_processes_that_end_together_leave_out_no_last_evaluation(make_job):
   job = make_job(stop=StopAt(14), agreement=together)
   assert run(job)[-1] == STEPS
   assert curve_of(job, 'eval/loss')[0] == [6, 12]
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_a_writer_of_ones_own_gets_every_record_and_cannot_end_the_run(
+    make_job, caplog, broken
+):
+  records, places = [], []
+
+  class Mine:
+
+    def __init__(self, source):
+      places.append((source.directory, source.arm, source.start))
+
+    def write(self, step, metrics):
+      if broken:
+        raise RuntimeError('no network')
+      records.append({'step': step, **metrics})
+
+    def close(self):
+      records.append('closed')
+
+  job = make_job(writers=[Mine])
+  run(job)
+  assert places == [(job.directory, 'run', 0)]
+  assert records.pop() == 'closed'
+  written = records_of(job)
+  for record in written:
+    del record['time']
+  assert records == [] if broken else records == written
+  status = run_directory.read_status(job.workdir, 0)
+  doing = [trouble['doing'] for trouble in status['troubles']]
+  assert [text.endswith('Mine') for text in doing] == [True] * broken
+  assert sum('no network' in r.getMessage() for r in caplog.records) == broken
 
 
 def test_all_groups_that_go_on_from_an_evaluation_tell_of_it(make_job):
@@ -356,6 +392,32 @@ def test_a_second_trainer_of_one_group_is_refused(make_job, real_lease):
   with pytest.raises(ValueError, match=r'training in .*group_0'):
     run(make_job())
   assert list(first) == list(range(2, STEPS + 1))
+
+
+def test_the_trace_of_some_updates_is_written(make_job):
+  job = dataclasses.replace(make_job(), profile=range(3, 5))
+  assert run(job) == [*range(1, STEPS + 1)]
+  directory = pathlib.Path(run_directory.profile_dir(job.workdir, 0))
+  # For XProf; and for Perfetto.
+  (traced,) = directory.rglob('*.xplane.pb')
+  assert traced.stat().st_size
+  (shown,) = directory.rglob('perfetto_trace.json.gz')
+  events = json.loads(gzip.decompress(shown.read_bytes()))['traceEvents']
+  steps = [e['args']['step_num'] for e in events if e.get('name') == 'update']
+  assert sorted(steps) == ['3', '4']
+
+
+@pytest.mark.parametrize(
+    'place, steps, words',
+    [
+        ('run', range(2, STEPS + 1), 'beyond Experiment.num_steps = 12'),
+        ('s3://bucket/run', range(2, 4), 'object store'),
+    ],
+)
+def test_a_trace_that_cannot_be_is_refused(make_job, place, steps, words):
+  job = dataclasses.replace(make_job(), workdir=place, profile=steps)
+  with pytest.raises(ValueError, match=f'--profile_steps.*{words}'):
+    watch.check_profile(job)
 
 
 def test_a_mistake_in_the_first_update_leaves_the_workdir_free(
@@ -982,6 +1044,19 @@ def test_a_run_does_not_begin_where_nothing_fits(make_job, tmp_path):
     begun(make_job, str(tmp_path))
 
 
+def test_a_run_says_what_it_was_made_with(make_job):
+  job = make_job(num_steps=2)
+  run(job)
+  found = run_directory.read_run(job.workdir)
+  assert (found['device'], found['host']) == ('cpu', socket.gethostname())
+  versions = found['versions']
+  assert versions['python'] == platform.python_version()
+  assert versions['jax'] == jax.__version__
+  assert {'jaxlib', 'flax', 'optax', 'orbax-checkpoint'} <= versions.keys()
+  if (tiny_run.ROOT / '.git').exists():
+    assert re.fullmatch('[0-9a-f]{40}(-dirty)?', versions['commit'])
+
+
 def test_burn_in_of_a_run_is_where_its_weight_begins(make_job):
   job = make_job(distill_weight=lambda step: float(step >= 5))
   state = driver.new_state(job).state
@@ -1025,11 +1100,39 @@ def test_devices_are_chosen_by_number():
     job_lib.use_replicas(-1)
 
 
+@pytest.mark.parametrize(
+    'replicas, processes, kind, files, said',
+    [
+        (2, 1, 'cpu', [], '2 replica(s) on cpu'),
+        (8, 2, 'H200', ['nvidia0'], '4 in each of 2 processes'),
+        (
+            1,
+            1,
+            'H200',
+            ['nvidia0', 'nvidia1'],
+            '; 1 of the 2 that this machine',
+        ),
+        (4, 1, 'TPU', ['vfio/0', 'accel1', 'vfio/vfio'], 'replica(s) on TPU'),
+        (1, 1, 'cpu', ['nvidia0', 'nvidiactl'], 'machine has 1 accelerator'),
+    ],
+)
+def test_a_group_says_what_it_trains_on_and_what_it_leaves(
+    tmp_path, replicas, processes, kind, files, said
+):
+  (tmp_path / 'vfio').mkdir()
+  for name in files:
+    (tmp_path / name).touch()
+  present = processes_lib.accelerators(str(tmp_path))
+  found = job_lib.describe_devices(replicas, processes, kind, present)
+  assert found.startswith(f'{replicas} replica(s) on {kind}') and said in found
+  assert ('machine' in said) == ('machine' in found)
+
+
 def test_the_start_of_a_run_is_checked_before_its_first_update(
     make_job, capsys
 ):
   driver.check_start(job := make_job(), start := driver.new_state(job))
-  assert capsys.readouterr().err == ''
+  assert capsys.readouterr() == ('group 0: 2 replica(s) on cpu\n', '')
   driver.check_start(make_job(eval_every=500), start)
   said = capsys.readouterr().err
   assert said.startswith('warning: eval_every = 500; but the run ends at')

@@ -51,6 +51,13 @@ def results(workdirs, tmp_path_factory):
   few = '--gin=language_model_task.max_eval_batches=1'
   cases['few'] = [*good, few]
   cases['all'] = [*good, few, '--all']
+  for name, data in others(workdirs).items():
+    cases[name] = [*good, f'--data={data}']
+  cases['bound'] = [
+      f'--workdir={workdirs["again"]}',
+      TRUST,
+      f"--gin=language_model_task.data_dir='{others(workdirs)['data']}'",
+  ]
   cases['no_gin_file'] = [*good, '--gin_file=/no/such.gin']
   cases['no_binding'] = [*good, '--gin=language_model_task.nonsense=1']
   unused = workdirs['nowhere'].with_name('unused.gin')
@@ -65,6 +72,19 @@ def results(workdirs, tmp_path_factory):
   cases['untrusted'] = good[:1]
   with tiny_run.launcher(tmp_path_factory) as launch:
     return launch.cases('evaluate', cases)
+
+
+def others(workdirs):
+  """Data that are not those of the run, by case."""
+  directory = workdirs['nowhere'].parent / 'others'
+  if not directory.exists():
+    tiny_run.write_data(directory / 'same', num_validation=4)
+    tiny_run.write_data(directory / 'differs', tokenizer=b'another one')
+  return {
+      'data': directory / 'same',
+      'other_tokenizer': directory / 'differs',
+      'no_data': directory / 'nothing',
+  }
 
 
 def comparison(workdirs, name):
@@ -139,6 +159,23 @@ def test_bindings_and_all_choose_what_is_evaluated(workdirs, results):
   assert typed.endswith('max_eval_batches=1')
 
 
+def test_other_data_are_evaluated_apart_from_those_of_the_run(
+    workdirs, results
+):
+  status, output = results['data']
+  assert status == 0, output
+  assert output.startswith(f'on {others(workdirs)["data"]}:\n')
+  report = run_directory.report_dir(workdirs['good'])
+  (path,) = report.glob('comparison_on_same_*.json')
+  again = run_directory.report_dir(workdirs['again'])
+  found, bound = files.read_json(path), again / 'comparison_other.json'
+  assert found['data'] == str(others(workdirs)['data'])
+  assert str(path) in output and results['bound'][0] == 0
+  for kind in ('models', 'ensembles', 'pairs'):
+    assert found[kind] == files.read_json(bound)[kind]
+    assert found[kind] != comparison(workdirs, 'good')[kind]
+
+
 def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
   """Of a step, too; and its evaluation is that of the binary."""
   del results
@@ -171,6 +208,8 @@ def test_a_trained_group_is_loaded_by_one_call(workdirs, results):
         ('unused', ['criteo_task.data_dir', 'acts nowhere']),
         ('no_step', ['group 0', 'no checkpoints of step 13', '[20, 40, 50]']),
         ('no_split', ['no test split', 'it has: validation']),
+        ('other_tokenizer', ['others/differs has another tokenizer']),
+        ('no_data', ['Unknown source', 'others/nothing', 'text:PATH_OR_GLOB']),
         ('lost', ['group 1', 'no checkpoints']),
         ('damaged', ['checkpoints/50', 'altered']),
         ('torn_config', ['config.gin', 'line ']),

@@ -14,7 +14,7 @@ from codistill_jax import experiment as experiment_lib
 from codistill_jax import step as step_lib
 from codistill_jax.baselines.async_sgd import AsynchronousSgd
 from codistill_jax.baselines.diloco import Diloco
-from codistill_jax.exchange.kinds import Checkpoints
+from codistill_jax.exchange.kinds import Checkpoints, Predictions
 from codistill_jax.models import linen
 
 TASK = base.Task(
@@ -51,6 +51,15 @@ def make(**kwargs):
         ({'eval_batch': 0}, 'Experiment.eval_batch=0'),
         ({'checkpoint_every': '9'}, "Experiment.checkpoint_every='9'"),
         ({'distill_loss': 'nonsense'}, 'nonsense.*cross_entropy'),
+        ({'metrics': lambda: 0}, 'Experiment.metrics=.*bind it to a list'),
+        ({'writers': ['mine']}, "Experiment.writers=.'mine'.; bind it to a l"),
+        (
+            {
+                'distill_loss': lambda *logits_and_presence: 0.0,
+                'exchange': Predictions(),
+            },
+            'distill_loss <lambda> has no formula .* use one of cross_entropy',
+        ),
         ({'exchange': None}, 'Experiment.exchange=None; bind it to a kind'),
         ({'exchange': 'fixed'}, r"='fixed' is now @exchange.FixedTeachers\(\)"),
     ],

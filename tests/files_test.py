@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import pathlib
+import tempfile
 import time
 
 import pytest
@@ -145,20 +147,34 @@ JSON = st.recursive(
 )
 
 
-@given(tree=st.dictionaries(st.sampled_from(['a', 'b']), JSON))
-def test_what_json_holds_has_the_type_that_is_asked_for(tree):
-  try:
-    found = files.parse_json(json.dumps(tree).encode())
-  except ValueError:
-    found = {}  # Refused.
-  for key in ('a', 'b'):
-    step, seconds = files.whole(found, key), files.number(found, key)
-    assert step is None or (type(step) is int and 0 <= step < 1 << 63)
-    assert seconds is None or math.isfinite(seconds)
-    assert isinstance(files.text(found, key), str)
-  for odd in (None, [], 3, 'text'):
-    assert files.whole(odd, 'a') is files.number(odd, 'a') is None
-    assert files.text(odd, 'a') == ''
+KINDS = {'a': files.WHOLE, 'b': files.TEXT, 'c': [{'d': files.NUMBER}]}
+KINDS |= {'e': {'f': files.TIME, ...: files.VALUE}}
+KEYED = st.dictionaries(st.sampled_from('abcdefg'), JSON, max_size=3)
+
+
+@given(tree=KEYED | st.fixed_dictionaries({'c': st.lists(KEYED), 'e': KEYED}))
+def test_what_json_holds_is_of_its_kind_or_refused(tree):
+  with tempfile.TemporaryDirectory() as directory:
+    path = f'{directory}/run.json'
+    pathlib.Path(path).write_text(json.dumps(tree))
+    try:
+      found = files.read_json(path, KINDS)
+    except ValueError as e:
+      assert 'run.json' in str(e) and '\n' not in str(e) and len(str(e)) < 500
+      return
+  assert found.keys() <= KINDS.keys()
+  assert type(found.get('a', 0)) is int and 0 <= found.get('a', 0) < 1 << 63
+  assert isinstance(found.get('b', ''), str)
+  for x in found.get('c', []):
+    assert x.keys() <= {'d'} and math.isfinite(x.get('d', 0))
+  assert {*map(type, found.get('e', {}).values())} <= {int, float}
+  assert abs(found.get('e', {}).get('f', 0)) < 1e12
+
+
+@pytest.mark.parametrize('word', ['NaN', 'Infinity', '-Infinity'])
+def test_a_text_that_could_be_a_number_stays_a_text(tmp_path, word):
+  files.write_json(tmp_path / 'a.json', {'b': word})
+  assert files.read_json(tmp_path / 'a.json', KINDS) == {'b': word}
 
 
 @given(data=st.binary() | st.text().map(str.encode))
@@ -177,7 +193,7 @@ def test_no_byte_is_read_of_what_is_no_small_file(tmp_path):
   directory.mkdir()
   start = time.monotonic()
   for path in made:
-    for read in (files.read_bytes, files.read_json):
+    for read in (files.read_bytes, files.read_json, files.read_text):
       with pytest.raises(files.RefusedError, match=f'{path.name} (is|has)'):
         read(path)
     with pytest.raises(files.RefusedError):

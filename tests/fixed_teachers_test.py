@@ -300,7 +300,7 @@ def test_a_run_says_what_its_teachers_cost(taught, finished):
   teachers = taught[0].exchange.runs[0]
   assert run['teacher_runs'] == [{'workdir': teachers, 'steps': [20, 21]}]
   assert run['prior_steps'] == 20 + 21 + 9  # The teachers had some, too.
-  assert run['mode'] == 'fixed' and run['exchange_every'] is None
+  assert run['mode'] == 'fixed' and run.get('exchange_every') is None
   path = run_directory.metrics_path(finished, 1)
   records = run_directory.read_metrics(path).records
   present = [

@@ -1,4 +1,4 @@
-"""1,000 damaged publications: each is refused, or it is what was published.
+"""500 damaged publications: each is refused, or it is what was published.
 
 The damage is drawn from a seed: bits of disks, hands of people, faulty writers.
 """
@@ -17,7 +17,7 @@ from codistill_jax.exchange.publications import Publication
 from codistill_jax.storage import checkpoints
 from codistill_jax.storage.checkpoints import MismatchError
 
-CASES, PARTS = 1000, 4
+CASES, PARTS = 500, 2
 IDENTITY = {'task': 'toy', 'tokenizer': 'abc'}
 GROUP, STEP, OTHER_STEP = 1, 20, 30
 REFUSALS = (checkpoints.DamagedError, checkpoints.MissingError, MismatchError)

@@ -1,11 +1,13 @@
 """Configuration: one-line errors, nothing dead, the same text every time."""
 
+import contextlib
 import gzip
 import os
 
 import configurables
 import numpy as np
 import pytest
+from absl import flags
 
 from codistill_jax import experiment, gin_utils
 
@@ -57,6 +59,80 @@ def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   gin_utils.parse(['gin_configs/base.gin'])
   assert 'experiment.Experiment.seed = 0' in gin_utils.configuration()
+
+
+LEAF = _IMPORTS + 'configurables.leaf.size = {}\n'
+
+
+def written(directory, **texts):
+  """Writes files by name, `__` for a `/`."""
+  for name, text in texts.items():
+    path = directory / f'{name.replace("__", "/")}.gin'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_file_includes_what_lies_beside_it(tmp_path, monkeypatch, caplog):
+  """From anywhere, and that in turn; where no directory is a package."""
+  written(
+      tmp_path / 'a',
+      mine=_CONFIG + "include 'sub/one.gin'\n",
+      sub__one="include 'two.gin'\ninclude '../three.gin'\n",
+      sub__two=_IMPORTS + "configurables.leaf.name = 'y'\n",
+      three=LEAF.format(7),
+  )
+  written(tmp_path / 'b', sub__one='', two='', three='')
+  monkeypatch.syspath_prepend(tmp_path / 'b')
+  for here, file in [('a', 'mine.gin'), ('b', '../a/mine.gin')]:
+    monkeypatch.chdir(tmp_path / here)
+    gin_utils.parse([file])
+    assert make_root().value == (7, 'y')
+    assert gin_utils.imported_by([file]) == {'configurables'}
+  assert not caplog.records
+
+
+def test_a_packaged_file_includes_packaged_files(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  written(tmp_path, gin_configs__base='not gin', gin_configs__mine=_CONFIG)
+  monkeypatch.syspath_prepend(tmp_path)  # A package, to Python.
+  gin_utils.parse([DIGITS, 'gin_configs/mine.gin'])
+  assert 'experiment.Experiment.seed = 0' in gin_utils.configuration()
+  written(tmp_path, mine="include 'gin_configs/ablations/lockstep.gin'\n")
+  gin_utils.parse([DIGITS, 'mine.gin'])
+  assert "exchange.Checkpoints.mode = 'lockstep'" in gin_utils.configuration()
+
+
+@pytest.fixture
+def with_flags():
+  """Parses a command line."""
+  known = set(flags.FLAGS)
+  gin_utils.define_flags()
+  yield lambda *argv: flags.FLAGS(['binary', *argv])
+  for name in set(flags.FLAGS) - known:
+    delattr(flags.FLAGS, name)
+
+
+def test_flags_as_users_of_gin_know_them(tmp_path, monkeypatch, with_flags):
+  written(
+      tmp_path,
+      x__task=_CONFIG + "include 'part.gin'\n",
+      y__part=LEAF.format(5),
+      y__task='not gin',
+  )
+  monkeypatch.chdir(tmp_path)
+  paths = [f'--gin_search_paths={p}' for p in ('x', tmp_path / 'y')]
+  bound = ["--gin=leaf.name='a'", "--gin_bindings=leaf.name='b'", '--gin=S=1']
+  with_flags(*paths, '--gin_file=task.gin', *bound)
+  again = gin_utils.flag_arguments()  # Those of the processes of a run.
+  for _ in range(2):
+    gin_utils.parse_flags()
+    assert make_root().value == (5, 'b')
+    assert 'S = 1' in gin_utils.configuration()
+    flags.FLAGS.unparse_flags()
+    with_flags(*again)
+  with_flags('--gin_file=none.gin')
+  with pytest.raises(ValueError, match=r'none\.gin: no such file.* x, .*/y, '):
+    gin_utils.parse_flags()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +230,25 @@ configurables.strict.size = @big/configurables.leaf()
   gin_utils.check_no_dead_bindings()
   configured(tmp_path, 'Root.value=@configurables.unused()')
   gin_utils.check_no_dead_bindings()
+
+
+@pytest.mark.parametrize('before, dead', [('', 0), (LEAF.format(4), 1)])
+def test_what_a_file_supersedes_of_one_that_it_includes_is_not_dead(
+    tmp_path, before, dead
+):
+  """What it binds itself is."""
+  written(tmp_path, task=_CONFIG, outer="include 'mine.gin'\n")
+  swap = 'configurables.Root.value = @configurables.unused()\n'
+  mine = (before or _IMPORTS) + f"include 'task.gin'\n{swap}"
+  if dead:
+    mine += 'configurables.leaf.size = 5\n'
+  written(tmp_path, mine=mine)
+  gin_utils.parse([str(tmp_path / 'outer.gin')])
+  assert make_root().value == 1
+  with contextlib.ExitStack() as stack:
+    if dead:
+      stack.enter_context(pytest.raises(ValueError, match='size = 5'))
+    gin_utils.check_no_dead_bindings()
 
 
 NEVER_USED = 'configurables.strict.size = 7\n'

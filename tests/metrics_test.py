@@ -255,6 +255,20 @@ def test_quality_of_a_sigmoid_output_and_of_classes():
       'eval/calibration',
       'eval/calibration_error',
   }
+  own = lambda logits, labels, weights: metrics.mean(logits > labels, weights)
+  own.__name__ = 'own'
+  more = metrics.quality(logits, labels, own=[own])
+  assert set(more) == {*metrics.quality(logits, labels), 'eval/own'}
+  assert more['eval/own'].number() == pytest.approx(np.mean(logits > labels))
+  for name, gives, message in [
+      ('auc', own, 'eval/auc already; rename'),
+      ('loss', own, 'eval/loss already'),
+      ('mine', lambda *args: jnp.zeros(3), r'mine gave float32\[3\], expected'),
+  ]:
+    wrong = lambda *args, gives=gives: gives(*args)
+    wrong.__name__ = name
+    with pytest.raises(ValueError, match=message):
+      metrics.quality(logits, labels, own=[wrong])
   two = base.two_class_logits(logits)
   (found,) = metrics.quality(two, labels).items()
   assert found[0] == 'eval/accuracy'

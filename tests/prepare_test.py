@@ -57,12 +57,6 @@ def kind(request, tmp_path_factory):
   return Kind(prepared.run_clicks, source, criteo.KIND, others)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_disks(monkeypatch):
-  """What a power failure would lose; a process that is killed loses nothing."""
-  monkeypatch.setattr(os, 'fsync', lambda handle: None)
-
-
 class Killed(BaseException):
   """Stands for kill -9: nothing in the program catches it."""
 

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import shutil
 
 import numpy as np
@@ -19,12 +18,6 @@ from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
   return write_corpus(tmp_path_factory.mktemp('corpus') / 'a', texts(120))
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_disks(monkeypatch):
-  """What a power failure would lose; a process that is killed loses nothing."""
-  monkeypatch.setattr(os, 'fsync', lambda handle: None)
 
 
 def documents_in(output, split):

@@ -5,12 +5,10 @@ With real processes: group 0 is two of them, group 1 one.
 
 import os
 import signal
-import socket
 import time
 from unittest import mock
 
 import paced
-import pytest
 import tiny_run
 from waits import until
 
@@ -44,9 +42,7 @@ class Run:
     lines = [x for x in text.splitlines() if 'paced.' not in x]
     self._gin.write_text('\n'.join(lines + BINDINGS) + '\n')
     self._paces = [directory / f'pace_{g}' for g in (0, 1)]
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      self._port = s.getsockname()[1]
+    self._port = tiny_run.free_port()
 
   def pace(self, group_id, seconds=0.0, limit=0):
     """The group rests so long before each update, and halts at the limit."""
@@ -117,12 +113,6 @@ class Run:
     """Of the teacher that group 1 has of group 0; -1 without one."""
     status = run_directory.read_status(self.workdir, 1) or {}
     return max((t['step'] for t in status.get('teachers', [])), default=-1)
-
-
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
 
 
 def assert_lost(process, run):

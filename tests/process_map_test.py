@@ -12,6 +12,7 @@ import pytest
 from waits import PATIENCE, until
 
 from codistill_jax.data.prepare import process_map
+from experiments import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,8 +160,8 @@ def test_workers_do_not_outlive_their_parent(tmp_path, how, python):
     until(lambda: len(list(folder.iterdir())) == 2)
     pids = [int(path.name) for path in folder.iterdir()]
     for pid in pids:
-      os.kill(pid, signal.SIGTERM)
-      os.kill(pid, signal.SIGINT)
+      for number in cli.SIGNALS:
+        os.kill(pid, number)
       (folder / f'{pid}.go').touch()
     until(lambda: all((folder / f'{pid}.alive').exists() for pid in pids))
     process.send_signal(how)

@@ -18,12 +18,22 @@ from codistill_jax.storage import files
 
 
 class Bucket(MemoryFileSystem):
-  """All of it is one dict: `Bucket.store`."""
+  """All of it is one dict: `Bucket.store`.
+
+  Attributes:
+    request: Called with each request and its path; may raise, or take a while.
+    lag: So many listings do not yet show an object.
+    conditional: Whether it takes the condition that there be no object.
+  """
 
   protocol = 's3'
   store: ClassVar = {}
   pseudo_dirs: ClassVar = ['']
   listings: ClassVar = {}
+  request = staticmethod(lambda kind, path: None)
+  lag = 0
+  conditional = True
+  unseen: ClassVar = {}
 
   @classmethod
   def _strip_protocol(cls, path):
@@ -38,10 +48,28 @@ class Bucket(MemoryFileSystem):
 
   def ls(self, path, detail=True, **kwargs):
     key = self._strip_protocol(path)
-    if key not in self.listings:
-      self.listings[key] = super().ls(path, detail=True, **kwargs)
+    if key not in self.listings or not self.dircache.use_listings_cache:
+      self.request('list', key)
+      self.listings[key] = [
+          entry
+          for entry in super().ls(path, detail=True, **kwargs)
+          if not self._is_unseen(entry['name'])
+      ]
     found = self.listings[key]
     return found if detail else sorted(entry['name'] for entry in found)
+
+  def _is_unseen(self, path):
+    left = self.unseen.get(path, 0)
+    self.unseen[path] = left - 1
+    return left > 0
+
+  def info(self, path, **kwargs):
+    self.request('look', path)
+    return super().info(path, **kwargs)
+
+  def rm_file(self, path):
+    self.request('delete', path)
+    super().rm_file(path)
 
   def invalidate_cache(self, path=None):
     self.listings.clear()
@@ -49,6 +77,7 @@ class Bucket(MemoryFileSystem):
   def _open(self, path, mode='rb', **kwargs):
     path = self._strip_protocol(path)
     if mode == 'rb':
+      self.request('read', path)
       if path not in self.store:
         raise FileNotFoundError(path)
       return io.BytesIO(self.store[path].getvalue())
@@ -57,6 +86,10 @@ class Bucket(MemoryFileSystem):
 
   def pipe_file(self, path, value, mode='overwrite', **kwargs):
     path = self._strip_protocol(path)
+    self.request('write', path)
+    if mode == 'create' and self.conditional and path in self.store:
+      raise FileExistsError(path)
+    self.unseen.setdefault(path, self.lag)
     self.store[path] = MemoryFile(self, path, value)
 
   def rename(self, *args, **kwargs):
@@ -101,6 +134,7 @@ def bucket(monkeypatch):
     Bucket.store.clear()
     Bucket.listings.clear()
     Bucket.clear_instance_cache()
+    Bucket.unseen.clear()
     try:
       yield fsspec.filesystem('s3')
     finally:

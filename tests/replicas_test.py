@@ -1,13 +1,18 @@
 """Replicas: four devices on a group batch are one device on all of it."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 import toy
+from waits import PATIENCE
 
 from codistill_jax import replicas
 from codistill_jax import step as step_lib
@@ -310,6 +315,57 @@ def test_what_is_put_together_wrongly_is_refused(act, message):
 def test_a_group_of_one_process_loads_all_rows_and_decides_alone():
   assert replicas.process_rows(8) is None
   assert replicas.agreement() is ALONE
+
+
+PROCESS = """
+import sys
+import jax
+from codistill_jax import replicas
+group_id, *by_hand = map(int, sys.argv[1:])
+given = ('127.0.0.1:%d' % by_hand[0], *by_hand[1:]) if by_hand else ()
+replicas.start_processes(*given, group_id=group_id)
+together = replicas.agreement().choose(jax.numpy.array(group_id))
+print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'],
+      int(together), *replicas.hosts())
+"""
+
+
+def test_groups_of_one_allocation_join_and_use_all_their_devices():
+  """As SLURM starts two of two processes, and one by hand within SLURM."""
+  by_hand = str(tiny_run.free_port()), '1', '0'
+  tasks = [(0, 1, 1), *((g, n, 2) for g in (1, 2) for n in (0, 1))]
+  processes = [
+      subprocess.Popen(
+          [
+              *(sys.executable, '-c', PROCESS, str(group_id)),
+              *(by_hand if total == 1 else ()),
+          ],
+          env=os.environ
+          | {
+              'SLURM_JOB_ID': '77',
+              'SLURM_STEP_NODELIST': '127.0.0.[1-2]',
+              'SLURM_NTASKS': str(total),
+              'SLURM_PROCID': str(task),
+              # jax would give each the device of its number on the node.
+              'SLURM_LOCALID': str(task),
+              'SLURMD_NODENAME': f'node{task}',
+          },
+          cwd=tiny_run.ROOT,
+          stdout=subprocess.PIPE,
+          text=True,
+      )
+      for group_id, task, total in tasks
+  ]
+  try:
+    said = [p.communicate(timeout=PATIENCE)[0].splitlines() for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [lines[-1] for lines in said] == [
+      '1 all 0 node1',
+      *('2 all 1 node0 node1', '2 all 1 node0 node1'),
+      *('2 all 2 node0 node1', '2 all 2 node0 node1'),
+  ]
 
 
 def test_weights_may_be_integers_or_missing():

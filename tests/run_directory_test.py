@@ -7,6 +7,7 @@ import os
 import pytest
 
 from codistill_jax import run_directory
+from codistill_jax.storage import files
 
 
 def _record(step: int, **metrics: float) -> bytes:
@@ -87,14 +88,14 @@ def test_absent_json_files_are_empty_and_damaged_ones_are_named(tmp_path):
   assert run_directory.read_status(tmp_path, 0) is None
   run_directory.group_dir(tmp_path, 0).mkdir(parents=True)
   run_directory.report_dir(tmp_path).mkdir()
-  files = {
+  readers = {
       run_directory.run_path(tmp_path): run_directory.read_run,
       run_directory.comparison_path(tmp_path): run_directory.read_comparison,
       run_directory.status_path(tmp_path, 0): lambda workdir: (
           run_directory.read_status(workdir, 0)
       ),
   }
-  for path, read in files.items():
+  for path, read in readers.items():
     path.write_text('{"arm": ')
     with pytest.raises(ValueError, match=rf'Expected .*{path.name}'):
       read(tmp_path)
@@ -102,10 +103,13 @@ def test_absent_json_files_are_empty_and_damaged_ones_are_named(tmp_path):
 
 def test_what_is_written_is_read(tmp_path):
   run_directory.write_run(tmp_path, {'arm': 'a'})
-  run_directory.write_status(tmp_path, 3, {'step': 7, 'speed': math.inf})
+  run_directory.write_status(tmp_path, 3, {'step': 7, 'mood': 'fine'})
   assert run_directory.read_run(tmp_path) == {'arm': 'a'}
   found = run_directory.read_status(tmp_path, 3)
-  assert found == {'step': 7, 'speed': math.inf}
+  assert found == {'step': 7}
+  figures = {'models': {'a/group_0': {'eval/loss': math.inf}}}
+  files.write_json(run_directory.comparison_path(tmp_path), figures)
+  assert run_directory.read_comparison(tmp_path) == figures
 
 
 def test_only_finished_steps_count_as_saved(tmp_path):

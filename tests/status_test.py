@@ -47,6 +47,8 @@ def make_groups(workdir, num_groups: int, /, **changes) -> None:
         'last_rejection': '',
         'troubles': [],
         'host': 'host-a',
+        'replicas': 4,
+        'device': 'TPU v4',
         'pid': 4200 + g,
     }
     made = {k: v for k, v in (sign | changes).items() if v != 'absent'}
@@ -106,7 +108,9 @@ def test_a_live_group_shows_all_it_says(tmp_path):
   # And there is nothing to say but where it runs.
   title, notes = text.split('\n\n')
   assert title.startswith(str(tmp_path))
-  assert notes == 'on host-a: pid 4200 (group 0), 4201 (group 1)'
+  assert notes == (
+      'on host-a: pid 4200 (group 0, 4 x TPU v4), 4201 (group 1, 4 x TPU v4)'
+  )
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,6 @@ def test_workers_make_the_group_batch():
 # --- All of them, at smoke scale ---------------------------------------------
 
 
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launcher:
-    yield launcher
-
-
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
   """Data, and a directory for each study."""
@@ -126,8 +120,7 @@ def places(tmp_path_factory):
 
 def seeds_of(name):
   """Two where seeds are what a test is about; the suite has little time."""
-  two = 'offline_distillation', 'data_partition', 'topology', 'churn'
-  return 2 if name in two else 1
+  return 2 if name in ('offline_distillation', 'churn') else 1
 
 
 def arguments(places, name, workdir):
@@ -200,7 +193,7 @@ def outcomes(workdir):
 
 
 def test_seeds_differ_and_arms_of_one_seed_agree_on_the_order(finished):
-  workdir = finished('topology')
+  workdir = finished('offline_distillation')
   found = outcomes(workdir)
   losses = [outcome['loss'] for outcome in found.values()]
   assert len(set(losses)) == len(losses)
@@ -208,6 +201,10 @@ def test_seeds_differ_and_arms_of_one_seed_agree_on_the_order(finished):
     assert outcome['data_seed'] == outcome['seed'] == outcome['run']['seed']
     config = (workdir / 'runs' / path / 'config.gin').read_text()
     assert f'Experiment.data_seed = {outcome["seed"]}' in config
+
+
+def test_arms_have_the_peers_of_their_topology(finished):
+  found = outcomes(finished('topology'))
   peers = {path.parts[0]: outcome['peers'] for path, outcome in found.items()}
   expected = {'baseline': 0, 'two': 1, 'all': 3, 'ring': 1, 'pairs': 1}
   assert peers == expected
@@ -240,15 +237,16 @@ def test_an_ensemble_is_better_than_its_members_on_average(finished):
 def test_a_study_that_is_done_is_not_trained_again_but_for_more_seeds(
     finished, reproduce_once, places
 ):
-  finished('topology')
-  status, output = reproduce_once('topology')
+  name = 'offline_distillation'
+  finished(name)
+  status, output = reproduce_once(name)
   assert status == 0, output
   assert 'runs done' not in output and 'page:' in output
   status, output = reproduce_once(
-      'topology', '--seeds=3', '--arms=two', f'--output={places / "more"}'
+      name, '--seeds=3', '--arms=teachers', f'--output={places / "more"}'
   )
   assert status == 0, output
-  assert 'two, seed 2: done' in output and 'two, seed 1' not in output
+  assert 'teachers, seed 2: done' in output and 'seed 1' not in output
   assert '3 seeds of each arm' in (places / 'more' / 'page.md').read_text()
 
 
@@ -338,9 +336,11 @@ def test_one_program_finds_what_groups_in_turn_find(
   )
   assert status == 0, output
   apart, together = outcomes(ours), outcomes(theirs)
-  assert apart.keys() == together.keys()
-  for path, outcome in apart.items():
-    other = together[path]
+  # Of one arm another test has trained more seeds.
+  assert {path.name for path in together} == {'seed_0', 'seed_1'}
+  assert together.keys() <= apart.keys()
+  for path, other in together.items():
+    outcome = apart[path]
     assert outcome['loss'] == pytest.approx(other['loss'], rel=1e-5)
     for key in ('peers', 'examples_per_step', 'rate', 'seed', 'diverged_at'):
       assert outcome[key] == other[key]
@@ -500,7 +500,7 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_page(
     launch, places, finished
 ):
   expected, workdir = finished('data_partition'), places / 'stopped'
-  flags = arguments(places, 'data_partition', 'stopped')
+  flags = [*arguments(places, 'data_partition', 'stopped'), '--seeds=1']
   process = launch('reproduce', *flags)
   first = workdir / 'runs/baseline/seed_0/outcome.json'
   until(first.exists, process=process)

@@ -1,8 +1,5 @@
 """Tasks of tables: what is read of them, and how it enters a batch."""
 
-import pathlib
-import re
-
 import datasets
 import hypothesis
 import jax
@@ -72,6 +69,59 @@ def test_a_table_in_any_form_is_the_same_task(frame, tmp_path, form):
   jax.tree.map(
       np.testing.assert_array_equal, batch_of(task), batch_of(expected)
   )
+
+
+def test_other_rows_are_read_as_those_of_the_run(frame, tmp_path):
+  """By its vocabulary, numbers and classes, whatever the others are."""
+  task = cj.table_task(frame, **COLUMNS, min_count=2)
+  whole = task.other_data(csv()(frame, tmp_path / 'all.csv'), 'validation')
+  (batch,) = whole(ROWS)
+  own = [batch_of(task, 240), *task.eval_batches(30), *task.test_batches(30)]
+  rows_of = lambda batch: {
+      (*a.tolist(), *b.tolist(), label)
+      for a, b, label in zip(*batch['inputs'].values(), batch['labels'])
+  }
+  assert rows_of(batch) == set.union(*map(rows_of, own))
+  # Some of them: of one class, older and with another job.
+  few = frame[frame['late'] == 'yes'][:9].assign(job='new', other=2.5)
+  (batch,) = task.other_data(csv()(few, tmp_path / 'few.csv'), 'validation')(9)
+  assert (batch['labels'] == 1).all() and batch['weights'].sum() == 9
+  # A whole number is the same as text where others are missing, too.
+  few = few.assign(age=few['age'] + 1, zip=few['zip'].astype(float))
+  path = parquet(few, tmp_path / 'few.parquet')
+  (expected,) = task.other_data(path, 'validation')(9)
+  apart = expected['inputs']['integers'] - batch['inputs']['integers']
+  known = few['age'].notna()
+  (deviation,) = task.raw_inputs.scaling.deviation_I
+  np.testing.assert_allclose(apart[known, 0], 1 / deviation, rtol=1e-4)
+  assert (batch['inputs']['categories'][:, 0] == 1).all()
+  np.testing.assert_array_equal(
+      batch['inputs']['categories'], expected['inputs']['categories']
+  )
+
+
+def test_every_column_has_an_argument_of_its_own():
+  names = ['a b', 'a_b', 'a-b'], ['7', '_', '']
+  columns = tables.Columns(*map(tuple, names), tables.hashed([1] * 3, 3))
+  assert list(columns.arguments.values()) == [*names[0], *names[1]]
+  assert all(name.isidentifier() for name in columns.arguments)
+
+
+@pytest.mark.parametrize(
+    'change, split, message',
+    [
+        ({'late': 'maybe'}, 'validation', "the label 'maybe'; .* no, yes"),
+        ({'age': None}, 'validation', "no.* columns 'age'|'age' does not"),
+        ({}, 'test', 'not divided into splits'),
+    ],
+)
+def test_another_table_that_does_not_fit_is_refused(
+    frame, tmp_path, change, split, message
+):
+  task = cj.table_task(frame, **COLUMNS)
+  path = csv()(frame[:9].assign(**change), tmp_path / 'x.csv')
+  with pytest.raises(ValueError, match=message):
+    task.other_data(path, split)
 
 
 def test_each_row_is_in_one_split_with_all_of_its_columns(frame):
@@ -214,31 +264,6 @@ def test_what_is_no_table_is_one_line(tmp_path, table, error):
   assert '\n' not in str(raised.value)
 
 
-def test_the_guide_trains_two_groups_on_a_table(tmp_path, monkeypatch, capsys):
-  guide = pathlib.Path(__file__).parents[1] / 'docs' / 'guide.md'
-  (snippet,) = re.findall(r'```python\n(.*?)```', guide.read_text(), re.S)
-  rng = np.random.default_rng(0)
-  age = rng.normal(40, 9, 900)
-  job = rng.choice(['clerk', 'smith', 'cook'], 900)
-  columns = {
-      'age': age,
-      'hours': rng.integers(20, 60, 900),
-      'job': job,
-      'city': rng.choice(['Oslo', 'Rome'], 900),
-      'income': (age > 42) ^ (job == 'cook'),
-  }
-  monkeypatch.chdir(tmp_path)
-  pd.DataFrame(columns).to_csv('people.csv', index=False)
-  scope = {}
-  exec(compile(snippet, str(guide), 'exec'), scope)  # Our own text.
-  losses = np.asarray(
-      [line.split() for line in capsys.readouterr().out.splitlines()], float
-  )
-  assert losses.shape == (100, 2)
-  assert losses[-10:].mean() < 0.6 * losses[:10].mean()
-  assert scope['results'][0].metrics['distill/weight'] == 1.0
-
-
 # --- Columns ------------------------------------------------------------------
 
 
@@ -251,7 +276,7 @@ def test_numbers_are_standardised_and_gaps_marked(seed, size, share):
   dense[:, 1] = 2.5  # It has no gaps, and does not vary.
   dense[0] = 2.5
   train = dense[: size // 2 + 1]
-  found = tables.standardised(dense, train)
+  found = tables.scaling_of(train).apply(dense)
   assert found.dtype == np.float32 and np.isfinite(found).all()
   gaps = np.flatnonzero(np.isnan(train).any(axis=0))
   np.testing.assert_array_equal(found[:, 3:], np.isnan(dense[:, gaps]))

@@ -82,11 +82,6 @@ def imagenet(directory):
   ]
 
 
-def small_images(directory):
-  """Fewer pixels, the same parameters."""
-  return [*imagenet(directory), 'images.image_folder_task.size=32']
-
-
 def criteo_lines(directory):
   write_lines(directory / 'train.txt', 300)
   criteo.prepare_clicks(
@@ -144,9 +139,6 @@ CONFIGS = {
         ('tasks/cifar10_resnet20',), cifar10, (32, 32, 3), 269_722
     ),
     'imagenet': Config(IMAGENET, imagenet, (224, 224, 3), 25_557_032),
-    'imagenet, smaller images': Config(
-        IMAGENET, small_images, (32, 32, 3), 25_557_032, math.log(1000)
-    ),
     'common crawl': Config(
         ('tasks/common_crawl_lm',),
         text,

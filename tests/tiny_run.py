@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -87,6 +88,13 @@ def write_config(directory):
       )
   )
   return path
+
+
+def free_port():
+  """A port of this machine that nobody has at the moment."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
 
 
 class Process:
@@ -217,7 +225,6 @@ def saved_arrays(workdir, group_id, step=None):
 
 def arrays_of(directory, step):
   """Leaf path -> array of what `checkpoints.save` wrote of the tiny model."""
-  directory = checkpoints.absolute(directory)
   record = checkpoints.load_record(directory, step)
   like = _nested(record.leaves)
   if 'params' in like:

@@ -7,30 +7,20 @@ wrong is one clear line that damages nothing.
 import random
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
+import run_cases
 import tiny_run
 from waits import until
 
 from codistill_jax import run_directory
 from codistill_jax.exchange import publications
 from codistill_jax.storage import checkpoints
+from experiments import train_group
 
 LAST = tiny_run.NUM_STEPS
-
-
-@pytest.fixture(scope='module')
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')
@@ -159,8 +149,8 @@ def test_kill_and_stop_leave_no_trace_in_the_result(
       lambda: (begun().get('pid'), begun().get('step')) == (group.pid, 40),
       process=group,
   )
-  group.send(signal.SIGTERM)
-  assert 'stopped and saved at step 40' in group.wait(143)
+  group.send(signal.SIGUSR1)
+  assert 'stopped and saved at step 40' in group.wait(138)
 
   groups = [start_group(launch, workdir, gin_file, g) for g in (0, 1)]
   for group in groups:
@@ -180,12 +170,6 @@ def _status(workdir, group_id):
   return run_directory.read_status(workdir, group_id) or {}
 
 
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 def test_two_processes_of_two_devices_are_one_of_four(
     launch, reference, tmp_path
 ):
@@ -200,7 +184,7 @@ def test_two_processes_of_two_devices_are_one_of_four(
       run_directory.publications_dir(workdir, 1),
   )
   steps = 2 * tiny_run.EVERY
-  port = free_port()
+  port = tiny_run.free_port()
   processes = [
       start_group(
           launch,
@@ -311,6 +295,9 @@ def wrong(launch, reference, finished, tmp_path_factory):
   cases = {
       name: case(name, *args, **kwargs)
       for name, args, kwargs in [
+          # The first: jax has not been used yet.
+          ('no_engine', ['--num_processes=0'], {}),
+          ('found_out', ['--num_processes=0', '--process_id=0'], {}),
           ('group_id', [], {'group_id': 2}),
           ('negative_group_id', [], {'group_id': -1}),
           ('gin_file', ['--gin_file=nowhere.gin'], {}),
@@ -369,6 +356,8 @@ def wrong(launch, reference, finished, tmp_path_factory):
 @pytest.mark.parametrize(
     'name, words',
     [
+        ('no_engine', ['cannot tell the processes', 'srun', 'JobSet']),
+        ('found_out', ['--num_processes=0', 'leave out --coordinator']),
         ('group_id', ['group_id=2', 'out of range', '0..1']),
         ('negative_group_id', ['group_id=-1', 'out of range']),
         ('gin_file', ['--gin_file=nowhere.gin', 'no such file']),
@@ -413,6 +402,16 @@ def test_a_mistake_is_one_line_and_damages_nothing(wrong, name, words):
   if name.startswith('peer_'):  # A configuration beside no run.json.
     gone = [p for p in gone if p != 'config.gin']
   assert not gone
+
+
+@pytest.mark.parametrize('flags', [[], ['--num_processes=1']])
+def test_processes_that_are_no_group_are_warned_of_unless_they_say_so(
+    monkeypatch, tmp_path, flags
+):
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+  flags = [f'--workdir={tmp_path}', '--gin_file=nowhere.gin', *flags]
+  _, output = run_cases.run(train_group, flags)
+  assert ('2 processes were started together' in output) == (len(flags) == 2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 import signal
 import sys
 
@@ -21,12 +22,6 @@ import sys, time
 if 'experiments.evaluate' in sys.orig_argv:
   time.sleep(1000)
 """
-
-
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
 
 
 def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
@@ -49,6 +44,7 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
         num_groups=2,
         cpu_replicas=4,
         gin_file=gin_file,
+        profile_steps='28:30',
     )
 
   def status(group_id):
@@ -58,8 +54,8 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   # Stopped while both compile: each leaves, with what it has or with nothing.
   process = start()
   until(lambda: status(0) and status(1), process=process)
-  process.send(signal.SIGTERM)
-  output = process.wait(143)
+  process.send(signal.SIGUSR1)
+  output = process.wait(138)
   assert 'stopped; the same command goes on from here' in output
   assert tiny_run.processes_of(workdir) == []
   for group_id in (0, 1):
@@ -81,6 +77,8 @@ def test_stopped_killed_and_gone_on_it_ends_with_the_same_bits(
   for group_id in (0, 1):
     step, arrays = tiny_run.saved_arrays(workdir, group_id)
     assert step == tiny_run.NUM_STEPS
+    traces = pathlib.Path(run_directory.profile_dir(workdir, group_id))
+    assert len(list(traces.rglob('*.xplane.pb'))) == 1
     tiny_run.assert_same_bits(
         arrays, tiny_run.saved_arrays(undisturbed, group_id)[1]
     )

@@ -12,17 +12,6 @@ from codistill_jax import run_directory
 from codistill_jax.storage import checkpoints
 
 
-@pytest.fixture
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
-
-
 def train(launch, workdir, gin_file, **flags):
   return launch(
       'train_lockstep',
@@ -58,8 +47,8 @@ def test_a_stop_saves_all_groups_at_one_step(
   process = train(launch, workdir, gin_file)
   saved = run_directory.checkpoints_dir(workdir, 0)
   until(lambda: checkpoints.completed_steps(saved), process=process)
-  process.send(signal.SIGTERM)
-  assert 'stopped and saved at step' in process.wait(143)
+  process.send(signal.SIGUSR2)
+  assert 'stopped and saved at step' in process.wait(140)
   steps = [
       checkpoints.completed_steps(run_directory.checkpoints_dir(workdir, g))
       for g in (0, 1)

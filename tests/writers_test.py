@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import logging
 import math
@@ -313,6 +314,65 @@ def test_several_writers_get_the_same_and_all_are_closed():
   with pytest.raises(OSError, match='disk is full'):
     writer.close()
   assert last.closed
+
+
+def of_ones_own(failing, recorder):
+  """A class of writers whose calls of these numbers fail; 0 makes it."""
+  calls = itertools.count()
+
+  def call(do, *args):
+    if next(calls) in failing:
+      raise KeyError('broken')
+    do(*args)
+
+  class Mine:
+
+    def __init__(self, source):
+      assert source.group_id == 1
+      call(lambda: None)
+
+    def write(self, step, metrics):
+      call(recorder.write, step, metrics)
+      metrics.clear()  # Nobody else's.
+
+    def close(self):
+      call(recorder.close)
+
+  return Mine
+
+
+@pytest.mark.parametrize(
+    'failing, got, said',
+    [
+        ([], [1, 2, 3, 4], []),
+        ([2, 3], [1, 4], ['fails', 'after 2 failures', 'missed 2 of 4']),
+        ([5], [1, 2, 3, 4], ['fails']),
+        # It is made again with the records 1, 2 and 4.
+        ([0, 1, 2], [4], ['fails', 'after 3 failures', 'missed 3 of 4']),
+        (range(99), [], ['fails', 'missed 4 of 4']),
+    ],
+)
+def test_what_a_writer_of_ones_own_raises_is_said_once_and_counted(
+    failing, got, said, caplog
+):
+  recorder, other = _Recorder(), _Recorder()
+  own = writers.OwnWriter(
+      of_ones_own(failing, recorder),
+      writers.Source('run/groups/group_1', 'run', 1, 2, 0),
+      Troubles(),
+  )
+  writer = writers.MultiWriter([own, other])
+  for step in (1, 2, 3, 4):
+    writer.write(step, {'loss/task': 1.0})
+  writer.close()
+  assert recorder.seen == [(step, {'loss/task': 1.0}) for step in got]
+  assert recorder.closed == (5 not in failing)
+  assert other.seen == [(step, {'loss/task': 1.0}) for step in (1, 2, 3, 4)]
+  found = [r.getMessage() for r in caplog.records]
+  assert all(words in text for words, text in zip(said, found, strict=True))
+  if said:
+    assert 'writers_test.of_ones_own.<locals>.Mine fails' in found[0]
+    assert "KeyError: 'broken'" in found[0]
 
 
 def test_a_writer_serves_one_run(tmp_path):

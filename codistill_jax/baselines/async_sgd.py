@@ -94,7 +94,8 @@ def worker_turns(
           for w in range(workers)
       ]
   )
-  rounds, made = [], 0
+  rounds: list[np.ndarray] = []
+  made = 0
   while made < num_steps:
     present = int(np.count_nonzero(joins_W <= made))
     turns = np.arange(present)
@@ -151,12 +152,11 @@ class WorkerStreams:
     rows = slice(place * self._rows, (place + 1) * self._rows)
     return jax.tree.map(lambda x: x[rows], dict(batch))
 
-  def _read_batch(self, number: int, index: int) -> dict[str, Array]:
+  def _read_batch(self, number: int, index: int) -> Batch:
     return self._stream_of(number).batch(index)
 
 
-@struct.dataclass
-class AsyncState:
+class AsyncState(struct.PyTreeNode):
   """What server and workers hold besides the server's variables.
 
   Attributes:
@@ -309,7 +309,7 @@ class AsynchronousSgd(Method):
         metrics[key] = jnp.where(state.step < num_steps, metrics[key], jnp.nan)
       return _serve(tx, state, worker, answer, metrics)
 
-    train_step.num_steps = num_steps
+    train_step.num_steps = num_steps  # type: ignore[attr-defined]
     return train_step
 
 

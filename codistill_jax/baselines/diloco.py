@@ -46,8 +46,7 @@ from codistill_jax.base import (
 from codistill_jax.baselines.method import Method, check_workers, copies
 
 
-@struct.dataclass
-class LocalState:
+class LocalState(struct.PyTreeNode):
   """What the workers hold.
 
   Attributes:

@@ -104,8 +104,8 @@ def centre_box(width: int, height: int, size: int, resize: int) -> Box:
 
 def normalise(
     images: np.ndarray,
-    mean_C: np.ndarray,
-    std_C: np.ndarray,
+    mean_C: np.typing.ArrayLike,
+    std_C: np.typing.ArrayLike,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Returns images of mean 0 and deviation 1, float32 (..., W, C).

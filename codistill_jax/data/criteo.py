@@ -60,6 +60,7 @@ from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import Raw, Reject
 from codistill_jax.data.sources import Source
 from codistill_jax.data.tables import MISSING
+from codistill_jax.storage import files
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
@@ -221,7 +222,7 @@ def _categories(text, begins_F, lengths_F):
 
 def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
   """Counts bad lines by reason."""
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   for line in np.flatnonzero(reason_N >= 0).tolist():
     try:
       data[starts_N[line] : ends_N[line]].decode('utf-8')
@@ -271,7 +272,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     FileNotFoundError, ValueError: As `prepared_files.read_meta`.
   """
-  return prepared_files.read_meta(pathlib.Path(data_dir), KIND)
+  return prepared_files.read_meta(files.on_disk(data_dir), KIND)
 
 
 def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
@@ -290,7 +291,7 @@ def open_rows(data_dir: str | os.PathLike, split: str) -> prepared_files.Stack:
   return prepared_files.Stack(
       [
           prepared_files.open_array(
-              pathlib.Path(data_dir) / rows_name(split, i),
+              files.on_disk(data_dir) / rows_name(split, i),
               (shard['rows'], COLUMNS),
               np.dtype(np.uint32),
               KIND,
@@ -310,7 +311,7 @@ def open_counts(
     FileNotFoundError: If the file is missing.
     ValueError: If it is damaged.
   """
-  path = pathlib.Path(data_dir) / counts_name(column)
+  path = files.on_disk(data_dir) / counts_name(column)
   values = read_meta(data_dir)['counts'][column]['values']
   try:
     size = path.stat().st_size
@@ -366,7 +367,7 @@ def prepare_clicks(
       'shard_lines': shard_lines,
   }
   _check(config)
-  output = pathlib.Path(output)
+  output = files.on_disk(output)
   recipe = prepare.Recipe(
       kind=KIND,
       config=config,
@@ -439,6 +440,7 @@ def split_of(
   """Returns the split of each line number, as an index into SPLITS."""
   validation, test = config['validation_fraction'], config['test_fraction']
   if config['split'] == 'time':
+    assert total_lines is not None  # They were counted.
     first_test = total_lines - int(total_lines * test)
     first_validation = first_test - int(total_lines * validation)
     bounds_S = np.asarray([first_validation, first_test])
@@ -467,7 +469,7 @@ def _write_rows(
   bad = np.setdiff1d(np.arange(len(piece)), numbers_N)
   numbers_N += number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
-  splits = {}
+  splits: dict[str, dict[str, Any]] = {}
   for i, name in enumerate(SPLITS):
     part = rows[split_N == i]
     splits[name] = {'rows': len(part), 'positives': int(part[:, 0].sum())}
@@ -495,9 +497,9 @@ def _parse(
   """Returns the rows of good lines, their places, and what was left out."""
   rows = [np.zeros((0, COLUMNS), np.uint32)]
   places = [np.zeros(0, np.int64)]
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   for start in range(0, len(piece), _PARSED):
-    lines = piece[start : start + _PARSED]
+    lines: Any = piece[start : start + _PARSED]
     bad = [line for line in lines if isinstance(line, Reject)]
     lines_N = np.arange(start, start + len(lines))
     if bad:

@@ -6,7 +6,7 @@ Shape suffixes: B examples of a batch, C classes, K draws.
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -205,7 +205,7 @@ class EvalBatches(Sequence):
   def __len__(self) -> int:
     return -(-self._split.rows.size // self._batch)
 
-  def __getitem__(self, index: int) -> base.Batch:
+  def __getitem__(self, index: int) -> base.Batch:  # type: ignore[override]
     """Returns one batch, as of `ExampleStream`, with 'weights' float32 (B,)."""
     if not -len(self) <= index < len(self):
       raise IndexError(f'Batch {index} of {len(self)}.')
@@ -249,18 +249,30 @@ def make_task(
     num_classes: C.
     **fields: Others of `base.Task`.
   """
+
+  def test_batches(batch_size: int) -> EvalBatches:
+    return EvalBatches(cast(Callable[[], Split], test)(), batch_size)
+
   return base.Task(
       train_stream=functools.partial(
           ExampleStream, train, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(EvalBatches, validation),
-      test_batches=test
-      and (lambda batch_size: EvalBatches(test(), batch_size)),
+      test_batches=test_batches if test else None,
       num_classes=num_classes,
       partition=partition,
       label_frequencies=lambda: label_frequencies(labels(), num_classes),
       **fields,
   )
+
+
+def check_no_splits(name: str, split: str) -> None:
+  """Raises ValueError if one of the splits of undivided data is asked for."""
+  if split != 'validation':
+    raise ValueError(
+        f'{name} is not divided into splits: all of it is evaluated; leave'
+        f' split={split} out.'
+    )
 
 
 def label_frequencies(

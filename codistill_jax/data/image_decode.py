@@ -65,8 +65,8 @@ class EncodedImages:
       *,
       size: int,
       resize: int,
-      mean: np.ndarray,
-      std: np.ndarray,
+      mean: np.typing.ArrayLike,
+      std: np.typing.ArrayLike,
       workers: int | None = None,
       max_damaged: float = 0.01,
   ):
@@ -92,6 +92,9 @@ class EncodedImages:
       )
     if workers is not None and (type(workers) is not int or workers < 1):
       raise ValueError(f'workers must be 1 or more, or None; got {workers!r}.')
+    # Missing, it would make damaged ones of all images.
+    import PIL  # noqa: F401
+
     self.damaged: dict[int, str] = {}
     self.plain: dict[int, str] = {}
     self._data = data
@@ -218,7 +221,7 @@ def decode_part(
   if shrink >= 2:
     # Decoding a JPEG at a half, a quarter or an eighth is cheaper, and leaves
     # at least `size` pixels; other formats ignore it.
-    image.draft(None, tuple(int(pixels / shrink) for pixels in stored))
+    image.draft(None, (int(stored[0] / shrink), int(stored[1] / shrink)))
   image = _upright(image, turn)
   x, y = image.width / width, image.height / height
   image = image.resize(

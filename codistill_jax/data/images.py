@@ -36,6 +36,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -48,8 +49,27 @@ from codistill_jax.data import (
     image_files,
     order,
 )
+from codistill_jax.storage import files
 
 _Images = image_files.Labelled | image_decode.Encoded
+
+
+class Pixels(NamedTuple):
+  """How an encoded image becomes the input of a model in evaluation.
+
+  Attributes:
+    shape: Height, width and channels of an input.
+    mean: Of each channel, of pixels in 0..1; `augment.normalise` subtracts it.
+    std: Likewise, the standard deviation.
+    resize: What the shorter side is resized to before the centre is cut out;
+      None: the whole image is an input.
+  """
+
+  shape: tuple[int, int, int]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  resize: int | None = None
+
 
 # Mean and deviation of the training pixels in 0..1, by channel.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -193,9 +213,10 @@ def image_folder_task(
   return _task(
       'image_folder',
       train,
-      validation and read(root / validation),
-      test and (lambda: read(test)),
+      read(root / validation) if validation else None,
+      functools.partial(read, test) if test else None,
       _decoded(size, resize, workers, max_damaged),
+      Pixels((size, size, 3), *_IMAGENET, resize),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -233,13 +254,16 @@ def hugging_face_images_task(
     image_key: Column of images.
     label_key: Column of class labels. Others: as above.
   """
-  train, validation, test = (
-      split
-      and image_files.read_hugging_face(
-          name, config, split, image_key=image_key, label_key=label_key
-      )
-      for split in (train_split, validation_split, test_split)
+  read = functools.partial(
+      image_files.read_hugging_face,
+      name,
+      config,
+      image_key=image_key,
+      label_key=label_key,
   )
+  train = read(train_split)
+  validation = read(validation_split) if validation_split else None
+  test = read(test_split) if test_split else None
   for other in (validation, test):
     if other and other.classes != train.classes:
       raise ValueError(f'The splits of {name} do not have the same classes.')
@@ -247,8 +271,9 @@ def hugging_face_images_task(
       name,
       train,
       validation,
-      test and (lambda: test),
+      (lambda: test) if test else None,
       _decoded(size, resize, workers, max_damaged),
+      Pixels((size, size, 3), *_IMAGENET, resize),
       augment.RESIZED_CROP_DRAWS,
       *(validation_fraction, max_eval_images, partition, seed),
   )
@@ -291,9 +316,31 @@ def task_in_memory(
       None,
       test,
       reader,
+      Pixels(train.images.shape[1:], mean, std),
       augment.PAD_CROP_DRAWS,
       *(validation_fraction, None, partition, seed),
   )
+
+
+def _in_memory(
+    data: image_decode.Encoded, shape: tuple[int, ...]
+) -> image_files.Labelled:
+  """Decodes images, all of which must have this shape already."""
+  images = np.empty((len(data.labels), *shape), np.uint8)
+  for i in range(len(images)):
+    try:
+      image = image_decode.decode(data.encoded(i))
+    except Exception as e:  # As in `EncodedImages`.
+      raise ValueError(f'{data.name(i)} cannot be read: {e}.') from e
+    grey = shape[-1] == 1 and (image == image[..., :1]).all()
+    image = image[..., :1] if grey else image
+    if image.shape != shape:
+      raise ValueError(
+          f'{data.name(i)} has the shape {image.shape}, expected {shape} as of'
+          ' the images that the model was trained on; resize it.'
+      )
+    images[i] = image
+  return image_files.Labelled(images, data.labels, data.classes)
 
 
 def _decoded(
@@ -316,6 +363,7 @@ def _task(
     validation_data: _Images | None,
     test: Callable[[], _Images] | None,
     reader: Callable[..., Callable[..., base.Batch]],
+    pixels: Pixels,
     num_draws: int,
     validation_fraction: float,
     max_eval_images: int | None,
@@ -356,6 +404,23 @@ def _task(
       )
     # Not the first ones: splits are sorted by class.
     validation = _some(validation, order.subset(size, max_eval_images)[0])
+
+  def other_data(
+      directory: str, of: str
+  ) -> Callable[[int], examples.EvalBatches]:
+    root = _existing(directory, 'give one that holds <class>/<images>.')
+    names = ['validation', 'val'] if of == 'validation' else [of]
+    inner = next((n for n in names if (root / n).is_dir()), None)
+    if inner is None:
+      examples.check_no_splits(directory, of)
+    root = root / (inner or '')
+    found = image_files.read_folder(root, classes=data.classes)
+    if pixels.resize is None:
+      found = _in_memory(found, pixels.shape)
+    rows = order.all_rows(len(found.labels))
+    other = examples.Split(reader(found), rows, held=True)
+    return functools.partial(examples.EvalBatches, other)
+
   return examples.make_task(
       train,
       validation,
@@ -370,6 +435,8 @@ def _task(
           'label_space': examples.label_space(data.classes),
       },
       example_name='image',
+      other_data=other_data,
+      raw_inputs=pixels,
       description=(
           f'{name}: {train.rows.size:,} training images of {num_classes:,}'
           f' classes, {partition} partition'
@@ -382,7 +449,7 @@ def _some(split: examples.Split, places: np.ndarray) -> examples.Split:
 
 
 def _existing(directory: str | os.PathLike, advice: str) -> pathlib.Path:
-  path = pathlib.Path(directory).expanduser()
+  path = files.on_disk(directory)
   if not path.is_dir():
     raise FileNotFoundError(
         f'There is no directory {image_files.printable(path)}; {advice}'

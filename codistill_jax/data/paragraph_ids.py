@@ -20,7 +20,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from etils import epath
@@ -248,7 +248,8 @@ def _csv_files(path: epath.Path) -> Iterator[tuple[str, IO[bytes]]]:
   with path.open('rb') as raw, tarfile.open(fileobj=raw, mode='r|*') as tar:
     for member in tar:
       if member.isfile():
-        yield f'{path}/{member.name}', tar.extractfile(member)
+        opened = cast(IO[bytes], tar.extractfile(member))
+        yield f'{path}/{member.name}', opened
 
 
 def _rows(name: str, f: IO[bytes]) -> Iterator[tuple[str, str]]:

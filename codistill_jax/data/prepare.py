@@ -133,7 +133,7 @@ def run(
       preparation with the same settings.
     OSError: If something cannot be read or written.
   """
-  output = pathlib.Path(output)
+  output = files.on_disk(output)
   if not 0 <= max_rejected <= 1:
     raise ValueError(f'max_rejected must be in [0, 1]; got {max_rejected}.')
   with process_map(workers) as process:
@@ -401,7 +401,7 @@ def quoted(place: int, reason: str, text: str) -> str:
 
 def _total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Returns records, rejects and splits of all pieces together."""
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
   splits: dict[str, dict[str, Any]] = {}
   for piece in pieces:
     rejects.update(piece['rejects'])
@@ -488,7 +488,8 @@ def _map(
     items: Iterable[Any],
 ) -> Iterator[Any]:
   """Yields results in order, at most `ahead` of them under way."""
-  items, error = iter(items), None
+  items = iter(items)
+  error: Exception | None = None
   waiting: collections.deque[concurrent.futures.Future] = collections.deque()
   try:
     while True:
@@ -517,7 +518,7 @@ def _map(
   finally:
     for future in waiting:
       future.cancel()
-  if not isinstance(error, StopIteration):
+  if error and not isinstance(error, StopIteration):
     raise error
 
 
@@ -527,11 +528,16 @@ def _end_with_parent() -> None:
   A worker of the stock pool outlives a parent that leaves by `os._exit` or is
   killed, as it holds both ends of the queue that it waits at.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (
+      *(signal.SIGINT, signal.SIGTERM),
+      *(signal.SIGUSR1, signal.SIGUSR2),
+  ):
     signal.signal(number, signal.SIG_IGN)  # Sent to all, but for the parent.
   threading.Thread(target=_leave_after_parent, daemon=True).start()
 
 
 def _leave_after_parent() -> None:
-  multiprocessing.parent_process().join()
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
   os._exit(1)  # Nothing is left to be cleaned up, or to be said.

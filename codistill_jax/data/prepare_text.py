@@ -25,6 +25,7 @@ from codistill_jax.data.prepare import Map
 from codistill_jax.data.records import TOO_LONG, Raw, Record, Reject
 from codistill_jax.data.sources import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
+from codistill_jax.storage import files
 
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TOKENIZER_BYTES = 50_000_000
@@ -106,7 +107,7 @@ def prepare_text(
         'document_start is of plain text, but no source is; name one as'
         ' text:PATH_OR_GLOB or leave it out.'
     )
-  config = {
+  config: dict[str, Any] = {
       'source': ' + '.join([source] if isinstance(source, str) else source),
       'document_start': document_start,
       'validation_source': validation_source,
@@ -159,7 +160,7 @@ def prepare_text(
   def open_source() -> Source:
     sources.check_filters(parsed)
     return sources.join(
-        [open_one(own[split]) for split in apart],
+        [open_one(own[split] or '') for split in apart],
         [open_one(spec, listed) for spec in specs],
         weights,
     )
@@ -169,7 +170,7 @@ def prepare_text(
     asked_for.add(TOO_LONG.reason)
 
   def reader(source: Source) -> _Reader:
-    names = [*(own[split] for split in apart), *specs]
+    names = [*(own[split] or '' for split in apart), *specs]
     return _Reader(source.decode, parsed, apart, names, asked_for, config)
 
   recipe = prepare.Recipe(
@@ -182,7 +183,7 @@ def prepare_text(
       cut=functools.partial(_cut, shard_tokens),
       make=lambda source, known: functools.partial(
           _write_shards,
-          pathlib.Path(output),
+          files.on_disk(output),
           reader(source),
           known['tokenizer_sha256'],
       ),
@@ -201,8 +202,8 @@ def prepare_text(
 
 def _weighted(given: Sequence[str]) -> tuple[list[str], list[float] | None]:
   """Splits '0.7*jsonl:PATH' into weights and sources; None: no weights."""
-  pairs = [re.fullmatch(r'(?:([\d.]+)\*)?(.*)', one).groups() for one in given]
-  numbers = [weight for weight, _ in pairs if weight is not None]
+  pairs = [re.findall(r'(?s)^(?:([\d.]+)\*)?(.*)', one)[0] for one in given]
+  numbers = [weight for weight, _ in pairs if weight]
   try:
     weights = [float(number) for number in numbers]
   except ValueError:
@@ -275,7 +276,7 @@ class _Reader(NamedTuple):
     """Returns the split of a record, '' of a Reject, and the record."""
     record = sources.decoded(self.decode, raw)
     record = sources.apply_filters(self.filters, record)
-    if isinstance(record, Reject):
+    if isinstance(record, Reject) or isinstance(raw, Reject):
       return '', record
     if raw.source < len(self.apart):
       return self.apart[raw.source], record
@@ -355,7 +356,7 @@ def _train(
     report: Callable[[str], None],
 ) -> bytes:
   """Trains a tokenizer on the beginning of the training split."""
-  rejects = collections.Counter()
+  rejects: collections.Counter[str] = collections.Counter()
 
   def texts() -> Iterator[str]:
     remaining = config['tokenizer_bytes']
@@ -407,20 +408,22 @@ def _write_shards(
   """Writes the shards of a piece, one of each split; describes them."""
   tokenizer = _loaded(output / shards.TOKENIZER, tokenizer_sha256)
   dtype = shards.token_dtype(tokenizer.vocab_size)
-  rejects, first = collections.Counter(), None
+  rejects: collections.Counter[str] = collections.Counter()
+  first = None
   names = _splits(reader.config)
-  documents = {split: [] for split in names}
+  documents: dict[str, list[np.ndarray]] = {split: [] for split in names}
   counted = {'words': 0, 'bytes': 0}
   if len(reader.names) > 1:
     counted |= {_FROM + name: 0 for name in reader.names}
   sizes = {split: dict(counted) for split in names}
+  raw: Any
   for place, raw in enumerate(piece):
     split, record = reader.read(raw)
     if isinstance(record, Reject):
       rejects[record.reason] += 1
       first = first or reader.reject(place, raw, record)
       continue
-    tokens = [[START_ID], tokenizer.encode(record), [END_ID]]
+    tokens: list[Any] = [[START_ID], tokenizer.encode(record), [END_ID]]
     documents[split].append(np.concatenate(tokens).astype(dtype))
     sizes[split]['words'] += len(record.split())
     sizes[split]['bytes'] += len(record.encode('utf-8'))
@@ -489,7 +492,7 @@ def _finish(
 
 def _documents_from(meta: dict[str, Any]) -> collections.Counter:
   """Returns how many documents came from each source, if there are several."""
-  found = collections.Counter()
+  found: collections.Counter[str] = collections.Counter()
   for split in meta['splits'].values():
     found.update({k: n for k, n in split.items() if k.startswith(_FROM)})
   return found

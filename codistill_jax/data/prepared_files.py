@@ -192,7 +192,7 @@ def verify(data_dir: str | os.PathLike, kind: DataKind) -> tuple[int, int]:
     FileNotFoundError: If the data set or a file of it is missing.
     ValueError: If a file has changed since it was written.
   """
-  data_dir, size = Path(data_dir), 0
+  data_dir, size = files.on_disk(data_dir), 0
   expected = kind.files(read_meta(data_dir, kind))
   for name, sha256 in expected.items():
     path = data_dir / name
@@ -224,7 +224,7 @@ def check_source(paths: Sequence[epath.Path], list_path: str) -> int:
     FileNotFoundError: If there is no such list.
     ValueError: If the list is malformed; if a file is not listed, or differs.
   """
-  list_path = epath.Path(list_path).expanduser()
+  list_path = epath.Path(files.absolute(list_path))
   listed = _read_list(list_path)
   expected = []
   for path in paths:

@@ -36,9 +36,11 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from etils import epath
+
+from codistill_jax.storage import files
 
 
 class Reject(NamedTuple):
@@ -113,6 +115,8 @@ def expand(pattern: str) -> list[epath.Path]:
   """
   if '**' in pattern:
     raise ValueError(f'{pattern} has ** in it; use * for each folder.')
+  if files.is_remote(pattern):
+    files.absolute(pattern)  # Raises if it is out of reach.
   path = epath.Path(pattern).expanduser()
   if path.is_dir():
     raise ValueError(
@@ -197,7 +201,7 @@ def _is_tar(head: bytes) -> bool:
 def _decompressed(f: IO[bytes], compression: str | None) -> IO[bytes]:
   match compression:
     case 'gzip':
-      return gzip.GzipFile(fileobj=f)
+      return cast(IO[bytes], gzip.GzipFile(fileobj=f))
     case 'bzip2':
       return bz2.BZ2File(f)
     case 'xz':
@@ -286,7 +290,7 @@ def text_blocks(
 
   def starts_before(line: bytes | Reject) -> int:
     nonlocal starts
-    if isinstance(line, bytes):
+    if start and isinstance(line, bytes):
       text = line.decode('utf-8', 'replace').rstrip('\r\n')
       starts += start.match(text) is not None
     return starts
@@ -297,13 +301,14 @@ def text_blocks(
     read = True
     if blank and not start:
       continue
-    kept, size = [], 0
+    kept: list[bytes] = []
+    size = 0
     for line in block:
       if line == DAMAGED_FILE:
-        yield line  # And not the block that it cuts short.
+        yield DAMAGED_FILE  # And not the block that it cuts short.
         return
       size += limit + 1 if line == TOO_LONG else len(line)
-      if size <= limit:
+      if size <= limit and isinstance(line, bytes):
         kept.append(line)
       else:
         kept.clear()
@@ -323,7 +328,8 @@ def whole_file(path: epath.Path, limit: int) -> Iterator[bytes | Reject]:
   with open_text(path) as f:
     try:
       # Not in one call: a buffer of `limit` bytes would be made beforehand.
-      pieces, size = [], 0
+      pieces: list[bytes] = []
+      size = 0
       while size <= limit and (piece := f.read(_PIECE)):
         piece = piece if pieces else piece.removeprefix(_BOM)
         pieces.append(piece)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from codistill_jax.data import prepared_files
+from codistill_jax.storage import files
 
 SPLITS = ('train', 'validation', 'test')
 TOKENIZER = 'tokenizer.model'
@@ -162,7 +163,7 @@ def open_tokens(data_dir: str | os.PathLike, split: str) -> TokenData:
     raise ValueError(
         f'split must be one of {", ".join(SPLITS)}; got {split!r}.'
     )
-  data_dir = Path(data_dir)
+  data_dir = files.on_disk(data_dir)
   meta = read_meta(data_dir)
   dtype = token_dtype(meta['vocab_size'])
   tokens, offsets = [], []
@@ -204,7 +205,7 @@ def read_meta(data_dir: str | os.PathLike) -> dict[str, Any]:
     FileNotFoundError: If the data set is missing or not finished.
     ValueError: If it cannot be used.
   """
-  data_dir = Path(data_dir)
+  data_dir = files.on_disk(data_dir)
   meta = prepared_files.read_meta(data_dir, KIND)
   path = data_dir / TOKENIZER
   try:

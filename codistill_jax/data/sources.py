@@ -54,7 +54,7 @@ _SPLITTERS = {
 }
 
 # Text -> what is left of it, or a Reject that says why nothing is.
-Filter = Callable[[str], Record]
+Filter = functools.partial[Record]
 
 # A file -> its raw records.
 _Split = Callable[[epath.Path], Iterator[bytes | Reject]]
@@ -66,7 +66,8 @@ class Source(NamedTuple):
   Attributes:
     spec: The string that names it.
     fingerprint: A hash of the names and sizes of its files; '' if unknown.
-    raw: Iterates over all raw records. Cheap work only: it runs in one process.
+    raw: Iterates over all raw records (`Raw`, or `Part`). Cheap work only: it
+      runs in one process.
     decode: Makes a record of a raw one, in any process, so it can be pickled.
     files: What it reads; empty if unknown.
     size: Bytes of the files; None if unknown.
@@ -74,13 +75,13 @@ class Source(NamedTuple):
 
   spec: str
   fingerprint: str
-  raw: Callable[[], Iterator[Raw]]
+  raw: Callable[[], Iterator[Any]]
   decode: Callable[[Any], Record]
   files: Sequence[epath.Path] = ()
   size: int | None = None
 
 
-def decoded(decode: Callable[[Any], Record], raw: Raw) -> Record:
+def decoded(decode: Callable[[Any], Record], raw: Any) -> Record:
   """Returns what a raw record holds; a Reject stays one."""
   return raw if isinstance(raw, Reject) else decode(raw)
 
@@ -212,21 +213,21 @@ def join(
     for stream in streams[: len(apart)]:
       yield from stream
     known = all(member.size for member in mixed)
-    sizes = [member.size if known else 1 for member in mixed]
+    sizes = [(member.size or 0) if known else 1 for member in mixed]
     yield from _mix(streams[len(apart) :], weights or sizes, bool(weights))
 
   fingerprint = members[0].fingerprint
   if len(members) > 1:
     listing = json.dumps([member.fingerprint for member in members])
     fingerprint = hashlib.sha256(listing.encode()).hexdigest()
-  sizes = [member.size for member in members]
+  known = [member.size for member in members if member.size is not None]
   return Source(
       ' + '.join(member.spec for member in members),
       fingerprint,
       raw,
       functools.partial(_decode_part, [member.decode for member in members]),
       [path for member in members for path in member.files],
-      None if None in sizes else sum(sizes),
+      sum(known) if len(known) == len(members) else None,
   )
 
 
@@ -311,7 +312,8 @@ def _bible_path() -> epath.Path:
 
 
 def _bible_chapters(path: epath.Path) -> Iterator[bytes]:
-  verses = (json.loads(line) for line in records_lib.json_lines(path, 1 << 20))
+  lines = records_lib.json_lines(path, 1 << 20)
+  verses = (json.loads(line) for line in lines if isinstance(line, bytes))
   chapter_of = lambda verse: (verse['book'], verse['chapter'])
   for _, chapter in itertools.groupby(verses, key=chapter_of):
     yield '\n'.join(verse['text'] for verse in chapter).encode('utf-8')
@@ -463,7 +465,10 @@ def long_paragraphs(
   return result if result.strip() else Reject('short')
 
 
-FILTERS = {'english': english, 'long_paragraphs': long_paragraphs}
+FILTERS: dict[str, Callable[..., Record]] = {
+    'english': english,
+    'long_paragraphs': long_paragraphs,
+}
 
 
 def parse_filter(spec: str) -> Filter:

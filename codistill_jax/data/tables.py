@@ -32,18 +32,20 @@ Shape suffixes: B examples of a batch, I dense columns, K categorical columns, N
 rows of a table.
 """
 
+import functools
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from etils import epath
 
 from codistill_jax import base
 from codistill_jax.data import examples, order, records
-from codistill_jax.storage.files import one_line
+from codistill_jax.storage.files import absolute, one_line
 
 CATEGORIES = ('hash', 'vocabulary')
 MISSING = 0  # A raw category that is none.
@@ -69,8 +71,60 @@ class Rows(NamedTuple):
   labels_N: np.ndarray
 
 
+class Scaling(NamedTuple):
+  """How numbers are standardised: by the training split.
+
+  Attributes:
+    mean_I: float64.
+    deviation_I: float64.
+    gaps: The columns that miss some, int64: each has one of 0 and 1 behind.
+  """
+
+  mean_I: np.ndarray
+  deviation_I: np.ndarray
+  gaps: np.ndarray
+
+  def apply(self, dense_NI: np.ndarray) -> np.ndarray:
+    """Standardises columns: float32 (N, I + gaps)."""
+    scaled = (dense_NI - self.mean_I[None, :]) / self.deviation_I[None, :]
+    return np.concatenate(
+        [np.nan_to_num(scaled, nan=0.0), np.isnan(dense_NI[:, self.gaps])],
+        axis=1,
+    ).astype(np.float32)
+
+
+class Columns(NamedTuple):
+  """How the raw columns of a table become the inputs of a model.
+
+  Attributes:
+    categorical: The K names of columns of categories.
+    numeric: The I names of columns of numbers.
+    encoder: Of the categories.
+    scaling: Of the numbers; None: `clicks.log_integers`.
+    hexadecimal: Whether a category is a number, written so, and no text.
+  """
+
+  categorical: tuple[str, ...]
+  numeric: tuple[str, ...]
+  encoder: 'Encoder'
+  scaling: Scaling | None = None
+  hexadecimal: bool = False
+
+  @property
+  def arguments(self) -> dict[str, str]:
+    """Returns each column by a name that an argument may have."""
+    found: dict[str, str] = {}
+    for column in (*self.categorical, *self.numeric):
+      name = re.sub(r'\W', '_', column, flags=re.ASCII).lstrip('_') or 'column'
+      name = f'column_{name}' if name[0].isdigit() else name
+      while name in found:
+        name += '_'
+      found[name] = column
+    return found
+
+
 def table_task(
-    table: Any,
+    table: os.PathLike | Any,
     label: str,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),
@@ -111,15 +165,10 @@ def table_task(
     )
   frame = read_table(table, columns)
   labels, classes = _classes(frame[label])
-  size = len(labels)
-  raw = [raw_categories(frame[c]) for c in categorical]
-  dense = [_numbers(frame[c]) for c in numeric]
-  return task_of_rows(
-      Rows(
-          np.stack([np.zeros(size, np.uint32), *raw], axis=1)[:, 1:],
-          np.stack([np.zeros(size), *dense], axis=1)[:, 1:],
-          labels,
-      ),
+  task = task_of_rows(
+      _rows(frame, categorical, numeric, labels),
+      categorical,
+      numeric,
       name=name,
       description=name,
       example_name='row',
@@ -137,10 +186,61 @@ def table_task(
       test_fraction=test_fraction,
       split_seed=split_seed,
   )
+  return task._replace(
+      other_data=functools.partial(_open_other, label, classes, task.raw_inputs)
+  )
+
+
+def _rows(
+    frame: Any,
+    categorical: Sequence[str],
+    numeric: Sequence[str],
+    labels: np.ndarray,
+) -> Rows:
+  size = len(labels)
+  raw = [raw_categories(frame[c]) for c in categorical]
+  dense = [_numbers(frame[c]) for c in numeric]
+  return Rows(
+      np.stack([np.zeros(size, np.uint32), *raw], axis=1)[:, 1:],
+      np.stack([np.zeros(size), *dense], axis=1)[:, 1:],
+      labels,
+  )
+
+
+def _open_other(
+    label: str, classes: Sequence[str], columns: Columns, name: str, split: str
+) -> Callable[[int], examples.EvalBatches]:
+  """Opens another table with the columns of a task: see `Task.other_data`."""
+  examples.check_no_splits(name, split)
+  used = [label, *columns.categorical, *columns.numeric]
+  frame = read_table(name, used)
+  number_of = {text: i for i, text in enumerate(classes)}
+  texts = frame[label].map(str)
+  if unknown := sorted(set(texts) - number_of.keys()):
+    raise ValueError(
+        f'Column {label!r} of {name} has the label {unknown[0]!r}; the model'
+        f' was trained to tell apart {", ".join(classes[:10])}.'
+    )
+  labels = texts.map(number_of).to_numpy(np.int32)
+  rows = _rows(frame, columns.categorical, columns.numeric, labels)
+  split_of_all = examples.Split(
+      _reader(rows, columns), order.all_rows(len(labels))
+  )
+  return functools.partial(examples.EvalBatches, split_of_all)
+
+
+def _reader(rows: Rows, columns: Columns) -> Callable[[np.ndarray], base.Batch]:
+  return read_arrays(
+      cast(Scaling, columns.scaling).apply(rows.dense_NI),
+      columns.encoder.encode(rows.categories_NK),
+      rows.labels_N,
+  )
 
 
 def task_of_rows(
     rows: Rows,
+    categorical: Sequence[str],
+    numeric: Sequence[str],
     *,
     validation_fraction: float,
     test_fraction: float,
@@ -153,7 +253,10 @@ def task_of_rows(
   """Returns the task of rows in memory, divided at random into three splits.
 
   Args:
-    rows: All of them. Others: as at the head of this file, and of `make_task`.
+    rows: All of them.
+    categorical: The names of their categories.
+    numeric: The names of their numbers. Others: as at the head of this file,
+      and of `make_task`.
   """
   size = len(rows.labels_N)
   train, validation, test = order.split_rows(
@@ -178,17 +281,16 @@ def task_of_rows(
           rows.categories_NK[chosen, k], return_counts=True
       ),
   )
-  integers = standardised(rows.dense_NI, rows.dense_NI[chosen])
-  read = read_arrays(
-      integers, encoder.encode(rows.categories_NK), rows.labels_N
-  )
+  scaling = scaling_of(rows.dense_NI[chosen])
+  columns = Columns(tuple(categorical), tuple(numeric), encoder, scaling)
+  read = _reader(rows, columns)
   return make_task(
       examples.Split(read, train),
       examples.Split(read, validation),
       lambda: examples.Split(read, test),
       test_size=test.size,
-      encoder=encoder,
-      num_integers=integers.shape[1],
+      columns=columns,
+      num_integers=len(scaling.mean_I) + len(scaling.gaps),
       labels=lambda: [rows.labels_N[chosen]],
       **fields,
   )
@@ -201,7 +303,7 @@ def make_task(
     *,
     test_size: int,
     name: str,
-    encoder: 'Encoder',
+    columns: Columns,
     num_integers: int,
     description: str,
     partition: str,
@@ -216,7 +318,7 @@ def make_task(
     test: Opens the test split.
     test_size: How many examples it has.
     name: Of the task.
-    encoder: Of the categories.
+    columns: What the inputs are made of.
     num_integers: I, as in a batch.
     description: What the data are.
     partition: As at the head of this file.
@@ -224,6 +326,7 @@ def make_task(
     identity: What groups must agree on besides columns and ids.
     **fields: Others of `examples.make_task`.
   """
+  encoder = columns.encoder
   return examples.make_task(
       train,
       validation,
@@ -247,6 +350,7 @@ def make_task(
           'table_sizes': encoder.table_sizes,
           'num_integers': num_integers,
       },
+      raw_inputs=columns,
       **fields,
   )
 
@@ -316,7 +420,7 @@ def read_table(table: Any, columns: Sequence[str]) -> Any:
   try:
     if isinstance(table, str | os.PathLike):
       where = str(table)
-      table = _read_file(os.path.expanduser(table))
+      table = _read_file(absolute(table))
     elif hasattr(table, 'to_pandas'):
       # Images and the like are not decoded to be left out.
       known = set(getattr(table, 'column_names', None) or columns)
@@ -411,15 +515,13 @@ def _numbers(column: Any) -> np.ndarray:
 # --- Numbers ------------------------------------------------------------------
 
 
-def standardised(dense_NI: np.ndarray, train_NI: np.ndarray) -> np.ndarray:
-  """Standardises columns by the training split: float32 (N, I + gaps)."""
-  mean_I = np.nanmean(train_NI, axis=0)
-  deviation_I = np.maximum(np.nanstd(train_NI, axis=0), 1e-6)
-  scaled = (dense_NI - mean_I[None, :]) / deviation_I[None, :]
-  gaps = np.flatnonzero(np.isnan(train_NI).any(axis=0))
-  return np.concatenate(
-      [np.nan_to_num(scaled, nan=0.0), np.isnan(dense_NI[:, gaps])], axis=1
-  ).astype(np.float32)
+def scaling_of(train_NI: np.ndarray) -> Scaling:
+  """Returns what standardises numbers as those of the training split."""
+  return Scaling(
+      np.nanmean(train_NI, axis=0),
+      np.maximum(np.nanstd(train_NI, axis=0), 1e-6),
+      np.flatnonzero(np.isnan(train_NI).any(axis=0)),
+  )
 
 
 # --- Categories ---------------------------------------------------------------
@@ -432,11 +534,14 @@ class Encoder(NamedTuple):
     encode: uint32 (B, K) -> int32 (B, K), each id below its table's size.
     table_sizes: K numbers of ids.
     identity: Two encoders of the same identity give the same ids.
+    known: Of a vocabulary, the values of each column that have an id, rising
+      from 2; None: a value has the id that its hash says.
   """
 
   encode: Callable[[np.ndarray], np.ndarray]
   table_sizes: tuple[int, ...]
   identity: str
+  known: Sequence[np.ndarray] | None = None
 
 
 def raw_categories(column: Any) -> np.ndarray:
@@ -449,7 +554,9 @@ def raw_categories(column: Any) -> np.ndarray:
     raise ValueError(
         f'Column {column.name!r} does not hold categories: {one_line(e)}.'
     ) from e
-  texts = map(str, values)
+  # As text a whole number is the same whether or not others are missing.
+  whole = lambda value: isinstance(value, float) and value.is_integer()
+  texts = (str(int(v) if whole(v) else v) for v in values)
   raw = [value_of_text(text) if text else MISSING for text in texts]
   # Code -1, the last, is a missing value.
   return np.asarray([*raw, MISSING], np.uint32)[codes]
@@ -506,7 +613,8 @@ def hashed(buckets: Sequence[int], num_columns: int) -> Encoder:
 
   def encode(values_BK: np.ndarray) -> np.ndarray:
     ids_BK = order.mix32(values_BK ^ salts_K[None, :]) % buckets_K[None, :] + 1
-    return np.where(values_BK == MISSING, 0, ids_BK).astype(np.int32)
+    # By operators alone, for arrays of jax too.
+    return (ids_BK * (values_BK != MISSING)).astype(np.int32)
 
   return Encoder(
       encode,
@@ -550,6 +658,7 @@ def vocabulary(counts: Sequence[Counts], min_count: int) -> Encoder:
       encode,
       tuple(size + 2 for size in sizes),
       f'vocabulary {_digest(kept)}',
+      kept,
   )
 
 

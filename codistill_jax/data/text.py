@@ -7,6 +7,7 @@ document starts, the state is reset.
 Shape suffixes: B rows of a batch, D documents, T tokens (the unroll), V pieces.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -14,16 +15,18 @@ import heapq
 import io
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from codistill_jax import base
-from codistill_jax.data import examples, order, shards
+from codistill_jax.data import examples, order, records, shards, sources
 from codistill_jax.data.tokenizer import END_ID, START_ID, Tokenizer
 from codistill_jax.storage import files
+
+_MOST_LEFT_OUT = 0.05  # Of the documents of a source that is read directly.
 
 
 def _lm_batch(tokens: np.ndarray, label_valid: np.ndarray) -> base.Batch:
@@ -229,7 +232,7 @@ class DocumentBatches(Sequence):
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> base.Batch:
+  def __getitem__(self, index: int) -> base.Batch:  # type: ignore[override]
     """Makes one batch, as `TokenStream.batch`; padding has weight 0."""
     if not -self._length <= index < self._length:
       raise IndexError(f'Batch {index} of {self._length}.')
@@ -243,7 +246,7 @@ class DocumentBatches(Sequence):
 
 def _deal(lengths_D: np.ndarray, num_lanes: int) -> list[np.ndarray]:
   """Documents of each lane: the longest first, always to the shortest lane."""
-  lanes = [[] for _ in range(num_lanes)]
+  lanes: list[list[int]] = [[] for _ in range(num_lanes)]
   heap = [(0, lane) for lane in range(num_lanes)]
   for document in np.argsort(-lengths_D, kind='stable').tolist():
     length, lane = heap[0]
@@ -282,12 +285,20 @@ def language_model_task(
   batches = functools.partial(
       DocumentBatches, unroll=unroll, max_batches=max_eval_batches
   )
+  tokenizer = lambda: Tokenizer(
+      (files.on_disk(data_dir) / shards.TOKENIZER).read_bytes()
+  )
+
+  def other_data(name: str, split: str) -> Callable[..., DocumentBatches]:
+    other = open_other(name, split, train.tokenizer_sha256, tokenizer)
+    return functools.partial(batches, other)
+
   return base.Task(
       train_stream=functools.partial(
           TokenStream, train, unroll=unroll, partition=partition, seed=seed
       ),
       eval_batches=functools.partial(batches, validation),
-      test_batches=test and functools.partial(batches, test),
+      test_batches=functools.partial(batches, test) if test else None,
       num_classes=train.vocab_size,
       identity={
           'task': 'language_model',
@@ -303,9 +314,64 @@ def language_model_task(
       label_frequencies=functools.cache(
           lambda: token_frequencies(data_dir, train)
       ),
-      tokenizer=lambda: Tokenizer(
-          (Path(data_dir) / shards.TOKENIZER).read_bytes()
-      ),
+      tokenizer=tokenizer,
+      other_data=other_data,
+  )
+
+
+def open_other(
+    name: str,
+    split: str,
+    tokenizer_sha256: str,
+    tokenizer: Callable[[], Tokenizer],
+) -> shards.TokenData:
+  """Opens text that another data set holds, in the pieces of this one.
+
+  Args:
+    name: What `prepare_data` wrote, with the same tokenizer; or a source, as of
+      `prepare_data --source`, which is tokenised now and held in memory.
+    split: Of prepared data.
+    tokenizer_sha256: Of the tokenizer of this task.
+    tokenizer: Gives it.
+
+  Raises:
+    FileNotFoundError, ValueError: If they cannot be used.
+  """
+  if Path(name).is_dir():
+    data = shards.open_tokens(name, split)
+    if data.tokenizer_sha256 != tokenizer_sha256:
+      raise ValueError(
+          f'{name} has another tokenizer (sha256'
+          f' {data.tokenizer_sha256[:12]}) than the run'
+          f' ({tokenizer_sha256[:12]}); prepare it with that, by prepare_data'
+          ' --tokenizer, or give the text itself, as text:PATH.'
+      )
+    return data
+  examples.check_no_splits(name, split)
+  source, own = sources.open_source(name), tokenizer()
+  documents, num_bytes = [], 0
+  left_out: collections.Counter[str] = collections.Counter()
+  for raw in source.raw():
+    text = sources.decoded(source.decode, raw)
+    if isinstance(text, records.Reject):
+      left_out[text.reason] += 1
+      continue
+    num_bytes += len(text.encode())
+    pieces = [START_ID], own.encode(text), [END_ID]
+    documents.append(np.concatenate(pieces, dtype=np.int32))
+  most = _MOST_LEFT_OUT * len(documents)
+  if not documents or left_out.total() > most:
+    raise ValueError(
+        f'{name} holds {len(documents):,} documents, and others that cannot be'
+        f' read: {dict(left_out)}; mend it, or prepare it with prepare_data.'
+    )
+  lengths = [len(document) for document in documents]
+  return shards.TokenData(
+      [np.concatenate(documents)],
+      [np.cumsum([0, *lengths])],
+      own.vocab_size,
+      own.sha256,
+      num_bytes,
   )
 
 
@@ -327,7 +393,7 @@ def token_frequencies(
   Raises:
     OSError, ValueError: If the data cannot be used.
   """
-  data_dir = Path(data_dir)
+  data_dir = files.on_disk(data_dir)
   path = data_dir / 'train' / f'label_counts_{_key(data_dir)}.npy'
   try:
     counts_V = np.load(io.BytesIO(path.read_bytes()))

@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ class Swap(NamedTuple):
   """
 
   held: tuple[Publication | None, ...]
-  teachers: Teachers
+  teachers: Any  # None before the first.
 
 
 class Teaching:
@@ -80,11 +80,11 @@ class Teaching:
     """
     self.peers = peers
     self.held: tuple[Publication | None, ...] = (None,) * len(peers)
-    self.in_use = self.held
+    self.in_use: tuple[Publication | None, ...] = self.held
     self.shown: Teachers | None = None
     self._plan = plan
     self._put = put
-    self._teachers: Teachers | None = None
+    self._teachers: Any = None  # Teachers, once there are some.
     self._group_id = group_id
     self._alone = False  # As was said.
     self._patient_until: int | None = None
@@ -127,11 +127,11 @@ class Teaching:
     """Returns of what was prepared only the teachers of some peers."""
     found = {}
     for slot, peer in enumerate(self.peers):
-      if peer in peers:
+      if swap and peer in peers:
         variables = jax.tree.map(
             lambda x, slot=slot: _slot(x, slot), swap.teachers.variables
         )
-        found[peer] = (swap.held[slot], variables)
+        found[peer] = (cast(Publication, swap.held[slot]), variables)
     return self.prepare(found)
 
   def take(self, swap: Swap | None) -> None:
@@ -353,7 +353,8 @@ class Reader:
   def _in_hand(self, peer: int) -> int | None:
     """Returns which one has been read meanwhile, too late for who asked."""
     asked, answer = self._late.get(peer, (('',), None))
-    if asked[0] == self._read_now.__name__ and answer.done():
+    reading = asked[0] == self._read_now.__name__
+    if reading and answer and answer.done():
       return asked[1]
     return None
 
@@ -531,7 +532,9 @@ class Freshest:
     # Alone a process meets at every step; else at 0 and at powers of two.
     return self._means.agreement is ALONE or not since & (since - 1)
 
-  def _bring(self, peers: Sequence[int]) -> Iterator[concurrent.futures.Future]:
+  def _bring(
+      self, peers: Collection[int]
+  ) -> Iterator[concurrent.futures.Future]:
     """Looks, reads and takes; yields what it waits for, again and again."""
     while peers:
       look = self._running = self._means.submit(self._look, sorted(peers))
@@ -569,7 +572,8 @@ class Freshest:
 
   def _read(self, steps: Mapping[int, int]) -> _Read:
     """Reads onto the devices, a few peers at a time; in the thread."""
-    found, swap, peers = set(), None, list(steps)
+    found: set[int] = set()
+    swap, peers = None, list(steps)
     store, reader = self._means.store, self._means.reader
     with store.turn(), store.reading(steps):
       for first in range(0, len(peers), AT_ONCE):
@@ -678,7 +682,7 @@ class Lockstep:
   def fetch(self, step: int) -> None:
     teaching, plan = self._means.teaching, self._means.plan
     asked = plan.asked(step)
-    if asked == self._asked:
+    if asked is None or asked == self._asked:
       return
     found = self._read_before(asked)
     for peer in teaching.peers:
@@ -722,7 +726,7 @@ class Lockstep:
     while True:
       slot = slot or reader.read_if_there(peer, step)
       if means.agreement.all_true(np.array(slot is not None)):
-        return slot
+        return cast(Slot, slot)
       means.store.raise_failure()
       newest = reader.newest(peer)
       now = time.monotonic()

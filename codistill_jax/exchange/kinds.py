@@ -52,6 +52,7 @@ class Member(Protocol):
   experiment: Any
   train_step: Any
   workdir: str
+  exchange_dir: str
   group_id: int
   num_groups: int
   identity: Mapping[str, str]
@@ -142,8 +143,8 @@ class Checkpoints(Plan, Kind):
     return {'exchange_every': self.every, 'mode': mode}
 
   def join(self, member: Member, like: Variables) -> Exchange:
-    return CheckpointExchange(
-        run_directory.exchange_root(member.workdir),
+    return CheckpointExchange(  # type: ignore[return-value]
+        _root_of(member),
         member.group_id,
         member.num_groups,
         like=like,
@@ -160,12 +161,15 @@ class Checkpoints(Plan, Kind):
       self, member: Member, like: Variables, examples: int
   ) -> Sequence[Exchange]:
     del examples
-    root = run_directory.exchange_root(member.workdir)
-    return memory_exchanges(
+    return memory_exchanges(  # type: ignore[return-value]
         member.num_groups,
         plan=self,
-        mirror=Mirror(root, like, member.identity),
+        mirror=Mirror(_root_of(member), like, member.identity),
     )
+
+
+def _root_of(member: Member) -> epath.PathLike:
+  return member.exchange_dir or run_directory.exchange_root(member.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +189,9 @@ class Predictions(Kind):
   topology: Topology = 'all'
   topology_seed: int = 0
 
-  every: ClassVar[int] = 1
-  teacher_dtype: ClassVar[str] = 'float32'
-  one_program: ClassVar[bool] = True
+  every: ClassVar[int] = 1  # type: ignore[misc]
+  teacher_dtype: ClassVar[str] = 'float32'  # type: ignore[misc]
+  one_program: ClassVar[bool] = True  # type: ignore[misc]
 
   def __post_init__(self):
     check_topology(self.topology)
@@ -271,7 +275,7 @@ class FixedTeachers(Kind):
   step: int | None = None
   teacher_dtype: str = 'float32'
 
-  every: ClassVar[None] = None
+  every: ClassVar[None] = None  # type: ignore[misc]
 
   def __post_init__(self):
     runs, step = self.runs, self.step
@@ -301,14 +305,11 @@ class FixedTeachers(Kind):
 
   def describe(self) -> dict[str, Any]:
     """Returns also what was spent on the teachers before the first step."""
-    steps = {}
+    steps: dict[str, list[int]] = {}
     for source in find_teachers(self.runs, self.step):
       steps.setdefault(os.fspath(source.workdir), []).append(source.step)
     # Teachers may have been taught so themselves.
-    before = [
-        files.whole(run_directory.read_run(w), 'prior_steps') or 0
-        for w in steps
-    ]
+    before = [run_directory.read_run(w).get('prior_steps', 0) for w in steps]
     return {
         'exchange_every': None,
         'mode': 'fixed',
@@ -419,23 +420,23 @@ def find_teachers(
   """
   return tuple(
       TeacherSource(workdir, group_id, _step_of(workdir, group_id, step))
-      for workdir in map(checkpoints.absolute, teacher_runs)
+      for workdir in map(epath.Path, map(files.absolute, teacher_runs))
       for group_id in _groups_of(workdir)
   )
 
 
 def _groups_of(workdir: epath.Path) -> Sequence[int]:
   """Returns the groups of a run, if all have reached their last step."""
-  there = run_directory.list_groups(workdir) if workdir.is_dir() else []
+  there = run_directory.list_groups(workdir) if files.names(workdir) else []
   if not there:
     raise ValueError(
         f'exchange.FixedTeachers.runs: there is no run in {workdir}; train the'
         ' teachers first, or give the --workdir that they were trained in'
     )
   run = run_directory.read_run(workdir)
-  num_groups = files.whole(run, 'num_groups') or len(there)
+  num_groups = run.get('num_groups') or len(there)
   for group_id in range(num_groups):
-    if not run_directory.done_path(workdir, group_id).exists():
+    if not files.exists(run_directory.done_path(workdir, group_id)):
       raise ValueError(
           f'exchange.FixedTeachers.runs: group {group_id} of {workdir} has not'
           ' reached its last step (there is no DONE); start its command again'
@@ -524,7 +525,8 @@ class FixedExchange(NoExchange):
         Publication(
             n,
             source.step,
-            checkpoints.completed_at(source.directory, source.step),
+            # None if nobody knows: it is recorded, and no age is made of it.
+            checkpoints.completed_at(source.directory, source.step),  # type: ignore[arg-type]
         )
         for n, source in enumerate(sources)
     )

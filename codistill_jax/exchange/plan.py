@@ -98,10 +98,13 @@ class Exchange(Protocol):
     """
     return False
 
-  def fetch(self, step: int) -> Teachers | PeerPredictions | None:
+  def fetch(
+      self, step: int
+  ) -> Teachers | PeerPredictions | tuple[int, ...] | None:
     """Returns the teachers of the update after `step`; None without any.
 
-    Returns the same object until a teacher changes.
+    Returns the same object until a teacher changes; the ids of the peers, where
+    their predictions are made in the update itself.
 
     Raises:
       TimeoutError: In lockstep, if a peer does not publish in time.

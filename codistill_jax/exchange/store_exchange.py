@@ -9,6 +9,7 @@ Shape suffix: P peers.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -256,7 +257,7 @@ class CheckpointExchange(StoreExchange):
     Raises:
       leases.HeldError: If another process publishes for this group.
     """
-    shared = {
+    shared: dict[str, Any] = {
         'plan': (plan or Plan()).with_mode('freshest'),
         'identity': identity or {},
         'waiting': waiting or Waiting(),
@@ -304,7 +305,7 @@ def memory_exchanges(
     patience: Time limits for that disk.
   """
   peers_of(0, num_groups)  # Raises if there are too few groups.
-  fields = {'every': every, 'mode': mode}
+  fields: dict[str, Any] = {'every': every, 'mode': mode}
   given = {name: x for name, x in fields.items() if x is not None}
   if not isinstance(plan, Plan | None):
     raise ValueError(
@@ -321,7 +322,7 @@ def memory_exchanges(
   # behind it, and then asks for what is `staleness` older still.
   keep = 2 * (plan.staleness // plan.every) + 2
   board = Board(num_groups, keep)
-  shared = {
+  shared: dict[str, Any] = {
       'plan': plan,
       'identity': mirror.identity if mirror else {},
       'troubles': troubles,

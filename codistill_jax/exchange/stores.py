@@ -7,11 +7,12 @@ see the same publications; each has a store of its own, which writes for it.
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from absl import logging
@@ -33,6 +34,8 @@ from codistill_jax.storage.background import (
 RESTART_FILE = 'restart_step.json'
 READING_FILE = 'reading.json'
 FAILED_FILE = 'failed.json'
+# Of READING_FILE.
+_MARK: dict[str, Any] = {'nonce': files.TEXT, 'steps': {...: files.WHOLE}}
 _FOREVER = 3600.0  # Seconds; of a test or a notebook that flushes.
 
 # The writers of this process that are open, by directory.
@@ -171,7 +174,7 @@ class DirectoryStore(Store):
     """
     plan.peers_of(group_id, num_groups)  # Raises before anything is written.
     waiting = waiting or Waiting()
-    self.root = checkpoints.absolute(root)
+    self.root = epath.Path(files.absolute(root))
     self.writes = writes
     self.advice = f'Is it running, with the same workdir ({self.root})?'
     self._group_id = group_id
@@ -312,9 +315,10 @@ class DirectoryStore(Store):
   def failure(self, group_id: int) -> str:
     directory = publications.group_directory(self.root, group_id)
     try:
-      return files.text(files.read_json(directory / FAILED_FILE), 'reason')
+      failed = files.read_json(directory / FAILED_FILE, {'reason': files.TEXT})
     except (OSError, ValueError):
       return ''
+    return (failed or {}).get('reason', '')
 
   def spare(self) -> Variables | None:
     # Nobody needs what the next one is newer than; it goes before the copy.
@@ -429,6 +433,7 @@ class DirectoryStore(Store):
       needed = min(map(self._needed_by, self._readers))
       old = [step for step in old if step < needed]
     read_now = lambda: self._marks.read_now(self._group_id)
+    is_read = lambda step: step in read_now()
     read = read_now()
     for step in old:
       # A reader sets its mark and then looks whether the step is there; the
@@ -436,16 +441,15 @@ class DirectoryStore(Store):
       # sees the other.
       if step not in read:
         checkpoints.delete_unless(
-            self._directory, step, lambda step=step: step in read_now()
+            self._directory, step, functools.partial(is_read, step)
         )
 
   def _needed_by(self, reader: int) -> int:
     """Returns the oldest publication that a reader may ask for again."""
     path = publications.group_directory(self.root, reader) / RESTART_FILE
     with contextlib.suppress(OSError, ValueError):
-      return self._plan.keep_from(
-          files.whole(files.read_json(path), 'step') or 0
-      )
+      mark = files.read_json(path, {'step': files.WHOLE}) or {}
+      return self._plan.keep_from(mark.get('step', 0))
     return 0  # It would start from the beginning, for all that is known.
 
 
@@ -487,9 +491,9 @@ class _ReadingMarks:
     """Returns the steps of `group_id` that are read, within the limit."""
     steps, now, seen = set(), time.monotonic(), {}
     for path, mark in self._all_marks():
-      key = (str(path), files.text(mark, 'nonce'))
+      key = (str(path), mark.get('nonce', ''))
       seen[key] = self._seen.get(key, now)
-      step = files.whole(mark.get('steps'), str(group_id))
+      step = mark.get('steps', {}).get(str(group_id))
       if step is not None and now - seen[key] <= self._limit:
         steps.add(step)
     self._seen = seen
@@ -506,7 +510,7 @@ class _ReadingMarks:
   def _mark(self, path: epath.Path) -> dict:
     # Torn, as it is being replaced, or unreadable: as it was before.
     with contextlib.suppress(OSError, ValueError):
-      self._last[str(path)] = files.read_json(path) or {}
+      self._last[str(path)] = files.read_json(path, _MARK) or {}
     return self._last.get(str(path), {})
 
 
@@ -559,8 +563,8 @@ class MemoryStore(Store):
   advice = (
       'Step all groups in turn, or run them in threads with a timeout_seconds'
   )
-  reading = staticmethod(contextlib.nullcontext)
-  turn = staticmethod(contextlib.nullcontext)
+  reading: Any = staticmethod(contextlib.nullcontext)
+  turn: Any = staticmethod(contextlib.nullcontext)
 
   def __init__(
       self,

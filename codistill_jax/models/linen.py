@@ -100,7 +100,7 @@ def from_linen(
   def init(rng, batch):
     # One row is enough for shapes, and the group batch may be huge.
     row = jax.tree.map(lambda x: x[:1], dict(batch))
-    carry = init_carry(1) if recurrent else ()
+    carry = init_carry(1) if recurrent and init_carry else ()
     state = dict(call(module.init, {'params': rng}, row, carry, False))
     return base.Variables(params=state.pop('params', {}), model_state=state)
 
@@ -131,7 +131,7 @@ def from_linen(
       outputs, carry = outputs
     return outputs, base.Updates(model_state=dict(state), carry=carry)
 
-  if recurrent:
+  if recurrent and init_carry:
     return base.Model(init, apply, init_carry)
   return base.Model(init, apply)
 

@@ -54,7 +54,7 @@ def language_model(
   Raises:
     ValueError: If an argument is out of range.
   """
-  sizes = {
+  sizes: dict[str, Any] = {
       'vocab_size': vocab_size,
       'layers': layers,
       'units': units,

@@ -76,7 +76,7 @@ def language_model(
   """
   if hidden is None and type(units) is int:
     hidden = 64 * -(-8 * units // (3 * 64))
-  sizes = {
+  sizes: dict[str, Any] = {
       'vocab_size': vocab_size,
       'layers': layers,
       'units': units,

@@ -93,7 +93,7 @@ class Trouble(NamedTuple):
   doing: str
   reason: str
   since: float
-  count: int
+  count: int  # type: ignore[assignment]
 
 
 class Troubles:
@@ -462,7 +462,7 @@ def submit(
     function: Callable[..., Any], *args: Any, inline: bool = False
 ) -> concurrent.futures.Future:
   """Runs `function(*args)` in a thread, or at once; returns its future."""
-  future = concurrent.futures.Future()
+  future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
   def run() -> None:
     try:

@@ -172,12 +172,6 @@ def _numbers(x: Any) -> np.ndarray:
   return np.asarray(x)
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns the path as orbax wants it; one that is not local is left alone."""
-  path = epath.Path(path)
-  return path if is_remote(path) or path.is_absolute() else path.resolve()
-
-
 # --- Writing and reading -----------------------------------------------------
 
 
@@ -405,7 +399,7 @@ def _write_arrays(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
         for name in _files_of(temporary / _ARRAYS)
     }
   for name, digest in found.items():
-    if (size := (path / name).stat().length) != digest.size:
+    if (size := files.size(path / name)) != digest.size:
       raise DamagedError(f'{path / name} has {size} bytes of {digest.size}')
   return found
 
@@ -510,7 +504,7 @@ def completed_steps(directory: epath.PathLike) -> list[int]:
   return sorted(
       int(name)
       for name in files.names(directory)
-      if _is_step(name) and _is_complete(directory / name)
+      if files.is_step(name) and _is_complete(directory / name)
   )
 
 
@@ -583,7 +577,7 @@ def delete_torn(directory: epath.PathLike) -> None:
   """
   directory = epath.Path(directory)
   for name in files.names(directory):
-    if _is_step(name) and not _is_complete(directory / name):
+    if files.is_step(name) and not _is_complete(directory / name):
       _try_to_delete(directory / name)
 
 
@@ -604,23 +598,13 @@ def clear_up(directory: epath.PathLike) -> int:
   for name in aside:
     _try_to_delete(directory / name)
   steps = set(map(str, completed_steps(directory)))
-  torn = [name for name in there if _is_step(name) and name not in steps]
+  torn = [name for name in there if files.is_step(name) and name not in steps]
   delete_torn(directory)
   return len(aside) + len(torn) + files.remove_leftovers(directory)
 
 
 def _path_of(directory: epath.PathLike, step: int) -> epath.Path:
   return epath.Path(directory) / str(step)
-
-
-def _is_step(name: str) -> bool:
-  # No state has done more updates than an int32 counts.
-  return (
-      name.isascii()
-      and name.isdecimal()
-      and str(int(name)) == name
-      and int(name) < 1 << 31
-  )
 
 
 def _is_complete(path: epath.Path) -> bool:

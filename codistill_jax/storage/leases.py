@@ -9,12 +9,22 @@ stores will do.
 
 Two newcomers: each writes, waits a little, and reads again. Whoever comes back
 from writing later than that (it may have been suspended before) takes its file
-away again, because another may have read its own by then.
+away again, because another may have read its own by then. Where a store creates
+an object on condition that there is none (S3, Google's), and there is none, who
+comes first has it, and nobody waits.
+
+A holder also keeps the kernel's lock of the directory, which ends with its
+process. So on a disk of this machine a damaged file is taken over at once if
+the lock is free: nobody here lives to mend it. On a network file system, which
+need not tell of the locks of others, it is watched. (And nobody elsewhere: one
+that used this disk through an export of it would find at its next `check` that
+it was replaced.)
 
 A holder that was suspended for long may find that it has been replaced, so it
 asks `check()` before it writes anything.
 
-`exclusive` is for processes of one machine only: a lock of the kernel.
+`exclusive` is for processes of one machine: a lock of the kernel. In an object
+store, which has none, it is a lease.
 """
 
 import contextlib
@@ -104,6 +114,7 @@ class Lease:
     self._lock = threading.Lock()
     self._lost = ''  # To whom, in words.
     self._looked = clock.monotonic()
+    self._kernel = _lock(path.parent)
     self._released = threading.Event()
     threading.Thread(target=self._beat, name='lease', daemon=True).start()
 
@@ -151,6 +162,7 @@ class Lease:
       if not self._released.is_set():
         self._released.set()
         _remove(self._path, self.holder)
+        _unlock(self._kernel)
 
   def _beat(self) -> None:
     period = self.holder.ttl_seconds / _BEATS_PER_TTL
@@ -159,6 +171,8 @@ class Lease:
 
   def _find_out(self, only_if_needed: bool) -> str:
     """Returns why the lease is lost; if it is not, '', and renews the file."""
+    if self._kernel is None:
+      self._kernel = _lock(self._path.parent)
     raw, other = _read(self._path)
     silent = self._clock.monotonic() - self._looked
     self._looked += silent
@@ -192,7 +206,8 @@ def acquire(
   """Becomes the one that may write in a directory.
 
   Takes a fraction of a second, or `ttl_seconds` where the last holder was on
-  another machine and has not released it.
+  another machine and has not released it; two fifths of that for a damaged file
+  that others may be about to mend.
 
   Args:
     directory: Made if it is missing; local, mounted, or an object store.
@@ -238,15 +253,16 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
   """Makes a directory and keeps other processes out of it meanwhile.
 
   Args:
-    directory: A local or mounted one; others are not locked.
+    directory: Where.
     doing: What for, in the error of whoever comes second.
 
   Raises:
-    ValueError: If another process is in it.
+    HeldError: If another process is in it.
   """
-  epath.Path(directory).mkdir(parents=True, exist_ok=True)
+  files.make_directory(directory)
   if files.is_remote(directory):
-    yield
+    with acquire(directory, doing):  # There is no kernel to ask.
+      yield
     return
   handle = os.open(directory, os.O_RDONLY)
   try:
@@ -254,7 +270,7 @@ def exclusive(directory: epath.PathLike, doing: str) -> Iterator[None]:
       # The kernel lets go of the lock whenever and however we end.
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-      raise ValueError(
+      raise HeldError(
           f'Another process is {doing} {os.fspath(directory)}; wait for it, end'
           ' it, or choose another directory.'
       ) from e
@@ -282,8 +298,17 @@ class _Candidacy(NamedTuple):
         if files.is_remote(self.path)
         else self.patience.lease_settle
     )
+    if files.is_remote(self.path):
+      _read(self.path)  # To load a client takes longer than any write.
     while True:
-      looked = self._wait_until_free()
+      looked, nobody = self._wait_until_free()
+      if nobody:
+        created = files.create(self.path, files.as_json(self.own._asdict()))
+        # Of a request that is sent again the first one may have worked.
+        if created or (created is False and _read(self.path)[1] == self.own):
+          return
+        if created is False:
+          continue
       files.write_json(self.path, self.own._asdict())
       took = self.clock.monotonic() - looked
       if took <= settle:
@@ -299,11 +324,11 @@ class _Candidacy(NamedTuple):
         self._pause(2 * self.own.ttl_seconds / _BEATS_PER_TTL + settle)
         settle = 3 * took  # On a disk as slow as that it would never end.
 
-  def _wait_until_free(self) -> float:
+  def _wait_until_free(self) -> tuple[float, bool]:
     """Waits until nobody alive holds the file.
 
     Returns:
-      The time before the look that found that.
+      The time before the look that found that, and whether there was no file.
 
     Raises:
       HeldError: If the holder gives a sign of life.
@@ -317,10 +342,12 @@ class _Candidacy(NamedTuple):
       quiet, last = quiet + min(looked - last, 2 * pause), looked
       raw, holder = _read(self.path)
       alive = is_alive(holder)
+      if holder is None and _nobody_here(self.path.parent):
+        alive = False
       if raw is None or alive is False:
-        return looked
+        return looked, raw is None
       changed = first not in (None, raw)
-      if alive or (changed and holder):
+      if holder and (alive or changed):
         other = _sentence(holder, self.path)
         raise HeldError(f'{other}; end it, or wait until it is done')
       # Whoever lives mends a damaged file at its next beat.
@@ -337,7 +364,7 @@ class _Candidacy(NamedTuple):
       if first != raw:
         first, quiet = raw, 0.0
       if quiet > limit:
-        return looked
+        return looked, False
       self._pause(pause)
 
   def _pause(self, seconds: float) -> None:
@@ -401,6 +428,54 @@ def _sentence(holder: Holder, path: epath.Path) -> str:
   return (
       f'{holder} has been {holder.doing} {os.fspath(path.parent)} since {when}'
   )
+
+
+# --- The lock of the kernel ---------------------------------------------------
+
+# File systems that only the processes of one machine write to.
+_OF_ONE_MACHINE = {'ext2', 'ext3', 'ext4', 'xfs', 'btrfs', 'f2fs', 'zfs'}
+_OF_ONE_MACHINE |= {'tmpfs', 'overlay', 'apfs'}
+
+
+def _lock(directory: epath.Path) -> int | None:
+  """Takes the kernel's lock of a directory; None if others have it, or none."""
+  if files.is_remote(directory):
+    return None
+  with contextlib.suppress(OSError):
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      os.close(handle)
+    else:
+      return handle
+  return None
+
+
+def _unlock(handle: int | None) -> None:
+  if handle is not None:
+    os.close(handle)
+
+
+def _nobody_here(directory: epath.Path) -> bool:
+  """Returns whether surely no process lives that holds a directory."""
+  handle = _lock(directory)
+  _unlock(handle)
+  return handle is not None and is_of_one_machine(directory)
+
+
+def is_of_one_machine(directory: epath.PathLike) -> bool:
+  """Returns whether a directory lies on a disk of this machine."""
+  path = os.path.realpath(directory)
+  with contextlib.suppress(psutil.Error, OSError):
+    mounts = {
+        found.mountpoint: found.fstype
+        for found in psutil.disk_partitions(all=True)
+        if os.path.commonpath([path, found.mountpoint]) == found.mountpoint
+    }
+    # The innermost, and of several at one place the last.
+    return mounts[max(mounts, key=len)] in _OF_ONE_MACHINE
+  return False
 
 
 # --- Processes ---------------------------------------------------------------

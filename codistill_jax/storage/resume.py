@@ -62,7 +62,7 @@ class ResumeCheckpoints:
         must not write here any more, or not yet (OSError).
       patience: Time limits.
     """
-    self._directory = checkpoints.absolute(directory)
+    self._directory = epath.Path(files.absolute(directory))
     self._identity = dict(identity or {})
     self._keep = keep
     self._troubles = troubles or Troubles()
@@ -124,10 +124,11 @@ class ResumeCheckpoints:
     seconds = self._patience.failing if seconds is None else seconds
     unwritten = self._writer.finish(seconds)
     if unwritten is not None:
+      reason = unwritten.error or TimeoutError('it takes too long')
       raise TimeoutError(
           f'the resume checkpoint of step {unwritten.steps[-1]} could not be'
           f' saved in {self._directory} within {seconds:g} s'
-          f' ({files.one_line(unwritten.error)}); see to the disk, and start'
+          f' ({files.one_line(reason)}); see to the disk, and start'
           ' the same command again: it goes on from step'
           f' {self._writer.saved or 0}'
       ) from unwritten.error

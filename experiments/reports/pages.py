@@ -73,29 +73,38 @@ class Code(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """A plot with the words that go below it.
+  """A picture with the words that go below it.
 
   Attributes:
     name: File name without ending.
     title: Its heading.
     caption: What is drawn and how it was treated.
-    png: The image.
+    image: PNG, or SVG.
   """
 
   name: str
   title: str
   caption: str
-  png: bytes
+  image: bytes
 
   @property
-  def base64(self) -> str:
-    return base64.b64encode(self.png).decode()
+  def file(self) -> str:
+    is_svg = self.image.startswith(b'<svg')
+    return f'{self.name}.{"svg" if is_svg else "png"}'
+
+  @property
+  def source(self) -> str:
+    """Returns the image as a URL that holds it."""
+    kind = 'svg+xml' if self.file.endswith('svg') else 'png'
+    return f'data:image/{kind};base64,{base64.b64encode(self.image).decode()}'
 
   @property
   def width(self) -> int:
     """CSS pixels: letters of one size in all plots, sharp on fine screens."""
+    if self.file.endswith('svg'):
+      return int(re.search(rb'viewBox="0 0 (\d+)', self.image)[1])
     # The width stands in bytes 16 to 19 of a PNG.
-    return int(0.62 * int.from_bytes(self.png[16:20], 'big'))
+    return int(0.62 * int.from_bytes(self.image[16:20], 'big'))
 
 
 Block = Heading | Paragraph | Bullets | Table | Code | Plot
@@ -114,7 +123,7 @@ def write(
   directory = epath.Path(directory)
   for block in blocks:
     if isinstance(block, Plot):
-      files.write_bytes(directory / f'{block.name}.png', block.png)
+      files.write_bytes(directory / block.file, block.image)
   for ending, render in (('md', to_markdown), ('html', to_html)):
     text = render(title, blocks)
     files.write_bytes(directory / f'{name}.{ending}', text.encode())
@@ -122,7 +131,7 @@ def write(
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-  """Returns the page as Markdown; plots are links to PNG files beside it."""
+  """Returns the page as Markdown; plots are links to files beside it."""
   return _render('page.md.jinja', title, blocks)
 
 
@@ -201,8 +210,8 @@ def prose(
     environment.filters |= filters or {}
     return environment.get_template(path.name).module
 
-  def write(macro: str, **values: Any) -> list[str]:
-    text = getattr(macros(), macro)(**values)
+  def write(macro: str, *positional: Any, **values: Any) -> list[str]:
+    text = getattr(macros(), macro)(*positional, **values)
     joined = (' '.join(paragraph.split()) for paragraph in text.split('\n\n'))
     return [paragraph for paragraph in joined if paragraph]
 

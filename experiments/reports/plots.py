@@ -94,7 +94,9 @@ def figure_of(
     if columns < 3 or i + columns >= panels:
       ax.set_xlabel(x_label)
     ticks = 6 if columns < 3 else 3
-    ax.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    ax.xaxis.set_major_locator(
+        MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10])
+    )
     ax.xaxis.set_major_formatter('{x:,.0f}')
   return figure, axes[:panels]
 
@@ -135,12 +137,34 @@ def legend_below(
   )
 
 
-def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def save(figure: Figure, name: str, title: str, *caption: str) -> Plot:
   """Returns the figure as PNG, with the words that go below it."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', facecolor='white')
-  return Plot(name, title, caption, buffer.getvalue())
+  return Plot(name, title, ' '.join(caption), buffer.getvalue())
 
+
+def plot(ax: Axes, curve: pd.Series, **style: Any) -> None:
+  """Draws a line; of a long one what would be seen of it."""
+  places = np.arange(len(curve))
+  if len(curve) > 4 * _COLUMNS:
+    # Of each column of pixels the lowest and the highest, and a gap or else the
+    # first.
+    width = -(-len(curve) // _COLUMNS)
+    missing = _COLUMNS * width - len(curve)
+    values = np.pad(curve, (0, missing), 'edge').reshape(_COLUMNS, width)
+    gap = np.isnan(values)
+    found = [
+        np.where(gap, np.inf, values).argmin(1),
+        np.where(gap, -np.inf, values).argmax(1),
+        gap.argmax(1),
+    ]
+    seen = np.arange(0, values.size, width) + np.stack(found)
+    places = np.unique(np.minimum([*seen.flat, values.size], places[-1]))
+  ax.plot(curve.iloc[places], **style)
+
+
+_COLUMNS = 1000
 
 # --- Curves -------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ class Panel(NamedTuple):
       value the panel is left out.
     draw: Draws the entries.
     zero: Whether to draw the panel, too, if all its values are 0.
+    constant: The caption says this instead of it where all curves come to one
+      value and keep it; '' draws them.
   """
 
   title: str
@@ -52,6 +54,7 @@ class Panel(NamedTuple):
   curve: str | Callable[[GroupRecords], pd.Series]
   draw: Callable[[Axes, Sequence[Entry]], None]
   zero: bool = True
+  constant: str = ''
 
 
 def make_plots(arms: Sequence[RunRecords]) -> list[Plot]:
@@ -83,11 +86,16 @@ def _draw(
 ) -> Plot | None:
   """Draws the panels for which there are records; None for none."""
   found = {p: e for p in panels if (e := _entries(arms, p.curve))}
-  drawn = {
+  shown = {
       panel: entries
       for panel, entries in found.items()
       if panel.zero or any(entry.curve.any() for entry in entries)
   }
+  constant = {p: _constant(e) for p, e in shown.items() if p.constant}
+  folded = {p: known for p, known in constant.items() if known}
+  if len(folded) == len(shown):
+    folded = {}
+  drawn = {p: entries for p, entries in shown.items() if p not in folded}
   if not drawn:
     return None
   figure, axes = plots.figure_of(len(drawn))
@@ -102,7 +110,8 @@ def _draw(
   windows = {plots.window_in_steps(entry.curve) for entry in every}
   facts = {
       'panels': [panel.title for panel in drawn],
-      'zero': len(drawn) < len(found),
+      'zero': len(shown) < len(found),
+      'folded': [p.constant.format(*known) for p, known in folded.items()],
       'windows': sorted({min(windows), max(windows)}),
       'binned': _is_long(entry.curve for entry in every),
       'bands': any(len(arm.groups) <= _MOST_BANDS for arm in arms),
@@ -120,6 +129,24 @@ def _entries(
     get = functools.partial(GroupRecords.curve, key=get)
   found = [Entry(a, g, get(g)) for a in arms for g in a.groups]
   return [entry for entry in found if np.isfinite(entry.curve).any()]
+
+
+def _constant(entries: Sequence[Entry]) -> tuple[float, str] | None:
+  """Returns the value that all curves keep, and since when, if there is one.
+
+  A curve may rise to it once, as the number of peers does.
+  """
+  values, since = set(), 0
+  for entry in entries:
+    curve = run_records.finite(entry.curve)
+    kept = curve[curve.index >= curve.idxmax()]
+    if kept.nunique() > 1 or not curve.is_monotonic_increasing:
+      return None
+    values.add(kept.iloc[-1])
+    since = max(since, kept.index[0] if len(kept) < len(curve) else 0)
+  if len(values) > 1:
+    return None
+  return values.pop(), f' from step {since:,} on' if since else ''
 
 
 def _unit(arms: Sequence[RunRecords]) -> str:
@@ -156,7 +183,7 @@ def _draw_smoothed(ax: Axes, entries: Sequence[Entry]) -> list[pd.Series]:
   for arm, _, curve in entries:
     if not _is_crowded(arm):
       style = {'color': arm.colour, 'lw': 0.6, 'alpha': 0.18}
-      ax.plot(curve, zorder=1, **style)
+      plots.plot(ax, curve, zorder=1, **style)
   return [entry.curve for entry in smooth]
 
 
@@ -238,6 +265,7 @@ _EXCHANGE = (
         'peers present',
         'exchange/peers_present',
         _draw_counts,
+        constant='Every group was taught by {0:.0f} of its peers{1}.',
     ),
     Panel(
         'Rejected publications',
@@ -251,6 +279,7 @@ _EXCHANGE = (
         'size (MB)',
         lambda g: g.curve('exchange/publication_bytes') / 1e6,
         _draw_from_zero,
+        constant='Every publication has {0:.3g} MB{1}.',
     ),
 )
 _SPEED = (
@@ -291,10 +320,10 @@ def _draw_validation_of(ax: Axes, arm: RunRecords) -> None:
       style = _style_of(arm, group) | {'label': None}
       if not _is_crowded(arm):
         style |= {'lw': 0.9, 'alpha': 0.65}
-      ax.plot(group.curve('eval/loss'), **style)
+      plots.plot(ax, group.curve('eval/loss'), **style)
   mean = run_records.validation_curve(arm)
   marker = {'marker': 'o', 'ms': 3} if len(mean) <= 30 else {}
-  ax.plot(mean, color=arm.colour, label=label, lw=2.0, **marker)
+  plots.plot(ax, mean, color=arm.colour, label=label, lw=2.0, **marker)
   ensemble = arm.ensemble.get('eval/loss')
   if ensemble is not None:
     style = {'color': arm.colour, 'label': f'{arm.name}, ensemble', 'ls': ''}
@@ -390,7 +419,7 @@ def _draw_peers_of(
       style = {'color': colour, 'label': label, 'lw': 1.5, 'zorder': 3}
     else:
       style = {'color': _PEER_COLOUR, 'label': 'the other peers', 'lw': 0.7}
-    ax.plot(curve, **style, **_marker(curve))
+    plots.plot(ax, curve, **style, **_marker(curve))
 
 
 # --- Lines of groups ---------------------------------------------------------
@@ -427,14 +456,14 @@ def _draw_groups(
   crowds: dict[tuple[str, str], list[pd.Series]] = {}
   for arm, group, curve in entries:
     style = _style_of(arm, group) | _marker(curve)
-    ax.plot(curve, drawstyle=drawstyle, **style)
+    plots.plot(ax, curve, drawstyle=drawstyle, **style)
     if _is_crowded(arm):
       label = f'{arm.name}, median of {len(arm.groups)} groups'
       crowds.setdefault((label, arm.colour), []).append(curve)
   for (label, colour), crowd in crowds.items():
     median = plots.median_curve(crowd)
     style = {'color': colour, 'label': label, 'lw': 2.0} | _marker(median)
-    ax.plot(median, drawstyle=drawstyle, **style)
+    plots.plot(ax, median, drawstyle=drawstyle, **style)
 
 
 def _marker(curve: pd.Series) -> dict:

@@ -1,9 +1,12 @@
 """What runs have recorded: arms, their groups, and curves of one metric.
 
-An arm is one run directory under a name. The records of a group are one
-DataFrame, a row per number; a curve is a Series of values by step.
+An arm is one run directory under a name. The records of a group are read once;
+a curve is a Series of values by step.
 """
 
+import array
+import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,20 +27,72 @@ FAILURES = 'exchange/publish_failures'
 EMPTY = pd.Series([], pd.Index([], dtype='int64', name='step'), 'float64')
 
 
-class GroupRecords(NamedTuple):
-  """The records of one group.
+class GroupRecords:
+  """The records of one group, each number of them as 8 bytes.
 
   Attributes:
     group_id: The group.
-    records: A row per number of every record, by metric key (the index,
-      sorted; `step` and `time` are keys, too) and in the order of the file:
-      its `step`, its `value`, and its `life`, which counts the processes.
     damaged: How many lines of metrics.jsonl were no records.
   """
 
-  group_id: int
-  records: pd.DataFrame
-  damaged: int = 0
+  def __init__(
+      self,
+      group_id: int,
+      records: Iterable[Mapping[str, float] | None],
+      damaged: int = 0,
+  ):
+    """Takes records in the order of the file, each once.
+
+    Args:
+      group_id: The group.
+      records: Of `run_directory.records`; None for each that is damaged.
+      damaged: How many there were besides.
+    """
+    self.group_id = group_id
+    self.damaged = damaged
+    steps = array.array('q')
+    # Most records have the same keys: by those, which records, and all values.
+    tables: dict[tuple[str, ...], tuple[array.array, array.array]] = {}
+    for record in records:
+      if record is None:
+        self.damaged += 1
+        continue
+      keys = tuple(record)
+      if keys not in tables:
+        tables[keys] = array.array('q'), array.array('d')
+      places, values = tables[keys]
+      places.append(len(steps))
+      values.extend(record.values())
+      steps.append(record['step'])
+    self._steps = np.array(steps, np.int64)
+    self._tables = [
+        (keys, np.array(n, np.int64), np.frombuffer(x).reshape(-1, len(keys)))
+        for keys, (n, x) in tables.items()
+    ]
+    self._life = _lives(self._steps, [*map(self._column, (REJECTED, FAILURES))])
+
+  def _column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the records that have a key, and its values."""
+    parts = [(EMPTY.index.to_numpy(), EMPTY.to_numpy())]
+    parts += [
+        (places, values[:, keys.index(key)])
+        for keys, places, values in self._tables
+        if key in keys
+    ]
+    places, values = map(np.concatenate, zip(*parts))
+    order = np.argsort(places, kind='stable')
+    return places[order], values[order]
+
+  def column(self, key: str) -> pd.DataFrame:
+    """Returns one metric in the order of the file.
+
+    Returns:
+      A row per record that has it: its `step`, its `value`, and its `life`,
+      which counts the processes.
+    """
+    places, values = self._column(key)
+    found = {'step': self._steps[places], 'life': self._life[places]}
+    return pd.DataFrame({**found, 'value': values})
 
   def curve(self, key: str) -> pd.Series:
     """Returns one metric by step; empty if the group has not recorded it.
@@ -45,20 +100,27 @@ class GroupRecords(NamedTuple):
     Where a step was recorded twice the later record holds, as it does for the
     trainer that went back to a checkpoint.
     """
-    found = self.records.loc[key:key].drop_duplicates('step', keep='last')
-    return found.set_index('step')['value'].sort_index().rename(key)
+    places, values = self._column(key)
+    index = pd.Index(self._steps[places], name='step')
+    found = pd.Series(values, index, name=key)
+    if index.is_monotonic_increasing and index.is_unique:
+      return found
+    return found[~index.duplicated('last')].sort_index()
+
+  def __len__(self) -> int:
+    return len(self._steps)
 
   @property
   def keys(self) -> list[str]:
-    return self.records.index.unique().tolist()
+    return sorted({key for keys, *_ in self._tables for key in keys})
 
   @property
   def last_step(self) -> int:
-    return int(self.records['step'].max())
+    return int(self._steps.max())
 
   @property
   def restarts(self) -> int:
-    return int(self.records['life'].max())
+    return int(self._life[-1])
 
 
 class RunRecords(NamedTuple):
@@ -73,6 +135,8 @@ class RunRecords(NamedTuple):
     models: Final evaluation of each model, by group id.
     ensemble: Final evaluation of the ensemble; empty if there is none.
     pairs: What each pair of models of this arm disagrees on.
+    samples: What its models have written; each has a `text`.
+    unreadable: The files that could not be read, and why, a line each.
     colour: Of its lines; a set of plots gives it.
   """
 
@@ -84,6 +148,8 @@ class RunRecords(NamedTuple):
   models: Mapping[int, Mapping[str, Any]]
   ensemble: Mapping[str, Any]
   pairs: Sequence[Mapping[str, Any]]
+  samples: Sequence[Mapping[str, Any]] = ()
+  unreadable: Sequence[str] = ()
   colour: str = ''
 
   def curves(self, key: str) -> list[pd.Series]:
@@ -95,46 +161,33 @@ class RunRecords(NamedTuple):
 
 
 def read_group(path: files.PathLike, group_id: int) -> GroupRecords:
-  """Reads a metrics.jsonl; a missing one has no records."""
-  log = run_directory.read_metrics(path)
-  return GroupRecords(group_id, to_frame(log.records), log.damaged)
+  """Reads a metrics.jsonl, once; a missing one has no records."""
+  return GroupRecords(group_id, run_directory.records(path))
 
 
-def to_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-  """Returns the numbers of records, see `GroupRecords.records`."""
-  rows = [
-      (key, record['step'], life, value)
-      for record, life in zip(records, _lives(records))
-      for key, value in record.items()
-      if isinstance(value, int | float)
-  ]
-  frame = pd.DataFrame(rows, columns=['key', 'step', 'life', 'value'])
-  frame = frame.astype({'step': 'int64', 'life': 'int64', 'value': 'float64'})
-  return frame.set_index('key').sort_index(kind='stable')
-
-
-def _lives(records: Iterable[Mapping[str, Any]]) -> Iterable[int]:
+def _lives(
+    steps: np.ndarray, counts: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
   """Numbers the process that wrote each record, as far as they show it.
 
   A new process shows where the step goes back, or where a count falls. Of one
   that counted nothing and lost no step nothing shows.
+
+  Args:
+    steps: Of all records.
+    counts: Of each count the places of its records, and its values.
   """
-  life, step = 0, 0
-  counts: dict[str, float] = {}
-  for record in records:
-    now = {key: record.get(key) for key in (REJECTED, FAILURES)}
-    now = {k: v for k, v in now.items() if _is_count(v)}
-    if record['step'] < step or any(
-        value < counts.get(key, 0) for key, value in now.items()
-    ):
-      life, counts = life + 1, {}
-    step = record['step']
-    counts |= now
-    yield life
-
-
-def _is_count(value: Any) -> bool:
-  return isinstance(value, int | float) and bool(np.isfinite(value))
+  back = np.flatnonzero(np.diff(steps) < 0) + 1
+  falls = [(place, place - 1) for place in back.tolist()]
+  for places, values in counts:
+    places, values = (x[np.isfinite(values)] for x in (places, values))
+    fall = np.flatnonzero(np.diff(values) < 0)
+    falls += zip(places[fall + 1].tolist(), places[fall].tolist())
+  begins = [0]
+  for place, before in sorted(falls):
+    if before >= begins[-1]:  # Else of an earlier process.
+      begins.append(place)
+  return np.searchsorted(begins[1:], np.arange(len(steps)), side='right')
 
 
 def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
@@ -147,43 +200,55 @@ def load_arms(workdirs: Sequence[str]) -> list[RunRecords]:
   if not workdirs:
     raise ValueError('No run directory given; pass --workdir=<directory>.')
   labels, paths = zip(*(_split_label(w) for w in workdirs))
-  runs = [run_directory.read_run(p) for p in paths]
-  groups = [_read_groups(p) for p in paths]
-  own_names = [
-      str(run.get('arm') or epath.Path(path).name)
-      for run, path in zip(runs, paths)
+  arms = [_read_arm(path) for path in paths]
+  names = _distinct_names(labels, [arm.name for arm in arms], paths)
+  return [arm._replace(name=name) for arm, name in zip(arms, names)]
+
+
+def _read_arm(workdir: str) -> RunRecords:
+  """Reads one run directory; the name is that of its run."""
+  bad: list[str] = []
+  ask = functools.partial(cli.attempt, bad)
+  run = ask(run_directory.read_run, workdir) or {}
+  groups = [
+      ask(read_group, run_directory.metrics_path(workdir, i), i)
+      for i in run_directory.list_groups(workdir)
   ]
-  arms = []
-  for i, name in enumerate(_distinct_names(labels, own_names, paths)):
-    config = run_directory.config_path(paths[i])
-    text = config.read_text() if config.exists() else ''
-    known = epath.Path(paths[i]), runs[i], text, groups[i]
-    arms.append(RunRecords(name, *known, *_comparison(paths[i], own_names[i])))
-  return arms
+  groups = tuple(group for group in groups if group)
+  if not groups:
+    raise ValueError(
+        f'The run in {workdir} has recorded no metrics (groups/group_<i>/'
+        f'metrics.jsonl is missing or empty); train it first. {" ".join(bad)}'
+    )
+  arm = run.get('arm') or epath.Path(workdir).name
+  found = ask(run_directory.read_comparison, workdir) or {}
+  models = {
+      key.rpartition('_')[2]: metrics
+      for key, metrics in found.get('models', {}).items()
+      if key.rpartition('_')[0] == f'{arm}/group'
+  }
+  return RunRecords(
+      name=arm,
+      workdir=epath.Path(workdir),
+      run=run,
+      config=ask(run_directory.read_config, workdir) or '',
+      groups=groups,
+      models={int(k): v for k, v in models.items() if files.is_step(k)},
+      ensemble=found.get('ensembles', {}).get(arm) or {},
+      pairs=found.get('pairs', {}).get(arm) or [],
+      samples=ask(run_directory.read_samples, workdir) or [],
+      unreadable=tuple(bad),
+  )
 
 
 def _split_label(workdir: str) -> tuple[str | None, str]:
   """Returns `name=path` as (name, path); a path that exists as it is."""
   label, equals, path = workdir.partition('=')
-  if not equals or epath.Path(files.absolute(workdir)).is_dir():
+  if not equals or os.path.isdir(workdir):
     return None, files.absolute(workdir)
   if not label or not path:
     raise ValueError(f'Expected path or name=path, got {workdir!r}.')
   return label, files.absolute(path)
-
-
-def _read_groups(workdir: str) -> tuple[GroupRecords, ...]:
-  groups = [
-      read_group(run_directory.metrics_path(workdir, i), i)
-      for i in run_directory.list_groups(workdir)
-  ]
-  groups = [group for group in groups if len(group.records)]
-  if not groups:
-    raise ValueError(
-        f'The run in {workdir} has recorded no metrics (groups/group_<i>/'
-        'metrics.jsonl is missing or empty); train it first.'
-    )
-  return tuple(groups)
 
 
 def _distinct_names(
@@ -204,20 +269,6 @@ def _distinct_names(
           f'Two arms are called {name!r}; name them: --workdir=<name>=<path>.'
       )
   return names
-
-
-def _comparison(
-    workdir: str, arm: str
-) -> tuple[dict[int, Any], Mapping[str, Any], Sequence[Any]]:
-  """Returns models by group id, ensemble and pairs of the final evaluation."""
-  found = run_directory.read_comparison(workdir)
-  models = {}
-  for key, metrics in found.get('models', {}).items():
-    name, _, group = key.rpartition('/group_')
-    if name == arm and group.isdigit():
-      models[int(group)] = metrics
-  ensemble = found.get('ensembles', {}).get(arm) or {}
-  return models, ensemble, found.get('pairs', {}).get(arm) or []
 
 
 # --- What arms have in common ------------------------------------------------
@@ -304,7 +355,7 @@ def counted(group: GroupRecords, key: str) -> pd.Series:
   The steps that a restart went back over are those of the later process; what
   the earlier one counted in them stays counted.
   """
-  found = group.records.loc[key:key]
+  found = group.column(key)
   found = found[np.isfinite(found['value'])]
   lives = found.groupby('life')
   before = lives['value'].last().cumsum().shift(fill_value=0)

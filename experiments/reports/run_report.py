@@ -6,9 +6,11 @@ What it says stands in `run_report.jinja`, made from the numbers alone.
 import datetime
 import math
 import os
+import pathlib
 import shlex
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from .pages import Block, Bullets, Code, Heading, Table, number
 from .run_records import GroupRecords, RunRecords
 
 _write = pages.prose(__file__)
+_SAMPLES, _CHARACTERS = 3, 600  # Shown of each run, and of each sample.
 
 
 def write(
@@ -46,11 +49,14 @@ def blocks(
     arms: Sequence[RunRecords], output: files.PathLike | None = None
 ) -> list[Block]:
   """Returns what stands in a report, in order."""
+  headline, *beside = summary(arms)
   made: list[Block] = [
-      pages.Paragraph(summary(arms)),
+      pages.Paragraph(headline),
+      Bullets(beside),
       Heading('Results'),
       Table(results(arms), names=2),
       Bullets(notes(arms)),
+      *samples(arms),
   ]
   for plot in run_plots.make_plots(arms):
     made += [Heading(plot.title), plot]
@@ -60,6 +66,11 @@ def blocks(
   ):
     if frame is not None:
       made += [Heading(title), Table(frame, names=2), Bullets(_write(about))]
+  if run_records.exchanging(arms):
+    title = 'The method'
+    image = pathlib.Path(__file__).with_name('method.svg').read_bytes()
+    (caption,) = _write('method')
+    made += [Heading(title), pages.Plot('method', title, caption, image)]
   made += [Heading('Settings'), Table(settings(arms), names=1 + len(arms))]
   made += [
       Code(_portable_text(arm.config), f'config.gin of {arm.name}')
@@ -73,44 +84,66 @@ def blocks(
 # --- Words -------------------------------------------------------------------
 
 
-def summary(arms: Sequence[RunRecords]) -> str:
-  """Returns what the runs show, in a paragraph."""
+def summary(arms: Sequence[RunRecords]) -> list[str]:
+  """Returns what the runs show: a headline, and what to know beside it."""
   baseline, target = run_records.find_target(arms)
-  curves = map(run_records.validation_curve, arms)
   known = {arm.name: _known(arm, target) for arm in arms}
-  (said,) = _write(
+  return _write(
       'summary',
       arms=list(known.values()),
       baseline=baseline and known[baseline.name],
-      spacing=max(
-          (np.diff(c.index).max() for c in curves if len(c) > 1), default=0
-      ),
       example=run_records.example_name(arms),
       one_batch=len({arm.run.get('group_batch') for arm in arms}) == 1
       and len({len(arm.groups) for arm in arms}) > 1,
   )
-  return said
 
 
 def _known(arm: RunRecords, target: float | None) -> dict[str, Any]:
   """Returns what the summary needs to know of an arm."""
   curve = run_records.validation_curve(arm)
   singles = [m['eval/loss'] for m in arm.models.values() if 'eval/loss' in m]
+  last = [final_metrics(arm, group).get('eval/loss') for group in arm.groups]
   return {
       'name': arm.name,
       'groups': len(arm.groups),
       'example': run_records.example_name([arm]),
+      'final': None if None in last else float(np.mean(last)),
       'best': run_records.best(curve),
-      'last_step': curve.index.max(),
-      'reached': (
-          None
-          if target is None
-          else run_records.first_at_or_under(curve, target)
-      ),
+      'last_step': max(group.last_step for group in arm.groups),
+      'reached': None if target is None else reached(curve, target),
       'ensemble': arm.ensemble.get('eval/loss'),
       'single': np.mean(singles) if singles else None,
       'disagreement': pair_mean(arm, 'churn/disagreement'),
+      'churn': pair_mean(arm, 'churn/mean_abs'),
   }
+
+
+class Reached(NamedTuple):
+  """When a curve comes under a loss.
+
+  Attributes:
+    step: On a line between two evaluations.
+    before: The last that is above; None if the first is not.
+    at: The first that is at or under.
+  """
+
+  step: float
+  before: int | None
+  at: int
+
+
+def reached(curve: pd.Series, target: float) -> Reached | None:
+  """Returns when a curve comes to a loss for the first time, if it does."""
+  curve = run_records.finite(curve)
+  at = run_records.first_at_or_under(curve, target)
+  if at is None:
+    return None
+  above = curve[curve.index < at]
+  if above.empty:
+    return Reached(at, None, at)
+  before, high, low = int(above.index[-1]), above.iloc[-1], curve[at]
+  share = (high - target) / (high - low)
+  return Reached(before + share * (at - before), before, at)
 
 
 def notes(arms: Sequence[RunRecords]) -> list[str]:
@@ -120,10 +153,35 @@ def notes(arms: Sequence[RunRecords]) -> list[str]:
     for group in arm.groups:
       keys = ('loss/task', 'loss/distill', 'eval/loss')
       curves = {key: group.curve(key) for key in keys}
-      bad = {k: list(c.index[~np.isfinite(c)]) for k, c in curves.items()}
+      bad = {k: c.index[~np.isfinite(c)].tolist() for k, c in curves.items()}
       who = f'{arm.name}, group {group.group_id}'
       odd.append((who, group.damaged, bad))
-  return _write('results_notes', odd=odd)
+  unreadable = [(arm.name, why) for arm in arms for why in arm.unreadable]
+  return _write('results_notes', odd=odd, unreadable=unreadable)
+
+
+def samples(arms: Sequence[RunRecords]) -> list[Block]:
+  """Returns what the models of the arms have written, the first of each."""
+  made: list[Block] = []
+  ways = []
+  for arm in arms:
+    for one in arm.samples[:_SAMPLES]:
+      how = [one.get(key) for key in ('temperature', 'top_k', 'seed')]
+      ways += _write('drawing', *map(_short, how))
+      where = (_short(one.get(key)) for key in ('group', 'step'))
+      who = '{}, group {}, step {}'.format(arm.name, *where)
+      lines = one['text'][:_CHARACTERS].splitlines()
+      text = '\n'.join(textwrap.fill(line, 88) for line in lines)
+      made += [pages.Paragraph(f'{who}:'), Code(text)]
+  if not made:
+    return []
+  (about,) = _write('samples', drawn=list(dict.fromkeys(ways)))
+  return [Heading('What the models write'), pages.Paragraph(about), *made]
+
+
+def _short(value: Any) -> str:
+  """Returns a setting of a sample as text, whatever it is; '' for None."""
+  return '' if value is None else str(value)[:20]
 
 
 # --- Commands ----------------------------------------------------------------
@@ -134,13 +192,13 @@ def commands(
 ) -> list[str]:
   """Returns the commands that make the runs and the report again.
 
-  Paths under the working directory are relative; of others only the last part
-  is kept, since the rest means nothing on another machine.
+  Paths under the working directory are relative; of others on this machine only
+  the last part is kept, since the rest means nothing on another one.
   """
   lines = []
   for arm in arms:
     command = str(arm.run.get('command') or '')
-    for path in (os.path.abspath(arm.workdir), os.fspath(arm.workdir)):
+    for path in (files.absolute(arm.workdir), os.fspath(arm.workdir)):
       command = command.replace(path, _portable(path))
     lines.append(_portable_text(command))
   report = [f'python -m {cli.module_of("report")}']
@@ -158,7 +216,10 @@ def _portable_text(text: str) -> str:
 
 
 def _portable(path: files.PathLike) -> str:
-  relative = os.path.relpath(os.path.abspath(os.fspath(path)))
+  path = files.absolute(path)
+  if files.is_remote(path):
+    return path
+  relative = os.path.relpath(path)
   outside = relative.startswith(os.pardir)
   return epath.Path(path).name if outside else relative
 
@@ -208,6 +269,7 @@ _QUALITY = {
     'eval/calibration': ('calibration', '.3f'),
     'eval/examples': ('examples', ',.0f'),
 }
+_LEFT_OUT = ('eval/calibration_error', 'eval/perplexity')
 _STALENESS = 'staleness, steps: mean / max'
 _STALL = 'stall, ms per exchange (share)'
 # For a terminal of some 110 columns.
@@ -288,7 +350,12 @@ def _shown_quality(arms: Sequence[RunRecords]) -> dict[str, tuple[str, str]]:
   found |= {'eval/loss', 'eval/accuracy'}
   if 'eval/auc' not in found:
     found.add('eval/perplexity')
-  return {key: shown for key, shown in _QUALITY.items() if key in found}
+  shown = {key: shown for key, shown in _QUALITY.items() if key in found}
+  # Metrics of one's own.
+  own = sorted(k for k in found - shown.keys() if k not in _LEFT_OUT)
+  return shown | {
+      k: (k.removeprefix('eval/'), '.4f') for k in own if 'eval/' in k
+  }
 
 
 def pair_mean(arm: RunRecords, key: str) -> float | None:
@@ -414,7 +481,7 @@ _SETTINGS = {
     'seed': 'seed',
     'model_parameters': 'model parameters',
 }
-_NO_SETTINGS = ('arm', 'command', 'example')
+_NO_SETTINGS = ('arm', 'command', 'config_sha256', 'example')
 
 
 def settings(arms: Sequence[RunRecords]) -> pd.DataFrame:

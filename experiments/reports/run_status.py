@@ -17,8 +17,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from codistill_jax import run_directory
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
+from .. import cli
 from ..cli import printable
 from . import pages
 from .pages import number
@@ -42,7 +43,7 @@ class Status(NamedTuple):
 
   Attributes:
     group_id: The group.
-    known: What it has said, by the keys of `_KINDS`; no others.
+    known: What it has said: of status.json, run.json and its last records.
     seen: Time of the last sign of life, Unix seconds, if there was any.
     age: Seconds since then.
     silent: Whether it should have been heard of since, or its process has died.
@@ -67,29 +68,6 @@ class Status(NamedTuple):
   unreadable: tuple[str, ...]
 
 
-# Values of another kind are left out; of a list, too.
-_NUMBER = int | float
-_KINDS = {
-    'step': int,
-    'num_steps': int,
-    'num_groups': int,
-    'burn_in_steps': int,
-    'time': _NUMBER,
-    'since': _NUMBER,
-    'phase': str,
-    'reason': str,
-    'host': str,
-    'pid': int,
-    'steps_per_sec': _NUMBER,
-    'eval_loss': _NUMBER,
-    'peers': [int],
-    'teachers': [{'peer': int, 'step': int, 'time': _NUMBER}],
-    'rejected': int,
-    'last_rejection': str,
-    'troubles': [{'doing': str, 'reason': str, 'since': _NUMBER, 'count': int}],
-}
-
-
 def look(
     workdir: str, now: float, silent_after: float = 60.0
 ) -> tuple[RenderableType, bool]:
@@ -104,12 +82,12 @@ def look(
     FileNotFoundError: If there is no such directory.
   """
   bad: list[str] = []
-  run = _attempt(bad, run_directory.read_run, workdir) or {}
+  run = cli.attempt(bad, run_directory.read_run, workdir) or {}
   groups = [
       read_group(workdir, i, run, now, silent_after)
       for i in run_directory.list_groups(workdir)
   ]
-  facts = [str(run[key]) for key in ('arm', 'mode', 'data') if run.get(key)]
+  facts = [_line(run[key]) for key in ('arm', 'mode', 'data') if run.get(key)]
   title = workdir + (f'  ({", ".join(facts)})' if facts else '')
   top = [
       Text(printable(title), 'bold'),
@@ -153,17 +131,17 @@ def read_group(
     silent_after: Seconds after which it is called silent.
   """
   bad: list[str] = []
-  ask = functools.partial(_attempt, bad)
-  sign = _sound(ask(run_directory.read_status, workdir, group_id), _KINDS)
+  ask = functools.partial(cli.attempt, bad)
+  sign = ask(run_directory.read_status, workdir, group_id) or {}
   path = run_directory.metrics_path(workdir, group_id)
   recorded = _recorded(ask(run_directory.read_metrics, path, _TAIL_BYTES))
-  known = recorded | _sound(run, _KINDS) | sign
+  known = recorded | {k: run[k] for k in _OF_RUN if k in run} | sign
   times = [tree['time'] for tree in (recorded, sign) if 'time' in tree]
   seen = max(times, default=None)
   peers = known.get('peers')
   if peers is None and 'num_groups' in known:
     # A run from before there were topologies: all the others.
-    peers = [g for g in range(known['num_groups']) if g != group_id]
+    peers = [g for g in run_directory.list_groups(workdir) if g != group_id]
   published, saved = (
       ask(run_directory.newest_saved, directory(workdir, group_id))
       for directory in (
@@ -172,7 +150,7 @@ def read_group(
       )
   )
   ended = sign.get('phase', '')
-  if ask(run_directory.done_path(workdir, group_id).exists):
+  if ask(files.exists, run_directory.done_path(workdir, group_id)):
     ended = 'done'
   elif ended not in ('stopped', 'failed'):
     ended = ''
@@ -196,44 +174,29 @@ def read_group(
   )
 
 
-def _attempt(bad: list[str], read: Callable[..., T], *args: Any) -> T | None:
-  """Returns what is read; None, and why in `bad`, if it cannot be."""
-  try:
-    return read(*args)
-  except (ValueError, OSError) as e:
-    # Torn by a kill or by the object store, or refused by the file system.
-    bad.append(printable(' '.join(str(e).split())))
-    return None
-
-
-def _sound(value: Any, kind: Any) -> Any:
-  """Returns what is of the kind that its key promises, texts as a line."""
-  if isinstance(kind, dict):
-    items = value.items() if isinstance(value, dict) else ()
-    found = {k: _sound(v, kind[k]) for k, v in items if k in kind}
-    return {k: v for k, v in found.items() if v is not None}
-  if isinstance(kind, list) and isinstance(value, list):
-    return [v for x in value if (v := _sound(x, kind[0])) is not None]
-  if isinstance(kind, list) or not isinstance(value, kind):
-    return None
-  return printable(' '.join(value.split())) if isinstance(value, str) else value
-
-
 def _recorded(log: run_directory.MetricsLog | None) -> dict[str, Any]:
   newest: dict[str, Any] = {}
   for record in log.records if log else ():
     newest |= record
-  rejected = newest.get('exchange/rejected')
-  if isinstance(rejected, float) and math.isfinite(rejected):
-    rejected = int(rejected)
-  recorded = {
-      'step': newest.get('step'),
-      'time': newest.get('time'),
-      'steps_per_sec': newest.get('perf/steps_per_sec'),
-      'eval_loss': newest.get('eval/loss'),
-      'rejected': rejected,
-  }
-  return _sound(recorded, _KINDS)
+  return {key: newest[k] for k, key in _RECORDED.items() if k in newest}
+
+
+# Of the metrics, what stands in for status.json or beside it.
+_RECORDED = {
+    'step': 'step',
+    'time': 'time',
+    'perf/steps_per_sec': 'steps_per_sec',
+    'eval/loss': 'eval_loss',
+    'exchange/rejected': 'rejected',
+}
+
+
+_OF_RUN = ('num_steps', 'num_groups', 'burn_in_steps')
+
+
+def _line(text: str) -> str:
+  """Returns the text of anybody as a line that a terminal may show."""
+  return printable(' '.join(text.split()))
 
 
 def _ages(sign: Mapping[str, Any]) -> dict[int, Age] | None:
@@ -246,7 +209,8 @@ def _ages(sign: Mapping[str, Any]) -> dict[int, Age] | None:
           sign['step'] - found['step'], sign['time'] - found['time']
       )
       for found in sign['teachers']
-      if len(found) == 3 and {'step', 'time'} <= sign.keys()
+      if {'peer', 'step', 'time'} <= found.keys()
+      and {'step', 'time'} <= sign.keys()
   }
 
 
@@ -292,7 +256,10 @@ def _processes(groups: Sequence[Status]) -> list[str]:
   hosts: dict[str, list[str]] = {}
   for group in groups:
     if not group.ended and 'pid' in group.known:
-      entry = f'{group.known["pid"]} (group {group.group_id})'
+      known, device = group.known, ''
+      if {'replicas', 'device'} <= known.keys():
+        device = f', {known["replicas"]} x {known["device"]}'
+      entry = f'{known["pid"]} (group {group.group_id}{device})'
       hosts.setdefault(group.known.get('host') or '?', []).append(entry)
   return [f'on {host}: pid {", ".join(pids)}' for host, pids in hosts.items()]
 
@@ -300,7 +267,7 @@ def _processes(groups: Sequence[Status]) -> list[str]:
 def _note(sentence: str, style: str = 'yellow') -> Text:
   """Returns it in lines that fit; paths in it stay whole."""
   lines = textwrap.fill(
-      sentence,
+      _line(sentence),
       _WIDTH,
       subsequent_indent='    ',
       break_long_words=False,
@@ -370,7 +337,7 @@ _COLUMNS: dict[str, Callable[[Status], str | Text]] = {
     'step': lambda s: '/'.join(
         number(s.known.get(key), 'd') for key in ('step', 'num_steps')
     ),
-    'phase': lambda s: s.ended or s.known.get('phase') or '?',
+    'phase': lambda s: s.ended or _line(s.known.get('phase', '')) or '?',
     'steps/s': _speed,
     'ETA': _eta,
     'eval/loss': lambda s: number(s.known.get('eval_loss'), '.3f'),
@@ -379,7 +346,7 @@ _COLUMNS: dict[str, Callable[[Status], str | Text]] = {
     'staleness': _staleness,
     # Who has no peers rejects nothing.
     'rejected': lambda s: number(
-        None if s.peers == [] else s.known.get('rejected'), 'd'
+        None if s.peers == [] else s.known.get('rejected'), '.0f'
     ),
     'checkpoint': lambda s: number(s.saved, 'd'),
     'last seen': _last_seen,

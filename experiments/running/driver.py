@@ -34,8 +34,14 @@ from codistill_jax.storage.resume import Resume, ResumeCheckpoints
 
 from .. import cli
 from ..cli import Stopped
-from .job import Job, claim_workdir, initial_variables
-from .watch import Efficiency, Heartbeat, Watch
+from . import processes
+from .job import (
+    Job,
+    claim_workdir,
+    describe_devices,
+    initial_variables,
+)
+from .watch import Efficiency, Heartbeat, Watch, check_profile, profiled
 
 
 class GroupStart(NamedTuple):
@@ -87,12 +93,23 @@ def new_state(job: Job) -> GroupStart:
 
 
 def check_start(job: Job, start: GroupStart) -> None:
-  """Traces an update and an evaluation; warns of numbers that act nowhere.
+  """Names the devices; traces an update and an evaluation; warns.
+
+  Of numbers that act nowhere.
 
   Raises:
     ValueError: One line, if the task or the model breaks its contract.
   """
-  experiment = job.experiment
+  experiment, step = job.experiment, job.train_step
+  check_profile(job)
+  if job.agreement.is_primary:
+    used = describe_devices(
+        step.num_replicas,
+        jax.process_count(),
+        step.device_kind,
+        processes.accelerators() if processes.may_have_accelerator() else 0,
+    )
+    cli.tell(f'group {job.group_id}: {used}')
   saved = run_directory.checkpoints_dir(job.workdir, job.group_id)
   if run_directory.newest_saved(saved) is None:  # Else both have been done.
     with experiment_lib.naming('the update cannot be traced'):
@@ -134,7 +151,7 @@ def train(
     ValueError: If what is in the run directory does not fit.
   """
   done = run_directory.done_path(job.workdir, job.group_id)
-  if done.exists() and not _goes_on(job):
+  if files.exists(done) and not _goes_on(job):
     return
   with Heartbeat(job) as heartbeat:
     yield from _train(job, make_exchange, writer_of, heartbeat)
@@ -159,7 +176,7 @@ def _train(
     stack.push(_closing(lease.release))
     if job.agreement.is_primary:
       _clear_up(job)  # Before the heartbeat writes there.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
     heartbeat.begin()
 
     def before_saving(step: int) -> None:
@@ -194,6 +211,7 @@ def _train(
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
         raise _stopped(job, start)
+    _expect_teachers(job, efficiency, start)
     turns = run_group(
         job.train_step,
         state,
@@ -202,6 +220,7 @@ def _train(
         exchange=exchange,
         distill_weight=job.experiment.distill_weight,
     )
+    turns = stack.enter_context(contextlib.closing(profiled(job, turns, start)))
     del state, resume  # A whole state, that training goes on without.
     claimed = False
     try:
@@ -221,6 +240,14 @@ def _train(
       keeper.save_and_stop()
     checkpoints.wait()
     exchange.checkpointed(checkpoints.restart_step)
+
+
+def _expect_teachers(job: Job, efficiency: Efficiency, start: int) -> None:
+  """Lets the program with teachers be compiled while the group has none."""
+  experiment, teachers = job.experiment, efficiency.teachers()
+  steps = range(start, experiment.num_steps)
+  if teachers is not None and any(map(experiment.distill_weight, steps)):
+    job.train_step.expect(teachers)
 
 
 def _after_update(
@@ -480,7 +507,7 @@ def _evaluate_what_was_missed(
   if not job.agreement.is_primary or not _evaluation_due(job, step):
     return True
   path = run_directory.metrics_path(job.workdir, job.group_id)
-  records = run_directory.read_metrics(path).records
+  records = filter(None, run_directory.records(path))
   if not any(r['step'] == step and 'eval/loss' in r for r in records):
     return watch.evaluate(step, state.variables)
   # Another group of the run may have missed it.

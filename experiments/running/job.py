@@ -2,9 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import os
+import pathlib
+import platform
 import re
+import socket
+import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -60,10 +66,12 @@ class Job:
     arm: Name of the run in reports; '' for the name of the workdir.
     shared_stream: The batches of all groups, if these update together; each
       then yields once before its first update, so that all have begun.
+    exchange_dir: Where all groups publish; '' for the run directory.
     init_from: Where the first parameters and statistics come from; '' for
       random ones. See `initial_variables`.
     configuration: Gives what run.json and config.gin say that was configured;
       of a process that trains several runs at once, that of this one.
+    profile: The updates whose trace is written, by their steps before.
     evaluated: Called with the group, the step and the variables after each
       evaluation, and once more if the run goes on from there; they are intact
       until the group's next update.
@@ -81,14 +89,20 @@ class Job:
   patience: Patience = DEFAULT_PATIENCE
   arm: str = ''
   shared_stream: Stream | None = None
+  exchange_dir: str = ''
   init_from: str = ''
   configuration: Callable[[], gin_utils.Configuration] = gin_utils.current
+  profile: range = range(0)
   evaluated: Callable[[int, int, Variables], None] = _ignore
 
   @property
   def directory(self) -> str:
     """Returns the directory of the group."""
     return os.fspath(run_directory.group_dir(self.workdir, self.group_id))
+
+  @property
+  def run_name(self) -> str:
+    return self.arm or os.path.basename(os.path.normpath(self.workdir))
 
   @property
   def identity(self) -> dict[str, str]:
@@ -104,7 +118,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       n for n in range(experiment.num_steps) if experiment.distill_weight(n)
   )
   return {
-      'arm': job.arm or os.path.basename(os.path.normpath(job.workdir)),
+      'arm': job.run_name,
       'num_groups': job.num_groups,
       'replicas': job.train_step.num_replicas,
       # Few runs simulate any: the others do not speak of it.
@@ -116,11 +130,46 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       **experiment.exchange.describe(),
       'example': experiment.task.example_name,
       'data': experiment.task.description,
+      'exchange_dir': job.exchange_dir or None,
       'init_from': files.absolute(job.init_from) if job.init_from else None,
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
+      'device': job.train_step.device_kind,
+      'host': socket.gethostname(),
+      'versions': _versions(),
       'configuration': job.configuration().bindings,
   }
+
+
+_PACKAGES = [
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'codistill_jax',
+]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+  """Returns those of Python and packages; of a clone, its commit."""
+  found = {'python': platform.python_version()}
+  for name in (*_PACKAGES, 'codistill_jax'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  clone = pathlib.Path(run_directory.__file__).parents[1]
+  if (clone / '.git').exists():
+    command = 'git describe --always --dirty --abbrev=40 --exclude=*'
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+      found['commit'] = subprocess.check_output(
+          command.split(),
+          cwd=clone,
+          stderr=subprocess.DEVNULL,
+          timeout=5,
+          text=True,
+      ).strip()
+  return found
 
 
 def print_dry_run(job: Job, state: TrainState) -> None:
@@ -137,23 +186,28 @@ def print_dry_run(job: Job, state: TrainState) -> None:
 def check_workdir(job: Job, state: TrainState) -> None:
   """Raises ValueError if the workdir holds a run of another configuration.
 
-  What changes no number that was computed may change: how long the run is, and
-  how often it is evaluated, recorded and saved.
+  What changes no number that was computed may change: how long the run is, how
+  often it is evaluated, recorded and saved, and by which writers.
   """
   before = _read_before(job)
   if not before:
     return
   _check_same_run(job, before, describe_run(job, state))
-  config = run_directory.config_path(job.workdir)
   expected = before.get('config_sha256')  # Older runs have none.
-  if expected and config.exists():
-    found = hashlib.sha256(config.read_bytes()).hexdigest()
-    if found != expected:
-      raise ValueError(
-          f'{config} is not what this run wrote (its digest is another one than'
-          ' that in run.json); look at who did that, and delete it: the run'
-          ' writes it anew'
-      )
+  try:
+    config = run_directory.read_config(job.workdir)
+    why = 'its digest is another one than that in run.json'
+  except ValueError as e:
+    config, why = None, str(e)
+  if expected and config != '' and _digest(config) != expected:
+    raise ValueError(
+        f'{run_directory.config_path(job.workdir)} is not what this run wrote'
+        f' ({why}); look at who did that, and delete it: the run writes it anew'
+    )
+
+
+def _digest(config: str | None) -> str:
+  return hashlib.sha256((config or '').encode()).hexdigest()
 
 
 def _read_before(job: Job) -> dict[str, Any]:
@@ -178,22 +232,23 @@ def claim_workdir(job: Job, state: TrainState) -> None:
   if not job.agreement.is_primary:
     return
   now = describe_run(job, state)
-  text = job.configuration().operative.encode()
-  now['config_sha256'] = hashlib.sha256(text).hexdigest()
+  text = job.configuration().operative
+  now['config_sha256'] = _digest(text)
   config = run_directory.config_path(job.workdir)
   try:
     there = run_directory.read_run(job.workdir)
   except ValueError:  # That was said at the start.
     there = {}
-    if config.exists() and config.stat().length:
-      _check_same_run(
-          job,
-          {**now, 'configuration': config.read_text().splitlines()},
-          {**now, 'configuration': text.decode().splitlines()},
-      )
+    with contextlib.suppress(files.RefusedError):
+      if written := run_directory.read_config(job.workdir):
+        _check_same_run(
+            job,
+            {**now, 'configuration': written.splitlines()},
+            {**now, 'configuration': text.splitlines()},
+        )
   if not there:
     # Also over one that is there: this run did not write it.
-    files.write_bytes(config, text, sync=True)
+    files.write_bytes(config, text.encode(), sync=True)
     run_directory.write_run(job.workdir, now)
   # Read again: another group may have claimed it at the same moment.
   before = run_directory.read_run(job.workdir)
@@ -208,17 +263,17 @@ def claim_workdir(job: Job, state: TrainState) -> None:
             if s not in now['configuration']
         ),
     ]
-  if changed or not config.exists():
+  if changed or not files.exists(config):
     # In this order, so that nobody finds one file beside the other's digest.
-    config.unlink(missing_ok=True)
+    files.remove(config)
     sums = {'config_sha256': now['config_sha256']}
     run_directory.write_run(job.workdir, now if changed else {**before, **sums})
-    files.write_bytes(config, text, sync=True)
+    files.write_bytes(config, text.encode(), sync=True)
 
 
 # Of an `Experiment`: settings that change no number that was computed.
 _MAY_CHANGE = re.compile(
-    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every) = '
+    r'(\w+\.)*Experiment\.(num_steps|(eval|log|checkpoint)_every|writers) = '
 )
 
 
@@ -229,6 +284,7 @@ def _check_same_run(job: Job, before: dict, now: dict) -> None:
       [
           f'num_groups={run.get("num_groups")}',
           f'--init_from={run.get("init_from") or ""}',
+          f'--exchange_dir={run.get("exchange_dir") or ""}',
           *(
               s
               for s in run.get('configuration', [])
@@ -340,7 +396,7 @@ def initial_variables(job: Job, like: Variables) -> Variables:
 
 def _find_initial(job: Job) -> tuple[epath.Path, int]:
   """Returns directory and step: of a run, those of the same group."""
-  path = checkpoints.absolute(job.init_from)
+  path = epath.Path(files.absolute(job.init_from))
   if path.name in map(str, checkpoints.completed_steps(path.parent)):
     return path.parent, int(path.name)
   for directory in (
@@ -394,6 +450,28 @@ def chosen_devices(count: int) -> list[jax.Device] | None:
         f' set --replicas to at most {len(devices)}'
     )
   return devices[:count]
+
+
+def describe_devices(
+    num_replicas: int, num_processes: int, kind: str, present: int
+) -> str:
+  """Says on how many devices a group trains, and that a machine has more.
+
+  Args:
+    num_replicas: Devices of the group, over all its processes.
+    num_processes: Those.
+    kind: What the devices are.
+    present: Accelerators of this machine.
+  """
+  each = num_replicas // num_processes
+  words = f'{num_replicas} replica(s) on {kind}'
+  if num_processes > 1:
+    words += f', {each} in each of {num_processes} processes'
+  if kind == 'cpu' and present:
+    return f'{words}, though this machine has {present} accelerator(s)'
+  if each < present:
+    return f'{words}; {each} of the {present} that this machine has'
+  return words
 
 
 # --- Groups of one process ----------------------------------------------------
@@ -521,6 +599,6 @@ def keep_common_checkpoints(
   for job, store in zip(jobs, stores):
     if store.newest_step not in (None, start):
       # It goes back with the others, also if it had reached its last step.
-      run_directory.done_path(job.workdir, job.group_id).unlink(missing_ok=True)
+      files.remove(run_directory.done_path(job.workdir, job.group_id))
       store.discard_after(start)
     store.close()

@@ -11,17 +11,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from codistill_jax import run_directory, writers
+from absl import flags
+from etils import epath
+
+from codistill_jax import gin_utils, run_directory, writers
+from codistill_jax.storage import files
+from codistill_jax.storage.files import PathLike
 
 from .. import cli
 
 _PATIENCE = 4  # So much more often may fail what may pass.
 _TAIL_BYTES = 1 << 14
 _LONGEST_LINE = 1000
+_REMOTE_SECONDS = 5.0  # Between two looks at records in an object store.
 # Exit statuses: at the end, after a save, or before there was anything to save.
 _NOTHING_LOST = {0} | {x for n in cli.SIGNALS for x in (128 + n, -n)}
 
@@ -127,6 +134,36 @@ def _die_with_parent() -> None:
     _PRCTL(set_parent_death_signal, signal.SIGKILL)
 
 
+_HANDED_ON = ('compile_cache', 'profile_steps')  # If they are given.
+
+
+def group_command(group_id: int, *more: str) -> list[str]:
+  """Returns the command that trains a group of the run that our flags say."""
+  given = flags.FLAGS
+  return [
+      *(sys.executable, '-u', '-m', cli.module_of('train_group')),
+      f'--workdir={given.workdir}',
+      f'--group_id={group_id}',
+      f'--num_groups={given.num_groups}',
+      *([f'--arm={given.arm}'] if given.arm else []),
+      f'--init_from={given.init_from}',
+      f'--exchange_dir={given.exchange_dir}',
+      *(given[x].serialize() for x in _HANDED_ON if given[x].present),
+      *gin_utils.flag_arguments(),
+      *more,
+  ]
+
+
+def log_directory(workdir: str) -> epath.Path:
+  """Returns where a process can write what it says: on a disk.
+
+  Of a run in an object store that is a new directory of this machine.
+  """
+  if files.is_remote(workdir):
+    return epath.Path(tempfile.mkdtemp(prefix='codistill_'))
+  return run_directory.groups_root(workdir)
+
+
 class Group:
   """The process of one group, started again when it dies.
 
@@ -147,6 +184,7 @@ class Group:
       command: Sequence[str],
       environment: dict[str, str],
       pace: Pace = PACE,
+      logs: PathLike | None = None,
   ):
     """Starts nothing yet: see `poll`.
 
@@ -156,11 +194,13 @@ class Group:
       command: Of its process.
       environment: Variables that its process has besides our own.
       pace: Time limits.
+      logs: Where logs are kept, as of `log_directory`; None: beside the run.
     """
     self.group_id = group_id
     self.command = list(command)
     self.workdir = workdir
-    self.log = run_directory.group_dir(workdir, group_id) / 'log.txt'
+    logs = logs or run_directory.groups_root(workdir)
+    self.log = epath.Path(logs) / f'group_{group_id}' / 'log.txt'
     self.pace = pace
     self.done = False
     self.restarts = 0
@@ -364,7 +404,7 @@ def supervise(
         one.update()
       time.sleep(groups[0].pace.poll)
     for one in progress:
-      one.update()
+      one.update(last=True)
     for error in given_up.values():
       raise error
 
@@ -422,6 +462,7 @@ class Progress:
     self._path = run_directory.metrics_path(group.workdir, group.group_id)
     self._writer: writers.Writer | None = None
     self._shown = self._size()  # What was there before is not news.
+    self._looked = 0.0
 
   def __enter__(self) -> 'Progress':
     return self
@@ -430,15 +471,20 @@ class Progress:
     if self._writer is not None:
       self._writer.close()
 
-  def update(self) -> None:
-    """Shows the lines that are complete and were not shown."""
+  def update(self, last: bool = False) -> None:
+    """Shows the lines that are complete and were not shown.
+
+    Args:
+      last: Look now, also in an object store, which is asked seldom.
+    """
+    now, remote = time.monotonic(), files.is_remote(self._path)
+    if remote and not last and now - self._looked < _REMOTE_SECONDS:
+      return
+    self._looked = now
     # A restart takes back what came after the checkpoint.
     self._shown = min(self._shown, self._size())
     with contextlib.suppress(OSError, ValueError):
-      with self._path.open('rb') as f:
-        f.seek(self._shown)
-        lines = f.read().splitlines(keepends=True)
-      for line in lines:
+      for line in run_directory.lines(self._path, self._shown):
         if not line.endswith(b'\n'):
           break
         record = run_directory.parse_record(line)
@@ -448,7 +494,7 @@ class Progress:
 
   def _size(self) -> int:
     try:
-      return self._path.stat().length
+      return files.size(self._path)
     except OSError:
       return 0
 
@@ -458,7 +504,7 @@ class Progress:
     record.pop('time', None)
     if self._writer is None:
       num_steps = run_directory.read_run(self._group.workdir).get('num_steps')
-      if not isinstance(num_steps, int):
+      if num_steps is None:
         return False
       # The configuration is one: all groups warn of the same.
       for line in self._group.warnings() if not self._group.group_id else ():
@@ -525,6 +571,12 @@ def may_have_accelerator() -> bool:
   if sys.platform != 'linux':
     return True
   return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
+
+
+def accelerators(directory: str = '/dev') -> int:
+  """Returns how many GPUs or TPUs this machine has; 0: none, or not known."""
+  names = ('nvidia[0-9]*', 'accel[0-9]*', 'vfio/[0-9]*')
+  return sum(len(glob.glob(os.path.join(directory, name))) for name in names)
 
 
 def large_pages() -> dict[str, str]:

@@ -4,13 +4,12 @@ Shape suffixes: B rows of the group batch, P teachers.
 """
 
 import concurrent.futures
-import functools
+import contextlib
 import math
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +19,8 @@ from absl import logging
 from codistill_jax import (
     evaluate,
     jaxprs,
-    losses,
     one_program,
+    replicas,
     run_directory,
     writers,
 )
@@ -29,7 +28,6 @@ from codistill_jax.base import (
     ALONE,
     Batch,
     Metrics,
-    Model,
     PeerPredictions,
     PyTree,
     Teachers,
@@ -37,10 +35,9 @@ from codistill_jax.base import (
     Variables,
 )
 from codistill_jax.exchange.plan import Exchange, NoExchange, check_finite
-from codistill_jax.experiment import split_batches
+from codistill_jax.experiment import make_eval_step, split_batches
 from codistill_jax.group import StepResult
-from codistill_jax.step import EvalStep, make_eval_step
-from codistill_jax.storage import leases
+from codistill_jax.storage import files, leases
 
 from .. import cli
 from .job import Job
@@ -66,6 +63,7 @@ class Heartbeat:
     self.steps_per_sec: float | None = None
     self.taught = False
     self._job = job
+    self._host = ', '.join(dict.fromkeys(replicas.hosts()))
     self._step: int | None = None
     self._phase, self._reason = 'starting', ''
     self._started = self._since = time.time()
@@ -137,7 +135,9 @@ class Heartbeat:
         'started': self._started,
         'since': self._since,
         'pid': os.getpid(),
-        'host': socket.gethostname(),
+        'host': self._host,
+        'replicas': job.train_step.num_replicas,
+        'device': job.train_step.device_kind,
         'phase': phase,
         'reason': self._reason,
         'steps_per_sec': self.steps_per_sec,
@@ -182,7 +182,7 @@ class Watch:
     self._efficiency = efficiency
     self.heartbeat = heartbeat
     self._writer = writer
-    self._eval_step = _eval_step(job.experiment.task.output, job.model)
+    self._eval_step = make_eval_step(job.experiment, job.model)
     self._eval_batches = None
     self._results: list[dict] = []
     self._logged_step = start
@@ -257,26 +257,76 @@ class Watch:
     self._logged_step, self._logged_time = step, time.perf_counter()
 
 
-# Compiled once for all groups and runs of a process.
-@functools.lru_cache(maxsize=4)
-def _eval_step(output: str, model: Model) -> EvalStep:
-  task_loss = losses.task_loss_of(output)
-  return jax.jit(make_eval_step(model, task_loss=task_loss))
-
-
 def _taught(metrics: Metrics) -> bool:
   """Returns whether an update had teachers."""
   return bool(metrics['distill/weight'])
 
 
+def check_profile(job: Job) -> None:
+  """Raises ValueError if the trace that is asked for cannot be written."""
+  steps, last = job.profile, job.experiment.num_steps
+  if steps and steps.stop > last:
+    raise ValueError(
+        f'--profile_steps={steps.start}:{steps.stop} goes beyond'
+        f' Experiment.num_steps = {last}; give steps up to that'
+    )
+  if steps and files.is_remote(job.workdir):
+    raise ValueError(
+        f'--profile_steps writes to a disk, and --workdir={job.workdir} is of'
+        ' an object store; profile with a --workdir on a disk'
+    )
+
+
+def profiled(
+    job: Job, turns: Iterator[StepResult], step: int
+) -> Iterator[StepResult]:
+  """Passes all updates on; writes the trace of those of `job.profile`.
+
+  Args:
+    job: The group.
+    turns: Of `run_group`.
+    step: The step before the first of them.
+  """
+  steps = job.profile if job.agreement.is_primary else range(0)
+  begin = max(step, steps.start)
+  with contextlib.ExitStack() as trace:
+    while True:
+      if step == begin and step in steps:
+        trace.enter_context(_trace(job))
+      with jax.profiler.StepTraceAnnotation('update', step_num=step):
+        result = next(turns, None)
+      if result is None:
+        return
+      step = result.step
+      if step == steps.stop:
+        jax.device_get(result.metrics)  # Waits for what is under way.
+        trace.close()
+      yield result
+
+
+@contextlib.contextmanager
+def _trace(job: Job) -> Iterator[None]:
+  directory = run_directory.profile_dir(job.workdir, job.group_id)
+  jax.profiler.start_trace(directory, create_perfetto_trace=True)
+  try:
+    yield
+  finally:
+    try:
+      jax.profiler.stop_trace()
+    except (OSError, RuntimeError, ValueError) as e:
+      # Of a disk that fails: no reason to end training.
+      cli.tell(f'warning: no trace in {directory}: {e}', error=True)
+
+
 def group_writer(
     job: Job, *, progress: bool
 ) -> Callable[[int], writers.Writer]:
-  """Makes writers of JSON lines, TensorBoard events and, if asked, progress."""
+  """Makes writers of JSON lines and TensorBoard events, and of what is asked.
+
+  That is progress on the terminal, and `Experiment.writers`.
+  """
 
   def make(start: int) -> writers.Writer:
-    directory = run_directory.group_dir(job.workdir, job.group_id)
-    directory.mkdir(parents=True, exist_ok=True)
     made = [
         writers.JsonlWriter(
             run_directory.metrics_path(job.workdir, job.group_id),
@@ -297,6 +347,19 @@ def group_writer(
               name=f'group {job.group_id}',
           )
       )
+    source = writers.Source(
+        job.directory,
+        job.run_name,
+        job.group_id,
+        job.num_groups,
+        start,
+        job.configuration().bindings,
+    )
+    # Last: one that hangs holds up nothing that is written here.
+    made += [
+        writers.OwnWriter(make, source, job.troubles)
+        for make in job.experiment.writers
+    ]
     return writers.MultiWriter(made)
 
   return make
@@ -329,11 +392,7 @@ class Efficiency:
 
   def trace(self) -> None:
     """Traces the step, with teachers if there are any."""
-    job = self._job
-    kind = job.experiment.exchange
-    self._count(
-        kind.one_program or kind.num_teachers(job.group_id, job.num_groups) > 0
-    )
+    self._count(self.teachers() is not None)
 
   def seen(self, taught: bool) -> None:
     """Starts to count the FLOPs of a step that has run, taught or not."""
@@ -378,7 +437,7 @@ class Efficiency:
         step.train_step,
         self._state,
         self._batch,
-        self._teachers() if taught else None,
+        self.teachers() if taught else None,
         jax.ShapeDtypeStruct((), np.float32),
         axis_sizes=step.axis_sizes,
     )
@@ -390,12 +449,15 @@ class Efficiency:
       )
     return found
 
-  def _teachers(self) -> Teachers | PeerPredictions:
+  def teachers(self) -> Teachers | PeerPredictions | None:
+    """Returns the shapes of the group's teachers, if it can have any."""
     job, kind = self._job, self._job.experiment.exchange
     step = job.train_step
     if isinstance(step, one_program.Seat) and step.peers is not None:
       return _shapes(step.peers)
     peers = kind.num_teachers(job.group_id, job.num_groups)
+    if not peers:
+      return None
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       floating = jax.numpy.issubdtype(x.dtype, np.floating)

@@ -109,7 +109,7 @@ def _read_run(
   groups = [
       run_records.read_group(path, group_id)
       for group_id in range(arm.num_groups)
-      if (path := run_directory.metrics_path(directory, group_id)).exists()
+      if files.exists(path := run_directory.metrics_path(directory, group_id))
   ]
   losses = run_records.mean_curve(g.curve('eval/loss') for g in groups)
   accuracies = run_records.mean_curve(g.curve('eval/accuracy') for g in groups)
@@ -207,7 +207,7 @@ def _ensemble(
 ) -> Run | None:
   """Returns what the groups do together; None if nobody looked."""
   path = plan_lib.ensemble_path(plan_lib.run_dir(workdir, planned))
-  if not path.exists():
+  if not files.exists(path):
     return None
   group = run_records.read_group(path, 0)
   losses = group.curve('eval/loss')

@@ -140,8 +140,8 @@ def check_name(arm: str) -> None:
 def done(workdir: files.PathLike) -> Iterator[tuple[str, int, dict[str, Any]]]:
   """Gives arm, seed and outcome of all runs that are done, in order."""
   root = epath.Path(workdir) / 'runs'
-  for arm in sorted(p.name for p in root.iterdir()) if root.exists() else ():
-    numbers = [p.name.removeprefix('seed_') for p in (root / arm).iterdir()]
+  for arm in sorted(files.names(root)):
+    numbers = [x.removeprefix('seed_') for x in files.names(root / arm)]
     for seed in sorted(int(n) for n in numbers if n.isdecimal()):
       run = PlannedRun(arm, seed)
       outcome = plan_lib.read_outcome(workdir, run)
@@ -181,7 +181,7 @@ def keep_labels(
 ) -> None:
   """Writes the labels of a split, or checks that they are still the same."""
   path = epath.Path(workdir) / f'labels_{split}.npy'
-  if not path.exists() or not any(done(workdir)):
+  if not files.exists(path) or not any(done(workdir)):
     _write(path, labels)
   if not np.array_equal(_load(path), labels):
     raise ValueError(
@@ -217,7 +217,7 @@ def load_array(path: files.PathLike) -> np.ndarray:
     ValueError: If it is no array of numbers, or not as long as it says.
     OSError: If it cannot be read.
   """
-  data = epath.Path(path).read_bytes()
+  data = files.content(path)
   file = io.BytesIO(data)
   try:
     version = np.lib.format.read_magic(file)
@@ -391,9 +391,9 @@ def load_study(workdir: files.PathLike) -> Retrains:
   for arm in (SINGLE, *_others(seeds)):
     directory = plan_lib.run_dir(workdir, PlannedRun(arm, seeds[arm][0]))
     path = run_directory.config_path(directory)
-    if path.exists():
+    if files.exists(path):
       name = 'config.gin' if arm == SINGLE else f'config_{arm}.gin'
-      configurations[name] = path.read_text()
+      configurations[name] = files.content(path).decode()
   return Retrains(
       settings,
       examples,

@@ -144,11 +144,9 @@ class Trainer:
       cli.tell(f'{run.name} begins again: its configuration was corrected')
       # Not the directory itself, which is locked. Last, what says that: killed
       # before, it would go on from what is left.
-      paths = sorted(
-          epath.Path(directory).iterdir(), key=lambda p: p.name == 'run.json'
-      )
-      for path in paths:
-        path.rmtree() if path.is_dir() else path.unlink()
+      there = files.names(directory)
+      for name in sorted(there, key=lambda name: name == 'run.json'):
+        files.remove_tree(epath.Path(directory) / name)
     return experiment
 
   def _in_turn(
@@ -411,7 +409,6 @@ def _last_loss(directory: files.PathLike, num_groups: int) -> float:
 
 def _make_writer(job: Job, start: int) -> writers.Writer:
   path = run_directory.metrics_path(job.workdir, job.group_id)
-  path.parent.mkdir(parents=True, exist_ok=True)
   return writers.JsonlWriter(path, resume_step=start, troubles=job.troubles)
 
 

@@ -451,8 +451,7 @@ def choose_rate(outcomes: Mapping[float, Mapping[str, Any]]) -> float:
 
 def begun_at(workdir: files.PathLike) -> float:
   """Returns when study.json was last written; 0 if it was not."""
-  path = study_path(workdir)
-  return path.stat().mtime if path.exists() else 0
+  return files.modified(study_path(workdir))
 
 
 def check_known(

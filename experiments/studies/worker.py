@@ -58,6 +58,7 @@ def define_flags() -> None:
       'Processes that train runs side by side. With more than one, each has its'
       ' share of the CPU cores for itself.',
   )
+  cli.define_compile_cache()
   flags.DEFINE_string(
       'worker', '', 'Set by --jobs for each process: its number/their number.'
   )
@@ -123,6 +124,7 @@ def train(
   from ..running import job as job_lib
   from . import configurations, runs
 
+  cli.keep_programs(_FLAGS.compile_cache)
   if replicas > 1:
     job_lib.use_replicas(replicas)
   configured = configurations.Configurations(
@@ -257,7 +259,7 @@ class _Worker:
         directory = plan_lib.run_dir(self._workdir, run)
         try:
           stack.enter_context(leases.exclusive(directory, 'training in'))
-        except ValueError:
+        except leases.HeldError:
           continue
         if not self._done(run):
           ours.append(run)

@@ -639,7 +639,14 @@ def _refuse(constant: str) -> NoReturn:
   raise ValueError(f'{constant} is no JSON')
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse)
+def _whole(digits: str) -> int:
+  number = int(digits)
+  if not -(1 << 63) < number < 1 << 63:
+    raise ValueError('a number of it has more than 64 bits')
+  return number
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse, parse_int=_whole)
 
 
 def _decoded(tree: Any, depth: int) -> Any:
@@ -649,17 +656,14 @@ def _decoded(tree: Any, depth: int) -> Any:
   if isinstance(tree, dict | list) and depth > _DEEPEST:
     raise ValueError('it is too deep')
   if isinstance(tree, dict):
-    # Nearly all values of records are finite floats.
-    return {
-        k: v if type(v) is float and v - v == 0 else _decoded(v, depth + 1)
-        for k, v in tree.items()
-    }
+    values = tree.values()
+    if {*map(type, values)} <= {float, int} and all(map(math.isfinite, values)):
+      return tree  # Nearly every record.
+    return {k: _decoded(v, depth + 1) for k, v in tree.items()}
   if isinstance(tree, list):
     return [_decoded(v, depth + 1) for v in tree]
   if type(tree) is float and not math.isfinite(tree):
     raise ValueError('a number of it is not finite')
-  if type(tree) is int and not -(1 << 63) < tree < 1 << 63:
-    raise ValueError('a number of it has more than 64 bits')
   return tree
 
 

@@ -43,6 +43,7 @@ from codistill_jax.storage.files import (
     TIME,
     VALUE,
     WHOLE,
+    Kind,
     PathLike,
     RefusedError,
     exists,
@@ -180,11 +181,16 @@ def newest_saved(directory: PathLike) -> int | None:
 # --- Facts and signs of life, as JSON -----------------------------------------
 
 
+_MOST_GROUPS = 10_000  # Readers list them, and the peers of each.
 _RUN: dict[Any, Any] = {
     **dict.fromkeys(('arm', 'mode', 'example', 'data', 'command'), TEXT),
     **dict.fromkeys(('init_from', 'config_sha256'), TEXT),
     'exchange_dir': PLACE,
-    **dict.fromkeys(('num_groups', 'replicas', 'group_batch'), WHOLE),
+    'num_groups': Kind(
+        f'a number of groups <= {_MOST_GROUPS}',
+        lambda x: WHOLE.test(x) and x <= _MOST_GROUPS,
+    ),
+    **dict.fromkeys(('replicas', 'group_batch'), WHOLE),
     **dict.fromkeys(('num_steps', 'burn_in_steps', 'exchange_every'), WHOLE),
     **dict.fromkeys(('model_parameters', 'prior_steps'), WHOLE),
     'configuration': [TEXT],

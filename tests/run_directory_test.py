@@ -121,3 +121,19 @@ def test_only_finished_steps_count_as_saved(tmp_path):
   for step in (9, 10):
     (tmp_path / str(step) / 'commit_success.txt').write_text('')
   assert run_directory.newest_saved(tmp_path) == 10
+
+
+@pytest.mark.parametrize(
+    'planted',
+    [
+        {'num_groups': 10**15},
+        *({'exchange_dir': x} for x in ('ftp://far/run', 'a\0b', '\ud800')),
+    ],
+    ids=['groups', 'scheme', 'nul', 'surrogate'],
+)
+def test_a_run_that_leads_a_reader_astray_is_refused_by_name(tmp_path, planted):
+  run_directory.write_run(tmp_path, planted)
+  with pytest.raises(ValueError, match=f'run.json: {next(iter(planted))} is '):
+    run_directory.read_run(tmp_path)
+  default = run_directory.exchange_root(tmp_path)
+  assert default == tmp_path / 'exchange'

@@ -246,6 +246,10 @@ def test_what_is_wrong_is_told(tmp_path, changes, said):
   text = look(tmp_path)[0]
   told = [line for line in text.splitlines() if line.startswith('group 2')]
   assert told == ([said] if said else [])
+  # Nor can anybody have published yet.
+  run = {'burn_in_steps': 0, 'exchange_every': 40}
+  run_directory.write_run(tmp_path, run)
+  assert 'alone' not in look(tmp_path)[0]
   # Without a known burn-in nobody is called alone.
   run_directory.run_path(tmp_path).unlink()
   assert 'alone' not in look(tmp_path)[0]

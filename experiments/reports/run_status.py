@@ -192,7 +192,7 @@ _RECORDED = {
 }
 
 
-_OF_RUN = ('num_steps', 'num_groups', 'burn_in_steps')
+_OF_RUN = ('num_steps', 'num_groups', 'burn_in_steps', 'exchange_every')
 
 
 def _line(text: str) -> str:
@@ -257,7 +257,8 @@ def never_taught(workdir: str) -> list[str]:
     peers = ', '.join(map(str, known.get('peers') or ()))
     path = run_directory.metrics_path(workdir, group_id)
     taught = cli.attempt(bad, _was_taught, path)
-    if peers and taught is False and _should_be_taught(known):
+    past = _should_be_taught(known | {'exchange_every': 0})
+    if peers and past and taught is False:
       why = f'none of its peers ({peers}) had published what it could use'
       for trouble in known.get('troubles', ()):
         why = f'{trouble.get("doing")} fails: {trouble.get("reason")}'
@@ -275,8 +276,10 @@ def _should_be_taught(known: Mapping[str, Any]) -> bool:
   # Without run.json, which the first update writes, nothing is known of
   # burn-in; and who has not made that update has not fetched either.
   step, burn_in = known.get('step'), known.get('burn_in_steps')
-  past = None not in (step, burn_in) and step > burn_in
-  return past and known.get('phase') != 'compiling'
+  if None in (step, burn_in) or known.get('phase') == 'compiling':
+    return False
+  # What a peer publishes at first takes until the next exchange to arrive.
+  return step > max(burn_in, 2 * known.get('exchange_every', 0))
 
 
 def _processes(groups: Sequence[Status]) -> list[str]:

@@ -336,7 +336,8 @@ def test_a_group_of_two_processes_names_both_of_its_nodes(run):
       '--array=0', '--nodes=2', '--cpus-per-task=1', flags=['--num_processes=0']
   )
   run.wait_halted(0)
-  assert run_directory.read_run(run.workdir)['replicas'] == 2
+  found = run_directory.read_run(run.workdir)
+  assert (found['replicas'], found['host']) == (2, ', '.join(NODES))
   assert re.search(
       r'on 127.0.0.1, 127.0.0.2: pid \d+ \(group 0, 2 x cpu\)', run.status()
   )

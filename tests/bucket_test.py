@@ -74,6 +74,8 @@ def stores():
     patch.setenv('AWS_SECRET_ACCESS_KEY', 'any')
     patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
     patch.setenv('STORAGE_EMULATOR_HOST', gs)
+    # Nobody is asked for credentials, the machine of a cloud neither.
+    patch.setenv('FSSPEC_GS_TOKEN', 'anon')
     # Else the client asks Google what kind of bucket this is.
     patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     stack.enter_context(

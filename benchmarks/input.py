@@ -29,15 +29,7 @@ from absl import app, flags, logging
 
 from benchmarks import input_data, measure
 
-_NEED = flags.DEFINE_float(
-    'need', None, 'Examples per second that an accelerator takes, to compare.'
-)
-_ONLY = flags.DEFINE_multi_string(
-    'only', [], 'Measure only pipelines with this in their name; repeatable.'
-)
-_REPEATS = flags.DEFINE_integer('repeats', 3, 'Measurements of each pipeline.')
-_SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of each measurement.')
-_STEP = flags.DEFINE_bool('step', True, "Time each model's update too.")
+_FLAGS = flags.FLAGS
 
 
 class Pipeline(NamedTuple):
@@ -119,26 +111,26 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   machine, opened, skipped = measure.machine(), [], {}
-  wanted = lambda p: any(word in p.name for word in _ONLY.value or [''])
+  wanted = lambda p: any(word in p.name for word in _FLAGS.only or [''])
   with tempfile.TemporaryDirectory() as root:
     for pipeline in filter(wanted, PIPELINES):
       try:
         opened.append(_open(pipeline, pathlib.Path(root)))
       except (ValueError, OSError) as e:
         skipped[pipeline.name] = str(e)
-    for repeat in range(_REPEATS.value):
+    for repeat in range(_FLAGS.repeats):
       for one in measure.in_turn(opened, repeat):
         _load(one)
     for one in opened:
-      if _STEP.value and one.pipeline.step:
+      if _FLAGS.step and one.pipeline.step:
         one.steps.extend(_time_step(one))
   results = list(map(_result, opened))
   found = {
       'benchmark': 'input',
       **machine,
-      'repeats': _REPEATS.value,
-      'seconds': _SECONDS.value,
-      'need': _NEED.value,
+      'repeats': _FLAGS.repeats,
+      'seconds': _FLAGS.seconds,
+      'need': _FLAGS.need,
       'results': results,
       'skipped': skipped,
   }
@@ -175,7 +167,7 @@ def _load(one: Measured) -> None:
   """Reads for some seconds, where the last measurement stopped reading."""
   start, cpu, count = time.perf_counter(), time.process_time(), 0
   first = 1 + 1000 * len(one.rates)
-  while not count or time.perf_counter() - start < _SECONDS.value:
+  while not count or time.perf_counter() - start < _FLAGS.seconds:
     one.stream.batch(first + count)
     count += 1
   one.rates.append(count / (time.perf_counter() - start))
@@ -202,7 +194,7 @@ def _time_step(one: Measured) -> list[float]:
       )
   )
   seconds = []
-  for _ in range(2 + max(3, _REPEATS.value)):
+  for _ in range(2 + max(3, _FLAGS.repeats)):
     start = time.perf_counter()
     state, metrics = train_step(state, batch, None, 0.0)
     jax.block_until_ready((state.step, metrics))
@@ -229,11 +221,27 @@ def _result(one: Measured) -> dict[str, Any]:
     result['step_ms'] = round(1e3 * step, 2)
     result['step_needs_per_sec'] = round(one.units / step)
     result['headroom'] = measure.brief(rate * step)
-  if _NEED.value and one.pipeline.unit == 'image':
-    result['share_of_need'] = measure.brief(rate * one.units / _NEED.value)
-    result['cores_needed'] = measure.brief(_NEED.value / (per_core * one.units))
+  if _FLAGS.need and one.pipeline.unit == 'image':
+    result['share_of_need'] = measure.brief(rate * one.units / _FLAGS.need)
+    result['cores_needed'] = measure.brief(_FLAGS.need / (per_core * one.units))
   return result
 
 
+def define_flags() -> None:
+  """Defines the flags of this program."""
+  flags.DEFINE_float(
+      'need', None, 'Examples per second that an accelerator takes, to compare.'
+  )
+  flags.DEFINE_multi_string(
+      'only',
+      [],
+      'Measure only pipelines with this in their name; repeatable.',
+  )
+  flags.DEFINE_integer('repeats', 3, 'Measurements of each pipeline.')
+  flags.DEFINE_float('seconds', 1.0, 'Length of each measurement.')
+  flags.DEFINE_bool('step', True, "Time each model's update too.")
+
+
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from codistill_jax import run_directory
 
-_RECORDS = flags.DEFINE_integer('records', 200_000, 'Of both groups together.')
+_FLAGS = flags.FLAGS
 _KEYS = (
     *('loss/task', 'loss/distill', 'loss/total', 'distill/weight'),
     *('optim/grad_norm', 'optim/learning_rate', 'exchange/stall_ms'),
@@ -38,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
   del argv
   with tempfile.TemporaryDirectory() as workdir:
     for group_id in (0, 1):
-      _write(workdir, group_id, _RECORDS.value // 2)
+      _write(workdir, group_id, _FLAGS.records // 2)
     run = {'arm': 'long', 'num_groups': 2, 'exchange_every': 50}
     run_directory.write_run(workdir, run)
     found = {name: _cost(name, workdir) for name in ('status', 'report')}
-  print(json.dumps({'records': _RECORDS.value, **found}, indent=2))
+  print(json.dumps({'records': _FLAGS.records, **found}, indent=2))
 
 
 def _write(workdir: str, group_id: int, count: int) -> None:
@@ -73,4 +73,5 @@ def _cost(binary: str, workdir: str) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_integer('records', 200_000, 'Of both groups together.')
   app.run(main)

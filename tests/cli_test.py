@@ -207,15 +207,6 @@ def binary(request):
   name = f'experiments.{request.param}'
   module = importlib.import_module(name)
   assert not project_flags()  # An import defines none.
-  # What a benchmark has defined in this process would be defined twice.
-  others = {
-      flag.name: (module, flag)
-      for module, found in flags.FLAGS.flags_by_module_dict().items()
-      if module.startswith('benchmarks')
-      for flag in found
-  }
-  for other in others:
-    delattr(flags.FLAGS, other)
   try:
     module.define_flags()
     cli.check_flags()
@@ -224,9 +215,6 @@ def binary(request):
     for found in project_flags().values():
       for flag in found:
         delattr(flags.FLAGS, flag)
-    for other, (home, flag) in others.items():
-      flags.FLAGS[other] = flag
-      flags.FLAGS.register_flag_by_module(home, flag)
 
 
 def test_a_binary_has_the_flags_that_its_help_shows_and_no_others(binary):
@@ -276,7 +264,7 @@ def test_no_number_is_nan(binary):
 
 
 def test_steps_to_profile_are_two_in_order(binary):
-  trains = binary.partition('.')[2].startswith('train_')
+  trains = binary.partition('.')[2].startswith(('train_', 'launch'))
   assert ('profile_steps' in project_flags()[binary]) == trains
   for value in ['20:10', '10', '10:', '3:3', '-1:4', 'a:b'] if trains else ():
     with pytest.raises(flags.IllegalFlagValueError, match=r'profile_steps=.*:'):

@@ -20,9 +20,9 @@ def run(module, argv):
   """Exit status and output, as `python -m` would give them."""
   output = io.StringIO()
   before = set(flags.FLAGS)
-  module.define_flags()
-  cli.check_flags()
   try:
+    module.define_flags()
+    cli.check_flags()
     with (
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),

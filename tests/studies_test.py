@@ -336,9 +336,11 @@ def test_one_program_finds_what_groups_in_turn_find(
   )
   assert status == 0, output
   apart, together = outcomes(ours), outcomes(theirs)
-  assert apart.keys() == together.keys()
-  for path, outcome in apart.items():
-    other = together[path]
+  # Of one arm another test has trained more seeds.
+  assert {path.name for path in together} == {'seed_0', 'seed_1'}
+  assert together.keys() <= apart.keys()
+  for path, other in together.items():
+    outcome = apart[path]
     assert outcome['loss'] == pytest.approx(other['loss'], rel=1e-5)
     for key in ('peers', 'examples_per_step', 'rate', 'seed', 'diverged_at'):
       assert outcome[key] == other[key]

@@ -358,7 +358,7 @@ def test_one_command_submits_all_groups_and_they_go_on(run, where, groups):
   if where == 'slurm':
     run.cluster.run('scancel', '--signal=USR2', jobs[0])
     killed = psutil.Process(run.sign(1)['pid'])
-    assert killed.environ()['SLURM_CPUS_PER_TASK'] == '2'  # Of the step.
+    assert killed.environ()['SRUN_CPUS_PER_TASK'] == '2'
     killed.kill()
   else:  # The task of the job, which waits for train_group.
     psutil.Process(run.sign(0)['pid']).parent().send_signal(signal.SIGUSR2)

@@ -647,4 +647,6 @@ def _text(statement: config_parser.BindingStatement) -> str:
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[0] if str(error) else repr(error)
+  text = str(error).strip().splitlines()[0] if str(error) else repr(error)
+  # A value of somebody's config.gin may be a page of text.
+  return text if len(text) < 1000 else f'{text[:400]} ... {text[-400:]}'

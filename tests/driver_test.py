@@ -21,7 +21,7 @@ import optax
 import pytest
 import tiny_run
 import toy
-from waits import until
+from waits import PATIENCE, until
 
 from codistill_jax import base, gin_utils, run_directory, writers
 from codistill_jax import experiment as experiment_lib
@@ -524,7 +524,8 @@ def test_a_full_disk_does_not_end_training(make_job, monkeypatch, caplog):
   """Nor are peers told of a checkpoint that failed."""
   failing_saves(monkeypatch, {8})
   exchange = Recorder()
-  job = make_job()
+  # Step 8 is tried once, and waits for step 12 to take its place.
+  job = make_job(patience=Patience(retry=PATIENCE, hold=PATIENCE))
   with caplog.at_level('WARNING', logger='absl'):
     assert run(job, exchange) == list(range(1, STEPS + 1))
   assert checkpoint_steps(job) == [4, 12]

@@ -196,6 +196,9 @@ def test_what_a_configurable_refuses_is_one_line(tmp_path):
   with pytest.raises(ValueError, match=r'configuration.*strict.*size') as e:
     configured(tmp_path, text=text)
   assert '\n' not in str(e.value)
+  with pytest.raises(ValueError, match='0 or more') as e:
+    configured(tmp_path, f'strict.size=-1{"0" * 3000}', text=text)
+  assert len(str(e.value)) < 1000
 
 
 def test_a_binding_that_acts_nowhere_is_an_error(tmp_path):

@@ -554,12 +554,20 @@ NUMBER = Kind('a finite number', lambda x: _is_number(x) and math.isfinite(x))
 VALUE = Kind('a number', lambda x: _is_number(x))  # Also one like NaN.
 TIME = Kind('Unix seconds', lambda x: _is_number(x) and abs(x) < _LAST_SECOND)
 TEXT = Kind('a text', lambda x: isinstance(x, str))
+PLACE = Kind('a path', lambda x: isinstance(x, str) and _is_place(x))
 ANY = Kind('anything', lambda x: True)
 _LAST_SECOND = 253402300800.0  # Of the year 9999.
 
 # A list of one kind; an object with kinds by key, where `...` stands for all
 # keys that are not named, which are left out otherwise.
 Kinds = Kind | list | Mapping
+
+
+def _is_place(x: str) -> bool:
+  scheme = x.partition('://')[0] if is_remote(x) else 's3'
+  with contextlib.suppress(UnicodeEncodeError):
+    return scheme in _STORES and b'\0' not in os.fsencode(x)
+  return False
 
 
 def _is_number(x: Any) -> bool:
@@ -633,7 +641,14 @@ def _refuse(constant: str) -> NoReturn:
   raise ValueError(f'{constant} is no JSON')
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse)
+def _whole(digits: str) -> int:
+  number = int(digits)
+  if not -(1 << 63) < number < 1 << 63:
+    raise ValueError('a number of it has more than 64 bits')
+  return number
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse, parse_int=_whole)
 
 
 def _decoded(tree: Any, depth: int) -> Any:
@@ -643,17 +658,14 @@ def _decoded(tree: Any, depth: int) -> Any:
   if isinstance(tree, dict | list) and depth > _DEEPEST:
     raise ValueError('it is too deep')
   if isinstance(tree, dict):
-    # Nearly all values of records are finite floats.
-    return {
-        k: v if type(v) is float and v - v == 0 else _decoded(v, depth + 1)
-        for k, v in tree.items()
-    }
+    values = tree.values()
+    if {*map(type, values)} <= {float, int} and all(map(math.isfinite, values)):
+      return tree  # Nearly every record.
+    return {k: _decoded(v, depth + 1) for k, v in tree.items()}
   if isinstance(tree, list):
     return [_decoded(v, depth + 1) for v in tree]
   if type(tree) is float and not math.isfinite(tree):
     raise ValueError('a number of it is not finite')
-  if type(tree) is int and not -(1 << 63) < tree < 1 << 63:
-    raise ValueError('a number of it has more than 64 bits')
   return tree
 
 

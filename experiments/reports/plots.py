@@ -164,7 +164,7 @@ def plot(ax: Axes, curve: pd.Series, **style: Any) -> None:
   ax.plot(curve.iloc[places], **style)
 
 
-_COLUMNS = 1000
+_COLUMNS = 500
 
 # --- Curves -------------------------------------------------------------------
 

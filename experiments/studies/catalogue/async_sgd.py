@@ -65,7 +65,7 @@ STUDY = Study(
         ),
     ),
     scales=tasks.changed(
-        tasks.LANGUAGE,
+        tasks.SMALL_BATCH,
         smoke={'arms': ('synchronous_1', 'asynchronous_2')},
         cpu={
             'arms': (

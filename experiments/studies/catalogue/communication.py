@@ -84,9 +84,9 @@ STUDY = Study(
         ),
     ),
     scales=tasks.changed(
-        tasks.LANGUAGE,
+        tasks.SMALL_BATCH,
         smoke=_at(2),
-        cpu=_at(10, 50),
+        cpu=_at(50, 250),
         gpu=_at(10, 50, 200),
         paper=_at(50, 250),
     ),

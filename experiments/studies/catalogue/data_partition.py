@@ -41,7 +41,7 @@ STUDY = Study(
         ),
         tasks.steps('disjoint', 'less', 'baseline').by('half the steps [B]'),
     ),
-    scales=tasks.LANGUAGE,
+    scales=tasks.SMALL_BATCH,
     notes=(
         'On the same data each group reads all documents, in an order of its'
         ' own.',

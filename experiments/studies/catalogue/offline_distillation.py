@@ -44,7 +44,7 @@ STUDY = Study(
             'not in the paper as recalled: better than a model trained alone'
         ),
     ),
-    scales=tasks.LANGUAGE,
+    scales=tasks.SMALL_BATCH,
     notes=(
         'The steps of both teachers count in full. Where they are trained at'
         ' the same time, on twice the hardware, the time is that of one of'

@@ -51,9 +51,9 @@ STUDY = Study(
         ),
     ),
     scales=tasks.changed(
-        tasks.LANGUAGE,
+        tasks.SMALL_BATCH,
         smoke=_at(2, 4),
-        cpu=_at(5, 10, 25, 50),
+        cpu=_at(10, 50, 100, 250),
         gpu=_at(10, 25, 50, 100),
         paper=_at(50, 100, 250),
     ),

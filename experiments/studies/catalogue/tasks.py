@@ -59,6 +59,18 @@ def changed(
   }
 
 
+# For questions that a large batch says nothing about on two cores.
+SMALL_BATCH = changed(
+    LANGUAGE,
+    cpu={
+        'gin_files': (GIN + 'lm_small_cpu.gin',),
+        'workers': 1,
+        'worker_rows': 16,
+        'rates': (8e-3,),
+    },
+)
+
+
 # Arms of many studies.
 BASELINE = Arm('baseline', 'one group')
 CODISTILLATION = Arm(

@@ -52,7 +52,7 @@ STUDY = Study(
             'not in the paper: more groups, more knowledge'
         ),
     ),
-    scales=tasks.LANGUAGE,
+    scales=tasks.SMALL_BATCH,
     notes=(
         'The partition gives each group a quarter of the text (with two groups'
         ' a half).',

@@ -38,6 +38,7 @@ from etils import epath
 from codistill_jax.storage.files import (
     ANY,
     NUMBER,
+    PLACE,
     TEXT,
     TIME,
     VALUE,
@@ -181,7 +182,8 @@ def newest_saved(directory: PathLike) -> int | None:
 
 _RUN: dict[Any, Any] = {
     **dict.fromkeys(('arm', 'mode', 'example', 'data', 'command'), TEXT),
-    **dict.fromkeys(('init_from', 'config_sha256', 'exchange_dir'), TEXT),
+    **dict.fromkeys(('init_from', 'config_sha256'), TEXT),
+    'exchange_dir': PLACE,
     **dict.fromkeys(('num_groups', 'replicas', 'group_batch'), WHOLE),
     **dict.fromkeys(('num_steps', 'burn_in_steps', 'exchange_every'), WHOLE),
     **dict.fromkeys(('model_parameters', 'prior_steps'), WHOLE),

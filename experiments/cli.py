@@ -36,23 +36,25 @@ CLEAR_ERROR = 1
 CRASH = 70
 MAY_PASS = 75
 
-_PASSING = {
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.EDQUOT,
-    errno.EFBIG,  # A limit of the system on how much may be written.
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENODEV,
-    errno.ENOSPC,
-    errno.ENOTCONN,
-    errno.EREMOTEIO,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
+# Of a path that is wrong, and stays so; or of a reader of ours that has left.
+_FINAL = {
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPIPE,
 }
-# Of a path that is wrong, and stays so.
-_FINAL = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+# Of a path that may be wrong, unless it is of the run directory.
+_OF_A_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.ENOENT,
+    errno.ENXIO,
+    errno.EPERM,
+}
+# A file that is open already may be refused for these, and then has no name.
+_UNNAMED = {errno.EACCES, errno.EPERM}
 
 # A scheduler may send one of the user's before it takes the machine away.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -411,21 +413,26 @@ def say(error: Exception) -> int:
 def _may_pass(error: Exception) -> bool:
   """Returns whether the same command may do better later.
 
-  Below the run directory whatever a file system says may pass: a ticket expires
-  (EACCES, EPERM), a disk is mounted anew (ENOENT).
+  As whatever a file system says may, but for a path that the user has wrong;
+  below the run directory also what looks like that: a ticket expires (EACCES,
+  EPERM), a disk is mounted anew (ENOENT).
   """
   if isinstance(error, leases.HeldError | leases.LostError):
     return True  # It may end, or die, before it is done.
   if not isinstance(error, OSError):
     return False
-  if isinstance(error, TimeoutError) or error.errno in _PASSING:
+  if error.errno is None or error.errno in _FINAL:
+    return isinstance(error, TimeoutError)
+  if error.errno not in _OF_A_PATH:
     return True
-  workdir = getattr(flags.FLAGS, 'workdir', None)
-  return (
-      error.errno is not None
-      and error.errno not in _FINAL
-      and isinstance(workdir, str)
-      and workdir in f'{error.filename} {error}'
+  if error.filename is None and error.errno in _UNNAMED:
+    return True
+  places = (
+      getattr(flags.FLAGS, name, None) for name in ('workdir', 'exchange_dir')
+  )
+  return any(
+      isinstance(place, str) and place and place in f'{error.filename} {error}'
+      for place in places
   )
 
 

@@ -18,6 +18,7 @@ from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import files
 
 from . import cli
+from .reports import run_status
 from .running import processes
 
 _FLAGS = flags.FLAGS
@@ -79,8 +80,12 @@ def main(argv: Sequence[str]) -> None:
   )
   processes.supervise(groups, stop, _FLAGS.max_restarts)
   cli.tell(f'all groups are done; see {_FLAGS.workdir}')
-  if _FLAGS.report:
-    _evaluate_and_report(stop)
+  try:
+    if _FLAGS.report:
+      _evaluate_and_report(stop)
+  finally:
+    for line in run_status.never_taught(_FLAGS.workdir):
+      cli.tell(f'warning: {line}', error=True)
 
 
 def _evaluate_and_report(stop: cli.StopRequest) -> None:

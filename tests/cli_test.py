@@ -61,6 +61,10 @@ def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
     'code, below, elsewhere',
     [
         *((c, 75, 75) for c in (errno.ENOTCONN, errno.EREMOTEIO, errno.ENODEV)),
+        *(
+            (c, 75, 75)
+            for c in (errno.EKEYEXPIRED, errno.EHOSTDOWN, errno.EINTR)
+        ),
         *((c, 75, 1) for c in (errno.EACCES, errno.EPERM, errno.ENOENT)),
         *((c, 1, 1) for c in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)),
     ],
@@ -68,11 +72,15 @@ def test_an_error_that_may_pass_says_so_by_its_status(error, capsys):
 def test_below_the_run_directory_a_refusal_may_pass(
     code, below, elsewhere, monkeypatch, tmp_path
 ):
-  workdir = types.SimpleNamespace(workdir=str(tmp_path / 'run'))
+  places = {x: str(tmp_path / x) for x in ('workdir', 'exchange_dir')}
+  workdir = types.SimpleNamespace(**places)
   monkeypatch.setattr(cli.flags, 'FLAGS', workdir)
   inside = os.path.join(workdir.workdir, 'groups', 'a')
+  if code != errno.ENOENT:  # In the middle of a read a path is not named.
+    assert status_of(OSError(code, 'no')) == below
   for error in (
       OSError(code, 'no', inside),
+      OSError(code, 'no', os.path.join(workdir.exchange_dir, 'group_0')),
       OSError(code, f'{inside} cannot be read: no'),
   ):
     assert status_of(error) == below

@@ -482,8 +482,16 @@ def test_odd_files_of_one_peer_stop_neither_publishing_nor_the_others(
   ):
     path.unlink(missing_ok=True)
     spoil(path)
-  ours = join(0, 3, mode, topology=[[1, 2], [0], [0]], keep=1)
+  troubles = Troubles()
+  peers = [[1, 2], [0], [0]]
+  ours = join(0, 3, mode, topology=peers, keep=1, troubles=troubles)
   publish_all(ours, *range(10, 90, 10))
+  refused = {'group_2/reading.json'}
+  if mode == 'lockstep':
+    refused.add('group_2/restart_step.json')
+  assert len(troubles.now) == len(refused)
+  for name in refused:
+    assert any(name in trouble.reason for trouble in troubles.now)
   if mode == 'freshest':
     assert shown(fetch_until(ours, 80, 20, 10)) == [20.0, 10.0]
     assert ours.rejected == 1 and 'group_2/20' in ours.last_rejection

@@ -42,6 +42,7 @@ def write_run(root: pathlib.Path) -> None:
   run |= dict.fromkeys(('num_steps', 'model_parameters'), 40)
   run |= {'arm': 'two', 'mode': 'freshest', 'example': 'token', 'data': 'toy'}
   run |= {'command': 'python', 'configuration': config.splitlines()}
+  run |= {'exchange_dir': str(run_directory.exchange_root(root))}
   run_directory.write_run(root, run | {'config_sha256': 'abc', 'seed': 0})
   for group_id in (0, 1):
     write_group(root, group_id)
@@ -107,6 +108,7 @@ ODD = (
 ODD += (
     '\ud800',
     '../..',
+    'ftp://far/run',
     'x' * 10_000,
     '$\\frac{1$',
     '<b>|`',

@@ -233,6 +233,7 @@ def test_numbers_that_are_not_finite_are_neither_sent_nor_taken(
 @pytest.mark.parametrize(
     'facts',
     [
+        {'life': (1 << 63) - 1},
         *({'time': x} for x in (np.nan, np.inf, 10**400, '12', True, None)),
         *({'step': x} for x in (20.0, '20', True, -20)),
         *({'group_id': x} for x in (None, 1.0)),

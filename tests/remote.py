@@ -80,7 +80,7 @@ class Bucket(MemoryFileSystem):
       self.request('read', path)
       if path not in self.store:
         raise FileNotFoundError(path)
-      return io.BytesIO(self.store[path].getvalue())
+      return _Download(self.store[path].getvalue())
     assert mode == 'wb', mode
     return _Upload(self, path)
 
@@ -96,6 +96,13 @@ class Bucket(MemoryFileSystem):
     raise NotImplementedError('a bucket cannot rename')
 
   mv = mv_file = move = rename
+
+
+class _Download(io.BytesIO):
+
+  def readline(self):
+    """Takes no limit, as fsspec's files of real stores."""
+    return super().readline()
 
 
 class _Upload(io.BytesIO):

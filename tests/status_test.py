@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -250,6 +251,30 @@ def test_what_is_wrong_is_told(tmp_path, changes, said):
   assert 'alone' not in look(tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    'weight, changes, why',
+    [
+        (1.0, {}, None),
+        (0.0, {}, 'none of its peers (1) had published what it could use'),
+        (0.0, {'last_rejection': 'NaN'}, 'NaN'),
+        (0.0, {'troubles': [TROUBLE]}, 'saving a resume checkpoint fails: No'),
+        (0.0, {'step': 50, 'num_steps': 50}, None),  # All of it is burn-in.
+        (0.0, {'peers': []}, None),
+    ],
+)
+def test_who_never_had_a_teacher_is_named_and_why(
+    tmp_path, weight, changes, why
+):
+  run_directory.write_run(tmp_path, {'burn_in_steps': 50})
+  make_groups(tmp_path, 2, phase='done', **{'teachers': []} | changes)
+  records = [(50, {'distill/weight': 0.0}), (55, {'distill/weight': weight})]
+  write_records(tmp_path, 0, [*records, (60, {'distill/weight': 0.0})])
+  lines = run_status.never_taught(str(tmp_path))
+  said = [line for line in lines if line.startswith('group 0')]
+  begin = f'group 0 has never had a teacher, because {why}'
+  assert [line[: len(begin)] for line in said] == ([begin] if why else [])
+
+
 # --- Damage ------------------------------------------------------------------
 
 
@@ -306,6 +331,13 @@ def test_values_of_the_wrong_kind_end_nothing(tmp_path, value):
 
 
 # --- The binary --------------------------------------------------------------
+
+
+def test_a_group_that_claims_thousands_of_teachers_delays_nobody(tmp_path):
+  make_groups(tmp_path, 2, teachers=teachers(*range(5000)))
+  start = time.process_time()
+  assert len(cells(look(tmp_path)[0])) == 2
+  assert time.process_time() - start < 2.0
 
 
 def test_commas_and_repetition_name_the_same_directories():

@@ -287,6 +287,7 @@ def _described_by(record: Record, where: epath.Path) -> Publication:
       or not all(_is_count(facts[key]) for key in ('group_id', 'step', 'life'))
       or type(facts['time']) not in (int, float)
       or not abs(facts['time']) < _FOREVER
+      or not facts['life'] < _FOREVER  # A later one has to be possible.
       or not isinstance(identity, dict)
       or not all(type(value) is str for value in identity.values())
   ):

@@ -191,7 +191,7 @@ class DirectoryStore(Store):
     self._mark = self._directory / f'{prefix}{READING_FILE}'
     self._readers = plan.readers_of(group_id, num_groups)
     self._marks = _ReadingMarks(
-        self.root, self._readers, waiting.timeout_seconds
+        self.root, self._readers, waiting.timeout_seconds, self._troubles
     )
     self._restart_step: int | None = None
     self._newest: Publication | None = None  # Complete, made by this process.
@@ -314,11 +314,12 @@ class DirectoryStore(Store):
 
   def failure(self, group_id: int) -> str:
     directory = publications.group_directory(self.root, group_id)
-    try:
+    with self._troubles.noted(
+        f'reading whether group {group_id} has failed', (OSError, ValueError)
+    ):
       failed = files.read_json(directory / FAILED_FILE, {'reason': files.TEXT})
-    except (OSError, ValueError):
-      return ''
-    return (failed or {}).get('reason', '')
+      return (failed or {}).get('reason', '')
+    return ''
 
   def spare(self) -> Variables | None:
     # Nobody needs what the next one is newer than; it goes before the copy.
@@ -447,7 +448,9 @@ class DirectoryStore(Store):
   def _needed_by(self, reader: int) -> int:
     """Returns the oldest publication that a reader may ask for again."""
     path = publications.group_directory(self.root, reader) / RESTART_FILE
-    with contextlib.suppress(OSError, ValueError):
+    with self._troubles.noted(
+        f'reading where group {reader} may restart', (OSError, ValueError)
+    ):
       mark = files.read_json(path, {'step': files.WHOLE}) or {}
       return self._plan.keep_from(mark.get('step', 0))
     return 0  # It would start from the beginning, for all that is known.
@@ -478,9 +481,14 @@ class _ReadingMarks:
   """The marks by which readers say what they are reading."""
 
   def __init__(
-      self, root: epath.Path, readers: Sequence[int], limit_seconds: float
+      self,
+      root: epath.Path,
+      readers: Sequence[int],
+      limit_seconds: float,
+      troubles: Troubles,
   ):
     self._root = root
+    self._troubles = troubles
     self._readers = tuple(readers)
     self._limit = limit_seconds
     # By our own clock; those of other hosts may be wrong.
@@ -502,16 +510,21 @@ class _ReadingMarks:
   def _all_marks(self) -> Iterator[tuple[epath.Path, dict]]:
     for reader in self._readers:
       directory = publications.group_directory(self._root, reader)
+      bad: Exception | None = None
       # One for each process of the reader.
       for name in files.names(directory):
         if name.endswith(READING_FILE):
-          yield directory / name, self._mark(directory / name)
-
-  def _mark(self, path: epath.Path) -> dict:
-    # Torn, as it is being replaced, or unreadable: as it was before.
-    with contextlib.suppress(OSError, ValueError):
-      self._last[str(path)] = files.read_json(path, _MARK) or {}
-    return self._last.get(str(path), {})
+          path = directory / name
+          try:
+            self._last[str(path)] = files.read_json(path, _MARK) or {}
+          except (OSError, ValueError) as e:
+            bad = e  # Or torn, as it is being replaced: as it was before.
+          yield path, self._last.get(str(path), {})
+      doing = f'reading what group {reader} reads now'
+      if bad:
+        self._troubles.failed(doing, bad)
+      else:
+        self._troubles.worked(doing)
 
 
 # --- A dictionary, which a directory may mirror ------------------------------

@@ -140,11 +140,18 @@ class Troubles:
       )
 
   @contextlib.contextmanager
-  def noted(self, doing: str) -> Iterator[None]:
-    """Notes whether a block works, which an OSError ends and no more."""
+  def noted(
+      self, doing: str, passing: tuple[type[Exception], ...] = (OSError,)
+  ) -> Iterator[None]:
+    """Notes whether a block works.
+
+    Args:
+      doing: What the block does.
+      passing: The errors that end the block, and no more.
+    """
     try:
       yield
-    except OSError as e:
+    except passing as e:
       self.failed(doing, e)
     else:
       self.worked(doing)

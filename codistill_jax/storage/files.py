@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -283,7 +284,8 @@ def opened(path: PathLike, most: int | None = None) -> Iterator[BinaryIO]:
   path = _path(path)
   with as_os_errors():
     if is_remote(path):
-      file = path.open('rb')
+      # fsspec's own `readline` takes no limit.
+      file = io.BufferedReader(path.open('rb'))
     else:
       mode, size = _mode_and_size(os.lstat(path))
       if stat.S_ISREG(mode):
@@ -552,12 +554,20 @@ NUMBER = Kind('a finite number', lambda x: _is_number(x) and math.isfinite(x))
 VALUE = Kind('a number', lambda x: _is_number(x))  # Also one like NaN.
 TIME = Kind('Unix seconds', lambda x: _is_number(x) and abs(x) < _LAST_SECOND)
 TEXT = Kind('a text', lambda x: isinstance(x, str))
+PLACE = Kind('a path', lambda x: isinstance(x, str) and _is_place(x))
 ANY = Kind('anything', lambda x: True)
 _LAST_SECOND = 253402300800.0  # Of the year 9999.
 
 # A list of one kind; an object with kinds by key, where `...` stands for all
 # keys that are not named, which are left out otherwise.
 Kinds = Kind | list | Mapping
+
+
+def _is_place(x: str) -> bool:
+  scheme = x.partition('://')[0] if is_remote(x) else 's3'
+  with contextlib.suppress(UnicodeEncodeError):
+    return scheme in _STORES and b'\0' not in os.fsencode(x)
+  return False
 
 
 def _is_number(x: Any) -> bool:

@@ -27,6 +27,7 @@ from .pages import number
 # Enough for some 200 records: the newest evaluation is among them.
 _TAIL_BYTES = 65536
 _WIDTH = 140
+_MOST_PEERS = 200  # With a column each.
 
 T = TypeVar('T')
 
@@ -243,6 +244,33 @@ def _notes(status: Status) -> Iterable[str]:
     yield f'{who}: last rejection: {known["last_rejection"]}'
 
 
+def never_taught(workdir: str) -> list[str]:
+  """Returns a line for each group of a finished run that had no teacher.
+
+  Nobody is named whose peers were not to teach: all of the run was burn-in.
+  """
+  bad: list[str] = []
+  run = cli.attempt(bad, run_directory.read_run, workdir) or {}
+  lines = []
+  for group_id in run_directory.list_groups(workdir):
+    known = read_group(workdir, group_id, run, 0.0, math.inf).known
+    peers = ', '.join(map(str, known.get('peers') or ()))
+    path = run_directory.metrics_path(workdir, group_id)
+    taught = cli.attempt(bad, _was_taught, path)
+    if peers and taught is False and _should_be_taught(known):
+      why = f'none of its peers ({peers}) had published what it could use'
+      for trouble in known.get('troubles', ()):
+        why = f'{trouble.get("doing")} fails: {trouble.get("reason")}'
+      why = known.get('last_rejection') or why
+      lines.append(f'group {group_id} has never had a teacher, because {why}')
+  return lines
+
+
+def _was_taught(path: files.PathLike) -> bool:
+  records = filter(None, run_directory.records(path))
+  return any(record.get('distill/weight', 0) > 0 for record in records)
+
+
 def _should_be_taught(known: Mapping[str, Any]) -> bool:
   # Without run.json, which the first update writes, nothing is known of
   # burn-in; and who has not made that update has not fetched either.
@@ -362,6 +390,8 @@ def _staleness_tables(
   peers = sorted(
       {p for g in groups for p in (*(g.peers or ()), *(g.ages or ()))}
   )
+  if len(peers) > _MOST_PEERS:
+    return []  # Wider than anybody reads.
   header = ['group', *(f'of {peer}' for peer in peers)]
 
   def table(title: str, show: Callable[[Age], str]) -> list[RenderableType]:

@@ -72,7 +72,7 @@ test: lint
 # On a SLURM of two nodes and on object stores, all of them on this machine; a
 # test whose engine is not installed (slurm-wlm and munge, in Debian) is skipped.
 test_cluster: .venv/test
-	$(RUN) pytest -m cluster -rs
+	$(RUN) pytest -m cluster -rs -n 2 --dist loadfile
 
 # A part of the suite, three minutes of it, on another Python with the newest
 # releases that the bounds allow: make test_python PYTHON=python3.13

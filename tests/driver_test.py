@@ -12,7 +12,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import threading
 import types
 
@@ -1045,11 +1044,13 @@ def test_a_run_does_not_begin_where_nothing_fits(make_job, tmp_path):
     begun(make_job, str(tmp_path))
 
 
-def test_a_run_says_what_it_was_made_with(make_job):
+def test_a_run_says_what_it_was_made_with(make_job, monkeypatch):
+  monkeypatch.setenv('SLURMD_NODENAME', 'node7')
   job = make_job(num_steps=2)
   run(job)
   found = run_directory.read_run(job.workdir)
-  assert (found['device'], found['host']) == ('cpu', socket.gethostname())
+  assert (found['device'], found['host']) == ('cpu', 'node7')
+  assert run_directory.read_status(job.workdir, 0)['host'] == 'node7'
   versions = found['versions']
   assert versions['python'] == platform.python_version()
   assert versions['jax'] == jax.__version__

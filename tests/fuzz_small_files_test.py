@@ -430,7 +430,11 @@ def fuzz(run, first, last) -> None:
           shutil.rmtree(path)
         path.unlink(missing_ok=True)
         path.write_bytes(data)
-  # And the group learns from its peer as ever.
+  # And the group learns from its peer as ever, once that publishes anew: what
+  # was rejected is not read again.
+  shared = run_directory.exchange_root(root)
+  checkpoints.delete(publications.group_directory(shared, 1), [10])
+  exchange_kit.publish(shared, 1, 10)
   exchange_kit.fetch_until(exchange, publish.step, 10)
 
 

@@ -293,35 +293,26 @@ def run(cluster, tmp_path):
 
 
 def test_groups_of_an_array_are_requeued_one_by_one_and_end(run):
-  """One is requeued by somebody, the other killed."""
-  job = run.submit('--array=0-1', '--cpus-per-task=3')
-  run.wait_halted(0, 1)
-  nodes = re.findall(r'on (\S+): pid \d+ \(group (\d), 1 x cpu\)', run.status())
-  assert {(n, g) for n, g in nodes} in (
-      set(zip(NODES, '01')),
-      set(zip(NODES, '10')),
-  )
+  """By somebody; after it was killed; after a signal of the user."""
+  job = run.submit('--array=0-2', '--cpus-per-task=2')
+  run.wait_halted(0, 1, 2)
+  assert {run.sign(g)['host'] for g in range(3)} == set(NODES)
+  for node in NODES:
+    assert re.search(rf'on {node}: pid \d+ \(group \d, 1 x cpu\)', run.status())
   run.cluster.run('scontrol', 'requeue', f'{job}_0')
   os.kill(run.sign(1)['pid'], signal.SIGKILL)
+  run.cluster.run('scancel', '--signal=USR1', f'{job}_2')
   run.until(lambda: 'stopped and saved at step 6' in run.log(0))
   run.until(lambda: 'ended with status 137' in run.log(1))
+  run.until(lambda: 'ended with status 138' in run.log(2))
+  assert 'group 2 stopped and saved at step 6' in run.log(2)
   run.let_go()
-  run.wait_done(0, 1)
-  for group_id in (0, 1):
+  run.wait_done(0, 1, 2)
+  for group_id in range(3):
     run.until(lambda g=group_id: f'group {g} ended with status 0' in run.log(g))
-    # Neither has stopped the other.
+    # None has stopped another.
     assert re.findall(r'start (\d)', run.log(group_id)) == ['0', '1']
   assert 'loss' in run.log(0)
-
-
-def test_a_signal_of_the_user_saves_and_the_group_goes_on(run):
-  job = run.submit('--array=0')
-  run.wait_halted(0)
-  run.cluster.run('scancel', '--signal=USR1', job)
-  run.until(lambda: 'ended with status 138' in run.log())
-  assert 'group 0 stopped and saved at step 6' in run.log()
-  run.let_go()
-  run.wait_done(0)
 
 
 def test_a_clear_error_is_not_tried_again(run):
@@ -336,7 +327,8 @@ def test_a_group_of_two_processes_names_both_of_its_nodes(run):
       '--array=0', '--nodes=2', '--cpus-per-task=1', flags=['--num_processes=0']
   )
   run.wait_halted(0)
-  assert run_directory.read_run(run.workdir)['replicas'] == 2
+  found = run_directory.read_run(run.workdir)
+  assert (found['replicas'], found['host']) == (2, ', '.join(NODES))
   assert re.search(
       r'on 127.0.0.1, 127.0.0.2: pid \d+ \(group 0, 2 x cpu\)', run.status()
   )
@@ -346,13 +338,14 @@ def test_a_group_of_two_processes_names_both_of_its_nodes(run):
   assert '2 replica(s) on cpu, 1 in each of 2 processes' in run.log()
 
 
-@pytest.mark.parametrize('where', ['slurm', 'local'])
-def test_one_command_submits_all_groups_and_they_go_on(run, where):
+@pytest.mark.parametrize('where, groups', [('slurm', 2), ('local', 1)])
+def test_one_command_submits_all_groups_and_they_go_on(run, where, groups):
   """Preempted, then killed; each goes on, and neither stops the other."""
   pytest.importorskip('submitit')
   said = run.cluster.run(
-      *(sys.executable, '-m', 'experiments.launch', '--num_groups=2'),
+      *(sys.executable, '-m', 'experiments.launch', f'--num_groups={groups}'),
       *(f'--cluster={where}', *run.flags[:2], '--minutes=30'),
+      *(['--slurm=cpus_per_task=2'] if where == 'slurm' else []),
       **run.variables,
       cwd=run.workdir.parent,
       XLA_FLAGS='',
@@ -361,16 +354,18 @@ def test_one_command_submits_all_groups_and_they_go_on(run, where):
   # What is pickled does not lie where others write.
   assert not any(str(run.workdir) + os.sep in log for log in logs)
   assert said.splitlines()[-1].endswith(f'status --workdir={run.workdir}')
-  run.wait_halted(0, 1)
+  run.wait_halted(*range(groups))
   if where == 'slurm':
     run.cluster.run('scancel', '--signal=USR2', jobs[0])
+    killed = psutil.Process(run.sign(1)['pid'])
+    assert killed.environ()['SRUN_CPUS_PER_TASK'] == '2'
+    killed.kill()
   else:  # The task of the job, which waits for train_group.
     psutil.Process(run.sign(0)['pid']).parent().send_signal(signal.SIGUSR2)
-  os.kill(run.sign(1)['pid'], signal.SIGKILL)
   texts = [pathlib.Path(log).read_text for log in logs]
   run.until(lambda: 'group 0 stopped and saved at step 6' in texts[0]())
   run.let_go()
-  run.wait_done(0, 1)
+  run.wait_done(*range(groups))
   for text in texts:
     run.until(lambda text=text: 'Job completed successfully' in text())
     assert text().count('Starting with') == 2

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -283,7 +284,8 @@ def opened(path: PathLike, most: int | None = None) -> Iterator[BinaryIO]:
   path = _path(path)
   with as_os_errors():
     if is_remote(path):
-      file = path.open('rb')
+      # fsspec's own `readline` takes no limit.
+      file = io.BufferedReader(path.open('rb'))
     else:
       mode, size = _mode_and_size(os.lstat(path))
       if stat.S_ISREG(mode):

@@ -9,7 +9,6 @@ import os
 import pathlib
 import platform
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -47,6 +46,10 @@ def _ignore(group_id: int, step: int, variables: Variables) -> None:
   del group_id, step, variables
 
 
+def _host() -> str:
+  return ', '.join(dict.fromkeys(replicas.hosts()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One group of one run.
@@ -59,6 +62,7 @@ class Job:
     group_id: This group.
     num_groups: G.
     agreement: How the processes of this group decide together.
+    host: Their machines; made in all of them.
     stop: True once the process was asked to stop; it also knows what would be
       lost.
     troubles: What this group cannot do at the moment, such as saving.
@@ -84,6 +88,7 @@ class Job:
   group_id: int
   num_groups: int
   agreement: Agreement = ALONE
+  host: str = dataclasses.field(default_factory=_host)
   stop: cli.StopRequest = dataclasses.field(default_factory=cli.StopRequest)
   troubles: Troubles = dataclasses.field(default_factory=Troubles)
   patience: Patience = DEFAULT_PATIENCE
@@ -135,7 +140,7 @@ def describe_run(job: Job, state: TrainState) -> dict[str, Any]:
       'model_parameters': int(sum(sizes)),
       'command': os.environ.get(cli.COMMAND_VARIABLE) or cli.own_command(),
       'device': job.train_step.device_kind,
-      'host': socket.gethostname(),
+      'host': job.host,
       'versions': _versions(),
       'configuration': job.configuration().bindings,
   }

@@ -20,7 +20,6 @@ from codistill_jax import (
     evaluate,
     jaxprs,
     one_program,
-    replicas,
     run_directory,
     writers,
 )
@@ -63,7 +62,6 @@ class Heartbeat:
     self.steps_per_sec: float | None = None
     self.taught = False
     self._job = job
-    self._host = ', '.join(dict.fromkeys(replicas.hosts()))
     self._step: int | None = None
     self._phase, self._reason = 'starting', ''
     self._started = self._since = time.time()
@@ -135,7 +133,7 @@ class Heartbeat:
         'started': self._started,
         'since': self._since,
         'pid': os.getpid(),
-        'host': self._host,
+        'host': job.host,
         'replicas': job.train_step.num_replicas,
         'device': job.train_step.device_kind,
         'phase': phase,

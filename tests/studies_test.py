@@ -100,7 +100,7 @@ def test_workers_make_the_group_batch():
   batches = [plan.group_batch(plan.arm(f'sgd_{w}')) for w in (1, 2, 4)]
   assert batches == [rows, 2 * rows, 4 * rows]
   plan = plan_lib.make_plan(STUDIES['async_sgd'], 'cpu')
-  assert plan.group_batch(plan.arm('asynchronous_8')) == rows
+  assert plan.group_batch(plan.arm('asynchronous_8')) == plan.scale.worker_rows
   plan = plan_lib.make_plan(STUDIES['lm_codistillation'], 'cpu')
   sizes = [plan.group_batch(a) for a in plan.study.arms[:2]]
   assert sizes == [rows * plan.scale.workers, 2 * rows * plan.scale.workers]

@@ -80,7 +80,7 @@ PART = frozen base losses step replicas group resume gin_utils readme packaging
 test_python:
 	$(PYTHON) -m venv .venv-other
 	.venv-other/bin/pip install --quiet --disable-pip-version-check \
-	    '.[demo,pytest]'
+	    '.[demo,pytest,s3]'
 	.venv-other/bin/python -m pytest -n 2 --dist loadfile \
 	    $(PART:%=tests/%_test.py)
 

@@ -51,7 +51,9 @@ def environment(tmp_path_factory):
   (site,) = (home / 'env').glob('lib/*/site-packages')
   (site / 'others.pth').write_text(sysconfig.get_path('purelib'))
   command = [sys.executable, '-m', 'pip', f'--python={home / "env"}', 'install']
-  command += ['--quiet', '--no-index', '--no-deps', str(wheel)]
+  command += ['--quiet', '--no-index', '--no-deps']
+  # The others may have an installation of ours among them.
+  command += ['--ignore-installed', str(wheel)]
   subprocess.run(command, check=True)
   return home / 'env'
 

@@ -95,17 +95,6 @@ def bucket(request, stores):
   return request.param
 
 
-@pytest.fixture(scope='module')
-def launch(tmp_path_factory):
-  with tiny_run.launcher(tmp_path_factory) as launch:
-    yield launch
-
-
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-  return tiny_run.reference(tmp_path_factory)
-
-
 def started(launch, workdir, gin_file, *group_ids, **flags):
   return [
       launch(

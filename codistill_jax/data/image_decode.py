@@ -215,23 +215,39 @@ def decode_part(
   image = Image.open(io.BytesIO(encoded))
   turn = _turn(image)
   stored = image.size
-  width, height = stored[::-1] if turn in _SIDEWAYS else stored
-  left, top, right, bottom = box_of(width, height)
+  box = box_of(*(stored[::-1] if turn in _SIDEWAYS else stored))
+  left, top, right, bottom = _box_as_stored(box, *stored, turn)
   shrink = min(right - left, bottom - top) / size
-  if shrink >= 2:
+  scale = max(s for s in (1, 2, 4, 8) if s <= max(shrink, 1))
+  if scale > 1:
     # Decoding a JPEG at a half, a quarter or an eighth is cheaper, and leaves
     # at least `size` pixels; other formats ignore it.
-    image.draft(None, (int(stored[0] / shrink), int(stored[1] / shrink)))
-  image = _upright(image, turn)
-  x, y = image.width / width, image.height / height
-  image = image.resize(
+    image.draft(None, (image.width // scale, image.height // scale))
+    # Not by its size, which is rounded up.
+    scale = scale if image.width < stored[0] else 1
+  image = to_rgb(image).resize(
       (size, size),
       Image.Resampling.BILINEAR,
-      box=(left * x, top * y, right * x, bottom * y),
+      box=(left / scale, top / scale, right / scale, bottom / scale),
   )
-  if mirror:
-    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  # Only now, when there is least to turn.
+  for name in filter(None, (turn, 'FLIP_LEFT_RIGHT' if mirror else None)):
+    image = image.transpose(Image.Transpose[name])
   return np.asarray(image)
+
+
+def _box_as_stored(
+    box: augment.Box, width: int, height: int, turn: str | None
+) -> augment.Box:
+  """Returns a part of an upright image, in the file as it is stored."""
+  left, top, right, bottom = box
+  if turn in _SIDEWAYS:
+    left, top, right, bottom = top, left, bottom, right
+  if turn in ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'TRANSVERSE', 'ROTATE_90'):
+    left, right = width - right, width - left
+  if turn in ('FLIP_TOP_BOTTOM', 'ROTATE_180', 'TRANSVERSE', 'ROTATE_270'):
+    top, bottom = height - bottom, height - top
+  return left, top, right, bottom
 
 
 def decode(encoded: bytes) -> np.ndarray:

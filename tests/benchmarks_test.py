@@ -23,6 +23,7 @@ from benchmarks import (
     cases,
     cold_start,
     command,
+    compare,
     exchange_cost,
     figures,
     input,
@@ -333,6 +334,19 @@ def test_only_benchmarks_that_exist_are_chosen():
     run_all.chosen(['speed'])
   with pytest.raises(ValueError, match='one run of all; give --only an'):
     run_all.chosen(some)
+
+
+def test_two_clones_are_compared_round_by_round():
+  record = lambda **times: {
+      'results': [
+          {'name': name, 'plain_ms': measure.spread([x]), 'ratio': 1.0}
+          for name, x in times.items()
+      ]
+  }
+  this = [record(a=2.0, new=1.0), record(a=30.0, new=1.0)]
+  other = [record(a=1.0), record(a=20.0)]
+  ((row, time, found),) = compare.ratios(this, other)
+  assert (row, time, found['median']) == ('a', 'plain_ms', 1.75)
 
 
 def test_all_benchmarks_have_40_minutes():

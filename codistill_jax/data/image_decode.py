@@ -1,7 +1,7 @@
 """Decoding of images: any format and mode, threads, damaged files.
 
 Decoding is done by Pillow in a pool of threads: a random part of a 500 x 375
-JPEG, to 224 x 224, takes 1.9 ms of a core, 0.1 ms of them with the
+JPEG, to 224 x 224, takes 1.4 ms of a core, 0.1 ms of them with the
 interpreter's lock. It reads every format, resizes with antialiasing, and
 decodes large JPEG files at a half, a quarter or an eighth of their size. OpenCV
 would save a fifth for a wheel of 60 MB; tf.data and grain cannot give batch n

@@ -7,6 +7,7 @@ it. A cache that fails costs a compilation, and is no error.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -162,6 +163,14 @@ def compile_once(step: jax.stages.Wrapped, *args: Any) -> None:
   lowered = step.lower(*args)
   with _turn(lowered):
     lowered.compile()
+  _release_memory()
+
+
+def _release_memory() -> None:
+  """Gives the system what the compiler has freed and glibc holds."""
+  # A step would not fit into its gaps: 240 MB more for a group of bible_lm.gin.
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

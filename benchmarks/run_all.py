@@ -40,7 +40,7 @@ BENCHMARKS = {
     'loss': 120,
     'utilisation': 90,
     'rivals': 720,
-    'cold_start': 120,
+    'cold_start': 150,
     'input': 180,
     'records': 60,
     'exchange_stall': 150,

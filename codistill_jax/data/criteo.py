@@ -4,8 +4,7 @@ A line has 40 columns separated by tabs: the label, 0 or 1; the integers I1 to
 I13; the categories C1 to C26, 8 hexadecimal digits each. An empty field is a
 missing value. There is no header.
 
-A block of lines is parsed at once, with numpy: a few microseconds a row. Lines
-that do not fit the format are counted by reason and left out.
+Lines that do not fit the format are counted by reason and left out.
 
 Rows on disk, which `prepare_clicks` writes and the task reads:
 
@@ -35,7 +34,7 @@ The values of categories are counted as an external sort does it: every piece
 leaves a *run*, the different values of each column in its training rows and how
 often it has them; in the end the runs are merged, a column at a time.
 
-Shape suffixes: N lines or rows, F fields of some lines, I 13, K 26, S splits.
+Shape suffixes: N lines or rows, S splits.
 """
 
 import collections
@@ -44,6 +43,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ from codistill_jax.data import (
     sources,
 )
 from codistill_jax.data.prepare import Map
-from codistill_jax.data.records import Raw, Reject
+from codistill_jax.data.records import Reject
 from codistill_jax.data.sources import Source
 from codistill_jax.data.tables import MISSING
 from codistill_jax.storage import files
@@ -71,166 +71,96 @@ SPLITS = ('train', 'validation', 'test')
 SPLIT_BY = ('time', 'hash')
 DEFAULT_SHARD_LINES = 1 << 20
 
-# Why a line is left out, most telling first; 'not_utf8' before them all.
-REASONS = (
-    'wrong_columns',
-    'bad_label',
-    'bad_integer',
-    'bad_category',
-)
-
 _MAX_LINE = 4096  # Bytes; a longer one is 'too_long', and never held.
-_HEX_DIGITS = 8
-_MAX_DIGITS = 10  # Of an int32.
-
 _RUNS = 'runs'
-_PARSED = 4096  # Lines that are parsed at once: a megabyte.
+_BLOCK = 4096  # Lines that are parsed at once: a megabyte.
 _SPLIT_KEY = 6  # The next after those of order.py.
 
 
 # --- lines -------------------------------------------------------------------
 
 
+# Label and integers; categories; either end of a line, or the end of the file.
+_LINE = re.compile(
+    rb'([01](?:\t(?:-?[0-9]{1,10}+)?+){13})'
+    rb'((?:\t(?:[0-9a-fA-F]{8})?+){26})\r?\n?'
+)
+_INTEGER = re.compile(rb'(-?[0-9]{1,10})?')
+_LARGEST = np.iinfo(np.int32).max
+_NONE = 10**10  # In place of a missing integer; more digits than one may have.
+
+
 class Parsed(NamedTuple):
-  """What a block of lines holds.
+  """What some lines hold.
 
   Attributes:
     rows: uint32 (good lines, 40): label; integers as the bits of an int32,
       `MISSING_INTEGER` if missing; categories, 0 if missing.
-    lines: int64 (good lines,): the place of each among the block's lines.
-    rejects: How many lines were left out for which reason.
+    places: int64 (good lines,): the place of each among the lines.
+    rejects: How many lines were left out for which reason, see `_reason`.
   """
 
   rows: np.ndarray
-  lines: np.ndarray
+  places: np.ndarray
   rejects: collections.Counter
 
 
-def parse(data: bytes) -> Parsed:
-  """Parses whole lines, each with a newline at its end.
+def parse(lines: Sequence[bytes | Reject]) -> Parsed:
+  """Parses lines; the category 00000000 is read as 00000001.
 
-  The category 00000000 is read as 00000001, since 0 stands for a missing one.
+  0 stands for a missing one.
   """
-  # Some bytes more, so that 8 can be read from any place.
-  text = np.frombuffer(data + bytes(_HEX_DIGITS), np.uint8)
-  starts_N, ends_N = _lines(text[: len(data)])
-  tabs = np.flatnonzero(text == ord('\t'))
-  first_tab_N = np.searchsorted(tabs, starts_N)
-  tabs_N = np.searchsorted(tabs, ends_N) - first_tab_N
-  reason_N = np.full(len(starts_N), -1, np.int8)
-  reason_N[tabs_N != COLUMNS - 1] = REASONS.index('wrong_columns')
-
-  whole = np.flatnonzero(reason_N < 0)
-  inner = tabs[first_tab_N[whole, None] + np.arange(COLUMNS - 1)[None, :]]
-  begins = np.concatenate([starts_N[whole, None], inner + 1], axis=1)
-  ends = np.concatenate([inner, ends_N[whole, None]], axis=1)
-  rows, bad = _fields(text, begins, ends - begins)
-  good = np.full(len(whole), True)
-  for name, bad_lines in bad.items():
-    reason_N[whole[bad_lines & good]] = REASONS.index(name)
-    good &= ~bad_lines
-  rejects = _count(data, starts_N, ends_N, reason_N)
-  return Parsed(rows[good], whole[good], rejects)
-
-
-def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Finds where lines start and end, without line ends of either kind."""
-  ends_N = np.flatnonzero(text == ord('\n'))
-  starts_N = np.concatenate([[0], ends_N[:-1] + 1])[: len(ends_N)]
-  returns_N = (ends_N > starts_N) & (text[ends_N - 1] == ord('\r'))
-  return starts_N, ends_N - returns_N
-
-
-def _fields(
-    text: np.ndarray, begins: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Parses lines with 40 fields: rows, and which lines are bad, by reason."""
-  label = text[begins[:, 0]]
-  bad_label = (lengths[:, 0] != 1) | ((label != ord('0')) & (label != ord('1')))
-  middle, last = slice(1, 1 + NUM_INTEGERS), slice(1 + NUM_INTEGERS, None)
-  integers, bad_integer = _per_line(
-      _integers, MISSING_INTEGER, text, begins, lengths, middle
-  )
-  categories, bad_category = _per_line(
-      _categories, MISSING, text, begins, lengths, last
-  )
-  rows = np.empty((len(begins), COLUMNS), np.uint32)
-  rows[:, 0] = label == ord('1')
-  rows[:, middle] = integers.astype(np.int32).view(np.uint32)
-  rows[:, last] = categories
-  return rows, {
-      'bad_label': bad_label,
-      'bad_integer': bad_integer,
-      'bad_category': bad_category,
-  }
-
-
-def _per_line(parse_fields, missing, text, begins, lengths, columns):
-  """Parses some columns: values, and the lines in which one is bad.
-
-  `parse_fields(text, begins_F, lengths_F) -> (values_F, bad_F)` gets the fields
-  that are not empty.
-  """
-  begins, lengths = begins[:, columns], lengths[:, columns]
-  values = np.full(begins.shape, missing, np.int64)
-  bad = np.zeros(begins.shape, bool)
-  filled = lengths > 0
-  values[filled], bad[filled] = parse_fields(
-      text, begins[filled], lengths[filled]
-  )
-  return values, bad.any(axis=1)
-
-
-def _integers(text, begins_F, lengths_F):
-  negative_F = text[begins_F] == ord('-')
-  begins_F, lengths_F = begins_F + negative_F, lengths_F - negative_F
-  bad_F = (lengths_F < 1) | (lengths_F > _MAX_DIGITS)
-  values_F = np.zeros(len(begins_F), np.int64)
-  longest = min(_MAX_DIGITS, int(lengths_F.max(initial=0)))
-  for place in range(longest):
-    # Most integers are short: fewer and fewer have a digit at this place.
-    here = np.flatnonzero(lengths_F > place)
-    digits = text[begins_F[here] + place] - np.uint8(ord('0'))  # Wraps.
-    bad_F[here] |= digits > 9
-    values_F[here] = values_F[here] * 10 + digits
-  bad_F |= values_F > np.iinfo(np.int32).max
-  return np.where(negative_F, -values_F, values_F), bad_F
-
-
-_NO_DIGIT = 0xFF
-_DIGIT = np.full(256, _NO_DIGIT, np.uint8)
-for _value, _character in enumerate(b'0123456789abcdef'):
-  _DIGIT[_character] = _value
-  _DIGIT[ord(chr(_character).upper())] = _value
-
-
-def _categories(text, begins_F, lengths_F):
-  # All 8 characters of a field at once, as one number of 64 bits.
-  windows = np.ndarray(
-      (len(text) - _HEX_DIGITS + 1,), '<u8', buffer=text, strides=(1,)
-  )
-  characters = np.take(windows, begins_F)
-  digits = _DIGIT[characters.view(np.uint8)].view('<u8')
-  bad_F = (digits & np.uint64(0xF0F0F0F0F0F0F0F0)) != 0
-  bad_F |= lengths_F != _HEX_DIGITS
-  # The first digit is in the lowest byte: pairs become bytes, in every other.
-  pairs = (digits << np.uint64(4)) | (digits >> np.uint64(8))
-  pairs &= np.uint64(0x00FF00FF00FF00FF)
-  values_F = pairs.view('<u2').astype(np.uint8).view('>u4').astype(np.uint32)
-  return np.where(values_F == MISSING, 1, values_F), bad_F
-
-
-def _count(data, starts_N, ends_N, reason_N) -> collections.Counter:
-  """Counts bad lines by reason."""
+  heads, tails, places = [], [], []
   rejects: collections.Counter[str] = collections.Counter()
-  for line in np.flatnonzero(reason_N >= 0).tolist():
-    try:
-      data[starts_N[line] : ends_N[line]].decode('utf-8')
-    except UnicodeDecodeError:
-      rejects['not_utf8'] += 1
+  for place, line in enumerate(lines):
+    if isinstance(line, bytes) and (fields := _LINE.fullmatch(line)):
+      heads.append(fields[1])
+      tails.append(fields[2])
+      places.append(place)
     else:
-      rejects[REASONS[reason_N[line]]] += 1
-  return rejects
+      rejects[_reason(line)] += 1
+  heads, tails = b'\t'.join([*heads, b'']), b''.join([*tails, b'\t'])
+  integers = np.fromstring(_filled(heads, b'%d' % _NONE), np.int64, sep='\t')
+  integers = integers.reshape(-1, 1 + NUM_INTEGERS)
+  missing = integers == _NONE
+  good = (missing | (np.abs(integers) <= _LARGEST)).all(axis=1)
+  if not good.all():
+    rejects['bad_integer'] += int((~good).sum())
+  # White space between hexadecimal digits is passed over.
+  tails = tails.replace(b'\t00000000', b'\t00000001')
+  categories = bytes.fromhex(_filled(tails, b'00000000').decode('ascii'))
+  rows = np.empty((len(places), COLUMNS), np.uint32)
+  rows[:, :-NUM_CATEGORIES] = np.where(missing, MISSING_INTEGER, integers)
+  rows[:, -NUM_CATEGORIES:] = np.frombuffer(categories, '>u4').reshape(
+      -1, NUM_CATEGORIES
+  )
+  return Parsed(rows[good], np.asarray(places, np.int64)[good], rejects)
+
+
+def _filled(fields: bytes, value: bytes) -> bytes:
+  """Puts a value into the fields between tabs that are empty."""
+  for _ in range(2):  # Of three tabs the second ends one and begins another.
+    fields = fields.replace(b'\t\t', b'\t%b\t' % value)
+  return fields
+
+
+def _reason(line: bytes | Reject) -> str:
+  """Says why a line is left out: the most telling reason."""
+  if isinstance(line, Reject):
+    return line.reason
+  try:
+    line.decode('utf-8')
+  except UnicodeDecodeError:
+    return 'not_utf8'
+  fields = line.removesuffix(b'\n').removesuffix(b'\r').split(b'\t')
+  if len(fields) != COLUMNS:
+    return 'wrong_columns'
+  if fields[0] not in (b'0', b'1'):
+    return 'bad_label'
+  for field in fields[1 : 1 + NUM_INTEGERS]:
+    if not _INTEGER.fullmatch(field) or abs(int(field or 0)) > _LARGEST:
+      return 'bad_integer'
+  return 'bad_category'
 
 
 # --- rows on disk -----------------------------------------------------------
@@ -462,12 +392,14 @@ def _write_rows(
     config: dict[str, Any],
     total_lines: int | None,
     number: int,
-    piece: Sequence[Raw],
+    piece: Sequence[Any],
 ) -> dict[str, Any]:
   """Writes the rows of a piece, a shard for each split, and its run."""
-  rows, numbers_N, rejects = _parse(piece)
-  bad = np.setdiff1d(np.arange(len(piece)), numbers_N)
-  numbers_N += number * config['shard_lines']
+  rows, places_N, rejects = _parse(piece)
+  first = None
+  for place in np.setdiff1d(np.arange(len(piece)), places_N)[:1].tolist():
+    first = prepare.rejected(place, _reason(piece[place]), piece[place])
+  numbers_N = places_N + number * config['shard_lines']
   split_N = split_of(numbers_N, config, total_lines)
   splits: dict[str, dict[str, Any]] = {}
   for i, name in enumerate(SPLITS):
@@ -481,39 +413,20 @@ def _write_rows(
   return {
       'records': len(piece),
       'rejects': rejects,
-      'first': _rejected(piece, int(bad[0])) if len(bad) else None,
+      'first': first,
       'splits': splits,
   }
 
 
-def _rejected(piece: Sequence[Raw], place: int) -> tuple[int, str, str]:
-  (reason,) = _parse(piece[place : place + 1])[2]
-  return prepare.rejected(place, reason, piece[place])
-
-
-def _parse(
-    piece: Sequence[Raw],
-) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
-  """Returns the rows of good lines, their places, and what was left out."""
-  rows = [np.zeros((0, COLUMNS), np.uint32)]
-  places = [np.zeros(0, np.int64)]
-  rejects: collections.Counter[str] = collections.Counter()
-  for start in range(0, len(piece), _PARSED):
-    lines: Any = piece[start : start + _PARSED]
-    bad = [line for line in lines if isinstance(line, Reject)]
-    lines_N = np.arange(start, start + len(lines))
-    if bad:
-      rejects.update(line.reason for line in bad)
-      good = [not isinstance(line, Reject) for line in lines]
-      lines, lines_N = list(itertools.compress(lines, good)), lines_N[good]
-    data = b''.join(lines)
-    if data.count(b'\n') < len(lines):  # The last one of a file has no end.
-      data = b''.join(line.removesuffix(b'\n') + b'\n' for line in lines)
-    parsed = parse(data)
-    rows.append(parsed.rows)
-    places.append(lines_N[parsed.lines])
-    rejects += parsed.rejects
-  return np.concatenate(rows), np.concatenate(places), rejects
+def _parse(piece: Sequence[bytes | Reject]) -> Parsed:
+  """Parses a piece, a block at a time."""
+  starts = range(0, max(1, len(piece)), _BLOCK)
+  parsed = [parse(piece[start : start + _BLOCK]) for start in starts]
+  return Parsed(
+      np.concatenate([block.rows for block in parsed]),
+      np.concatenate([s + block.places for s, block in zip(starts, parsed)]),
+      sum((block.rejects for block in parsed), collections.Counter()),
+  )
 
 
 # --- counts of values --------------------------------------------------------

@@ -84,7 +84,8 @@ test_python:
 	.venv-other/bin/python -m pytest -n 2 --dist loadfile \
 	    $(PART:%=tests/%_test.py)
 
-# PyTorch, which nothing else needs.
+# Other frameworks and loaders, PyTorch and grain for two, which nothing else
+# needs. Ends with an error unless the page is whole; at most 40 minutes.
 .venv/bench: .venv/demo
 	$(INSTALL) '.[bench]'
 	touch $@

@@ -92,8 +92,12 @@ setuptools.setup(
         'pytest': _bounded(
             ('hypothesis', 'pytest', 'pytest-xdist', 'setuptools')
         ),
-        # The rivals of benchmarks/rivals.py; nothing else needs it.
-        'bench': ['torch>=2.13,<2.14'],
+        # The rivals of benchmarks/: PyTorch, grain, tf.data; nothing else needs
+        # the first two.
+        'bench': [
+            *('grain>=0.2.18,<0.3', 'torch>=2.13,<2.14'),
+            *_bounded(('tensorflow-text',)),
+        ],
         # The site of docs/.
         'docs': ['furo>=2025.12', 'myst-nb>=1.4,<2', 'sphinx>=9,<10'],
     },

@@ -1,21 +1,22 @@
 r"""What an exchange costs the training loop: time, memory, bytes.
 
-    python -m benchmarks.exchange_stall --millions=25 --millions=100
+    python -m benchmarks.exchange_stall --device=cpu
 
-One group trains a network of so many million float32 parameters and exchanges
-every 50 steps with a peer that publishes as often. Three arms, each a process
-of its own, alternating:
+One group trains a network of 25 million float32 parameters and exchanges every
+50 steps with a peer that publishes as often. Three arms, each a process of its
+own, alternating:
 
 * `off`: teachers are there, and never change; nothing is published.
 * `synchronous`: the loop writes, reads and swaps itself.
 * `asynchronous`: `CheckpointExchange`, as in training.
 
-Prints JSON: medians over repeats. `lost_ms` is the time per exchange by which
-an arm is slower than `off`; `stall_ms` is how long the loop itself was held;
-`sync_ms` is how long a publication waited for the disk (fsync) in its thread;
-`extra_copies` is peak memory above `off`, in sizes of the parameters, from one
-more process for each arm in which malloc gives memory back at once: else what
-is free, but kept, would count.
+`lost_ms` is the time per exchange by which an arm is slower than `off`;
+`stall_ms` is how long the loop itself was held; `sync_ms` is how long a
+publication waited for the disk (fsync) in its thread; `extra_copies` is peak
+memory above `off`, in sizes of the parameters, from one more process for each
+arm in which malloc gives memory back at once: else what is free, but kept,
+would count. A core is kept for the threads of the exchange, as beside an
+accelerator, and the others compute; on Linux.
 """
 
 import contextlib
@@ -29,107 +30,89 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from absl import app, flags, logging
-
-from benchmarks import measure
+from benchmarks import command, measure
 
 ARMS = ('off', 'synchronous', 'asynchronous')
 _WIDTH = 2048
-
-_MILLIONS = flags.DEFINE_multi_integer(
-    'millions', [25, 100], 'Parameters, in millions; may be given repeatedly.'
-)
-_EVERY = flags.DEFINE_integer('every', 50, 'Steps between exchanges.')
-_EXCHANGES = flags.DEFINE_integer(
-    'exchanges', 4, 'Exchanges measured; one more before them warms up.'
-)
-_ROWS = flags.DEFINE_integer(
-    'rows', 32, 'Group batch; sets the length of a step.'
-)
-_REPEATS = flags.DEFINE_integer('repeats', 3, 'Processes for each arm.')
-_FREE_CORE = flags.DEFINE_bool(
-    'free_core',
-    True,
-    'Keep a core for the threads of the exchange, as beside an accelerator, and'
-    ' compute on the others; Linux only.',
-)
-_ARM = flags.DEFINE_enum(
-    'arm', None, ARMS, 'Measure this arm here; what the benchmark starts.'
-)
+_MOST_STALL = 0.01  # Of the interval.
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  if _ARM.value:
-    print(json.dumps(measure_arm(_ARM.value, _MILLIONS.value[0])))
-    return
-  results = [compare(millions) for millions in _MILLIONS.value]
-  print(
-      json.dumps({'benchmark': 'exchange_stall', 'results': results}, indent=2)
-  )
+class Setting(NamedTuple):
+  """What a process measures.
+
+  Attributes:
+    millions: Of parameters.
+    rows: Group batch; sets the length of a step.
+    every: Steps between exchanges.
+    exchanges: Measured; one more before them warms up.
+  """
+
+  millions: int = 25
+  rows: int = 8
+  every: int = 50
+  exchanges: int = 2
 
 
-def compare(millions: int) -> dict[str, Any]:
-  """Measures all arms at one size, alternating."""
-  runs = {arm: [] for arm in ARMS}
-  for repeat in range(_REPEATS.value):
-    for arm in measure.in_turn(ARMS, repeat):
-      runs[arm].append(_in_a_process(arm, millions))
-      print(f'{millions} M, {arm}: {runs[arm][-1]}', file=sys.stderr)
+def rows(options: command.Options) -> Iterator[dict[str, Any]]:
+  """Yields one row for each arm."""
+  setting = Setting(5, 2, 4, 1) if options.quick else Setting()
+  few = setting._replace(every=min(20, setting.every), exchanges=1)
   give_back = {'MALLOC_MMAP_THRESHOLD_': str(1 << 16)}
+  runs = {arm: [] for arm in ARMS}
+  for repeat in range(options.times(1)):
+    for arm in measure.in_turn(ARMS, repeat):
+      runs[arm].append(_in_a_process(arm, setting))
   peaks = {
-      arm: _in_a_process(arm, millions, give_back)['peak_bytes'] for arm in ARMS
+      arm: _in_a_process(arm, few, give_back)['peak_bytes'] for arm in ARMS
   }
   middle = lambda arm, key: statistics.median(r[key] for r in runs[arm])
   size = runs['off'][0]['parameter_bytes']
-  arms = {}
   for arm in ARMS:
-    interval = middle(arm, 'interval_s')
-    lost = interval - middle('off', 'interval_s')
-    arms[arm] = {
+    interval, stall = middle(arm, 'interval_s'), middle(arm, 'stall_ms')
+    row = {
+        'name': f'{setting.millions} M parameters, {arm}',
+        **setting._asdict(),
         'interval_s': round(interval, 4),
-        'lost_ms': round(1e3 * lost, 1),
-        'lost_share': round(lost / interval, 4),
-        'stall_ms': round(middle(arm, 'stall_ms'), 2),
-        'stall_share': round(middle(arm, 'stall_ms') / interval / 1e3, 5),
-        'sync_ms': round(middle(arm, 'sync_ms'), 1),
-        'publication_bytes': middle(arm, 'publication_bytes'),
-        'swaps': middle(arm, 'swaps'),
-        'peak_bytes': peaks[arm],
-        'extra_copies': round((peaks[arm] - peaks['off']) / size, 2),
+        'stall_ms': round(stall, 2),
+        'stall_share': measure.brief(stall / interval / 1e3),
     }
-  return {
-      'parameters': size // 4,
-      'every': _EVERY.value,
-      'rows': _ROWS.value,
-      'exchanges': _EXCHANGES.value,
-      'repeats': _REPEATS.value,
-      'platform': runs['off'][0]['platform'],
-      'free_core': _FREE_CORE.value,
-      'cores': measure.cores(),
-      'arms': arms,
-  }
+    if arm != 'off':
+      row |= {
+          'lost_ms': round(1e3 * (interval - middle('off', 'interval_s')), 1),
+          'sync_ms': round(middle(arm, 'sync_ms'), 1),
+          'megabytes': middle(arm, 'publication_bytes') / 1e6,
+          'swaps': middle(arm, 'swaps'),
+          'extra_copies': round((peaks[arm] - peaks['off']) / size, 2),
+      }
+    if arm == 'asynchronous':
+      row['goal'] = measure.goal(row['stall_share'], at_most=_MOST_STALL)
+    yield row
 
 
 def _in_a_process(
-    arm: str, millions: int, extra: Mapping[str, str] | None = None
+    arm: str, setting: Setting, extra: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-  environment = {**os.environ, **(extra or {})}
-  command = [sys.executable, '-m', 'benchmarks.exchange_stall', f'--arm={arm}']
-  command += [f'--millions={millions}', f'--every={_EVERY.value}']
-  command += [f'--exchanges={_EXCHANGES.value}', f'--rows={_ROWS.value}']
-  command += [f'--free_core={_FREE_CORE.value}']
+  code = f'from benchmarks import exchange_stall as e; e.child({arm!r})'
   done = subprocess.run(
-      command, env=environment, stdout=subprocess.PIPE, check=True, text=True
+      [sys.executable, '-c', code, json.dumps(setting)],
+      env={**os.environ, **(extra or {})},
+      cwd=pathlib.Path(__file__).parents[1],
+      stdout=subprocess.PIPE,
+      check=True,
+      text=True,
   )
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_arm(arm: str, millions: int) -> dict[str, Any]:
+def child(arm: str) -> None:
+  """Prints what is measured of an arm, as set by the first argument."""
+  print(json.dumps(measure_arm(arm, Setting(*json.loads(sys.argv[1])))))
+
+
+def measure_arm(arm: str, setting: Setting) -> dict[str, Any]:
   """Measures one arm, in this process."""
   _compute_beside_the_free_core()
   # Here, so that the parent holds no accelerator and no memory.
@@ -139,35 +122,34 @@ def measure_arm(arm: str, millions: int) -> dict[str, Any]:
   from codistill_jax import replicas, step
   from codistill_jax.group import run_group
 
-  model = _network(millions)
+  model = _network(setting.millions)
   tx = optax.sgd(1e-6)
   train_step = replicas.PmapStep(
       step.make_train_step(model, tx, axis_name=replicas.REPLICA_AXIS),
       jax.local_devices()[:1],
   )
+  stream = _Rows(setting.rows)
   state = step.init_state(
-      model, tx, jax.random.PRNGKey(0), _Rows().batch(0), num_peers=1
+      model, tx, jax.random.PRNGKey(0), stream.batch(0), num_peers=1
   )
   state = jax.tree.map(lambda x: jax.device_get(x), state)
   with tempfile.TemporaryDirectory() as root:
-    exchange = _exchange(arm, root, state.variables, train_step)
+    exchange = _exchange(arm, root, setting, state.variables, train_step)
     turns = run_group(
         train_step,
         state,
-        _Rows(),
-        num_steps=(_EXCHANGES.value + 1) * _EVERY.value,
+        stream,
+        num_steps=(setting.exchanges + 1) * setting.every + 1,
         exchange=exchange,
     )
     sizes = [x.nbytes for x in jax.tree.leaves(state.variables)]
     del state
     with _timed_syncs() as seconds:
-      found = _time(turns)
+      found = _time(turns, setting.every)
       exchange.close()
   # One more exchange warms up.
-  found['sync_ms'] = 1e3 * sum(seconds) / (_EXCHANGES.value + 1)
+  found['sync_ms'] = 1e3 * sum(seconds) / (setting.exchanges + 1)
   return {
-      'arm': arm,
-      'platform': jax.default_backend(),
       'parameter_bytes': sum(sizes),
       **found,
   }
@@ -176,7 +158,7 @@ def measure_arm(arm: str, millions: int) -> dict[str, Any]:
 def _cores() -> tuple[set[int], set[int]]:
   """Returns the cores to compute on, and the one for the exchange."""
   cores = sorted(os.sched_getaffinity(0))
-  if not _FREE_CORE.value or len(cores) < 2:
+  if len(cores) < 2:
     return set(cores), set(cores)
   return set(cores[:-1]), set(cores[-1:])
 
@@ -204,7 +186,7 @@ def _on_the_free_core(function: Callable[[], Any]) -> Any:
   return found[0]
 
 
-def _time(turns) -> dict[str, Any]:
+def _time(turns, every: int) -> dict[str, Any]:
   intervals, stalls, stall, swaps, size = [], [], 0.0, set(), 0
   start = None
   for result in turns:
@@ -213,7 +195,7 @@ def _time(turns) -> dict[str, Any]:
     if age is not None:
       swaps.add(result.step - 1 - age)  # The step of the publication in use.
     size = result.metrics.get('exchange/publication_bytes', size)
-    if result.step % _EVERY.value == 1 and result.step > 1:
+    if result.step % every == 1 and result.step > 1:
       # After the first step of an interval: so each holds one exchange whole.
       result.state.step.block_until_ready()
       now = time.perf_counter()
@@ -269,13 +251,16 @@ def _peak_bytes() -> int:
 class _Rows:
   """The same random rows in every step."""
 
+  def __init__(self, count: int):
+    self._count = count
+
   def batch(self, step: int):
     import numpy as np
 
     rng = np.random.default_rng(0)
     return {
-        'inputs': rng.normal(size=(_ROWS.value, _WIDTH)).astype(np.float32),
-        'labels': rng.integers(10, size=_ROWS.value).astype(np.int32),
+        'inputs': rng.normal(size=(self._count, _WIDTH)).astype(np.float32),
+        'labels': rng.integers(10, size=self._count).astype(np.int32),
     }
 
 
@@ -297,7 +282,7 @@ def _network(millions: int):
   return from_linen(Network())
 
 
-def _exchange(arm: str, root: str, variables, train_step):
+def _exchange(arm: str, root: str, setting: Setting, variables, train_step):
   from codistill_jax.exchange import publications
   from codistill_jax.exchange.fetching import merge_teachers
   from codistill_jax.exchange.plan import NoExchange, Plan
@@ -339,10 +324,10 @@ def _exchange(arm: str, root: str, variables, train_step):
 
   def join() -> CheckpointExchange:
     hidden = pathlib.Path(root) / 'hidden'
-    for n in range(_EXCHANGES.value + 2):
+    for n in range(setting.exchanges + 2):
       publications.write(
           hidden,
-          publications.Publication(1, n * _EVERY.value, time.time()),
+          publications.Publication(1, n * setting.every, time.time()),
           variables,
       )
     _show(root, 0)
@@ -351,7 +336,7 @@ def _exchange(arm: str, root: str, variables, train_step):
         0,
         2,
         like=variables,
-        plan=Plan(every=_EVERY.value),
+        plan=Plan(every=setting.every),
         put=train_step.place_teachers,
     )
 
@@ -369,4 +354,4 @@ def _show(root: str, step: int) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run('exchange_stall', rows)

@@ -133,7 +133,8 @@ def benchmarks(
       f'--output={output}',
       f'--budget={max(seconds - _STUDY_SECONDS, 1.0)}',
   ]
-  if status := _start(run, options).wait():
+  status = _start(run, options).wait()
+  if not output.exists():  # Otherwise it says what is not whole.
     raise ValueError(f'ended with status {status}')
   found = json.loads(output.read_text())
   return {'ran': list(found['benchmarks']), 'not_run': found['not_run']}

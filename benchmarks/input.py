@@ -1,35 +1,26 @@
 r"""Does loading keep up with training? Batches per second against the step.
 
-    python -m benchmarks.input --need=2500
+    python -m benchmarks.input
 
 Every pipeline is a line of `PIPELINES`: a configuration of the project on data
 of the usual size, which are made here (noise, in the true formats). Each is
-read as training reads it, `stream.batch(step)` for one step after another, in
-turn with the others; and one update of its model is timed on one device,
-without teachers, which is when it asks for most. Files are in the page cache:
-a disk is not measured.
-
-Prints JSON, and a table to stderr: medians over repeats. `per_core` is what a
-second of processor time gives, which hardly depends on what else runs on the
-machine; `headroom` is how many examples are loaded while the step takes one,
-each alone on the machine; `cores_needed` are those that load for `--need`;
-`load` is the mean number of running processes in the minute before.
+read as training reads it, `stream.batch(step)` for one step after another; and
+one update of its model is timed on one device, without teachers, which is when
+it asks for most. Files are in the page cache: a disk is not measured. Then
+`input_rivals` reads the same JPEG files with other loaders.
 """
 
-import json
 import pathlib
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags, logging
+from benchmarks import command, input_data, input_rivals, measure
 
-from benchmarks import input_data, measure
-
-_FLAGS = flags.FLAGS
+_NEED = 2500  # Images per second that an accelerator takes.
+_PER_CORE = 450  # JPEG images per second that we mean to decode.
+_SECONDS = 1.0  # Of a measurement.
 
 
 class Pipeline(NamedTuple):
@@ -53,6 +44,22 @@ class Pipeline(NamedTuple):
 
 
 PIPELINES = (
+    *(
+        Pipeline(
+            f'JPEG folder, {workers} thread(s)',
+            'imagenet_resnet50.gin',
+            'image',
+            input_data.jpeg_folder,
+            (
+                "images.image_folder_task.directory='{}'",
+                f'images.image_folder_task.workers={workers}',
+                'experiment.Experiment.group_batch=64',
+            ),
+            # Compared with `_NEED`: no processor is meant to train it.
+            step=False,
+        )
+        for workers in (1, 2, 4)
+    ),
     Pipeline(
         'token shards',
         'bible_lm.gin',
@@ -76,83 +83,40 @@ PIPELINES = (
         input_data.cifar_files,
         ("images.cifar10_task.directory='{}'",),
     ),
-    *(
-        Pipeline(
-            f'jpeg folder, {workers} worker(s)',
-            'imagenet_resnet50.gin',
-            'image',
-            input_data.jpeg_folder,
-            (
-                "images.image_folder_task.directory='{}'",
-                f'images.image_folder_task.workers={workers}',
-                'experiment.Experiment.group_batch=64',
-            ),
-            # Compared with `--need`: no processor is meant to train it.
-            step=False,
-        )
-        for workers in (1, 2, 4)
-    ),
 )
 
 
-class Measured(NamedTuple):
-  """What is measured of a pipeline."""
-
-  pipeline: Pipeline
-  experiment: Any
-  stream: Any
-  units: int  # Of a batch.
-  rates: list[float]  # Batches per second.
-  core_rates: list[float]  # Batches per second of processor time.
-  steps: list[float]  # Seconds.
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  machine, opened, skipped = measure.machine(), [], {}
-  wanted = lambda p: any(word in p.name for word in _FLAGS.only or [''])
-  with tempfile.TemporaryDirectory() as root:
-    for pipeline in filter(wanted, PIPELINES):
-      try:
-        opened.append(_open(pipeline, pathlib.Path(root)))
-      except (ValueError, OSError) as e:
-        skipped[pipeline.name] = str(e)
-    for repeat in range(_FLAGS.repeats):
-      for one in measure.in_turn(opened, repeat):
-        _load(one)
-    for one in opened:
-      if _FLAGS.step and one.pipeline.step:
-        one.steps.extend(_time_step(one))
-  results = list(map(_result, opened))
-  found = {
-      'benchmark': 'input',
-      **machine,
-      'repeats': _FLAGS.repeats,
-      'seconds': _FLAGS.seconds,
-      'need': _FLAGS.need,
-      'results': results,
-      'skipped': skipped,
-  }
-  print(json.dumps(found, indent=2))
-  import pandas as pd
-
-  table = pd.DataFrame(results).drop(columns=['config', 'step_ms'])
-  print(table.to_string(index=False, na_rep='-'), file=sys.stderr)
-  for name, reason in skipped.items():
-    print(f'skipped {name}: {reason}', file=sys.stderr)
+def rows(options: command.Options) -> Iterator[dict[str, Any]]:
+  """Yields one row for each pipeline, then one for each rival."""
+  with tempfile.TemporaryDirectory() as directory:
+    root = pathlib.Path(directory)
+    for pipeline in PIPELINES:
+      if not options.quick or pipeline.name == 'digits':
+        try:
+          yield _row(pipeline, root, options)
+        except (ValueError, OSError) as e:
+          yield command.skipped(pipeline.name, str(e))
+    jpeg = _data(PIPELINES[0], root)
+    yield from input_rivals.rows(jpeg / 'train', options)
 
 
-def _open(pipeline: Pipeline, root: pathlib.Path) -> Measured:
-  """Makes the data, unless another pipeline has made them, and the stream."""
-  from codistill_jax import experiment as experiment_lib
-  from codistill_jax import gin_utils
-
+def _data(pipeline: Pipeline, root: pathlib.Path) -> pathlib.Path:
+  """Makes the data, unless another pipeline has made them."""
   directory = root / pipeline.config
   if not directory.exists():
     directory.mkdir()
     if pipeline.data:
       pipeline.data(directory)
+  return directory
+
+
+def _row(
+    pipeline: Pipeline, root: pathlib.Path, options: command.Options
+) -> dict[str, Any]:
+  from codistill_jax import experiment as experiment_lib
+  from codistill_jax import gin_utils
+
+  directory = _data(pipeline, root)
   gin_utils.parse(
       [f'gin_configs/tasks/{pipeline.config}'],
       [binding.format(directory) for binding in pipeline.bindings],
@@ -160,41 +124,67 @@ def _open(pipeline: Pipeline, root: pathlib.Path) -> Measured:
   experiment = gin_utils.make(experiment_lib.Experiment)
   stream = experiment_lib.train_stream(experiment, 0, 1)
   units = stream.batch(0)['labels'].size
-  return Measured(pipeline, experiment, stream, units, [], [], [])
+  seconds = 0.01 if options.quick else _SECONDS
+  found = [_load(stream, 1000 * i, seconds) for i in range(options.times(3))]
+  rates, core_rates = ([units * rate for rate in some] for some in zip(*found))
+  row = {
+      'name': pipeline.name,
+      'config': pipeline.config,
+      'unit': pipeline.unit,
+      'batch': units,
+      'per_sec': measure.spread(rates),
+      'per_core': measure.spread(core_rates),
+  }
+  per_core = row['per_core']['median']
+  if pipeline.unit == 'image':
+    row['cores_needed'] = measure.brief(_NEED / per_core)
+  if not pipeline.step:
+    row['goal'] = measure.goal(per_core, at_least=_PER_CORE)
+  elif not options.quick:
+    step = measure.spread(_time_step(experiment, stream))['median']
+    row['step_ms'] = measure.brief(1e3 * step)
+    row['step_needs_per_sec'] = round(units / step)
+    row['headroom'] = measure.brief(row['per_sec']['median'] * step / units)
+  return row
 
 
-def _load(one: Measured) -> None:
-  """Reads for some seconds, where the last measurement stopped reading."""
-  start, cpu, count = time.perf_counter(), time.process_time(), 0
-  first = 1 + 1000 * len(one.rates)
-  while not count or time.perf_counter() - start < _FLAGS.seconds:
-    one.stream.batch(first + count)
+def _load(stream: Any, step: int, seconds: float) -> tuple[float, float]:
+  """Reads from this step on, for some seconds.
+
+  Returns:
+    Batches per second, and per second of processor time.
+  """
+  start, used, count = time.perf_counter(), time.process_time(), 0
+  while not count or time.perf_counter() - start < seconds:
     count += 1
-  one.rates.append(count / (time.perf_counter() - start))
-  one.core_rates.append(count / (time.process_time() - cpu))
+    stream.batch(step + count)
+  return (
+      count / (time.perf_counter() - start),
+      count / (time.process_time() - used),
+  )
 
 
-def _time_step(one: Measured) -> list[float]:
+def _time_step(experiment: Any, stream: Any) -> list[float]:
   """Seconds of one update on one device, after two that warm up."""
   import jax
 
   from codistill_jax import experiment as experiment_lib
   from codistill_jax import step as step_lib
 
-  model = experiment_lib.make_model(one.experiment)
+  model = experiment_lib.make_model(experiment)
   train_step = experiment_lib.make_replicated_step(
-      one.experiment, model, jax.local_devices()[:1]
+      experiment, model, jax.local_devices()[:1]
   )
-  batch = one.stream.batch(0)
+  batch = stream.batch(0)
   state = train_step.place(
       jax.device_get(
           step_lib.init_state(
-              model, one.experiment.optimizer, jax.random.PRNGKey(0), batch
+              model, experiment.optimizer, jax.random.PRNGKey(0), batch
           )
       )
   )
   seconds = []
-  for _ in range(2 + max(3, _FLAGS.repeats)):
+  for _ in range(5):
     start = time.perf_counter()
     state, metrics = train_step(state, batch, None, 0.0)
     jax.block_until_ready((state.step, metrics))
@@ -202,46 +192,5 @@ def _time_step(one: Measured) -> list[float]:
   return seconds[2:]
 
 
-def _result(one: Measured) -> dict[str, Any]:
-  rate, per_core = map(statistics.median, (one.rates, one.core_rates))
-  result = {
-      'name': one.pipeline.name,
-      'config': one.pipeline.config,
-      'unit': one.pipeline.unit,
-      'batch': one.units,
-      'batches_per_sec': measure.brief(rate),
-      'per_sec': round(rate * one.units),
-      'per_core': round(per_core * one.units),
-      'step_ms': None,
-      'step_needs_per_sec': None,
-      'headroom': None,
-  }
-  if one.steps:
-    step = statistics.median(one.steps)
-    result['step_ms'] = round(1e3 * step, 2)
-    result['step_needs_per_sec'] = round(one.units / step)
-    result['headroom'] = measure.brief(rate * step)
-  if _FLAGS.need and one.pipeline.unit == 'image':
-    result['share_of_need'] = measure.brief(rate * one.units / _FLAGS.need)
-    result['cores_needed'] = measure.brief(_FLAGS.need / (per_core * one.units))
-  return result
-
-
-def define_flags() -> None:
-  """Defines the flags of this program."""
-  flags.DEFINE_float(
-      'need', None, 'Examples per second that an accelerator takes, to compare.'
-  )
-  flags.DEFINE_multi_string(
-      'only',
-      [],
-      'Measure only pipelines with this in their name; repeatable.',
-  )
-  flags.DEFINE_integer('repeats', 3, 'Measurements of each pipeline.')
-  flags.DEFINE_float('seconds', 1.0, 'Length of each measurement.')
-  flags.DEFINE_bool('step', True, "Time each model's update too.")
-
-
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  command.run('input', rows)

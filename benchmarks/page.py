@@ -100,7 +100,6 @@ def make(
   parts.append(_overview(runs))
   for figure in figures.FIGURES:
     parts.append(_section(figure, runs, notes))
-  parts.append(figures.ELSEWHERE)
   return '\n'.join(parts)
 
 
@@ -111,16 +110,17 @@ def _machines(runs: Sequence[Run]) -> str:
       machine = record['machine']
       versions = ', '.join(f'{k} {v}' for k, v in machine['versions'].items())
       quick = ' **A quick run: sizes are tiny.**' if run.get('quick') else ''
+      took = f', in {run["seconds"] / 60:.0f} min' if 'seconds' in run else ''
       lines.append(
           f'* {run["device"]}: {machine["device"]}, {machine["cores"]} cores;'
           f' {run["made"][:10]}; Python {machine["python"]}, {versions};'
-          f' `{run["command"]}`.{quick}'
+          f' `{run["command"]}`{took}.{quick}'
       )
   return '\n'.join(lines) + '\n'
 
 
 def _overview(runs: Sequence[Run]) -> str:
-  """Returns how many goals are met, for each figure and device."""
+  """Returns which goals are met, for each figure and device."""
   devices = [run['device'] for run in runs]
   table = [['figure', 'goal', *devices]]
   for figure in figures.FIGURES:
@@ -131,12 +131,15 @@ def _overview(runs: Sequence[Run]) -> str:
 
 def _met(run: Run, benchmark: str) -> str:
   rows = run['benchmarks'].get(benchmark, {}).get('results', [])
-  met = [row['goal']['met'] for row in rows if row.get('goal')]
+  rows = [row for row in rows if 'skipped' not in row]
+  goals = [row for row in rows if row.get('goal')]
   if not rows:
     return 'not run'
-  if not met:
+  if not goals:
     return 'measured'
-  return f'{sum(met)} of {len(met)} met'
+  missed = [row['name'] for row in goals if not row['goal']['met']]
+  said = f'{len(goals) - len(missed)} of {len(goals)} met'
+  return f'{said}; not {"; ".join(missed)}' if missed else said
 
 
 def _section(
@@ -191,11 +194,16 @@ def _repeats(row: Mapping[str, Any]) -> int:
 
 
 def _table(figure: figures.Figure, rows: Sequence[Mapping[str, Any]]) -> str:
-  head = ['', *(title for title, _ in figure.columns)]
+  columns = [
+      (title, key)
+      for title, key in figure.columns
+      if any(cell(row.get(key)) for row in rows)
+  ]
   with_goal = any(row.get('goal') for row in rows)
+  head = ['', *(title for title, _ in columns)]
   table = [head + (['goal', 'met'] if with_goal else [])]
   for row in rows:
-    cells = [row['name'], *(cell(row.get(key)) for _, key in figure.columns)]
+    cells = [row['name'], *(cell(row.get(key)) for _, key in columns)]
     table.append(cells + (_goal_cells(row.get('goal')) if with_goal else []))
   return markdown_table(table)
 

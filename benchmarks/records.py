@@ -1,26 +1,26 @@
-r"""What a look at a long run costs: processor seconds and memory.
+r"""What a look at a long run costs: seconds and memory.
 
-    python -m benchmarks.records --records=200000
+    python -m benchmarks.records
 
 Makes up the records of a run of two groups, with the 24 numbers of a group that
 codistils, and has `status` and `report` read them, each in a process of its own
-with all that it imports. Prints JSON.
+with all that it imports.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
-
+from benchmarks import command, measure
 from codistill_jax import run_directory
 
-_FLAGS = flags.FLAGS
+_RECORDS = 200_000  # Of both groups together.
+_MOST = {'status': 0.5, 'report': 5.0}  # Seconds.
 _KEYS = (
     *('loss/task', 'loss/distill', 'loss/total', 'distill/weight'),
     *('optim/grad_norm', 'optim/learning_rate', 'exchange/stall_ms'),
@@ -34,15 +34,25 @@ _KEYS = (
 _COUNTS = dict.fromkeys(('exchange/publish_failures', 'exchange/rejected'), 0.0)
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
+def rows(options: command.Options) -> Iterator[dict[str, Any]]:
+  """Yields one row for each binary."""
+  records = 200 if options.quick else _RECORDS
   with tempfile.TemporaryDirectory() as workdir:
     for group_id in (0, 1):
-      _write(workdir, group_id, _FLAGS.records // 2)
+      _write(workdir, group_id, records // 2)
     run = {'arm': 'long', 'num_groups': 2, 'exchange_every': 50}
     run_directory.write_run(workdir, run)
-    found = {name: _cost(name, workdir) for name in ('status', 'report')}
-  print(json.dumps({'records': _FLAGS.records, **found}, indent=2))
+    for name, most in _MOST.items():
+      found = [_cost(name, workdir) for _ in range(options.times(3))]
+      seconds, used, megabytes = map(measure.spread, zip(*found))
+      yield {
+          'name': name,
+          'records': records,
+          'seconds': seconds,
+          'processor_seconds': used,
+          'megabytes': megabytes,
+          'goal': measure.goal(seconds['median'], at_most=most),
+      }
 
 
 def _write(workdir: str, group_id: int, count: int) -> None:
@@ -58,20 +68,29 @@ def _write(workdir: str, group_id: int, count: int) -> None:
         f.write(json.dumps({'step': 10 * n, 'time': 1.7e9 + n, **found}) + '\n')
 
 
-def _cost(binary: str, workdir: str) -> dict[str, Any]:
-  command = [sys.executable, '-m', f'experiments.{binary}']
-  process = subprocess.Popen(
-      [*command, f'--workdir={workdir}'], stdout=subprocess.DEVNULL
+# Between us and the binary: a process begins with the peak of its parent.
+_USED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1000)
+"""
+
+
+def _cost(binary: str, workdir: str) -> tuple[float, float, float]:
+  """Returns seconds, those of processors, and the most memory in MB."""
+  run = [sys.executable, '-m', f'experiments.{binary}', f'--workdir={workdir}']
+  start = time.perf_counter()
+  done = subprocess.run(
+      [sys.executable, '-c', _USED, *run],
+      stdout=subprocess.PIPE,
+      check=True,
+      text=True,
   )
-  _, status, used = os.wait4(process.pid, 0)
-  if status:
-    raise ValueError(f'{binary} ended with status {status}')
-  return {
-      'cpu_seconds': round(used.ru_utime + used.ru_stime, 2),
-      'megabytes': round(used.ru_maxrss / 1000),
-  }
+  seconds = time.perf_counter() - start
+  used, megabytes = map(float, done.stdout.split())
+  return seconds, used, megabytes
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('records', 200_000, 'Of both groups together.')
-  app.run(main)
+  command.run('records', rows)

@@ -2,21 +2,25 @@ r"""Runs the benchmarks, each as a process, and makes their page.
 
     python -m benchmarks.run_all --device=cpu
 
-On a GPU that is lent for four minutes, the most important ones, in that order;
-jax, flax, optax, orbax and numpy will do there:
+takes 40 minutes at most on two cores: no benchmark runs longer than its time in
+`BENCHMARKS` and what those before it have left. On a GPU that is lent for four
+minutes, the most important ones, in that order; jax, flax, optax, orbax and
+numpy will do there:
 
     python -m benchmarks.run_all --device=gpu --budget=225 \
         --only=loss,step_cost,utilisation --output=bench_gpu.json
 
 Writes the JSON after each benchmark, and `docs/benchmarks.md` at the end, from
 the runs on all devices that lie beside it. What ends early, or fails, says why
-in `not_run`; its rows until then are kept.
+in `not_run`, its rows until then are kept, and the run ends with status 1.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,72 +33,89 @@ from absl import app, flags
 from benchmarks import command, page
 from experiments.running import processes
 
-# By importance, for runs with little time.
-BENCHMARKS = (
-    'step_cost',
-    'prediction_exchange',
-    'loss',
-    'utilisation',
-    'rivals',
-    'cold_start',
-    'overlap',
-    'scaling',
-)
+# Seconds for each. By importance, for runs with little time.
+BENCHMARKS = {
+    'step_cost': 180,
+    'prediction_exchange': 240,
+    'loss': 120,
+    'utilisation': 90,
+    'rivals': 720,
+    'cold_start': 150,
+    'input': 180,
+    'records': 60,
+    'exchange_stall': 150,
+    'overlap': 60,
+    'scaling': 150,
+}
 _HERE = pathlib.Path(__file__).parent
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   options, output = command.from_flags()
-  output = output or f'docs/results/bench_{options.device}.json'
   try:
-    names = chosen(flags.FLAGS.only)
+    names = chosen(flags.FLAGS.only, output)
   except ValueError as e:
     sys.exit(f'error: {e}')
+  output = output or f'docs/results/bench_{options.device}.json'
   run = {
       'device': options.device,
       'quick': options.quick,
       'made': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
       'command': ' '.join(['python -m benchmarks.run_all', *_said()]),
-      'benchmarks': _kept(output) if flags.FLAGS.keep else {},
+      'benchmarks': {},
       'not_run': {},
   }
-  deadline = time.monotonic() + (flags.FLAGS.budget or float('inf'))
+  start, given = time.monotonic(), 0.0
   for name in names:
-    start = time.monotonic()
-    run['benchmarks'].pop(name, None)
-    record, failure = run_one(name, options, deadline - start)
+    begun = time.monotonic()
+    given = flags.FLAGS.budget or given + BENCHMARKS[name]
+    record, failure = run_one(name, options, start + given - begun)
     if record:
       run['benchmarks'][name] = record
     if failure:
       run['not_run'][name] = failure
+    run['seconds'] = round(time.monotonic() - start)
     command.write_json(output, run)
-    took = time.monotonic() - start
+    took = time.monotonic() - begun
     print(f'{name}: {took:.0f} s {failure or ""}', file=sys.stderr)
   if 'docs/results' in output:
     write_page()
+  if run['not_run']:
+    sys.exit(f'error: not whole: {", ".join(run["not_run"])}; see above')
 
 
-def chosen(only: Sequence[str]) -> list[str]:
+def chosen(only: Sequence[str], output: str | None = None) -> list[str]:
   """Returns the benchmarks of these names, as ordered; all if there are none.
 
   Raises:
-    ValueError: If there is none of a name.
+    ValueError: If there is none of a name, or some would take the place of all.
   """
-  there = [name for name in BENCHMARKS if (_HERE / f'{name}.py').exists()]
-  unknown = set(only) - set(there)
+  unknown = set(only) - set(BENCHMARKS)
   if unknown:
     raise ValueError(
         f'--only={",".join(sorted(unknown))}: no such benchmark; choose of'
-        f' {", ".join(there)}'
+        f' {", ".join(BENCHMARKS)}'
     )
-  return list(only) or there
+  if only and not output:
+    raise ValueError('the page is of one run of all; give --only an --output')
+  return list(only) or list(BENCHMARKS)
 
 
 def run_one(
-    name: str, options: command.Options, seconds: float
+    name: str,
+    options: command.Options,
+    seconds: float,
+    tree: pathlib.Path = _HERE.parent,
 ) -> tuple[dict[str, Any] | None, str]:
-  """Returns what a benchmark wrote, and why it ended early ('' if not)."""
+  """Returns what a benchmark wrote, and why it ended early ('' if not).
+
+  Args:
+    name: Of the benchmark.
+    options: How to measure.
+    seconds: After which it is ended.
+    tree: The clone to run it in.
+  """
   if seconds <= 0:
     return None, 'no time was left'
   with tempfile.TemporaryDirectory() as directory:
@@ -103,20 +124,24 @@ def run_one(
     run += [f'--device={options.device}', f'--quick={options.quick}']
     if options.repeats:
       run.append(f'--repeats={options.repeats}')
-    failure = ''
+    # A process group of its own, of whose processes none stays behind.
+    process = subprocess.Popen(
+        run,
+        cwd=tree,
+        # As `train_local` starts its groups; PyTorch has the same.
+        env=os.environ | processes.large_pages(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-      done = subprocess.run(
-          run,
-          cwd=_HERE.parent,
-          # As `train_local` starts its groups; PyTorch has the same.
-          env=os.environ | processes.large_pages(),
-          stdout=subprocess.DEVNULL,
-          timeout=None if seconds == float('inf') else seconds,
-      )
-      if done.returncode:
-        failure = f'ended with status {done.returncode}'
+      status = process.wait(seconds)
+      failure = f'ended with status {status}' if status else ''
     except subprocess.TimeoutExpired:
       failure = f'ended after {seconds:.0f} s, for lack of time'
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
     if not written.exists():
       return None, failure or 'it wrote nothing'
     return json.loads(written.read_text()), failure
@@ -133,11 +158,6 @@ def write_page() -> None:
   )
 
 
-def _kept(output: str) -> dict[str, Any]:
-  path = pathlib.Path(output)
-  return dict(page.read_run(path)['benchmarks']) if path.exists() else {}
-
-
 def _said() -> list[str]:
   """Returns the flags of this run that were given."""
   return [arg for arg in sys.argv[1:] if not arg.startswith('--output')]
@@ -147,9 +167,8 @@ def define_flags() -> None:
   """Defines the flags beside those of every benchmark."""
   command.define_flags()
   flags.DEFINE_list('only', [], 'Benchmarks to run; default: all.')
-  flags.DEFINE_float('budget', None, 'Seconds after which what runs is ended.')
-  flags.DEFINE_bool(
-      'keep', False, 'Keep what the output holds of benchmarks not run now.'
+  flags.DEFINE_float(
+      'budget', None, 'Seconds for all, in place of those of each.'
   )
 
 

@@ -7,6 +7,7 @@ it. A cache that fails costs a compilation, and is no error.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -162,6 +163,9 @@ def compile_once(step: jax.stages.Wrapped, *args: Any) -> None:
   lowered = step.lower(*args)
   with _turn(lowered):
     lowered.compile()
+  # What XLA took to compile a step, 150 MB of a small one, glibc would keep.
+  with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -149,6 +149,7 @@ def define_run_flags(num_groups: int) -> None:
       'num_groups',
       num_groups,
       'Groups of the run; 1 trains a baseline without peers.',
+      lower_bound=1,
   )
   flags.DEFINE_string(
       'arm', '', 'Name of the run in reports; default: the name of --workdir.'

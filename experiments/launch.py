@@ -19,7 +19,6 @@ from typing import Any
 from absl import flags
 
 from codistill_jax import gin_utils, run_directory
-from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import files
 
 from . import cli
@@ -91,7 +90,6 @@ class Group:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  peers_of(0, _FLAGS.num_groups)  # Raises if there are too few.
   cli.check_installed('submitit')
   pairs = [word.partition('=') for word in _FLAGS.slurm]
   more = {name: value or True for name, _, value in pairs}

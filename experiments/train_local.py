@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from codistill_jax import gin_utils, run_directory
-from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage import files
 
 from . import cli
@@ -51,7 +50,6 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  peers_of(0, _FLAGS.num_groups)  # Raises if there are too few.
   stop = cli.StopRequest().install()
   environments, replicas = processes.share_devices(
       _FLAGS.num_groups, _FLAGS.cpu_replicas, stop

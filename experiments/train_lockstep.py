@@ -15,7 +15,6 @@ from absl import flags
 
 from codistill_jax import experiment as experiment_lib
 from codistill_jax import gin_utils
-from codistill_jax.exchange.plan import peers_of
 from codistill_jax.storage.background import Troubles
 
 from . import cli
@@ -37,7 +36,6 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   num_groups = _FLAGS.num_groups
-  peers_of(0, num_groups)  # Raises if there are too few.
   stop = cli.StopRequest(cli.STOPPED, _FLAGS.grace_seconds).install()
   latch = job_lib.Latch(stop)
   cli.keep_programs(_FLAGS.compile_cache)

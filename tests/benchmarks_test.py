@@ -7,6 +7,7 @@ import collections
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,14 +24,17 @@ from benchmarks import (
     cases,
     cold_start,
     command,
+    compare,
     exchange_cost,
     figures,
+    input,
     loss,
     measure,
     overlap,
     page,
     population,
     prediction_exchange,
+    records,
     rivals,
     run_all,
     scaling,
@@ -189,6 +193,22 @@ def test_imports_are_timed():
   assert 'quick' in rows['first line']['skipped']
 
 
+def test_loading_is_timed_and_compared_with_a_need():
+  row = next(input.rows(QUICK))
+  assert row['name'] == 'digits' and row['batch'] == 64
+  per_core = row['per_core']['median']
+  assert row['cores_needed'] == pytest.approx(2500 / per_core, rel=0.01)
+  for pipeline in input.PIPELINES:
+    assert (ROOT / 'gin_configs' / 'tasks' / pipeline.config).is_file()
+
+
+def test_a_look_at_a_run_is_timed():
+  row = next(records.rows(QUICK))
+  assert row['name'] == 'status' and row['records'] == 200
+  assert 0 < row['processor_seconds']['median'] < row['seconds']['median'] + 1
+  assert 5 < row['megabytes']['median'] < 1000
+
+
 def test_rivals_say_what_they_need():
   if importlib.util.find_spec('torch'):
     pytest.skip('PyTorch is there: `python -m benchmarks.rivals --quick`')
@@ -252,6 +272,7 @@ def test_what_was_not_measured_says_why():
   run['not_run'] = {'loss': 'no time was left'}
   text = page.make([run], [])
   assert '* PyTorch: not measured, needs torch.' in text
+  assert re.search(r'\| Against the same in PyTorch \|.*\| not run \|', text)
   assert 'On cpu: not run (no time was left).' in text
 
 
@@ -308,10 +329,42 @@ def test_rows_are_on_disk_before_the_benchmark_ends(tmp_path):
 
 
 def test_only_benchmarks_that_exist_are_chosen():
-  assert run_all.chosen(['loss', 'step_cost']) == ['loss', 'step_cost']
-  assert set(run_all.chosen([])) <= set(run_all.BENCHMARKS)
+  some = ['loss', 'step_cost']
+  assert run_all.chosen(some, 'some.json') == some
+  assert run_all.chosen([]) == list(run_all.BENCHMARKS)
   with pytest.raises(ValueError, match='no such benchmark'):
     run_all.chosen(['speed'])
+  with pytest.raises(ValueError, match='one run of all; give --only an'):
+    run_all.chosen(some)
+
+
+def test_two_clones_are_compared_round_by_round():
+  record = lambda **times: {
+      'results': [
+          {'name': name, 'plain_ms': measure.spread([x]), 'ratio': 1.0}
+          for name, x in times.items()
+      ]
+  }
+  this = [record(a=2.0, new=1.0), record(a=30.0, new=1.0)]
+  other = [record(a=1.0), record(a=20.0)]
+  ((row, time, found),) = compare.ratios(this, other)
+  assert (row, time, found['median']) == ('a', 'plain_ms', 1.75)
+
+
+def test_all_benchmarks_have_40_minutes():
+  assert sum(run_all.BENCHMARKS.values()) <= 40 * 60
+
+
+def test_a_run_with_something_cut_off_names_it_and_fails(tmp_path):
+  output = tmp_path / 'run.json'
+  run = [sys.executable, '-m', 'benchmarks.run_all', '--quick', '--budget=0.1']
+  run += ['--only=records', f'--output={output}']
+  done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert 'error: not whole: records' in done.stderr
+  assert json.loads(output.read_text())['not_run'] == {
+      'records': 'ended after 0 s, for lack of time'
+  }
 
 
 def test_the_page_in_docs_is_that_of_the_runs_in_docs():

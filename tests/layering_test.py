@@ -225,7 +225,7 @@ def run_python(python, code):
   assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_importing_the_package_loads_nothing_heavy(python):
+def test_the_package_and_what_starts_groups_load_nothing_heavy(python):
   run_python(
       python,
       f"""
@@ -234,6 +234,9 @@ def test_importing_the_package_loads_nothing_heavy(python):
       found = sorted(set({HEAVY}) & set(sys.modules))
       assert not found, found
       assert 'gin' not in sys.modules and 'matplotlib' not in sys.modules
+      # What starts groups: they begin that much later than it.
+      from experiments import launch, status, train_local
+      assert 'jax' not in sys.modules and 'numpy' not in sys.modules
       """,
   )
 

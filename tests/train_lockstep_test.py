@@ -105,13 +105,11 @@ def test_a_mistake_is_one_line(launch, reference):
   results = launch.cases(
       'train_lockstep',
       {
-          'no_groups': [*common, '--num_groups=0'],
           'other_groups': [*common, '--num_groups=3'],
           'word': [*common, 'seed=3'],
       },
   )
   for name, word in [
-      ('no_groups', 'num_groups=0'),
       ('other_groups', 'num_groups=2'),
       ('word', "unexpected argument 'seed=3'"),
   ]:

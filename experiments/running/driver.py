@@ -5,6 +5,7 @@ Shared by the binaries that train. `run_group` writes nothing; this does.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -211,7 +212,8 @@ def _train(
       exchange.checkpointed(checkpoints.restart_step)
       if not _evaluate_what_was_missed(job, watch, resume.state):
         raise _stopped(job, start)
-    _expect_teachers(job, efficiency, start)
+    if (expected := _teachers_expected(job, start)) == start:
+      _expect_teachers(job, efficiency)
     turns = run_group(
         job.train_step,
         state,
@@ -228,6 +230,8 @@ def _train(
         yield start
       for result in turns:
         keeper.updated(result)
+        if result.step == expected:
+          _expect_teachers(job, efficiency)
         first = result.step == start + 1
         if first:
           gin_utils.check_no_dead_bindings()
@@ -242,11 +246,23 @@ def _train(
     exchange.checkpointed(checkpoints.restart_step)
 
 
-def _expect_teachers(job: Job, efficiency: Efficiency, start: int) -> None:
-  """Lets the program with teachers be compiled while the group has none."""
-  experiment, teachers = job.experiment, efficiency.teachers()
+def _teachers_expected(job: Job, start: int) -> int | None:
+  """Returns after which update to compile for teachers; None: it has none.
+
+  At the start, beside the updates of burn-in. Where those are many, after the
+  first record, which would come later by half.
+  """
+  experiment = job.experiment
   steps = range(start, experiment.num_steps)
-  if teachers is not None and any(map(experiment.distill_weight, steps)):
+  taught = next(filter(experiment.distill_weight, steps), None)
+  if taught is None:
+    return None
+  record = min(experiment.log_every, experiment.exchange.every or math.inf)
+  return start + (record if taught - start >= 4 * record else 0)
+
+
+def _expect_teachers(job: Job, efficiency: Efficiency) -> None:
+  if (teachers := efficiency.teachers()) is not None:
     job.train_step.expect(teachers)
 
 

@@ -193,6 +193,7 @@ class StepConfig:
   distill_loss: Callable[..., Array]
   axis_name: str | None
   fused: bool
+  fused_bytes: int | None
   teacher_model: Model
   simulated_replicas: int
 
@@ -219,6 +220,7 @@ def make_train_step(
     distill_loss: Callable[..., Array] = losses.cross_entropy,
     axis_name: str | None = None,
     fused: bool = True,
+    fused_bytes: int | None = None,
     teacher_model: Model | None = None,
     simulated_replicas: int = 1,
 ) -> TrainStep:
@@ -239,6 +241,8 @@ def make_train_step(
       computed over blocks of examples, see `blocks`, so that the logits never
       exist at once. The losses then see any number B of examples in a single
       axis, the tokens of a language model too. False: all logits at once.
+    fused_bytes: Temporary memory that these blocks may take: the largest that
+      fit. None: those that are fastest.
     teacher_model: The same model, computed more cheaply, for the teachers (in
       bfloat16, say); default: `model`. It takes the same parameters.
     simulated_replicas: Into how many parts, one after another, a replica
@@ -263,6 +267,11 @@ def make_train_step(
         f'simulated_replicas={simulated_replicas!r}; set it to a whole number'
         ' of at least 1'
     )
+  if fused_bytes is not None and type(fused_bytes) is not int:
+    raise ValueError(
+        f'fused_loss_bytes={fused_bytes!r}; set it to a whole number of bytes,'
+        ' or to None for the blocks that are fastest'
+    )
   config = StepConfig(
       model,
       tx,
@@ -270,6 +279,7 @@ def make_train_step(
       distill_loss,
       axis_name,
       fused,
+      fused_bytes,
       teacher_model or model,
       simulated_replicas,
   )
@@ -382,7 +392,9 @@ def objective(
   taught = teaching.outputs
   shared = teaching.by, teaching.distill_weight
   if config.fused and isinstance(outputs, HeadOutputs):
-    total, sums = blocks.summed(losses_of, outputs, taught, rows, shared)
+    total, sums = blocks.summed(
+        losses_of, outputs, taught, rows, shared, most_bytes=config.fused_bytes
+    )
   else:
     if taught is not None:
       taught = jax.vmap(logits_of)(taught)

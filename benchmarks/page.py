@@ -131,6 +131,7 @@ def _overview(runs: Sequence[Run]) -> str:
 
 def _met(run: Run, benchmark: str) -> str:
   rows = run['benchmarks'].get(benchmark, {}).get('results', [])
+  rows = [row for row in rows if 'skipped' not in row]
   goals = [row for row in rows if row.get('goal')]
   if not rows:
     return 'not run'

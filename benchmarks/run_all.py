@@ -43,7 +43,7 @@ BENCHMARKS = {
     'cold_start': 150,
     'input': 180,
     'records': 60,
-    'exchange_stall': 180,
+    'exchange_stall': 150,
     'overlap': 60,
     'scaling': 150,
 }

@@ -7,6 +7,7 @@ import collections
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -271,6 +272,7 @@ def test_what_was_not_measured_says_why():
   run['not_run'] = {'loss': 'no time was left'}
   text = page.make([run], [])
   assert '* PyTorch: not measured, needs torch.' in text
+  assert re.search(r'\| Against the same in PyTorch \|.*\| not run \|', text)
   assert 'On cpu: not run (no time was left).' in text
 
 

@@ -334,7 +334,7 @@ def update(
   sums = _psum(found.sums, axis_name)
   faults = sums.pop('faults')
   metrics = {key: x / count for key, x in sums.items()}
-  metrics['optim/grad_norm'] = optax.tree.norm(grads)
+  metrics['optim/grad_norm'] = _norm(grads)
   metrics['optim/fault'] = _fault(faults, metrics)
   params, opt_state = optimizers.update(
       config.tx,
@@ -521,6 +521,15 @@ def _count_faults(
   odd = jnp.isnan(said) | (said == jnp.inf)
   counts = inputs, wrong & (weights != 0), jnp.isnan(weights), odd
   return jnp.stack([count(x) for x in counts])
+
+
+def _norm(grads: PyTree) -> jax.Array:
+  """Returns the norm of all gradients together."""
+  if jax.default_backend() == 'cpu':
+    # Else XLA's CPU backend writes the squares, as Adam wants them as well, and
+    # reads them again; behind a barrier it sums as it squares.
+    grads = jax.lax.optimization_barrier(grads)
+  return optax.tree.norm(grads)
 
 
 def _fault(counts: Array, metrics: Metrics) -> jax.Array:

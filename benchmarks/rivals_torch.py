@@ -152,17 +152,45 @@ class Block(nn.Module):
     return F.relu(x + y)
 
 
+class Bottleneck(nn.Module):
+  """`codistill_jax.models.resnet.Bottleneck`."""
+
+  def __init__(self, arrays: Arrays, name: str, stride: int):
+    super().__init__()
+    convs = [_parameter(arrays[f'{name}/conv{i}/kernel']) for i in (1, 2, 3)]
+    self.conv1, self.conv2, self.conv3 = convs
+    self.norm1 = _norm(arrays, f'{name}/norm1')
+    self.norm2 = _norm(arrays, f'{name}/norm2')
+    self.norm3 = _norm(arrays, f'{name}/norm3')
+    self.stride = stride
+    self.widens = f'{name}/shortcut_conv/kernel' in arrays
+    if self.widens:
+      self.shortcut = _parameter(arrays[f'{name}/shortcut_conv/kernel'])
+      self.shortcut_norm = _norm(arrays, f'{name}/shortcut_norm')
+
+  def forward(self, x):
+    y = F.relu(self.norm1(F.conv2d(x, self.conv1)), inplace=True)
+    y = F.conv2d(y, self.conv2, stride=self.stride, padding=1)
+    y = F.relu(self.norm2(y), inplace=True)
+    y = self.norm3(F.conv2d(y, self.conv3))
+    if self.widens:
+      x = self.shortcut_norm(F.conv2d(x, self.shortcut, stride=self.stride))
+    return F.relu(x + y)
+
+
 class ResNet(nn.Module):
-  """`codistill_jax.models.resnet.resnet20`."""
+  """`resnet20` and `resnet50` of `codistill_jax.models.resnet`."""
 
   def __init__(self, arrays: Arrays):
     super().__init__()
     self.stem = _parameter(arrays['stem_conv/kernel'])
     self.norm = _norm(arrays, 'stem_norm')
     names = sorted({k.split('/')[0] for k in arrays if k.startswith('stage')})
-    strided = ('stage2_block1', 'stage3_block1')
+    self.large = 'stage1_block1/conv3/kernel' in arrays
+    make = Bottleneck if self.large else Block
+    strided = {f'stage{i}_block1' for i in (2, 3, 4)}
     self.blocks = nn.Sequential(
-        *(Block(arrays, name, 2 if name in strided else 1) for name in names)
+        *(make(arrays, name, 2 if name in strided else 1) for name in names)
     )
     self.head_weight = _parameter(arrays['head/kernel'])
     self.head_bias = _parameter(arrays['head/bias'])
@@ -174,7 +202,11 @@ class ResNet(nn.Module):
 
   def forward(self, batch: dict[str, torch.Tensor], carry: list):
     """Logits (B, C)."""
-    x = F.relu(self.norm(F.conv2d(batch['inputs'], self.stem, padding=1)))
+    stride, padding = (2, 3) if self.large else (1, 1)
+    x = F.conv2d(batch['inputs'], self.stem, stride=stride, padding=padding)
+    x = F.relu(self.norm(x))
+    if self.large:
+      x = F.max_pool2d(x, 3, stride=2, padding=1)
     x = self.blocks(x).mean((2, 3))
     return F.linear(x, self.head_weight, self.head_bias), carry
 

@@ -49,6 +49,7 @@ def summed(
     shared: PyTree,
     *,
     block: int | None = None,
+    most_bytes: int | None = None,
     lanes: int | None = None,
 ) -> tuple[jax.Array, PyTree]:
   """Sums a loss over blocks of examples; differentiable in `student` alone.
@@ -66,6 +67,7 @@ def summed(
       as labels and weights. The loss gets them as (S, ...).
     shared: Arrays that each block gets as they are.
     block: Examples of a block; chosen by `block_size` if None.
+    most_bytes: Temporary memory that blocks are chosen for, as there.
     lanes: What the number of columns of the matrix products is a multiple of;
       chosen if None. The loss sees C classes all the same.
 
@@ -74,13 +76,16 @@ def summed(
     gradient flows through `sums`.
 
   Raises:
-    ValueError: If shapes disagree.
+    ValueError: If shapes disagree, or `most_bytes` is too little.
   """
   lead = student.features.shape[:-1]
   _check_rows(lead, teachers, rows)
   num_peers = 0 if teachers is None else teachers.features.shape[0]
   size = math.prod(lead)
   num_classes = student.bias.shape[-1]
+  if most_bytes is not None:
+    width = student.features.shape[-1]
+    block = _fitting(size, num_classes, num_peers, width, most_bytes)
   block = block or block_size(size, num_classes, num_peers)
   # Blocks of one size, as few of them as the largest size allows: next to
   # nothing is filled up.
@@ -118,6 +123,33 @@ def block_size(num_examples: int, num_classes: int, num_peers: int = 0) -> int:
   size = min(max(math.ceil(num_examples * _SHARE), fewest), most)
   fitting = _MOST_BYTES[_platform()] // (4 * num_classes * (1 + num_peers))
   return max(1, min(size, max(fitting, _FEW), num_examples))
+
+
+def _fitting(
+    num_examples: int,
+    num_classes: int,
+    num_peers: int,
+    width: int,
+    most_bytes: int,
+) -> int:
+  """Examples of the largest block whose temporary memory is `most_bytes`.
+
+  As compiled programs have it: whatever the block, the gradient of the kernel
+  and what a block adds to it, and the features of all and their gradient; for
+  each of its examples three arrays over C, and two for each teacher.
+
+  Raises:
+    ValueError: If not even a block of one example fits.
+  """
+  features = num_examples * width * (2 + num_peers)
+  fixed = 4 * (2 * width * num_classes + features)
+  of_example = 4 * num_classes * (3 + 2 * num_peers)
+  if most_bytes < fixed + of_example:
+    raise ValueError(
+        f'fused_loss_bytes={most_bytes} is too little for the loss of this'
+        f' model; set it to at least {fixed + of_example}, or to None'
+    )
+  return min((most_bytes - fixed) // of_example, num_examples)
 
 
 def _platform() -> str:

@@ -81,6 +81,8 @@ class Experiment:
       'unigram', in proportion to their frequencies in the training split.
     fused_loss: Whether the losses of a language model are computed over blocks
       of tokens, see `blocks`; False: all logits at once, for comparison.
+    fused_loss_bytes: Temporary memory that these blocks may take in training,
+      the largest that fit; None: those that are fastest.
     num_steps: Updates of each group.
     group_batch: Examples (rows, for a language model) per update of one group.
     simulated_replicas: Replicas that each device stands for, one after another
@@ -112,6 +114,7 @@ class Experiment:
   label_smoothing: float = 0.0
   smoothing_distribution: str = 'uniform'
   fused_loss: bool = True
+  fused_loss_bytes: int | None = None
   num_steps: int = 1000
   group_batch: int = 128
   simulated_replicas: int = 1
@@ -534,6 +537,7 @@ def _train_step(experiment: Experiment, model: Model) -> step.TrainStep:
       distill_loss=experiment.distillation,
       axis_name=replicas.REPLICA_AXIS,
       fused=experiment.fused_loss,
+      fused_bytes=experiment.fused_loss_bytes,
       teacher_model=make_teacher_model(experiment),
       simulated_replicas=experiment.simulated_replicas,
   )

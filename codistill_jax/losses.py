@@ -66,9 +66,7 @@ def task_loss(
   labels = labels.astype(jnp.int32)
   shifted, log_sum = _normalized(logits)
   num_classes = logits.shape[-1]
-  classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, labels.ndim)
-  picked = jnp.where(classes == labels[..., None], shifted, 0.0)
-  picked = jnp.sum(picked, axis=-1)
+  picked = _picked(shifted, labels)
   wrong = (labels < 0) | (labels >= num_classes) | (picked <= _PADDED)
   loss = jnp.where(wrong, jnp.nan, log_sum - picked)
   if not label_smoothing:
@@ -174,11 +172,13 @@ class SoftTarget(NamedTuple):
     probabilities: () -> mean probability (..., C).
     log_probabilities: () -> its logarithm.
     logits: () -> mean logits (..., C).
+    mean_of: (..., C) -> its mean (...) over classes drawn by the probabilities.
   """
 
   probabilities: Callable[[], jax.Array]
   log_probabilities: Callable[[], jax.Array]
   logits: Callable[[], jax.Array]
+  mean_of: Callable[[jax.Array], jax.Array]
 
 
 class Formula(NamedTuple):
@@ -217,7 +217,19 @@ def _of_teachers(teachers, present_P) -> SoftTarget:
       lambda: _soft_target(teachers, present_P),
       lambda: _log_soft_target(teachers, present_P),
       lambda: _mean_over_present(teachers, present_P),
+      lambda values: _mean_of(values, teachers, present_P),
   )
+
+
+def _mean_of(values, teachers, present_P):
+  """`SoftTarget.mean_of`; the soft target itself is never written."""
+  means = []
+  for present, logits in zip(jnp.asarray(present_P) != 0, teachers):
+    shifted, _ = _normalized(jnp.where(present, logits, 0.0))
+    unnormalized = jnp.exp(shifted)
+    total = jnp.sum(unnormalized, axis=-1)
+    means.append(jnp.sum(unnormalized * values, axis=-1) / total)
+  return _mean_over_present(means, present_P)
 
 
 def _distillation(core, class_logits=lambda logits: logits):
@@ -273,9 +285,8 @@ def cross_entropy(student_logits, target):
   Raises:
     ValueError: If shapes disagree, or `temperature` is not positive.
   """
-  p = target.probabilities()
   shifted, log_sum = _normalized(student_logits)
-  return log_sum - jnp.sum(p * shifted, axis=-1)
+  return log_sum - target.mean_of(shifted)
 
 
 @_distillation
@@ -421,7 +432,41 @@ def _of_two(loss: Any) -> Any:
 
 def finite(logits: base.Array) -> jax.Array:
   """Float32 logits with minus infinity replaced; NaN stays NaN."""
-  return jnp.maximum(jnp.asarray(logits, jnp.float32), _LOWEST)
+  return _finite(jnp.asarray(logits, jnp.float32))
+
+
+# No loss has a gradient at a class of probability 0. Its own gradient would
+# be a mask as large as the logits, written and read again.
+@jax.custom_jvp
+def _finite(logits):
+  return jnp.maximum(logits, _LOWEST)
+
+
+_finite.defjvp(lambda x, dx: (_finite(*x), *dx))
+
+
+@jax.custom_jvp
+def _picked(values, labels):
+  """The value (...) of each label of (..., C); 0 for one outside [0, C)."""
+  if jax.default_backend() != 'cpu':
+    # There it is fused with other sums over C, which a CPU does not do.
+    return _sum_at(values, labels)
+  found = jnp.take_along_axis(
+      values, labels[..., None], axis=-1, mode='fill', fill_value=0.0
+  )
+  return found[..., 0]
+
+
+@_picked.defjvp
+def _picked_jvp(primals, tangents):
+  # Not that of a gather: to scatter takes an array of zeros of its own.
+  return _picked(*primals), _sum_at(tangents[0], primals[1])
+
+
+def _sum_at(values, labels):
+  classes = jax.lax.broadcasted_iota(jnp.int32, values.shape, labels.ndim)
+  at_label = jnp.where(classes == labels[..., None], values, 0.0)
+  return jnp.sum(at_label, axis=-1)
 
 
 def _normalized(logits):

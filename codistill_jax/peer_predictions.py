@@ -146,6 +146,7 @@ def _of_peers(
       probabilities,
       log_probabilities,
       lambda: _mean_over_peers(class_logits, peers),
+      lambda values: jnp.sum(probabilities() * values, axis=-1),
   )
 
 

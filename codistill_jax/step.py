@@ -193,6 +193,7 @@ class StepConfig:
   distill_loss: Callable[..., Array]
   axis_name: str | None
   fused: bool
+  fused_bytes: int | None
   teacher_model: Model
   simulated_replicas: int
 
@@ -219,6 +220,7 @@ def make_train_step(
     distill_loss: Callable[..., Array] = losses.cross_entropy,
     axis_name: str | None = None,
     fused: bool = True,
+    fused_bytes: int | None = None,
     teacher_model: Model | None = None,
     simulated_replicas: int = 1,
 ) -> TrainStep:
@@ -239,6 +241,8 @@ def make_train_step(
       computed over blocks of examples, see `blocks`, so that the logits never
       exist at once. The losses then see any number B of examples in a single
       axis, the tokens of a language model too. False: all logits at once.
+    fused_bytes: Temporary memory that these blocks may take: the largest that
+      fit. None: those that are fastest.
     teacher_model: The same model, computed more cheaply, for the teachers (in
       bfloat16, say); default: `model`. It takes the same parameters.
     simulated_replicas: Into how many parts, one after another, a replica
@@ -263,6 +267,11 @@ def make_train_step(
         f'simulated_replicas={simulated_replicas!r}; set it to a whole number'
         ' of at least 1'
     )
+  if fused_bytes is not None and type(fused_bytes) is not int:
+    raise ValueError(
+        f'fused_loss_bytes={fused_bytes!r}; set it to a whole number of bytes,'
+        ' or to None for the blocks that are fastest'
+    )
   config = StepConfig(
       model,
       tx,
@@ -270,6 +279,7 @@ def make_train_step(
       distill_loss,
       axis_name,
       fused,
+      fused_bytes,
       teacher_model or model,
       simulated_replicas,
   )
@@ -324,7 +334,7 @@ def update(
   sums = _psum(found.sums, axis_name)
   faults = sums.pop('faults')
   metrics = {key: x / count for key, x in sums.items()}
-  metrics['optim/grad_norm'] = optax.tree.norm(grads)
+  metrics['optim/grad_norm'] = _norm(grads)
   metrics['optim/fault'] = _fault(faults, metrics)
   params, opt_state = optimizers.update(
       config.tx,
@@ -382,7 +392,9 @@ def objective(
   taught = teaching.outputs
   shared = teaching.by, teaching.distill_weight
   if config.fused and isinstance(outputs, HeadOutputs):
-    total, sums = blocks.summed(losses_of, outputs, taught, rows, shared)
+    total, sums = blocks.summed(
+        losses_of, outputs, taught, rows, shared, most_bytes=config.fused_bytes
+    )
   else:
     if taught is not None:
       taught = jax.vmap(logits_of)(taught)
@@ -509,6 +521,15 @@ def _count_faults(
   odd = jnp.isnan(said) | (said == jnp.inf)
   counts = inputs, wrong & (weights != 0), jnp.isnan(weights), odd
   return jnp.stack([count(x) for x in counts])
+
+
+def _norm(grads: PyTree) -> jax.Array:
+  """Returns the norm of all gradients together."""
+  if jax.default_backend() == 'cpu':
+    # Else XLA's CPU backend writes the squares, as Adam wants them as well, and
+    # reads them again; behind a barrier it sums as it squares.
+    grads = jax.lax.optimization_barrier(grads)
+  return optax.tree.norm(grads)
 
 
 def _fault(counts: Array, metrics: Metrics) -> jax.Array:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 import toy
 
 from codistill_jax import experiment as experiment_lib
-from codistill_jax import gin_utils, losses, run_directory
+from codistill_jax import gin_utils, losses
 from codistill_jax.base import Task
 from codistill_jax.baselines import async_sgd, diloco
 from experiments.running import job as job_lib
@@ -170,12 +171,8 @@ def test_deep_mutual_learning_trains_as_one_program(tmp_path):
       experiment, toy.RECURRENT, steps, tmp_path / 'run', stream=stream
   )
   for group_id in (0, 1):
-    path = run_directory.metrics_path(tmp_path / 'run', group_id)
-    records = [
-        r
-        for r in run_directory.read_metrics(path).records
-        if 'loss/distill' in r
-    ]
+    records = tiny_run.records(tmp_path / 'run', group_id)
+    records = [r for r in records if 'loss/distill' in r]
     # From the first update on, of peers that are not a step old.
     assert [r['step'] for r in records] == [1, 2]
     assert [r['exchange/staleness_steps'] for r in records] == [0, 0]

@@ -201,6 +201,9 @@ def test_the_student_has_one_softmax_and_so_has_each_teacher(peers):
   cost = fused.lower(*args).compile().cost_analysis()
   exponentials = cost['transcendentals'] / (examples * classes)
   assert 1 + peers <= exponentials < 1.01 + peers
+  # On a CPU no mask, chosen class or soft target is an array of that size.
+  arrays = cost['bytes accessed'] / (4 * examples * classes)
+  assert arrays < 13 + 13.4 * peers
 
 
 @hypothesis.given(
@@ -214,6 +217,22 @@ def test_blocks_are_large_enough_to_be_fast_and_small_enough_to_fit(
   if size > 128:
     assert 4 * size * classes * (1 + peers) <= 2**28
     assert size <= max(256, -(-examples // 16))
+
+
+@pytest.mark.parametrize('peers', [0, 3])
+def test_blocks_keep_within_the_memory_that_they_are_given(peers):
+  """What is held on a CPU besides arguments and results, as compiled."""
+  args = arguments(0, (512,), 32, 4096, peers)
+  found = []
+  for budget in (2**23, 2**24, 2**26):
+    of = functools.partial(blocks.summed, loss_of(), most_bytes=budget)
+    compiled = with_gradient(of).lower(*args).compile()
+    found.append(compiled.memory_analysis().temp_size_in_bytes)
+    # And makes use of it, as far as there are examples.
+    assert min(budget, 2**25) / 3 < found[-1] <= budget
+  assert found == sorted(found)
+  with pytest.raises(ValueError, match=r'fused_loss_bytes=1000 .* at least'):
+    blocks.summed(loss_of(), *args, most_bytes=1000)
 
 
 def test_shapes_that_disagree_are_named():

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -37,12 +36,6 @@ def _answers(url):
   return False
 
 
-def _free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 @contextlib.contextmanager
 def _serving(command, url):
   # Not through a pipe: a server that nobody reads stands still.
@@ -62,7 +55,7 @@ def stores():
   """Servers of s3:// and gs://, each with an empty bucket `lab`."""
   import fsspec
 
-  ports = _free_port(), _free_port()
+  ports = tiny_run.free_port(), tiny_run.free_port()
   s3, gs = (f'http://127.0.0.1:{port}' for port in ports)
   directory = pathlib.Path(fake_gcs.__file__).parent
   # A wheel has that of its platform.
@@ -115,8 +108,7 @@ def assert_same_end(workdir, reference, group_id):
   assert files.exists(run_directory.done_path(workdir, group_id))
   _, expected = tiny_run.saved_arrays(reference, group_id)
   tiny_run.assert_same_bits(found, expected)
-  path = run_directory.metrics_path(workdir, group_id)
-  records = run_directory.read_metrics(path).records
+  records = tiny_run.records(workdir, group_id)
   assert [r['step'] for r in records if 'loss/task' in r][-1] == step
   steps = [r['step'] for r in records if 'loss/task' in r]
   assert steps == sorted(set(steps))

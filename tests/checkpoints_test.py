@@ -342,15 +342,6 @@ def test_a_record_that_is_none_or_altered_is_damaged(copy):
       checkpoints.load_record(copy, STEP)
 
 
-def test_arrays_of_another_checkpoint_are_noticed(copy):
-  """As if two writers had finished one step together."""
-  checkpoints.save(copy, STEP + 1, a_tree(1.0), {})
-  shutil.rmtree(copy / str(STEP) / 'arrays')
-  shutil.copytree(copy / str(STEP + 1) / 'arrays', copy / str(STEP) / 'arrays')
-  with pytest.raises(checkpoints.DamagedError, match=r'arrays/.* '):
-    read(copy)
-
-
 @pytest.mark.parametrize(
     'tree',
     [

@@ -3,21 +3,21 @@
 import collections
 import gzip
 import json
-import os
-import pathlib
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from prepared import expected_row, lines, run_clicks, write_clicks, write_lines
+from prepared import (
+    expected_row,
+    lines,
+    run_clicks,
+    shared,
+    write_clicks,
+    write_lines,
+)
 
 from codistill_jax.data import clicks, criteo, prepared_files
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHARED = pathlib.Path(
-    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
-)
 
 
 def ended(texts):
@@ -105,18 +105,8 @@ def test_whatever_happens_to_bytes_each_line_is_read_or_counted(data):
     assert row == expected_row(text)
 
 
-@hypothesis.settings(deadline=None, max_examples=80)
-@hypothesis.given(st.binary(max_size=300))
-def test_any_bytes_are_lines_that_are_read_or_counted(raw):
-  found = criteo.parse(ended(raw.split(b'\n')))
-  count = raw.count(b'\n') + 1
-  assert len(found.rows) + sum(found.rejects.values()) == count
-
-
 def test_the_first_rows_of_the_real_file():
-  path = SHARED / 'criteo-kaggle-10k' / 'train_head10k.txt.gz'
-  if not path.exists():
-    pytest.skip(f'{path} is missing: real data are not part of the project')
+  path = shared('criteo-kaggle-10k/train_head10k.txt.gz')
   data = gzip.decompress(path.read_bytes())
   parsed = criteo.parse(data.splitlines(keepends=True))
   assert parsed.rows.shape == (10_000, 40) and not parsed.rejects
@@ -193,6 +183,19 @@ def test_a_line_keeps_its_split_whatever_lies_around_it(tmp_path, split):
   assert meta['records'] == 90
   rows = np.concatenate(list(rows_of(tmp_path / 'd').values())).tolist()
   assert sorted(rows) == sorted(whole[:5] + whole[6:90])
+
+
+def test_a_large_piece_is_read_like_many_small_ones(tmp_path):
+  texts = [*lines(10), 'x'] * 500
+  (tmp_path / 'a.txt').write_text('\n'.join(texts))
+  found = []
+  for size in (10**6, 700):
+    options = {'split': 'hash', 'shard_lines': size}
+    prepare(tmp_path / str(size), tmp_path / 'a.txt', **options)
+    found.append(
+        {k: v.tolist() for k, v in rows_of(tmp_path / str(size)).items()}
+    )
+  assert found[0] == found[1]
 
 
 def test_damage_is_counted_and_not_fatal(prepared):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import json
 import logging
@@ -17,7 +18,6 @@ import types
 
 import jax
 import numpy as np
-import optax
 import pytest
 import tiny_run
 import toy
@@ -42,19 +42,7 @@ MODEL = toy.recurrent_model(units=4)
 TASK = toy.TOKEN_TASK
 
 
-def make_experiment(**kwargs):
-  defaults = {
-      'task': TASK,
-      'model': lambda num_classes: MODEL,
-      'optimizer': optax.adam(1e-2),
-      'num_steps': STEPS,
-      'group_batch': BATCH,
-      'log_every': 2,
-      'eval_every': 6,
-      'eval_batch': 2,
-      'checkpoint_every': 4,
-  }
-  return experiment_lib.Experiment(**{**defaults, **kwargs})
+make_experiment = functools.partial(toy.experiment, MODEL)
 
 
 @pytest.fixture(scope='module')
@@ -144,8 +132,7 @@ def checkpoint_steps(job):
 
 
 def records_of(job):
-  path = run_directory.metrics_path(job.workdir, 0)
-  return run_directory.read_metrics(path).records
+  return tiny_run.records(job.workdir)
 
 
 def curve_of(job, key):

@@ -92,9 +92,7 @@ def comparison(workdirs, name):
 
 
 def last_evaluation(workdir, group_id):
-  records = run_directory.read_metrics(
-      run_directory.metrics_path(workdir, group_id)
-  ).records
+  records = tiny_run.records(workdir, group_id)
   return [r for r in records if 'eval/loss' in r][-1]
 
 

@@ -248,8 +248,7 @@ def exported(tmp_path_factory):
     results |= launch.cases('evaluate', {'on_rows': on_rows})
   last = {}
   for name in ('text', 'images'):
-    path = run_directory.metrics_path(directory / f'{name}_run', 0)
-    records = run_directory.read_metrics(path).records
+    records = tiny_run.records(directory / f'{name}_run')
     last[name] = [r for r in records if 'eval/loss' in r][-1]
   assert results['on_rows'][0] == 0, results['on_rows']
   (found,) = (directory / 'table_run' / 'report').glob('comparison_on_*.json')

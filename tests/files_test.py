@@ -32,15 +32,6 @@ def test_no_file_is_none_also_where_a_directory_should_be(tmp_path):
   assert files.read_json(tmp_path / 'file' / 'a.json') is None
 
 
-@pytest.mark.parametrize('data', [b'', b'{"a": ', b'[]', b'1', b'\xff\xfe{}'])
-def test_a_damaged_file_is_named_in_one_line(tmp_path, data):
-  path = tmp_path / 'run.json'
-  path.write_bytes(data)
-  with pytest.raises(ValueError, match=r'Expected .*run\.json') as e:
-    files.read_json(path)
-  assert '\n' not in str(e.value)
-
-
 def test_every_torn_file_is_told_from_a_whole_one(tmp_path):
   path = tmp_path / 'a.json'
   files.write_json(path, {'a': [1, {'b': 'c'}]})
@@ -114,6 +105,7 @@ def test_buckets_are_remote_and_disks_are_not(tmp_path):
 # --- Files of others ---------------------------------------------------------
 
 ODD = [
+    b'',
     b'{',
     b'\xff\xfe{}',
     b'[' * 10**5,
@@ -135,7 +127,7 @@ ODD = [
 def test_json_of_others_is_refused_in_one_line(tmp_path, content):
   path = tmp_path / 'run.json'
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=r'run\.json') as e:
+  with pytest.raises(ValueError, match=r'Expected .*run\.json') as e:
     files.read_json(path)
   assert '\n' not in str(e.value) and len(str(e.value)) < 500
 

@@ -209,22 +209,13 @@ def test_what_does_not_fit_is_named(teacher_run, asked, error, message):
 MODEL = toy.recurrent_model(units=4)
 
 
-def experiment_of(teacher_run, **kwargs):
-  return experiment_lib.Experiment(
-      **{
-          'task': toy.TOKEN_TASK,
-          'model': lambda num_classes: MODEL,
-          'optimizer': optax.adam(1e-2),
-          'exchange': FixedTeachers([str(teacher_run)]),
-          'distill_weight': distill_weight(burn_in_steps=2),
-          'num_steps': 8,
-          'group_batch': 4,
-          'log_every': 2,
-          'eval_every': 8,
-          'eval_batch': 2,
-          'checkpoint_every': 4,
-          **kwargs,
-      }
+def experiment_of(teacher_run):
+  return toy.experiment(
+      MODEL,
+      exchange=FixedTeachers([str(teacher_run)]),
+      distill_weight=distill_weight(burn_in_steps=2),
+      num_steps=8,
+      eval_every=8,
   )
 
 
@@ -301,10 +292,10 @@ def test_a_run_says_what_its_teachers_cost(taught, finished):
   assert run['teacher_runs'] == [{'workdir': teachers, 'steps': [20, 21]}]
   assert run['prior_steps'] == 20 + 21 + 9  # The teachers had some, too.
   assert run['mode'] == 'fixed' and run.get('exchange_every') is None
-  path = run_directory.metrics_path(finished, 1)
-  records = run_directory.read_metrics(path).records
   present = [
-      r.get('exchange/peers_present') for r in records if 'loss/task' in r
+      r.get('exchange/peers_present')
+      for r in tiny_run.records(finished, 1)
+      if 'loss/task' in r
   ]
   assert present == [None, 2.0, 2.0, 2.0]  # Nobody in the burn-in.
 

@@ -2,8 +2,6 @@
 
 import functools
 import logging
-import os
-import pathlib
 import shutil
 
 import numpy as np
@@ -18,16 +16,10 @@ from made_images import (
     write_hub,
 )
 from PIL import Image
+from prepared import shared
 
 from codistill_jax.data import image_files, images
 from codistill_jax.data.examples import label_space
-
-SHARED = pathlib.Path(
-    os.environ.get(
-        'CODISTILL_SHARED_DATA',
-        pathlib.Path(__file__).parents[1].parent / 'shared' / 'data',
-    )
-)
 
 
 def rows(batches):
@@ -323,12 +315,6 @@ def test_a_local_data_set(tmp_path, monkeypatch):
 
 
 # --- Real data ----------------------------------------------------------------
-
-
-def shared(name):
-  if not (SHARED / name).is_dir():
-    pytest.skip(f'{SHARED / name} is not there')
-  return SHARED / name
 
 
 def test_real_fashion_mnist():

@@ -6,8 +6,8 @@ import signal
 
 import jax
 import numpy as np
-import optax
 import pytest
+import tiny_run
 import toy
 
 from codistill_jax import base, gin_utils, group, run_directory
@@ -47,20 +47,17 @@ TASK = toy.TOKEN_TASK._replace(
 )
 
 
-def make_experiment(**kwargs):
-  defaults = {
-      'task': TASK,
-      'model': lambda num_classes: toy.RECURRENT,
-      'optimizer': optax.adam(1e-2),
-      'num_steps': STEPS,
-      'group_batch': 4,
-      'log_every': 2,
-      'eval_every': 8,
-      'eval_batch': 2,
-      'checkpoint_every': 4,
-      'exchange': exchange_lib.Checkpoints(2, 'lockstep'),
-  }
-  return experiment_lib.Experiment(**{**defaults, **kwargs})
+def make_experiment(**changes):
+  return toy.experiment(
+      toy.RECURRENT,
+      **{
+          'task': TASK,
+          'num_steps': STEPS,
+          'eval_every': 8,
+          'exchange': exchange_lib.Checkpoints(2, 'lockstep'),
+          **changes,
+      },
+  )
 
 
 class Request:
@@ -143,9 +140,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(make_job, method):
   job = make_job()
   assert run(job) == [7, 8]
   toy.assert_same(last_state(job), last_state(straight))
-  records = run_directory.read_metrics(
-      run_directory.metrics_path(job.workdir, 0)
-  ).records
+  records = tiny_run.records(job.workdir)
   key = 'async/staleness_steps'
   if isinstance(method, Diloco):
     key = 'local/divergence'

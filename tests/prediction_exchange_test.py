@@ -5,7 +5,6 @@ import functools
 import all_groups
 import jax
 import numpy as np
-import optax
 import pytest
 import tiny_run
 import toy
@@ -23,21 +22,15 @@ MODEL = toy.recurrent_model(units=4)
 TASK = toy.TOKEN_TASK
 
 
-def make_experiment(**kwargs):
-  defaults = {
-      'task': TASK,
-      'model': lambda num_classes: MODEL,
-      'optimizer': optax.adam(1e-2),
-      'distill_weight': lambda step: float(step >= 2),
-      'exchange': Predictions(top_k=3, topology='ring'),
-      'num_steps': STEPS,
-      'group_batch': BATCH,
-      'log_every': 2,
-      'eval_every': 6,
-      'eval_batch': 2,
-      'checkpoint_every': 4,
-  }
-  return experiment_lib.Experiment(**{**defaults, **kwargs})
+def make_experiment(**changes):
+  return toy.experiment(
+      MODEL,
+      **{
+          'distill_weight': lambda step: float(step >= 2),
+          'exchange': Predictions(top_k=3, topology='ring'),
+          **changes,
+      },
+  )
 
 
 EXPERIMENT = make_experiment()
@@ -71,17 +64,12 @@ def arrays(workdir, group_id, step=STEPS):
   return tiny_run.arrays_of(directory, step)
 
 
-def records_of(workdir, group_id):
-  path = run_directory.metrics_path(workdir, group_id)
-  return run_directory.read_metrics(path).records
-
-
 def test_a_run_directory_is_that_of_any_run(whole):
   for g in range(G):
     assert run_directory.done_path(whole, g).exists()
     directory = run_directory.checkpoints_dir(whole, g)
     assert checkpoints.completed_steps(directory) == [4, 8, 12]
-    records = records_of(whole, g)
+    records = tiny_run.records(whole, g)
     assert [r['step'] for r in records if 'eval/loss' in r] == [6, 12]
     training = [r for r in records if 'loss/task' in r]
     assert [r['step'] for r in training] == [2, 4, 6, 8, 10, 12]
@@ -121,7 +109,8 @@ def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path, stop_after):
   train(tmp_path)
   for g in range(G):
     tiny_run.assert_same_bits(arrays(tmp_path, g), arrays(whole, g))
-    steps = [r['step'] for r in records_of(tmp_path, g) if 'eval/loss' in r]
+    records = tiny_run.records(tmp_path, g)
+    steps = [r['step'] for r in records if 'eval/loss' in r]
     assert steps == [6, 12]
 
 

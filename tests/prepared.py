@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
+import pathlib
 import random
 
 import numpy as np
+import pytest
 
 from codistill_jax.data import criteo, prepare_text, sources
 
@@ -114,6 +117,15 @@ def run_clicks(output, source, **changes):
   }
   meta = criteo.prepare_clicks(output, source, **options | changes)
   return meta, lines
+
+
+def shared(name):
+  """Returns where real data lie, which are no part of the project."""
+  root = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
+  path = pathlib.Path(os.environ.get('CODISTILL_SHARED_DATA', root)) / name
+  if not path.exists():
+    pytest.skip(f'{path} is not there')
+  return path
 
 
 def contents(folder):

@@ -98,8 +98,7 @@ class Run:
     return max((r['step'] for r in self.records(group_id)), default=0)
 
   def records(self, group_id):
-    path = run_directory.metrics_path(self.workdir, group_id)
-    return run_directory.read_metrics(path).records
+    return tiny_run.records(self.workdir, group_id)
 
   def taught(self, group_id, since):
     """Whether the group has had a teacher since then (Unix seconds)."""

@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 import signal
+import subprocess
 import sys
 import time
 
@@ -596,9 +598,28 @@ def test_a_jax_that_does_not_start_is_one_line(
   assert str(e.value) == f'jax does not start here: {reason}'
 
 
-def test_groups_on_cpu_compute_in_large_pages(monkeypatch):
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='variables of glibc'
+)
+def test_groups_on_cpu_keep_the_memory_of_a_step(monkeypatch):
   monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
-  assert processes.large_pages() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  code = """
+import resource, threading
+faults = []
+def steps():
+  for _ in range(3):
+    bytearray(b'x') * (1 << 27)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+thread = threading.Thread(target=steps)
+thread.start()
+thread.join()
+print(faults[2] - faults[1])
+"""
+  environment = os.environ | processes.large_pages()
+  done = subprocess.run(
+      [sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE
+  )
+  assert int(done.stdout) < 20
   monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
   assert processes.large_pages() == {}
 

@@ -21,14 +21,12 @@ from etils import epath
 from hypothesis import example, given
 from hypothesis import strategies as st
 from prepared import read_source as read
+from prepared import shared
 
 from codistill_jax.data import criteo, records, sources
 from codistill_jax.data.records import TOO_LONG, Reject, cut
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARED = pathlib.Path(
-    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
-)
 
 
 def write(path, content):
@@ -456,25 +454,17 @@ class TestHuggingFace:
         read(f'hf:{tmp_path}', text_key='body')
 
 
-class TestRealFiles:
-  """Samples of public corpora, which are no part of the project."""
-
-  @pytest.fixture(autouse=True)
-  def there(self):
-    if not SHARED.is_dir():
-      pytest.skip(f'there is no {SHARED}')
-
-  @pytest.mark.parametrize(
-      ('pattern', 'documents', 'empty'),
-      [
-          ('c4-samples/c4-sample.0?.json.gz', 20, 0),
-          ('c4-samples/c4_demo.jsonl', 300, 0),
-          ('commoncrawl-dolma-2019-30/CC-MAIN*.jsonl.gz', 670, 27),
-          ('commoncrawl-dolma-2019-30/cc_en_head*.jsonl.gz', 20, 0),
-      ],
-  )
-  def test_json_lines_of_c4_and_dolma(self, pattern, documents, empty):
-    records = read(f'jsonl:{SHARED}/{pattern}')
-    assert sum(isinstance(record, str) for record in records) == documents
-    assert records.count(Reject('empty')) == empty
-    assert len(records) == documents + empty
+@pytest.mark.parametrize(
+    ('folder', 'pattern', 'documents', 'empty'),
+    [
+        ('c4-samples', 'c4-sample.0?.json.gz', 20, 0),
+        ('c4-samples', 'c4_demo.jsonl', 300, 0),
+        ('commoncrawl-dolma-2019-30', 'CC-MAIN*.jsonl.gz', 670, 27),
+        ('commoncrawl-dolma-2019-30', 'cc_en_head*.jsonl.gz', 20, 0),
+    ],
+)
+def test_json_lines_of_c4_and_dolma(folder, pattern, documents, empty):
+  records = read(f'jsonl:{shared(folder)}/{pattern}')
+  assert sum(isinstance(record, str) for record in records) == documents
+  assert records.count(Reject('empty')) == empty
+  assert len(records) == documents + empty

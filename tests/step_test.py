@@ -563,6 +563,7 @@ def updated(**parts):
         ({'task_loss': 'softmax'}, "task_loss='softmax' is no function"),
         ({'simulated_replicas': 0}, r'simulated_replicas=0; set it to a whole'),
         ({'simulated_replicas': 2.0}, r'simulated_replicas=2\.0; set it to'),
+        ({'fused_bytes': '1GB'}, "fused_loss_bytes='1GB'; set it to a whole"),
         ({'task_loss': lambda z, y: z}, r'loss for each label.*got float32\['),
         ({'task_loss': lambda z, y: jnp.mean(z)}, r'got float32\[\]'),
         (

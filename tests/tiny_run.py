@@ -249,6 +249,12 @@ def _nested(leaves):
   return tree
 
 
+def records(workdir, group_id=0):
+  """What a group of a run has recorded."""
+  path = run_directory.metrics_path(workdir, group_id)
+  return run_directory.read_metrics(path).records
+
+
 def assert_same_bits(a, b):
   """Two dicts of arrays are equal, bit for bit."""
   assert a.keys() == b.keys()

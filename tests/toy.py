@@ -18,6 +18,7 @@ from codistill_jax.base import (
     Variables,
     host_copy,
 )
+from codistill_jax.experiment import Experiment
 from codistill_jax.models.linen import from_linen
 from codistill_jax.replicas import REPLICA_AXIS, PmapStep
 
@@ -118,6 +119,24 @@ TOKEN_TASK = Task(
     identity={'task': 'toy'},
     example_name='token',
 )
+
+
+def experiment(model, **changes):
+  """What a run of twelve updates of a recurrent model is."""
+  return Experiment(
+      **{
+          'task': TOKEN_TASK,
+          'model': lambda num_classes: model,
+          'optimizer': optax.adam(1e-2),
+          'num_steps': 12,
+          'group_batch': 4,
+          'log_every': 2,
+          'eval_every': 6,
+          'eval_batch': 2,
+          'checkpoint_every': 4,
+          **changes,
+      }
+  )
 
 
 def statistics_model():

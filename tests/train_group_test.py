@@ -65,14 +65,9 @@ def assert_same_run(a, b):
       )
 
 
-def metrics_of(workdir, group_id):
-  path = run_directory.metrics_path(workdir, group_id)
-  return run_directory.read_metrics(path).records
-
-
 def assert_whole_metrics(workdir, group_id):
   """Each step once, in order, with the staleness asked for."""
-  records = metrics_of(workdir, group_id)
+  records = tiny_run.records(workdir, group_id)
   training = [r for r in records if 'loss/task' in r]
   assert [r['step'] for r in training] == list(range(5, LAST + 1, 5))
   evaluated = [r['step'] for r in records if 'eval/loss' in r]
@@ -217,7 +212,7 @@ def test_two_processes_of_two_devices_are_one_of_four(
           x, expected[path], rtol=1e-4, atol=1e-6, err_msg=path
       )
   # Each record once: only the primary process writes.
-  lines = [r['step'] for r in metrics_of(workdir, 0)]
+  lines = [r['step'] for r in tiny_run.records(workdir, 0)]
   assert lines == [5, 10, 15, 20, 20]
 
 

@@ -30,9 +30,7 @@ def assert_same_end(workdir, reference):
         found, tiny_run.saved_arrays(reference, group_id)[1]
     )
     assert run_directory.done_path(workdir, group_id).exists()
-    records = run_directory.read_metrics(
-        run_directory.metrics_path(workdir, group_id)
-    ).records
+    records = tiny_run.records(workdir, group_id)
     steps = [r['step'] for r in records if 'loss/task' in r]
     assert steps == list(range(5, tiny_run.NUM_STEPS + 1, 5))
 

@@ -1,7 +1,6 @@
 """WET files: every page is read, and damage costs no more than its records."""
 
 import gzip
-import os
 import pathlib
 import random
 import tracemalloc
@@ -9,7 +8,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared import read_source
+from prepared import read_source, shared
 from wet_files import packed, record, wet, write_wet
 
 from codistill_jax.data import records as records_lib
@@ -18,9 +17,6 @@ from codistill_jax.data.records import Reject
 pytest.importorskip('fastwarc')
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARED = pathlib.Path(
-    os.environ.get('CODISTILL_SHARED_DATA', ROOT.parent / 'shared' / 'data')
-)
 DAMAGED = Reject('damaged_record')
 CUT = Reject('damaged_file')
 PAGES = [f'page {i}\n' + 'some words ' * (40 + i) for i in range(6)]
@@ -237,17 +233,12 @@ def test_a_huge_page_is_skipped_in_bounded_memory(tmp_path):
   assert peak < 60_000_000
 
 
-class TestRealFiles:
+def test_a_page_of_common_crawl():
+  records = read(shared('wet/whirlwind.warc.wet.gz'))
+  assert len(records) == 1 and 'Biquipedia' in records[0]
 
-  @pytest.fixture(autouse=True)
-  def there(self):
-    if not (SHARED / 'wet').is_dir():
-      pytest.skip(f'there is no {SHARED / "wet"}')
 
-  def test_a_page_of_common_crawl(self):
-    records = read(SHARED / 'wet' / 'whirlwind.warc.wet.gz')
-    assert len(records) == 1 and 'Biquipedia' in records[0]
-
-  def test_a_warc_file_has_no_text(self):
-    with pytest.raises(ValueError, match='a WARC or WAT file'):
-      read(SHARED / 'wet' / 'resiliparse-warcfile.warc.gz')
+def test_a_real_warc_file_has_no_text():
+  path = shared('wet/resiliparse-warcfile.warc.gz')
+  with pytest.raises(ValueError, match='a WARC or WAT file'):
+    read(path)

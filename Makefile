@@ -36,7 +36,7 @@ INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --editable
 
 demo: .venv/demo
 	$(RUN) experiments.prepare_data --source=bible \
-	    --vocab_size=2048 --output=data/bible
+	    --vocab_size=512 --output=data/bible
 	$(RUN) experiments.train_local --workdir=$(DEMO)/codistillation \
 	    --num_groups=2 --gin_file=gin_configs/tasks/bible_lm.gin --noreport
 	$(RUN) experiments.train_local --workdir=$(DEMO)/baseline \

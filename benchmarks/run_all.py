@@ -41,7 +41,7 @@ BENCHMARKS = {
     'utilisation': 90,
     'rivals': 720,
     'cold_start': 150,
-    'input': 180,
+    'input': 240,
     'records': 60,
     'exchange_stall': 150,
     'overlap': 60,

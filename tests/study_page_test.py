@@ -22,7 +22,7 @@ from experiments.reports.pages import Paragraph, Plot
 from experiments.studies import analysis, costs, study_page, study_plots, words
 from experiments.studies.catalogue import STUDIES
 from experiments.studies.costs import Latency
-from experiments.studies.study_plan import make_plan
+from experiments.studies.study_plan import Factor, make_plan
 
 PNG = b'\x89PNG'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -309,6 +309,43 @@ def test_the_map_says_at_which_batches_a_second_group_pays(tmp_path):
   head = next(x for x in page.splitlines() if 'batch / critical' in x)
   rows = page.split(head)[1].split('\n\n')[0].splitlines()[2:]
   assert len(rows) == 3 * 5 and head.count('|') == rows[0].count('|')
+
+
+def test_a_factor_is_judged_by_its_own_control(tmp_path):
+  names = ('one', 'two', 'slow', 'fast', 'one_hard', 'hard', 'absent')
+  rows = (
+      ('nothing', 'two', 'one'),
+      ('slower', 'slow', 'one'),
+      ('faster', 'fast', 'one'),
+      ('harder', 'hard', 'one_hard'),
+      ('not yet', 'absent', 'one'),
+  )
+  study = toy.study(
+      *(toy.arm(n, num_groups=1 + (not n.startswith('one'))) for n in names),
+      factors=tuple(Factor('here', *row, unchanged='two') for row in rows),
+  )._replace(baseline='one')
+  speeds = {'one': 1, 'two': 2, 'slow': 1.25, 'fast': 4}
+  often = {'noise': 1e-5, 'steps_N': np.arange(10, 1001, 10)}
+  runs = [r for n, v in speeds.items() for r in toy.runs(n, speed=v, **often)]
+  for name, speed in (('one_hard', 1), ('hard', 2)):  # All losses are higher.
+    runs += toy.runs(name, speed=speed, shift=0.5, **often)
+  found = {
+      e.factor.change: e
+      for e in analysis.factor_effects(analysis.analyse(study, runs))
+  }
+  steps = {
+      n: e.steps.estimate.mean for n, e in found.items() if e.steps.estimate
+  }
+  expected = {'nothing': 1 / 2, 'slower': 0.8, 'faster': 1 / 4, 'harder': 1 / 2}
+  assert steps == pytest.approx(expected, rel=0.05)
+  assert found['harder'].change.estimate.mean == pytest.approx(0.5, rel=0.01)
+  study_page.report(study, toy.settings(), runs, tmp_path)
+  page = (tmp_path / 'page.md').read_text()
+  said = 'the loss at the end is lower with faster, and higher with slower; har'
+  assert said in page
+  lines = [line for line in page.splitlines() if line.startswith('| here')]
+  assert len(lines) == len(rows)
+  assert lines[0].endswith('| - |') and lines[-1].count('not trained') == 3
 
 
 def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():

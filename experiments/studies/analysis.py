@@ -20,7 +20,7 @@ import numpy as np
 from codistill_jax import statistics
 from codistill_jax.statistics import Estimate
 
-from .study_plan import MEASURES, Arm, Study
+from .study_plan import MEASURES, Arm, Factor, Study
 
 # Of a run by a measure.
 MEASURED = 'measured'
@@ -357,6 +357,43 @@ def effect(analysis: Analysis, arm: str, against: str, measure: str) -> Effect:
   )
   resolution = max(s.resolution for p in counted for s in p)
   return Effect(ratio, *sides, estimate, *values.mean(0).tolist(), resolution)
+
+
+class FactorEffects(NamedTuple):
+  """What a changed setting makes of codistillation.
+
+  Attributes:
+    factor: What was changed, and where.
+    steps: Of its arm over one group, to the best loss of that one group.
+    loss: At the end, over that one group.
+    change: Of the loss at the end, over the arm without the change.
+  """
+
+  factor: Factor
+  steps: Effect
+  loss: Effect
+  change: Effect
+
+  @property
+  def direction(self) -> str:
+    """'better' or 'worse' by the whole interval of the change; or ''."""
+    found = self.change.estimate
+    if found is None or self.factor.arm == self.factor.unchanged:
+      return ''
+    return 'better' if found.high < 0 else 'worse' if found.low > 0 else ''
+
+
+def factor_effects(found: Analysis) -> list[FactorEffects]:
+  """Returns the effects of each factor of a study, each to its own target."""
+  effects = []
+  for factor in found.study.factors:
+    study = found.study._replace(baseline=factor.one)
+    at = with_targets(found._replace(study=study), 1.0)
+    steps = effect(at, factor.arm, factor.one, 'steps_to_target')
+    loss = effect(found, factor.arm, factor.one, 'final_loss')
+    change = effect(found, factor.arm, factor.unchanged, 'final_loss')
+    effects.append(FactorEffects(factor, steps, loss, change))
+  return effects
 
 
 def _ratio(values: np.ndarray) -> Estimate | None:

@@ -130,6 +130,8 @@ def _blocks(
     made += _bytes(found, example)
   if 'map' in views:
     made += map_blocks(found, settings)
+  if study.factors:
+    made += factor_blocks(found)
   if 'latency' in views:
     made += wall_time_blocks(found, settings, latency)
   made += _rates(found, settings)
@@ -443,12 +445,53 @@ def map_table(maps: Sequence[TargetMap], rows: float) -> pd.DataFrame:
   return pd.DataFrame(lines)
 
 
-def _ratio(effect: Effect | None) -> str:
+def factor_blocks(found: Analysis) -> list[Block]:
+  """Returns what each changed setting makes of codistillation."""
+  effects = analysis.factor_effects(found)
+  points = dict.fromkeys(e.factor.point for e in effects)
+  rows = [
+      {
+          'where': e.factor.point,
+          'change': e.factor.change,
+          'steps, over one group': _ratio(e.steps),
+          'loss at the end, over one group': _ratio(e.loss, '+.4f'),
+          'over no change': (
+              '-'
+              if e.factor.arm == e.factor.unchanged
+              else _ratio(e.change, '+.4f')
+          ),
+      }
+      for e in effects
+  ]
+  said = [
+      words.paragraph(
+          'factors',
+          point=point,
+          **{
+              direction: [
+                  e.factor.change
+                  for e in effects
+                  if (e.factor.point, e.direction) == (point, direction)
+              ]
+              for direction in ('better', 'worse')
+          },
+      )
+      for point in points
+  ]
+  return [
+      Heading('What it depends on'),
+      Bullets(said),
+      Table(pd.DataFrame(rows), names=2),
+      _said('factor_rules'),
+  ]
+
+
+def _ratio(effect: Effect | None, form: str = '.2f') -> str:
   if effect is None or not effect.ours:
     return 'not trained'
   if effect.estimate is None:
-    return 'not reached'
-  return words.estimate(effect.estimate, '.2f')
+    return 'not reached' if effect.ratio else 'diverged'
+  return words.estimate(effect.estimate, form)
 
 
 def times_table(model: WallTime) -> pd.DataFrame:

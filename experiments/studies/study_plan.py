@@ -159,6 +159,25 @@ class Comparison(NamedTuple):
     return self._replace(paper=paper)
 
 
+class Factor(NamedTuple):
+  """One setting that is changed, all else as it is at some point.
+
+  Attributes:
+    point: Where, for people; the same words for all changes there.
+    change: What is changed, for people.
+    arm: Groups that codistil, with the change.
+    one: One group of the same batch, with the change if that touches it: its
+      best loss is the target.
+    unchanged: Groups that codistil, without the change.
+  """
+
+  point: str
+  change: str
+  arm: str
+  one: str
+  unchanged: str
+
+
 class Scale(NamedTuple):
   """How large a study is.
 
@@ -205,6 +224,7 @@ class Study(NamedTuple):
     views: Further figures: 'latency', wall time from a tail-latency model;
       'bytes', loss against bytes received; 'speed-accuracy', accuracy beside
       loss; 'map', ratios of steps over batches, at three targets.
+    factors: What a second group's help may depend on, a row of a table each.
     notes: Paragraphs for the page: what the result depends on.
   """
 
@@ -220,6 +240,7 @@ class Study(NamedTuple):
   predictions: bool = False
   x_label: str = ''
   views: tuple[str, ...] = ()
+  factors: tuple[Factor, ...] = ()
   notes: tuple[str, ...] = ()
 
 
@@ -377,7 +398,12 @@ def make_plan(
   ]
   names = {arm.name for arm in chosen}
   comparisons = [c for c in study.comparisons if {c.arm, c.against} <= names]
-  study = study._replace(arms=tuple(chosen), comparisons=tuple(comparisons))
+  factors = [f for f in study.factors if {f.arm, f.one, f.unchanged} <= names]
+  study = study._replace(
+      arms=tuple(chosen),
+      comparisons=tuple(comparisons),
+      factors=tuple(factors),
+  )
   return StudyPlan(study, scale_name, scale, declared)
 
 

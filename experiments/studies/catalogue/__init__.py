@@ -8,5 +8,6 @@ STUDIES = {
         *('sgd_scaling', 'async_sgd', 'lm_codistillation'),
         *('offline_distillation', 'data_partition', 'staleness'),
         *('image_codistillation', 'churn', 'communication', 'topology', 'map'),
+        'factors',
     )
 }

@@ -88,8 +88,8 @@ STUDY = Study(
     title='What the help of a second group depends on',
     source='the setting of Figures 1 and 2a of Anil et al. 2018',
     question=(
-        'At a batch where a second group helps most and at one where it helps'
-        ' least, what does each setting of codistillation change?'
+        'At a small batch, where two groups end ahead of one, and at a larger'
+        ' one, where they end behind it: what does each setting change?'
     ),
     claim=(
         'Stale predictions do not matter much, and disjoint data help [B].'

@@ -130,7 +130,7 @@ STUDY = Study(
     notes=(
         'A worker is an equal share of the group batch. On the map of batches'
         ' two groups end ahead of one at the smaller of the two, and behind it'
-        ' at the larger; at still larger ones they end further behind, and a run'
-        ' takes longer.',
+        ' at the larger; at still larger ones they end further behind, and take'
+        ' longer.',
     ),
 )

@@ -51,6 +51,8 @@ def _point(workers: int) -> tuple[list[Arm], list[Factor]]:
         title=f'{number} of {workers}' + (f', {change}' if change else ''),
         bindings=bindings,
         workers=workers,
+        x=workers,
+        series=f'{number} {name}',
         num_groups=4 if name == 'four' else kind.num_groups,
     )
 

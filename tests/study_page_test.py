@@ -346,6 +346,7 @@ def test_a_factor_is_judged_by_its_own_control(tmp_path):
   lines = [line for line in page.splitlines() if line.startswith('| here')]
   assert len(lines) == len(rows)
   assert lines[0].endswith('| - |') and lines[-1].count('not trained') == 3
+  assert {p.name for p in tmp_path.glob('*.png')} == {'factors.png'}
 
 
 def test_what_is_not_reached_stands_on_the_axis_at_what_was_seen():

@@ -102,7 +102,12 @@ def _blocks(
   baseline = _title(study, study.baseline)
   rules = words.paragraphs('rules', window=found.window, baseline=baseline)
   example = settings['example']
-  drawn = [*study_plots.curves(found, example), study_plots.against_axis(found)]
+  drawn = []
+  if not study.factors:  # More arms than can be told apart; see curves.csv.
+    drawn = [
+        *study_plots.curves(found, example),
+        study_plots.against_axis(found),
+    ]
   groups = sorted({arm.num_groups for arm in study.arms})
   made = [
       Paragraph(study.question),
@@ -447,6 +452,8 @@ def map_table(maps: Sequence[TargetMap], rows: float) -> pd.DataFrame:
 
 def factor_blocks(found: Analysis) -> list[Block]:
   """Returns what each changed setting makes of codistillation."""
+  from . import study_plots
+
   effects = analysis.factor_effects(found)
   points = dict.fromkeys(e.factor.point for e in effects)
   rows = [
@@ -478,8 +485,10 @@ def factor_blocks(found: Analysis) -> list[Block]:
       )
       for point in points
   ]
+  plot = study_plots.factors(effects)
   return [
       Heading('What it depends on'),
+      *([plot] if plot else []),
       Bullets(said),
       Table(pd.DataFrame(rows), names=2),
       _said('factor_rules'),

@@ -21,7 +21,7 @@ from codistill_jax.statistics import Estimate
 from ..reports import plots
 from ..reports.pages import Plot
 from . import analysis, retrains, words
-from .analysis import Analysis, Band
+from .analysis import Analysis, Band, FactorEffects
 from .costs import TargetMap, WallTime
 from .retrains import Row
 from .study_plan import MEASURES, Arm, Study
@@ -420,6 +420,38 @@ def batch_map(maps: Sequence[TargetMap], rows: float) -> Plot | None:
     plots.legend_below(figure, ax.get_legend_handles_labels()[0])
     caption = words.paragraph('batch_map_caption')
     return plots.save(figure, 'map', 'Where a second group pays', caption)
+
+
+def factors(effects: Sequence[FactorEffects]) -> Plot | None:
+  """Draws losses over one group by what is changed, a colour for each point."""
+  drawn = [e for e in effects if e.loss.estimate is not None]
+  if not drawn:
+    return None
+  changes = list(dict.fromkeys(e.factor.change for e in effects))
+  points = list(dict.fromkeys(e.factor.point for e in effects))
+  colours = plots.arm_colours(points)
+  label = 'loss at the end, over one group (nats)'
+  with plots.style():
+    figure, (ax,) = plots.figure_of(1, x_label=label)
+    figure.set_figheight(0.3 * len(changes) + 1)
+    for i, point in enumerate(points):
+      found = [e for e in drawn if e.factor.point == point]
+      apart = 0.3 * (i / max(len(points) - 1, 1) - 0.5)
+      at = [changes.index(e.factor.change) + apart for e in found]
+      style = {'color': colours[point], 'capsize': 2.5, 'lw': 1}
+      for y, e in zip(at, found):
+        loss = e.loss.estimate
+        ax.errorbar(loss.mean, y, xerr=_ends(loss), **style)
+      means = [e.loss.estimate.mean for e in found]
+      style = {'color': colours[point], 'marker': _MARKERS[i], 'label': point}
+      ax.plot(means, at, ls='', **style)
+    ax.axvline(0.0, **_TARGET)
+    ax.xaxis.set_major_formatter('{x:+.2f}')
+    ax.set_yticks(range(len(changes)), changes)
+    ax.invert_yaxis()
+    plots.legend_below(figure, ax.get_legend_handles_labels()[0])
+    caption = words.paragraph('factors_caption')
+    return plots.save(figure, 'factors', 'What each change makes', caption)
 
 
 def _log_axes(ax: Axes) -> None:

@@ -137,6 +137,15 @@ class Effect(NamedTuple):
     return len(self.estimate.values) if self.estimate else 0
 
   @property
+  def differences(self) -> dict[int, float]:
+    """Returns ours less theirs by seed, where both are measured."""
+    return {
+        a.seed: a.value - b.value
+        for a, b in zip(self.ours, self.theirs)
+        if a.state == b.state == MEASURED
+    }
+
+  @property
   def one_side_diverged(self) -> str:
     """'more' if all of ours diverged and none of theirs; 'less'; or ''."""
     ours, theirs = (
@@ -366,32 +375,43 @@ class FactorEffects(NamedTuple):
     factor: What was changed, and where.
     steps: Of its arm over one group, to the best loss of that one group.
     loss: At the end, over that one group.
-    change: Of the loss at the end, over the arm without the change.
+    change: How much more that is than without the change, seed by seed; None
+      for what is not changed, and where a seed is missing or diverged.
   """
 
   factor: Factor
   steps: Effect
   loss: Effect
-  change: Effect
+  change: Estimate | None
 
   @property
   def direction(self) -> str:
-    """'better' or 'worse' by the whole interval of the change; or ''."""
-    found = self.change.estimate
-    if found is None or self.factor.arm == self.factor.unchanged:
+    """Returns 'better' or 'worse' by the whole interval of a change; or ''."""
+    if self.change is None:
       return ''
-    return 'better' if found.high < 0 else 'worse' if found.low > 0 else ''
+    below, above = self.change.high < 0, self.change.low > 0
+    return 'better' if below else 'worse' if above else ''
 
 
 def factor_effects(found: Analysis) -> list[FactorEffects]:
   """Returns the effects of each factor of a study, each to its own target."""
+  factors = found.study.factors
+  over_one = {f: effect(found, f.arm, f.one, 'final_loss') for f in factors}
+  unchanged = {f.arm: over_one[f] for f in factors if f.arm == f.unchanged}
   effects = []
-  for factor in found.study.factors:
+  for factor, loss in over_one.items():
     study = found.study._replace(baseline=factor.one)
     at = with_targets(found._replace(study=study), 1.0)
     steps = effect(at, factor.arm, factor.one, 'steps_to_target')
-    loss = effect(found, factor.arm, factor.one, 'final_loss')
-    change = effect(found, factor.arm, factor.unchanged, 'final_loss')
+    values, before = loss.differences, unchanged[factor.unchanged].differences
+    change = None
+    if (
+        factor.arm != factor.unchanged
+        and values.keys() == before.keys() != set()
+    ):
+      change = statistics.mean_over_retrains(
+          np.array([values[seed] - before[seed] for seed in sorted(values)])
+      )
     effects.append(FactorEffects(factor, steps, loss, change))
   return effects
 

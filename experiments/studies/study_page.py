@@ -462,10 +462,8 @@ def factor_blocks(found: Analysis) -> list[Block]:
           'change': e.factor.change,
           'steps, over one group': _ratio(e.steps),
           'loss at the end, over one group': _ratio(e.loss, '+.4f'),
-          'over no change': (
-              '-'
-              if e.factor.arm == e.factor.unchanged
-              else _ratio(e.change, '+.4f')
+          'that over no change': (
+              '-' if e.change is None else words.estimate(e.change, '+.4f')
           ),
       }
       for e in effects

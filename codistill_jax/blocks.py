@@ -67,7 +67,7 @@ def summed(
       as labels and weights. The loss gets them as (S, ...).
     shared: Arrays that each block gets as they are.
     block: Examples of a block; chosen by `block_size` if None.
-    most_bytes: Temporary memory that blocks are chosen for, as there.
+    most_bytes: In place of that, the largest that takes so much memory.
     lanes: What the number of columns of the matrix products is a multiple of;
       chosen if None. The loss sees C classes all the same.
 

@@ -41,13 +41,17 @@ _OF_ALL = {
 _POINTS = (1, 4)
 
 
+def _name(number: str, workers: int, change: str = '') -> str:
+  return '_'.join(filter(None, (number, str(workers), change)))
+
+
 def _point(workers: int) -> tuple[list[Arm], list[Factor]]:
   """Returns the arms and rows of a batch of so many workers."""
 
   def of(number: str, name: str, change: str, bindings: tuple) -> Arm:
     kind = tasks.BASELINE if number == 'one' else tasks.CODISTILLATION
     return kind._replace(
-        name='_'.join(filter(None, (number, str(workers), name))),
+        name=_name(number, workers, name),
         title=f'{number} of {workers}' + (f', {change}' if change else ''),
         bindings=bindings,
         workers=workers,
@@ -75,7 +79,7 @@ def _at(every: tuple, burn_in: tuple, ramp: int, *points: int) -> dict:
   names += ['shared', 'four', *_OF_ALL]
   controls = ['', *_OF_ALL]
   wanted = [
-      '_'.join(filter(None, (number, str(workers), name)))
+      _name(number, workers, name)
       for workers in points or _POINTS
       for number, of in (('one', controls), ('two', names))
       for name in of
@@ -99,9 +103,9 @@ STUDY = Study(
         ' explicit regularisation is to be reduced with it.'
     ),
     arms=(*_ARMS[0], *_ARMS[1]),
-    baseline=f'one_{_POINTS[0]}',
+    baseline=_name('one', _POINTS[0]),
     comparisons=tuple(
-        tasks.loss(f'two_{w}', 'less', f'one_{w}').by(
+        tasks.loss(_name('two', w), 'less', _name('one', w)).by(
             'a second group helps at the same number of steps [B]'
         )
         for w in _POINTS

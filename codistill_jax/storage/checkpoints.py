@@ -368,16 +368,18 @@ def _what_it_means(path: epath.Path, error: Exception) -> Exception:
 def _write_anew(path: epath.Path, tree: PyTree) -> dict[str, Digest]:
   """Writes the arrays of a step in the place of what is there of it.
 
-  Of an attempt that failed, threads of orbax may still be at work, and make
-  directories again that were deleted, which orbax would then refuse.
+  Of an attempt that failed, threads of orbax may still be at work: they make
+  directories again that were deleted, which orbax would then refuse, and write
+  a manifest of files that were deleted, in the place of the new one.
   """
   for left in reversed(range(_ATTEMPTS)):
     try:
       _delete(path)
       return _write_arrays(path / _ARRAYS, tree)
     except (OSError, ValueError) as e:
-      # The latter if it was there before orbax began.
-      late = 'exists' in str(e) or getattr(e, 'errno', 0) == errno.ENOTEMPTY
+      # ValueError if it was there before orbax began, and of TensorStore.
+      late = re.search('exists|NOT_FOUND', str(e)) is not None
+      late = late or getattr(e, 'errno', 0) == errno.ENOTEMPTY
       if not left or not late:
         raise
       time.sleep(_PAUSE_SECONDS)

@@ -28,9 +28,11 @@ from typing import Any, NamedTuple
 from benchmarks import command, measure
 
 STEPS = 3  # Compared before timing.
-# Relative. 50 batch normalisations bring 4e-4 about on a CPU; on an accelerator
-# both sides multiply in tf32, which has 10 bits.
-TOLERANCE = {'cpu': 1e-3, 'gpu': 1e-2}
+# Relative, of losses and norm. On an accelerator both sides multiply in tf32,
+# which has 10 bits. On a CPU the first norm of ResNet-50 (8 images) is 6.7251393
+# in float64 on both sides, and 6.7251410 in float32 here; PyTorch has 6.7183
+# there: 1e-3 off, by rounding alone.
+TOLERANCE = {'cpu': (1e-4, 2e-3), 'gpu': (1e-2, 1e-2)}
 _CONVOLUTIONS = 1 / 1.5  # XLA has slower ones than oneDNN.
 
 
@@ -169,17 +171,17 @@ def agree(
   call = cases.updates(rival.case, int(teach))
   ours = [{k: float(x) for k, x in call().items()} for _ in range(STEPS)]
   found = {}
-  for key, their_key, steps in (
-      ('loss/total', 'losses', STEPS),
-      ('optim/grad_norm', 'grad_norms', 1),
+  of_losses, of_norm = TOLERANCE[options.device]
+  for key, their_key, steps, tolerance in (
+      ('loss/total', 'losses', STEPS, of_losses),
+      ('optim/grad_norm', 'grad_norms', 1, of_norm),
   ):
     pairs = [(a[key], b) for a, b in zip(ours, theirs[their_key])][:steps]
     off = max(abs(a / b - 1) for a, b in pairs)
-    if not off <= TOLERANCE[options.device]:
+    if not off <= tolerance:
       raise ValueError(
           f'{rival.case.name}: {key} of JAX and of PyTorch, {pairs}, differ by'
-          f' {off:.2g}, more than {TOLERANCE[options.device]}: they are not the'
-          ' same model'
+          f' {off:.2g}, more than {tolerance}: they are not the same model'
       )
     found[their_key] = measure.brief(off)
   return found

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 from benchmarks import command, measure
 
 STEPS = 3  # Compared before timing.
-# Relative, of losses and norm. On an accelerator both sides multiply in tf32,
-# which has 10 bits. On a CPU the first norm of ResNet-50 (8 images) is 6.7251393
-# in float64 on both sides, and 6.7251410 in float32 here; PyTorch has 6.7183
-# there: 1e-3 off, by rounding alone.
-TOLERANCE = {'cpu': (1e-4, 2e-3), 'gpu': (1e-2, 1e-2)}
+# Relative, of losses and of the norm. On an accelerator both sides multiply in
+# tf32, which has 10 bits. On a CPU the norm of ResNet-50 (8 images) is 6.72514
+# in float64 on both sides and in float32 here, but 6.71834 in PyTorch's
+# float32: 1e-3 off by rounding alone.
+TOLERANCE = {'cpu': (1e-3, 3e-3), 'gpu': (1e-2, 1e-2)}
 _CONVOLUTIONS = 1 / 1.5  # XLA has slower ones than oneDNN.
 
 

@@ -1,6 +1,8 @@
 """Residual networks against slow ones; whose statistics normalise whom."""
 
+import dataclasses
 import functools
+import re
 
 import fast
 import flax.linen as nn
@@ -274,3 +276,52 @@ def test_raw_pixels_are_refused():
   batch = {'inputs': np.zeros((1, 32, 32, 3), np.uint8)}
   with pytest.raises(ValueError, match='floating inputs, got uint8'):
     resnet.resnet20(10).init(jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize(
+    'size, stride, padding',
+    [
+        (3, 1, ((1, 1), (1, 1))),
+        (3, 2, ((1, 1), (1, 1))),
+        (7, 2, ((3, 3), (3, 3))),
+        (1, 2, 'SAME'),
+    ],
+)
+def test_gradients_over_blocks_are_those_of_a_convolution(
+    size, stride, padding
+):
+  images, side, channels = 6, 32 * stride, 64  # 2 images a block.
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(images, side, side, 3)), jnp.float32)
+  kernel = jnp.asarray(rng.normal(size=(size, size, 3, channels)), jnp.float32)
+  grad = rng.normal(size=(images, 32, 32, channels))
+  how = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'), 'precision': None}
+
+  def outputs_and_gradients(convolve):
+    of = lambda *a: convolve(*a, (stride, stride), padding, **how)
+    found, backward = jax.vjp(of, x, kernel)
+    return found, *backward(jnp.asarray(grad, jnp.float32))
+
+  ours = outputs_and_gradients(resnet.convolve_on_cpu)
+  plain = outputs_and_gradients(jax.lax.conv_general_dilated)
+  for a, b in zip(ours, plain, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_gradients_in_a_loop_are_in_the_order_that_xla_is_fast_in():
+  # As in gradient accumulation. It reorders nothing there, and takes 50 times
+  # as long for any other order.
+  variables = fast.random_variables(tiny(), images())
+
+  def loss(params, batch):
+    given = dataclasses.replace(variables, params=params)
+    logits, _ = tiny().apply(given, batch, (), None, True)
+    return jnp.mean(logits**2)
+
+  grads = lambda batch: jax.grad(loss)(variables.params, batch)
+  batches = jax.tree.map(lambda x: x[None].repeat(2, 0), images())
+  program = jax.jit(lambda b: jax.lax.map(grads, b)).lower(batches).compile()
+  orders = set(
+      re.findall(r'convolution\(.*dim_labels=(\S+?),? ', program.as_text())
+  )
+  assert orders == {'b01f_01io->b01f'}

@@ -183,7 +183,7 @@ def test_one_module_knows_orbax_and_one_gin(package, home):
         ('shard_map', {'one_program'}),
         ('grad', {'step'}),
         # Gradients made by hand, for speed or memory, of those of their parts.
-        ('custom_vjp', {'blocks', 'models/recurrence'}),
+        ('custom_vjp', {'blocks', 'models/recurrence', 'models/resnet'}),
         ('value_and_grad', {'blocks'}),
         ('vjp', {'models/recurrence'}),
     ],

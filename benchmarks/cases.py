@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, P peers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codistill_jax import base, jaxprs, losses, optimizers
+from codistill_jax import base, blocks, jaxprs, losses, optimizers
 from codistill_jax import step as step_lib
 from codistill_jax.models import dnn, lstm, resnet, transformer
 
@@ -215,6 +216,35 @@ def forward(case: Case, to_logits: bool) -> Callable[[], Any]:
     return jnp.max(outputs), rest.carry
 
   return lambda: run(state.variables, case.batch, state.carry)
+
+
+def losses_of_logits(case: Case, num_peers: int) -> Callable[[], Any]:
+  """Returns `call()`, the losses of a language model and their gradient alone.
+
+  Args:
+    case: Of which only the sizes matter: the logits are random numbers.
+    num_peers: P; 0 for the task loss alone.
+  """
+  examples, vocab = case.units, case.sizes['vocab']
+  count = math.ceil(examples / blocks.block_size(examples, vocab, num_peers))
+  shape = 1 + num_peers, count, examples // count, vocab
+  logits = jax.random.normal(jax.random.PRNGKey(0), shape)
+  labels = jnp.zeros(shape[1:3], jnp.int32)
+
+  def loss(student: jax.Array, teachers: jax.Array, labels: jax.Array):
+    total = losses.task_loss(student, labels)
+    if num_peers:
+      total += losses.cross_entropy(student, teachers, jnp.ones(num_peers))
+    return jnp.sum(total)
+
+  @jax.jit
+  def run(student: jax.Array, teachers: jax.Array):
+    teachers = jnp.swapaxes(teachers, 0, 1)
+    of_block = lambda x: jax.value_and_grad(loss)(*x)
+    return jax.lax.map(of_block, (student, teachers, labels))
+
+  student, teachers = logits[0], logits[1:]
+  return lambda: run(student, teachers)
 
 
 def floating_operations(function: Callable[..., Any], *args: Any) -> float:

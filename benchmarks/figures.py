@@ -29,7 +29,8 @@ FIGURES = (
         'Time of a codistilled update over a plain one. The forward share is'
         ' a pass in eval mode up to the logits, over the plain update (in the'
         ' next column, up to the features only); operations are those of the'
-        ' programs as they are written.',
+        ' programs as they are written. `of the floor`: over plain, the forward'
+        ' passes, and what the teachers add to the losses by themselves.',
         (
             ('plain, ms', 'plain_ms'),
             ('ratio', 'ratio'),
@@ -37,6 +38,7 @@ FIGURES = (
             ('to the features', 'feature_share'),
             ('limit', 'limit'),
             ('operations', 'operations_ratio'),
+            ('of the floor', 'of_floor'),
         ),
     ),
     Figure(

@@ -7,8 +7,7 @@ without distillation: same states, same batch. `ratio` is the one over the
 other, and its goal 1.05 for any G. `operations_ratio` is the same in floating
 point operations, as the programs are written. `of_single` is a plain update of
 all groups over G times that of a group by itself: what it costs to be one
-program. A top_k is for groups on different devices; on one it saves nothing,
-and shows what it takes to pick and to unpack.
+program. A top_k is for groups on different devices, and has no effect on one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,10 @@ from benchmarks import command, measure
 
 _MOST = 1.05
 _GROUPS = (1, 2, 4, 8)
-_TOP_K = 32
 
 
 def rows(options: command.Options) -> Iterator[dict[str, Any]]:
-  """Yields one row for each model, number of groups, and form of prediction."""
+  """Yields one row for each model and number of groups."""
   for case in _cases(options):
     for groups in _GROUPS[1 : 2 if options.quick else None]:
       yield from _of_groups(case, groups, options)
@@ -32,56 +30,44 @@ def _of_groups(
     case: Any, groups: int, options: command.Options
 ) -> Iterator[dict[str, Any]]:
   single, together = _Groups(case, 1), _Groups(case, groups)
-  forms = {'plain': None, 'full': together.peers()}
-  if case.output == 'softmax':
-    forms['top'] = together.peers(min(_TOP_K, case.sizes['vocab']))
-  arms = {'single': measure.timed(single.updates(None))}
-  arms |= {
-      name: measure.timed(together.updates(peers))
-      for name, peers in forms.items()
+  peers = together.peers()
+  arms = {
+      'single': measure.timed(single.updates(None)),
+      'plain': measure.timed(together.updates(None)),
+      'codistilled': measure.timed(together.updates(peers)),
   }
   for arm in arms.values():  # Of one state: not at the same time.
     arm(1)
   seconds = measure.alternate(arms, options.times(7))
-  plain = together.flops(None)
-  for name in list(forms)[1:]:
-    operations = together.flops(forms[name]) / plain
-    yield _row(case, groups, forms[name].top_k, seconds, name, operations)
+  operations = together.flops(peers) / together.flops(None)
+  yield _row(case, groups, seconds, operations)
 
 
 def _row(
     case: Any,
     groups: int,
-    top_k: int | None,
     seconds: Mapping[str, Sequence[float]],
-    form: str,
     operations: float,
 ) -> dict[str, Any]:
   from codistill_jax import peer_predictions
 
-  ratio = measure.ratio(seconds[form], seconds['plain'])
+  ratio = measure.ratio(seconds['codistilled'], seconds['plain'])
   classes = case.sizes.get('vocab', 2)
-  sent = peer_predictions.bytes_per_example(classes, top_k, case.output)
-  row = {
-      'name': (
-          f'{case.name}, G = {groups}, '
-          + ('full' if top_k is None else f'top {top_k}')
-      ),
+  sent = peer_predictions.bytes_per_example(classes, None, case.output)
+  return {
+      'name': f'{case.name}, G = {groups}',
       'groups': groups,
-      'top_k': top_k,
       'sizes': case.sizes,
       'plain_ms': measure.milliseconds(seconds['plain']),
-      'codistilled_ms': measure.milliseconds(seconds[form]),
+      'codistilled_ms': measure.milliseconds(seconds['codistilled']),
       'ratio': ratio,
       'operations_ratio': measure.brief(operations),
       'of_single': measure.ratio(
           seconds['plain'], [groups * s for s in seconds['single']]
       ),
       'bytes_to_peer': sent * case.units,
+      'goal': measure.goal(ratio['median'], at_most=_MOST),
   }
-  if top_k is None:
-    row['goal'] = measure.goal(ratio['median'], at_most=_MOST)
-  return row
 
 
 class _Groups:
@@ -102,14 +88,14 @@ class _Groups:
     states = [cases.state_of(case, seed=seed) for seed in range(num_groups)]
     self._state = self._step.place(states)
 
-  def peers(self, top_k: int | None = None) -> Any:
+  def peers(self) -> Any:
     """Returns all others as the peers of each."""
     from codistill_jax import peer_predictions
     from codistill_jax.exchange.plan import peers_of
 
     groups = self._step.num_groups
     others = [peers_of(g, groups) for g in range(groups)]
-    return self._step.peers(peer_predictions.mixing_matrix(others), top_k)
+    return self._step.peers(peer_predictions.mixing_matrix(others))
 
   def updates(self, teachers: Any) -> Callable[[], Any]:
     """Returns `call()`, one more update of all groups."""

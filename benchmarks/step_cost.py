@@ -6,6 +6,9 @@ Beside the ratio stands what it cannot be below, for P teachers that are asked
 again in each step: 1 + P x (forward pass / plain update). A forward pass is one
 in eval mode up to the logits; up to the features alone, where the model has a
 head of its own (the share is given, too), a teacher has not said anything yet.
+Nor has it taught by then: of language models stands beside it the ratio to a
+floor that has also what P teachers add to the losses and their gradient, as a
+program by itself.
 The jitted, donated step is timed, with teachers on the device; exchange is not
 in it. All arms of a model run in turn; medians of ratios within a repeat.
 """
@@ -32,6 +35,9 @@ def rows(options: command.Options) -> Iterator[dict[str, Any]]:
     numbers = _PEERS[: 1 if options.quick else None]
     for peers in numbers:
       arms[f'{peers}'] = measure.timed(cases.updates(case, peers))
+    for peers in (0, *numbers) if 'vocab' in case.sizes else ():
+      losses = cases.losses_of_logits(case, peers)
+      arms[f'losses {peers}'] = measure.timed(losses)
     measure.warm_up(arms)
     seconds = measure.alternate(arms, options.times(7))
     plain_operations = cases.update_operations(case, 0)
@@ -51,7 +57,7 @@ def _row(
       seconds[f'{peers}'],
       [p + peers * f for p, f in zip(seconds['plain'], seconds['logits'])],
   )
-  return {
+  row = {
       'name': f'{case.name}, P = {peers}',
       'peers': peers,
       'sizes': case.sizes,
@@ -66,6 +72,16 @@ def _row(
       'of_limit': of_limit,
       'goal': measure.goal(of_limit['median'], at_most=_MOST),
   }
+  if 'losses 0' in seconds:
+    parts = (seconds[x] for x in ('plain', 'logits', f'losses {peers}'))
+    row['of_floor'] = measure.ratio(
+        seconds[f'{peers}'],
+        [
+            p + peers * f + taught - task
+            for p, f, taught, task in zip(*parts, seconds['losses 0'])
+        ],
+    )
+  return row
 
 
 def _cases(options: command.Options) -> Iterator[Any]:

@@ -26,11 +26,13 @@ BlockLoss = Callable[
     [jax.Array, jax.Array | None, PyTree, PyTree], tuple[jax.Array, PyTree]
 ]
 
-# Fewer examples than that make slow matrix products; more make no faster ones.
-_FEWEST = {'cpu': 256, 'accelerator': 1024}
+# Fewer examples than that, about, are slower: each block reads the kernel for
+# each of its matrix products, and adds to its gradient. More are hardly faster.
+_FEWEST = {'cpu': 448, 'accelerator': 1024}
 _MOST = {'cpu': 1024, 'accelerator': 4096}
-# The memory of a block grows with its share of the examples.
-_SHARE = 1 / 16
+# The memory of a block grows with its share of the examples: of many it stays
+# below an eighth of that of all at once.
+_SHARE = {'cpu': 1 / 9, 'accelerator': 1 / 16}
 # What the logits of student and teachers may take in one block, unless that is
 # less than a few examples.
 _FEW = 128
@@ -118,11 +120,14 @@ def summed(
 
 
 def block_size(num_examples: int, num_classes: int, num_peers: int = 0) -> int:
-  """Examples of a block: a sixteenth of all, within what is fast and fits."""
+  """Examples of a block: a share of all, within what is fast and fits."""
   fewest, most = _FEWEST[_platform()], _MOST[_platform()]
-  size = min(max(math.ceil(num_examples * _SHARE), fewest), most)
+  share = math.ceil(num_examples * _SHARE[_platform()])
+  size = min(max(share, fewest), most)
+  # Of blocks of one size, the nearest to that: not two where one is as good.
+  size = math.ceil(num_examples / max(1, round(num_examples / size)))
   fitting = _MOST_BYTES[_platform()] // (4 * num_classes * (1 + num_peers))
-  return max(1, min(size, max(fitting, _FEW), num_examples))
+  return max(1, min(size, most, max(fitting, _FEW), num_examples))
 
 
 def _fitting(

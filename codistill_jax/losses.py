@@ -225,10 +225,8 @@ def _mean_of(values, teachers, present_P):
   """`SoftTarget.mean_of`; the soft target itself is never written."""
   means = []
   for present, logits in zip(jnp.asarray(present_P) != 0, teachers):
-    shifted, _ = _normalized(jnp.where(present, logits, 0.0))
-    unnormalized = jnp.exp(shifted)
-    total = jnp.sum(unnormalized, axis=-1)
-    means.append(jnp.sum(unnormalized * values, axis=-1) / total)
+    weights, total = exponentials(jnp.where(present, logits, 0.0))
+    means.append(jnp.sum(weights * values, axis=-1) / total)
   return _mean_over_present(means, present_P)
 
 
@@ -481,12 +479,21 @@ def _normalized(logits):
   return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
-def softmax(logits: jax.Array) -> jax.Array:
-  """Probabilities (..., C) of finite logits, by the exp that the losses use."""
+def exponentials(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns probabilities (..., C) times a total, and that (...).
+
+  By the exp that the losses use, of finite logits.
+  """
   shifted, _ = _normalized(logits)
-  unnormalized = jnp.exp(shifted)
+  values = jnp.exp(shifted)
+  return values, jnp.sum(values, axis=-1)
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+  """Returns probabilities (..., C) of finite logits (softmax)."""
+  values, total = exponentials(logits)
   # A division of each row, not of each class.
-  return unnormalized * (1.0 / jnp.sum(unnormalized, axis=-1, keepdims=True))
+  return values * (1.0 / total)[..., None]
 
 
 def _kl(log_p, log_q):

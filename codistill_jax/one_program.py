@@ -146,8 +146,11 @@ class Population:
 
     Args:
       mix_GG: Rows of `peer_predictions.mixing_matrix`.
-      top_k: As in `PeerPredictions`.
+      top_k: As in `PeerPredictions`, between devices. Of groups on one device
+        nothing moves, and whole predictions cost less than to pick from them.
     """
+    if self._mesh.shape[BLOCK_AXIS] == 1:
+      top_k = None
     return PeerPredictions(
         jax.device_put(np.asarray(mix_GG, np.float32), self.sharding),
         axis_name=(BLOCK_AXIS, GROUP_AXIS),
@@ -414,7 +417,7 @@ class JointUpdate:
       mix_GG: Who learns from whose predictions, with a shared batch;
         `peer_predictions.mixing_matrix`. None: the exchange of each group gives
         the teachers of all, stacked.
-      top_k: As in `PeerPredictions`.
+      top_k: As in `Population.peers`.
     """
     self.population = population
     self._mix_GG = mix_GG

@@ -135,7 +135,10 @@ def _of_peers(
   """The mean of what the peers predict, themselves detached."""
 
   def probabilities() -> jax.Array:
-    return _mean_over_peers(losses.softmax(class_logits), peers)
+    # Divided where they are mixed: no array is written for that.
+    values, total = losses.exponentials(class_logits)
+    share_G = gather(1.0 / total, peers.axis_name)
+    return _mix(gather(values, peers.axis_name), peers, share_G[..., None])
 
   def log_probabilities() -> jax.Array:
     # Of what underflows, the logarithm of the smallest float: the exact one
@@ -145,29 +148,33 @@ def _of_peers(
   return losses.SoftTarget(
       probabilities,
       log_probabilities,
-      lambda: _mean_over_peers(class_logits, peers),
+      lambda: _mix(gather(class_logits, peers.axis_name), peers),
       lambda values: jnp.sum(probabilities() * values, axis=-1),
   )
 
 
-def _mean_over_peers(values: jax.Array, peers: PeerPredictions) -> jax.Array:
-  """The mean of the peers' (..., C) by `mix_G`; no gradient flows into it."""
-  return _mix(gather(values, peers.axis_name), peers)
-
-
-def _mix(values_G: jax.Array, peers: PeerPredictions) -> jax.Array:
+def _mix(
+    values_G: jax.Array,
+    peers: PeerPredictions,
+    share_G: jax.Array | float = 1.0,
+) -> jax.Array:
+  """Returns the mean of `share * values` by `mix_G`, without the axis G."""
   if len(peers.mix_G) != len(values_G):
     raise ValueError(
         f'mix_G has {len(peers.mix_G)} groups, but the axis'
         f' {peers.axis_name!r} has {len(values_G)}'
     )
+  if len(values_G) > _FEW_GROUPS:
+    return jnp.tensordot(
+        peers.mix_G,
+        share_G * values_G,
+        axes=1,
+        precision=jax.lax.Precision.HIGHEST,
+    )
   # Not the sum over all less one's own: that cancels where a group is sure of
   # itself.
-  if len(values_G) <= _FEW_GROUPS:
-    return sum(mix * values for mix, values in zip(peers.mix_G, values_G))
-  return jnp.tensordot(
-      peers.mix_G, values_G, axes=1, precision=jax.lax.Precision.HIGHEST
-  )
+  mix_G = peers.mix_G.reshape(-1, *[1] * (values_G.ndim - 1)) * share_G
+  return sum(mix * values for mix, values in zip(mix_G, values_G))
 
 
 def gather(values: Array, axis_name: str | tuple[str, ...]) -> jax.Array:
@@ -181,7 +188,9 @@ def gather(values: Array, axis_name: str | tuple[str, ...]) -> jax.Array:
   names = (axis_name,) if isinstance(axis_name, str) else axis_name
   shape = values.shape
   for name in reversed(names):  # The outermost comes last, so it leads.
-    values = jax.lax.all_gather(values, name)
+    # Of a single device XLA would make a copy.
+    alone = jax.lax.axis_size(name) == 1
+    values = values[None] if alone else jax.lax.all_gather(values, name)
   return values.reshape(-1, *shape)
 
 

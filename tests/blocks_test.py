@@ -189,7 +189,7 @@ def test_logits_of_all_tokens_never_exist(summed, exists):
   largest = max(x.size for x in arrays)
   assert (largest >= tokens * classes) == exists
   if not exists:
-    assert largest <= 2 * tokens * classes / 16  # Two teachers in one array.
+    assert largest <= 2 * tokens * classes / 8  # Two teachers in one array.
 
 
 @pytest.mark.parametrize('peers', [0, 3])
@@ -216,7 +216,7 @@ def test_blocks_are_large_enough_to_be_fast_and_small_enough_to_fit(
   assert min(128, examples) <= size <= min(1024, examples)
   if size > 128:
     assert 4 * size * classes * (1 + peers) <= 2**28
-    assert size <= max(256, -(-examples // 16))
+    assert size <= max(672, -(-examples // 8))
 
 
 @pytest.mark.parametrize('peers', [0, 3])

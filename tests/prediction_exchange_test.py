@@ -42,6 +42,16 @@ def population():
   return experiment_lib.make_population(EXPERIMENT, MODEL, G, devices)
 
 
+def test_groups_of_one_device_learn_from_whole_predictions():
+  """A top_k saves what is sent between devices."""
+  mix_GG = mixing_matrix([[1, 2], [0, 2], [0, 1]])
+  on_one = experiment_lib.make_population(
+      EXPERIMENT, MODEL, G, jax.devices()[:1]
+  )
+  assert on_one.peers(mix_GG, top_k=3).top_k is None
+  assert population().peers(mix_GG, top_k=3).top_k == 3
+
+
 def train(workdir, stop_after=None):
   kind = EXPERIMENT.exchange
   mix_GG = mixing_matrix([kind.peers_of(g, G) for g in range(G)])

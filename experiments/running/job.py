@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import serialization
 
@@ -510,6 +511,13 @@ def train_steps_of(
       kind.peers_of(group_id, num_groups) for group_id in range(num_groups)
   ]
   update = one_program.JointUpdate(population, mixing_matrix(peers), kind.top_k)
+  assert update.peers is not None
+  if update.peers.top_k != kind.top_k:
+    logging.warning(
+        'All groups are on one device, where nothing is sent: they learn from'
+        ' whole predictions, and top_k=%s has no effect',
+        kind.top_k,
+    )
   stream = experiment_lib.train_stream(experiment, 0, num_groups)
   return update.seats, one_program.SharedStream(stream)
 

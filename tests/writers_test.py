@@ -10,6 +10,8 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import textwrap
 
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +212,24 @@ def test_tensorboard_takes_scalars_and_marks_a_resume(tmp_path):
     assert b'loss/task' in data
     # A session log of status START, 1, tells TensorBoard to purge.
     assert (b'\x3a\x02\x08\x01' in data) == (resume_step is not None)
+
+
+def test_tensorboard_imports_nothing_large_that_it_does_not_use(
+    tmp_path, monkeypatch
+):
+  (tmp_path / 'torch.py').write_text('raise AssertionError')
+  (tmp_path / 'boto3.py').write_text('raise AssertionError')
+  code = f"""
+    from codistill_jax import writers
+    writers.TensorBoardWriter({str(tmp_path / 'events')!r}).close()
+    try:
+      import torch
+    except AssertionError:
+      print('is there for others')
+  """
+  monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{os.getcwd()}')
+  run = [sys.executable, '-c', textwrap.dedent(code)]
+  assert b'is there for others' in subprocess.check_output(run)
 
 
 def test_tensorboard_outlives_a_nan(tmp_path, caplog):

@@ -26,7 +26,7 @@ from codistill_jax.base import Array, PeerPredictions
 
 # Up to so many a sum that is fused into what needs it beats a matrix product,
 # which reads each prediction once for all groups of a device, but writes more.
-_FEW_GROUPS = 8
+_FEW_GROUPS = 3
 _LEAST_LEFT = 1e-6  # Float32 knows 1 less a sum no better.
 _TINY = np.finfo(np.float32).tiny
 

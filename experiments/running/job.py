@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from flax import serialization
 
@@ -513,10 +512,10 @@ def train_steps_of(
   update = one_program.JointUpdate(population, mixing_matrix(peers), kind.top_k)
   assert update.peers is not None
   if update.peers.top_k != kind.top_k:
-    logging.warning(
-        'All groups are on one device, where nothing is sent: they learn from'
-        ' whole predictions, and top_k=%s has no effect',
-        kind.top_k,
+    cli.tell(
+        f'warning: all groups are on one device, where nothing is sent; top_k='
+        f'{kind.top_k} has no effect, they learn from whole predictions',
+        error=True,
     )
   stream = experiment_lib.train_stream(experiment, 0, num_groups)
   return update.seats, one_program.SharedStream(stream)

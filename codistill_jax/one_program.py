@@ -146,8 +146,8 @@ class Population:
 
     Args:
       mix_GG: Rows of `peer_predictions.mixing_matrix`.
-      top_k: As in `PeerPredictions`, between devices. Of groups on one device
-        nothing moves, and whole predictions cost less than to pick from them.
+      top_k: As in `PeerPredictions`, between devices. Where all groups share
+        theirs nothing moves, and to pick costs more than to take all.
     """
     if self._mesh.shape[BLOCK_AXIS] == 1:
       top_k = None

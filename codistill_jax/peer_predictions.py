@@ -135,7 +135,7 @@ def _of_peers(
   """The mean of what the peers predict, themselves detached."""
 
   def probabilities() -> jax.Array:
-    # Divided where they are mixed: no array is written for that.
+    # Divided where they are mixed: of few groups no array is written for that.
     values, total = losses.exponentials(class_logits)
     share_G = gather(1.0 / total, peers.axis_name)
     return _mix(gather(values, peers.axis_name), peers, share_G[..., None])

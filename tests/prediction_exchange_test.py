@@ -52,6 +52,13 @@ def test_groups_of_one_device_learn_from_whole_predictions():
   assert population().peers(mix_GG, top_k=3).top_k == 3
 
 
+@pytest.mark.parametrize('num_replicas, said', [(1, False), (3, True)])
+def test_a_top_k_that_has_no_effect_is_said(capsys, num_replicas, said):
+  """Of three devices each group has its own, or all have all."""
+  job_lib.train_steps_of(EXPERIMENT, MODEL, G, num_replicas)
+  assert ('top_k=3 has no effect' in capsys.readouterr().err) == said
+
+
 def train(workdir, stop_after=None):
   kind = EXPERIMENT.exchange
   mix_GG = mixing_matrix([kind.peers_of(g, G) for g in range(G)])

@@ -390,6 +390,9 @@ def test_an_arm_has_one_colour_on_all_plots(tmp_path, drawn, name):
   for i, arm in enumerate(study.arms):
     runs += toy.runs(arm.name, 2, speed=1 + i / 9, received=i * 1e4)
   study_page.report(study, toy.settings(), runs, tmp_path)
+  for figure in drawn.values():
+    for ax in figure.axes:  # However many entries a legend has.
+      assert ax.get_window_extent().height / figure.dpi > 2
   plots_of = [colours_of(figure) for figure in drawn.values()]
   assert len(plots_of) > 1
   for ours, theirs in itertools.combinations(plots_of, 2):

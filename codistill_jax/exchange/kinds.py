@@ -180,7 +180,7 @@ class Predictions(Kind):
 
   Attributes:
     top_k: Classes sent of each prediction, and one number for the rest; None
-      sends all, as do groups of one device, between which nothing moves.
+      sends all, as do groups that share their devices: nothing moves there.
     topology: Who learns from whom; see `plan`.
     topology_seed: Of a random topology.
   """

@@ -57,6 +57,7 @@ _STYLE = {
     # An arm or a data set may have dollars in its name.
     'text.parse_math': False,
 }
+_ROW = 0.18  # Inches of a row of the legend.
 
 
 def style() -> Any:
@@ -130,6 +131,8 @@ def legend_below(
   widest = max(len(str(handle.get_label())) for handle in handles)
   fitting = max(1, int(figure.get_figwidth() / (0.65 + 0.085 * widest)))
   rows = -(-len(handles) // fitting)
+  # The axes keep their room.
+  figure.set_figheight(figure.get_figheight() + _ROW * max(rows - 2, 0))
   figure.legend(
       handles=handles,
       loc='outside lower center',

@@ -513,7 +513,7 @@ def train_steps_of(
   assert update.peers is not None
   if update.peers.top_k != kind.top_k:
     cli.tell(
-        f'warning: all groups are on one device, where nothing is sent; top_k='
+        f'warning: all groups share their devices, so nothing is sent; top_k='
         f'{kind.top_k} has no effect, they learn from whole predictions',
         error=True,
     )
